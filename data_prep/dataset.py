@@ -1,0 +1,150 @@
+"""The prepared folder: Parquet files, statistics for people, and a manifest that vouches for all of it."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+import pyarrow as pa
+
+from data_prep.leaks import LeakReport, leak_check
+from tawin_nemo.artefacts import atomic_directory, sha256, write_json
+from tawin_nemo.data.interactions import FORMAT, ITEMS_FILE, MANIFEST, Split
+from tawin_nemo.errors import DataError
+from tawin_nemo.types import HISTORY, SPLITS, TARGET, TIME, USER
+
+STATISTICS = "statistics.md"
+
+
+@dataclass(frozen=True)
+class Step:
+    """What is left after one filter; users and items are None where they are not known yet."""
+
+    name: str
+    interactions: int
+    users: int | None
+    items: int | None
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A data set that is ready to be written. ``items`` has the columns of items.parquet, ordered by item index."""
+
+    name: str
+    source: str
+    items: pl.DataFrame
+    splits: dict[str, Split]
+    max_history: int
+    steps: list[Step]
+    problems: dict[str, Any] = field(default_factory=dict)
+    extra_files: dict[str, bytes] = field(default_factory=dict)
+
+
+def write_dataset(prepared: Prepared, out: Path, request: dict[str, Any]) -> Path:
+    """Write the folder ``out``, whole or not at all; the same input gives the same bytes.
+
+    ``request`` (parameters and source files with size and SHA-256) goes into the manifest and decides later whether the
+    folder can be reused. Raises DataError if the leak check fails.
+    """
+    report = leak_check(prepared.splits, prepared.items.height, prepared.max_history)
+    if report.broken_windows and prepared.source != "inter":
+        raise DataError(f"leak: {report.broken_windows} samples do not continue the same user's previous sample")
+    with atomic_directory(out) as folder:
+        _write_parquet(prepared.items.to_arrow(), folder / ITEMS_FILE)
+        for name in SPLITS:
+            _write_parquet(_table(prepared.splits[name]), folder / f"{name}.parquet")
+        for name, content in prepared.extra_files.items():
+            (folder / name).write_bytes(content)
+        statistics = _statistics(prepared)
+        (folder / STATISTICS).write_text(_markdown(prepared, statistics, report), encoding="utf-8")
+        manifest = {
+            "format": FORMAT,
+            "name": prepared.name,
+            "source": prepared.source,
+            "request": request,
+            "statistics": statistics,
+            "steps": [asdict(step) for step in prepared.steps],
+            "problems": prepared.problems,
+            "leak_check": asdict(report),
+            "files": {path.name: sha256(path) for path in sorted(folder.iterdir())},
+        }
+        write_json(folder / MANIFEST, manifest)
+        folder.chmod(0o755)
+    return out
+
+
+def _table(samples: Split) -> pa.Table:
+    offsets = pa.array(samples.history.offsets.astype(np.int32))
+    return pa.table(
+        {
+            USER: pa.array(samples.user_N.astype(np.int64)),
+            HISTORY: pa.ListArray.from_arrays(offsets, pa.array(samples.history.flat.astype(np.int64))),
+            TARGET: pa.array(samples.target_N.astype(np.int64)),
+            TIME: pa.array(samples.time_N.astype(np.int64)),
+        }
+    )
+
+
+def _write_parquet(table: pa.Table, path: Path) -> None:
+    import datasets  # takes a second to import, which --help should not pay
+
+    plain = pa.schema([(f.name, pa.string() if pa.types.is_large_string(f.type) else f.type) for f in table.schema])
+    silent = datasets.are_progress_bars_disabled()
+    datasets.disable_progress_bars()
+    try:
+        datasets.Dataset(table.cast(plain)).to_parquet(str(path))
+    finally:
+        if not silent:
+            datasets.enable_progress_bars()
+
+
+def _statistics(prepared: Prepared) -> dict[str, Any]:
+    splits = prepared.splits
+    in_train = np.zeros(prepared.items.height, dtype=bool)
+    for values in (splits["train"].target_N, splits["train"].history.flat):
+        in_train[values] = True
+    targets = {name: np.unique(splits[name].target_N) for name in SPLITS}
+    rows = {name: len(splits[name]) for name in SPLITS}
+    users = len(np.unique(np.concatenate([splits[name].user_N for name in SPLITS])))
+    lengths = np.concatenate([splits[name].history.lengths for name in SPLITS])
+    return {
+        "items": prepared.items.height,
+        "users": users,
+        "rows": rows,
+        "mean_history": round(float(lengths.mean()), 4),
+        "distinct_titles": prepared.items["title"].n_unique(),
+        "unseen_targets": {name: int((~in_train[targets[name]]).sum()) for name in SPLITS[1:]},
+    }
+
+
+def _markdown(prepared: Prepared, statistics: dict[str, Any], report: LeakReport) -> str:
+    rows = statistics["rows"]
+    unseen = statistics["unseen_targets"]
+    splits = " / ".join(f"{rows[name]:,}" for name in SPLITS)
+    lines = [
+        f"# {prepared.name}",
+        "",
+        "| | |",
+        "|---|---|",
+        f"| items | {statistics['items']:,} |",
+        f"| users | {statistics['users']:,} |",
+        f"| train / valid / test | {splits} |",
+        f"| mean history length | {statistics['mean_history']:.2f} |",
+        f"| distinct titles | {statistics['distinct_titles']:,} |",
+        f"| distinct targets never in train, valid / test | {unseen['valid']:,} / {unseen['test']:,} |",
+        f"| samples that do not continue the user's previous sample | {report.broken_windows:,} |",
+        "",
+        "| step | interactions | users | items |",
+        "|---|---|---|---|",
+    ]
+    lines += [
+        f"| {s.name} | {_count(s.interactions)} | {_count(s.users)} | {_count(s.items)} |" for s in prepared.steps
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _count(value: int | None) -> str:
+    return "" if value is None else f"{value:,}"

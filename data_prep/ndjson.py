@@ -1,0 +1,226 @@
+"""JSON lines, plain or gzipped, as a stream of frames that hold only the wanted fields.
+
+Chunks whose lines are all good are parsed by polars. A chunk with anything doubtful in it is read again line by line,
+which says what is wrong with which line; the good lines of such a chunk are kept.
+"""
+
+from __future__ import annotations
+
+import gzip
+import io
+import json
+import math
+import sys
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, BinaryIO, Literal
+
+import polars as pl
+from tqdm import tqdm
+
+from tawin_nemo.errors import DataError
+from tawin_nemo.log import rank, say
+
+CHUNK_BYTES = 16 << 20
+#: Line numbers that are kept per kind of problem.
+EXAMPLES = 5
+LINE = "line"
+
+_FLOAT = r"^-?[0-9]+(\.[0-9]+)?([eE][+-]?[0-9]+)?$"
+_DOUBTFUL_ID = rf"^[\[{{]|^(true|false)$|{_FLOAT}"
+
+
+@dataclass(frozen=True)
+class Field:
+    """One wanted field. ``id`` and ``int`` are required; ``text`` may be absent, and a list in it stays JSON text."""
+
+    name: str
+    kind: Literal["id", "int", "text"]
+
+    @property
+    def dtype(self) -> type[pl.DataType]:
+        return pl.Int64 if self.kind == "int" else pl.String
+
+
+@dataclass
+class Problems:
+    """What was wrong with the lines of one file: how many per reason, and where the first ones are."""
+
+    path: Path
+    counts: dict[str, int] = field(default_factory=dict)
+    examples: dict[str, list[int]] = field(default_factory=dict)
+    lines: int = 0
+
+    def add(self, reason: str, line: int) -> None:
+        self.counts[reason] = self.counts.get(reason, 0) + 1
+        found = self.examples.setdefault(reason, [])
+        if len(found) < EXAMPLES:
+            found.append(line)
+
+    @property
+    def total(self) -> int:
+        return sum(self.counts.values())
+
+    def as_dict(self) -> dict[str, Any]:
+        reasons = {
+            reason: {"lines": self.counts[reason], "first_lines": self.examples[reason]}
+            for reason in sorted(self.counts)
+        }
+        return {"lines": self.lines, "unusable": self.total, "reasons": reasons}
+
+    def report(self) -> None:
+        """Tell the person at the terminal, one line per reason."""
+        for reason in sorted(self.counts):
+            where = ", ".join(map(str, self.examples[reason]))
+            say(f"{self.path.name}: {self.counts[reason]} lines skipped ({reason}), e.g. lines {where}")
+
+
+def read_frames(path: Path, fields: list[Field], problems: Problems) -> Iterator[pl.DataFrame]:
+    """Frames with ``fields`` and the 1-based ``line`` number, in file order; unusable lines go into ``problems``.
+
+    Memory is bounded by the chunk size, not by the file. Raises DataError if the file cannot be opened, its gzip
+    stream is damaged, or a line is longer than a chunk (the file is then not JSON lines).
+    """
+    line = 1
+    for chunk in _chunks(path):
+        count = chunk.count(b"\n") + (not chunk.endswith(b"\n"))
+        frame = _parse_fast(chunk, count, fields)
+        if frame is None:
+            frame = _parse_lines(chunk, line, fields, problems)
+        else:
+            numbers = pl.int_range(line, line + count, dtype=pl.Int64, eager=True).alias(LINE)
+            frame = frame.with_columns(numbers)
+        problems.lines += count
+        line += count
+        yield frame
+
+
+def _chunks(path: Path) -> Iterator[bytes]:
+    """Whole lines, about CHUNK_BYTES at a time, with a progress bar over the bytes on disk."""
+    try:
+        raw = path.open("rb")
+    except OSError as error:
+        raise DataError(f"{path} cannot be read ({error.strerror}); check the path and its permissions") from error
+    size = path.stat().st_size
+    terminal = sys.stderr.isatty()
+    with (
+        raw,
+        tqdm(
+            total=size,
+            desc=path.name,
+            unit="B",
+            unit_scale=True,
+            disable=rank() != 0 or size < CHUNK_BYTES,
+            mininterval=0.2 if terminal else 10.0,
+            file=sys.stderr,
+        ) as bar,
+    ):
+        stream: Any = gzip.GzipFile(fileobj=raw) if path.suffix == ".gz" else raw
+        try:
+            while chunk := _read_chunk(stream, path):
+                yield chunk
+                bar.update(raw.tell() - bar.n)
+        except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+            raise DataError(
+                f"{path}: gzip stream damaged near byte {raw.tell()} of {size} ({error}); download the file again"
+            ) from error
+
+
+def _read_chunk(stream: BinaryIO, path: Path) -> bytes:
+    chunk = stream.read(CHUNK_BYTES)
+    if not chunk or chunk.endswith(b"\n"):
+        return chunk
+    rest = stream.readline(CHUNK_BYTES)
+    if len(rest) == CHUNK_BYTES and not rest.endswith(b"\n"):
+        raise DataError(f"{path} has a line of more than {CHUNK_BYTES} bytes; expected JSON lines, one object per line")
+    return chunk + rest
+
+
+def _parse_fast(chunk: bytes, count: int, fields: list[Field]) -> pl.DataFrame | None:
+    """The chunk as a frame, or None if any of its lines has to be looked at."""
+    try:
+        frame = pl.read_ndjson(io.BytesIO(chunk), schema={wanted.name: wanted.dtype for wanted in fields})
+    except (pl.exceptions.PolarsError, UnicodeDecodeError):
+        return None
+    if frame.height != count:  # blank lines would shift the line numbers
+        return None
+    doubts = [_doubt(wanted) for wanted in fields if wanted.kind != "text"]
+    return None if doubts and frame.select(pl.any_horizontal(doubts).any()).item() else frame
+
+
+def _doubt(wanted: Field) -> pl.Expr:
+    column = pl.col(wanted.name)
+    if wanted.kind == "int":
+        return column.is_null()
+    # A number in a text column arrives as its digits; only the slow path can tell "5" from 5.0, so floats go there.
+    plain_integer = column.str.contains(r"^-?[0-9]+$")
+    doubtful = column.str.contains(_DOUBTFUL_ID) & ~plain_integer
+    return column.is_null() | (column == "") | doubtful
+
+
+def _parse_lines(chunk: bytes, first_line: int, fields: list[Field], problems: Problems) -> pl.DataFrame:
+    columns: dict[str, list[Any]] = {wanted.name: [] for wanted in fields} | {LINE: []}
+    for number, text in enumerate(chunk.split(b"\n"), first_line):
+        if not text.strip():
+            continue
+        row = _parse_line(text, fields)
+        if isinstance(row, str):
+            problems.add(row, number)
+            continue
+        for name, value in row.items():
+            columns[name].append(value)
+        columns[LINE].append(number)
+    return pl.DataFrame(columns, schema={wanted.name: wanted.dtype for wanted in fields} | {LINE: pl.Int64})
+
+
+def _parse_line(text: bytes, fields: list[Field]) -> dict[str, Any] | str:
+    """The wanted fields of one line, or the reason why the line is unusable."""
+    try:
+        value = json.loads(text, parse_constant=_refuse_constant)
+    except (ValueError, RecursionError):
+        return "not valid JSON"
+    if not isinstance(value, dict):
+        return "not a JSON object"
+    row = {}
+    for wanted in fields:
+        entry = value.get(wanted.name)
+        if entry in (None, "") and wanted.kind != "text":
+            return f"missing field {wanted.name}"
+        try:
+            row[wanted.name] = _CONVERT[wanted.kind](entry)
+        except TypeError:
+            return f"wrong type of field {wanted.name}"
+    return row
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(name)
+
+
+def _id(value: Any) -> str:
+    if isinstance(value, str):
+        return value
+    if isinstance(value, float) and value.is_integer():
+        return str(int(value))
+    if isinstance(value, int) and not isinstance(value, bool):
+        return str(value)
+    raise TypeError(value)
+
+
+def _int(value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or not -(2**63) <= value < 2**63:
+        raise TypeError(value)
+    return value
+
+
+def _text(value: Any) -> str | None:
+    if value is None or isinstance(value, str):
+        return value
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return json.dumps(value, ensure_ascii=False)
+
+
+_CONVERT = {"id": _id, "int": _int, "text": _text}

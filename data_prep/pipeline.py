@@ -1,0 +1,104 @@
+"""The filters of the paper, in its order: time window, valid titles, k-core, windows, split (Appendix G.1)."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from typing import Any
+
+import numpy as np
+import polars as pl
+
+from data_prep.dataset import Prepared, Step
+from data_prep.kcore import k_core
+from data_prep.raw import ITEM_TEXTS, RawData
+from data_prep.titles import title_faults
+from data_prep.windows import sliding_windows, split_by_time
+from tawin_nemo.errors import DataError
+from tawin_nemo.types import EXTERNAL_ID, ITEM, SPLITS, TIME, TITLE, USER
+
+
+def build(raw: RawData, *, k: int, max_title_words: int, max_history: int) -> Prepared:
+    """Run the filters and make samples. Exact duplicates (user, item, time) go before the k-core.
+
+    Item indices follow the sorted external ids, user indices likewise. Raises DataError, with the counts of every step,
+    when a filter leaves nothing.
+    """
+    steps = [Step("readable reviews", raw.reviews.readable, None, None)]
+    _refuse_empty(raw, steps, f"is {raw.problems[0].path} the raw review file?")
+    steps.append(_step(f"time window {raw.period}", raw.reviews.inside))
+    seen = f"{_day(raw.reviews.first_time)} and {_day(raw.reviews.last_time)}"
+    _refuse_empty(raw, steps, f"the reviews lie between {seen}: set prepare.start and prepare.end")
+    reviews = raw.reviews.inside.unique(subset=[USER, ITEM, TIME], keep="first", maintain_order=True)
+    steps.append(_step("exact duplicates removed", reviews))
+
+    items, faults = _valid_items(raw.items, reviews, max_title_words)
+    reviews = reviews.join(items.select(ITEM), on=ITEM, how="semi", maintain_order="left")
+    steps.append(_step("valid titles", reviews))
+    reasons = ", ".join(f"{reason}: {count['items']}" for reason, count in faults.items())
+    _refuse_empty(raw, steps, f"items refused ({reasons}); does the metadata belong to the reviews?")
+
+    user_N, item_N = _codes(reviews[USER]), _codes(reviews[ITEM])
+    reviews = reviews.filter(pl.Series(k_core(user_N, item_N, k)))
+    steps.append(_step(f"{k}-core", reviews))
+    _refuse_empty(raw, steps, f"lower prepare.k_core (now {k}) or widen the time window")
+
+    samples = sliding_windows(_codes(reviews[USER]), _codes(reviews[ITEM]), reviews[TIME].to_numpy(), max_history)
+    users, kept = reviews[USER].n_unique(), reviews[ITEM].unique().sort()
+    steps.append(Step(f"samples (history <= {max_history})", len(samples), users, len(kept)))
+    if len(samples) < 10:
+        raise DataError(_story(raw, steps) + f" Only {len(samples)} samples are left; a split of 8:1:1 needs 10.")
+    texts = kept.alias(ITEM).to_frame().join(items, on=ITEM, how="left", maintain_order="left")
+    frame = texts.rename({ITEM: EXTERNAL_ID}).with_row_index(ITEM).with_columns(pl.col(ITEM).cast(pl.Int64))
+    splits = dict(zip(SPLITS, split_by_time(samples), strict=True))
+    problems: dict[str, Any] = {problem.path.name: problem.as_dict() for problem in raw.problems}
+    return Prepared(
+        raw.name, raw.source, frame, splits, max_history, steps, problems=problems | {"refused_items": faults}
+    )
+
+
+def _valid_items(items: pl.DataFrame, reviews: pl.DataFrame, max_words: int) -> tuple[pl.DataFrame, dict[str, Any]]:
+    """Items with a valid title (columns ITEM and ITEM_TEXTS), and per reason how many others and their reviews."""
+    reviewed = reviews.group_by(ITEM).len("reviews")
+    first = items.unique(subset=[EXTERNAL_ID], keep="first", maintain_order=True).rename({EXTERNAL_ID: ITEM})
+    first = first.with_columns(title_faults(first[TITLE], max_words))
+    judged = reviewed.join(first.with_columns(known=True), on=ITEM, how="left").with_columns(
+        pl.when(pl.col("known").is_null()).then(pl.lit("no metadata")).otherwise(pl.col("fault")).alias("fault")
+    )
+    refused = judged.filter(pl.col("fault").is_not_null()).sort(ITEM)
+    faults = {
+        str(reason): {
+            "items": part.height,
+            "reviews": int(part["reviews"].sum()),
+            "first_items": part[ITEM].head(5).to_list(),
+        }
+        for (reason,), part in refused.group_by("fault", maintain_order=True)
+    }
+    valid = judged.filter(pl.col("fault").is_null()).select(ITEM, *ITEM_TEXTS)
+    return valid, dict(sorted(faults.items()))
+
+
+def _codes(column: pl.Series) -> np.ndarray:
+    """Dense codes in the order of the sorted values."""
+    return column.rank("dense").cast(pl.Int64).to_numpy() - 1
+
+
+def _step(name: str, reviews: pl.DataFrame) -> Step:
+    return Step(name, reviews.height, reviews[USER].n_unique(), reviews[ITEM].n_unique())
+
+
+def _refuse_empty(raw: RawData, steps: list[Step], remedy: str) -> None:
+    if steps[-1].interactions == 0:
+        raise DataError(f"{_story(raw, steps)} The step '{steps[-1].name}' removed everything: {remedy}")
+
+
+def _story(raw: RawData, steps: list[Step]) -> str:
+    story = " -> ".join(f"{step.name}: {step.interactions:,}" for step in steps)
+    skipped = sum(problem.total for problem in raw.problems)
+    return f"data set {raw.name} is empty after filtering. {story} ({skipped} unusable lines skipped)."
+
+
+def _day(seconds: int) -> str:
+    try:
+        return datetime.fromtimestamp(seconds, tz=UTC).strftime("%Y-%m-%d")
+    except (ValueError, OverflowError, OSError):
+        return f"{seconds} (not UTC seconds)"

@@ -1,0 +1,154 @@
+"""A made-up review log in the raw Amazon format, with structure to learn and dirt to survive.
+
+A user's next item follows the current one by a small successor graph (accessories of the same brand), else it comes
+from the user's favourite brand and category, else from anywhere by popularity.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from data_prep.synthetic_catalogue import SUCCESSORS, Catalogue, make_catalogue
+from data_prep.synthetic_raw import write_metadata, write_reviews
+
+#: Probability that the next item is a successor of the current one, and that it is drawn near the user's taste.
+P_SUCCESSOR, P_TASTE = 0.64, 0.22
+SUCCESSOR_WEIGHTS = np.array([0.48, 0.21, 0.12, 0.08, 0.06, 0.05])
+P_STAY_IN_CATEGORY, P_FAVOURITE_BRAND = 0.7, 0.6
+FIRST_DAY, START_DAYS = 1_473_984_000, 620  # 2016-09-16 in UTC seconds; first reviews within so many days of it
+DAY = 86_400
+MAX_REVIEWS = 60
+
+REVIEWS_FILE, METADATA_FILE = "Synthetic.json.gz", "meta_Synthetic.json.gz"
+
+
+@dataclass(frozen=True)
+class World:
+    """The truth behind the raw files: the catalogue and R reviews by user, in time order within a user."""
+
+    catalogue: Catalogue
+    asins: list[str]
+    user_R: np.ndarray
+    item_R: np.ndarray
+    time_R: np.ndarray  # UTC seconds at midnight; a user has at most one review per day
+
+
+def make_world(num_items: int, num_users: int, reviews_per_user: float, seed: int) -> World:
+    """Draw a catalogue and a log. Equal arguments give equal worlds."""
+    generator = np.random.default_rng([seed, num_items, num_users])
+    catalogue = make_catalogue(num_items, generator)
+    length_U = _lengths(num_users, reviews_per_user, generator)
+    item_UL = _walk(catalogue, length_U, generator)
+    gap_UL = np.where(generator.random(item_UL.shape) < 0.4, 1, 1 + generator.geometric(0.1, item_UL.shape))
+    gap_UL[:, 0] = generator.integers(START_DAYS, size=num_users)
+    time_UL = FIRST_DAY + DAY * np.cumsum(gap_UL, axis=1)
+    mask_UL = np.arange(item_UL.shape[1]) < length_U[:, None]
+    user_R = np.repeat(np.arange(num_users), length_U)
+    return World(catalogue, identifiers("B", num_items), user_R, item_UL[mask_UL], time_UL[mask_UL])
+
+
+def write_raw(folder: Path, num_items: int, num_users: int, reviews_per_user: float, seed: int) -> World:
+    """Write REVIEWS_FILE and METADATA_FILE, dirt included, into ``folder`` and return the truth behind them."""
+    world = make_world(num_items, num_users, reviews_per_user, seed)
+    generator = np.random.default_rng([seed, 1])
+    folder.mkdir(parents=True, exist_ok=True)
+    write_metadata(folder / METADATA_FILE, world.catalogue, world.asins, generator)
+    users = identifiers("A", num_users)
+    order = np.lexsort((world.time_R, world.item_R))  # as in the public files: by item
+    write_reviews(
+        folder / REVIEWS_FILE,
+        users=[users[user] for user in world.user_R[order]],
+        asins=[world.asins[item] for item in world.item_R[order]],
+        time_R=world.time_R[order],
+        generator=generator,
+    )
+    return world
+
+
+def oracle_ranking(world: World, item_N: np.ndarray, k: int) -> np.ndarray:
+    """The k likeliest next items after each current item, ``[N, k]``, from the generator's own rules.
+
+    Successors first, then the most popular items of the same brand and category.
+    """
+    catalogue = world.catalogue
+    group_I = catalogue.category_I * len(catalogue.brand_names) + catalogue.brand_I
+    by_popularity = np.argsort(-catalogue.popularity_I, kind="stable")
+    ranking = np.full((len(item_N), k), -1)
+    fill = {group: by_popularity[group_I[by_popularity] == group][: k + SUCCESSORS] for group in np.unique(group_I)}
+    for row, item in enumerate(item_N):
+        candidates = np.concatenate([catalogue.successors_IS[item], fill[group_I[item]]])
+        distinct = candidates[np.sort(np.unique(candidates, return_index=True)[1])][:k]
+        ranking[row, : len(distinct)] = distinct
+    return ranking
+
+
+def identifiers(letter: str, count: int) -> list[str]:
+    """``count`` different identifiers whose order says nothing about their number."""
+    return [f"{letter}{(number * 387_420_489 + 123_456_789) % 10**9:09d}" for number in range(count)]
+
+
+def _lengths(num_users: int, mean: float, generator: np.random.Generator) -> np.ndarray:
+    shortest = 4 if mean >= 5 else 1
+    return np.minimum(shortest - 1 + generator.geometric(1.0 / (mean - shortest + 1), size=num_users), MAX_REVIEWS)
+
+
+@dataclass(frozen=True)
+class _Groups:
+    """Draws an item of a group by popularity: the groups lie side by side on a line of cumulative weights."""
+
+    item_I: np.ndarray  # ordered by group
+    edge_I: np.ndarray  # cumulative weight after each of them
+    low_K: np.ndarray
+    high_K: np.ndarray  # equal to low_K for a group without items
+
+    @classmethod
+    def of(cls, group_I: np.ndarray, num_groups: int, weight_I: np.ndarray) -> _Groups:
+        order = np.argsort(group_I, kind="stable")
+        edge_I = np.cumsum(weight_I[order])
+        ends = np.searchsorted(group_I[order], np.arange(num_groups), side="right")
+        high_K = np.concatenate([[0.0], edge_I])[ends]
+        return cls(order, edge_I, np.concatenate([[0.0], high_K[:-1]]), high_K)
+
+    def draw(self, group_N: np.ndarray, uniform_N: np.ndarray) -> np.ndarray:
+        low, high = self.low_K[group_N], self.high_K[group_N]
+        place = np.searchsorted(self.edge_I, low + uniform_N * (high - low), side="right")
+        return self.item_I[np.minimum(place, len(self.item_I) - 1)]
+
+    def has_items(self, group_N: np.ndarray) -> np.ndarray:
+        return self.high_K[group_N] > self.low_K[group_N]
+
+
+def _walk(catalogue: Catalogue, length_U: np.ndarray, generator: np.random.Generator) -> np.ndarray:
+    """``item_UL``: all users take their t-th step together; steps beyond a user's length are drawn but not used."""
+    users, steps = len(length_U), int(length_U.max())
+    brands, categories = len(catalogue.brand_names), len(catalogue.category_names)
+    everything = _Groups.of(np.zeros(len(catalogue), dtype=np.int64), 1, catalogue.popularity_I)
+    by_category = _Groups.of(catalogue.category_I, categories, catalogue.popularity_I)
+    shelf_I = catalogue.category_I * brands + catalogue.brand_I
+    by_shelf = _Groups.of(shelf_I, categories * brands, catalogue.popularity_I)
+
+    item_UL = np.zeros((users, steps), dtype=np.int64)
+    item_UL[:, 0] = everything.draw(np.zeros(users, dtype=np.int64), generator.random(users))
+    favourite_U = catalogue.brand_I[item_UL[:, 0]]
+    for step in range(1, steps):
+        active = np.flatnonzero(length_U > step)
+        current = item_UL[active, step - 1]
+        kind, pick, stay, loyal, uniform = generator.random((5, len(active)))
+        successor = np.searchsorted(np.cumsum(SUCCESSOR_WEIGHTS)[:-1], pick, side="right")
+        category = (catalogue.category_I[current] + (stay >= P_STAY_IN_CATEGORY)) % categories
+        shelf = category * brands + favourite_U[active]
+        near = np.where(
+            (loyal < P_FAVOURITE_BRAND) & by_shelf.has_items(shelf),
+            by_shelf.draw(shelf, uniform),
+            by_category.draw(category, uniform),
+        )
+        anywhere = everything.draw(np.zeros(len(active), dtype=np.int64), uniform)
+        item_UL[active, step] = np.where(
+            kind < P_SUCCESSOR,
+            catalogue.successors_IS[current, successor],
+            np.where(kind < P_SUCCESSOR + P_TASTE, near, anywhere),
+        )
+    return item_UL

@@ -1,0 +1,63 @@
+"""Yelp Open Dataset: reviews and businesses, JSON lines, plain or gzipped."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import polars as pl
+
+from data_prep.ndjson import LINE, Field, Problems, read_frames
+from data_prep.periods import Period
+from data_prep.raw import ITEM_SCHEMA, RawData, Reviews, collect_reviews
+from data_prep.titles import clean_column
+from tawin_nemo.data.interactions import BRAND, CATEGORY, DESCRIPTION
+from tawin_nemo.types import EXTERNAL_ID, ITEM, TIME, TITLE, USER
+
+REVIEW_FIELDS = [Field("user_id", "id"), Field("business_id", "id"), Field("date", "id")]
+ITEM_FIELDS = [Field("business_id", "id"), *(Field(name, "text") for name in ("name", "city", "categories"))]
+DATE_FORMAT = "%Y-%m-%d %H:%M:%S"
+
+
+def read(name: str, reviews: Path, businesses: Path, period: Period) -> RawData:
+    """Read both files. The title is the business's name, the description its city; dates are taken as UTC.
+
+    Raises DataError if a file cannot be opened or decompressed; unusable lines are counted in ``problems``.
+    """
+    review_problems, item_problems = Problems(reviews), Problems(businesses)
+    log = collect_reviews(_review_frames(reviews, review_problems), period)
+    review_problems.report()
+    items = _read_items(businesses, log, item_problems)
+    item_problems.report()
+    return RawData(name, "yelp", period, log, items, [review_problems, item_problems])
+
+
+def _review_frames(path: Path, problems: Problems) -> Iterator[pl.DataFrame]:
+    seconds = pl.col("date").str.to_datetime(DATE_FORMAT, strict=False, time_unit="us").dt.epoch("s")
+    for frame in read_frames(path, REVIEW_FIELDS, problems):
+        frame = frame.select(
+            pl.col("user_id").alias(USER), pl.col("business_id").alias(ITEM), seconds.alias(TIME), LINE
+        )
+        for line in frame.filter(pl.col(TIME).is_null())[LINE]:
+            problems.add("date is not YYYY-MM-DD HH:MM:SS", line)
+        yield frame.filter(pl.col(TIME).is_not_null()).drop(LINE)
+
+
+def _read_items(path: Path, reviews: Reviews, problems: Problems) -> pl.DataFrame:
+    reviewed = reviews.inside[ITEM].unique()
+    parts = [pl.DataFrame(schema=ITEM_SCHEMA)]
+    for frame in read_frames(path, ITEM_FIELDS, problems):
+        frame = frame.filter(pl.col("business_id").is_in(reviewed.implode()))
+        parts.append(
+            pl.DataFrame(
+                {
+                    EXTERNAL_ID: frame["business_id"],
+                    TITLE: clean_column(frame["name"]),
+                    DESCRIPTION: clean_column(frame["city"]),
+                    BRAND: pl.Series([""] * frame.height, dtype=pl.String),
+                    CATEGORY: clean_column(frame["categories"]),
+                },
+                schema=ITEM_SCHEMA,
+            )
+        )
+    return pl.concat(parts)

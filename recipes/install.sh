@@ -1,0 +1,18 @@
+# Sourced by quickstart.sh and tests/run.sh: makes .venv beside the code, installs requirements once, activates it.
+# TAWIN_PYTHON chooses the interpreter (3.11 or 3.12). On a GPU machine add: pip install -r requirements-gpu.txt
+python="${TAWIN_PYTHON:-python3}"
+"$python" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))' || {
+    echo "Python 3.11 or 3.12 is needed, $python is $("$python" --version); set TAWIN_PYTHON" >&2
+    exit 2
+}
+[ -x .venv/bin/python ] || "$python" -m venv .venv
+stamp="$(cat requirements.txt pyproject.toml | sha256sum | cut -d' ' -f1)"
+if [ "$(cat .venv/installed 2>/dev/null)" != "$stamp" ]; then
+    echo "installing into .venv (a few minutes, once)" >&2
+    # torch by itself first: whatever build the machine's index offers for this version satisfies all later pins
+    .venv/bin/python -m pip install --quiet --disable-pip-version-check "$(grep '^torch==' requirements.txt)"
+    .venv/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+    .venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -e .
+    echo "$stamp" > .venv/installed
+fi
+source .venv/bin/activate

@@ -1,0 +1,89 @@
+"""Backbones by name: one table of shapes. Sources: the models' published ``config.json`` files.
+
+Qwen2.5-1.5B and -3B: hidden, layers, heads and vocabulary were seen in public sources, ``tie_word_embeddings`` is
+taken from the family. ``model.init`` with a Hugging Face directory reads that directory's own config instead.
+"""
+
+from __future__ import annotations
+
+import difflib
+from dataclasses import dataclass, replace
+
+from tawin_nemo.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class RopeScaling:
+    """Llama-3's frequency scaling (``rope_type: llama3``)."""
+
+    factor: float
+    low_freq_factor: float
+    high_freq_factor: float
+    original_max_position: int
+
+
+@dataclass(frozen=True)
+class Backbone:
+    """Shape of a decoder of the Qwen2.5 or Llama-3.2 family (RMSNorm, SwiGLU, grouped-query attention, RoPE)."""
+
+    family: str  # qwen2 (bias on q, k, v) | llama (no bias)
+    hidden: int
+    layers: int
+    heads: int
+    kv_heads: int
+    ffn: int
+    vocab: int  # rows of the embedding as published; 0 = as many as the tokenizer needs
+    head_dim: int = 0  # 0 = hidden / heads
+    tied: bool = True
+    rope_theta: float = 1e6
+    rope_scaling: RopeScaling | None = None
+    norm_eps: float = 1e-6
+    max_position: int = 32768
+    init_std: float = 0.02
+
+    @property
+    def kv_channels(self) -> int:
+        return self.head_dim or self.hidden // self.heads
+
+    @property
+    def qkv_bias(self) -> bool:
+        return self.family == "qwen2"
+
+    @property
+    def body_parameters(self) -> int:
+        """Parameters without embedding and LM head."""
+        q, kv = self.heads * self.kv_channels, self.kv_heads * self.kv_channels
+        attention = self.hidden * (q + 2 * kv) + q * self.hidden + (q + 2 * kv if self.qkv_bias else 0)
+        return self.layers * (attention + 3 * self.hidden * self.ffn + 2 * self.hidden) + self.hidden
+
+
+_LLAMA3 = RopeScaling(factor=32.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position=8192)
+
+BACKBONES: dict[str, Backbone] = {
+    "qwen2.5-0.5b": Backbone("qwen2", 896, 24, 14, 2, 4864, 151936),
+    "qwen2.5-1.5b": Backbone("qwen2", 1536, 28, 12, 2, 8960, 151936),
+    "qwen2.5-3b": Backbone("qwen2", 2048, 36, 16, 2, 11008, 151936),
+    "qwen2.5-7b": Backbone("qwen2", 3584, 28, 28, 4, 18944, 152064, tied=False),
+    "llama-3.2-1b": Backbone(
+        "llama", 2048, 16, 32, 8, 8192, 128256, head_dim=64,
+        rope_theta=5e5, rope_scaling=_LLAMA3, norm_eps=1e-5, max_position=131072,
+    ),
+    # Models for CPUs, trained from scratch, same architecture as Qwen2.5; the vocabulary is the tokenizer's.
+    "nano": Backbone("qwen2", 32, 2, 4, 2, 64, 0, rope_theta=1e4, max_position=2048),
+    "tiny": Backbone("qwen2", 96, 3, 4, 2, 256, 0, rope_theta=1e4, max_position=2048),
+    "small-1m": Backbone("qwen2", 128, 4, 4, 4, 512, 0, rope_theta=1e4, max_position=4096),
+}  # fmt: skip
+
+
+def backbone(name: str) -> Backbone:
+    """The named backbone. Raises ConfigError with the nearest name."""
+    if name in BACKBONES:
+        return BACKBONES[name]
+    near = difflib.get_close_matches(name, BACKBONES, n=1)
+    hint = f"; did you mean {near[0]}?" if near else ""
+    raise ConfigError(f"model.backbone={name} is not known{hint} Known: {', '.join(BACKBONES)}")
+
+
+def with_vocab(shape: Backbone, needed: int) -> Backbone:
+    """The shape with at least ``needed`` vocabulary rows (published rows are never cut off)."""
+    return replace(shape, vocab=max(shape.vocab, needed))

@@ -1,0 +1,64 @@
+"""The catalogue: what can be recommended, and how each item is written as tokens."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+
+from tawin_nemo.catalog.trie import TokenTrie
+from tawin_nemo.errors import CatalogError
+from tawin_nemo.types import TokenRows
+
+
+@dataclass(frozen=True, eq=False)
+class Catalog:
+    """Items 0 .. I - 1 with their token paths (EOS included) and the trie over those paths.
+
+    Items written alike (duplicate titles, colliding semantic IDs) share one leaf; the model cannot tell them apart.
+    Raises CatalogError if the parts do not have one entry per item.
+    """
+
+    titles: list[str]
+    external_ids: list[str]
+    kind: str  # title | sid
+    paths: TokenRows
+    trie: TokenTrie
+
+    def __post_init__(self) -> None:
+        sizes = {
+            "titles": len(self.titles),
+            "external_ids": len(self.external_ids),
+            "paths": len(self.paths),
+            "trie": self.trie.num_items,
+        }
+        if len(set(sizes.values())) != 1:
+            raise CatalogError(f"the parts of the catalogue differ in their number of items: {sizes}")
+
+    def __len__(self) -> int:
+        return len(self.titles)
+
+    @property
+    def leaf_I(self) -> np.ndarray:
+        """Trie leaf of every item."""
+        return self.trie.leaf_I
+
+    @cached_property
+    def sharing_I(self) -> np.ndarray:
+        """Items on the same token path, the item itself included (1 = unique)."""
+        return np.diff(self.trie.item_offsets)[self.leaf_I]
+
+    def duplicates(self) -> list[tuple[int, ...]]:
+        """Groups of items that share a token path, in order of their first item."""
+        leaves = np.flatnonzero(np.diff(self.trie.item_offsets) > 1)
+        return sorted(tuple(int(item) for item in self.trie.items(int(leaf))) for leaf in leaves)
+
+    def summary(self) -> str:
+        """One line for the log: size, collisions, path lengths, trie."""
+        lengths = self.paths.lengths
+        return (
+            f"{len(self)} items ({self.kind}), {self.trie.num_leaves} distinct token paths, "
+            f"{int((self.sharing_I > 1).sum())} items share theirs, "
+            f"{lengths.mean():.1f} tokens per path (max {int(lengths.max())}), {self.trie.num_nodes} trie nodes"
+        )

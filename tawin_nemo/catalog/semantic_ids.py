@@ -1,0 +1,49 @@
+"""Semantic IDs: the JSON index ``{"0": ["<a_12>", "<b_3>", "<c_77>"], ...}`` that RQ-VAE and RQ-k-means tools write."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from tawin_nemo.errors import CatalogError
+
+
+def load_codes(path: Path, num_items: int) -> list[list[str]]:
+    """Codes of items 0 .. num_items - 1; items may have different numbers of codes, and share all of them.
+
+    Raises CatalogError that lists items without codes, keys that are no item, items named twice, and items whose
+    codes are not a list of non-empty strings without white space.
+    """
+    try:
+        pairs = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=list)
+    except (OSError, ValueError) as error:
+        raise CatalogError(f"cannot read the semantic-ID index {path}: {error}") from error
+    if not isinstance(pairs, list) or not all(isinstance(pair, tuple) for pair in pairs):
+        raise CatalogError(f"{path} must hold one JSON object {{item: [codes]}}")
+    names = [str(item) for item in range(num_items)]
+    known, seen = set(names), Counter(key for key, _ in pairs)
+    problems = {
+        "have no codes": [name for name in names if name not in seen],
+        f"are not items of 0 .. {num_items - 1}": [key for key in seen if key not in known],
+        "are named twice": [key for key, count in seen.items() if count > 1],
+        "have codes that are not a list of words": [key for key, codes in pairs if not _well_formed(codes)],
+    }
+    found = [f"{len(keys)} {problem}: {_shorten(keys)}" for problem, keys in problems.items() if keys]
+    if found:
+        raise CatalogError(f"{path} does not fit the catalogue of {num_items} items; {'; '.join(found)}")
+    codes_of = dict(pairs)
+    return [codes_of[name] for name in names]
+
+
+def _well_formed(codes: Any) -> bool:
+    return (
+        isinstance(codes, list)
+        and len(codes) > 0
+        and all(isinstance(code, str) and code and not any(map(str.isspace, code)) for code in codes)
+    )
+
+
+def _shorten(keys: list[str], shown: int = 5) -> str:
+    return ", ".join(map(repr, keys[:shown])) + (" ..." if len(keys) > shown else "")

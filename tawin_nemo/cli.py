@@ -1,0 +1,139 @@
+"""The command line: ``tawin-nemo VERB [--recipe FILE] [key=value ...]``.
+
+Heavy imports happen inside the verbs, so ``--help`` answers at once. The last line on stdout of a verb is one JSON
+object with its result; everything for people goes to stderr.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from tawin_nemo.errors import TawinError
+
+EXAMPLES = """\
+examples:
+  tawin-nemo prepare  --recipe recipes/quickstart.yaml
+  tawin-nemo train    --recipe recipes/quickstart.yaml rl.tawin.target_k=5 seed=1
+  tawin-nemo train    --recipe recipes/industrial_sid_cpu.yaml data.root=DIR --dry-run
+  tawin-nemo evaluate --recipe recipes/quickstart.yaml checkpoint=runs/quickstart/rl eval.beams=100
+  tawin-nemo generate --recipe recipes/quickstart.yaml checkpoint=runs/quickstart/rl 'generate.history=[3,17]'
+  tawin-nemo convert  --recipe recipes/quickstart.yaml checkpoint=runs/quickstart/rl convert.output=export
+  tawin-nemo keys rl.tawin        every recipe key below rl.tawin with its meaning, limits and default
+
+Running the same train command again continues a stopped run. Exit codes: 0 done, 2 a mistake you can mend (the
+message says how), 75 out of trainer.max_time (run it again), 1 a fault (with its traceback).
+"""
+
+VERBS = {
+    "prepare": "raw reviews -> 5-core, chronological samples in Parquet, with manifest and statistics",
+    "train": "SFT, then TAWin reinforcement learning, evaluation and report.html (resumes by itself)",
+    "evaluate": "Recall@K and NDCG@K of a checkpoint on valid and test",
+    "generate": "recommendations for some histories, as catalogue items",
+    "convert": "a checkpoint -> Hugging Face directory (import: model.init=DIR)",
+    "keys": "list recipe keys",
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Parse, dispatch, translate errors to exit codes."""
+    arguments = _parser().parse_intermixed_args(argv)  # overrides may stand before and after options
+    try:
+        return _dispatch(arguments, list(sys.argv[1:] if argv is None else argv))
+    except TawinError as error:
+        if error.exit_code == 1:
+            traceback.print_exc()
+        print(f"tawin-nemo {arguments.verb}: {error}", file=sys.stderr, flush=True)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("tawin-nemo: interrupted; the same command continues from the last checkpoint", file=sys.stderr)
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    listing = "\n".join(f"  {name:9} {text}" for name, text in VERBS.items())
+    parser = argparse.ArgumentParser(
+        prog="tawin-nemo",
+        description=f"Train and use LLM recommenders with TAWin.\n\nverbs:\n{listing}",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("verb", choices=VERBS, metavar="VERB", help="one of the verbs above")
+    parser.add_argument("--recipe", metavar="FILE", help="YAML recipe; without one all keys have their defaults")
+    parser.add_argument("--dry-run", action="store_true", help="train: check recipe, data and shapes, then stop")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="recipe keys, e.g. rl.lr=1e-5")
+    return parser
+
+
+def _dispatch(arguments: argparse.Namespace, argv: list[str]) -> int:
+    if arguments.verb == "keys":
+        print_keys(arguments.overrides[0] if arguments.overrides else "")
+        return 0
+    from tawin_nemo.recipe import load_recipe
+
+    recipe = load_recipe(arguments.recipe or recipe_of_checkpoint(arguments.overrides), arguments.overrides)
+    if arguments.verb == "prepare":
+        result: dict[str, Any] = {"prepared": str(prepared_root(recipe))}
+    else:
+        if recipe.trainer.devices > 1 and not _launched():
+            return _launch(recipe.trainer.devices, argv)
+        from tawin_nemo.train import verbs
+
+        verb: Callable[..., dict[str, Any]] = getattr(verbs, arguments.verb)
+        options = {"dry_run": arguments.dry_run} if arguments.verb == "train" else {}
+        result = verbs.run(recipe, verb, prepared_root, **options)
+    if int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))) == 0:
+        print(json.dumps(result), flush=True)
+    return 0
+
+
+def recipe_of_checkpoint(overrides: Sequence[str]) -> Path | None:
+    """Without --recipe, ``checkpoint=RUN_DIR/...`` means the recipe that RUN_DIR was made with."""
+    named = [Path(item.removeprefix("checkpoint=")) for item in overrides if item.startswith("checkpoint=")]
+    folders = [folder for path in named for folder in (path, *path.parents)]
+    return next((folder / "recipe.yaml" for folder in folders if (folder / "recipe.yaml").is_file()), None)
+
+
+def prepared_root(recipe: Any) -> Path:
+    """The prepared dataset that a recipe means; raw data is prepared into RUN_DIR/data first."""
+    from data_prep.prepare import detect, prepare
+
+    source = recipe.data.dataset
+    root = Path(recipe.data.root) if recipe.data.root else None
+    if source == "auto":
+        source = detect(root) if root else "synthetic"
+    if source == "prepared":
+        assert root is not None
+        return root
+    out = Path(recipe.run_dir or f"runs/{recipe.name}") / "data"
+    return prepare(source, root, out, prepare=recipe.prepare, data=recipe.data, seed=recipe.seed, name=recipe.name)
+
+
+def _launched() -> bool:
+    """Whether torchrun or srun has started this process as one of several."""
+    return "RANK" in os.environ or int(os.environ.get("SLURM_NTASKS", "1")) > 1
+
+
+def _launch(processes: int, argv: list[str]) -> int:
+    """Start one process per device on this machine through torchrun."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    os.execv(sys.executable, [*command, "-m", "tawin_nemo", *argv])
+
+
+def print_keys(prefix: str) -> None:
+    """Every recipe key that starts with ``prefix``: default, limits, meaning."""
+    from tawin_nemo.config import Recipe
+    from tawin_nemo.recipe import leaf_fields, value_of
+
+    defaults = Recipe()
+    for key, item in leaf_fields(Recipe):
+        if key.startswith(prefix):
+            choices = item.metadata.get("choices")
+            limits = f" [{' | '.join(choices)}]" if choices else ""
+            print(f"{key} = {value_of(defaults, key)!r}{limits}\n    {item.metadata['help']}")

@@ -1,0 +1,228 @@
+"""What a recipe may say: frozen dataclasses, one per section; every field has its default, meaning and limits here.
+
+``recipe.py`` reads YAML into these classes; nothing else constructs them except tests. Field helpers: ``opt`` is any
+value with a meaning, ``choice`` is one word out of several, ``number`` has limits. ``tawin-nemo keys [PREFIX]``
+prints this file as a table.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+
+def opt(default: Any, help: str) -> Any:
+    metadata = {"help": help}
+    if isinstance(default, list | dict):
+        return field(default_factory=lambda: type(default)(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+def choice(default: str, *others: str, help: str) -> Any:
+    return field(default=default, metadata={"help": help, "choices": (default, *others)})
+
+
+def number(default: float, low: float | None = None, high: float | None = None, *, help: str) -> Any:
+    """A number with inclusive limits."""
+    return field(default=default, metadata={"help": help, "low": low, "high": high})
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    root: str = opt("", "folder with the data: prepared Parquet, or raw files that `dataset` names")
+    dataset: str = choice(
+        "auto", "prepared", "inter", "amazon", "yelp", "synthetic",
+        help="what lies in root; auto looks. Raw layouts are prepared into RUN_DIR/data first",
+    )  # fmt: skip
+    max_history: int = number(10, 1, 200, help="items of history in a sample, the newest are kept")
+    template: str = choice("compact", "alpaca", help="prompt wording, the same in SFT, RL, evaluation and serving")
+    tokenizer: str = opt(
+        "auto", "auto | folder with tokenizer.json | bpe (of the titles) | codes (of the index)"
+    )
+    bpe_vocab_size: int = number(2048, 300, 200_000, help="vocabulary of a BPE trained on the catalogue")
+    max_prompt_tokens: int = number(512, 8, 32_768, help="longer prompts lose their oldest items, whole")
+    train_limit: int = number(0, 0, help="use only the last N training rows by time (0 = all)")
+    eval_limit: int = number(0, 0, help="use only the first N rows of valid and of test (0 = all)")
+
+
+@dataclass(frozen=True)
+class PrepareConfig:
+    """Raw reviews -> samples; used when ``data.dataset`` is amazon, yelp or synthetic."""
+
+    reviews: str = opt("", "review file, relative to data.root: *.json or *.json.gz")
+    metadata: str = opt("", "item file, relative to data.root: *.json or *.json.gz")
+    start: str = opt("", "first day of the time window, YYYY-MM-DD or YYYY-MM (empty = the published limit, if any)")
+    end: str = opt("", "last day or month, inclusive (empty = as for start)")
+    k_core: int = number(5, 1, help="users and items with fewer interactions go, until nothing changes")
+    max_title_words: int = number(40, 1, help="items with longer titles are dropped as noise")
+    synthetic_items: int = number(2400, 50, help="items of the generated catalogue")
+    synthetic_users: int = number(6000, 50, help="users of the generated review log")
+    synthetic_reviews_per_user: float = number(8.0, 1, help="mean length of a generated user's log")
+
+
+@dataclass(frozen=True)
+class CatalogConfig:
+    kind: str = choice("title", "sid", help="items are written as their title or as semantic-ID codes")
+    index: str = opt("", "kind=sid: JSON file {item: [codes]}, absolute or relative to data.root")
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    backbone: str = opt("tiny", "a name of backbones.py, e.g. qwen2.5-0.5b")
+    init: str = opt("random", "random | a Hugging Face directory (config.json and safetensors)")
+    dropout: float = number(0.0, 0.0, 0.9, help="hidden and attention dropout, for models trained from scratch")
+    tensor_model_parallel_size: int = number(1, 1, help="ranks that share each layer")
+    pipeline_model_parallel_size: int = number(1, 1, help="groups of layers on different ranks")
+    sequence_parallel: bool = opt(False, "split activations along the sequence between TP ranks")
+    precision: str = choice(
+        "fp32", "bf16", "fp8-blockwise", "fp8-tensorwise", "fp8-delayed", help="number format of the matrix products"
+    )
+    recompute: str = choice("none", "selective", "full", help="activation recomputation in the backward pass")
+
+
+@dataclass(frozen=True)
+class TrainerConfig:
+    num_nodes: int = number(1, 1, help="machines")
+    devices: int = number(1, 1, help="processes per machine, one per GPU (on CPU: gloo)")
+    max_time: str = opt("", "DD:HH:MM:SS after which the run saves and exits with code 75 (empty = none)")
+    save_interval: int = number(50, 1, help="optimizer steps between checkpoints")
+    val_check_interval: int = number(0, 0, help="optimizer steps between validations in RL (0 = only at the end)")
+    keep_last: int = number(2, 1, help="newest checkpoints that stay")
+    keep_best: bool = opt(True, "the checkpoint with the best valid metric stays as well")
+    threads: int = number(0, 0, help="CPU threads per process (0 = cores / processes)")
+    distributed_optimizer: bool = opt(True, "shard the optimizer state over data-parallel ranks")
+    clip_grad: float = number(1.0, 0.0, help="largest gradient norm (0 = no clipping)")
+    weight_decay: float = number(0.01, 0.0, help="AdamW, not on norms and biases")
+    adam_beta2: float = number(0.999, 0.0, 1.0, help="AdamW, second moment")
+
+
+@dataclass(frozen=True)
+class SftConfig:
+    enabled: bool = opt(True, "run SFT before RL")
+    rows: str = choice(
+        "auto", "earlier", "all",
+        help="rows of train: all, or the earlier 1 - rl.fresh_share by time; auto = earlier when rl.rows=fresh",
+    )  # fmt: skip
+    epochs: int = number(30, 1, help="upper bound; early stopping on valid ends SFT")
+    global_batch_size: int = number(128, 1, help="rows per optimizer step over all ranks")
+    micro_batch_tokens: int = number(16384, 16, help="padded tokens per forward pass and rank")
+    lr: float = number(1e-3, 0.0, help="peak learning rate")
+    schedule: str = choice("constant", "cosine", "linear", help="after the warm-up")
+    warmup: int = number(50, 0, help="steps of linear warm-up")
+    min_lr_ratio: float = number(0.1, 0.0, 1.0, help="floor of cosine and linear, as a share of lr")
+    patience: int = number(1, 1, help="checks on valid without progress before SFT stops")
+    checks_per_epoch: int = number(1, 1, help="validations per epoch")
+    loss_space: str = choice("vocab", "trie", help="normalise over the whole vocabulary or over the admissible tokens")
+
+
+@dataclass(frozen=True)
+class TawinConfig:
+    """Threshold-adjusted windowed reweighting (arXiv 2604.22504, Section 3.3)."""
+
+    enabled: bool = opt(True, "weight the negatives of each group; off = plain algorithm")
+    k: float = number(4.0, 1e-6, help="mass of the window in ranks (Eq. 16)")
+    tau: float = number(0.1, 1e-6, help="softness of the window's border (Eq. 17)")
+    anchor: float = number(2.0, 0.0, help="0-based rank at which the window sits")
+    target_k: int = number(0, 0, help="aim at Recall@K: sets anchor = K - 1 (0 = use anchor)")
+    window: str = choice("centred", "start", help="the anchor is the window's centre or its low-FPR border")
+
+
+@dataclass(frozen=True)
+class RlConfig:
+    enabled: bool = opt(True, "run RL after SFT")
+    algorithm: str = choice("grpo", help="policy objective")
+    init: str = choice("sft", "base", help="start from the SFT checkpoint or from model.init")
+    rows: str = choice("fresh", "all", help="fresh = the last fresh_share of train by time, which SFT has not seen")
+    fresh_share: float = number(0.2, 0.0, 1.0, help="share of train kept for RL")
+    prompts_per_step: int = number(64, 1, help="prompts of one rollout over all ranks")
+    group_size: int = number(16, 2, 512, help="candidates per prompt")
+    max_steps: int = number(0, 0, help="rollouts; 0 = what `epochs` gives")
+    epochs: float = number(1.0, 0.0, help="passes over the RL rows")
+    inner_updates: int = number(1, 1, help="optimizer steps on each rollout (GRPO's mu)")
+    micro_batch_tokens: int = number(32768, 16, help="padded tokens per forward pass and rank")
+    lr: float = number(1e-4, 0.0, help="peak learning rate")
+    schedule: str = choice("constant", "cosine", "linear", help="after the warm-up")
+    warmup: int = number(0, 0, help="steps of linear warm-up")
+    min_lr_ratio: float = number(0.1, 0.0, 1.0, help="floor of cosine and linear, as a share of lr")
+    beta: float = number(1e-3, 0.0, help="weight of the KL to the reference (0 = no reference is built)")
+    kl: str = choice("k3", "k1", "k2", help="KL estimator")
+    clip_low: float = number(0.2, 0.0, 1.0, help="ratio is clipped below 1 - clip_low")
+    clip_high: float = number(0.2, 0.0, help="ratio is clipped above 1 + clip_high")
+    policy_space: str = choice("trie", "vocab", help="distribution of ratio, KL and loss")
+    length_norm: str = choice("full", "branching", help="|Y| counts all tokens of the path, or only the branching ones")
+    std: str = choice("population", "sample", help="standard deviation of the group")
+    negatives: str = choice("beam", "sample", help="candidates from beam search or from independent constrained draws")
+    reward: str = choice("rule", "ranking", help="rule = 1 for the target; ranking adds ReRe's rank penalty")
+    ensure_target: str = choice("off", "replace_last", help="put the target into a group that lacks it")
+    tawin: TawinConfig = field(default_factory=TawinConfig)
+
+
+@dataclass(frozen=True)
+class RolloutConfig:
+    width: int = number(0, 0, 4096, help="beams in rollouts (0 = rl.group_size)")
+    score_space: str = choice("trie", "vocab", help="what beams are ranked by")
+    length_penalty: float = number(0.0, help="final score = sum log p / len^penalty")
+    temperature: float = number(1.0, 1e-6, help="of constrained sampling")
+    token_budget: int = number(65536, 16, help="prompt tokens x beams handled at once per rank")
+    placement: str = choice("colocated", help="rollouts on the training ranks")
+    tensor_model_parallel_size: int = number(0, 0, help="0 = as in training")
+
+
+@dataclass(frozen=True)
+class ReferenceConfig:
+    mode: str = choice("copy", "swap", "off", help="own copy | kept on the CPU and swapped in | none (needs rl.beta=0)")
+    refresh: str = choice("off", help="whether the reference follows the actor")
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    beams: int = number(50, 1, 4096, help="beam width of evaluation")
+    ks: list[int] = opt([1, 3, 5, 10], "cut-offs of Recall@K and NDCG@K")
+    collision: str = choice(
+        "fractional", "optimistic", help="credit of items that share one token path: 1/number sharing, or a full hit"
+    )
+    token_budget: int = number(65536, 16, help="prompt tokens x beams handled at once per rank")
+
+
+@dataclass(frozen=True)
+class CompareConfig:
+    """Rows printed beside RL, so that its gain can be judged."""
+
+    sft_continued: bool = opt(True, "SFT continued on the rows that RL uses, with early stopping")
+    sft_all: bool = opt(False, "SFT on all training rows")
+
+
+@dataclass(frozen=True)
+class GenerateConfig:
+    split: str = choice("test", "valid", "train", help="whose prompts are answered when no history is given")
+    rows: int = number(3, 1, help="prompts of the split")
+    history: list[int] = opt([], "item indices, oldest first: recommend for this history instead")
+    n: int = number(10, 1, help="recommendations per prompt")
+
+
+@dataclass(frozen=True)
+class ConvertConfig:
+    output: str = opt("", "folder for the Hugging Face export")
+    shard_mb: int = number(2000, 1, help="largest safetensors file, MB")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    name: str = opt("run", "name of the run; the run directory is runs/NAME")
+    seed: int = number(42, 0, help="of data order, initial weights, dropout and sampling")
+    run_dir: str = opt("", "where the run writes (empty = runs/NAME)")
+    data: DataConfig = field(default_factory=DataConfig)
+    prepare: PrepareConfig = field(default_factory=PrepareConfig)
+    catalog: CatalogConfig = field(default_factory=CatalogConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    sft: SftConfig = field(default_factory=SftConfig)
+    rl: RlConfig = field(default_factory=RlConfig)
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    reference: ReferenceConfig = field(default_factory=ReferenceConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    compare: CompareConfig = field(default_factory=CompareConfig)
+    checkpoint: str = opt("", "evaluate, generate, convert: a stage of a run (RUN_DIR/rl) or one of its step_N")
+    generate: GenerateConfig = field(default_factory=GenerateConfig)
+    convert: ConvertConfig = field(default_factory=ConvertConfig)
+    exp_manager: dict[str, Any] = opt({}, "passed to NeMo's exp_manager (TensorBoard, W&B, MLflow); empty = not used")

@@ -1,0 +1,159 @@
+"""The prepared data set on disk, read back and checked.
+
+Layout of the folder: ``items.parquet`` (item, external_id, title, description, brand, category), one Parquet file per
+split (user, history, target, time), further files such as code indices, and ``manifest.json`` with the SHA-256 of
+each of them.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from tawin_nemo.artefacts import sha256
+from tawin_nemo.errors import DataError
+from tawin_nemo.types import EXTERNAL_ID, HISTORY, ITEM, SPLITS, TARGET, TIME, TITLE, USER, TokenRows
+
+FORMAT = "tawin_nemo.prepared.v1"
+MANIFEST = "manifest.json"
+ITEMS_FILE = "items.parquet"
+#: Columns of ITEMS_FILE besides ITEM, EXTERNAL_ID and TITLE.
+DESCRIPTION, BRAND, CATEGORY = "description", "brand", "category"
+
+_AGAIN = "prepare the data set again"
+
+
+@dataclass(frozen=True)
+class Split:
+    """N samples in time order. ``history`` holds item indices, oldest first; ``time_N`` is seconds or a row order."""
+
+    user_N: np.ndarray
+    history: TokenRows
+    target_N: np.ndarray
+    time_N: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.user_N)
+
+    def slice(self, begin: int, end: int) -> Split:
+        """Rows begin..end-1, without copying."""
+        offsets = self.history.offsets[begin : end + 1]
+        history = TokenRows(self.history.flat[offsets[0] : offsets[-1]], offsets - offsets[0])
+        return Split(self.user_N[begin:end], history, self.target_N[begin:end], self.time_N[begin:end])
+
+
+@dataclass(frozen=True)
+class ItemFrame:
+    """The catalogue; position i belongs to item index i."""
+
+    external_ids: list[str]
+    titles: list[str]
+    descriptions: list[str]
+
+    def __len__(self) -> int:
+        return len(self.titles)
+
+
+@dataclass(frozen=True)
+class Dataset:
+    items: ItemFrame
+    train: Split
+    valid: Split
+    test: Split
+    manifest: dict[str, Any]
+
+
+def read_manifest(root: Path) -> dict[str, Any]:
+    """The manifest of a prepared folder. Raises DataError if there is none, or it is not one of this format."""
+    path = root / MANIFEST
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise DataError(f"{root} is not a prepared data set: no readable {MANIFEST} ({error.strerror})") from error
+    except ValueError as error:
+        raise DataError(f"{path} is not valid JSON ({error}); {_AGAIN}") from error
+    found = manifest.get("format") if isinstance(manifest, dict) else None
+    if found != FORMAT or not isinstance(manifest.get("files"), dict):
+        raise DataError(f"{path} has format {found!r}, expected {FORMAT!r}; {_AGAIN}")
+    return manifest
+
+
+def verify_files(root: Path, manifest: dict[str, Any]) -> None:
+    """Raise DataError if a file that the manifest lists is absent or has another SHA-256."""
+    needed = {ITEMS_FILE} | {f"{split}.parquet" for split in SPLITS}
+    if missing := sorted(needed - manifest["files"].keys()):
+        raise DataError(f"{root / MANIFEST} does not list {', '.join(missing)}; {_AGAIN}")
+    for name, expected in manifest["files"].items():
+        path = root / name
+        if not path.is_file():
+            raise DataError(f"{path} is missing although {MANIFEST} lists it; {_AGAIN}")
+        if (found := sha256(path)) != expected:
+            raise DataError(
+                f"{path} is damaged or was edited: SHA-256 {found[:12]}.. instead of {expected[:12]}..; {_AGAIN}"
+            )
+
+
+def load_dataset(root: Path) -> Dataset:
+    """Read a prepared folder after verifying the checksums of its manifest.
+
+    Raises DataError for a missing or damaged file, missing columns, item indices that are not 0..I-1, an empty
+    history, or samples that name an item outside the catalogue.
+    """
+    manifest = read_manifest(root)
+    verify_files(root, manifest)
+    items = _read_items(root / ITEMS_FILE)
+    train, valid, test = (_read_split(root / f"{split}.parquet", len(items)) for split in SPLITS)
+    return Dataset(items, train, valid, test, manifest)
+
+
+def _read_table(path: Path, columns: list[str]) -> pa.Table:
+    try:
+        present = pq.read_schema(path).names
+        if missing := [name for name in columns if name not in present]:
+            raise DataError(f"{path} has no column {missing[0]!r}; {_AGAIN}")
+        table = pq.read_table(path, columns=columns).combine_chunks()
+    except (pa.ArrowException, OSError) as error:
+        raise DataError(f"{path} cannot be read as Parquet ({error}); {_AGAIN}") from error
+    for name in columns:
+        if table[name].null_count:
+            raise DataError(f"{path}: column {name!r} has {table[name].null_count} empty cells; {_AGAIN}")
+    return table
+
+
+def _read_items(path: Path) -> ItemFrame:
+    columns = [ITEM, EXTERNAL_ID, TITLE, DESCRIPTION]
+    table = _read_table(path, columns)
+    index = table[ITEM].to_numpy()
+    if not np.array_equal(index, np.arange(len(index))):
+        raise DataError(f"{path}: column {ITEM!r} must be 0..{len(index) - 1} in order; {_AGAIN}")
+    return ItemFrame(*(table[name].to_pylist() for name in columns[1:]))
+
+
+def _read_split(path: Path, num_items: int) -> Split:
+    columns = [USER, HISTORY, TARGET, TIME]
+    table = _read_table(path, columns)
+    user, target, time = (table[name].to_numpy() for name in (USER, TARGET, TIME))
+    history = _ragged(table[HISTORY])
+    if len(history) and history.lengths.min() < 1:
+        raise DataError(f"{path}: row {int(history.lengths.argmin())} has an empty history; {_AGAIN}")
+    for name, values in ((TARGET, target), (HISTORY, history.flat)):
+        if len(values) and (values.min() < 0 or values.max() >= num_items):
+            wrong = values.min() if values.min() < 0 else values.max()
+            raise DataError(
+                f"{path}: column {name!r} names item {wrong}, the catalogue has 0..{num_items - 1}; {_AGAIN}"
+            )
+    return Split(user, history, target, time)
+
+
+def _ragged(column: pa.ChunkedArray) -> TokenRows:
+    lists = column.combine_chunks()
+    if isinstance(lists, pa.ChunkedArray):  # pyarrow before 23 keeps a chunked array of one or no chunk
+        lists = lists.chunk(0) if lists.num_chunks else pa.array([], type=column.type)
+    offsets = lists.offsets.to_numpy().astype(np.int64)
+    return TokenRows(lists.values.to_numpy()[offsets[0] : offsets[-1]].astype(np.int64), offsets - offsets[0])

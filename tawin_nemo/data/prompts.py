@@ -1,0 +1,78 @@
+"""One prompt template for SFT, RL, evaluation and serving.
+
+``alpaca`` is for pretrained language models: instruction, input, response, items one per line, titles in quotes.
+``compact`` is for models trained from scratch, where every token costs training time: no words, two marker tokens.
+The oldest item comes first, so that the newest one stands nearest to the answer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from tawin_nemo.errors import ConfigError
+
+#: Marker tokens of the compact template: in front of an item (once in front of all for codes) and of the answer.
+ITEM_MARK, ANSWER_MARK = "<|item|>", "<|next|>"
+
+_ALPACA_HEAD = (
+    "The instruction below comes with an input. Write the response that carries it out.\n\n"
+    "### Instruction:\n"
+    "A customer bought the items listed in the input, from oldest to newest. "
+    "Name the item that this customer will buy next.\n\n"
+    "### Input:\n"
+)
+_ALPACA_TAIL = "\n\n### Response:\n"
+
+
+@dataclass(frozen=True)
+class Template:
+    """Turns item texts (titles, or joined codes) into the text of a prompt and of an answer.
+
+    ``name`` is compact or alpaca, ``kind`` is title or sid (``data.template`` and ``catalog.kind``). Raises
+    ConfigError for other words.
+    """
+
+    name: str = "compact"
+    kind: str = "title"
+
+    def __post_init__(self) -> None:
+        if self.name not in ("compact", "alpaca"):
+            raise ConfigError(f"data.template={self.name} is not known; use compact or alpaca")
+        if self.kind not in ("title", "sid"):
+            raise ConfigError(f"catalog.kind={self.kind} is not known; use title or sid")
+
+    @property
+    def head(self) -> str:
+        """What stands in front of the first item."""
+        return ITEM_MARK if self.name == "compact" else _ALPACA_HEAD
+
+    @property
+    def separator(self) -> str:
+        """What stands between two items."""
+        if self.name == "alpaca":
+            return "\n"
+        return ITEM_MARK if self.kind == "title" else ""
+
+    @property
+    def tail(self) -> str:
+        """What stands between the newest item and the answer."""
+        return ANSWER_MARK if self.name == "compact" else _ALPACA_TAIL
+
+    @property
+    def pieces(self) -> tuple[str, ...]:
+        """The distinct fixed texts, none of them empty."""
+        return tuple(dict.fromkeys(piece for piece in (self.head, self.separator, self.tail) if piece))
+
+    @property
+    def markers(self) -> tuple[str, ...]:
+        """The fixed texts that must be single tokens in every tokenizer."""
+        return self.pieces if self.name == "compact" else ()
+
+    def prompt(self, history_texts: Sequence[str]) -> str:
+        """The prompt for item texts ordered oldest first (an empty history is allowed)."""
+        return self.head + self.separator.join(map(self.answer, history_texts)) + self.tail
+
+    def answer(self, item_text: str) -> str:
+        """How an item is written, in the history and as the answer. End of text is a token, not part of this."""
+        return f'"{item_text}"' if self.name == "alpaca" and self.kind == "title" else item_text

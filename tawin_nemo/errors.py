@@ -1,0 +1,40 @@
+"""Every error this package raises on purpose.
+
+Exit codes of the command line: ``UserError`` and its subclasses end with 2 (the user can mend it), everything else
+with 1 (a fault of the machine or of this software), ``Preempted`` with 75 (run the same command again).
+Messages say three things: what is wrong, the value seen, what to do.
+"""
+
+
+class TawinError(Exception):
+    """Root of all deliberate errors."""
+
+    exit_code = 1
+
+
+class UserError(TawinError, ValueError):
+    """A mistake that the user can mend: a recipe key, a missing file, an impossible combination."""
+
+    exit_code = 2
+
+
+class ConfigError(UserError):
+    """A recipe or an override that cannot be used; names the key, the value and the remedy."""
+
+
+class DataError(UserError):
+    """Input data that cannot be used: unreadable, empty after filtering, inconsistent."""
+
+
+class CatalogError(UserError):
+    """Items, token paths or semantic IDs that do not form a valid catalogue."""
+
+
+class CheckpointError(TawinError):
+    """A checkpoint that is incomplete, corrupt or of another model."""
+
+
+class Preempted(TawinError):
+    """The time limit was reached; the state is saved and the same command continues it."""
+
+    exit_code = 75

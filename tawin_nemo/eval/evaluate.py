@@ -1,0 +1,179 @@
+"""Recall@K and NDCG@K of a policy over the full catalogue: a table with one row per user first, means after.
+
+Rank and credit. A policy ranks token *paths*: each path holds one place of the beam list, however many items are
+written with it. The rank of a target is the 0-based place of its path (-1 when no beam ended there). A target that
+shares its path with s - 1 other items cannot be told apart from them; ``eval.collision`` says what a hit is then
+worth: ``fractional`` gives 1/s, the chance that one item picked from the path is the target, ``optimistic`` gives 1, as
+comparing strings does (MiniOneRec). Both multiply Recall@K and NDCG@K.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import polars as pl
+import torch
+from torch import Tensor
+
+from tawin_nemo.catalog.items import Catalog
+from tawin_nemo.config import EvalConfig
+from tawin_nemo.data.samples import Samples
+from tawin_nemo.errors import ConfigError, DataError
+from tawin_nemo.eval.intervals import normal_interval
+from tawin_nemo.eval.result import EvalResult
+from tawin_nemo.log import progress
+from tawin_nemo.maths.ranking import ndcg_at_k, recall_at_k
+from tawin_nemo.rollout.engine import RolloutEngine
+from tawin_nemo.types import NO_ITEM, Candidates, DataParallel
+
+#: Prompts whose candidates are held in memory at once.
+CHUNK_ROWS = 512
+#: Places of each list that count for coverage.
+COVERAGE_K = 10
+
+
+@dataclass(frozen=True)
+class _Found:
+    """What is kept of the candidates of some rows."""
+
+    rank_B: np.ndarray
+    candidates_B: np.ndarray  # valid candidates in the list
+    invalid: int
+    returned: int
+    top_leaves: np.ndarray  # distinct leaves among the first COVERAGE_K places
+
+
+def evaluate(
+    engine: RolloutEngine, samples: Samples, catalog: Catalog, cfg: EvalConfig, *, dp: DataParallel, label: str
+) -> EvalResult:
+    """Search ``cfg.beams`` beams for every row and compare with its target.
+
+    Rows are dealt out to the data-parallel replicas and put together again in row order, so the result does not
+    depend on their number; every rank returns it. Raises DataError without rows, ConfigError for a cut-off beyond the
+    beam list.
+    """
+    if len(samples) == 0:
+        raise DataError(f"{label}: no rows to evaluate; check data.eval_limit and the split")
+    num_paths = catalog.trie.num_leaves
+    if max(cfg.ks) > cfg.beams < num_paths:
+        raise ConfigError(f"eval.ks={list(cfg.ks)} goes beyond eval.beams={cfg.beams}; raise eval.beams")
+    mine = np.arange(len(samples))[dp.rank :: dp.size]
+    found = _search(engine, samples, catalog, cfg, mine, label)
+    parts = dp.gather((mine, found))
+    order_B = np.concatenate([rows for rows, _ in parts]).argsort(kind="stable")
+    everything = _join([part for _, part in parts], order_B)
+    per_user = per_user_table(
+        samples, everything.rank_B, catalog.sharing_I[samples.target_N], everything.candidates_B, cfg
+    )
+    metrics = {name: per_user[name].to_numpy() for name in metric_names(cfg.ks)}
+    intervals = {name: normal_interval(values_B) for name, values_B in metrics.items()}
+    full_list = min(cfg.beams, num_paths)
+    return EvalResult(
+        means={name: interval.mean for name, interval in intervals.items()},
+        intervals={name: (interval.low, interval.high) for name, interval in intervals.items()},
+        rows=len(samples),
+        invalid_rate=everything.invalid / max(1, everything.returned),
+        collisions=int((per_user["sharing"] > 1).sum()),
+        short_rows=float((everything.candidates_B < full_list).mean()),
+        coverage=len(everything.top_leaves) / num_paths,
+        beams=cfg.beams,
+        collision=cfg.collision,
+        per_user=per_user,
+    )
+
+
+def metric_names(ks: Sequence[int]) -> list[str]:
+    return [f"{metric}@{k}" for metric in ("recall", "ndcg") for k in ks]
+
+
+def per_user_table(
+    samples: Samples, rank_B: np.ndarray, sharing_B: np.ndarray, candidates_B: np.ndarray, cfg: EvalConfig
+) -> pl.DataFrame:
+    """One line per row of the split: row, user, target, rank, sharing, candidates, then the metrics with credit."""
+    credit_B = 1.0 / sharing_B if cfg.collision == "fractional" else np.ones(len(rank_B))
+    rank = torch.from_numpy(rank_B)
+    facts = {
+        "row": samples.row_N,
+        "user": samples.user_N,
+        "target": samples.target_N,
+        "rank": rank_B,
+        "sharing": sharing_B,
+        "candidates": candidates_B,
+    }
+    columns: dict[str, np.ndarray] = {name: np.asarray(values, dtype=np.int64) for name, values in facts.items()}
+    for k in cfg.ks:
+        columns[f"recall@{k}"] = recall_at_k(rank, k).numpy() * credit_B
+        columns[f"ndcg@{k}"] = ndcg_at_k(rank, k).numpy() * credit_B
+    return pl.DataFrame({name: columns[name] for name in [*facts, *metric_names(cfg.ks)]})
+
+
+def target_rank(leaf_BW: Tensor, target_leaf_B: Tensor) -> Tensor:
+    """0-based place of each row's target leaf in its list, -1 where it is absent. [B] int64.
+
+    >>> target_rank(torch.tensor([[5, 7, 9], [5, 7, -1]]), torch.tensor([7, 4])).tolist()
+    [1, -1]
+    """
+    hit_BW = leaf_BW == target_leaf_B.unsqueeze(-1)
+    return torch.where(hit_BW.any(-1), hit_BW.int().argmax(-1), -1)
+
+
+def check_candidates(found: Candidates, catalog: Catalog) -> tuple[np.ndarray, np.ndarray]:
+    """Two bool arrays [B, W]: where something was returned, and where that is not a catalogue item.
+
+    A candidate is invalid unless it is, token for token, the path of the item that it claims to be. The search should
+    make that impossible; here it is checked against the catalogue's own token rows and not against the trie that the
+    search walked.
+    """
+    items_BW, tokens_BWT = found.items_BW.cpu().numpy(), found.tokens_BWT.cpu().numpy()
+    lengths_BW, leaf_BW = found.lengths_BW.cpu().numpy(), found.leaf_BW.cpu().numpy()
+    returned_BW = (items_BW != NO_ITEM) | (lengths_BW > 0)
+    known_BW = (items_BW >= 0) & (items_BW < len(catalog))
+    item_BW = np.where(known_BW, items_BW, 0)
+    same_BW = known_BW & (lengths_BW == catalog.paths.lengths[item_BW]) & (leaf_BW == catalog.leaf_I[item_BW])
+    same_BW &= lengths_BW <= tokens_BWT.shape[-1]
+    starts_BW = catalog.paths.offsets[item_BW]
+    for t in range(tokens_BWT.shape[-1]):
+        inside_BW = same_BW & (t < lengths_BW)
+        expected_BW = catalog.paths.flat[np.where(inside_BW, starts_BW + t, 0)]
+        same_BW &= ~inside_BW | (tokens_BWT[..., t] == expected_BW)
+    return returned_BW, returned_BW & ~same_BW
+
+
+def _search(
+    engine: RolloutEngine, samples: Samples, catalog: Catalog, cfg: EvalConfig, rows: np.ndarray, label: str
+) -> _Found:
+    """Longest prompts first, so that a chunk too large for the memory fails at once; results in the rows' order."""
+    by_length = np.argsort(-samples.prompts.lengths[rows], kind="stable")
+    chunks = [by_length[start : start + CHUNK_ROWS] for start in range(0, len(rows), CHUNK_ROWS)]
+    parts = [_search_chunk(engine, samples, catalog, cfg, rows[chunk]) for chunk in progress(chunks, what=label)]
+    return _join(parts, by_length.argsort(kind="stable"))
+
+
+def _search_chunk(
+    engine: RolloutEngine, samples: Samples, catalog: Catalog, cfg: EvalConfig, rows: np.ndarray
+) -> _Found:
+    found = engine.search(samples.prompts.take(rows), cfg.beams, token_budget=cfg.token_budget)
+    returned_BW, invalid_BW = check_candidates(found, catalog)
+    leaf_BW = found.leaf_BW.cpu()
+    top_leaves = np.unique(leaf_BW[:, :COVERAGE_K].numpy())
+    return _Found(
+        rank_B=target_rank(leaf_BW, torch.from_numpy(catalog.leaf_I[samples.target_N[rows]])).numpy(),
+        candidates_B=(returned_BW & ~invalid_BW).sum(-1),
+        invalid=int(invalid_BW.sum()),
+        returned=int(returned_BW.sum()),
+        top_leaves=top_leaves[top_leaves >= 0],
+    )
+
+
+def _join(parts: Sequence[_Found], order_B: np.ndarray) -> _Found:
+    """The parts one after another, then put into ``order_B``."""
+    empty = np.zeros(0, np.int64)
+    return _Found(
+        rank_B=np.concatenate([empty, *(part.rank_B for part in parts)])[order_B],
+        candidates_B=np.concatenate([empty, *(part.candidates_B for part in parts)])[order_B],
+        invalid=sum(part.invalid for part in parts),
+        returned=sum(part.returned for part in parts),
+        top_leaves=np.unique(np.concatenate([empty, *(part.top_leaves for part in parts)])),
+    )

@@ -1,0 +1,80 @@
+"""What an evaluation found, and its two files: ``SPLIT.json`` (means) and ``SPLIT.per_user.parquet`` (one row each)."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+
+from tawin_nemo.artefacts import atomic_path, write_json
+from tawin_nemo.errors import DataError
+from tawin_nemo.eval.intervals import Interval, minimal_detectable_effect, paired_difference
+
+
+@dataclass(frozen=True, eq=False)
+class EvalResult:
+    """Means over all rows of a split with 95 % intervals, and the per-user table they come from."""
+
+    means: dict[str, float]  # recall@K and ndcg@K
+    intervals: dict[str, tuple[float, float]]  # 95 %, normal approximation
+    rows: int
+    invalid_rate: float  # share of the returned candidates that are not the path of a catalogue item
+    collisions: int  # rows whose target shares its token path with another item
+    short_rows: float  # share of rows with fewer candidates than beams (or than the catalogue has paths)
+    coverage: float  # share of the catalogue's paths that some row has among its first 10
+    beams: int
+    collision: str  # eval.collision: what a hit on a shared path is worth
+    per_user: pl.DataFrame  # row, user, target, rank (-1 = not listed), sharing, candidates, one column per metric
+
+    def write(self, directory: Path, split: str) -> None:
+        """Write both files, the table first: whoever finds the JSON finds the table too."""
+        facts = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "per_user"}
+        with atomic_path(directory / f"{split}.per_user.parquet") as temporary:
+            self.per_user.write_parquet(temporary)
+        write_json(directory / f"{split}.json", facts)
+
+    @classmethod
+    def read(cls, directory: Path, split: str) -> EvalResult:
+        """What ``write`` wrote. Raises DataError when a file is absent or is not what ``write`` writes."""
+        path, table = directory / f"{split}.json", directory / f"{split}.per_user.parquet"
+        try:
+            facts: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+            per_user = pl.read_parquet(table)
+            means, intervals = facts["means"], facts["intervals"]
+            names = [name for name in per_user.columns if name in means]  # JSON files are sorted, tables keep the order
+            facts["means"] = {name: means[name] for name in names}
+            facts["intervals"] = {name: (intervals[name][0], intervals[name][1]) for name in names}
+            return cls(**facts, per_user=per_user)
+        except (OSError, ValueError, KeyError, TypeError, pl.exceptions.PolarsError) as error:
+            raise DataError(f"cannot read the evaluation {path} with {table.name}: {error}; evaluate again") from error
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Paired comparison of one metric of two evaluations of the same rows."""
+
+    metric: str
+    difference: Interval  # ours - theirs, 95 % bootstrap
+    detectable: float  # smallest true difference that this test finds with a power of 80 %
+
+
+def compare(ours: EvalResult, theirs: EvalResult, metric: str, *, resamples: int = 10_000, seed: int = 0) -> Comparison:
+    """Paired difference of ``metric``.
+
+    Raises DataError when the two tables do not hold the same users and targets in the same order, or lack the metric.
+    """
+    keys = ["row", "user", "target"]
+    if not ours.per_user.select(keys).equals(theirs.per_user.select(keys)):
+        raise DataError(
+            f"a paired comparison needs the same rows, but the tables differ in {', '.join(keys)} "
+            f"({ours.rows} rows against {theirs.rows}); evaluate both on the same split and limits"
+        )
+    if metric not in ours.means or metric not in theirs.means:
+        raise DataError(f"metric {metric} is not in both evaluations: {sorted(ours.means)} and {sorted(theirs.means)}")
+    ours_B, theirs_B = ours.per_user[metric].to_numpy(), theirs.per_user[metric].to_numpy()
+    detectable = minimal_detectable_effect(ours_B - theirs_B) if ours.rows > 1 else float(np.inf)
+    return Comparison(metric, paired_difference(ours_B, theirs_B, resamples=resamples, seed=seed), detectable)

@@ -1,0 +1,219 @@
+"""From a backbone's shape to this rank's stage of a megatron-core ``GPTModel``, with layout-independent weights."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core import parallel_state
+from megatron.core.models.gpt.gpt_layer_specs import (
+    get_gpt_layer_local_spec,
+    get_gpt_layer_with_transformer_engine_spec,
+)
+from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+from tawin_nemo.backbones import Backbone
+from tawin_nemo.config import ModelConfig
+from tawin_nemo.errors import ConfigError
+from tawin_nemo.models.megatron.attention import AttentionContext, ContextAttention
+from tawin_nemo.models.megatron.norm import RMSNorm
+from tawin_nemo.models.megatron.rope import PositionedRotary
+
+_FP8: dict[str, dict[str, Any]] = {
+    "fp8-blockwise": {"fp8": "e4m3", "fp8_recipe": "blockwise"},
+    "fp8-tensorwise": {"fp8": "hybrid", "fp8_recipe": "tensorwise"},
+    "fp8-delayed": {"fp8": "hybrid", "fp8_recipe": "delayed"},
+}
+_RECOMPUTE: dict[str, dict[str, Any]] = {
+    "none": {},
+    "selective": {"recompute_granularity": "selective"},
+    "full": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
+}
+
+
+class HiddenGPT(GPTModel):
+    """``GPTModel`` whose forward ends with the final norm: it returns hidden states [S, B, D] on every stage.
+
+    The head (``head.py``) then runs only on the rows whose log-probs are wanted. Under sequence parallelism each TP
+    rank returns its part of S.
+    """
+
+    real_vocab: int  # vocabulary rows that count; the rest is padding up to a multiple of the TP size
+
+    def _postprocess(self, hidden_states: Tensor, *unused: Any, **also_unused: Any) -> Tensor:
+        return hidden_states
+
+
+def padded_vocab(shape: Backbone, tensor_parallel_size: int) -> int:
+    """Vocabulary rows rounded up to a multiple of the TP size; rows from ``shape.vocab`` on are never scored."""
+    return -(-shape.vocab // tensor_parallel_size) * tensor_parallel_size
+
+
+def _check(shape: Backbone, cfg: ModelConfig) -> None:
+    tp, pp = cfg.tensor_model_parallel_size, cfg.pipeline_model_parallel_size
+    if shape.vocab < 1:
+        raise ConfigError(f"model.backbone={cfg.backbone}: the vocabulary size is not set; call backbones.with_vocab first")
+    for what, value in (("attention heads", shape.heads), ("key-value heads", shape.kv_heads), ("FFN width", shape.ffn)):
+        if value % tp:
+            raise ConfigError(
+                f"model.tensor_model_parallel_size={tp} does not divide the {value} {what} of {cfg.backbone}: use a divisor"
+            )
+    if shape.layers % pp:
+        raise ConfigError(
+            f"model.pipeline_model_parallel_size={pp} does not divide the {shape.layers} layers of {cfg.backbone}: "
+            "use a divisor"
+        )
+    if cfg.precision in _FP8 and not (torch.cuda.is_available() and importlib.util.find_spec("transformer_engine")):
+        raise ConfigError(
+            f"model.precision={cfg.precision} needs a CUDA device and the package transformer_engine "
+            f"(CUDA available: {torch.cuda.is_available()}): use bf16 or fp32 here"
+        )
+
+
+def model_config(shape: Backbone, cfg: ModelConfig) -> TransformerConfig:
+    """megatron's configuration of this backbone under this layout. Raises ConfigError for impossible combinations."""
+    _check(shape, cfg)
+    on_gpu = torch.cuda.is_available()
+    dtype = torch.float32 if cfg.precision == "fp32" else torch.bfloat16
+    tp, pp = cfg.tensor_model_parallel_size, cfg.pipeline_model_parallel_size
+    return TransformerConfig(
+        num_layers=shape.layers,
+        hidden_size=shape.hidden,
+        num_attention_heads=shape.heads,
+        num_query_groups=shape.kv_heads,
+        kv_channels=shape.kv_channels,
+        ffn_hidden_size=shape.ffn,
+        gated_linear_unit=True,
+        activation_func=F.silu,
+        normalization="RMSNorm",
+        layernorm_epsilon=shape.norm_eps,
+        add_bias_linear=False,
+        add_qkv_bias=shape.qkv_bias,
+        hidden_dropout=cfg.dropout,
+        attention_dropout=cfg.dropout,
+        tensor_model_parallel_size=tp,
+        pipeline_model_parallel_size=pp,
+        sequence_parallel=cfg.sequence_parallel and tp > 1,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        bf16=dtype == torch.bfloat16,
+        # Initial weights are written by init_weights; megatron only marks which tensors are sharded.
+        init_method=_leave,
+        output_layer_init_method=_leave,
+        embedding_init_method=_leave,
+        init_method_std=shape.init_std,
+        # Losses divide by global counts themselves: gradients are summed over data-parallel ranks, never averaged.
+        calculate_per_token_loss=True,
+        variable_seq_lengths=pp > 1,
+        moe_token_dispatcher_type="alltoall",  # no experts here; megatron refuses its default with variable lengths
+        batch_p2p_comm=on_gpu,
+        deallocate_pipeline_outputs=True,
+        masked_softmax_fusion=False,
+        bias_dropout_fusion=on_gpu,
+        bias_activation_fusion=on_gpu,
+        gradient_accumulation_fusion=False,
+        apply_rope_fusion=False,
+        **_FP8.get(cfg.precision, {}),
+        **_RECOMPUTE[cfg.recompute],
+    )
+
+
+def _leave(weight: Tensor) -> None:
+    """The initialiser handed to megatron: weights come from init_weights or from a checkpoint."""
+
+
+def _block_spec(config: TransformerConfig, context: AttentionContext) -> TransformerBlockSubmodules:
+    if config.fp8 is not None:
+        layer: ModuleSpec = get_gpt_layer_with_transformer_engine_spec()
+    else:
+        layer = get_gpt_layer_local_spec(normalization="RMSNorm")
+        layer.submodules.input_layernorm = RMSNorm
+        layer.submodules.pre_mlp_layernorm = RMSNorm
+    layer.submodules.self_attention.submodules.core_attention = partial(ContextAttention, context=context)
+    return TransformerBlockSubmodules(layer_specs=[layer] * get_num_layers_to_build(config), layer_norm=RMSNorm)
+
+
+def build_model(shape: Backbone, cfg: ModelConfig, *, seed: int) -> HiddenGPT:
+    """This rank's pipeline stage, on this rank's device, in float32 (or bf16 for bf16 and fp8 precisions).
+
+    Initial weights are a function of ``seed`` and the shape only, whatever the layout. ``parallel.initialize`` must
+    have run. Raises ConfigError when the layout does not fit the shape or the precision the machine.
+    """
+    config = model_config(shape, cfg)
+    context = AttentionContext()
+    model = HiddenGPT(
+        config,
+        _block_spec(config, context),
+        vocab_size=padded_vocab(shape, cfg.tensor_model_parallel_size),
+        max_sequence_length=shape.max_position,
+        pre_process=parallel_state.is_pipeline_first_stage(),
+        post_process=parallel_state.is_pipeline_last_stage(),
+        share_embeddings_and_output_weights=shape.tied,
+        position_embedding_type="rope",
+        rotary_base=int(shape.rope_theta),
+    )
+    model.real_vocab = shape.vocab
+    model.rotary_pos_emb = PositionedRotary(shape, context)
+    init_weights(model, shape, seed=seed)
+    return model
+
+
+def global_name(model: GPTModel, name: str) -> str:
+    """The parameter's name in the whole model: global layer numbers from 0, a tied head named like the embedding."""
+    if name == "output_layer.weight" and model.share_embeddings_and_output_weights:
+        return "embedding.word_embeddings.weight"
+    parts = name.split(".")
+    if parts[:2] == ["decoder", "layers"]:
+        parts[2] = str(model.decoder.layers[int(parts[2])].layer_number - 1)
+    return ".".join(parts)
+
+
+@torch.no_grad()
+def init_weights(model: GPTModel, shape: Backbone, *, seed: int) -> None:
+    """Draw every full matrix from a generator seeded by (seed, global name) and keep this rank's shard.
+
+    Normal(0, init_std); the projections that write into the residual stream are divided by sqrt(2 * layers); biases
+    are 0, norms 1, vocabulary padding 0.
+    """
+    for name, parameter in model.named_parameters():
+        if parameter.dim() == 1:
+            parameter.fill_(0.0 if name.endswith("bias") else 1.0)
+            continue
+        parameter.copy_(_shard(_full_matrix(global_name(model, name), model, parameter, shape, seed), name, parameter))
+
+
+def _full_matrix(name: str, model: GPTModel, parameter: Tensor, shape: Backbone, seed: int) -> Tensor:
+    """The whole matrix on the CPU in float32, padded rows of the vocabulary included."""
+    tp = parallel_state.get_tensor_model_parallel_world_size()
+    rows, columns = parameter.shape
+    sharded_axis = parameter.partition_dim if parameter.tensor_model_parallel else None  # type: ignore[attr-defined]
+    rows, columns = rows * (tp if sharded_axis == 0 else 1), columns * (tp if sharded_axis == 1 else 1)
+    vocabulary = name in ("embedding.word_embeddings.weight", "output_layer.weight")
+    real_rows = shape.vocab if vocabulary else rows
+    key = hashlib.sha256(f"{seed}/{name}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(key[:8], "big") >> 1)
+    std = shape.init_std
+    if name.endswith(("linear_proj.weight", "linear_fc2.weight")):
+        std /= (2 * shape.layers) ** 0.5
+    matrix = torch.zeros(rows, columns)
+    matrix[:real_rows].normal_(0.0, std, generator=generator)
+    return matrix
+
+
+def _shard(full: Tensor, name: str, parameter: Tensor) -> Tensor:
+    """This TP rank's part. The gated ``linear_fc1`` holds gate and up halves, each of which is split."""
+    if full.shape == parameter.shape:
+        return full
+    tp, rank = parallel_state.get_tensor_model_parallel_world_size(), parallel_state.get_tensor_model_parallel_rank()
+    axis = parameter.partition_dim  # type: ignore[attr-defined]
+    if name.endswith("linear_fc1.weight"):
+        return torch.cat([half.chunk(tp, dim=axis)[rank] for half in full.chunk(2, dim=axis)], dim=axis)
+    return full.chunk(tp, dim=axis)[rank]

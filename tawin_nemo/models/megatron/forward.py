@@ -1,0 +1,66 @@
+"""A forward pass over token rows: padding that the layout asks for, the stage's output, the wanted log-probs."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.utils import unwrap_model
+from torch import Tensor
+
+from tawin_nemo.models.megatron import parallel
+from tawin_nemo.models.megatron.head import child_logprobs, select_rows, token_logprobs
+from tawin_nemo.types import Children, TokenBatch
+
+#: Tokens per row must be a multiple of this for the FP8 matrix products of Transformer Engine.
+_FP8_MULTIPLE = {"blockwise": 128, "tensorwise": 16, "delayed": 16}
+
+
+def row_multiple(config: TransformerConfig) -> int:
+    """Row lengths are padded to a multiple of this."""
+    split = config.tensor_model_parallel_size if config.sequence_parallel else 1
+    return split * (_FP8_MULTIPLE[config.fp8_recipe] if config.fp8 else 1)
+
+
+def pad_rows(tokens_BT: Tensor, multiple: int) -> Tensor:
+    """Right-pad with token 0 to a multiple; causal attention keeps the padding from the real tokens."""
+    return F.pad(tokens_BT, (0, -tokens_BT.shape[1] % multiple))
+
+
+def hidden_states(model: torch.nn.Module, batch: TokenBatch) -> Tensor:
+    """This stage's output [S, B, D] (under sequence parallelism this TP rank's part of S)."""
+    config = unwrap_model(model).config
+    tokens_BT = pad_rows(batch.tokens_BT.to(parallel.device()), row_multiple(config))
+    return model(tokens_BT, None, None)
+
+
+def batch_logprobs(model: torch.nn.Module, batch: TokenBatch, hidden_SBD: Tensor) -> Tensor:
+    """Log-probs [N] of the batch's targets in the space it asks for; last pipeline stage only."""
+    bare: GPTModel = unwrap_model(model)
+    device = hidden_SBD.device
+    hidden_ND = select_rows(bare, hidden_SBD, batch.row_N.to(device), batch.position_N.to(device))
+    if batch.children is None:
+        return token_logprobs(bare, hidden_ND, batch.target_N.to(device))
+    edges = batch.children
+    moved = Children(edges.position_E.to(device), edges.token_E.to(device), edges.chosen_N.to(device))
+    return child_logprobs(bare, hidden_ND, moved)
+
+
+def logit_dtype(model: torch.nn.Module) -> torch.dtype:
+    """Type of logits and log-probs: float32, or float64 for a double model."""
+    return torch.float64 if next(model.parameters()).dtype == torch.float64 else torch.float32
+
+
+@contextlib.contextmanager
+def modes(model: torch.nn.Module, *, training: bool) -> Iterator[None]:
+    """Training or evaluation mode inside the block, the mode that was there after it."""
+    before = model.training
+    model.train(training)
+    try:
+        yield
+    finally:
+        model.train(before)

@@ -1,0 +1,193 @@
+"""One optimizer step over micro-batches, through megatron's DDP, optimizer and pipeline schedules.
+
+Everything is summed: loss closures divide by global counts themselves, so neither the split into micro-batches nor the
+number of data-parallel ranks changes a gradient or a statistic.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from torch import Tensor
+
+from tawin_nemo.backbones import Backbone
+from tawin_nemo.config import TrainerConfig
+from tawin_nemo.errors import TawinError
+from tawin_nemo.models.megatron import parallel
+from tawin_nemo.models.megatron.forward import batch_logprobs, hidden_states, logit_dtype, modes
+from tawin_nemo.types import TokenBatch
+
+Loss = Callable[[Tensor], tuple[Tensor, dict[str, Tensor]]]
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """Rows of one forward pass; ``loss`` maps their log-probs [N] to a summed loss and summed statistics."""
+
+    batch: TokenBatch
+    loss: Loss
+
+
+def _no_rows() -> MicroBatch:
+    """What a data-parallel rank without rows runs: it must still take part in the collectives."""
+    none = torch.zeros(0, dtype=torch.long)
+    row = TokenBatch(torch.zeros(1, 1, dtype=torch.long), torch.ones(1, dtype=torch.long), none, none, none)
+    return MicroBatch(row, lambda logp_N: (logp_N.sum(), {}))
+
+
+def _forward_step(step: Iterator[MicroBatch], model: torch.nn.Module) -> tuple[Tensor, Callable[[Tensor], Any]]:
+    """megatron's forward step: this stage's output, and the function of it that ends in the loss."""
+    micro = next(step)
+
+    def loss_of(hidden_SBD: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        logp_N = batch_logprobs(model, micro.batch, hidden_SBD)
+        loss, stats = micro.loss(logp_N)
+        if not loss.requires_grad:  # every stage must get a gradient, or the pipeline would wait for ever
+            loss = loss + 0.0 * logp_N.sum()
+        count = torch.ones((), dtype=torch.int, device=loss.device)  # unused: the finaliser below does not rescale
+        return loss.clone(), count, {**{name: value.detach() for name, value in stats.items()}, "loss": loss.detach()}
+
+    return hidden_states(model, micro.batch), loss_of
+
+
+def _sum_gradients(model: list[Any], num_tokens: Tensor | None, **groups: Any) -> None:
+    """megatron's finaliser without its division by the token count."""
+    finalize_model_grads(model, None, **groups)
+
+
+def score(model: GPTModel, batches: list[TokenBatch]) -> list[Tensor]:
+    """Log-probs [N] of each batch without gradient or dropout, equal on all model-parallel ranks."""
+    if not batches:
+        return []
+
+    def scoring_step(step: Iterator[TokenBatch], model: torch.nn.Module) -> tuple[Tensor, Callable[[Tensor], Any]]:
+        batch = next(step)
+
+        def keep(hidden_SBD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            logp_N = batch_logprobs(model, batch, hidden_SBD)
+            zero = torch.zeros((), device=logp_N.device)
+            return zero, zero.int(), logp_N
+
+        return hidden_states(model, batch), keep
+
+    with torch.no_grad(), modes(model, training=False):
+        kept: list[Tensor] = get_forward_backward_func()(
+            forward_step_func=scoring_step,
+            data_iterator=iter(batches),
+            model=[model],
+            num_microbatches=len(batches),
+            seq_length=1,  # shapes are sent along with the tensors (variable_seq_lengths)
+            micro_batch_size=1,
+            forward_only=True,
+        )
+    sizes = [len(batch.row_N) for batch in batches]
+    flat = parallel.broadcast_from_last_stage(torch.cat(kept) if kept else None, (sum(sizes),), logit_dtype(model))
+    return list(flat.split(sizes))
+
+
+class Trainable:
+    """A model with its optimizer; ``model`` is the bare GPTModel, ``ddp`` the wrapped one, ``optimizer`` megatron's."""
+
+    def __init__(self, model: GPTModel, shape: Backbone, trainer: TrainerConfig, *, lr: float) -> None:
+        self.model, self.shape, self.config = model, shape, model.config
+        bf16 = model.config.params_dtype == torch.bfloat16
+        ddp_config = DistributedDataParallelConfig(
+            grad_reduce_in_fp32=True,
+            overlap_grad_reduce=False,  # ranks may run different numbers of micro-batches
+            use_distributed_optimizer=trainer.distributed_optimizer,
+            average_in_collective=False,
+        )
+        self.ddp = DistributedDataParallel(config=self.config, ddp_config=ddp_config, module=model)
+        self.ddp.broadcast_params()
+        self.optimizer = get_megatron_optimizer(
+            OptimizerConfig(
+                optimizer="adam",
+                lr=lr,
+                min_lr=0.0,
+                weight_decay=trainer.weight_decay,  # megatron leaves one-dimensional tensors (norms, biases) out
+                adam_beta1=0.9,
+                adam_beta2=trainer.adam_beta2,
+                adam_eps=1e-8,
+                clip_grad=trainer.clip_grad,
+                bf16=bf16,
+                params_dtype=model.config.params_dtype,
+                use_distributed_optimizer=trainer.distributed_optimizer,
+            ),
+            [self.ddp],
+        )
+        self.config.finalize_model_grads_func = _sum_gradients
+
+    def update(self, micro_batches: list[MicroBatch], *, lr: float) -> dict[str, float]:
+        """One AdamW step with learning rate ``lr``; returns summed statistics, ``loss`` and ``grad_norm`` (before
+        clipping), equal on all ranks.
+
+        Data-parallel ranks may bring different numbers of micro-batches, also none; the ranks of one model-parallel
+        group bring the same ones. Raises TawinError when a gradient is not finite; the weights are then unchanged.
+        """
+        micro_batches = micro_batches or [_no_rows()]
+        self.ddp.zero_grad_buffer()
+        self.optimizer.zero_grad()
+        with modes(self.ddp, training=True):
+            stats = get_forward_backward_func()(
+                forward_step_func=_forward_step,
+                data_iterator=iter(micro_batches),
+                model=[self.ddp],
+                num_microbatches=len(micro_batches),
+                seq_length=1,
+                micro_batch_size=1,
+            )
+        self.optimizer.prepare_grads()
+        grad_norm = float(self.optimizer.get_grad_norm())
+        if not math.isfinite(grad_norm):
+            self._raise_non_finite(grad_norm)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr * group.get("lr_mult", 1.0)
+        self.optimizer.step()
+        return {**_sum_stats(stats), "grad_norm": grad_norm}
+
+    def score(self, batches: list[TokenBatch]) -> list[Tensor]:
+        """Log-probs of the current weights; see ``score``."""
+        return score(self.model, batches)
+
+    def _raise_non_finite(self, grad_norm: float) -> None:
+        named = self.model.named_parameters()
+        bad = [name for name, p in named if p.requires_grad and not torch.isfinite(p.main_grad).all()]
+        everywhere: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(everywhere, bad)
+        names = sorted({name for names in everywhere for name in names})
+        raise TawinError(
+            f"gradient norm is {grad_norm}; not finite in {len(names)} tensors: {', '.join(names[:5]) or 'the norm itself'}. "
+            "The weights were not changed: lower the learning rate or look at this step's rows"
+        )
+
+
+def _sum_stats(stats: list[dict[str, Tensor]]) -> dict[str, float]:
+    """Sum over micro-batches and data-parallel ranks, in rank order, then hand on from the last pipeline stage."""
+    totals: dict[str, float] = {}
+    if parallel.is_last_stage():
+        local: dict[str, float] = {}
+        for micro in stats:
+            for name, value in micro.items():
+                local[name] = local.get(name, 0.0) + float(value)
+        for shard in parallel.data_parallel().gather(local):
+            for name, value in shard.items():
+                totals[name] = totals.get(name, 0.0) + value
+    if parallel.pp_size() > 1:
+        box = [totals]
+        dist.broadcast_object_list(
+            box,
+            src=parallel_state.get_pipeline_model_parallel_last_rank(),
+            group=parallel_state.get_pipeline_model_parallel_group(),
+        )
+        totals = box[0]
+    return totals

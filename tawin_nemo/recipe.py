@@ -1,0 +1,267 @@
+"""YAML recipes and dotted overrides -> one checked, frozen ``Recipe``.
+
+OmegaConf reads, merges, interpolates and converts; this file adds what a person needs when something is wrong: the
+key, the value seen, the remedy and the nearest valid key.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, get_type_hints
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from tawin_nemo.backbones import backbone
+from tawin_nemo.config import Recipe
+from tawin_nemo.errors import ConfigError
+
+FREE_FORM = ("exp_manager",)  # sections whose keys belong to another library
+
+
+def load_recipe(path: str | Path | None, overrides: Sequence[str] = ()) -> Recipe:
+    """The recipe in ``path`` (None = all defaults), its one ``base:`` below it and ``overrides`` above it.
+
+    Raises ConfigError for a missing file, unknown key, wrong type, value out of limits or impossible combination.
+    """
+    layers = [] if path is None else _read_layers(Path(path))
+    layers.append(_read_overrides(overrides))
+    merged: Any = OmegaConf.structured(Recipe)
+    OmegaConf.set_readonly(merged, False)
+    try:
+        for layer in layers:
+            merged = _merge(merged, layer)
+        OmegaConf.resolve(merged)
+        recipe = OmegaConf.to_object(merged)
+    except OmegaConfBaseException as error:
+        key = getattr(error, "full_key", None) or "a value"
+        field = dict(leaf_fields(Recipe)).get(key)
+        meaning = f" ({key} is: {field.metadata['help']})" if field else ""
+        raise ConfigError(f"{key}: {str(error).splitlines()[0]}{meaning}") from None
+    assert isinstance(recipe, Recipe)
+    check(recipe)
+    return recipe
+
+
+def _merge(base: Any, layer: DictConfig) -> Any:
+    """Structured configs of frozen dataclasses are read-only by type; merging needs the flag off."""
+    OmegaConf.set_readonly(base, False)
+    for node in _sections(base):
+        OmegaConf.set_readonly(node, False)
+    return OmegaConf.merge(base, layer)
+
+
+def _sections(node: Any) -> Iterator[DictConfig]:
+    for key in node:
+        child = node._get_node(key)
+        if isinstance(child, DictConfig):
+            yield child
+            yield from _sections(child)
+
+
+def _read_layers(path: Path) -> list[DictConfig]:
+    layer = _read_yaml(path)
+    base_name = layer.pop("base", None)
+    layers = [layer]
+    if base_name is not None:
+        base_path = path.parent / str(base_name)
+        base = _read_yaml(base_path)
+        if "base" in base:
+            raise ConfigError(f"base={base_name} in {path} has a base itself; recipes inherit one level only")
+        layers.insert(0, base)
+        _check_keys(base, str(base_path))
+    _check_keys(layer, str(path))
+    return layers
+
+
+def _read_yaml(path: Path) -> DictConfig:
+    if not path.is_file():
+        near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.yaml")], n=1)
+        hint = f"; did you mean {path.parent / near[0]}?" if near else ""
+        raise ConfigError(f"recipe file not found: {path}{hint}")
+    try:
+        loaded = OmegaConf.load(path)
+    except Exception as error:  # yaml raises many types; each is a mistake in the file
+        raise ConfigError(f"{path} is not valid YAML: {error}") from None
+    if not isinstance(loaded, DictConfig):
+        raise ConfigError(f"{path} must hold `key: value` lines, found a list")
+    return loaded
+
+
+def _read_overrides(overrides: Sequence[str]) -> DictConfig:
+    for item in overrides:
+        if "=" not in item:
+            raise ConfigError(f"override {item!r} has no '='; write key=value, for example rl.lr=1e-5")
+    try:
+        layer = OmegaConf.from_dotlist(list(overrides))
+    except Exception as error:  # a value that YAML cannot parse
+        raise ConfigError(f"override not understood: {error}") from None
+    _check_keys(layer, "the command line")
+    return layer
+
+
+def _check_keys(layer: DictConfig, where: str) -> None:
+    valid = dict(leaf_fields(Recipe))
+    sections = {key.rsplit(".", 1)[0] for key in valid if "." in key}
+
+    def visit(node: DictConfig, prefix: str) -> None:
+        for name in node:
+            key = f"{prefix}{name}"
+            child = node._get_node(name)
+            if key in FREE_FORM:
+                continue
+            if key in sections:
+                if not isinstance(child, DictConfig):
+                    raise ConfigError(f"{key}={node[name]} in {where}: {key} is a section; set {key}.SOMETHING")
+                visit(child, f"{key}.")
+            elif key in valid:
+                if node[name] is False and "off" in valid[key].metadata.get("choices", ()):
+                    node[name] = "off"  # YAML reads a bare off as false
+            else:
+                raise ConfigError(f"unknown key {key}={_shown(child)} in {where}; {_nearest(key, [*valid, *sections])}")
+
+    visit(layer, "")
+
+
+def _shown(node: Any) -> str:
+    return "{...}" if isinstance(node, DictConfig) else str(node)
+
+
+def _nearest(key: str, valid: Sequence[str]) -> str:
+    near = difflib.get_close_matches(key, valid, n=1, cutoff=0.5)
+    same_leaf = [other for other in valid if other.rsplit(".", 1)[-1] == key.rsplit(".", 1)[-1]]
+    best = same_leaf or near
+    return f"did you mean {' or '.join(best[:3])}?" if best else "`tawin-nemo keys` lists all keys"
+
+
+def leaf_fields(cls: type, prefix: str = "") -> Iterator[tuple[str, dataclasses.Field[Any]]]:
+    """Every dotted key below ``cls`` with its dataclass field."""
+    hints = get_type_hints(cls)
+    for item in dataclasses.fields(cls):
+        kind = hints[item.name]
+        if dataclasses.is_dataclass(kind) and isinstance(kind, type):
+            yield from leaf_fields(kind, f"{prefix}{item.name}.")
+        else:
+            yield f"{prefix}{item.name}", item
+
+
+def value_of(recipe: Recipe, key: str) -> Any:
+    node: Any = recipe
+    for part in key.split("."):
+        node = getattr(node, part)
+    return node
+
+
+def check(recipe: Recipe) -> None:
+    """Limits of single values, then combinations. Raises ConfigError."""
+    for key, item in leaf_fields(Recipe):
+        value = value_of(recipe, key)
+        choices = item.metadata.get("choices")
+        if choices and value not in choices:
+            near = difflib.get_close_matches(str(value), choices, n=1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            raise ConfigError(f"{key}={value} is not one of {', '.join(choices)}{hint}")
+        low, high = item.metadata.get("low"), item.metadata.get("high")
+        if (low is not None and value < low) or (high is not None and value > high):
+            limits = f">= {low}" if high is None else f"in {low}..{high}"
+            raise ConfigError(f"{key}={value} is out of limits; it must be {limits} ({item.metadata['help']})")
+    backbone(recipe.model.backbone)
+    for wrong, message in _combinations(recipe):
+        if wrong:
+            raise ConfigError(message)
+
+
+def _combinations(r: Recipe) -> Iterator[tuple[bool, str]]:
+    m, t, rl = r.model, r.trainer, r.rl
+    model_ranks = m.tensor_model_parallel_size * m.pipeline_model_parallel_size
+    world = t.num_nodes * t.devices
+    yield (
+        world % model_ranks != 0,
+        f"trainer.num_nodes={t.num_nodes} x trainer.devices={t.devices} = {world} processes cannot be divided into "
+        f"model.tensor_model_parallel_size={m.tensor_model_parallel_size} x "
+        f"model.pipeline_model_parallel_size={m.pipeline_model_parallel_size}; set trainer.devices to a multiple "
+        f"of {model_ranks}",
+    )
+    yield (
+        m.sequence_parallel and m.tensor_model_parallel_size == 1,
+        "model.sequence_parallel=true needs model.tensor_model_parallel_size > 1; set it to false",
+    )
+    yield (
+        r.catalog.kind == "sid" and not r.catalog.index,
+        "catalog.kind=sid needs catalog.index, a JSON file of codes; or use catalog.kind=title",
+    )
+    yield (
+        rl.enabled and rl.beta > 0 and r.reference.mode == "off",
+        f"rl.beta={rl.beta} needs a reference but reference.mode=off; set rl.beta=0 or reference.mode=copy",
+    )
+    yield (
+        rl.enabled and rl.init == "sft" and not r.sft.enabled,
+        "rl.init=sft but sft.enabled=false; set rl.init=base or sft.enabled=true",
+    )
+    yield (
+        not (r.sft.enabled or rl.enabled),
+        "sft.enabled=false and rl.enabled=false: nothing to train; set one of them to true",
+    )
+    yield (
+        rl.enabled and rl.rows == "fresh" and not 0 < rl.fresh_share < 1,
+        f"rl.rows=fresh needs rl.fresh_share between 0 and 1, not {rl.fresh_share}; or set rl.rows=all",
+    )
+    yield (
+        0 < r.rollout.width < rl.group_size,
+        f"rollout.width={r.rollout.width} is below rl.group_size={rl.group_size}; a group needs that many beams",
+    )
+    yield (
+        r.rollout.tensor_model_parallel_size not in (0, m.tensor_model_parallel_size),
+        f"rollout.tensor_model_parallel_size={r.rollout.tensor_model_parallel_size} differs from "
+        f"model.tensor_model_parallel_size={m.tensor_model_parallel_size}; colocated rollouts share its layout: set 0",
+    )
+    yield (
+        rl.max_steps == 0 and rl.epochs == 0 and rl.enabled,
+        "rl.max_steps=0 and rl.epochs=0: RL would take no step; set one of them, or rl.enabled=false",
+    )
+    yield (
+        rl.negatives == "sample" and r.rollout.score_space == "vocab",
+        "rl.negatives=sample draws in trie space; set rollout.score_space=trie or rl.negatives=beam",
+    )
+    yield (
+        rl.length_norm == "branching" and rl.policy_space == "vocab",
+        "rl.length_norm=branching counts branching tokens, which only rl.policy_space=trie scores; use full",
+    )
+    ks = r.eval.ks
+    yield (not ks or min(ks) < 1, f"eval.ks={list(ks)} must hold cut-offs >= 1")
+    yield (
+        bool(ks) and max(ks) > r.eval.beams,
+        f"eval.beams={r.eval.beams} is below the largest of eval.ks={list(ks)}; raise eval.beams",
+    )
+
+
+def to_yaml(recipe: Recipe) -> str:
+    """The resolved recipe, as it is stored in a run directory."""
+    return OmegaConf.to_yaml(OmegaConf.create(dataclasses.asdict(recipe)), sort_keys=False)
+
+
+def differences(old: str, new: str, ignore: Sequence[str] = ()) -> list[str]:
+    """Dotted keys whose values differ between two resolved recipes, as ``key: old -> new``."""
+
+    def flat(text: str) -> dict[str, Any]:
+        result: dict[str, Any] = {}
+
+        def visit(node: Any, prefix: str) -> None:
+            for name, value in node.items():
+                if isinstance(value, dict) and f"{prefix}{name}" not in FREE_FORM:
+                    visit(value, f"{prefix}{name}.")
+                else:
+                    result[f"{prefix}{name}"] = value
+
+        visit(OmegaConf.to_container(OmegaConf.create(text)), "")
+        return result
+
+    before, after = flat(old), flat(new)
+    return [
+        f"{key}: {before.get(key)} -> {after.get(key)}"
+        for key in sorted({*before, *after})
+        if key not in ignore and before.get(key) != after.get(key)
+    ]

@@ -1,0 +1,153 @@
+"""The main job: SFT -> {RL, SFT continued beside it} -> evaluation of each -> summary and report.
+
+Every stage lives in its own directory of the run and is skipped when it is already done, so the same command starts,
+resumes and completes a run.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from megatron.core.models.gpt import GPTModel
+
+from tawin_nemo.artefacts import write_json
+from tawin_nemo.config import Recipe
+from tawin_nemo.eval.evaluate import EvalResult, evaluate
+from tawin_nemo.eval.report import write_report
+from tawin_nemo.log import get_logger
+from tawin_nemo.models.megatron import checkpoint, parallel
+from tawin_nemo.models.megatron.build import build_model
+from tawin_nemo.models.megatron.hf_io import load_hf
+from tawin_nemo.models.megatron.lm import MegatronLM
+from tawin_nemo.models.megatron.trainable import Trainable
+from tawin_nemo.rollout.engine import RolloutEngine
+from tawin_nemo.train.actor import Actor
+from tawin_nemo.train.nemo_logging import metric_sink
+from tawin_nemo.train.reference import Reference, build_reference
+from tawin_nemo.train.rl import train_rl
+from tawin_nemo.train.sft import train_sft
+from tawin_nemo.train.stage import MetricSink, Stage
+from tawin_nemo.train.world import World, read_json
+
+log = get_logger(__name__)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One stage: its directory name, the stage whose weights it starts from (None = model.init), its rows."""
+
+    name: str
+    start: str | None
+    rows: np.ndarray
+    kind: str  # sft | rl
+
+
+def plans(world: World) -> Iterator[Plan]:
+    """The stages that the recipe asks for, in order."""
+    recipe = world.recipe
+    fresh = world.train_rows_for_rl
+    rl_start = "sft" if recipe.rl.init == "sft" else None
+    if recipe.sft.enabled:
+        yield Plan("sft", None, world.train_rows_for_sft, "sft")
+    if recipe.rl.enabled:
+        if recipe.compare.sft_continued and rl_start:
+            yield Plan("sft_continued", rl_start, fresh, "sft")
+        yield Plan("rl", rl_start, fresh, "rl")
+    if recipe.compare.sft_all:
+        yield Plan("sft_all", None, np.arange(len(world.samples["train"])), "sft")
+
+
+def run_pipeline(world: World) -> dict[str, Any]:
+    """Run every planned stage that is not done yet; returns the summary that is also written to summary.json."""
+    start = time.monotonic()
+    write_layout(world)
+    sink = metric_sink(world.recipe.exp_manager, world.run_dir, world.recipe.name)
+    summary: dict[str, Any] = {}
+    invalid = 0.0
+    for plan in plans(world):
+        result = run_stage(world, plan, sink)
+        summary[plan.name] = dict(result.means)
+        invalid = max(invalid, result.invalid_rate)
+    earlier = earlier_seconds(world.run_dir)
+    wall = earlier + time.monotonic() - start
+    summary |= {"invalid_rate": invalid, "wall_s": round(wall, 1), "run_dir": str(world.run_dir)}
+    if parallel.world_rank() == 0:
+        write_json(world.run_dir / "summary.json", summary)
+        log.info("report: %s", write_report(world.run_dir))
+    parallel.barrier()
+    return summary
+
+
+def write_layout(world: World) -> None:
+    """layout.json: who holds what, one entry per process, for the report and for a look when memory is short."""
+    model = build_model(world.shape, world.recipe.model, seed=world.recipe.seed)
+    mine = {**parallel.place(), "parameters": sum(p.numel() for p in model.parameters())}
+    ranks = parallel.gather_objects(mine)
+    if parallel.world_rank() == 0:
+        write_json(world.run_dir / "layout.json", ranks)
+
+
+def earlier_seconds(run_dir: Path) -> float:
+    """Wall time that earlier, complete attempts of this run took."""
+    path = run_dir / "summary.json"
+    return float(str(read_json(path).get("wall_s", 0.0))) if path.is_file() else 0.0
+
+
+def run_stage(world: World, plan: Plan, sink: MetricSink | None) -> EvalResult:
+    """Train one stage unless it is done, evaluate it on valid and test unless that is done, return test's result."""
+    stage = Stage(world.run_dir / plan.name, world.recipe.trainer, deadline=world.deadline, sink=sink)
+    evaluated = stage.directory / "eval" / "test.json"
+    if stage.done and evaluated.is_file():
+        log.info("%s is done", plan.name)
+        return EvalResult.read(stage.directory / "eval", "test")
+    model = starting_model(world, plan.start)
+    lm = MegatronLM(model, world.shape)
+    engine = RolloutEngine(lm, world.catalog, world.recipe.rollout, seed=world.recipe.seed)
+    if not stage.done:
+        lr = world.recipe.rl.lr if plan.kind == "rl" else world.recipe.sft.lr
+        trainable = Trainable(model, world.shape, world.recipe.trainer, lr=lr)
+        log.info("%s: %d rows of train", plan.name, len(plan.rows))
+        if plan.kind == "rl":
+            actor = Actor(trainable, world.catalog.trie, world.recipe.rl, world.dp)
+            train_rl(world, stage, actor, lambda: reference_for(world, plan, model), engine)
+        else:
+            train_sft(world, stage, trainable, plan.rows)
+    checkpoint.load_checkpoint(stage.chosen_checkpoint, model=model)
+    return evaluate_stage(world, stage.directory, engine)
+
+
+def starting_model(world: World, start: str | None) -> GPTModel:
+    """A model with the weights a stage starts from: model.init, or what an earlier stage handed on."""
+    recipe: Recipe = world.recipe
+    model = build_model(world.shape, recipe.model, seed=recipe.seed)
+    if start is not None:
+        earlier = Stage(world.run_dir / start, recipe.trainer)
+        checkpoint.load_checkpoint(earlier.chosen_checkpoint, model=model)
+    elif recipe.model.init != "random":
+        load_hf(model, world.shape, Path(recipe.model.init))
+    return model
+
+
+def reference_for(world: World, plan: Plan, actor_model: GPTModel) -> Reference:
+    """The policy that RL started from, frozen."""
+    recipe = world.recipe
+    return build_reference(
+        recipe.reference.mode, recipe.rl.beta, actor_model, lambda: starting_model(world, plan.start)
+    )
+
+
+def evaluate_stage(world: World, directory: Path, engine: RolloutEngine) -> EvalResult:
+    """Full evaluation on valid and test, written beside the stage's checkpoints."""
+    results = {}
+    for split in ("valid", "test"):
+        samples, label = world.samples[split], f"{directory.name} {split}"
+        results[split] = evaluate(engine, samples, world.catalog, world.recipe.eval, dp=world.dp, label=label)
+        if parallel.world_rank() == 0:
+            results[split].write(directory / "eval", split)
+    parallel.barrier()
+    return results["test"]

@@ -1,0 +1,106 @@
+"""Supervised fine-tuning with early stopping on valid: the loop behind the stages sft, sft_continued and sft_all."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tawin_nemo.config import SftConfig
+from tawin_nemo.data.batches import BatchStream, chain_batch, micro_batches, shard
+from tawin_nemo.data.samples import Samples
+from tawin_nemo.log import get_logger, progress
+from tawin_nemo.models.megatron import parallel
+from tawin_nemo.models.megatron.trainable import MicroBatch, Trainable
+from tawin_nemo.train.schedule import scheduled
+from tawin_nemo.train.stage import Progress, Stage
+from tawin_nemo.train.world import World
+from tawin_nemo.types import TokenBatch
+
+log = get_logger(__name__)
+
+
+def train_sft(world: World, stage: Stage, trainable: Trainable, rows: np.ndarray) -> None:
+    """Fit ``rows`` of train until valid loss stops falling (``sft.patience`` checks) or ``sft.epochs`` are over.
+
+    The checkpoint with the lowest valid loss is what the stage hands on. Order, dropout and learning rate are pure
+    functions of seed and step, so a killed run continues bit for bit from its newest checkpoint.
+    """
+    cfg, seed = world.recipe.sft, world.recipe.seed
+    batch_size = min(cfg.global_batch_size, len(rows))
+    stream = BatchStream(len(rows), batch_size, seed=seed)
+    per_epoch = -(-len(rows) // batch_size)
+    total = cfg.epochs * per_epoch
+    check_every = max(1, per_epoch // cfg.checks_per_epoch)
+    done = stage.resume(trainable)
+    if done.best_value is None:
+        _check(world, stage, trainable, done)
+    for step in progress(range(done.step, total), what=stage.name, total=total, initial=done.step):
+        if done.bad_checks >= cfg.patience:
+            break
+        parallel.seed_step(seed, step)
+        picked = rows[stream.batch(step)]
+        mine = world.samples["train"].take(shard(picked, world.dp))
+        lr = scheduled(cfg, step, total)
+        stats = trainable.update(sft_micro_batches(world, mine), lr=lr)
+        done.step = step + 1
+        stage.write(done.step, {"epoch": done.step / per_epoch, "train/loss": stats["loss"],
+                                "grad_norm": stats["grad_norm"], "lr": lr})  # fmt: skip
+        checked = done.step % check_every == 0
+        if checked:
+            _check(world, stage, trainable, done)
+        elif done.step % world.recipe.trainer.save_interval == 0:
+            stage.save(trainable, done)
+        stage.stop_if_out_of_time(trainable, done)
+    if done.bad_checks < cfg.patience:
+        log.warning("%s used all sft.epochs=%d without early stopping; raise sft.epochs", stage.name, cfg.epochs)
+    stage.finish(done, chosen_step=done.best_step)
+
+
+def _check(world: World, stage: Stage, trainable: Trainable, done: Progress) -> None:
+    """Valid loss, best so far, checkpoint. The checkpoint is written after the log line that it counts on."""
+    loss = valid_loss(world, trainable)
+    if done.best_value is None or loss < done.best_value:
+        done.best_value, done.best_step, done.bad_checks = loss, done.step, 0
+    else:
+        done.bad_checks += 1
+    stage.write(done.step, {"valid/loss": loss})
+    log.info("%s step %d valid loss %.4f%s", stage.name, done.step, loss, "" if done.bad_checks else " (best)")
+    stage.save(trainable, done)
+
+
+def sft_micro_batches(world: World, samples: Samples) -> list[MicroBatch]:
+    """Cross-entropy on the answer tokens: local sum / global number of scored tokens."""
+    batches = answer_batches(world, samples, world.recipe.sft)
+    tokens = sum(world.dp.gather(sum(len(batch.target_N) for batch in batches)))
+    return [MicroBatch(batch, partial(cross_entropy, total_tokens=tokens)) for batch in batches]
+
+
+def answer_batches(world: World, samples: Samples, cfg: SftConfig) -> list[TokenBatch]:
+    """Each row is its prompt followed by its target's token path, under the token budget."""
+    answers = world.catalog.paths.take(samples.target_N)
+    trie = world.catalog.trie if cfg.loss_space == "trie" else None
+    batches = []
+    for rows in micro_batches(samples.prompts.lengths + answers.lengths, cfg.micro_batch_tokens):
+        batch, _ = chain_batch(samples.prompts.take(rows), answers.take(rows), trie)
+        batches.append(batch)
+    return batches
+
+
+def cross_entropy(logp_N: Tensor, *, total_tokens: int) -> tuple[Tensor, dict[str, Tensor]]:
+    """Summed loss over scored tokens / ``total_tokens`` (a global count, so that splits never change the result)."""
+    loss = -logp_N.sum() / total_tokens
+    return loss, {"loss": loss.detach()}
+
+
+def valid_loss(world: World, trainable: Trainable) -> float:
+    """Mean loss per scored token on valid, over all data-parallel ranks; summed in float64 in row order."""
+    samples = world.samples["valid"]
+    mine = samples.take(shard(np.arange(len(samples)), world.dp))
+    logp = trainable.score(answer_batches(world, mine, world.recipe.sft))
+    total = torch.cat(logp).double().sum().item() if logp else 0.0
+    count = sum(len(part) for part in logp)
+    sums = world.dp.gather((total, count))
+    return -sum(value for value, _ in sums) / sum(number for _, number in sums)

@@ -1,0 +1,151 @@
+"""One training stage on disk: metrics, checkpoints, exact resume.
+
+A stage directory (``RUN_DIR/sft``, ``RUN_DIR/rl`` ...) holds ``metrics.jsonl`` (only what the computation determines,
+so that two equal runs have equal bytes), ``timings.jsonl`` (wall clock), ``checkpoints/step_N/`` and, when the stage
+has ended, ``done.json``. On resume both logs are cut back to the step of the checkpoint that is loaded.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tawin_nemo.artefacts import atomic_path, write_json
+from tawin_nemo.config import TrainerConfig
+from tawin_nemo.errors import Preempted
+from tawin_nemo.log import get_logger
+from tawin_nemo.models.megatron import checkpoint, parallel
+from tawin_nemo.models.megatron.trainable import Trainable
+
+log = get_logger(__name__)
+
+#: Receives (stage name, step, metrics) for TensorBoard and friends; see train/nemo_logging.py.
+MetricSink = Callable[[str, int, dict[str, float]], None]
+
+
+@dataclass
+class Progress:
+    """What a stage must remember besides weights and optimizer; a checkpoint's ``state.json`` holds it."""
+
+    step: int = 0  # finished optimizer steps (SFT) or rollouts (RL)
+    best_value: float | None = None  # of the validation metric; smaller is better
+    best_step: int = -1
+    bad_checks: int = 0
+    facts: dict[str, Any] = field(default_factory=dict)
+
+
+class Stage:
+    """Owns one stage directory. Every rank calls every method; only world rank 0 writes the logs."""
+
+    def __init__(
+        self,
+        directory: Path,
+        trainer: TrainerConfig,
+        *,
+        deadline: float | None = None,
+        sink: MetricSink | None = None,
+    ) -> None:
+        self.directory, self.trainer = directory, trainer
+        self.name = directory.name
+        self.checkpoints = directory / "checkpoints"
+        self._deadline, self._sink = deadline, sink
+        self._writer = parallel.world_rank() == 0
+        self._last_time = time.monotonic()
+        if self._writer:
+            self.checkpoints.mkdir(parents=True, exist_ok=True)
+        parallel.barrier()
+
+    # -- resume ---------------------------------------------------------------------------------------------------
+    @property
+    def done(self) -> bool:
+        return (self.directory / "done.json").is_file()
+
+    def resume(self, trainable: Trainable) -> Progress:
+        """Load the newest checkpoint that is whole into ``trainable``; a fresh stage starts at step 0."""
+        newest = checkpoint.newest_valid(self.checkpoints)
+        if newest is None:
+            self._rewind(-1)
+            return Progress()
+        state = checkpoint.load_checkpoint(newest, model=trainable.model, trainable=trainable)
+        progress = Progress(**state["progress"])
+        self._rewind(progress.step)
+        log.info("%s continues after step %d", self.name, progress.step)
+        return progress
+
+    def _rewind(self, step: int) -> None:
+        """Drop log lines of steps that the loaded checkpoint has not seen (and a line that a kill cut off)."""
+        if not self._writer:
+            return
+        for name in ("metrics.jsonl", "timings.jsonl"):
+            path = self.directory / name
+            if not path.is_file():
+                continue
+            kept = []
+            for line in path.read_text(encoding="utf-8").splitlines():
+                try:
+                    if json.loads(line)["step"] <= step:
+                        kept.append(line)
+                except (json.JSONDecodeError, KeyError):
+                    continue
+            with atomic_path(path) as temporary:
+                temporary.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+
+    # -- logs -----------------------------------------------------------------------------------------------------
+    def write(self, step: int, metrics: dict[str, float]) -> None:
+        """Append one line to metrics.jsonl and one to timings.jsonl."""
+        now = time.monotonic()
+        seconds, self._last_time = now - self._last_time, now
+        if not self._writer:
+            return
+        self._append("metrics.jsonl", {"step": step, **metrics})
+        self._append("timings.jsonl", {"step": step, "seconds": round(seconds, 4), "time": round(time.time(), 3)})
+        if self._sink is not None:
+            self._sink(self.name, step, metrics)
+
+    def _append(self, name: str, record: dict[str, Any]) -> None:
+        with (self.directory / name).open("a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
+
+    # -- checkpoints ----------------------------------------------------------------------------------------------
+    def save(self, trainable: Trainable, progress: Progress) -> None:
+        """Write ``checkpoints/step_N`` and remove what ``keep_last`` and ``keep_best`` do not protect."""
+        self._flush()
+        path = self.checkpoints / f"step_{progress.step}"
+        state = {"progress": vars(progress), "stage": self.name}
+        checkpoint.save_checkpoint(path, model=trainable.model, trainable=trainable, state=state)
+        if self._writer:
+            keep = {progress.best_step} if self.trainer.keep_best else set()
+            checkpoint.prune(self.checkpoints, keep_last=self.trainer.keep_last, keep=keep)
+        parallel.barrier()
+
+    def _flush(self) -> None:
+        """The logs reach the disk before the checkpoint that counts on them."""
+        if self._writer:
+            for name in ("metrics.jsonl", "timings.jsonl"):
+                if (self.directory / name).is_file():
+                    with (self.directory / name).open("rb") as file:
+                        os.fsync(file.fileno())
+
+    def stop_if_out_of_time(self, trainable: Trainable, progress: Progress) -> None:
+        """Save and raise Preempted once ``trainer.max_time`` is over; rank 0's clock decides for all."""
+        late = self._deadline is not None and time.monotonic() > self._deadline
+        if parallel.broadcast_object(late):
+            self.save(trainable, progress)
+            raise Preempted(f"trainer.max_time is over: {self.name} saved step {progress.step}; rerun to continue")
+
+    def finish(self, progress: Progress, chosen_step: int) -> None:
+        """Mark the stage as ended; ``chosen_step`` is the checkpoint that later stages and evaluation use."""
+        if self._writer:
+            write_json(self.directory / "done.json", {"step": progress.step, "chosen_step": chosen_step})
+        parallel.barrier()
+
+    @property
+    def chosen_checkpoint(self) -> Path:
+        """The checkpoint a finished stage hands on."""
+        chosen = json.loads((self.directory / "done.json").read_text(encoding="utf-8"))["chosen_step"]
+        return self.checkpoints / f"step_{chosen}"

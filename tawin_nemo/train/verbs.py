@@ -1,0 +1,152 @@
+"""What the command-line verbs do once recipe and processes are there: train, evaluate, generate, convert."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tawin_nemo.config import Recipe
+from tawin_nemo.errors import ConfigError
+from tawin_nemo.eval.evaluate import evaluate as run_evaluation
+from tawin_nemo.models.megatron import checkpoint, parallel
+from tawin_nemo.models.megatron.build import build_model
+from tawin_nemo.models.megatron.hf_io import save_hf
+from tawin_nemo.models.megatron.lm import MegatronLM
+from tawin_nemo.rollout.engine import RolloutEngine
+from tawin_nemo.train.pipeline import plans, run_pipeline, starting_model
+from tawin_nemo.train.rl import total_steps
+from tawin_nemo.train.stage import Stage
+from tawin_nemo.train.world import World, build_world, open_run_dir, set_threads
+from tawin_nemo.types import NO_ITEM, TokenRows
+
+Verb = Callable[..., dict[str, Any]]
+
+
+def run(recipe: Recipe, verb: Verb, find_data: Callable[[Recipe], Path], **options: Any) -> dict[str, Any]:
+    """Start the process group, open the run, prepare the data on rank 0, build the world, call ``verb``."""
+    parallel.initialize(recipe.model, seed=recipe.seed)
+    try:
+        set_threads(recipe)
+        run_dir = open_run_dir(recipe, same_recipe=verb is train)
+        if parallel.world_rank() == 0:
+            find_data(recipe)
+        parallel.barrier()
+        world = build_world(recipe, run_dir, find_data(recipe), codes_path=codes_path(recipe))
+        return verb(world, **options)
+    finally:
+        parallel.shutdown()
+
+
+def codes_path(recipe: Recipe) -> Path | None:
+    """The semantic-ID file: absolute, or relative to data.root. Raises ConfigError when it is not there."""
+    if recipe.catalog.kind != "sid":
+        return None
+    path = Path(recipe.catalog.index)
+    path = path if path.is_absolute() else Path(recipe.data.root) / path
+    if not path.is_file():
+        found = ", ".join(sorted(p.name for p in path.parent.glob("*index*.json"))) or "none"
+        raise ConfigError(f"catalog.index={recipe.catalog.index}: no file {path}; code files there: {found}")
+    return path
+
+
+def train(world: World, *, dry_run: bool = False) -> dict[str, Any]:
+    """Run the whole pipeline, or only say what it would do."""
+    if not dry_run:
+        return run_pipeline(world)
+    rl, body = world.recipe.rl, world.shape.body_parameters
+    return {
+        "dry_run": True,
+        "run_dir": str(world.run_dir),
+        "items": len(world.catalog.titles),
+        "stages": {plan.name: len(plan.rows) for plan in plans(world)},
+        "rl_steps": total_steps(rl, len(world.train_rows_for_rl)) if rl.enabled else 0,
+        "body_parameters": body,
+        "embedding_parameters": world.shape.vocab * world.shape.hidden * (1 if world.shape.tied else 2),
+        "prompt_tokens_max": int(world.samples["train"].prompts.lengths.max()),
+    }
+
+
+def evaluate(world: World) -> dict[str, Any]:
+    """Recall@K and NDCG@K of ``checkpoint`` on valid and test, with 95 % intervals."""
+    engine = engine_of(world)
+    result: dict[str, Any] = {"checkpoint": world.recipe.checkpoint}
+    for split in ("valid", "test"):
+        found = run_evaluation(
+            engine, world.samples[split], world.catalog, world.recipe.eval, dp=world.dp, label=f"evaluate {split}"
+        )
+        result[split] = {
+            **found.means,
+            "intervals": {name: list(pair) for name, pair in found.intervals.items()},
+            "rows": found.rows,
+            "invalid_rate": found.invalid_rate,
+        }
+    return result
+
+
+def generate(world: World) -> dict[str, Any]:
+    """Ranked recommendations for ``generate.history``, or for the first rows of ``generate.split``."""
+    options = world.recipe.generate
+    if options.history:
+        unknown = [item for item in options.history if not 0 <= item < len(world.catalog.titles)]
+        if unknown:
+            raise ConfigError(f"generate.history names items {unknown}; items are 0..{len(world.catalog.titles) - 1}")
+        histories = [list(options.history)[-world.recipe.data.max_history :]]
+        texts = [world.template.prompt([world.item_texts[item] for item in history]) for history in histories]
+        prompts = world.tokenizer.encode_batch(texts)
+    else:
+        samples = world.samples[options.split].take(np.arange(min(options.rows, len(world.samples[options.split]))))
+        histories, prompts = [samples.history[i].tolist() for i in range(len(samples))], samples.prompts
+    return {"recommendations": recommend(world, histories, prompts, options.n)}
+
+
+def recommend(world: World, histories: list[list[int]], prompts: TokenRows, n: int) -> list[dict[str, Any]]:
+    """One entry per prompt: its history and the best ``n`` items with scores."""
+    found = engine_of(world).search(prompts, max(n, world.recipe.eval.beams))
+    titles = world.catalog.titles
+    return [
+        {
+            "history": [titles[item] for item in history],
+            "items": [
+                {"item": item, "external_id": world.catalog.external_ids[item], "title": titles[item], "score": score}
+                for item, score in zip(found.items_BW[row].tolist()[:n], found.scores_BW[row].tolist()[:n], strict=True)
+                if item != NO_ITEM
+            ],
+        }
+        for row, history in enumerate(histories)
+    ]
+
+
+def convert(world: World) -> dict[str, Any]:
+    """Write ``checkpoint`` as a Hugging Face directory with its tokenizer."""
+    options = world.recipe.convert
+    if not options.output:
+        raise ConfigError("convert.output is empty; name the folder for the Hugging Face export")
+    model = checkpoint_model(world)
+    save_hf(
+        model, world.shape, Path(options.output),
+        max_shard_bytes=options.shard_mb * 1_000_000, tokenizer_dir=world.run_dir / "tokenizer",
+    )  # fmt: skip
+    return {"exported": options.output, "checkpoint": world.recipe.checkpoint}
+
+
+def engine_of(world: World) -> RolloutEngine:
+    model = checkpoint_model(world)
+    return RolloutEngine(MegatronLM(model, world.shape), world.catalog, world.recipe.rollout, seed=world.recipe.seed)
+
+
+def checkpoint_model(world: World) -> Any:
+    """The model of ``checkpoint=``: a stage directory (its chosen step) or one step_N directory."""
+    named = world.recipe.checkpoint
+    if not named:
+        return starting_model(world, None)
+    path = Path(named)
+    if (path / "done.json").is_file():
+        path = Stage(path, world.recipe.trainer).chosen_checkpoint
+    elif not (path / "state.json").is_file():
+        raise ConfigError(f"checkpoint={named} is neither a finished stage (done.json) nor a step_N (state.json)")
+    model = build_model(world.shape, world.recipe.model, seed=world.recipe.seed)
+    checkpoint.load_checkpoint(path, model=model)
+    return model

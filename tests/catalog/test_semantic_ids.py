@@ -1,0 +1,60 @@
+"""Reading semantic-ID indexes: good ones, and every way in which one can fail to fit the catalogue."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tawin_nemo.catalog.semantic_ids import load_codes
+from tawin_nemo.errors import CatalogError
+
+
+def written(folder: Path, text: object) -> Path:
+    path = folder / "index.json"
+    path.write_text(text if isinstance(text, str) else json.dumps(text), encoding="utf-8")
+    return path
+
+
+def test_codes_come_in_item_order_whatever_their_number(tmp_path: Path) -> None:
+    path = written(tmp_path, {"1": ["<a_2>", "<b_1>", "<c_9>", "<d_0>"], "0": ["<a_1>", "<b_1>", "<c_3>"]})
+    assert load_codes(path, 2) == [["<a_1>", "<b_1>", "<c_3>"], ["<a_2>", "<b_1>", "<c_9>", "<d_0>"]]
+
+
+def test_missing_and_extra_items_are_listed(tmp_path: Path) -> None:
+    path = written(tmp_path, {"0": ["<a_1>"], "7": ["<a_1>"], "x": ["<a_1>"]})
+    with pytest.raises(CatalogError) as error:
+        load_codes(path, 3)
+    assert "2 have no codes: '1', '2'" in str(error.value)
+    assert "2 are not items of 0 .. 2: '7', 'x'" in str(error.value)
+
+
+@pytest.mark.parametrize("codes", [[], "<a_1>", ["<a_1>", 3], ["<a_1>", ""], ["<a 1>"], None, {"a": 1}])
+def test_ill_formed_codes_are_listed(tmp_path: Path, codes: object) -> None:
+    with pytest.raises(CatalogError, match="1 have codes that are not a list of words: '1'"):
+        load_codes(written(tmp_path, {"0": ["<a_1>"], "1": codes}), 2)
+
+
+def test_an_item_named_twice_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(CatalogError, match="1 are named twice: '0'"):
+        load_codes(written(tmp_path, '{"0": ["<a_1>"], "0": ["<a_2>"]}'), 1)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '[["0", ["<a_1>"]]]', "3"])
+def test_files_that_hold_no_index_are_refused(tmp_path: Path, text: str) -> None:
+    with pytest.raises(CatalogError, match=r"index\.json"):
+        load_codes(written(tmp_path, text), 1)
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(CatalogError, match="absent"):
+        load_codes(tmp_path / "absent.json", 1)
+
+
+@pytest.mark.real_data
+@pytest.mark.parametrize("kind", ["minionerec", "rqkmeans_constrained"])
+def test_the_public_indexes_can_be_read(industrial: Path, kind: str) -> None:
+    codes = load_codes(industrial / f"Industrial_and_Scientific.index.{kind}.json", 3686)
+    assert len(codes) == 3686
+    assert {len(item) for item in codes} <= {3, 4}

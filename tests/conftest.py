@@ -1,0 +1,43 @@
+"""Fixtures for data that is too large to live in the repository.
+
+The shared data folder is named by the environment variable TAWIN_SHARED, or is a folder `shared` beside the
+repository. Tests that need it are skipped, with the reason, where it is absent.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+
+
+def _folder(shared: Path, name: str) -> Path:
+    folder = shared / "data" / name
+    if not folder.is_dir():
+        pytest.skip(f"the shared data folder {shared} has no data/{name}")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """The shared data folder (the one that contains `data/`)."""
+    named = os.environ.get("TAWIN_SHARED")
+    shared = Path(named) if named else REPOSITORY.parent / "shared"
+    if not shared.is_dir():
+        pytest.skip(f"no shared data folder at {shared}; set TAWIN_SHARED to its path")
+    return shared
+
+
+@pytest.fixture(scope="session")
+def industrial(shared_data: Path) -> Path:
+    """The Amazon 2018 Industrial set in the MiniOneRec layout."""
+    return _folder(shared_data, "amazon18_industrial")
+
+
+@pytest.fixture(scope="session")
+def qwen_tokenizer(shared_data: Path) -> Path:
+    """A folder with the Qwen tokenizer's tokenizer.json."""
+    return _folder(shared_data, "qwen_tokenizer")

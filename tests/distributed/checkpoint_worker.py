@@ -1,0 +1,109 @@
+"""What every rank of a layout runs: train, save, continue; load and continue the same; load another layout's file."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from tawin_nemo.backbones import Backbone
+from tawin_nemo.config import ModelConfig, TrainerConfig
+from tawin_nemo.errors import CheckpointError
+from tawin_nemo.models.megatron import parallel
+from tawin_nemo.models.megatron.build import build_model
+from tawin_nemo.models.megatron.checkpoint import load_checkpoint, newest_valid, prune, save_checkpoint
+from tawin_nemo.models.megatron.hf_io import save_hf
+from tawin_nemo.models.megatron.trainable import MicroBatch, Trainable
+from tawin_nemo.types import TokenBatch
+
+#: 21 vocabulary rows: one row of padding under TP 2, and the optimizer state of it.
+SHAPE = Backbone("qwen2", 16, 2, 4, 2, 24, 21, rope_theta=1e4, max_position=64)
+ROWS, LENGTH, LR = 4, 7, 1e-2
+
+
+def update(actor: Trainable, step: int) -> dict[str, float]:
+    """One update on this replica's share of the step's fixed rows."""
+    place = parallel.data_parallel()
+    tokens = torch.randint(0, SHAPE.vocab, (ROWS, LENGTH + 1), generator=torch.Generator().manual_seed(step))
+    tokens = tokens[place.rank :: place.size]
+    row_N = torch.arange(len(tokens)).repeat_interleave(LENGTH)
+    position_N = torch.arange(LENGTH).repeat(len(tokens))
+    target_N = tokens[:, 1:].reshape(-1)
+    batch = TokenBatch(tokens[:, :-1], torch.full((len(tokens),), LENGTH), row_N, position_N, target_N)
+    return actor.update([MicroBatch(batch, lambda logp_N: (-logp_N.sum() / (ROWS * LENGTH), {}))], lr=LR)
+
+
+def trainable(cfg: ModelConfig, *, distributed: bool, seed: int) -> Trainable:
+    trainer = TrainerConfig(distributed_optimizer=distributed)
+    return Trainable(build_model(SHAPE, cfg, seed=seed), SHAPE, trainer, lr=LR)
+
+
+def adam_state(actor: Trainable) -> list[torch.Tensor]:
+    """Every tensor of this rank's optimizer: master weights, moments and step counters."""
+    tensors = []
+    for part in actor.optimizer.chained_optimizers:
+        for group in part.optimizer.param_groups:
+            for parameter in group["params"]:
+                state = part.optimizer.state[parameter]
+                tensors += [parameter, *(state[name] for name in ("exp_avg", "exp_avg_sq", "step"))]
+    return tensors
+
+
+def assert_equal(one: list[torch.Tensor], other: list[torch.Tensor]) -> None:
+    assert len(one) == len(other) > 0
+    assert all(torch.equal(left, right) for left, right in zip(one, other, strict=True))
+
+
+def train_and_save(actor: Trainable, root: Path) -> list[dict[str, float]]:
+    """Two steps, ``step_2`` and its weights in Hugging Face form; then two more steps, whose statistics are returned."""
+    for step in (0, 1):
+        update(actor, step)
+    save_checkpoint(root / "step_2", model=actor.model, trainable=actor, state={"step": 2})
+    save_hf(actor.model, SHAPE, root / "hf")
+    return [update(actor, step) for step in (2, 3)]
+
+
+def check_damage(actor: Trainable, root: Path) -> None:
+    """Every rank must pass over a damaged newest checkpoint, whoever finds the damage."""
+    save_checkpoint(root / "step_4", model=actor.model, trainable=actor, state={"step": 4})
+    assert newest_valid(root) == root / "step_4"
+    parallel.barrier()
+    if parallel.world_rank() == 0:
+        (root / "step_4" / "__0_0.distcp").write_bytes(b"not a checkpoint")
+    parallel.barrier()
+    assert newest_valid(root) == root / "step_2"
+    with pytest.raises(CheckpointError, match="__0_0.distcp has 16 bytes"):
+        load_checkpoint(root / "step_4", model=actor.model, trainable=actor)
+    prune(root, keep_last=1, keep={2})
+    parallel.barrier()
+    assert (root / "step_2").exists()
+
+
+def main() -> None:
+    options, root, other = json.loads(sys.argv[1]), Path(sys.argv[2]), Path(sys.argv[3])
+    cfg, distributed = ModelConfig(**options["model"]), options["distributed_optimizer"]
+    parallel.initialize(cfg, seed=1)
+    first = trainable(cfg, distributed=distributed, seed=3)
+    expected = train_and_save(first, root)
+
+    second = trainable(cfg, distributed=distributed, seed=4)
+    assert load_checkpoint(root / "step_2", model=second.model, trainable=second) == {"step": 2}
+    assert [update(second, step) for step in (2, 3)] == expected
+    assert_equal(list(second.model.parameters()), list(first.model.parameters()))
+    assert_equal(adam_state(second), adam_state(first))
+    check_damage(first, root)
+
+    load_checkpoint(other, model=second.model, trainable=second)
+    save_hf(second.model, SHAPE, root / "hf_of_other")
+    continued = [update(second, step) for step in (2, 3)]
+    if parallel.world_rank() == 0:
+        (root / "result.json").write_text(json.dumps({"own": expected, "other": continued}))
+    parallel.barrier()
+    parallel.shutdown()
+
+
+if __name__ == "__main__":
+    main()

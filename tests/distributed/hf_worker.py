@@ -1,0 +1,61 @@
+"""What every rank of a layout runs: import, score, export; for each of several Hugging Face folders."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+
+from tawin_nemo.backbones import with_vocab
+from tawin_nemo.config import ModelConfig
+from tawin_nemo.models.megatron import parallel
+from tawin_nemo.models.megatron.build import build_model
+from tawin_nemo.models.megatron.hf_config import backbone_from_hf
+from tawin_nemo.models.megatron.hf_io import load_hf, save_hf
+from tawin_nemo.models.megatron.trainable import score
+from tawin_nemo.types import TokenBatch
+
+SEED, EXTRA_TOKENS = 3, 6
+ROWS, LENGTH = 2, 9
+
+
+def tokens() -> torch.Tensor:
+    """Fixed rows [ROWS, LENGTH + 1] over the first 30 tokens."""
+    return torch.randint(0, 30, (ROWS, LENGTH + 1), generator=torch.Generator().manual_seed(1))
+
+
+def batch() -> TokenBatch:
+    row_N = torch.arange(ROWS).repeat_interleave(LENGTH)
+    position_N = torch.arange(LENGTH).repeat(ROWS)
+    return TokenBatch(tokens()[:, :-1], torch.full((ROWS,), LENGTH), row_N, position_N, tokens()[:, 1:].reshape(-1))
+
+
+def convert(source: Path, target: Path, cfg: ModelConfig, extra: int) -> list[float]:
+    """Import ``source`` with ``extra`` new vocabulary rows, export to ``target``; the scores of the fixed rows."""
+    shape = backbone_from_hf(source)
+    shape = with_vocab(shape, shape.vocab + extra)
+    model = build_model(shape, cfg, seed=SEED)
+    load_hf(model, shape, source)
+    save_hf(model, shape, target, max_shard_bytes=10_000)
+    return score(model, [batch()])[0].tolist()
+
+
+def main() -> None:
+    cfg, root = ModelConfig(**json.loads(sys.argv[1])), Path(sys.argv[2])
+    sources = [Path(name) for name in sys.argv[3:]]
+    parallel.initialize(cfg, seed=1)
+    scores = {}
+    for source in sources:
+        for extra in (0, EXTRA_TOKENS):
+            name = f"{source.name}+{extra}"
+            scores[name] = convert(source, root / name, cfg, extra)
+    if parallel.world_rank() == 0:
+        (root / "scores.json").write_text(json.dumps(scores))
+    parallel.barrier()
+    parallel.shutdown()
+
+
+if __name__ == "__main__":
+    main()

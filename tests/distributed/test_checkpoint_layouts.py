@@ -1,0 +1,81 @@
+"""Checkpoints under every layout: exact continuation, and weights and optimizer loaded under another layout."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tawin_nemo.config import ModelConfig
+from tawin_nemo.models.megatron import parallel
+from tawin_nemo.models.megatron.checkpoint import load_checkpoint
+from tawin_nemo.models.megatron.hf_io import save_hf
+from tests.distributed.checkpoint_worker import SHAPE, train_and_save, trainable, update
+from tests.distributed.launch import launch
+
+WORKER = Path(__file__).parent / "checkpoint_worker.py"
+#: float32 sums in another order, through two AdamW steps.
+STATISTICS_RELATIVE = 1e-4
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "model.safetensors")
+
+
+def assert_same_weights(one: Path, other: Path) -> None:
+    left, right = weights(one), weights(other)
+    assert left.keys() == right.keys()
+    for name in left:
+        assert torch.equal(left[name], right[name]), name
+
+
+def assert_close(got: list[dict[str, float]], expected: list[dict[str, float]]) -> None:
+    for have, want in zip(got, expected, strict=True):
+        assert have == pytest.approx(want, rel=STATISTICS_RELATIVE)
+
+
+@pytest.fixture(scope="module", params=[False, True], ids=["plain", "distributed-optimizer"])
+def one_process(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """A checkpoint of one process at step 2, and the statistics of its steps 2 and 3."""
+    parallel.initialize(ModelConfig(), seed=1)
+    root = tmp_path_factory.mktemp("one")
+    actor = trainable(ModelConfig(), distributed=request.param, seed=3)
+    return {"root": root, "distributed": request.param, "stats": train_and_save(actor, root)}
+
+
+TP2 = {"tensor_model_parallel_size": 2}
+PP2 = {"pipeline_model_parallel_size": 2}
+LAYOUTS = [
+    ("dp2", True, 2, {}),
+    ("tp2", False, 2, TP2),
+    ("pp2", False, 2, PP2),
+    ("tp2-pp2-sp", True, 4, {**TP2, **PP2, "sequence_parallel": True}),
+]
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize(("name", "distributed", "processes", "model"), LAYOUTS, ids=[layout[0] for layout in LAYOUTS])
+def test_layout_continues_exactly_and_exchanges_checkpoints(
+    name: str, distributed: bool, processes: int, model: dict[str, Any], one_process: dict[str, Any], tmp_path: Path
+) -> None:
+    if distributed != one_process["distributed"]:
+        pytest.skip("a checkpoint is loaded with the kind of optimizer that saved it")
+    options = json.dumps({"model": model, "distributed_optimizer": distributed})
+    launch(WORKER, processes, options, str(tmp_path), str(one_process["root"] / "step_2"), folder=tmp_path)
+    result = json.loads((tmp_path / "result.json").read_text())
+
+    # one process -> this layout
+    assert_same_weights(tmp_path / "hf_of_other", one_process["root"] / "hf")
+    assert_close(result["other"], one_process["stats"])
+
+    # this layout -> one process
+    parallel.initialize(ModelConfig(), seed=1)
+    actor = trainable(ModelConfig(), distributed=distributed, seed=5)
+    assert load_checkpoint(tmp_path / "step_2", model=actor.model, trainable=actor) == {"step": 2}
+    save_hf(actor.model, SHAPE, tmp_path / "hf_in_one")
+    assert_same_weights(tmp_path / "hf_in_one", tmp_path / "hf")
+    assert_close([update(actor, step) for step in (2, 3)], result["own"])

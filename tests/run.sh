@@ -1,0 +1,11 @@
+#!/usr/bin/env bash
+# Everything a change must pass: lint, format, types, tests. Installs into .venv on a bare machine.
+#   bash tests/run.sh            all of it, with 2- and 4-process gloo tests
+#   bash tests/run.sh -k trie    arguments go to pytest
+set -euo pipefail
+cd "$(dirname "$0")/.."
+source recipes/install.sh
+ruff check .
+ruff format --check .
+mypy
+pytest -q "$@"

@@ -1,0 +1,234 @@
+"""The plan of the house: who may import whom, and how large a file or a function may be.
+
+Read from the syntax trees, so that imports inside functions count and nothing has to be installed or run.
+"""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+PRODUCT = ("tawin_nemo", "data_prep")
+
+#: Layer of every module and package directly below tawin_nemo. Imports go down, or stay inside one package.
+LAYERS = {
+    **dict.fromkeys(("config", "types", "errors", "log", "artefacts", "backbones", "recipe", "maths"), 0),
+    "catalog": 1,
+    "data": 2,
+    **dict.fromkeys(("rollout", "models"), 3),
+    "eval": 4,
+    "train": 5,
+    **dict.fromkeys(("cli", "__main__", "serve"), 6),
+}
+#: What maths may import: torch, math and the shared names; no I/O, no distributed.
+MATHS_MAY_IMPORT = (
+    *("__future__", "math", "typing", "collections", "dataclasses", "enum", "torch"),
+    *("tawin_nemo.maths", "tawin_nemo.types"),
+)
+DATA_PREP_LAYER = 2
+MAX_FILE_LINES, MAX_FUNCTION_LINES = 300, 60
+
+
+@dataclass(frozen=True)
+class Import:
+    """One import statement: ``importer`` (dotted module) imports ``target``; lazy = inside a function."""
+
+    importer: str
+    target: str
+    line: int
+    lazy: bool
+
+    def __str__(self) -> str:
+        return f"{self.importer}:{self.line} imports {self.target}"
+
+
+def module_name(path: Path) -> str:
+    parts = path.relative_to(REPOSITORY).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def is_below(module: str, *packages: str) -> bool:
+    return any(module == package or module.startswith(f"{package}.") for package in packages)
+
+
+def imports_of(tree: ast.Module, importer: str, *, is_package: bool = False) -> Iterator[Import]:
+    """Every import in a syntax tree, relative ones resolved; ``from a import b`` counts as ``a.b``."""
+    lazy_nodes = {
+        id(node)
+        for function in ast.walk(tree)
+        if isinstance(function, ast.FunctionDef | ast.AsyncFunctionDef)
+        for node in ast.walk(function)
+    }
+    for node in ast.walk(tree):
+        targets: list[str] = []
+        if isinstance(node, ast.Import):
+            targets = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            base = node.module or ""
+            if node.level:
+                package = importer.split(".") if is_package else importer.split(".")[:-1]
+                base = ".".join([*package[: len(package) - node.level + 1], *([base] if base else [])])
+            targets = [f"{base}.{alias.name}" for alias in node.names]
+        elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith(("import_module", "__import__")):
+            targets = [str(arg.value) for arg in node.args[:1] if isinstance(arg, ast.Constant)]
+        for target in targets:
+            yield Import(importer, target, getattr(node, "lineno", 0), id(node) in lazy_nodes)
+
+
+def imports_in_text(source: str, importer: str) -> list[Import]:
+    return list(imports_of(ast.parse(source), importer))
+
+
+# -- the rules: each yields what is wrong with one import -----------------------------------------------------------
+def layer_of(module: str) -> int | None:
+    parts = module.split(".")
+    return LAYERS.get(parts[1]) if len(parts) > 1 else None
+
+
+def upward(item: Import) -> bool:
+    """An import of a higher layer, or of another package of the same layer (above L0)."""
+    if not (is_below(item.importer, "tawin_nemo") and is_below(item.target, "tawin_nemo")):
+        return False
+    own, other = layer_of(item.importer), layer_of(item.target)
+    if own is None or other is None:  # the package itself, which holds no code
+        return other is not None
+    same_package = item.importer.split(".")[1] == item.target.split(".")[1]
+    return other > own or (other == own and other in (1, 2, 3, 4, 5) and not same_package)
+
+
+def misplaced_megatron(item: Import) -> bool:
+    allowed = ("tawin_nemo.models.megatron", "tawin_nemo.train")
+    return is_below(item.target, "megatron") and not is_below(item.importer, *allowed)
+
+
+def eager_nemo(item: Import) -> bool:
+    return is_below(item.target, "nemo") and not item.lazy
+
+
+def impure_maths(item: Import) -> bool:
+    if not is_below(item.importer, "tawin_nemo.maths"):
+        return False
+    return not is_below(item.target, *MATHS_MAY_IMPORT) or is_below(item.target, "torch.distributed")
+
+
+def data_prep_too_high(item: Import) -> bool:
+    if not (is_below(item.importer, "data_prep") and is_below(item.target, "tawin_nemo")):
+        return False
+    layer = layer_of(item.target)
+    return layer is None or layer > DATA_PREP_LAYER
+
+
+def foreign_data_prep(item: Import) -> bool:
+    return is_below(item.target, "data_prep") and not is_below(item.importer, "data_prep", "tawin_nemo.cli")
+
+
+def recipes_or_tests(item: Import) -> bool:
+    return is_below(item.target, "recipes", "tests", "conftest")
+
+
+RULES = (upward, misplaced_megatron, eager_nemo, impure_maths, data_prep_too_high, foreign_data_prep, recipes_or_tests)
+
+
+# -- the package ---------------------------------------------------------------------------------------------------
+def product_files() -> list[Path]:
+    return [path for folder in PRODUCT for path in sorted((REPOSITORY / folder).rglob("*.py"))]
+
+
+@cache
+def product_imports() -> list[Import]:
+    return [
+        item
+        for path in product_files()
+        for item in imports_of(
+            ast.parse(path.read_text(encoding="utf-8")), module_name(path), is_package=path.name == "__init__.py"
+        )
+    ]
+
+
+@pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.__name__)
+def test_no_import_breaks_the_rule(rule):
+    assert [str(item) for item in product_imports() if rule(item)] == []
+
+
+def test_nemo_is_imported_in_one_module_only():
+    importers = {item.importer for item in product_imports() if is_below(item.target, "nemo")}
+    assert len(importers) <= 1, importers
+
+
+def test_every_module_has_a_layer():
+    names = [module_name(path).split(".") for path in product_files()]
+    children = {name[1] for name in names if name[0] == "tawin_nemo" and len(name) > 1}
+    assert children - LAYERS.keys() == set(), "give the new module a layer in LAYERS"
+
+
+def test_the_package_itself_holds_no_imports():
+    assert [str(item) for item in product_imports() if item.importer == "tawin_nemo"] == []
+
+
+# -- sizes ---------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("path", product_files(), ids=module_name)
+def test_files_and_functions_are_short_or_say_why(path: Path):
+    """A longer file says so in its docstring with the words "300 lines", a longer function with "60 lines"."""
+    source = path.read_text(encoding="utf-8")
+    tree = ast.parse(source)
+    lines = len(source.splitlines())
+    reason = f"{MAX_FILE_LINES} lines" in (ast.get_docstring(tree) or "")
+    assert lines <= MAX_FILE_LINES or reason, f"{path} has {lines} lines"
+    assert long_functions(tree) == []
+
+
+def long_functions(tree: ast.Module) -> list[str]:
+    return [
+        f"{node.name}: {length} lines"
+        for node in ast.walk(tree)
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+        and (length := (node.end_lineno or node.lineno) - node.lineno + 1) > MAX_FUNCTION_LINES
+        and f"{MAX_FUNCTION_LINES} lines" not in (ast.get_docstring(node) or "")
+    ]
+
+
+# -- the rules themselves --------------------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    ("rule", "importer", "source", "broken"),
+    [
+        (upward, "tawin_nemo.data.batches", "from tawin_nemo.rollout import beam", True),
+        (upward, "tawin_nemo.data.batches", "def f():\n    import tawin_nemo.train.rl", True),
+        (upward, "tawin_nemo.rollout.beam", "from tawin_nemo.models.megatron.lm import MegatronLM", True),
+        (upward, "tawin_nemo.models.megatron.lm", "from tawin_nemo.rollout.lm import LM", True),
+        (upward, "tawin_nemo.models.megatron.lm", "from ...rollout.lm import LM", True),
+        (upward, "tawin_nemo.models.megatron.lm", "from .head import Head", False),
+        (upward, "tawin_nemo.train.rl", "from tawin_nemo.rollout.engine import RolloutEngine", False),
+        (upward, "tawin_nemo.recipe", "from tawin_nemo.config import Recipe", False),
+        (upward, "tawin_nemo.config", "from tawin_nemo import catalog", True),
+        (upward, "tawin_nemo.eval.report", "importlib.import_module('tawin_nemo.cli')", True),
+        (misplaced_megatron, "tawin_nemo.rollout.engine", "def f():\n    from megatron.core import mpu", True),
+        (misplaced_megatron, "tawin_nemo.models.megatron.build", "import megatron.core", False),
+        (misplaced_megatron, "tawin_nemo.models.seqrec", "import megatron.core", True),
+        (eager_nemo, "tawin_nemo.train.nemo_logging", "from nemo.utils import exp_manager", True),
+        (eager_nemo, "tawin_nemo.train.nemo_logging", "def f():\n    from nemo.utils import exp_manager", False),
+        (impure_maths, "tawin_nemo.maths.tawin", "import torch.distributed as dist", True),
+        (impure_maths, "tawin_nemo.maths.tawin", "from pathlib import Path", True),
+        (impure_maths, "tawin_nemo.maths.tawin", "from tawin_nemo.maths.ranking import recall_at_k", False),
+        (impure_maths, "tawin_nemo.maths.tawin", "from torch import Tensor", False),
+        (data_prep_too_high, "data_prep.amazon", "from tawin_nemo.eval import report", True),
+        (data_prep_too_high, "data_prep.amazon", "from tawin_nemo.data import interactions", False),
+        (foreign_data_prep, "tawin_nemo.train.world", "import data_prep.prepare", True),
+        (foreign_data_prep, "tawin_nemo.cli", "def f():\n    import data_prep.prepare", False),
+        (recipes_or_tests, "tawin_nemo.cli", "from tests.conftest import industrial", True),
+        (recipes_or_tests, "tawin_nemo.cli", "import testsuite", False),
+    ],
+)  # fmt: skip
+def test_the_rule_sees_what_it_should(rule, importer: str, source: str, broken: bool):
+    assert any(rule(item) for item in imports_in_text(source, importer)) is broken
+
+
+def test_the_size_rule_sees_long_functions_and_accepts_a_reason():
+    body = "    x = 1\n" * MAX_FUNCTION_LINES
+    assert long_functions(ast.parse(f"def f():\n{body}")) == [f"f: {MAX_FUNCTION_LINES + 1} lines"]
+    assert long_functions(ast.parse(f'def f():\n    """Over 60 lines: one table."""\n{body}')) == []

@@ -1,0 +1,97 @@
+"""Recipes: inheritance, overrides, strict errors that name key, value and remedy."""
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+
+from tawin_nemo.config import Recipe
+from tawin_nemo.errors import ConfigError
+from tawin_nemo.recipe import differences, leaf_fields, load_recipe, to_yaml
+
+RECIPES = sorted((Path(__file__).parents[1] / "recipes").rglob("*.yaml"))
+
+
+def write(path: Path, text: str) -> Path:
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def test_base_then_recipe_then_overrides(tmp_path):
+    write(tmp_path / "base.yaml", "seed: 1\nrl: {lr: 1e-3, beta: 0.5, tawin: {k: 2}}\n")
+    recipe = write(tmp_path / "child.yaml", "base: base.yaml\nrl: {lr: 1e-4}\n")
+    loaded = load_recipe(recipe, ["rl.tawin.k=3", "eval.ks=[1,2]"])
+    assert (loaded.seed, loaded.rl.lr, loaded.rl.beta, loaded.rl.tawin.k, loaded.eval.ks) == (1, 1e-4, 0.5, 3.0, [1, 2])
+
+
+def test_a_second_level_of_base_is_refused(tmp_path):
+    write(tmp_path / "a.yaml", "seed: 1\n")
+    write(tmp_path / "b.yaml", "base: a.yaml\n")
+    with pytest.raises(ConfigError, match="one level"):
+        load_recipe(write(tmp_path / "c.yaml", "base: b.yaml\n"))
+
+
+def test_interpolation_and_bare_off(tmp_path):
+    text = "name: x\nrun_dir: out/${name}\nrl: {beta: 0, ensure_target: off}\nreference: {mode: off}\n"
+    loaded = load_recipe(write(tmp_path / "r.yaml", text))
+    assert (loaded.run_dir, loaded.reference.mode, loaded.rl.ensure_target) == ("out/x", "off", "off")
+
+
+@pytest.mark.parametrize(
+    ("override", "parts"),
+    [
+        ("rl.lrr=1", ["rl.lrr=1", "did you mean rl.lr?"]),
+        ("lr=1", ["lr=1", "sft.lr or rl.lr"]),
+        ("rl=3", ["rl is a section"]),
+        ("rl.lr=abc", ["rl.lr", "abc", "peak learning rate"]),
+        ("rl.kl=k4", ["rl.kl=k4", "k3"]),
+        ("rl.beta=-1", ["rl.beta=-1", ">= 0"]),
+        ("model.backbone=qwen2.5-0.6b", ["model.backbone=qwen2.5-0.6b", "did you mean qwen2.5-0.5b"]),
+        ("trainer.devices=3 model.tensor_model_parallel_size=2", ["trainer.devices=3", "multiple of 2"]),
+        ("model.sequence_parallel=true", ["sequence_parallel", "tensor_model_parallel_size > 1"]),
+        ("catalog.kind=sid", ["catalog.index"]),
+        ("reference.mode=off", ["rl.beta", "reference.mode=copy"]),
+        ("sft.enabled=false", ["rl.init=base"]),
+        ("rollout.width=4", ["rollout.width=4", "rl.group_size=16"]),
+        ("eval.beams=5", ["eval.beams=5", "eval.ks"]),
+        ("seed", ["no '='"]),
+        ("rl.lr=[1", ["override not understood"]),
+    ],
+)
+def test_errors_name_key_value_and_remedy(override, parts):
+    with pytest.raises(ConfigError) as caught:
+        load_recipe(None, override.split(" "))
+    for part in parts:
+        assert part in str(caught.value)
+
+
+def test_unknown_key_in_a_file_names_the_file(tmp_path):
+    with pytest.raises(ConfigError, match=r"rl\.tawn=.*r\.yaml.*did you mean rl\.tawin"):
+        load_recipe(write(tmp_path / "r.yaml", "rl: {tawn: {k: 1}}\n"))
+
+
+def test_missing_file_names_the_nearest(tmp_path):
+    write(tmp_path / "quickstart.yaml", "seed: 1\n")
+    with pytest.raises(ConfigError, match=r"quickstart\.yaml"):
+        load_recipe(tmp_path / "quikstart.yaml")
+
+
+def test_resolved_yaml_reads_back_and_differences_are_named(tmp_path):
+    one = load_recipe(None, ["seed=3", "exp_manager.create_tensorboard_logger=true"])
+    again = load_recipe(write(tmp_path / "r.yaml", to_yaml(one)))
+    assert again == one
+    two = dataclasses.replace(one, seed=4)
+    assert differences(to_yaml(one), to_yaml(two)) == ["seed: 3 -> 4"]
+    assert differences(to_yaml(one), to_yaml(two), ignore=["seed"]) == []
+
+
+def test_every_key_has_a_meaning():
+    for key, item in leaf_fields(Recipe):
+        assert len(item.metadata.get("help", "")) > 5, key
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_shipped_recipes_load_and_say_only_what_differs(path):
+    recipe, defaults = load_recipe(path), Recipe()
+    assert recipe != defaults
+    assert len(path.read_text(encoding="utf-8").splitlines()) <= 60

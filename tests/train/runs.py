@@ -1,0 +1,49 @@
+"""Small real runs of the command line for tests: a generated dataset made once, nano models, any layout."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+#: A complete run of a few seconds: SFT with early stopping, SFT continued, RL with TAWin and a reference, evaluation.
+SMALL = (
+    "data.dataset=prepared model.backbone=nano data.bpe_vocab_size=320 data.max_prompt_tokens=120 data.max_history=4 "
+    "data.train_limit=192 data.eval_limit=24 sft.epochs=2 sft.global_batch_size=32 sft.micro_batch_tokens=2048 "
+    "rl.prompts_per_step=8 rl.group_size=4 rl.max_steps=4 rl.lr=1e-3 rl.micro_batch_tokens=2048 "
+    "eval.beams=6 eval.ks=[1,3] trainer.save_interval=1 trainer.threads=1"
+).split()
+
+
+def environment() -> dict[str, str]:
+    return {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONUNBUFFERED": "1"}
+
+
+def command(*overrides: str, verb: str = "train") -> list[str]:
+    return [sys.executable, "-m", "tawin_nemo", verb, *overrides]
+
+
+def run(*overrides: str, verb: str = "train", timeout: float = 500) -> dict[str, Any]:
+    """Run the verb to its end and return its last line; fails with both streams when it does not exit with 0."""
+    done = subprocess.run(
+        command(*overrides, verb=verb), capture_output=True, text=True, timeout=timeout, env=environment()
+    )
+    assert done.returncode == 0, f"exit {done.returncode}\n{done.stdout[-3000:]}\n{done.stderr[-6000:]}"
+    return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+def prepare_dataset(directory: Path) -> Path:
+    """A small prepared dataset, through the real path from raw Amazon files."""
+    result = run(
+        "data.dataset=synthetic", f"run_dir={directory}", "prepare.synthetic_items=150", "prepare.synthetic_users=500",
+        verb="prepare",
+    )  # fmt: skip
+    return Path(result["prepared"])
+
+
+def metrics(run_dir: Path, stage: str) -> list[dict[str, float]]:
+    lines = (run_dir / stage / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    return [json.loads(line) for line in lines]
