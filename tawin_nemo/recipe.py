@@ -222,6 +222,11 @@ def _combinations(r: Recipe) -> Iterator[tuple[bool, str]]:
         rl.max_steps == 0 and rl.epochs == 0 and rl.enabled,
         "rl.max_steps=0 and rl.epochs=0: RL would take no step; set one of them, or rl.enabled=false",
     )
+    yield from _space_combinations(r)
+
+
+def _space_combinations(r: Recipe) -> Iterator[tuple[bool, str]]:
+    rl, ks = r.rl, r.eval.ks
     yield (
         rl.negatives == "sample" and r.rollout.score_space == "vocab",
         "rl.negatives=sample draws in trie space; set rollout.score_space=trie or rl.negatives=beam",
@@ -230,7 +235,6 @@ def _combinations(r: Recipe) -> Iterator[tuple[bool, str]]:
         rl.length_norm == "branching" and rl.policy_space == "vocab",
         "rl.length_norm=branching counts branching tokens, which only rl.policy_space=trie scores; use full",
     )
-    ks = r.eval.ks
     yield (not ks or min(ks) < 1, f"eval.ks={list(ks)} must hold cut-offs >= 1")
     yield (
         bool(ks) and max(ks) > r.eval.beams,

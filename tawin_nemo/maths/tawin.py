@@ -51,8 +51,8 @@ def soft_topk(logits: Tensor, k: float, tau: float) -> Tensor:
     with torch.no_grad():
         tail = ordered.flip(-1).logcumsumexp(-1).flip(-1)  # logsumexp of the places >= m
         lam = tail - torch.log((k - place.double()).clamp(min=0.0))
-        # Rounding must not push m beyond the last place that the theory allows.
-        num_full = (lam >= ordered).int().argmax(-1, keepdim=True).clamp(max=math.ceil(k) - 1)
+        # The first place that holds; it is below k, because logcumsumexp never rounds below its largest term.
+        num_full = (lam >= ordered).int().argmax(-1, keepdim=True)
     free = place >= num_full
     lam = ordered.masked_fill(~free, -math.inf).logsumexp(-1, keepdim=True) - torch.log(k - num_full.double())
     weights = torch.where(free, torch.exp((ordered - lam).clamp(max=0.0)), 1.0)

@@ -140,9 +140,7 @@ def _limited(split: Split, name: str, recipe: Recipe) -> Split:
     limit = recipe.data.train_limit if name == "train" else recipe.data.eval_limit
     if limit == 0 or limit >= len(split.target_N):
         return split
-    rows = np.arange(len(split))
-    rows = rows[-limit:] if name == "train" else rows[:limit]
-    return Split(split.user_N[rows], split.history.take(rows), split.target_N[rows], split.time_N[rows])
+    return split.slice(len(split) - limit, len(split)) if name == "train" else split.slice(0, limit)
 
 
 def _shape(recipe: Recipe, vocab_needed: int) -> Backbone:

@@ -54,7 +54,7 @@ def test_joined_pieces_equal_whole_prompts(template: Template, lists):
 @pytest.mark.parametrize("name", ["compact", "alpaca"])
 def test_real_titles_under_the_qwen_tokenizer(name: str, qwen_tokenizer: Path, industrial: Path):
     items = json.loads((industrial / "Industrial_and_Scientific.item.json").read_text())
-    titles = [items[str(i)]["title"] for i in range(len(items))]
+    titles = [items[str(i)]["title"] for i in range(0, len(items), 3)]
     template, catalog = Template(name, kind="title"), CatalogConfig(kind="title")
     data = DataConfig(template=name, tokenizer=str(qwen_tokenizer))
     encoder = PromptEncoder(titles, build_tokenizer(data, catalog, ModelConfig(), titles, None), template)

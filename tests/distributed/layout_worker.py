@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -53,8 +54,10 @@ def loss(logp_N: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     return -logp_N.sum() / total_positions(), {"positions": torch.tensor(float(len(logp_N)))}
 
 
-def train(cfg: ModelConfig, trainer: TrainerConfig, space: str) -> tuple[Trainable, list[dict[str, float]]]:
-    trainable = Trainable(build_model(SHAPE, cfg, seed=3), SHAPE, trainer, lr=1e-2)
+def train(
+    shape: Backbone, cfg: ModelConfig, trainer: TrainerConfig, space: str
+) -> tuple[Trainable, list[dict[str, float]]]:
+    trainable = Trainable(build_model(shape, cfg, seed=3), shape, trainer, lr=1e-2)
     place = parallel.data_parallel()
     mine = list(range(ROWS))[place.rank :: place.size]
     # uneven micro-batches: under DP the first replica runs more of them than the others
@@ -67,7 +70,7 @@ def train(cfg: ModelConfig, trainer: TrainerConfig, space: str) -> tuple[Trainab
 def decode(trainable: Trainable) -> list[torch.Tensor]:
     """Logits of a prefill and of three beam-like extensions with shuffled parents."""
     batch = rows([0, 1, 2, 3], "vocab")
-    lm = MegatronLM(trainable.model, SHAPE)
+    lm = MegatronLM(trainable.model, trainable.shape)
     logits, cache = lm.prefill(batch.tokens_BT, batch.lengths_B, reserve=3)
     seen = [logits]
     generator = torch.Generator().manual_seed(9)
@@ -103,6 +106,8 @@ def assert_sharded(trainable: Trainable, cfg: ModelConfig) -> None:
     else:
         assert not any(name.startswith("embedding") for name in shapes)
     assert ("decoder.final_layernorm.weight" in shapes) == parallel.is_last_stage()
+    own_head = parallel.is_last_stage() and not (trainable.shape.tied and parallel.is_first_stage())
+    assert ("output_layer.weight" in shapes) == own_head
     if trainable.ddp.ddp_config.use_distributed_optimizer:
         owned = sum(p.numel() for group in trainable.optimizer.param_groups for p in group["params"])
         everything = sum(p.numel() for p in trainable.model.parameters())
@@ -110,24 +115,29 @@ def assert_sharded(trainable: Trainable, cfg: ModelConfig) -> None:
         assert owned <= everything if replicas == 1 else owned < 0.75 * everything, (owned, everything)
 
 
+def measure(cfg: ModelConfig, trainer: TrainerConfig) -> dict[str, Any]:
+    """Statistics of five updates, scores and decoding logits, for tied and untied heads and both spaces."""
+    parallel.initialize(cfg, seed=1)
+    result: dict[str, Any] = {}
+    for shape in (SHAPE, replace(SHAPE, tied=False)):
+        for space in ("vocab", "trie"):
+            trainable, stats = train(shape, cfg, trainer, space)
+            assert_sharded(trainable, cfg)
+            scored = score(trainable.model, [rows([0, 4], space), rows([2], space)])
+            logits = decode(trainable)
+            assert_equal_everywhere([torch.tensor([list(s.values()) for s in stats])], "statistics")
+            assert_equal_everywhere(scored, "scores")
+            assert_equal_everywhere(logits, "decoding logits")
+            flat = torch.cat([tensor.flatten() for tensor in logits]).tolist()
+            name = f"{space}, {'tied' if shape.tied else 'untied'}"
+            result[name] = {"stats": stats, "scores": torch.cat(scored).tolist(), "logits": flat}
+    return result
+
+
 def main() -> None:
     options = json.loads(sys.argv[1])
-    cfg = ModelConfig(**options["model"])
     trainer = TrainerConfig(distributed_optimizer=options["distributed_optimizer"])
-    global SHAPE
-    SHAPE = dataclasses.replace(SHAPE, tied=options["tied"])
-    parallel.initialize(cfg, seed=1)
-    result: dict[str, object] = {}
-    for space in ("vocab", "trie"):
-        trainable, stats = train(cfg, trainer, space)
-        assert_sharded(trainable, cfg)
-        scored = score(trainable.model, [rows([0, 4], space), rows([2], space)])
-        assert_equal_everywhere(scored, f"{space} scores")
-        assert_equal_everywhere([torch.tensor([list(s.values()) for s in stats])], f"{space} statistics")
-        result[space] = {"stats": stats, "scores": torch.cat(scored).tolist()}
-    logits = decode(trainable)
-    assert_equal_everywhere(logits, "decoding logits")
-    result["logits"] = torch.cat([tensor.flatten() for tensor in logits]).tolist()
+    result = measure(ModelConfig(**options["model"]), trainer)
     if parallel.world_rank() == 0:
         Path(sys.argv[2]).write_text(json.dumps(result))
     parallel.barrier()

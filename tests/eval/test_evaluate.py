@@ -164,6 +164,8 @@ def test_every_returned_path_is_checked_against_the_catalogue(catalog: Catalog) 
     assert broken("tokens_BWT", (0, 2, 2), 8) == [False, False, True, False]  # one wrong token, deep in the path
     assert broken("lengths_BW", (0, 0), 2) == [True, False, False, False]  # cut short
     assert broken("lengths_BW", (0, 0), 99) == [True, False, False, False]
+    cut = dataclasses.replace(good, tokens_BWT=good.tokens_BWT[:, :, :3])
+    assert check_candidates(cut, catalog)[1][0].tolist() == [False, False, True, False]  # only item 3 has four tokens
     assert broken("leaf_BW", (0, 1), 0) == [False, True, False, False]
     assert broken("items_BW", (0, 1), 3) == [False, True, False, False]  # the path of another item
     assert broken("items_BW", (0, 1), len(PATHS)) == [False, True, False, False]  # no such item

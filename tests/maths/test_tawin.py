@@ -193,3 +193,15 @@ def test_groups_without_negatives_and_unknown_windows() -> None:
     assert tawin_weights(scores_BG, torch.tensor([[True, True]]), k=4, tau=0.1, anchor=2).tolist() == [[1.0, 1.0]]
     with pytest.raises(ValueError, match="window = 'middle', but it must be one of centred, start"):
         tawin_weights(scores_BG, torch.tensor([[True, False]]), k=4, tau=0.1, anchor=2, window="middle")
+
+
+@pytest.mark.parametrize("k", [1, 2, 2.5, 2.9999999999999996, 3])
+@pytest.mark.parametrize("tau", [1e-6, 1e-3, 1.0])
+def test_mass_is_k_however_small_tau_and_however_equal_the_logits(k: float, tau: float) -> None:
+    generator = torch.Generator().manual_seed(8)
+    logits = torch.randint(0, 4, (500, 9), generator=generator).double() / 3 + 1e-9 * torch.rand(
+        500, 9, generator=generator
+    )
+    weights = soft_topk(logits, k, tau)
+    torch.testing.assert_close(weights.sum(-1), torch.full((500,), float(k), dtype=torch.float64), rtol=0, atol=1e-8)
+    assert ((weights >= 0) & (weights <= 1)).all()

@@ -16,12 +16,12 @@ from tawin_nemo.types import TokenRows
 
 
 def random_qwen2(
-    vocab: int, *, hidden: int = 32, layers: int = 2, seed: int = 0, scale: float = 0.3
+    vocab: int, *, hidden: int = 32, layers: int = 2, seed: int = 0, spread: float = 0.3
 ) -> PreTrainedModel:
-    """A small Qwen2 with random weights, large enough that its next-token distributions are not flat."""
+    """A small Qwen2 with random weights; the larger their ``spread``, the sharper its next-token distributions."""
     config = Qwen2Config(
         vocab_size=vocab, hidden_size=hidden, intermediate_size=2 * hidden, num_hidden_layers=layers,
-        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=2048, initializer_range=0.3,
+        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=2048, initializer_range=spread,
         tie_word_embeddings=True,
     )  # fmt: skip
     torch.manual_seed(seed)

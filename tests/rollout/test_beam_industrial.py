@@ -27,6 +27,9 @@ pytestmark = [pytest.mark.real_data, pytest.mark.slow]
 
 QWEN_VOCAB, EOS_TOKEN = 151_936, "<|endoftext|>"
 CHUNK = 50  # prompts per call of generate
+#: Of the random weights: with sharp distributions a title costs up to 700 nats in vocab space, where float32 itself has
+#: steps of 6e-5; with flatter ones 100 to 250.
+SPREAD = 0.1
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +76,7 @@ def test_the_real_trie(title_paths: TokenRows) -> None:
 
 @pytest.mark.parametrize("space", ["trie", "vocab"])
 def test_200_prompts_rank_as_transformers_does(renumbered_paths: TokenRows, space: str) -> None:
-    model = random_qwen2(int(renumbered_paths.flat.max()) + 1)
+    model = random_qwen2(int(renumbered_paths.flat.max()) + 1, spread=SPREAD)
     prompts = random_prompts(renumbered_paths, 200, seed=0)
     check_against_transformers(model, renumbered_paths, prompts, 8, space, SCORE_TOLERANCE)
 
@@ -91,4 +94,4 @@ def test_float64_ranks_exactly_as_transformers_does(
 @pytest.mark.parametrize("space", ["trie", "vocab"])
 def test_all_151936_tokens_rank_as_transformers_does(title_paths: TokenRows, space: str) -> None:
     prompts = random_prompts(title_paths, int(os.environ.get("TAWIN_FULL_VOCAB_PROMPTS", "3")), seed=2)
-    check_against_transformers(random_qwen2(QWEN_VOCAB), title_paths, prompts, 4, space, SCORE_TOLERANCE)
+    check_against_transformers(random_qwen2(QWEN_VOCAB, spread=SPREAD), title_paths, prompts, 4, space, SCORE_TOLERANCE)

@@ -13,8 +13,8 @@ from typing import Any
 SMALL = (
     "data.dataset=prepared model.backbone=nano data.bpe_vocab_size=320 data.max_prompt_tokens=120 data.max_history=4 "
     "data.train_limit=192 data.eval_limit=24 sft.epochs=2 sft.global_batch_size=32 sft.micro_batch_tokens=2048 "
-    "rl.prompts_per_step=8 rl.group_size=4 rl.max_steps=4 rl.lr=1e-3 rl.micro_batch_tokens=2048 "
-    "eval.beams=6 eval.ks=[1,3] trainer.save_interval=1 trainer.threads=1"
+    "rl.prompts_per_step=8 rl.group_size=4 rl.max_steps=4 rl.lr=1e-3 rl.ensure_target=replace_last "
+    "rl.micro_batch_tokens=2048 eval.beams=6 eval.ks=[1,3] trainer.save_interval=1 trainer.threads=1"
 ).split()
 
 

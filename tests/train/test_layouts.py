@@ -43,6 +43,7 @@ def test_losses_equal_one_process(name, small_dataset, one_process, tmp_path):
         assert {key: rank[key] for key in sizes} == sizes
         # the norms are replicated under TP and the tied embedding stands on both pipeline stages
         assert rank["parameters"] == whole if sizes["dp_size"] == 2 else rank["parameters"] < 0.8 * whole
+    assert all(line["rl/reward"] > 0 and line["grad_norm"] > 1e-3 for line in metrics(one_process, "rl"))
     for stage in ("sft", "sft_continued", "rl"):
         ours, expected = metrics(tmp_path, stage), metrics(one_process, stage)
         assert [line["step"] for line in ours] == [line["step"] for line in expected]

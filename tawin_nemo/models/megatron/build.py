@@ -60,11 +60,18 @@ def padded_vocab(shape: Backbone, tensor_parallel_size: int) -> int:
 def _check(shape: Backbone, cfg: ModelConfig) -> None:
     tp, pp = cfg.tensor_model_parallel_size, cfg.pipeline_model_parallel_size
     if shape.vocab < 1:
-        raise ConfigError(f"model.backbone={cfg.backbone}: the vocabulary size is not set; call backbones.with_vocab first")
-    for what, value in (("attention heads", shape.heads), ("key-value heads", shape.kv_heads), ("FFN width", shape.ffn)):
+        raise ConfigError(
+            f"model.backbone={cfg.backbone}: the vocabulary size is not set; call backbones.with_vocab first"
+        )
+    for what, value in (
+        ("attention heads", shape.heads),
+        ("key-value heads", shape.kv_heads),
+        ("FFN width", shape.ffn),
+    ):
         if value % tp:
             raise ConfigError(
-                f"model.tensor_model_parallel_size={tp} does not divide the {value} {what} of {cfg.backbone}: use a divisor"
+                f"model.tensor_model_parallel_size={tp} does not divide the {value} {what} of {cfg.backbone}: "
+                "use a divisor"
             )
     if shape.layers % pp:
         raise ConfigError(

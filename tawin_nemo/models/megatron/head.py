@@ -75,7 +75,7 @@ class _VocabParallelLogProb(torch.autograd.Function):
         return sums_2N[1] - sums_2N[0].log()
 
     @staticmethod
-    def backward(ctx: Any, grad_N: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad_N: Tensor) -> tuple[Tensor, None, None]:
         softmax_NV, index_N, here_N = ctx.saved_tensors
         grad_NV = softmax_NV * -grad_N[:, None]
         if softmax_NV.shape[1]:

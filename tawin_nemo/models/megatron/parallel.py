@@ -83,11 +83,10 @@ def initialize(cfg: ModelConfig, *, seed: int) -> None:
     else:
         shim.install()
     tp, pp = cfg.tensor_model_parallel_size, cfg.pipeline_model_parallel_size
-    world_size = dist.get_world_size() if dist.is_initialized() else read_launch().world_size
-    if world_size % (tp * pp):
+    if world_size() % (tp * pp):
         raise ConfigError(
-            f"model.tensor_model_parallel_size={tp} x model.pipeline_model_parallel_size={pp} = {tp * pp} does not divide "
-            f"the number of processes, {world_size}: start a multiple of {tp * pp} processes or lower these sizes"
+            f"model.tensor_model_parallel_size={tp} x model.pipeline_model_parallel_size={pp} = {tp * pp} does not "
+            f"divide the number of processes, {world_size()}: start a multiple of {tp * pp} or lower these sizes"
         )
     if not dist.is_initialized():
         _start_process_group(read_launch())
@@ -100,7 +99,8 @@ def initialize(cfg: ModelConfig, *, seed: int) -> None:
             create_gloo_process_groups=True,
             distributed_timeout_minutes=int(TIMEOUT.total_seconds() // 60),
         )
-        _log.info("parallel layout: %d processes = TP %d x PP %d x DP %d", world_size, tp, pp, world_size // (tp * pp))
+        sizes = (world_size(), tp, pp, world_size() // (tp * pp))
+        _log.info("parallel layout: %d processes = TP %d x PP %d x DP %d", *sizes)
     seed_step(seed, 0)
 
 
@@ -118,7 +118,9 @@ def seed_step(seed: int, step: int) -> None:
     (megatron adds the TP rank); data-parallel ranks and pipeline stages draw independently. A resumed run therefore
     needs no generator history.
     """
-    place = f"{seed}/{step}/{parallel_state.get_data_parallel_rank()}/{parallel_state.get_pipeline_model_parallel_rank()}"
+    place = (
+        f"{seed}/{step}/{parallel_state.get_data_parallel_rank()}/{parallel_state.get_pipeline_model_parallel_rank()}"
+    )
     value = int.from_bytes(hashlib.sha256(place.encode()).digest()[:4], "big") >> 1
     torch.manual_seed(value)
     tensor_parallel.model_parallel_cuda_manual_seed(value)
@@ -149,6 +151,10 @@ def data_parallel() -> DataParallel:
 
 def world_rank() -> int:
     return dist.get_rank() if dist.is_initialized() else read_launch().rank
+
+
+def world_size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else read_launch().world_size
 
 
 def tp_rank() -> int:
@@ -200,10 +206,6 @@ def broadcast_from_last_stage(tensor: Tensor | None, shape: tuple[int, ...], dty
         group=parallel_state.get_pipeline_model_parallel_group(),
     )
     return tensor
-
-
-def world_size() -> int:
-    return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def broadcast_object(value: Any) -> Any:

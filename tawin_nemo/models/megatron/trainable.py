@@ -100,6 +100,7 @@ class Trainable:
 
     def __init__(self, model: GPTModel, shape: Backbone, trainer: TrainerConfig, *, lr: float) -> None:
         self.model, self.shape, self.config = model, shape, model.config
+        self._weight_decay = trainer.weight_decay
         bf16 = model.config.params_dtype == torch.bfloat16
         ddp_config = DistributedDataParallelConfig(
             grad_reduce_in_fp32=True,
@@ -114,7 +115,7 @@ class Trainable:
                 optimizer="adam",
                 lr=lr,
                 min_lr=0.0,
-                weight_decay=trainer.weight_decay,  # megatron leaves one-dimensional tensors (norms, biases) out
+                weight_decay=trainer.weight_decay,  # its group of one-dimensional tensors has wd_mult 0
                 adam_beta1=0.9,
                 adam_beta2=trainer.adam_beta2,
                 adam_eps=1e-8,
@@ -150,8 +151,9 @@ class Trainable:
         grad_norm = float(self.optimizer.get_grad_norm())
         if not math.isfinite(grad_norm):
             self._raise_non_finite(grad_norm)
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr * group.get("lr_mult", 1.0)
+        for group in self.optimizer.param_groups:  # what megatron's own schedule object would set
+            group["lr"] = lr
+            group["weight_decay"] = self._weight_decay * group["wd_mult"]
         self.optimizer.step()
         return {**_sum_stats(stats), "grad_norm": grad_norm}
 
@@ -162,11 +164,10 @@ class Trainable:
     def _raise_non_finite(self, grad_norm: float) -> None:
         named = self.model.named_parameters()
         bad = [name for name, p in named if p.requires_grad and not torch.isfinite(p.main_grad).all()]
-        everywhere: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(everywhere, bad)
-        names = sorted({name for names in everywhere for name in names})
+        names = sorted({name for names in parallel.gather_objects(bad) for name in names})
         raise TawinError(
-            f"gradient norm is {grad_norm}; not finite in {len(names)} tensors: {', '.join(names[:5]) or 'the norm itself'}. "
+            f"gradient norm is {grad_norm}; not finite in {len(names)} tensors: "
+            f"{', '.join(names[:5]) or 'only the norm itself'}. "
             "The weights were not changed: lower the learning rate or look at this step's rows"
         )
 

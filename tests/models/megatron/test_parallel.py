@@ -1,0 +1,72 @@
+"""Start of the process groups: what the launcher says, what is refused, and seeds as a function of the step."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from megatron.core.tensor_parallel import get_cuda_rng_tracker
+
+from tawin_nemo.config import ModelConfig
+from tawin_nemo.errors import ConfigError
+from tawin_nemo.models.megatron import parallel
+from tawin_nemo.models.megatron.parallel import Launch
+
+
+@pytest.mark.parametrize(
+    ("env", "expected"),
+    [
+        ({}, Launch(0, 1, 0)),
+        ({"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1"}, Launch(5, 8, 1)),
+        (
+            {"SLURM_PROCID": "9", "SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "16", "SLURM_LOCALID": "1"},
+            Launch(9, 16, 1),
+        ),
+        ({"SLURM_PROCID": "9", "SLURM_STEP_ID": "0", "SLURM_NTASKS": "16"}, Launch(9, 16, 0)),
+        # the batch script itself, outside srun: one process, or it would wait for ranks that never come
+        ({"SLURM_PROCID": "0", "SLURM_NTASKS": "16"}, Launch(0, 1, 0)),
+    ],
+)
+def test_launch_variables(env: dict[str, str], expected: Launch) -> None:
+    assert parallel.read_launch(env) == expected
+
+
+@pytest.mark.parametrize(
+    ("nodes", "first"),
+    [("node[1-2]", "node1"), ("gpu7", "gpu7"), ("a-[003,007],b2", "a-003"), ("n1,n2", "n1"), ("", "127.0.0.1")],
+)
+def test_first_node_of_a_step(nodes: str, first: str) -> None:
+    assert parallel._rendezvous({"SLURM_STEP_NODELIST": nodes, "SLURM_JOB_ID": "7"}) == (first, 20007)
+    assert parallel._rendezvous({"MASTER_ADDR": "host", "MASTER_PORT": "9", "SLURM_NODELIST": nodes}) == ("host", 9)
+
+
+def test_layout_that_does_not_divide_the_processes_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"tensor_model_parallel_size=2 x .*=3 = 6 does not divide .* processes, 1"):
+        parallel.initialize(ModelConfig(tensor_model_parallel_size=2, pipeline_model_parallel_size=3), seed=1)
+
+
+def test_one_process_is_a_complete_layout() -> None:
+    parallel.initialize(ModelConfig(), seed=1)
+    parallel.initialize(ModelConfig(), seed=1)  # a second call is harmless
+    place = parallel.data_parallel()
+    assert (place.rank, place.size, place.gather("x")) == (0, 1, ["x"])
+    assert parallel.is_first_stage()
+    assert parallel.is_last_stage()
+    assert parallel.place()["tp_size"] == parallel.place()["pp_size"] == parallel.place()["dp_size"] == 1
+    assert parallel.gather_objects({"a": 1}) == [{"a": 1}]
+    parallel.barrier()
+
+
+def test_seeds_depend_on_seed_and_step_only() -> None:
+    def draws(seed: int, step: int) -> torch.Tensor:
+        parallel.seed_step(seed, step)
+        with get_cuda_rng_tracker().fork():
+            split = torch.rand(4)
+        return torch.cat([torch.rand(4), split])
+
+    parallel.initialize(ModelConfig(), seed=1)
+    first = draws(7, 3)
+    draws(7, 4)
+    assert torch.equal(draws(7, 3), first)
+    assert not torch.equal(draws(7, 4), first)
+    assert not torch.equal(draws(8, 3), first)
+    assert not torch.equal(first[:4], first[4:])  # tensor-parallel regions draw from a generator of their own

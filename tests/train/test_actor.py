@@ -1,0 +1,172 @@
+"""Actor and references on a real nano model: what is left out changes nothing, what is stored equals what is scored."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from tawin_nemo.backbones import Backbone
+from tawin_nemo.catalog.items import Catalog
+from tawin_nemo.catalog.trie import TokenTrie
+from tawin_nemo.config import ModelConfig, RlConfig, RolloutConfig, TrainerConfig
+from tawin_nemo.errors import TawinError
+from tawin_nemo.maths.advantages import group_advantages
+from tawin_nemo.maths.tawin import tawin_weights
+from tawin_nemo.models.megatron import parallel
+from tawin_nemo.models.megatron.build import build_model
+from tawin_nemo.models.megatron.lm import MegatronLM
+from tawin_nemo.models.megatron.trainable import Trainable
+from tawin_nemo.rollout.engine import RolloutEngine
+from tawin_nemo.rollout.ensure_target import ensure_target
+from tawin_nemo.train.actor import Actor
+from tawin_nemo.train.reference import CopiedReference, SwappedReference
+from tawin_nemo.train.weight_sync import check_version, sync_weights
+from tawin_nemo.types import DataParallel, PromptBatch, Rollout, TokenRows
+
+SHAPE = Backbone("qwen2", 32, 2, 4, 2, 48, 40, rope_theta=1e4, max_position=64, init_std=0.3)
+GROUP = 5
+#: Log-probs of cached search against a plain forward pass, float32.
+LOGP_ATOL = 2e-5
+#: Weights after one update whose sums ran in another order; AdamW turns tiny gradient noise into steps of lr.
+WEIGHT_ATOL = 5e-5
+
+
+def catalog() -> Catalog:
+    draw = np.random.default_rng(5)
+    paths = {tuple(draw.integers(2, 12, size=draw.integers(2, 5)).tolist()) for _ in range(60)}
+    rows = TokenRows.from_lists([[*path, 1] for path in sorted(paths)])
+    titles = [f"item {i}" for i in range(len(rows))]
+    return Catalog(titles, titles, "title", rows, TokenTrie.from_paths(rows))
+
+
+def prompts(items: int) -> PromptBatch:
+    draw = np.random.default_rng(6)
+    rows = TokenRows.from_lists([draw.integers(2, 40, size=draw.integers(3, 9)) for _ in range(6)])
+    return PromptBatch(torch.arange(6), rows, torch.from_numpy(draw.integers(0, items, size=6)))
+
+
+class Scene:
+    """A trainable model, its engine, a rollout in which every group has its target, and the weights of its members."""
+
+    def __init__(self, rl: RlConfig, *, targets: bool = True) -> None:
+        parallel.initialize(ModelConfig(), seed=0)
+        self.catalog = catalog()
+        self.trainable = Trainable(build_model(SHAPE, ModelConfig(), seed=3), SHAPE, TrainerConfig(), lr=1e-3)
+        self.engine = RolloutEngine(MegatronLM(self.trainable.model, SHAPE), self.catalog, RolloutConfig(), seed=0)
+        self.actor = Actor(self.trainable, self.catalog.trie, rl, DataParallel())
+        batch = prompts(len(self.catalog))
+        self.rollout: Rollout = self.engine.generate(
+            batch, GROUP, negatives="beam", policy_space=rl.policy_space, step=0
+        )
+        if targets:
+            self.rollout = ensure_target(self.rollout, self.catalog)
+        self.adv_BG = group_advantages(self.rollout.is_target_BG.float())
+        self.adv_BG[:2] = 0.0  # as in groups whose candidates all have the same reward
+        self.omega_BG = tawin_weights(
+            self.rollout.scores_BG, self.rollout.is_target_BG, k=1.0, tau=0.01, anchor=0.0
+        )
+
+    def weights(self) -> dict[str, torch.Tensor]:
+        return {name: value.detach().clone() for name, value in self.trainable.model.named_parameters()}
+
+    def update(self, rl: RlConfig, *, keep_all: bool = False) -> dict[str, torch.Tensor]:
+        actor = Actor(self.trainable, self.catalog.trie, rl, DataParallel())
+        ones = torch.ones_like(self.adv_BG)
+        packed = actor.pack(self.rollout, *((ones, ones) if keep_all else (self.adv_BG, self.omega_BG)))
+        actor.update(self.rollout, packed, self.adv_BG, self.omega_BG, None, lr=1e-3)
+        return self.weights()
+
+
+PLAIN = RlConfig(beta=0.0)
+
+
+@pytest.mark.parametrize("space", ["trie", "vocab"])
+def test_stored_behaviour_logprobs_equal_the_actors_own(space):
+    scene = Scene(replace(PLAIN, policy_space=space), targets=False)
+    if space == "vocab":
+        assert scene.rollout.logprobs_BGT is None
+        return
+    ones = torch.ones_like(scene.adv_BG)
+    packed = scene.actor.pack(scene.rollout, ones, ones)
+    stored = scene.actor.behaviour_logprobs(scene.rollout, packed)
+    scored = scene.trainable.score([part.batch for part in packed])
+    assert torch.cat(stored).abs().sum() > 0
+    torch.testing.assert_close(torch.cat(stored), torch.cat(scored), atol=LOGP_ATOL, rtol=0)
+
+
+def test_candidates_without_weight_are_left_out_and_nothing_changes():
+    lean, full = Scene(PLAIN), Scene(PLAIN)
+    ones = torch.ones_like(full.adv_BG)
+    sizes = [
+        sum(len(part.flat_M) for part in scene.actor.pack(scene.rollout, *weights))
+        for scene, weights in ((lean, (lean.adv_BG, lean.omega_BG)), (full, (ones, ones)))
+    ]
+    assert sizes[0] < sizes[1] == full.rollout.items_BG.numel()
+    before, after, expected = lean.weights(), lean.update(PLAIN), full.update(PLAIN, keep_all=True)
+    assert max(float((after[name] - before[name]).abs().max()) for name in after) > 5e-4
+    for name, value in expected.items():
+        torch.testing.assert_close(after[name], value, atol=WEIGHT_ATOL, rtol=0, msg=name)
+
+
+def test_the_token_budget_changes_nothing():
+    small = replace(PLAIN, micro_batch_tokens=24)
+    one, many = Scene(PLAIN), Scene(small)
+    assert len(many.actor.pack(many.rollout, many.adv_BG, many.omega_BG)) > 3
+    after, expected = many.update(small), one.update(PLAIN)
+    for name, value in expected.items():
+        torch.testing.assert_close(after[name], value, atol=WEIGHT_ATOL, rtol=0, msg=name)
+
+
+def test_an_update_raises_the_targets_and_tawin_changes_it():
+    scene, plain = Scene(PLAIN), Scene(PLAIN)
+    plain.omega_BG = torch.ones_like(plain.omega_BG)
+    ones = torch.ones_like(scene.adv_BG)
+    packed = scene.actor.pack(scene.rollout, ones, ones)
+    hit = torch.cat([scene.rollout.is_target_BG.flatten()[part.flat_M[part.candidate_N]] for part in packed])
+    before = torch.cat(scene.trainable.score([part.batch for part in packed]))
+    with_tawin, without = scene.update(PLAIN), plain.update(PLAIN)
+    after = torch.cat(scene.trainable.score([part.batch for part in packed]))
+    assert (after - before)[hit].mean() > (after - before)[~hit].mean()
+    assert any(not torch.allclose(with_tawin[name], without[name], atol=1e-4) for name in without)
+
+
+def test_swapped_reference_equals_a_copy_and_leaves_the_actor_alone():
+    scene = Scene(PLAIN)
+    initial = build_model(SHAPE, ModelConfig(), seed=3)
+    ones = torch.ones_like(scene.adv_BG)
+    batches = [part.batch for part in scene.actor.pack(scene.rollout, ones, ones)]
+    copied = CopiedReference(initial).logprobs(batches)
+    weights = {name: value.detach().clone() for name, value in initial.named_parameters()}
+    scene.update(PLAIN)
+    moved = scene.weights()
+    swapped = SwappedReference(scene.trainable.model, weights).logprobs(batches)
+    assert torch.equal(torch.cat(copied), torch.cat(swapped))
+    assert all(torch.equal(value, moved[name]) for name, value in scene.weights().items())
+    assert not torch.equal(torch.cat(scene.trainable.score(batches)), torch.cat(swapped))
+
+
+def test_ensure_target_puts_the_path_last_and_forgets_old_logprobs():
+    scene = Scene(PLAIN, targets=False)
+    full = ensure_target(scene.rollout, scene.catalog)
+    lacking = (~scene.rollout.is_target_BG.any(dim=1)).nonzero().squeeze(1).tolist()
+    assert lacking
+    assert full.logprobs_BGT is None
+    assert full.is_target_BG.any(dim=1).all()
+    for row in range(len(full.prompts)):
+        if row in lacking:
+            target = int(full.prompts.target_B[row])
+            length = int(full.lengths_BG[row, -1])
+            assert full.tokens_BGT[row, -1, :length].tolist() == scene.catalog.paths[target].tolist()
+            assert (full.scores_BG[row, -1] <= full.scores_BG[row, :-1]).all()
+        else:
+            assert torch.equal(full.items_BG[row], scene.rollout.items_BG[row])
+
+
+def test_weight_versions_are_enforced():
+    scene = Scene(PLAIN)
+    sync_weights(scene.engine, version=4)
+    with pytest.raises(TawinError, match="version 0"):
+        check_version(scene.rollout, expected=4)
+    with pytest.raises(TawinError, match="older"):
+        sync_weights(scene.engine, version=3)
