@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from tawin_nemo.errors import TawinError
+from tawin_nemo.errors import ConfigError, TawinError
 
 EXAMPLES = """\
 examples:
@@ -105,11 +105,12 @@ def prepared_root(recipe: Any) -> Path:
     from data_prep.prepare import detect, prepare
 
     source = recipe.data.dataset
-    root = Path(recipe.data.root) if recipe.data.root else None
+    if not recipe.data.root and source != "synthetic":
+        raise ConfigError(f"data.dataset={source} but data.root is empty; set data.root=DIR or data.dataset=synthetic")
+    root = Path(recipe.data.root)
     if source == "auto":
-        source = detect(root) if root else "synthetic"
+        source = detect(root)
     if source == "prepared":
-        assert root is not None
         return root
     out = Path(recipe.run_dir or f"runs/{recipe.name}") / "data"
     return prepare(source, root, out, prepare=recipe.prepare, data=recipe.data, seed=recipe.seed, name=recipe.name)
@@ -117,7 +118,7 @@ def prepared_root(recipe: Any) -> Path:
 
 def _launched() -> bool:
     """Whether torchrun or srun has started this process as one of several."""
-    return "RANK" in os.environ or int(os.environ.get("SLURM_NTASKS", "1")) > 1
+    return "RANK" in os.environ or bool(os.environ.get("SLURM_STEP_ID"))
 
 
 def _launch(processes: int, argv: list[str]) -> int:

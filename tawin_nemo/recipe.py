@@ -109,7 +109,7 @@ def _check_keys(layer: DictConfig, where: str) -> None:
 
     def visit(node: DictConfig, prefix: str) -> None:
         for name in node:
-            key = f"{prefix}{name}"
+            key = prefix + str(name)
             child = node._get_node(name)
             if key in FREE_FORM:
                 continue
@@ -121,7 +121,9 @@ def _check_keys(layer: DictConfig, where: str) -> None:
                 if node[name] is False and "off" in valid[key].metadata.get("choices", ()):
                     node[name] = "off"  # YAML reads a bare off as false
             else:
-                raise ConfigError(f"unknown key {key}={_shown(child)} in {where}; {_nearest(key, [*valid, *sections])}")
+                raise ConfigError(
+                    f"unknown key {key}={_shown(child)} in {where}; {_nearest(key, [*valid, *sections])}"
+                )
 
     visit(layer, "")
 

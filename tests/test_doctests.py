@@ -8,9 +8,8 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 FILES = sorted(path for name in ("tawin_nemo", "data_prep") for path in (ROOT / name).rglob("*.py"))
-MODULES = [
-    ".".join(path.relative_to(ROOT).with_suffix("").parts) for path in FILES if ">>> " in path.read_text(encoding="utf-8")
-]
+WITH_EXAMPLES = [path for path in FILES if ">>> " in path.read_text(encoding="utf-8")]
+MODULES = [".".join(path.relative_to(ROOT).with_suffix("").parts) for path in WITH_EXAMPLES]
 
 
 @pytest.mark.parametrize("name", MODULES)

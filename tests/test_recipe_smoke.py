@@ -9,8 +9,8 @@ from tests.train.runs import run
 
 RECIPES = sorted((Path(__file__).parents[1] / "recipes").glob("*.yaml"))
 TINY = (
-    "model.backbone=nano data.train_limit=80 data.eval_limit=8 data.max_history=3 sft.epochs=1 sft.global_batch_size=32 "
-    "rl.max_steps=2 rl.prompts_per_step=4 rl.group_size=4 eval.beams=10 trainer.threads=1 "
+    "model.backbone=nano data.train_limit=80 data.eval_limit=8 data.max_history=3 sft.epochs=1 "
+    "sft.global_batch_size=32 rl.max_steps=2 rl.prompts_per_step=4 rl.group_size=4 eval.beams=10 trainer.threads=1 "
     "prepare.synthetic_items=150 prepare.synthetic_users=500"
 ).split()
 

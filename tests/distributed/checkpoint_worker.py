@@ -86,6 +86,7 @@ def main() -> None:
     options, root, other = json.loads(sys.argv[1]), Path(sys.argv[2]), Path(sys.argv[3])
     cfg, distributed = ModelConfig(**options["model"]), options["distributed_optimizer"]
     parallel.initialize(cfg, seed=1)
+    assert parallel.world_size() == options["processes"]
     first = trainable(cfg, distributed=distributed, seed=3)
     expected = train_and_save(first, root)
 

@@ -40,7 +40,7 @@ def assert_close(got: list[dict[str, float]], expected: list[dict[str, float]]) 
 
 @pytest.fixture(scope="module")
 def one_process(tmp_path_factory: pytest.TempPathFactory) -> dict[bool, tuple[Path, list[dict[str, float]]]]:
-    """Per kind of optimizer: the folder with one process's checkpoint of step 2, and its statistics of steps 2 and 3."""
+    """Per kind of optimizer: the folder with one process's step_2, and the statistics of its steps 2 and 3."""
     parallel.initialize(ModelConfig(), seed=1)
     made = {}
     for distributed in (False, True):
@@ -69,7 +69,7 @@ def test_layout_continues_exactly_and_exchanges_checkpoints(
     tmp_path: Path,
 ) -> None:
     root, statistics = one_process[distributed]
-    options = json.dumps({"model": model, "distributed_optimizer": distributed})
+    options = json.dumps({"model": model, "processes": processes, "distributed_optimizer": distributed})
     launch(WORKER, processes, options, str(tmp_path), str(root / "step_2"), folder=tmp_path)
     result = json.loads((tmp_path / "result.json").read_text())
 

@@ -63,9 +63,7 @@ class Scene:
             self.rollout = ensure_target(self.rollout, self.catalog)
         self.adv_BG = group_advantages(self.rollout.is_target_BG.float())
         self.adv_BG[:2] = 0.0  # as in groups whose candidates all have the same reward
-        self.omega_BG = tawin_weights(
-            self.rollout.scores_BG, self.rollout.is_target_BG, k=1.0, tau=0.01, anchor=0.0
-        )
+        self.omega_BG = tawin_weights(self.rollout.scores_BG, self.rollout.is_target_BG, k=1.0, tau=0.01, anchor=0.0)
 
     def weights(self) -> dict[str, torch.Tensor]:
         return {name: value.detach().clone() for name, value in self.trainable.model.named_parameters()}

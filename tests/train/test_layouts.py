@@ -24,28 +24,21 @@ LAYOUTS = {
 }
 
 
-@pytest.fixture(scope="module")
-def one_process(small_dataset, tmp_path_factory):
-    directory = tmp_path_factory.mktemp("one_process")
-    run(*SMALL, f"data.root={small_dataset}", f"run_dir={directory}")
-    return directory
-
-
 @pytest.mark.distributed
 @pytest.mark.parametrize("name", LAYOUTS)
-def test_losses_equal_one_process(name, small_dataset, one_process, tmp_path):
+def test_losses_equal_one_process(name, small_dataset, finished_run, tmp_path):
     overrides, sizes = LAYOUTS[name]
     run(*SMALL, *overrides.split(), "trainer.devices=2", f"data.root={small_dataset}", f"run_dir={tmp_path}")
     ranks = json.loads((tmp_path / "layout.json").read_text())
-    whole = json.loads((one_process / "layout.json").read_text())[0]["parameters"]
+    whole = json.loads((finished_run / "layout.json").read_text())[0]["parameters"]
     assert len(ranks) == 2
     for rank in ranks:
         assert {key: rank[key] for key in sizes} == sizes
         # the norms are replicated under TP and the tied embedding stands on both pipeline stages
         assert rank["parameters"] == whole if sizes["dp_size"] == 2 else rank["parameters"] < 0.8 * whole
-    assert all(line["rl/reward"] > 0 and line["grad_norm"] > 1e-3 for line in metrics(one_process, "rl"))
+    assert all(line["rl/reward"] > 0 and line["grad_norm"] > 1e-3 for line in metrics(finished_run, "rl"))
     for stage in ("sft", "sft_continued", "rl"):
-        ours, expected = metrics(tmp_path, stage), metrics(one_process, stage)
+        ours, expected = metrics(tmp_path, stage), metrics(finished_run, stage)
         assert [line["step"] for line in ours] == [line["step"] for line in expected]
         for line, reference in zip(ours, expected, strict=True):
             assert line.keys() == reference.keys()
@@ -53,8 +46,8 @@ def test_losses_equal_one_process(name, small_dataset, one_process, tmp_path):
                 assert math.isclose(line[key], value, rel_tol=LOSS_RTOL, abs_tol=1e-6), (stage, line["step"], key)
 
 
-def test_the_tolerance_would_notice_another_seed(small_dataset, one_process, tmp_path):
+def test_the_tolerance_would_notice_another_seed(small_dataset, finished_run, tmp_path):
     run(*SMALL, "seed=43", "rl.enabled=false", f"data.root={small_dataset}", f"run_dir={tmp_path}")
-    ours, expected = metrics(tmp_path, "sft")[-1], metrics(one_process, "sft")[-1]
+    ours, expected = metrics(tmp_path, "sft")[-1], metrics(finished_run, "sft")[-1]
     key = "valid/loss"
     assert not math.isclose(ours[key], expected[key], rel_tol=LOSS_RTOL)

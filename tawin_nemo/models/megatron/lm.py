@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.distributed as dist
@@ -83,6 +83,9 @@ class MegatronLM:
             raise ValueError("this cache has been extended already: only the newest cache can be extended")
         device = parallel.device()
         parents_R, tokens_R = parents_R.to(device), tokens_R.to(device)
+        if not len(parents_R):
+            empty = torch.zeros(0, self.shape.vocab, dtype=logit_dtype(self.model), device=device)
+            return empty, replace(cache, root_R=parents_R, length_R=parents_R, visible_RK=cache.visible_RK[:0])
         cache = self._drop_finished(cache, parents_R)
         root_R = cache.root_R[parents_R]
         place_R = _place_within(root_R)

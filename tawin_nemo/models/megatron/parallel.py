@@ -79,7 +79,7 @@ def initialize(cfg: ModelConfig, *, seed: int) -> None:
     Raises ConfigError when the number of processes is not a multiple of TP x PP.
     """
     if torch.cuda.is_available():
-        torch.cuda.set_device(read_launch().local_rank)
+        torch.cuda.set_device(read_launch().local_rank % torch.cuda.device_count())
     else:
         shim.install()
     tp, pp = cfg.tensor_model_parallel_size, cfg.pipeline_model_parallel_size

@@ -1,4 +1,4 @@
-"""The part of a checkpoint that megatron-core shards: the state dicts of the model and of its optimizer."""
+"""The part of a checkpoint that megatron-core shards: the state of the model and of its optimizer."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from typing import Any, Protocol
 import torch
 from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
-#: Optimizer state in the shape of the parameters: the only format that can be loaded under another TP, PP and DP size.
-_SHARDING = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}
+from tawin_nemo.models.megatron import distributed_optimizer_state
 
 
 class HasOptimizer(Protocol):
@@ -20,16 +20,25 @@ class HasOptimizer(Protocol):
 
 
 def sharded_state(model: GPTModel, trainable: HasOptimizer | None, *, is_loading: bool) -> dict[str, Any]:
-    """What ``dist_checkpointing`` saves, or loads into: ``model`` and, with ``trainable``, ``optimizer``."""
+    """What ``dist_checkpointing`` saves, or loads into: ``model`` and, with ``trainable``, ``optimizer``.
+
+    Both are in the shape of the parameters, so that they can be loaded under another TP, PP and DP size.
+    """
     group = parallel_state.get_data_parallel_group(with_context_parallel=True)
-    sharding = {**_SHARDING, "dp_cp_group": group}
-    parts = {"model": model.sharded_state_dict(metadata=sharding)}
+    parts: dict[str, Any] = {"model": model.sharded_state_dict(metadata={"dp_cp_group": group})}
     if trainable is not None:
         complete_adam_state(trainable.optimizer)
-        parts["optimizer"] = trainable.optimizer.sharded_state_dict(
-            parts["model"], is_loading=is_loading, metadata=sharding
-        )
+        parts["optimizer"] = {
+            str(number): _sharded_part(part, parts["model"], is_loading=is_loading)
+            for number, part in enumerate(_parts(trainable.optimizer))
+        }
     return parts
+
+
+def _sharded_part(part: Any, model_state: dict[str, Any], *, is_loading: bool) -> dict[str, Any]:
+    if isinstance(part, DistributedOptimizer):
+        return distributed_optimizer_state.sharded_state(part, model_state, is_loading=is_loading)
+    return part.sharded_state_dict(model_state, is_loading=is_loading)
 
 
 def load_state(model: GPTModel, trainable: HasOptimizer | None, loaded: dict[str, Any]) -> None:
@@ -37,29 +46,16 @@ def load_state(model: GPTModel, trainable: HasOptimizer | None, loaded: dict[str
     model.load_state_dict(loaded["model"])
     if trainable is None:
         return
-    parts, states = _parts(trainable.optimizer), loaded["optimizer"]
-    for number, part in enumerate(parts):
-        _load_part(part, states if len(parts) == 1 else states[number])
+    for number, part in enumerate(_parts(trainable.optimizer)):
+        state = loaded["optimizer"][str(number)]
+        if isinstance(part, DistributedOptimizer):
+            distributed_optimizer_state.load_state(part, state)
+            continue
+        # A common step of 0 is not stored, but torch's Adam wants one.
+        if _is_torch_adam(part.optimizer):
+            state.get("optimizer", state)["state"].setdefault("common_step", torch.tensor(0.0))
+        part.load_state_dict(state)
     complete_adam_state(trainable.optimizer)
-
-
-def _load_part(part: Any, state: dict[str, Any]) -> None:
-    """``part.load_state_dict``, with two gaps of megatron-core 0.16 around torch's Adam filled.
-
-    A common step of 0 is not stored, but Adam wants one. And the distributed optimizer looks for the step counters
-    among the stored tensors, where they are not: they are put aside while it copies the moments.
-    """
-    adam_state = state.get("optimizer", state).get("state")
-    if adam_state is not None and _is_torch_adam(part.optimizer):
-        adam_state.setdefault("common_step", torch.tensor(0.0))
-    param_state = state.pop("param_state", None)
-    part.load_state_dict(state)
-    if param_state is None:
-        return
-    steps = {param: kept.pop("step") for param, kept in part.optimizer.state.items() if "step" in kept}
-    part.load_parameter_state_from_fully_reshardable(param_state)
-    for param, step in steps.items():
-        part.optimizer.state[param]["step"] = step
 
 
 def optimizer_kind(trainable: HasOptimizer | None) -> str | None:

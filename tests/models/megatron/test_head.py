@@ -49,7 +49,7 @@ def test_vocab_space_equals_log_softmax_without_the_padded_rows(tied: bool, hidd
         gradients(got_N, hidden_ND, weight_VD), gradients(expected_N, hidden_ND, weight_VD), strict=True
     ):
         torch.testing.assert_close(got, want, rtol=0, atol=EXACT)
-    padded = gradients(got_N := token_logprobs(built, hidden_ND, target_N), hidden_ND, weight_VD)[1][REAL:]
+    padded = gradients(token_logprobs(built, hidden_ND, target_N), hidden_ND, weight_VD)[1][REAL:]
     assert torch.equal(padded, torch.zeros_like(padded))
 
 

@@ -66,6 +66,16 @@ def test_an_old_cache_is_refused() -> None:
         lm.extend(cache, torch.arange(5), torch.arange(5))
 
 
+def test_no_rows_at_all() -> None:
+    _, lm = language_model(torch.float32)
+    _, cache = lm.prefill(*padded(PROMPTS), reserve=2)
+    none = torch.zeros(0, dtype=torch.long)
+    for _ in range(2):
+        logits, cache = lm.extend(cache, none, none)
+        assert logits.shape == (0, SHAPE.vocab)
+        assert len(cache) == 0
+
+
 def test_training_mode_is_left_and_restored() -> None:
     model, lm = language_model(torch.float32, dropout=0.5)
     model.train()
