@@ -112,14 +112,16 @@ def transformers_search(
         ids_BT[row, longest - len(prompts[row]) :] = torch.from_numpy(prompts[row])
         mask_BT[row, longest - len(prompts[row]) :] = 1
 
+    node_of: dict[tuple[int, ...], int] = {(): trie.root}
+
     def allowed(_: int, sequence_T: Tensor) -> list[int]:
-        node = trie.root
-        for token in sequence_T[longest:].tolist():
-            node = trie.step(node, token)
-            if node < 0:
-                return [eos]
+        path = tuple(sequence_T[longest:].tolist())
+        if path not in node_of:
+            before = node_of.get(path[:-1], -1)
+            node_of[path] = trie.step(before, path[-1]) if before >= 0 else -1
         # Rows that stand for "no beam" may lie anywhere, and transformers wants an answer for them, too.
-        return trie.children(node)[0].tolist() or [eos]
+        node = node_of[path]
+        return (trie.children(node)[0].tolist() if node >= 0 else []) or [eos]
 
     output = model.generate(
         ids_BT, attention_mask=mask_BT, num_beams=width, num_return_sequences=width, do_sample=False,

@@ -10,10 +10,12 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from hf_lm import HfLM, double_precision_generate, random_qwen2, transformers_search
 from rankings import EXACT, SCORE_TOLERANCE, assert_same_ranking, found_ranking
 from tokenizers import Tokenizer
@@ -30,6 +32,15 @@ CHUNK = 50  # prompts per call of generate
 #: Of the random weights: with sharp distributions a title costs up to 700 nats in vocab space, where float32 itself has
 #: steps of 6e-5; with flatter ones 100 to 250.
 SPREAD = 0.1
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """The models are tiny: more threads only wait for each other, for minutes where other work shares the cores."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
