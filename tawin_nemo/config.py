@@ -36,9 +36,7 @@ class DataConfig:
     )  # fmt: skip
     max_history: int = number(10, 1, 200, help="items of history in a sample, the newest are kept")
     template: str = choice("compact", "alpaca", help="prompt wording, the same in SFT, RL, evaluation and serving")
-    tokenizer: str = opt(
-        "auto", "auto | folder with tokenizer.json | bpe (of the titles) | codes (of the index)"
-    )
+    tokenizer: str = opt("auto", "auto | folder with tokenizer.json | bpe (of the titles) | codes (of the index)")
     bpe_vocab_size: int = number(2048, 300, 200_000, help="vocabulary of a BPE trained on the catalogue")
     max_prompt_tokens: int = number(512, 8, 32_768, help="longer prompts lose their oldest items, whole")
     train_limit: int = number(0, 0, help="use only the last N training rows by time (0 = all)")
@@ -163,7 +161,7 @@ class RolloutConfig:
     score_space: str = choice("trie", "vocab", help="what beams are ranked by")
     length_penalty: float = number(0.0, help="final score = sum log p / len^penalty")
     temperature: float = number(1.0, 1e-6, help="of constrained sampling")
-    token_budget: int = number(65536, 16, help="prompt tokens x beams handled at once per rank")
+    token_budget: int = number(262144, 16, help="prompt tokens x beams handled at once per rank")
     placement: str = choice("colocated", help="rollouts on the training ranks")
     tensor_model_parallel_size: int = number(0, 0, help="0 = as in training")
 
@@ -181,7 +179,7 @@ class EvalConfig:
     collision: str = choice(
         "fractional", "optimistic", help="credit of items that share one token path: 1/number sharing, or a full hit"
     )
-    token_budget: int = number(65536, 16, help="prompt tokens x beams handled at once per rank")
+    token_budget: int = number(262144, 16, help="prompt tokens x beams handled at once per rank")
 
 
 @dataclass(frozen=True)

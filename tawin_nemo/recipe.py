@@ -121,9 +121,7 @@ def _check_keys(layer: DictConfig, where: str) -> None:
                 if node[name] is False and "off" in valid[key].metadata.get("choices", ()):
                     node[name] = "off"  # YAML reads a bare off as false
             else:
-                raise ConfigError(
-                    f"unknown key {key}={_shown(child)} in {where}; {_nearest(key, [*valid, *sections])}"
-                )
+                raise ConfigError(f"unknown key {key}={_shown(child)} in {where}; {_nearest(key, [*valid, *sections])}")
 
     visit(layer, "")
 

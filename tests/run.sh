@@ -8,4 +8,5 @@ source recipes/install.sh
 ruff check .
 ruff format --check .
 mypy
-pytest -q "$@"
+# one worker per core, each file on one worker so that its fixtures are made once
+pytest -q -n "${TAWIN_TEST_WORKERS:-2}" --dist loadfile "$@"
