@@ -5,6 +5,14 @@ python="${TAWIN_PYTHON:-python3}"
     echo "Python 3.11 or 3.12 is needed, $python is $("$python" --version); set TAWIN_PYTHON" >&2
     exit 2
 }
+if ! "$python" -c 'import ensurepip, venv' 2>/dev/null; then # Debian keeps venv in a package of its own
+    if [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then
+        apt-get update -qq && apt-get install -y -qq python3-venv python3-pip >&2
+    else
+        echo "$python cannot make virtual environments; install python3-venv, or set TAWIN_PYTHON" >&2
+        exit 2
+    fi
+fi
 [ -x .venv/bin/python ] || "$python" -m venv .venv
 stamp="$(cat requirements.txt pyproject.toml | sha256sum | cut -d' ' -f1)"
 if [ "$(cat .venv/installed 2>/dev/null)" != "$stamp" ]; then

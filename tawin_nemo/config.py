@@ -68,7 +68,7 @@ class CatalogConfig:
 class ModelConfig:
     backbone: str = opt("tiny", "a name of backbones.py, e.g. qwen2.5-0.5b")
     init: str = opt("random", "random | a Hugging Face directory (config.json and safetensors)")
-    dropout: float = number(0.0, 0.0, 0.9, help="hidden and attention dropout, for models trained from scratch")
+    dropout: float = number(0.0, 0.0, 0.9, help="hidden and attention dropout of SFT from scratch; RL runs without")
     tensor_model_parallel_size: int = number(1, 1, help="ranks that share each layer")
     pipeline_model_parallel_size: int = number(1, 1, help="groups of layers on different ranks")
     sequence_parallel: bool = opt(False, "split activations along the sequence between TP ranks")

@@ -5,12 +5,16 @@ from __future__ import annotations
 import logging
 import os
 import sys
+import time
 from collections.abc import Iterable, Iterator
 from typing import Any, TypeVar
 
 from tqdm import tqdm
 
 T = TypeVar("T")
+
+SECONDS_BETWEEN_LINES = 30.0
+_LINE = "{n_fmt}/{total_fmt} [{elapsed}, {remaining} to go, {rate_fmt}]"
 
 
 def rank() -> int:
@@ -31,19 +35,18 @@ def get_logger(name: str) -> logging.Logger:
 
 
 def progress(items: Iterable[T], *, what: str, total: int | None = None, initial: int = 0) -> Iterator[T]:
-    """Iterate with a bar and an ETA on rank 0; on a file instead of a terminal it prints a line every 10 s."""
-    terminal = sys.stderr.isatty()
-    yield from tqdm(
-        items,
-        desc=what,
-        total=total,
-        initial=initial,
-        disable=rank() != 0,
-        mininterval=0.2 if terminal else 10.0,
-        maxinterval=1.0 if terminal else 30.0,
-        dynamic_ncols=terminal,
-        file=sys.stderr,
-    )
+    """Iterate with a bar and an ETA on rank 0; into a file (Slurm, nohup) it writes a whole line every 30 s instead."""
+    if sys.stderr.isatty():
+        yield from tqdm(items, desc=what, total=total, initial=initial, disable=rank() != 0, dynamic_ncols=True)
+        return
+    start = last = time.monotonic()
+    for count, item in enumerate(items, initial + 1):
+        yield item
+        now = time.monotonic()
+        if now - last >= SECONDS_BETWEEN_LINES:
+            last = now
+            meter = tqdm.format_meter(count, total or 0, now - start, initial=initial, bar_format=_LINE)
+            get_logger(__name__).info("%s %s", what, meter)
 
 
 def say(message: str, **fields: Any) -> None:

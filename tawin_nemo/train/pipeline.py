@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -105,7 +105,7 @@ def run_stage(world: World, plan: Plan, sink: MetricSink | None) -> EvalResult:
     if stage.done and evaluated.is_file():
         log.info("%s is done", plan.name)
         return EvalResult.read(stage.directory / "eval", "test")
-    model = starting_model(world, plan.start)
+    model = starting_model(world, plan.start, dropout=world.recipe.model.dropout if plan.kind == "sft" else 0.0)
     lm = MegatronLM(model, world.shape)
     engine = RolloutEngine(lm, world.catalog, world.recipe.rollout, seed=world.recipe.seed)
     if not stage.done:
@@ -121,10 +121,13 @@ def run_stage(world: World, plan: Plan, sink: MetricSink | None) -> EvalResult:
     return evaluate_stage(world, stage.directory, engine)
 
 
-def starting_model(world: World, start: str | None) -> GPTModel:
-    """A model with the weights a stage starts from: model.init, or what an earlier stage handed on."""
+def starting_model(world: World, start: str | None, *, dropout: float = 0.0) -> GPTModel:
+    """A model with the weights a stage starts from: model.init, or what an earlier stage handed on.
+
+    Only SFT has dropout: under it the policy ratio of an unchanged policy would be noise around 1 and would be clipped.
+    """
     recipe: Recipe = world.recipe
-    model = build_model(world.shape, recipe.model, seed=recipe.seed)
+    model = build_model(world.shape, replace(recipe.model, dropout=dropout), seed=recipe.seed)
     if start is not None:
         earlier = Stage(world.run_dir / start, recipe.trainer)
         checkpoint.load_checkpoint(earlier.chosen_checkpoint, model=model)

@@ -6,11 +6,21 @@ import subprocess
 import time
 from pathlib import Path
 
+import pytest
+
 from tests.train.runs import SMALL, command, environment, metrics, run
 
 #: Stage and optimizer step after which the process is killed; the steps are drawn once, with a seed.
 DRAW = random.Random(20261121)
+DROPOUT = [*SMALL, "model.dropout=0.1"]
 KILLS = [("sft", DRAW.randint(2, 9)), ("sft_continued", 1), ("rl", DRAW.randint(1, 3))]
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(small_dataset, tmp_path_factory):
+    directory = tmp_path_factory.mktemp("uninterrupted")
+    run(*DROPOUT, f"data.root={small_dataset}", f"run_dir={directory}")
+    return directory
 
 
 def kill_after(arguments: list[str], log: Path, lines: int) -> None:
@@ -35,33 +45,35 @@ def exported(run_dir: Path, stage: str, target: Path) -> bytes:
     return (target / "model.safetensors").read_bytes()
 
 
-def test_killed_and_restarted_equals_uninterrupted(small_dataset, finished_run, tmp_path):
+def test_killed_and_restarted_equals_uninterrupted(small_dataset, uninterrupted, tmp_path):
     run_dir = tmp_path / "run"
-    arguments = [*SMALL, f"data.root={small_dataset}", f"run_dir={run_dir}"]
+    arguments = [*DROPOUT, f"data.root={small_dataset}", f"run_dir={run_dir}"]
     for stage, lines in KILLS:
         kill_after(arguments, run_dir / stage / "metrics.jsonl", lines)
         assert not (run_dir / "summary.json").exists()
     summary = run(*arguments)
     for stage in ("sft", "sft_continued", "rl"):
-        ours, expected = ((base / stage / "metrics.jsonl").read_bytes() for base in (run_dir, finished_run))
+        ours, expected = ((base / stage / "metrics.jsonl").read_bytes() for base in (run_dir, uninterrupted))
         assert ours == expected, stage
     assert len(metrics(run_dir, "rl")) == 4
+    # dropout belongs to SFT: before its first update the policy equals the one that made the rollout
+    assert abs(metrics(run_dir, "rl")[0]["rl/ratio_mean"] - 1.0) < 1e-4
     for stage in ("sft", "rl"):
         ours = exported(run_dir, stage, tmp_path / f"killed_{stage}")
-        assert ours == exported(finished_run, stage, tmp_path / f"whole_{stage}"), stage
+        assert ours == exported(uninterrupted, stage, tmp_path / f"whole_{stage}"), stage
     assert exported(run_dir, "rl", tmp_path / "rl") != exported(run_dir, "sft", tmp_path / "sft")
     assert summary["invalid_rate"] == 0.0
 
 
-def test_another_recipe_in_the_same_run_directory_is_refused(small_dataset, finished_run):
-    arguments = [*SMALL, f"data.root={small_dataset}", f"run_dir={finished_run}", "rl.lr=2e-3"]
+def test_another_recipe_in_the_same_run_directory_is_refused(small_dataset, uninterrupted):
+    arguments = [*DROPOUT, f"data.root={small_dataset}", f"run_dir={uninterrupted}", "rl.lr=2e-3"]
     done = subprocess.run(command(*arguments), capture_output=True, text=True, env=environment(), timeout=300)
     assert done.returncode == 2
     assert "rl.lr: 0.001 -> 0.002" in done.stderr
 
 
-def test_out_of_time_saves_exits_75_and_continues(small_dataset, finished_run, tmp_path):
-    arguments = [*SMALL, f"data.root={small_dataset}", f"run_dir={tmp_path}"]
+def test_out_of_time_saves_exits_75_and_continues(small_dataset, uninterrupted, tmp_path):
+    arguments = [*DROPOUT, f"data.root={small_dataset}", f"run_dir={tmp_path}"]
     stopped = subprocess.run(
         command(*arguments, "trainer.max_time=00:00:00:00"),
         capture_output=True,
@@ -71,4 +83,4 @@ def test_out_of_time_saves_exits_75_and_continues(small_dataset, finished_run, t
     )
     assert stopped.returncode == 75, stopped.stderr[-3000:]
     run(*arguments)
-    assert (tmp_path / "rl" / "metrics.jsonl").read_bytes() == (finished_run / "rl" / "metrics.jsonl").read_bytes()
+    assert (tmp_path / "rl" / "metrics.jsonl").read_bytes() == (uninterrupted / "rl" / "metrics.jsonl").read_bytes()
