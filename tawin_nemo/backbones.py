@@ -70,7 +70,7 @@ BACKBONES: dict[str, Backbone] = {
     ),
     # Models for CPUs, trained from scratch, same architecture as Qwen2.5; the vocabulary is the tokenizer's.
     "nano": Backbone("qwen2", 32, 2, 4, 2, 64, 0, rope_theta=1e4, max_position=2048),
-    "tiny": Backbone("qwen2", 96, 3, 4, 2, 256, 0, rope_theta=1e4, max_position=2048),
+    "tiny": Backbone("qwen2", 64, 2, 4, 2, 192, 0, rope_theta=1e4, max_position=2048),
     "small-1m": Backbone("qwen2", 128, 4, 4, 4, 512, 0, rope_theta=1e4, max_position=4096),
 }  # fmt: skip
 

@@ -19,6 +19,7 @@ from tawin_nemo.artefacts import write_json
 from tawin_nemo.config import Recipe
 from tawin_nemo.eval.evaluate import EvalResult, evaluate
 from tawin_nemo.eval.report import write_report
+from tawin_nemo.eval.summary import results_table
 from tawin_nemo.log import get_logger
 from tawin_nemo.models.megatron import checkpoint, parallel
 from tawin_nemo.models.megatron.build import build_model
@@ -67,17 +68,15 @@ def run_pipeline(world: World) -> dict[str, Any]:
     start = time.monotonic()
     write_layout(world)
     sink = metric_sink(world.recipe.exp_manager, world.run_dir, world.recipe.name)
-    summary: dict[str, Any] = {}
-    invalid = 0.0
-    for plan in plans(world):
-        result = run_stage(world, plan, sink)
-        summary[plan.name] = dict(result.means)
-        invalid = max(invalid, result.invalid_rate)
+    results = {plan.name: run_stage(world, plan, sink) for plan in plans(world)}
+    summary: dict[str, Any] = {name: dict(result.means) for name, result in results.items()}
+    invalid = max(result.invalid_rate for result in results.values())
     earlier = earlier_seconds(world.run_dir)
     wall = earlier + time.monotonic() - start
     summary |= {"invalid_rate": invalid, "wall_s": round(wall, 1), "run_dir": str(world.run_dir)}
     if parallel.world_rank() == 0:
         write_json(world.run_dir / "summary.json", summary)
+        log.info("results on test, 95 %% intervals\n%s", results_table(results, world.recipe.eval.ks))
         log.info("report: %s", write_report(world.run_dir))
     parallel.barrier()
     return summary

@@ -10,4 +10,6 @@ warnings.filterwarnings("ignore", category=FutureWarning, message=r".*torch\.dis
 warnings.filterwarnings(
     "ignore", message=r".*(\.grad attribute of a Tensor that is not a leaf|requires_grad=True to a scalar).*"
 )
-warnings.filterwarnings("ignore", category=FutureWarning, message=r".*(`load_state_dict` is deprecated|DTensor instead).*")
+warnings.filterwarnings(
+    "ignore", category=FutureWarning, message=r".*(`load_state_dict` is deprecated|DTensor instead).*"
+)
