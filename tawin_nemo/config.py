@@ -109,6 +109,7 @@ class SftConfig:
     warmup: int = number(50, 0, help="steps of linear warm-up")
     min_lr_ratio: float = number(0.1, 0.0, 1.0, help="floor of cosine and linear, as a share of lr")
     patience: int = number(1, 1, help="checks on valid without progress before SFT stops")
+    min_delta: float = number(0.0, 0.0, help="fall of the valid loss that counts as progress")
     checks_per_epoch: int = number(1, 1, help="validations per epoch")
     loss_space: str = choice("vocab", "trie", help="normalise over the whole vocabulary or over the admissible tokens")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from functools import partial
 
 import numpy as np
@@ -62,12 +63,14 @@ def train_sft(world: World, stage: Stage, trainable: Trainable, rows: np.ndarray
 def _check(world: World, stage: Stage, trainable: Trainable, done: Progress) -> None:
     """Valid loss, best so far, checkpoint. The checkpoint is written after the log line that it counts on."""
     loss = valid_loss(world, trainable)
-    if done.best_value is None or loss < done.best_value:
-        done.best_value, done.best_step, done.bad_checks = loss, done.step, 0
-    else:
-        done.bad_checks += 1
+    best = math.inf if done.best_value is None else done.best_value
+    done.bad_checks = 0 if loss < best - world.recipe.sft.min_delta else done.bad_checks + 1
+    if loss < best:
+        done.best_value, done.best_step = loss, done.step
     stage.write(done.step, {"valid/loss": loss})
-    log.info("%s step %d valid loss %.4f%s", stage.name, done.step, loss, "" if done.bad_checks else " (best)")
+    log.info(
+        "%s step %d valid loss %.4f%s", stage.name, done.step, loss, " (best)" if done.best_step == done.step else ""
+    )
     stage.save(trainable, done)
 
 
