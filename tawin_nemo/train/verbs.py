@@ -29,6 +29,7 @@ def run(recipe: Recipe, verb: Verb, find_data: Callable[[Recipe], Path], **optio
     """Start the process group, open the run, prepare the data on rank 0, build the world, call ``verb``."""
     parallel.initialize(recipe.model, seed=recipe.seed)
     try:
+        check_processes(recipe)
         set_threads(recipe)
         run_dir = open_run_dir(recipe, same_recipe=verb is train)
         if parallel.world_rank() == 0:
@@ -38,6 +39,16 @@ def run(recipe: Recipe, verb: Verb, find_data: Callable[[Recipe], Path], **optio
         return verb(world, **options)
     finally:
         parallel.shutdown()
+
+
+def check_processes(recipe: Recipe) -> None:
+    """Raises ConfigError when the launcher started another number of processes than the recipe speaks of."""
+    nodes, devices, started = recipe.trainer.num_nodes, recipe.trainer.devices, parallel.world_size()
+    if nodes * devices != started:
+        raise ConfigError(
+            f"trainer.num_nodes={nodes} x trainer.devices={devices} = {nodes * devices} processes, but the launcher "
+            f"started {started}; set trainer.devices to the processes per machine"
+        )
 
 
 def codes_path(recipe: Recipe) -> Path | None:

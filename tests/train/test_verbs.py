@@ -2,6 +2,7 @@
 
 import json
 import subprocess
+import sys
 import time
 
 import pytest
@@ -64,6 +65,15 @@ def test_dry_run_says_what_would_happen(small_dataset, tmp_path):
     assert result["stages"] == {"sft": 154, "sft_continued": 38, "rl": 38}
     assert result["rl_steps"] == 4
     assert not (tmp_path / "sft").exists()
+
+
+@pytest.mark.distributed
+def test_another_number_of_processes_is_refused(small_dataset, tmp_path):
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "tawin_nemo"]
+    arguments = [*launcher, "train", *SMALL, f"data.root={small_dataset}", f"run_dir={tmp_path}"]
+    done = subprocess.run(arguments, capture_output=True, text=True, env=environment(), timeout=300)
+    assert done.returncode != 0
+    assert "trainer.devices=1 = 1 processes, but the launcher started 2" in done.stderr
 
 
 @pytest.mark.slow

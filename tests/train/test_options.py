@@ -1,0 +1,39 @@
+"""Recipe options that the other runs leave at their defaults, each through the whole pipeline."""
+
+import math
+
+import pytest
+
+from tests.train.runs import SMALL, metrics, run
+
+OPTIONS = {
+    "sampled_vocab_ranking_swap": (
+        "rl.negatives=sample rl.policy_space=vocab rl.reward=ranking reference.mode=swap rl.inner_updates=2 rl.kl=k2 "
+        "rl.std=sample"
+    ),
+    "from_base_without_sft_with_validation": (
+        "sft.enabled=false rl.init=base rl.rows=all trainer.val_check_interval=2 rl.length_norm=branching "
+        "rl.schedule=cosine rl.tawin.target_k=2 rl.tawin.window=start rollout.width=6 rollout.length_penalty=0.5"
+    ),
+    "sft_in_trie_space_only": "rl.enabled=false sft.loss_space=trie sft.schedule=linear sft.checks_per_epoch=2",
+}
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_option(name, small_dataset, tmp_path):
+    summary = run(*SMALL, *OPTIONS[name].split(), f"data.root={small_dataset}", f"run_dir={tmp_path}")
+    stages = [path.name for path in tmp_path.iterdir() if (path / "metrics.jsonl").is_file()]
+    assert sorted(stages) == sorted(key for key in summary if isinstance(summary[key], dict))
+    for stage in stages:
+        assert all(math.isfinite(value) for line in metrics(tmp_path, stage) for value in line.values())
+    if name == "sampled_vocab_ranking_swap":
+        first, last = metrics(tmp_path, "rl")[0], metrics(tmp_path, "rl")[-1]
+        # two inner updates: the statistics are those of the second, which no longer sees the rollout's own policy
+        assert first["rl/ratio_mean"] != 1.0
+        assert last["rl/kl"] > 0.0
+    if name == "from_base_without_sft_with_validation":
+        assert stages == ["rl"]
+        assert [line["step"] for line in metrics(tmp_path, "rl") if "valid/ndcg@3" in line] == [2, 4]
+    if name == "sft_in_trie_space_only":
+        losses = [line["valid/loss"] for line in metrics(tmp_path, "sft") if "valid/loss" in line]
+        assert losses[-1] < losses[0]
