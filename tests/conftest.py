@@ -41,3 +41,11 @@ def industrial(shared_data: Path) -> Path:
 def qwen_tokenizer(shared_data: Path) -> Path:
     """A folder with the Qwen tokenizer's tokenizer.json."""
     return _folder(shared_data, "qwen_tokenizer")
+
+
+#: Folders whose tests start processes. They go first, so that no worker is left alone with one of them at the end.
+SLOW_FOLDERS = ("train", "distributed")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: item.path.parent.name not in SLOW_FOLDERS)
