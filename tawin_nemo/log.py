@@ -6,7 +6,7 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sized
 from typing import Any, TypeVar
 
 from tqdm import tqdm
@@ -39,13 +39,15 @@ def progress(items: Iterable[T], *, what: str, total: int | None = None, initial
     if sys.stderr.isatty():
         yield from tqdm(items, desc=what, total=total, initial=initial, disable=rank() != 0, dynamic_ncols=True)
         return
+    if total is None and isinstance(items, Sized):
+        total = initial + len(items)
     start = last = time.monotonic()
     for count, item in enumerate(items, initial + 1):
         yield item
         now = time.monotonic()
         if now - last >= SECONDS_BETWEEN_LINES:
             last = now
-            meter = tqdm.format_meter(count, total or 0, now - start, initial=initial, bar_format=_LINE)
+            meter = tqdm.format_meter(count, total, now - start, initial=initial, bar_format=_LINE)
             get_logger(__name__).info("%s %s", what, meter)
 
 
