@@ -11,6 +11,7 @@ import json
 import os
 import sys
 import traceback
+import uuid
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -108,6 +109,8 @@ def prepared_root(recipe: Any) -> Path:
     if not recipe.data.root and source != "synthetic":
         raise ConfigError(f"data.dataset={source} but data.root is empty; set data.root=DIR or data.dataset=synthetic")
     root = Path(recipe.data.root)
+    if recipe.data.root and not root.is_dir():
+        raise ConfigError(f"data.root={recipe.data.root} is not a folder; name the one that holds the data")
     if source == "auto":
         source = detect(root)
     if source == "prepared":
@@ -122,9 +125,20 @@ def _launched() -> bool:
 
 
 def _launch(processes: int, argv: list[str]) -> int:
-    """Start one process per device on this machine through torchrun."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    os.execv(sys.executable, [*command, "-m", "tawin_nemo", *argv])
+    """Start one process per device on this machine by torchrun's launcher; exit code of the first failure."""
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    config = LaunchConfig(
+        min_nodes=1, max_nodes=1, nproc_per_node=processes, run_id=uuid.uuid4().hex,
+        rdzv_backend="c10d", rdzv_endpoint="localhost:0", max_restarts=0,
+    )  # fmt: skip
+    try:
+        elastic_launch(config, sys.executable)("-m", "tawin_nemo", *argv)
+    except ChildFailedError as error:
+        _, failure = error.get_first_failure()
+        return failure.exitcode if failure.exitcode > 0 else 1
+    return 0
 
 
 def print_keys(prefix: str) -> None:

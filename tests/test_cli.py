@@ -31,7 +31,7 @@ def test_help_imports_no_torch_and_teaches():
     [
         (("train", "rl.lrr=1"), ["rl.lrr=1", "did you mean rl.lr?"]),
         (("train", "--recipe", "recipes/quikstart.yaml"), ["recipe file not found", "quickstart.yaml"]),
-        (("evaluate", "checkpoint=nowhere", "data.dataset=prepared", "data.root=nowhere"), ["nowhere"]),
+        (("evaluate", "checkpoint=nowhere", "data.dataset=prepared", "data.root=nowhere"), ["data.root=nowhere"]),
     ],
 )
 def test_user_mistakes_exit_with_2_and_one_clear_line(arguments, parts):
@@ -40,6 +40,16 @@ def test_user_mistakes_exit_with_2_and_one_clear_line(arguments, parts):
     assert "Traceback" not in done.stderr
     for part in parts:
         assert part in done.stderr
+
+
+@pytest.mark.distributed
+def test_a_user_mistake_in_several_processes_exits_with_2_too(tmp_path):
+    done = cli(
+        "train", f"run_dir={tmp_path}", "data.dataset=synthetic", "trainer.devices=2", "model.precision=fp8-blockwise",
+        "prepare.synthetic_items=150", "prepare.synthetic_users=500", "model.backbone=nano",
+    )  # fmt: skip
+    assert done.returncode == 2, done.stderr
+    assert "model.precision=fp8-blockwise needs a CUDA device" in done.stderr
 
 
 def test_unknown_verb_lists_the_verbs():
