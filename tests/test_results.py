@@ -1,0 +1,23 @@
+"""Committed run files: each says how it was made, and RESULTS.md quotes it correctly."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+RECIPES = Path(__file__).parents[1] / "recipes"
+FILES = sorted((RECIPES / "results").glob("*.json"))
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_a_run_file_is_complete_and_quoted_correctly(path):
+    run = json.loads(path.read_text(encoding="utf-8"))
+    assert {"command", "commit", "date", "hardware", "seed", "wall_s", "invalid_rate", "stages"} <= run.keys()
+    text = (RECIPES / "RESULTS.md").read_text(encoding="utf-8")
+    assert f"results/{path.name}" in text
+    for stage in run["stages"].values():
+        for metric in ("recall@1", "recall@3", "ndcg@3"):
+            mean = f"{stage['test']['means'][metric]:.4f}".lstrip("0")
+            low, high = (f"{bound:.4f}".lstrip("0") for bound in stage["test"]["intervals"][metric])
+            assert re.search(rf"{re.escape(mean)}\**\s*\[{re.escape(low)}, {re.escape(high)}\]", text), (metric, mean)
