@@ -9,4 +9,4 @@ ruff check .
 ruff format --check .
 mypy
 # one worker per core, each file on one worker so that its fixtures are made once
-pytest -q -n "${TAWIN_TEST_WORKERS:-2}" --dist loadfile "$@"
+pytest -q -n "${TAWIN_TEST_WORKERS:-2}" --dist loadfile --no-loadscope-reorder "$@"
