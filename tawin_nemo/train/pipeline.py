@@ -66,7 +66,6 @@ def plans(world: World) -> Iterator[Plan]:
 def run_pipeline(world: World) -> dict[str, Any]:
     """Run every planned stage that is not done yet; returns the summary that is also written to summary.json."""
     start = time.monotonic()
-    write_layout(world)
     sink = metric_sink(world.recipe.exp_manager, world.run_dir, world.recipe.name)
     results = {plan.name: run_stage(world, plan, sink) for plan in plans(world)}
     summary: dict[str, Any] = {name: dict(result.means) for name, result in results.items()}
@@ -82,13 +81,12 @@ def run_pipeline(world: World) -> dict[str, Any]:
     return summary
 
 
-def write_layout(world: World) -> None:
-    """layout.json: who holds what, one entry per process, for the report and for a look when memory is short."""
-    model = build_model(world.shape, world.recipe.model, seed=world.recipe.seed)
+def write_layout(run_dir: Path, model: GPTModel) -> None:
+    """layout.json: who holds what, one entry per process, for a look when memory is short."""
     mine = {**parallel.place(), "parameters": sum(p.numel() for p in model.parameters())}
     ranks = parallel.gather_objects(mine)
     if parallel.world_rank() == 0:
-        write_json(world.run_dir / "layout.json", ranks)
+        write_json(run_dir / "layout.json", ranks)
 
 
 def earlier_seconds(run_dir: Path) -> float:
@@ -105,6 +103,7 @@ def run_stage(world: World, plan: Plan, sink: MetricSink | None) -> EvalResult:
         log.info("%s is done", plan.name)
         return EvalResult.read(stage.directory / "eval", "test")
     model = starting_model(world, plan.start, dropout=world.recipe.model.dropout if plan.kind == "sft" else 0.0)
+    write_layout(world.run_dir, model)
     lm = MegatronLM(model, world.shape)
     engine = RolloutEngine(lm, world.catalog, world.recipe.rollout, seed=world.recipe.seed)
     if not stage.done:

@@ -18,7 +18,7 @@ from tawin_nemo.config import RlConfig
 from tawin_nemo.data.batches import BatchStream, shard
 from tawin_nemo.eval.evaluate import evaluate
 from tawin_nemo.log import progress
-from tawin_nemo.maths.advantages import group_advantages
+from tawin_nemo.maths.advantages import group_advantages, zero_std_groups
 from tawin_nemo.maths.rewards import ranking_reward
 from tawin_nemo.maths.tawin import tawin_weights
 from tawin_nemo.models.megatron import parallel
@@ -56,7 +56,7 @@ def train_rl(
         stats = actor.update(rollout, packed, adv_BG, omega_BG, ref, lr=lr)
         sync_weights(engine, version=step + 1)
         done.step = step + 1
-        stage.write(done.step, {**rollout_facts(rollout, rewards_BG, adv_BG, world.dp), **prefixed(stats), "lr": lr})
+        stage.write(done.step, {**rollout_facts(rollout, rewards_BG, world.dp), **prefixed(stats), "lr": lr})
         validated = due(done.step, world.recipe.trainer.val_check_interval) and validate(world, stage, engine, done)
         if validated or due(done.step, world.recipe.trainer.save_interval) or done.step == total:
             stage.save(actor.trainable, done)
@@ -100,7 +100,7 @@ def candidate_weights(rl: RlConfig, rollout: Rollout) -> Tensor:
     )  # fmt: skip
 
 
-def rollout_facts(rollout: Rollout, rewards_BG: Tensor, adv_BG: Tensor, dp: DataParallel) -> dict[str, float]:
+def rollout_facts(rollout: Rollout, rewards_BG: Tensor, dp: DataParallel) -> dict[str, float]:
     """What a person watches during RL, over all data-parallel ranks."""
     valid = rollout.valid_BG
     sums = np.array([
@@ -108,7 +108,7 @@ def rollout_facts(rollout: Rollout, rewards_BG: Tensor, adv_BG: Tensor, dp: Data
         float(valid.sum()),
         float((rewards_BG * valid).sum(dtype=torch.float64)),
         float(rollout.is_target_BG.any(dim=1).sum()),
-        float((adv_BG == 0).all(dim=1).sum()),
+        float(zero_std_groups(rewards_BG, valid).sum()),
         float((valid.sum(dim=1) < valid.shape[1]).sum()),
     ])  # fmt: skip
     groups, candidates, rewards, hits, zero_std, short = np.sum(dp.gather(sums), axis=0).tolist()

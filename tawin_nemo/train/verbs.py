@@ -32,10 +32,8 @@ def run(recipe: Recipe, verb: Verb, find_data: Callable[[Recipe], Path], **optio
         check_processes(recipe)
         set_threads(recipe)
         run_dir = open_run_dir(recipe, same_recipe=verb is train)
-        if parallel.world_rank() == 0:
-            find_data(recipe)
-        parallel.barrier()
-        world = build_world(recipe, run_dir, find_data(recipe), codes_path=codes_path(recipe))
+        data_root = parallel.broadcast_object(find_data(recipe) if parallel.world_rank() == 0 else None)
+        world = build_world(recipe, run_dir, data_root, codes_path=codes_path(recipe))
         return verb(world, **options)
     finally:
         parallel.shutdown()
