@@ -57,6 +57,24 @@ class Backbone:
         return self.layers * (attention + 3 * self.hidden * self.ffn + 2 * self.hidden) + self.hidden
 
 
+@dataclass(frozen=True)
+class Work:
+    """What a forward pass has to compute, whatever it costs an implementation; works add up."""
+
+    tokens: int = 0  # rows through the decoder's layers
+    pairs: float = 0.0  # (query, key) pairs of one attention head
+    logits: int = 0  # dot products with rows of the LM head
+
+    def __add__(self, other: Work) -> Work:
+        return Work(self.tokens + other.tokens, self.pairs + other.pairs, self.logits + other.logits)
+
+    def forward_flops(self, shape: Backbone) -> float:
+        """Floating-point operations of the matrix products, two per multiply-add; a training pass costs three times
+        as many (forward, and backward to inputs and to weights)."""
+        attention = 4.0 * shape.layers * shape.heads * shape.kv_channels * self.pairs  # q.k and p.v
+        return 2.0 * shape.body_parameters * self.tokens + attention + 2.0 * shape.hidden * self.logits
+
+
 _LLAMA3 = RopeScaling(factor=32.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position=8192)
 
 BACKBONES: dict[str, Backbone] = {

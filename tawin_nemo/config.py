@@ -73,8 +73,9 @@ class ModelConfig:
     pipeline_model_parallel_size: int = number(1, 1, help="groups of layers on different ranks")
     sequence_parallel: bool = opt(False, "split activations along the sequence between TP ranks")
     precision: str = choice(
-        "fp32", "bf16", "fp8-blockwise", "fp8-tensorwise", "fp8-delayed", help="number format of the matrix products"
-    )
+        "fp32", "bf16", "fp8-blockwise", "fp8-tensorwise", "fp8-delayed",
+        help="number format of the matrix products; bf16 also on CPUs (much faster with AVX-512 BF16 or AMX)",
+    )  # fmt: skip
     recompute: str = choice("none", "selective", "full", help="activation recomputation in the backward pass")
 
 
@@ -88,6 +89,7 @@ class TrainerConfig:
     keep_last: int = number(2, 1, help="newest checkpoints that stay")
     keep_best: bool = opt(True, "the checkpoint with the best valid metric stays as well")
     threads: int = number(0, 0, help="CPU threads per process (0 = cores / processes)")
+    peak_tflops: float = number(0.0, 0.0, help="one device's peak for MFU (0 = by GPU name, or a short measurement)")
     distributed_optimizer: bool = opt(True, "shard the optimizer state over data-parallel ranks")
     clip_grad: float = number(1.0, 0.0, help="largest gradient norm (0 = no clipping)")
     weight_decay: float = number(0.01, 0.0, help="AdamW, not on norms and biases")
@@ -103,7 +105,7 @@ class SftConfig:
     )  # fmt: skip
     epochs: int = number(30, 1, help="upper bound; early stopping on valid ends SFT")
     global_batch_size: int = number(128, 1, help="rows per optimizer step over all ranks")
-    micro_batch_tokens: int = number(16384, 16, help="padded tokens per forward pass and rank")
+    micro_batch_tokens: int = number(16384, 16, help="tokens per forward pass and rank (no padding)")
     lr: float = number(1e-3, 0.0, help="peak learning rate")
     schedule: str = choice("constant", "cosine", "linear", help="after the warm-up")
     warmup: int = number(50, 0, help="steps of linear warm-up")
@@ -138,7 +140,7 @@ class RlConfig:
     max_steps: int = number(0, 0, help="rollouts; 0 = what `epochs` gives")
     epochs: float = number(1.0, 0.0, help="passes over the RL rows")
     inner_updates: int = number(1, 1, help="optimizer steps on each rollout (GRPO's mu)")
-    micro_batch_tokens: int = number(32768, 16, help="padded tokens per forward pass and rank")
+    micro_batch_tokens: int = number(32768, 16, help="tokens per forward pass and rank (no padding)")
     lr: float = number(1e-4, 0.0, help="peak learning rate")
     schedule: str = choice("constant", "cosine", "linear", help="after the warm-up")
     warmup: int = number(0, 0, help="steps of linear warm-up")
@@ -221,6 +223,7 @@ class Recipe:
     reference: ReferenceConfig = field(default_factory=ReferenceConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     compare: CompareConfig = field(default_factory=CompareConfig)
+    profile: str = choice("off", "torch", "nsys", help="profile steps 2-4 of each stage: torch writes STAGE/profile/")
     checkpoint: str = opt("", "evaluate, generate, convert: a stage of a run (RUN_DIR/rl) or one of its step_N")
     generate: GenerateConfig = field(default_factory=GenerateConfig)
     convert: ConvertConfig = field(default_factory=ConvertConfig)

@@ -4,7 +4,8 @@ Axis letters are suffixes of tensor names, everywhere in this package:
 
     B prompts (users)   G candidates of one prompt   T tokens     V vocabulary   W beams      K metric cut-off
     I items             C children of a trie node    E edges      L code length  D width      H heads
-    N, R flat rows      S sequence (Megatron is sequence first: ``hidden_SBD``)
+    N, R flat rows      P places in a batch whose next-token distribution is wanted
+    S sequence (Megatron is sequence first: ``hidden_SBD``)
 
 Records hold tensors of one step and never outlive it; padding is 0 for tokens and -1 for item indices.
 """
@@ -116,26 +117,33 @@ class Candidates:
 
 @dataclass(frozen=True)
 class Children:
-    """Admissible next tokens at N scored positions as one flat list of E edges."""
+    """Admissible next tokens at P scored places as one flat list of E edges."""
 
-    position_E: Tensor  # which of the N positions the edge belongs to, ascending
+    position_E: Tensor  # which of the P places the edge belongs to, ascending
     token_E: Tensor
-    chosen_N: Tensor  # index into E of the token that was taken
+    chosen_N: Tensor  # index into E of each token that was taken
 
 
 @dataclass(frozen=True)
 class TokenBatch:
-    """Right-padded token rows and the N places in them whose next-token log-prob is wanted.
+    """Token trees of B prompts in one flat row of S tokens, without padding: every token is computed once.
 
-    The log-prob of ``target_N[n]`` is read from the hidden state at ``(row_N[n], position_N[n])``. With ``children``
-    it is normalised over the admissible tokens (trie space), without over the whole vocabulary (vocab space).
+    A prompt's tokens lie together: its chain (the prompt and whatever follows without a fork), then the tree of its
+    candidates in depth-first order, so that the descendants of token j are the tokens behind it up to ``end_S[j]``.
+    Token i sees token j exactly if ``j <= i < end_S[j]``; chain tokens are seen by everything behind them in their
+    prompt. Next-token distributions are wanted at P places; N log-probs are read from them (many candidates share a
+    place). With ``children`` a place is normalised over the admissible tokens (trie space), without over the whole
+    vocabulary (vocab space).
     """
 
-    tokens_BT: Tensor
-    lengths_B: Tensor
-    row_N: Tensor
-    position_N: Tensor
-    target_N: Tensor
+    tokens_S: Tensor
+    position_S: Tensor  # tokens before it on its path: the rotary position
+    end_S: Tensor  # index into S behind the token's last descendant
+    chain_B: Tensor  # tokens of each prompt's chain
+    tree_B: Tensor  # tokens of its tree; S = sum(chain_B + tree_B)
+    place_P: Tensor  # index into S, ascending, each once
+    row_N: Tensor  # index into P
+    target_N: Tensor  # the token whose log-prob is read
     children: Children | None = None
 
 

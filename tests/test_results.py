@@ -1,4 +1,4 @@
-"""Committed run files: each says how it was made, and RESULTS.md quotes it correctly."""
+"""Committed run and benchmark files: each says how it was made, and RESULTS.md quotes it correctly."""
 
 import json
 import re
@@ -6,11 +6,15 @@ from pathlib import Path
 
 import pytest
 
+from tests.benchmarks import summary
+
 RECIPES = Path(__file__).parents[1] / "recipes"
 FILES = sorted((RECIPES / "results").glob("*.json"))
+BENCHMARKS = [path for path in FILES if path.name.startswith("bench_")]
+RUNS = [path for path in FILES if path not in BENCHMARKS]
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", RUNS, ids=lambda path: path.stem)
 def test_a_run_file_is_complete_and_quoted_correctly(path):
     run = json.loads(path.read_text(encoding="utf-8"))
     assert {"command", "commit", "date", "hardware", "seed", "wall_s", "invalid_rate", "stages"} <= run.keys()
@@ -21,3 +25,17 @@ def test_a_run_file_is_complete_and_quoted_correctly(path):
             mean = f"{stage['test']['means'][metric]:.4f}".lstrip("0")
             low, high = (f"{bound:.4f}".lstrip("0") for bound in stage["test"]["intervals"][metric])
             assert re.search(rf"{re.escape(mean)}\**\s*\[{re.escape(low)}, {re.escape(high)}\]", text), (metric, mean)
+
+
+@pytest.mark.parametrize("path", BENCHMARKS, ids=lambda path: path.stem)
+def test_a_benchmark_file_is_complete_and_quoted_correctly(path):
+    result = json.loads(path.read_text(encoding="utf-8"))
+    assert {
+        "command", "commit", "date", "ratio", "floor_ratio", "ours_median_seconds", "baseline_median_seconds",
+        "shapes", "settings", "targets", "unfair", "machine",
+    } <= result.keys()  # fmt: skip
+    assert path.name == f"bench_{result['benchmark']}.json"
+    text = (RECIPES / "RESULTS.md").read_text(encoding="utf-8")
+    assert result["command"] in text
+    for line in summary.lines(path.name, result):
+        assert line in text, "paste what `python -m tests.benchmarks.summary recipes/results/bench_*.json` prints"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
 
 import numpy as np
 
@@ -44,15 +43,14 @@ class Catalog:
         """Trie leaf of every item."""
         return self.trie.leaf_I
 
-    @cached_property
+    @property
     def sharing_I(self) -> np.ndarray:
         """Items on the same token path, the item itself included (1 = unique)."""
-        return np.diff(self.trie.item_offsets)[self.leaf_I]
+        return self.trie.sharing_I
 
     def duplicates(self) -> list[tuple[int, ...]]:
         """Groups of items that share a token path, in order of their first item."""
-        leaves = np.flatnonzero(np.diff(self.trie.item_offsets) > 1)
-        return sorted(tuple(int(item) for item in self.trie.items(int(leaf))) for leaf in leaves)
+        return sorted(tuple(self.trie.items(int(leaf)).tolist()) for leaf in self.trie.shared_leaves())
 
     def summary(self) -> str:
         """One line for the log: size, collisions, path lengths, trie."""
@@ -60,5 +58,6 @@ class Catalog:
         return (
             f"{len(self)} items ({self.kind}), {self.trie.num_leaves} distinct token paths, "
             f"{int((self.sharing_I > 1).sum())} items share theirs, "
-            f"{lengths.mean():.1f} tokens per path (max {int(lengths.max())}), {self.trie.num_nodes} trie nodes"
+            f"{lengths.mean():.1f} tokens per path (max {int(lengths.max())}), "
+            f"{self.trie.num_inner} trie nodes with a choice"
         )

@@ -1,16 +1,19 @@
-"""Prefix trie over the catalogue's token paths, as frozen CSR arrays.
+"""Path-compressed (radix) trie over the catalogue's token paths, as frozen arrays.
 
-Nodes are numbered breadth first and edges lie in node order, tokens ascending within a node, so that edge ``e`` leads
-to node ``e + 1`` and an edge array needs no child column. A node without children is a leaf: one finished path, shared
-by every item that is written with exactly these tokens. Layout after STATIC (arXiv 2602.22647), without its fixed
-path length.
+Only nodes with a choice are kept. Inner nodes are 0 .. num_inner - 1 in the order of (depth, first leaf); node
+``num_inner + p`` is the leaf of the distinct path that begins at place p of the sorted items, so that items with equal
+paths lie at the places behind their leaf. The root is node 0: the only leaf if all items share one path, and deeper
+than 0 if all paths begin alike. An edge carries a *label* of one or more tokens; no two labels of one node begin with
+the same token.
+
+People and slow oracles walk token by token: a *position* is ``node + num_nodes * (tokens still to go to that node)``,
+so a node id is the position at that node, and ``root`` the position before the first token.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cached_property
 from pathlib import Path
 
@@ -18,271 +21,265 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tawin_nemo.artefacts import atomic_directory, sha256, write_json
-from tawin_nemo.errors import CatalogError
+from tawin_nemo.catalog.trie_build import TrieArrays, build_arrays
+from tawin_nemo.catalog.trie_files import load_arrays, save_arrays
 from tawin_nemo.types import TokenRows
-
-_FORMAT = "tawin_nemo.token_trie/1"
-_ARRAYS = ("child_offsets", "child_tokens", "item_offsets", "item_ids")
 
 
 @dataclass(frozen=True)
 class TrieTensors:
-    """The trie on one device; ``n`` nodes, ``E = n - 1`` edges."""
+    """The trie on one device; n inner nodes, E edges, I items, V = n + I node ids. Integers as narrow as on disk."""
 
-    child_offsets: Tensor  # [n + 1] edges of node v are child_offsets[v] .. child_offsets[v + 1] - 1
+    child_offsets: Tensor  # [n + 3] as TrieArrays, with a 0 before and an E behind: nodes -1 and n have no edges
     child_tokens: Tensor  # [E]
-    edge_keys: Tensor  # [E] parent * (largest token + 1) + token, strictly ascending
-    parent: Tensor  # [n] -1 for the root
-    depth: Tensor  # [n] tokens before the node
-    is_leaf: Tensor  # [n] bool
-    is_settled: Tensor  # [n] bool: a single leaf lies below (or the node is that leaf), nothing is left to decide
-    first_item: Tensor  # [n] first item of a leaf, -1 elsewhere
+    child_nodes: Tensor  # [E]
+    node_depth: Tensor  # [V]
+    node_item: Tensor  # [V]
+    pool_tokens: Tensor
+    pool_offsets: Tensor  # [I + 1]
 
 
 @dataclass(frozen=True, eq=False)
 class TokenTrie:
-    """Immutable trie; build with ``from_paths``, ``save`` to and ``load`` from a folder."""
+    """Immutable trie; build with ``from_paths``, ``save`` to and ``load`` from a folder.
 
-    child_offsets: np.ndarray  # [n + 1] int64
-    child_tokens: np.ndarray  # [E] int64
-    item_offsets: np.ndarray  # [n + 1] int64: items of node v are item_ids[item_offsets[v]:item_offsets[v + 1]]
-    item_ids: np.ndarray  # [I] int64
+    The vectorised methods take tensors on any device and return int64 tensors (or bool) on the same one. Node -1
+    stands for "none".
+    """
 
-    root = 0
+    arrays: TrieArrays
 
     @classmethod
     def from_paths(cls, paths: TokenRows | list[list[int]], names: Sequence[str] | None = None) -> TokenTrie:
         """Trie in which item ``i`` ends at the leaf of ``paths[i]``; items with equal paths share one leaf.
 
-        ``names`` (one per item) only make messages readable. Raises CatalogError for an empty catalogue, an empty
-        path, a negative token, or a path that is the beginning of another one (end every path with EOS).
+        ``names`` (one per item) only make messages readable. Rows of int32 are kept, not copied. Raises CatalogError
+        for an empty catalogue, an empty path, a token outside 0 .. 2^31 - 1, or a path that is the beginning of
+        another one (end every path with EOS).
         """
-        rows = paths if isinstance(paths, TokenRows) else TokenRows.from_lists(paths)
-        _check_paths(rows, names)
-        tokens_NT, lengths_N = (tensor.numpy() for tensor in rows.padded())
-        order_N = _lexicographic_order(tokens_NT, lengths_N)
-        tokens_NT, lengths_N = tokens_NT[order_N], lengths_N[order_N]
-        inside_NT = np.arange(tokens_NT.shape[1]) < lengths_N[:, None]
-        # A row opens a new node at depth t + 1 when it differs from the row above anywhere in its first t + 1 tokens.
-        differs_NT = np.ones_like(inside_NT)
-        differs_NT[1:] = (tokens_NT[1:] != tokens_NT[:-1]) | ~inside_NT[:-1]
-        is_new_NT = np.logical_or.accumulate(differs_NT, axis=1) & inside_NT
+        return cls(build_arrays(paths if isinstance(paths, TokenRows) else TokenRows.from_lists(paths), names))
 
-        node_N = np.zeros(len(rows), dtype=np.int64)
-        leaf_N = np.zeros(len(rows), dtype=np.int64)
-        parents, labels, num_nodes = [], [], 1
-        for t in range(tokens_NT.shape[1]):
-            is_new_N = is_new_NT[:, t]
-            parents.append(node_N[is_new_N])
-            labels.append(tokens_NT[is_new_N, t])
-            node_N = num_nodes - 1 + np.cumsum(is_new_N)  # rows that ended earlier get garbage, and are not read again
-            leaf_N = np.where(lengths_N == t + 1, node_N, leaf_N)
-            num_nodes += int(is_new_N.sum())
-        trie = cls(
-            child_offsets=_offsets(np.concatenate(parents), num_nodes),
-            child_tokens=np.concatenate(labels),
-            item_offsets=_offsets(leaf_N, num_nodes),
-            item_ids=order_N[np.argsort(leaf_N, kind="stable")],
-        )
-        _check_prefix_free(trie, rows, names)
-        return trie
+    def save(self, folder: Path, *, tokenizer: str = "") -> None:
+        """Write the arrays and a manifest with their SHA-256 to a folder, whole or not at all.
 
-    @property
-    def num_nodes(self) -> int:
-        return len(self.child_offsets) - 1
+        ``tokenizer``: fingerprint of the tokenizer that made the paths; token ids mean nothing without it.
+        """
+        save_arrays(self.arrays, folder, tokenizer)
+
+    @classmethod
+    def load(cls, folder: Path, *, tokenizer: str = "") -> TokenTrie:
+        """Memory-map a saved trie.
+
+        Raises CatalogError if a file is missing, of another format or altered, or the trie was saved with another
+        tokenizer fingerprint.
+        """
+        return cls(load_arrays(folder, tokenizer))
 
     @property
     def num_items(self) -> int:
-        return len(self.item_ids)
+        return len(self.arrays.pool_offsets) - 1
+
+    @property
+    def num_inner(self) -> int:
+        """Nodes with a choice."""
+        return len(self.arrays.child_offsets) - 1
+
+    @property
+    def num_nodes(self) -> int:
+        """Upper bound of the node ids; ids of items that share the leaf before theirs are not used."""
+        return self.num_inner + self.num_items
 
     @cached_property
     def num_leaves(self) -> int:
         """Distinct paths."""
-        return int((np.diff(self.child_offsets) == 0).sum())
+        return int(np.count_nonzero(self.arrays.node_depth[self.num_inner :]))
 
     @cached_property
     def max_depth(self) -> int:
         """Tokens of the longest path."""
-        return int(self._depth.max())
+        return int(self.arrays.node_depth.max())
 
     @cached_property
     def decision_depth(self) -> int:
         """Depth of the deepest node that has a choice; below it nothing is left to decide (0 also if there is none)."""
-        return int(self._depth[np.diff(self.child_offsets) > 1].max(initial=0))
+        return int(self.arrays.node_depth[: self.num_inner].max(initial=0))
+
+    @cached_property
+    def max_token(self) -> int:
+        return int(self.arrays.pool_tokens.max())
 
     @cached_property
     def leaf_I(self) -> np.ndarray:
-        """Leaf of every item."""
+        """Leaf of every item, int64."""
         leaf_I = np.empty(self.num_items, dtype=np.int64)
-        leaf_I[self.item_ids] = np.repeat(np.arange(self.num_nodes), np.diff(self.item_offsets))
+        leaf_I[self._order_I] = np.repeat(self.num_inner + self._first_place_D, self._group_size_D)
         return leaf_I
 
-    def children(self, node: int) -> tuple[np.ndarray, np.ndarray]:
-        """Admissible next tokens of a node, ascending, and the nodes they lead to (both empty at a leaf)."""
-        start, end = int(self.child_offsets[node]), int(self.child_offsets[node + 1])
-        return self.child_tokens[start:end], np.arange(start, end) + 1
+    @cached_property
+    def sharing_I(self) -> np.ndarray:
+        """Items on the same path, the item itself included (1 = unique)."""
+        sharing_I = np.empty(self.num_items, dtype=np.int64)
+        sharing_I[self._order_I] = np.repeat(self._group_size_D, self._group_size_D)
+        return sharing_I
 
-    def step(self, node: int, token: int) -> int:
-        """The child reached by ``token``, or -1."""
-        tokens, nodes = self.children(node)
-        place = int(np.searchsorted(tokens, token))
-        return int(nodes[place]) if place < len(tokens) and tokens[place] == token else -1
+    def shared_leaves(self) -> np.ndarray:
+        """Leaves of two or more items, ascending."""
+        return self.num_inner + self._first_place_D[self._group_size_D > 1]
 
-    def items(self, leaf: int) -> np.ndarray:
-        """Items whose path ends at this node, ascending; empty for an inner node."""
-        return self.item_ids[self.item_offsets[leaf] : self.item_offsets[leaf + 1]]
+    @property
+    def index_bytes(self) -> int:
+        """Memory of everything but the paths themselves."""
+        return sum(getattr(self.arrays, f.name).nbytes for f in fields(TrieArrays)) - self.pool_bytes
+
+    @property
+    def pool_bytes(self) -> int:
+        """Memory of the paths themselves."""
+        return int(self.arrays.pool_tokens.nbytes + self.arrays.pool_offsets.nbytes)
+
+    # --- many nodes at once -------------------------------------------------------------------------------------
 
     def tensors(self, device: torch.device | str = "cpu") -> TrieTensors:
-        """The trie as tensors on ``device``, made once per device."""
+        """The trie as tensors on ``device``, made once per device; on the CPU they share the arrays' memory."""
         key = str(torch.device(device))
         if key not in self._tensor_cache:
-            self._tensor_cache[key] = self._make_tensors(torch.device(device))
+            offsets = self.arrays.child_offsets
+            padded = np.concatenate([[0], offsets, offsets[-1:]]).astype(offsets.dtype)
+            arrays = {f.name: getattr(self.arrays, f.name) for f in fields(TrieArrays)} | {"child_offsets": padded}
+            self._tensor_cache[key] = TrieTensors(**{k: torch.from_numpy(a).to(device) for k, a in arrays.items()})
         return self._tensor_cache[key]
 
-    def children_of(self, nodes_N: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """All edges out of N nodes as flat ``position_E`` (ascending index into N), ``token_E``, ``child_E``.
+    def edges_of(self, nodes_N: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Edges out of N nodes as flat ``position_E`` (ascending index into N), ``token_E``, ``child_E``.
 
-        A node -1 (off the trie) has no edges.
+        ``token_E`` is the first token of the edge's label, ascending within a node. Leaves and -1 have no edges.
         """
         t = self.tensors(nodes_N.device)
-        start_N = t.child_offsets[nodes_N.clamp(min=0)]
-        count_N = torch.where(nodes_N < 0, 0, t.child_offsets[nodes_N.clamp(min=0) + 1] - start_N)
-        position_E = torch.repeat_interleave(count_N)
-        shift_N = start_N - (torch.cumsum(count_N, 0) - count_N)
-        edge_E = torch.arange(len(position_E), device=nodes_N.device) + shift_N[position_E]
-        return position_E, t.child_tokens[edge_E], edge_E + 1
+        place_N = nodes_N.clamp(max=self.num_inner) + 1
+        start_N = _pick(t.child_offsets, place_N)
+        count_N = _pick(t.child_offsets, place_N + 1) - start_N
+        position_E, edge_E = _runs(start_N, count_N)
+        return position_E, _pick(t.child_tokens, edge_E), _pick(t.child_nodes, edge_E)
 
-    def step_many(self, nodes_N: Tensor, tokens_N: Tensor) -> Tensor:
-        """``step`` for N (node, token) pairs at once; -1 stays -1."""
+    def follow(self, nodes_N: Tensor, tokens_N: Tensor) -> Tensor:
+        """``child_N``: the child whose label begins with the token; -1 if there is none."""
         t = self.tensors(nodes_N.device)
-        valid_N = (nodes_N >= 0) & (tokens_N >= 0) & (tokens_N < self._token_stride)
-        key_N = torch.where(valid_N, nodes_N * self._token_stride + tokens_N, -1)
-        edge_N = torch.searchsorted(t.edge_keys, key_N).clamp(max=len(t.edge_keys) - 1)
-        return torch.where(t.edge_keys[edge_N] == key_N, edge_N + 1, -1)
+        place_N = nodes_N.clamp(max=self.num_inner) + 1
+        low_N, end_N = _pick(t.child_offsets, place_N), _pick(t.child_offsets, place_N + 1)
+        last = len(t.child_tokens) - 1
+        if last < 0:
+            return torch.full_like(nodes_N, -1)
+        high_N = end_N
+        for _ in range(self._max_degree.bit_length()):  # binary search for the first edge not below the token
+            middle_N = (low_N + high_N) >> 1
+            below_N = _pick(t.child_tokens, middle_N.clamp(max=last)) < tokens_N
+            low_N, high_N = torch.where(below_N, middle_N + 1, low_N), torch.where(below_N, high_N, middle_N)
+        edge_N = low_N.clamp(max=last)
+        found_N = (low_N < end_N) & (_pick(t.child_tokens, edge_N) == tokens_N)
+        return torch.where(found_N, _pick(t.child_nodes, edge_N), -1)
 
-    def walk(self, tokens_NT: Tensor, lengths_N: Tensor) -> Tensor:
-        """``nodes_NT``: the node BEFORE each token; -1 once a row has left the trie, and at padding."""
-        nodes = [torch.where(lengths_N > 0, self.root, -1)] if tokens_NT.shape[1] else []
-        for t in range(1, tokens_NT.shape[1]):
-            node_N = self.step_many(nodes[-1], tokens_NT[:, t - 1])
-            nodes.append(torch.where(t < lengths_N, node_N, -1))
-        return torch.stack(nodes, dim=1) if nodes else torch.full_like(tokens_NT, -1)
+    def is_leaf(self, nodes_N: Tensor) -> Tensor:
+        """Bool: the node is a finished path; False for -1."""
+        return (nodes_N >= self.num_inner) & (nodes_N >= 0)
+
+    def depth_of(self, nodes_N: Tensor) -> Tensor:
+        """Tokens from the root; 0 for -1."""
+        depth_N = _pick(self.tensors(nodes_N.device).node_depth, nodes_N.clamp(min=0))
+        return depth_N.masked_fill_(nodes_N < 0, 0)
+
+    def labels(self, nodes_N: Tensor, start_N: Tensor, stop_N: Tensor) -> Tensor:
+        """``flat_S``: tokens ``start .. stop - 1`` (counted from 0) of the path from the root to each node, joined.
+
+        Needs ``start <= stop <= depth_of(node)``; node -1 gives nothing if ``start == stop``.
+        """
+        t = self.tensors(nodes_N.device)
+        first_N = _pick(t.pool_offsets, _pick(t.node_item, nodes_N.clamp(min=0))) + start_N
+        return _pick(t.pool_tokens, _runs(first_N, stop_N - start_N)[1])
 
     def paths_of(self, nodes_N: Tensor) -> tuple[Tensor, Tensor]:
         """``tokens_NT`` (padded with 0) and ``lengths_N`` of the paths from the root to N nodes; -1 gives length 0."""
-        t = self.tensors(nodes_N.device)
-        lengths_N = torch.where(nodes_N < 0, 0, t.depth[nodes_N.clamp(min=0)])
+        lengths_N = self.depth_of(nodes_N)
         tokens_NT = nodes_N.new_zeros((len(nodes_N), int(lengths_N.max()) if len(nodes_N) else 0))
-        node_N = nodes_N
-        for column in reversed(range(tokens_NT.shape[1])):
-            inside_N = column < lengths_N
-            edge_N = (node_N - 1).clamp(min=0)
-            tokens_NT[:, column] = torch.where(inside_N, t.child_tokens[edge_N], 0)
-            node_N = torch.where(inside_N, t.parent[node_N.clamp(min=0)], node_N)
+        inside_NT = torch.arange(tokens_NT.shape[1], device=nodes_N.device) < lengths_N[:, None]
+        tokens_NT[inside_NT] = self.labels(nodes_N, torch.zeros_like(lengths_N), lengths_N)
         return tokens_NT, lengths_N
 
-    def save(self, folder: Path) -> None:
-        """Write the arrays and a manifest with their SHA-256 to a folder, whole or not at all."""
-        with atomic_directory(folder) as temporary:
-            for name in _ARRAYS:
-                np.save(temporary / f"{name}.npy", getattr(self, name))
-            checksums = {name: sha256(temporary / f"{name}.npy") for name in _ARRAYS}
-            write_json(temporary / "manifest.json", {"format": _FORMAT, "sha256": checksums})
+    def first_item(self, leaf_N: Tensor) -> Tensor:
+        """The first item (lowest number) of each leaf; -1 for -1."""
+        item_N = _pick(self.tensors(leaf_N.device).node_item, leaf_N.clamp(min=0))
+        return item_N.masked_fill_(leaf_N < 0, -1)
 
-    @classmethod
-    def load(cls, folder: Path) -> TokenTrie:
-        """Memory-map a saved trie. Raises CatalogError if a file is missing, of another format or altered."""
-        try:
-            manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise CatalogError(f"{folder} holds no readable trie ({error}); build it again") from error
-        if not isinstance(manifest, dict) or manifest.get("format") != _FORMAT:
-            raise CatalogError(f"{folder}/manifest.json is not of format {_FORMAT}; build the trie again")
-        arrays = {}
-        for name in _ARRAYS:
-            file = folder / f"{name}.npy"
-            if not file.is_file() or sha256(file) != manifest["sha256"].get(name):
-                raise CatalogError(f"{file} is missing or does not match its checksum; build the trie again")
-            # Copy-on-write: pages stay shared, and torch can wrap the array without a warning about read-only memory.
-            arrays[name] = np.load(file, mmap_mode="c")
-        return cls(**arrays)
+    # --- token by token, for people and slow oracles ------------------------------------------------------------
+
+    @property
+    def root(self) -> int:
+        """The position before the first token."""
+        return self.num_nodes * int(self.arrays.node_depth[0])
+
+    def children(self, position: int) -> tuple[np.ndarray, np.ndarray]:
+        """Admissible next tokens at a position, ascending, and the positions they lead to (both empty at a leaf)."""
+        to_go, node = divmod(position, self.num_nodes)
+        depth = int(self.arrays.node_depth[node])
+        if to_go:
+            start = int(self.arrays.pool_offsets[int(self.arrays.node_item[node])])
+            token = self.arrays.pool_tokens[start + depth - to_go]
+            return np.array([token], dtype=np.int64), np.array([position - self.num_nodes])
+        if node >= self.num_inner:
+            return np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.int64)
+        edges = slice(int(self.arrays.child_offsets[node]), int(self.arrays.child_offsets[node + 1]))
+        nodes = self.arrays.child_nodes[edges].astype(np.int64)
+        label = self.arrays.node_depth[nodes].astype(np.int64) - depth
+        return self.arrays.child_tokens[edges].astype(np.int64), nodes + self.num_nodes * (label - 1)
+
+    def step(self, position: int, token: int) -> int:
+        """The position after ``token``, or -1; -1 stays -1."""
+        if position < 0:
+            return -1
+        tokens, positions = self.children(position)
+        place = int(np.searchsorted(tokens, token))
+        return int(positions[place]) if place < len(tokens) and tokens[place] == token else -1
+
+    def items(self, position: int) -> np.ndarray:
+        """Items whose path ends at this leaf, ascending; empty anywhere else."""
+        group = int(np.searchsorted(self._first_place_D, position - self.num_inner))
+        if group == len(self._first_place_D) or self._first_place_D[group] != position - self.num_inner:
+            return np.zeros(0, dtype=np.int64)
+        place = position - self.num_inner
+        return self._order_I[place : place + int(self._group_size_D[group])].astype(np.int64)
 
     @cached_property
     def _tensor_cache(self) -> dict[str, TrieTensors]:
         return {}
 
     @cached_property
-    def _token_stride(self) -> int:
-        return int(self.child_tokens.max()) + 1
+    def _max_degree(self) -> int:
+        return int(np.diff(self.arrays.child_offsets).max(initial=0))
+
+    @property
+    def _order_I(self) -> np.ndarray:
+        return self.arrays.node_item[self.num_inner :]
 
     @cached_property
-    def _parent(self) -> np.ndarray:
-        return np.concatenate([[-1], np.repeat(np.arange(self.num_nodes), np.diff(self.child_offsets))])
+    def _first_place_D(self) -> np.ndarray:
+        """Places at which a path differs from the place before: the D leaves."""
+        return np.flatnonzero(self.arrays.node_depth[self.num_inner :])
 
     @cached_property
-    def _depth(self) -> np.ndarray:
-        depth = np.zeros(self.num_nodes, dtype=np.int64)
-        start, end = 0, 1  # nodes of one level are contiguous
-        while start < end:
-            start, end = int(self.child_offsets[start]) + 1, int(self.child_offsets[end]) + 1
-            depth[start:end] = depth[start - 1] + 1
-        return depth
-
-    @cached_property
-    def _is_settled(self) -> np.ndarray:
-        # Bottom up, one level at a time: settled = leaf, or a single child that is settled.
-        degree = np.diff(self.child_offsets)
-        settled = degree == 0
-        for level in reversed(range(self.max_depth)):
-            single = np.flatnonzero((self._depth == level) & (degree == 1))
-            settled[single] = settled[self.child_offsets[single] + 1]
-        return settled
-
-    def _make_tensors(self, device: torch.device) -> TrieTensors:
-        leaf = np.diff(self.child_offsets) == 0
-        first_item = np.full(self.num_nodes, -1, dtype=np.int64)
-        first_item[leaf] = self.item_ids[self.item_offsets[:-1][leaf]]
-        keys = self._parent[1:] * self._token_stride + self.child_tokens
-        arrays = (self.child_offsets, self.child_tokens, keys, self._parent, self._depth, leaf, self._is_settled)
-        return TrieTensors(*(torch.from_numpy(np.asarray(array)).to(device) for array in (*arrays, first_item)))
+    def _group_size_D(self) -> np.ndarray:
+        return np.diff(np.append(self._first_place_D, self.num_items))
 
 
-def _offsets(owner: np.ndarray, count: int) -> np.ndarray:
-    return np.concatenate([[0], np.cumsum(np.bincount(owner, minlength=count))]).astype(np.int64)
+def _pick(table: Tensor, index: Tensor) -> Tensor:
+    """``table[index]`` as int64, by an operation that leaves the other CPU threads asleep; so does ``_runs``.
+
+    Waking them for a few thousand numbers (as indexing and ``repeat_interleave`` do) costs far more than the work
+    whenever the cores are shared.
+    """
+    return table.index_select(0, index.reshape(-1)).view(index.shape).long()
 
 
-def _lexicographic_order(tokens_NT: np.ndarray, lengths_N: np.ndarray) -> np.ndarray:
-    """Stable order of the rows as sequences; one sort of big-endian byte strings instead of one sort per column."""
-    inside_NT = np.arange(tokens_NT.shape[1]) < lengths_N[:, None]
-    keys_NT = np.where(inside_NT, tokens_NT + 1, 0).astype(">u4")
-    return np.argsort(keys_NT.view(f"S{4 * keys_NT.shape[1]}").ravel(), kind="stable")
-
-
-def _label(item: int, names: Sequence[str] | None) -> str:
-    return f"item {item}" + (f" ({names[item]!r})" if names is not None else "")
-
-
-def _check_paths(rows: TokenRows, names: Sequence[str] | None) -> None:
-    if len(rows) == 0:
-        raise CatalogError("the catalogue has no items")
-    empty = np.flatnonzero(rows.lengths == 0)
-    if len(empty):
-        raise CatalogError(f"{_label(int(empty[0]), names)} has an empty token path; every path needs a token")
-    bad = np.flatnonzero((rows.flat < 0) | (rows.flat >= 2**31))
-    if len(bad):
-        item = int(np.searchsorted(rows.offsets, bad[0], side="right")) - 1
-        raise CatalogError(f"{_label(item, names)} has token {rows.flat[bad[0]]}; token ids lie in 0 .. 2^31 - 1")
-
-
-def _check_prefix_free(trie: TokenTrie, rows: TokenRows, names: Sequence[str] | None) -> None:
-    inner = np.flatnonzero((np.diff(trie.item_offsets) > 0) & (np.diff(trie.child_offsets) > 0))
-    if not len(inner):
-        return
-    short = int(trie.items(int(inner[0]))[0])
-    path = rows[short]
-    longer = next(i for i in range(len(rows)) if len(rows[i]) > len(path) and (rows[i][: len(path)] == path).all())
-    raise CatalogError(
-        f"the token path of {_label(short, names)} is the beginning of that of {_label(longer, names)} "
-        f"({len(inner)} such paths in all); end every path with the EOS token"
-    )
+def _runs(start_N: Tensor, count_N: Tensor) -> tuple[Tensor, Tensor]:
+    """For the numbers ``start .. start + count - 1`` of N runs, joined: the run of each, and the numbers."""
+    end_N = count_N.cumsum(0)
+    total = int(count_N.sum())
+    run_S = end_N.new_zeros(total + 1).index_add_(0, end_N, torch.ones_like(end_N)).cumsum(0)[:total]
+    return run_S, _pick(start_N + count_N - end_N, run_S) + torch.arange(total, device=count_N.device)

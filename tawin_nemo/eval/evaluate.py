@@ -154,7 +154,8 @@ def _search(
 def _search_chunk(
     engine: RolloutEngine, samples: Samples, catalog: Catalog, cfg: EvalConfig, rows: np.ndarray
 ) -> _Found:
-    found = engine.search(samples.prompts.take(rows), cfg.beams, token_budget=cfg.token_budget)
+    width = min(cfg.beams, catalog.trie.num_leaves)  # so many beams rank the whole catalogue, more could not do better
+    found = engine.search(samples.prompts.take(rows), width, token_budget=cfg.token_budget)
     returned_BW, invalid_BW = check_candidates(found, catalog)
     leaf_BW = found.leaf_BW.cpu()
     top_leaves = np.unique(leaf_BW[:, :COVERAGE_K].numpy())

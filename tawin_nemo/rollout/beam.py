@@ -10,57 +10,55 @@ continuations, ranked by their summed log-probs,
 - the best W finished ones, by ``score / length ** length_penalty``, are the result.
 
 Differences: nothing but items is ever returned (fewer than W exist: NO_ITEM), and equal scores are ordered by
-finishing earlier, then by the better parent beam, then by the smaller token. Two things save work and change no result:
-beams that cannot overtake the W-th finished one are dropped, and in trie space a beam below the last choice on its path
-keeps its slot and its score but is not run through the model any more.
+finishing earlier, then by the better parent beam, then by the smaller token.
+
+What saves work and changes no result: beams that cannot overtake the W-th finished one are dropped; in trie space steps
+without a choice are skipped, tokens without a choice are run together, and those behind the last choice never
+(``chains``); prompts do not wait for each other, but all that need the model share one call of it.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from tawin_nemo.catalog.trie import TokenTrie
 from tawin_nemo.errors import ConfigError
+from tawin_nemo.rollout.beam_state import Beams, first_beams
+from tawin_nemo.rollout.chains import run_chains, waiting, with_first_token
 from tawin_nemo.rollout.lm import LM
-from tawin_nemo.rollout.scoring import SCORE_SPACES, candidates_from, check_search, edge_logprobs, no_candidates
+from tawin_nemo.rollout.scoring import (
+    SCORE_SPACES,
+    candidates_from,
+    check_prompts,
+    check_search,
+    joined,
+    no_candidates,
+    one_logprob,
+    with_root_path,
+)
+from tawin_nemo.rollout.select import Rules, step, to_next_choice
 from tawin_nemo.types import Candidates, TokenRows
 
-
-@dataclass(frozen=True)
-class _Beams:
-    """Running beams of all prompts in one flat list, by prompt and best first within a prompt."""
-
-    prompt_R: Tensor
-    node_R: Tensor
-    score_R: Tensor  # sum of log-probs
-    lm_row_R: Tensor  # row of the model's cache and logits; -1 = not run any more
-    parent_R: Tensor  # row among the beams of the step before
-    logp_R: Tensor  # of the last token
+#: Tokens that one call of the model is filled up to with chains that are needed only later: about as many as a GPU runs
+#: in the time in which it reads the weights. On titles some 5 % more tokens are run, in two thirds of the calls.
+RUN_AHEAD = 256
 
 
 @dataclass(frozen=True)
-class _Ranking:
-    """Continuations of B prompts, best first along C; edge -1 is padding."""
+class Answers:
+    """Prompts whose search is over."""
 
-    score_BC: Tensor
-    edge_BC: Tensor
-    node_BC: Tensor
-    parent_BC: Tensor  # row among the beams
-    logp_BC: Tensor
-    ends_BC: Tensor  # bool: the continuation ends a path
+    ticket_B: np.ndarray  # as given to ``BeamSearch.admit``
+    found: Candidates
 
-
-@dataclass(frozen=True)
-class _Finished:
-    """The best W finished paths of each prompt so far, best first; empty slots have leaf -1 and score -inf."""
-
-    score_BW: Tensor  # length-normalised
-    leaf_BW: Tensor
-    parent_BW: Tensor  # row among the beams one token before the end
-    logp_BW: Tensor  # of the last token
+    def __len__(self) -> int:
+        return len(self.ticket_B)
 
 
 @torch.no_grad()
@@ -76,139 +74,160 @@ def constrained_beam_search(
     """The W best items of each of B prompts; semantics in the module's text.
 
     ``score_space``: log-probs over the admissible tokens (``trie``; forced tokens count exactly 0) or over the whole
-    vocabulary (``vocab``). ``length_penalty`` p divides the final score by ``length ** p``, EOS counted. Only running
-    beams are passed to ``lm.extend``. With W >= the number of distinct paths the result is the exact ranking of the
-    whole catalogue; an item of probability 0 is never returned.
-    Raises ConfigError (width, score space), DataError (prompt without tokens), CatalogError (token beyond the model's
-    vocabulary), TawinError (NaN logits).
+    vocabulary (``vocab``). ``length_penalty`` p divides the final score by ``length ** p``, EOS counted. With W >= the
+    number of distinct paths the result is the exact ranking of the whole catalogue; an item of probability 0 is never
+    returned.
+    Raises ConfigError (width, score space), DataError (prompt without tokens, too long, or with tokens that the model
+    does not have), CatalogError (token beyond the model's vocabulary), TawinError (NaN log-probs).
     """
-    check_search(lm, prompts, trie, width)
-    if score_space not in SCORE_SPACES:
-        raise ConfigError(f"score_space={score_space!r} is not known; use one of {', '.join(SCORE_SPACES)}")
-    if len(prompts) == 0:
+    search = BeamSearch(lm, trie, width, score_space=score_space, length_penalty=length_penalty)
+    search.admit(prompts, np.arange(len(prompts)))
+    answers = []
+    while search.running:
+        answers.append(search.advance())
+    return collected(answers, width, trie)
+
+
+def collected(answers: Sequence[Answers], width: int, trie: TokenTrie) -> Candidates:
+    """All answers in the order of their tickets."""
+    answers = [part for part in answers if len(part)]
+    if not answers:
         return no_candidates(width, trie.max_depth)
-    reserve = trie.decision_depth if score_space == "trie" else trie.max_depth - 1
-    logits, cache = lm.prefill(*prompts.padded(), reserve=reserve)
-    beams = _first_beams(len(prompts), logits)
-    finished = _none_finished(len(prompts), width, logits)
-    steps = [beams]
-    for length in range(1, trie.max_depth + 1):
-        ranking = _rank(beams, logits, trie, len(prompts), score_space)
-        finished = _finish(finished, ranking, width, length**length_penalty)
-        best_length = trie.max_depth if length_penalty > 0 else length + 1
-        beams = _advance(beams, ranking, finished, width, best_length**length_penalty)
-        if len(beams.prompt_R) == 0:
-            break
-        steps.append(beams)
-        runs_R = _needs_model(beams, trie, score_space)
-        if bool(runs_R.any()):
-            token_R = trie.tensors(logits.device).child_tokens[beams.node_R - 1]
-            logits, cache = lm.extend(cache, beams.lm_row_R[runs_R], token_R[runs_R])
-        beams = _with_rows(beams, runs_R)
-    logprobs_BWT = _trace(steps, finished, trie)
-    return candidates_from(trie, finished.leaf_BW, finished.score_BW, logprobs_BWT)
+    return joined([part.found for part in answers], np.concatenate([part.ticket_B for part in answers]).argsort())
 
 
-def _first_beams(num_prompts: int, logits_BV: Tensor) -> _Beams:
-    row_B = torch.arange(num_prompts, device=logits_BV.device)
-    zero_B = torch.zeros(num_prompts, dtype=_score_dtype(logits_BV), device=logits_BV.device)
-    return _Beams(row_B, torch.full_like(row_B, TokenTrie.root), zero_B, row_B, row_B, zero_B)
+class BeamSearch:
+    """A beam search that new prompts can join while others run; each prompt's result is what it would be alone.
 
-
-def _none_finished(num_prompts: int, width: int, logits: Tensor) -> _Finished:
-    none_BW = torch.full((num_prompts, width), -1, dtype=torch.long, device=logits.device)
-    score_BW = torch.full(none_BW.shape, -torch.inf, dtype=_score_dtype(logits), device=logits.device)
-    return _Finished(score_BW, none_BW, none_BW, torch.zeros_like(score_BW))
-
-
-def _score_dtype(logits: Tensor) -> torch.dtype:
-    return torch.promote_types(logits.dtype, torch.float32)
-
-
-def _rank(beams: _Beams, logits: Tensor, trie: TokenTrie, num_prompts: int, space: str) -> _Ranking:
-    """All continuations of all beams, ranked within their prompt; ties stay in the order (parent beam, token)."""
-    position_E, token_E, child_E = trie.children_of(beams.node_R)
-    logp_E = edge_logprobs(logits, beams.lm_row_R, position_E, token_E, space)
-    prompt_E = beams.prompt_R[position_E]
-    count_B = torch.bincount(prompt_E, minlength=num_prompts)
-    column_E = torch.arange(len(prompt_E), device=prompt_E.device) - (count_B.cumsum(0) - count_B)[prompt_E]
-    score_BC = logp_E.new_full((num_prompts, int(count_B.max())), -torch.inf)
-    score_BC[prompt_E, column_E] = beams.score_R[position_E] + logp_E
-    edge_BC = torch.full(score_BC.shape, -1, device=prompt_E.device)
-    edge_BC[prompt_E, column_E] = torch.arange(len(prompt_E), device=prompt_E.device)
-
-    score_BC, order_BC = score_BC.sort(dim=1, descending=True, stable=True)
-    edge_BC = edge_BC.gather(1, order_BC)
-    safe_BC = edge_BC.clamp(min=0)
-    node_BC = child_E[safe_BC]
-    ends_BC = trie.tensors(logits.device).is_leaf[node_BC] & (edge_BC >= 0)
-    return _Ranking(score_BC, edge_BC, node_BC, position_E[safe_BC], logp_E[safe_BC], ends_BC)
-
-
-def _finish(finished: _Finished, ranking: _Ranking, width: int, norm: float) -> _Finished:
-    """Merge the paths that end within the best ``width`` continuations into the finished ones."""
-    ends_BW = ranking.ends_BC[:, :width]
-    score_BW = torch.where(ends_BW, ranking.score_BC[:, :width] / norm, -torch.inf)
-    # Stable, with the earlier finished first: an equal score does not displace them.
-    merged_BW, order_BW = torch.cat([finished.score_BW, score_BW], dim=1).sort(dim=1, descending=True, stable=True)
-    order_BW = order_BW[:, :width]
-
-    def merge(old_BW: Tensor, new_BC: Tensor) -> Tensor:
-        return torch.cat([old_BW, new_BC[:, :width]], dim=1).gather(1, order_BW)
-
-    merged_BW = merged_BW[:, :width]
-    leaf_BW = merge(finished.leaf_BW, ranking.node_BC)
-    return _Finished(
-        score_BW=merged_BW,
-        leaf_BW=torch.where(merged_BW == -torch.inf, -1, leaf_BW),
-        parent_BW=merge(finished.parent_BW, ranking.parent_BC),
-        logp_BW=merge(finished.logp_BW, ranking.logp_BC),
-    )
-
-
-def _advance(beams: _Beams, ranking: _Ranking, finished: _Finished, width: int, best_norm: float) -> _Beams:
-    """The best ``width`` continuations that do not end a path, without those that can no longer enter the result.
-
-    ``best_norm`` is the largest norm that a negative score can still be divided by. A beam dropped by this bound
-    scores below every beam that is kept, and so do its continuations: it would not change the rank of any of them.
+    ``admit`` runs prompts, ``advance`` takes all of them to their next need of the model or to their end. Prompts that
+    are done leave the model's cache once they are half of it.
     """
-    worst_B1 = finished.score_BW[:, -1:]  # -inf while a slot is free
-    runs_BC = (ranking.edge_BC >= 0) & ~ranking.ends_BC & (ranking.score_BC / best_norm > worst_B1)
-    runs_BC &= runs_BC.cumsum(dim=1) <= width
-    prompt_R = runs_BC.nonzero()[:, 0]
-    parent_R = ranking.parent_BC[runs_BC]
-    return _Beams(
-        prompt_R=prompt_R,
-        node_R=ranking.node_BC[runs_BC],
-        score_R=ranking.score_BC[runs_BC],
-        lm_row_R=beams.lm_row_R[parent_R],
-        parent_R=parent_R,
-        logp_R=ranking.logp_BC[runs_BC],
-    )
+
+    def __init__(
+        self,
+        lm: LM,
+        trie: TokenTrie,
+        width: int,
+        *,
+        score_space: str = "trie",
+        length_penalty: float = 0.0,
+        run_ahead: int = RUN_AHEAD,
+    ) -> None:
+        """Errors as in ``constrained_beam_search``; ``run_ahead`` as in ``chains.run_chains``."""
+        check_search(lm, trie, width)
+        if score_space not in SCORE_SPACES:
+            raise ConfigError(f"score_space={score_space!r} is not known; use one of {', '.join(SCORE_SPACES)}")
+        self._lm, self._trie, self._run_ahead = lm, trie, run_ahead
+        self._width, self._space, self._length_penalty = width, score_space, length_penalty
+        self._rules: Rules | None = None
+        self._beams: Beams | None = None
+        self._cache: Any = None
+        self._held_P = np.zeros(0, dtype=np.int64)
+
+    @property
+    def running(self) -> int:
+        """Prompts that are not done yet."""
+        return 0 if self._beams is None else len(self._beams)
+
+    @property
+    def held(self) -> int:
+        """Tokens of the model's cache, counting for each of its prompts what its beams may still come to."""
+        return int(self._held_P.sum())
+
+    def tokens_of(self, lengths_B: np.ndarray) -> np.ndarray:
+        """Tokens of the cache that prompts of these lengths come to with their beams, at most.
+
+        No more than W beams have a token at any depth that is run; chains run ahead can add a little.
+        """
+        depth = self._trie.decision_depth if self._space == "trie" else self._trie.max_depth - 1
+        return lengths_B + self._width * depth
+
+    @torch.no_grad()
+    def admit(self, prompts: TokenRows, tickets: Sequence[int] | np.ndarray) -> None:
+        """Run B prompts and let them join; ``tickets`` are the caller's numbers for them."""
+        check_prompts(self._lm, prompts, self._trie)
+        if len(prompts) == 0:
+            return
+        extended, run = with_root_path(prompts, self._trie) if self._space == "trie" else (prompts, 0)
+        cache = self._lm.prefill(extended)
+        if self._rules is None:
+            like = one_logprob(self._lm, cache, self._trie, self._space)
+            self._rules = Rules.of(self._trie, self._width, self._space, self._length_penalty, like)
+        ticket_B = torch.as_tensor(np.asarray(tickets, dtype=np.int64))
+        logprobs = self._trie.decision_depth + 1 if self._space == "trie" else self._trie.max_depth
+        beams = first_beams(
+            ticket_B, torch.arange(len(prompts)), width=self._width, run=run, logprobs=logprobs, like=self._rules.norm_T
+        )
+        if self._space == "vocab":
+            beams = with_first_token(self._lm, cache, self._trie, beams)
+        if self._beams is None:
+            self._cache, self._beams = cache, beams
+        else:
+            old, cached = self._beams, len(self._held_P)
+            self._cache, new_row_old, new_row = self._lm.join(self._cache, cache)
+            beams = replace(beams, prompt_B=beams.prompt_B + cached)
+            self._beams = _renumbered(old, new_row_old).with_prompts(_renumbered(beams, new_row))
+        self._held_P = np.concatenate([self._held_P, self.tokens_of(prompts.lengths)])
+
+    @torch.no_grad()
+    def advance(self) -> Answers:
+        """Step until every prompt waits for the model, call it once, and step again; prompts that got done."""
+        done = self._step_all() if self._beams is not None else []
+        if self._beams is not None:
+            self._cache, self._beams = run_chains(
+                self._lm, self._cache, self._trie, self._beams, self._space, self._run_ahead
+            )
+            done += self._step_all()
+            self._release_cache()
+        if not done:
+            return Answers(np.zeros(0, dtype=np.int64), no_candidates(self._width, self._trie.max_depth))
+        tickets = np.concatenate([part.ticket_B.cpu().numpy() for part in done])
+        found = [
+            candidates_from(self._trie, part.done_leaf_BW, part.done_score_BW, part.done_logp_BWT) for part in done
+        ]
+        return Answers(tickets, joined(found, np.arange(len(tickets))))
+
+    def _step_all(self) -> list[Beams]:
+        """Step the prompts that do not wait for the model until all others do; returns those that got done."""
+        assert self._rules is not None
+        done = []
+        while self._beams is not None:
+            if self._space == "trie":
+                self._beams = to_next_choice(self._trie, self._beams, self._rules)
+            beams, over_B = self._beams, ~self._beams.live_BW.any(dim=1)
+            if bool(over_B.any()):
+                done.append(self._leave(beams, over_B))
+                continue
+            ready_M = (~waiting(self._trie, beams, self._space).any(dim=1)).nonzero()[:, 0]
+            if len(ready_M) == len(beams):
+                beams = step(self._lm, self._cache, self._trie, beams, self._rules)
+            elif len(ready_M):
+                stepped = step(self._lm, self._cache, self._trie, beams.take(ready_M), self._rules)
+                beams = beams.put(ready_M, stepped)
+            self._beams = beams
+            if not len(ready_M):
+                break
+        return done
+
+    def _leave(self, beams: Beams, over_B: Tensor) -> Beams:
+        """Prompts whose search is over leave; their keys stay in the cache until ``_release_cache``."""
+        going_M = (~over_B).nonzero()[:, 0]
+        if len(going_M):
+            self._beams = beams.take(going_M)
+        else:
+            self._beams, self._cache, self._held_P = None, None, self._held_P[:0]
+        return beams.take(over_B.nonzero()[:, 0])
+
+    def _release_cache(self) -> None:
+        """Drop the prompts that are done from the model's cache when they are at least half of it."""
+        beams = self._beams
+        if beams is None or 2 * len(beams) > len(self._held_P):
+            return
+        self._cache, new_row = self._lm.keep(self._cache, beams.prompt_B)
+        self._held_P = self._held_P[beams.prompt_B.cpu().numpy()]
+        beams = replace(beams, prompt_B=torch.arange(len(beams), device=beams.prompt_B.device))
+        self._beams = _renumbered(beams, new_row)
 
 
-def _needs_model(beams: _Beams, trie: TokenTrie, space: str) -> Tensor:
-    if space == "trie":
-        return ~trie.tensors(beams.node_R.device).is_settled[beams.node_R]
-    return torch.ones_like(beams.node_R, dtype=torch.bool)
-
-
-def _with_rows(beams: _Beams, runs_R: Tensor) -> _Beams:
-    return replace(beams, lm_row_R=torch.where(runs_R, runs_R.cumsum(0) - 1, -1))
-
-
-def _trace(steps: list[_Beams], finished: _Finished, trie: TokenTrie) -> Tensor:
-    """``logprobs_BWT`` of the finished paths, along the back-pointers; 0 at padding. T = longest path searched."""
-    leaf_BW = finished.leaf_BW
-    length_BW = torch.where(leaf_BW < 0, 0, trie.tensors(leaf_BW.device).depth[leaf_BW.clamp(min=0)])
-    logprobs_BWT = finished.logp_BW.new_zeros((*leaf_BW.shape, len(steps)))
-    row_BW = finished.parent_BW
-    for depth in reversed(range(1, len(steps) + 1)):
-        column_BW = torch.where(length_BW == depth, finished.logp_BW, 0)
-        if depth < len(steps):
-            inner_BW = length_BW > depth
-            beams, safe_BW = steps[depth], torch.where(inner_BW, row_BW, 0)
-            column_BW = torch.where(inner_BW, beams.logp_R[safe_BW], column_BW)
-            row_BW = torch.where(inner_BW, beams.parent_R[safe_BW], row_BW)
-        logprobs_BWT[..., depth - 1] = column_BW
-    return logprobs_BWT
+def _renumbered(beams: Beams, new_row_R: Tensor) -> Beams:
+    return replace(beams, row_BW=new_row_R.to(beams.row_BW.device)[beams.row_BW])

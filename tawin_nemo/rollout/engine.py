@@ -1,24 +1,26 @@
-"""Runs searches over many prompts in chunks that fit the memory, and turns them into rollouts."""
+"""Runs searches over many prompts within the memory, and turns them into rollouts."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from tawin_nemo.catalog.items import Catalog
 from tawin_nemo.config import RolloutConfig
 from tawin_nemo.errors import ConfigError, DataError
-from tawin_nemo.rollout.beam import constrained_beam_search
+from tawin_nemo.rollout.beam import Answers, BeamSearch, collected
 from tawin_nemo.rollout.lm import LM
 from tawin_nemo.rollout.sampling import constrained_sample
-from tawin_nemo.rollout.scoring import SCORE_SPACES
+from tawin_nemo.rollout.scoring import SCORE_SPACES, best, check_prompts, joined
 from tawin_nemo.types import Candidates, PromptBatch, Rollout, TokenRows
 
-#: Called after each chunk with the number of prompts it held.
+#: Called with the number of prompts that just got done.
 Progress = Callable[[int], None]
+
+#: New prompts join a running search when this share of the token budget is free: fewer would be run inefficiently.
+JOIN_SHARE = 0.25
 
 
 class RolloutEngine:
@@ -45,29 +47,64 @@ class RolloutEngine:
     ) -> Candidates:
         """Beam search for N prompts, results in their order (``constrained_beam_search``; errors as there).
 
-        ``score_space`` and ``token_budget`` default to the configuration. Prompts of similar length run together, in
-        chunks of at most ``token_budget`` tokens, counting every beam with its prompt; a single prompt that is larger
-        than the budget runs alone.
+        ``score_space`` and ``token_budget`` default to the configuration; see ``stream``.
+        Raises ConfigError for more beams than the catalogue has paths.
         """
-        space = score_space or self.cfg.score_space
+        answers = []
+        for part in self.stream(prompts, width, score_space=score_space, token_budget=token_budget):
+            answers.append(part)
+            if progress is not None:
+                progress(len(part))
+        return collected(answers, width, self.catalog.trie)
 
-        def run(chunk: TokenRows, _: np.ndarray) -> Candidates:
-            return constrained_beam_search(
-                self.lm, chunk, self.catalog.trie, width, score_space=space, length_penalty=self.cfg.length_penalty
-            )
+    def stream(
+        self, prompts: TokenRows, width: int, *, score_space: str | None = None, token_budget: int | None = None
+    ) -> Iterator[Answers]:
+        """As ``search``, but results come as soon as they are there; tickets are the prompts' places.
 
-        return self._in_chunks(prompts, width, token_budget or self.cfg.token_budget, run, progress)
+        Prompts run longest first, as many at once as fit into ``token_budget`` tokens, a prompt counting once and
+        its beams with all tokens that they may come to; when prompts are done, others take their place. A single
+        prompt that is larger than the budget runs alone.
+        """
+        self._check_width(width)
+        check_prompts(self.lm, prompts, self.catalog.trie)
+        budget = token_budget or self.cfg.token_budget
+        search = BeamSearch(
+            self.lm, self.catalog.trie, width,
+            score_space=score_space or self.cfg.score_space, length_penalty=self.cfg.length_penalty,
+        )  # fmt: skip
+        order_N = np.argsort(-prompts.lengths, kind="stable")
+        ends_N = search.tokens_of(prompts.lengths[order_N]).cumsum()
+        came = 0
+        while came < len(prompts) or search.running:
+            room = budget - search.held
+            if came < len(prompts) and (not search.held or room >= JOIN_SHARE * budget):
+                upto = _fitting(ends_N, came, room, at_least=not search.held)
+                search.admit(prompts.take(order_N[came:upto]), order_N[came:upto])
+                came = upto
+            answers = search.advance()
+            if len(answers):
+                yield answers
 
     def sample(self, prompts: TokenRows, draws: int, seeds: Sequence[int]) -> Candidates:
         """Independent draws for N prompts, results in their order (``constrained_sample``); one seed per prompt."""
-
-        def run(chunk: TokenRows, rows: np.ndarray) -> Candidates:
-            generators = [torch.Generator().manual_seed(seeds[int(row)]) for row in rows]
-            return constrained_sample(
-                self.lm, chunk, self.catalog.trie, draws, generators=generators, temperature=self.cfg.temperature
-            )
-
-        return self._in_chunks(prompts, draws, self.cfg.token_budget, run, None)
+        trie = self.catalog.trie
+        check_prompts(self.lm, prompts, trie)
+        order_N = np.argsort(-prompts.lengths, kind="stable")
+        ends_N = (prompts.lengths[order_N] + draws * trie.decision_depth).cumsum()
+        parts: list[Candidates] = []
+        start = 0
+        while start < len(prompts) or not parts:
+            upto = _fitting(ends_N, start, self.cfg.token_budget, at_least=True)
+            generators = [torch.Generator().manual_seed(seeds[int(row)]) for row in order_N[start:upto]]
+            parts.append(
+                constrained_sample(
+                    self.lm, prompts.take(order_N[start:upto]), trie, draws,
+                    generators=generators, temperature=self.cfg.temperature,
+                )
+            )  # fmt: skip
+            start = upto
+        return joined(parts, order_N.argsort())
 
     def generate(
         self, prompts: PromptBatch, group_size: int, *, negatives: str, policy_space: str, step: int
@@ -78,7 +115,8 @@ class RolloutEngine:
         with replacement, from a seed that depends on nothing but (seed, step, ``row_B``). A candidate is a hit if it
         ends at the target's leaf, that is, also if it is another item written alike. ``logprobs_BGT`` is None if the
         searched space is not ``policy_space``: the actor has to score the candidates itself.
-        Raises ConfigError (names, ``cfg.width`` below G) and DataError (a target that is no item).
+        Raises ConfigError (names, ``cfg.width`` below G, more beams than paths) and DataError (a target that is no
+        item, prompts as in ``constrained_beam_search``).
         """
         if policy_space not in SCORE_SPACES:
             raise ConfigError(f"rl.policy_space={policy_space!r} is not known; use one of {', '.join(SCORE_SPACES)}")
@@ -91,7 +129,8 @@ class RolloutEngine:
             width = self.cfg.width or group_size
             if width < group_size:
                 raise ConfigError(f"rollout.width={width} is below rl.group_size={group_size}; use 0 or at least that")
-            found, space = _best(self.search(prompts.prompts, width), group_size), self.cfg.score_space
+            self._check_width(width, "rollout.width" if self.cfg.width else "rl.group_size")
+            found, space = best(self.search(prompts.prompts, width), group_size), self.cfg.score_space
         elif negatives == "sample":
             seeds = [draw_seed(self.seed, step, int(row)) for row in prompts.row_B]
             found, space = self.sample(prompts.prompts, group_size, seeds), "trie"
@@ -109,69 +148,25 @@ class RolloutEngine:
             weight_version=self.weight_version,
         )
 
-    def _in_chunks(
-        self,
-        prompts: TokenRows,
-        width: int,
-        token_budget: int,
-        run: Callable[[TokenRows, np.ndarray], Candidates],
-        progress: Progress | None,
-    ) -> Candidates:
-        found = []
-        chunks = length_sorted_chunks(prompts.lengths, self.catalog.trie.max_depth, width, token_budget)
-        for rows in chunks:
-            found.append(run(prompts.take(rows), rows))
-            if progress is not None:
-                progress(len(rows))
-        if not found:
-            return run(prompts, np.arange(0))
-        return _joined(found, np.argsort(np.concatenate(chunks)))
+    def _check_width(self, width: int, key: str = "the width (rollout.width, rl.group_size or eval.beams)") -> None:
+        paths = self.catalog.trie.num_leaves
+        if width > paths:
+            raise ConfigError(
+                f"{key}={width} asks for more beams than the catalogue has distinct token paths ({paths}); "
+                f"use at most {paths}"
+            )
 
 
-def length_sorted_chunks(lengths_N: np.ndarray, depth: int, width: int, token_budget: int) -> list[np.ndarray]:
-    """Row indices, longest prompts first, each chunk with rows * width * (longest prompt + depth) <= token_budget."""
-    order_N = np.argsort(-lengths_N, kind="stable")
-    chunks, start = [], 0
-    while start < len(order_N):
-        per_row = max(1, width) * (int(lengths_N[order_N[start]]) + depth)
-        end = start + max(1, token_budget // per_row)
-        chunks.append(order_N[start:end])
-        start = end
-    return chunks
+def _fitting(ends_N: np.ndarray, start: int, room: int, *, at_least: bool) -> int:
+    """End of the longest run of entries from ``start`` on whose sizes sum to at most ``room``.
+
+    ``ends_N`` are the running sums of all sizes; ``at_least``: one entry, if there is one, even if it is larger.
+    """
+    before = int(ends_N[start - 1]) if start else 0
+    upto = int(np.searchsorted(ends_N, before + room, side="right"))
+    return min(len(ends_N), max(upto, start + at_least))
 
 
 def draw_seed(seed: int, step: int, row: int) -> int:
     """Seed of one prompt's draws: independent of batch, chunk and rank."""
     return int(np.random.SeedSequence([seed, step, row]).generate_state(1, np.uint64)[0] >> np.uint64(1))
-
-
-def _joined(parts: list[Candidates], order_N: np.ndarray) -> Candidates:
-    """Concatenate along the prompts, pad to the longest path, and put row ``order_N[i]`` at place i."""
-    order = torch.from_numpy(order_N).to(parts[0].items_BW.device)
-    depth = max(part.tokens_BWT.shape[-1] for part in parts)
-
-    def join(tensors: list[Tensor]) -> Tensor:
-        return torch.cat(tensors)[order]
-
-    def pad(tensor_BWT: Tensor) -> Tensor:
-        return torch.nn.functional.pad(tensor_BWT, (0, depth - tensor_BWT.shape[-1]))
-
-    return Candidates(
-        items_BW=join([part.items_BW for part in parts]),
-        leaf_BW=join([part.leaf_BW for part in parts]),
-        tokens_BWT=join([pad(part.tokens_BWT) for part in parts]),
-        lengths_BW=join([part.lengths_BW for part in parts]),
-        scores_BW=join([part.scores_BW for part in parts]),
-        logprobs_BWT=join([pad(part.logprobs_BWT) for part in parts]),
-    )
-
-
-def _best(found: Candidates, count: int) -> Candidates:
-    return Candidates(
-        items_BW=found.items_BW[:, :count],
-        leaf_BW=found.leaf_BW[:, :count],
-        tokens_BWT=found.tokens_BWT[:, :count],
-        lengths_BW=found.lengths_BW[:, :count],
-        scores_BW=found.scores_BW[:, :count],
-        logprobs_BWT=found.logprobs_BWT[:, :count],
-    )

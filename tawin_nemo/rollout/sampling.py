@@ -10,13 +10,17 @@ from torch import Tensor
 
 from tawin_nemo.catalog.trie import TokenTrie
 from tawin_nemo.errors import ConfigError
+from tawin_nemo.maths.segments import segment_log_softmax
 from tawin_nemo.rollout.lm import LM
 from tawin_nemo.rollout.scoring import (
     candidates_from,
+    check_prompts,
     check_search,
-    edge_logprobs,
     no_candidates,
-    segment_log_softmax,
+    one_logprob,
+    token_rows,
+    with_root_path,
+    without_nan,
 )
 from tawin_nemo.types import Candidates, TokenRows
 
@@ -38,52 +42,57 @@ def constrained_sample(
     ``logprobs_BWT`` are those of pi, at temperature 1, whatever the temperature of the draws: they are the old policy
     of the ratio; the behaviour distribution differs from it if the temperature does. ``generators`` (CPU, one per
     prompt) make a prompt's draws independent of the other prompts in the call. Draws of one prompt share its prefill
-    and, as long as they agree, their rows of the model.
+    and, as long as they agree, their rows of the model; tokens without a choice are run in one chain, those behind the
+    last choice never.
     Raises ConfigError (draws, temperature, number of generators); DataError, CatalogError and TawinError as in
     ``constrained_beam_search``.
     """
-    check_search(lm, prompts, trie, draws)
+    check_search(lm, trie, draws)
+    check_prompts(lm, prompts, trie)
     if not (temperature > 0 and math.isfinite(temperature)):
         raise ConfigError(f"temperature={temperature} must be positive and finite; beam search is the limit towards 0")
     if len(generators) != len(prompts):
         raise ConfigError(f"{len(prompts)} prompts need as many generators; got {len(generators)}")
     if len(prompts) == 0:
         return no_candidates(draws, trie.max_depth)
-    logits, cache = lm.prefill(*prompts.padded(), reserve=trie.decision_depth)
-    tables = trie.tensors(logits.device)
-    uniform_NT = _uniform(generators, draws, trie.decision_depth + 1).to(logits.device)
-    node_N = torch.full((len(uniform_NT),), trie.root, device=logits.device)
-    # A live draw has something left to decide and points to its row of the model; draws that agree share a row.
-    row_N = torch.arange(len(prompts), device=logits.device).repeat_interleave(draws)
-    row_N = torch.where(tables.is_settled[node_N], -1, row_N)
-    node_R = torch.full((len(prompts),), trie.root, device=logits.device)
-    logp_columns = []
-    for uniform_N in uniform_NT.T:
-        live_N = row_N >= 0
-        if not bool(live_N.any()):
-            break
-        position_E, token_E, child_E = trie.children_of(node_R)
-        logp_E = edge_logprobs(logits, torch.arange(len(node_R), device=logits.device), position_E, token_E, "trie")
-        edge_N = _pick(logp_E / temperature, position_E, row_N.clamp(min=0), uniform_N)
-        node_N = torch.where(live_N, child_E[edge_N], node_N)
-        logp_columns.append(torch.where(live_N, logp_E[edge_N], 0))
+    cache = lm.prefill(with_root_path(prompts, trie)[0])
+    like = one_logprob(lm, cache, trie, "trie")
+    uniform_NT = _uniform(generators, draws, trie.decision_depth + 1).to(like.device)
+    logp_NT = like.new_zeros(uniform_NT.shape)  # by the depth of the choice
+    node_N = torch.zeros(len(uniform_NT), dtype=torch.long, device=like.device)
+    # R rows of the model, each at a node with a choice; a live draw points to its row, draws that agree share one.
+    lm_row_R = torch.arange(len(prompts), device=like.device)
+    node_R = torch.zeros_like(lm_row_R)
+    live_L = (~trie.is_leaf(node_N)).nonzero()[:, 0]
+    row_L = live_L // draws
+    while len(live_L):
+        position_E, token_E, child_E = trie.edges_of(node_R)
+        logp_E = without_nan(lm.logprobs(cache, lm_row_R, position_E, token_E, "trie"))
+        depth_L = trie.depth_of(node_N[live_L])
+        edge_L = _pick(logp_E / temperature, position_E, row_L, uniform_NT[live_L, depth_L])
+        logp_NT[live_L, depth_L] = logp_E[edge_L]
+        node_N[live_L] = child_E[edge_L]
 
-        live_N &= ~tables.is_settled[node_N]
-        kept_R, row_of_live = torch.unique(edge_N[live_N], return_inverse=True)
-        row_N = torch.full_like(row_N, -1).masked_scatter(live_N, row_of_live)
-        node_R = child_E[kept_R]
-        if len(kept_R):
-            logits, cache = lm.extend(cache, position_E[kept_R], token_E[kept_R])
-    return _ranked(trie, _leaf_below(node_N, trie), logp_columns, len(prompts))
+        goes_on_L = ~trie.is_leaf(child_E[edge_L])
+        live_L = live_L[goes_on_L]
+        edge_R, row_L = torch.unique(edge_L[goes_on_L], return_inverse=True)
+        if len(edge_R):
+            start_R, node_R = trie.depth_of(node_R)[position_E[edge_R]], child_E[edge_R]
+            length_R = trie.depth_of(node_R) - start_R
+            chains = token_rows(trie.labels(node_R, start_R, start_R + length_R), length_R)
+            parent_R = lm_row_R[position_E[edge_R]]
+            lm_row_R = lm.rows(cache) - 1 + length_R.cumsum(0)
+            cache = lm.extend(cache, parent_R, chains)
+    return _ranked(trie, node_N.view(len(prompts), -1), logp_NT)
 
 
 def _uniform(generators: Sequence[torch.Generator], draws: int, decisions: int) -> Tensor:
-    """One number in [0, 1) per draw and decision, rows by prompt; kept off 1 so that rounding cannot pass the end."""
+    """One number in [0, 1) per draw and depth; kept off 1 so that rounding cannot pass the end. Rows by prompt."""
     numbers = [torch.rand(draws, decisions, generator=generator, dtype=torch.float64) for generator in generators]
     return torch.cat(numbers).clamp(max=1 - 1e-9)
 
 
-def _pick(logit_E: Tensor, row_E: Tensor, row_N: Tensor, uniform_N: Tensor) -> Tensor:
+def _pick(logit_E: Tensor, row_E: Tensor, row_L: Tensor, uniform_L: Tensor) -> Tensor:
     """Index of the edge that each draw takes out of its row, by inversion of the row's cumulative distribution."""
     rows = int(row_E[-1]) + 1
     edges_R = torch.bincount(row_E, minlength=rows)
@@ -91,25 +100,12 @@ def _pick(logit_E: Tensor, row_E: Tensor, row_N: Tensor, uniform_N: Tensor) -> T
     last_R = edges_R.cumsum(0) - 1
     end_R = cumulative_E[last_R]
     start_R = torch.cat([end_R.new_zeros(1), end_R[:-1]])
-    threshold_N = start_R[row_N] + uniform_N * (end_R - start_R)[row_N]
-    return torch.searchsorted(cumulative_E, threshold_N, right=True).minimum(last_R[row_N])
+    threshold_L = start_R[row_L] + uniform_L * (end_R - start_R)[row_L]
+    return torch.searchsorted(cumulative_E, threshold_L, right=True).minimum(last_R[row_L])
 
 
-def _leaf_below(node_N: Tensor, trie: TokenTrie) -> Tensor:
-    """The leaf that a settled node leads to."""
-    tables = trie.tensors(node_N.device)
-    while not bool(tables.is_leaf[node_N].all()):
-        node_N = torch.where(tables.is_leaf[node_N], node_N, tables.child_offsets[node_N] + 1)
-    return node_N
-
-
-def _ranked(trie: TokenTrie, leaf_N: Tensor, logp_columns: list[Tensor], num_prompts: int) -> Candidates:
-    leaf_BW = leaf_N.view(num_prompts, -1)
-    logprobs_BWT = torch.zeros((*leaf_BW.shape, trie.max_depth), device=leaf_N.device)
-    if logp_columns:
-        logp_BWT = torch.stack(logp_columns, dim=1).view(*leaf_BW.shape, -1)
-        logprobs_BWT = logprobs_BWT.to(logp_BWT.dtype)
-        logprobs_BWT[..., : logp_BWT.shape[-1]] = logp_BWT
-    scores_BW, order_BW = logprobs_BWT.sum(-1).sort(dim=1, descending=True, stable=True)
-    logprobs_BWT = logprobs_BWT.gather(1, order_BW[..., None].expand_as(logprobs_BWT))
-    return candidates_from(trie, leaf_BW.gather(1, order_BW), scores_BW, logprobs_BWT)
+def _ranked(trie: TokenTrie, leaf_BW: Tensor, logp_NT: Tensor) -> Candidates:
+    logp_BWT = logp_NT.view(*leaf_BW.shape, -1)
+    scores_BW, order_BW = logp_BWT.sum(-1).sort(dim=1, descending=True, stable=True)
+    logp_BWT = logp_BWT.gather(1, order_BW[..., None].expand_as(logp_BWT))
+    return candidates_from(trie, leaf_BW.gather(1, order_BW), scores_BW, logp_BWT)

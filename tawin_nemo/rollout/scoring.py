@@ -1,9 +1,14 @@
-"""What beam search and sampling share: log-probs of trie edges, checks of their arguments, the result records."""
+"""What beam search and sampling share: checks of their arguments, and the result records."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from tawin_nemo.catalog.trie import TokenTrie
 from tawin_nemo.errors import CatalogError, ConfigError, DataError, TawinError
@@ -13,50 +18,72 @@ from tawin_nemo.types import NO_ITEM, Candidates, TokenRows
 SCORE_SPACES = ("trie", "vocab")
 
 
-def segment_log_softmax(values_E: Tensor, segment_E: Tensor, num_segments: int) -> Tensor:
-    """Log-softmax within each segment (``segment_E`` ascending). A segment of one element gives exactly 0."""
-    count_N = torch.bincount(segment_E, minlength=num_segments)
-    peak_N = torch.segment_reduce(values_E, "max", lengths=count_N)
-    shifted_E = values_E - peak_N[segment_E]
-    # Not index_add: its order of summation varies on CUDA, and ranks that share a model must decide alike.
-    total_N = torch.segment_reduce(shifted_E.exp(), "sum", lengths=count_N)
-    return shifted_E - total_N.log()[segment_E]
-
-
-def edge_logprobs(logits_AV: Tensor, lm_row_R: Tensor, position_E: Tensor, token_E: Tensor, space: str) -> Tensor:
-    """Log-prob of each trie edge, in float32 or the model's wider type.
-
-    Edge ``e`` leaves row ``position_E[e]``, whose logits are ``logits_AV[lm_row_R[position_E[e]]]``; trie space:
-    normalised over the edges of the row (TAWin, arXiv 2604.22504, Eq. 25), vocab space: over the whole vocabulary.
-    ``lm_row_R`` -1 marks a row that the model did not run because it has a single edge (trie space only).
-    Raises TawinError if a logit is NaN.
-    """
-    logits_AV = logits_AV.to(torch.promote_types(logits_AV.dtype, torch.float32))
-    row_E = lm_row_R[position_E]
-    ran_E = row_E >= 0
-    logit_E = torch.zeros(len(row_E), dtype=logits_AV.dtype, device=logits_AV.device)
-    logit_E[ran_E] = logits_AV[row_E[ran_E], token_E[ran_E]]
-    if space == "trie":
-        logp_E = segment_log_softmax(logit_E, position_E, len(lm_row_R))
-    else:
-        logp_E = logit_E - torch.logsumexp(logits_AV, dim=-1)[row_E]
+def without_nan(logp_E: Tensor) -> Tensor:
+    """The log-probs as they are. Raises TawinError if one is NaN."""
     if bool(torch.isnan(logp_E).any()):
-        raise TawinError("the language model returned NaN logits; look at its weights and its precision")
+        raise TawinError("the language model returned NaN log-probs; look at its weights and its precision")
     return logp_E
 
 
-def check_search(lm: LM, prompts: TokenRows, trie: TokenTrie, width: int) -> None:
-    """Raise ConfigError, DataError or CatalogError for arguments that no search can serve."""
+def token_rows(flat_S: Tensor, lengths_R: Tensor) -> TokenRows:
+    """Concatenated tokens of R rows as TokenRows."""
+    offsets = np.zeros(len(lengths_R) + 1, dtype=np.int64)
+    np.cumsum(lengths_R.cpu().numpy(), out=offsets[1:])
+    return TokenRows(flat_S.cpu().numpy(), offsets)
+
+
+def check_search(lm: LM, trie: TokenTrie, width: int) -> None:
+    """Raise ConfigError or CatalogError for arguments that no search can serve."""
     if width < 1:
         raise ConfigError(f"a search needs at least one beam or draw per prompt; got {width}")
-    if len(prompts) and int(prompts.lengths.min()) == 0:
-        raise DataError(f"prompt row {int(prompts.lengths.argmin())} has no tokens; every prompt needs at least one")
-    largest = int(trie.child_tokens.max())
-    if largest >= lm.vocab_size:
+    if trie.max_token >= lm.vocab_size:
         raise CatalogError(
-            f"the catalogue uses token {largest}, the model has {lm.vocab_size} tokens; "
+            f"the catalogue uses token {trie.max_token}, the model has {lm.vocab_size} tokens; "
             "build the catalogue with the model's tokenizer"
         )
+
+
+def check_prompts(lm: LM, prompts: TokenRows, trie: TokenTrie) -> None:
+    """Raise DataError for a prompt that is empty, too long with the longest path, or not of the model's tokens."""
+    if len(prompts) == 0:
+        return
+    lengths = prompts.lengths
+    if lengths.min() == 0:
+        raise DataError(f"prompt row {int(lengths.argmin())} has no tokens; every prompt needs at least one")
+    longest = int(lengths.argmax())
+    if lengths[longest] + trie.max_depth > lm.max_positions:
+        raise DataError(
+            f"prompt row {longest} has {lengths[longest]} tokens, the longest path of the catalogue {trie.max_depth}, "
+            f"and the model takes {lm.max_positions} together; "
+            f"set data.max_prompt_tokens to at most {lm.max_positions - trie.max_depth}"
+        )
+    if prompts.flat.min() < 0 or prompts.flat.max() >= lm.vocab_size:
+        place = int(((prompts.flat < 0) | (prompts.flat >= lm.vocab_size)).argmax())
+        raise DataError(
+            f"prompt row {int(np.searchsorted(prompts.offsets, place, side='right')) - 1} has token "
+            f"{prompts.flat[place]}, the model's are 0 .. {lm.vocab_size - 1}; write prompts with the model's tokenizer"
+        )
+
+
+def with_root_path(prompts: TokenRows, trie: TokenTrie) -> tuple[TokenRows, int]:
+    """Prompts with the tokens that all paths begin with behind them, and the number of these; 0 for a single path.
+
+    In trie space these tokens decide nothing, and the model may as well run them with the prompts.
+    """
+    root = torch.zeros(1, dtype=torch.long)
+    shared = 0 if bool(trie.is_leaf(root)) else int(trie.depth_of(root))
+    if shared == 0:
+        return prompts, 0
+    path = trie.labels(root, torch.zeros_like(root), torch.full_like(root, shared)).numpy()
+    ends = np.repeat(prompts.offsets[1:], shared)
+    flat = np.insert(prompts.flat, ends, np.tile(path, len(prompts)))
+    return TokenRows(flat, prompts.offsets + shared * np.arange(len(prompts) + 1)), shared
+
+
+def one_logprob(lm: LM, cache: Any, trie: TokenTrie, space: str) -> Tensor:
+    """One log-prob, to learn the device and the type of all that will come."""
+    zero = torch.zeros(1, dtype=torch.long)
+    return lm.logprobs(cache, zero, zero, zero + trie.max_token, space)
 
 
 def no_candidates(width: int, depth: int) -> Candidates:
@@ -73,15 +100,47 @@ def no_candidates(width: int, depth: int) -> Candidates:
 
 
 def candidates_from(trie: TokenTrie, leaf_BW: Tensor, scores_BW: Tensor, logprobs_BWT: Tensor) -> Candidates:
-    """Fill in items, token paths and lengths; leaf -1 becomes NO_ITEM. ``logprobs_BWT`` must be at least as long."""
+    """Fill in items, token paths and lengths; leaf -1 becomes NO_ITEM. Log-probs beyond ``logprobs_BWT`` are 0."""
     tokens_NT, lengths_N = trie.paths_of(leaf_BW.flatten())
-    first_item = trie.tensors(leaf_BW.device).first_item
     depth = tokens_NT.shape[1]
     return Candidates(
-        items_BW=torch.where(leaf_BW < 0, NO_ITEM, first_item[leaf_BW.clamp(min=0)]),
+        items_BW=torch.where(leaf_BW < 0, NO_ITEM, trie.first_item(leaf_BW)),
         leaf_BW=leaf_BW,
         tokens_BWT=tokens_NT.view(*leaf_BW.shape, depth),
-        lengths_BW=lengths_N.view(leaf_BW.shape),
+        lengths_BW=lengths_N.view_as(leaf_BW),
         scores_BW=scores_BW,
-        logprobs_BWT=logprobs_BWT[..., :depth],
+        logprobs_BWT=pad(logprobs_BWT, (0, depth - logprobs_BWT.shape[-1])),  # cuts off what no path has, too
+    )
+
+
+def joined(parts: Sequence[Candidates], order_B: np.ndarray) -> Candidates:
+    """The parts one after another, padded to the longest path; row ``order_B[i]`` of that at place i."""
+    order = torch.from_numpy(order_B).to(parts[0].items_BW.device)
+    depth = max(part.tokens_BWT.shape[-1] for part in parts)
+
+    def join(tensors: list[Tensor]) -> Tensor:
+        return torch.cat(tensors)[order]
+
+    def longer(tensor_BWT: Tensor) -> Tensor:
+        return pad(tensor_BWT, (0, depth - tensor_BWT.shape[-1]))
+
+    return Candidates(
+        items_BW=join([part.items_BW for part in parts]),
+        leaf_BW=join([part.leaf_BW for part in parts]),
+        tokens_BWT=join([longer(part.tokens_BWT) for part in parts]),
+        lengths_BW=join([part.lengths_BW for part in parts]),
+        scores_BW=join([part.scores_BW for part in parts]),
+        logprobs_BWT=join([longer(part.logprobs_BWT) for part in parts]),
+    )
+
+
+def best(found: Candidates, count: int) -> Candidates:
+    """The first ``count`` places of each list."""
+    return Candidates(
+        items_BW=found.items_BW[:, :count],
+        leaf_BW=found.leaf_BW[:, :count],
+        tokens_BWT=found.tokens_BWT[:, :count],
+        lengths_BW=found.lengths_BW[:, :count],
+        scores_BW=found.scores_BW[:, :count],
+        logprobs_BWT=found.logprobs_BWT[:, :count],
     )

@@ -6,20 +6,21 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from tawin_nemo.catalog.trie import TokenTrie
 from tawin_nemo.config import RlConfig
-from tawin_nemo.data.batches import candidate_batch, micro_batches
+from tawin_nemo.data.trees import tree_batches
 from tawin_nemo.maths.policy_loss import PolicyTerms, grpo_loss, mean_stats
 from tawin_nemo.models.megatron.trainable import MicroBatch, Trainable
-from tawin_nemo.types import DataParallel, Rollout, TokenBatch
+from tawin_nemo.types import DataParallel, Rollout, TokenBatch, TokenRows
 
 
 @dataclass(frozen=True)
 class PackedCandidates:
-    """Some candidates of a rollout as one token batch, and which candidate and token each scored place belongs to."""
+    """Some candidates of a rollout as one token batch, and the candidate and token of each of its N log-probs."""
 
     batch: TokenBatch
     flat_M: Tensor  # the candidates' places in the flattened [B * G] rollout
@@ -34,24 +35,28 @@ class Actor:
         self.trainable, self._trie, self._rl, self._dp = trainable, trie, rl, dp
 
     def pack(self, rollout: Rollout, adv_BG: Tensor, omega_BG: Tensor) -> list[PackedCandidates]:
-        """Repeated-prompt form: candidates behind their own copy of the prompt, under the token budget.
+        """Every prompt once, followed by the tree of its candidates, under the token budget.
 
         Without a KL term a candidate of weight or advantage 0 has gradient 0: it is left out, which changes nothing
-        but the time (groups without a hit are most of a rollout). One stays so that no rank has an empty update.
+        but the time (groups without a hit are most of a rollout), and so are prompts of which none is left. One
+        candidate stays so that no rank has an empty update.
         """
         learns_BG = rollout.valid_BG if self._rl.beta > 0 else rollout.valid_BG & (adv_BG * omega_BG != 0)
         learns_C = learns_BG.flatten() if learns_BG.any() else rollout.valid_BG.flatten()
-        flat_C = learns_C.nonzero().squeeze(1)[: None if learns_BG.any() else 1]
-        group_size = rollout.items_BG.shape[1]
-        prompt_lengths = torch.from_numpy(rollout.prompts.prompts.lengths)
-        lengths_C = prompt_lengths[flat_C // group_size] + rollout.lengths_BG.flatten()[flat_C]
-        trie = self._trie if self._rl.policy_space == "trie" else None
-        packed = []
-        for rows in micro_batches(lengths_C.numpy(), self._rl.micro_batch_tokens):
-            flat_M = flat_C[torch.from_numpy(rows)]
-            batch, index = candidate_batch(rollout, flat_M, trie)
-            packed.append(PackedCandidates(batch, flat_M, index.row_N, index.token_N))
-        return packed
+        flat_C = learns_C.nonzero().squeeze(1)[: None if learns_BG.any() else 1].cpu()
+        row_C = (flat_C // rollout.items_BG.shape[1]).numpy()
+        learning, prompt_C = np.unique(row_C, return_inverse=True)
+        parts = tree_batches(
+            rollout.prompts.prompts.take(learning),
+            _paths(rollout, flat_C),
+            prompt_C,
+            self._trie if self._rl.policy_space == "trie" else None,
+            self._rl.micro_batch_tokens,
+        )
+        return [
+            PackedCandidates(batch, flat_C[torch.from_numpy(answer_M)], index.answer_N, index.token_N)
+            for batch, index, answer_M in parts
+        ]
 
     def behaviour_logprobs(self, rollout: Rollout, packed: Sequence[PackedCandidates]) -> list[Tensor]:
         """Log-probs under the weights that made the rollout: stored by the search, or scored before the update."""
@@ -105,3 +110,11 @@ class Actor:
         for part in packed:
             counts_C.index_add_(0, part.flat_M[part.candidate_N], torch.ones_like(part.candidate_N))
         return counts_C.clamp(min=1)
+
+
+def _paths(rollout: Rollout, flat_C: Tensor) -> TokenRows:
+    """Token paths of candidates, given by their places in the flattened rollout."""
+    lengths_C = rollout.lengths_BG.flatten().cpu()[flat_C].numpy()
+    tokens_CT = rollout.tokens_BGT.flatten(0, 1).cpu()[flat_C].numpy()
+    offsets = np.concatenate([[0], np.cumsum(lengths_C)]).astype(np.int64)
+    return TokenRows(tokens_CT[np.arange(tokens_CT.shape[1]) < lengths_C[:, None]], offsets)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from megatron.core.models.gpt import GPTModel
 
 from tawin_nemo.artefacts import write_json
@@ -27,7 +28,9 @@ from tawin_nemo.models.megatron.hf_io import load_hf
 from tawin_nemo.models.megatron.lm import MegatronLM
 from tawin_nemo.models.megatron.trainable import Trainable
 from tawin_nemo.rollout.engine import RolloutEngine
+from tawin_nemo.rollout.metered import MeteredLM
 from tawin_nemo.train.actor import Actor
+from tawin_nemo.train.mfu import peak_flops
 from tawin_nemo.train.nemo_logging import metric_sink
 from tawin_nemo.train.reference import Reference, build_reference
 from tawin_nemo.train.rl import train_rl
@@ -81,9 +84,15 @@ def run_pipeline(world: World) -> dict[str, Any]:
     return summary
 
 
-def write_layout(run_dir: Path, model: GPTModel) -> None:
-    """layout.json: who holds what, one entry per process, for a look when memory is short."""
-    mine = {**parallel.place(), "parameters": sum(p.numel() for p in model.parameters())}
+def write_layout(run_dir: Path, model: GPTModel, peak: float) -> None:
+    """layout.json: who holds what, one entry per process, for a look when memory is short, and MFU's ``peak``."""
+    device = parallel.device()
+    mine = {
+        **parallel.place(),
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        "peak_tflops": round(peak / 1e12, 4),
+    }
     ranks = parallel.gather_objects(mine)
     if parallel.world_rank() == 0:
         write_json(run_dir / "layout.json", ranks)
@@ -97,14 +106,17 @@ def earlier_seconds(run_dir: Path) -> float:
 
 def run_stage(world: World, plan: Plan, sink: MetricSink | None) -> EvalResult:
     """Train one stage unless it is done, evaluate it on valid and test unless that is done, return test's result."""
-    stage = Stage(world.run_dir / plan.name, world.recipe.trainer, deadline=world.deadline, sink=sink)
+    stage = Stage(
+        world.run_dir / plan.name, world.recipe.trainer,
+        deadline=world.deadline, sink=sink, profile=world.recipe.profile,
+    )  # fmt: skip
     evaluated = stage.directory / "eval" / "test.json"
     if stage.done and evaluated.is_file():
         log.info("%s is done", plan.name)
         return EvalResult.read(stage.directory / "eval", "test")
     model = starting_model(world, plan.start, dropout=world.recipe.model.dropout if plan.kind == "sft" else 0.0)
-    write_layout(world.run_dir, model)
-    lm = MegatronLM(model, world.shape)
+    write_layout(world.run_dir, model, peak_flops(world.recipe))
+    lm = MeteredLM(MegatronLM(model, world.shape))
     engine = RolloutEngine(lm, world.catalog, world.recipe.rollout, seed=world.recipe.seed)
     if not stage.done:
         lr = world.recipe.rl.lr if plan.kind == "rl" else world.recipe.sft.lr

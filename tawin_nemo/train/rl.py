@@ -7,30 +7,34 @@ weights to the rollout engine.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from tawin_nemo.backbones import Work
 from tawin_nemo.catalog.items import Catalog
 from tawin_nemo.config import RlConfig
-from tawin_nemo.data.batches import BatchStream, shard
+from tawin_nemo.data.batches import BatchStream, balanced_shard
 from tawin_nemo.eval.evaluate import evaluate
-from tawin_nemo.log import progress
 from tawin_nemo.maths.advantages import group_advantages, zero_std_groups
 from tawin_nemo.maths.rewards import ranking_reward
 from tawin_nemo.maths.tawin import tawin_weights
 from tawin_nemo.models.megatron import parallel
 from tawin_nemo.rollout.engine import RolloutEngine
 from tawin_nemo.rollout.ensure_target import ensure_target
+from tawin_nemo.rollout.metered import MeteredLM
 from tawin_nemo.train.actor import Actor
+from tawin_nemo.train.mfu import batch_work, total_peak_flops
 from tawin_nemo.train.reference import Reference
 from tawin_nemo.train.schedule import scheduled
 from tawin_nemo.train.stage import Progress, Stage
+from tawin_nemo.train.timers import Timers, count_update
 from tawin_nemo.train.weight_sync import check_version, sync_weights
 from tawin_nemo.train.world import World
-from tawin_nemo.types import DataParallel, PromptBatch, Rollout
+from tawin_nemo.types import DataParallel, PromptBatch, Rollout, TokenBatch
 
 
 def train_rl(
@@ -40,23 +44,22 @@ def train_rl(
     rl, seed, samples, rows = world.recipe.rl, world.recipe.seed, world.samples["train"], world.train_rows_for_rl
     stream = BatchStream(len(rows), min(rl.prompts_per_step, len(rows)), seed=seed)
     total = total_steps(rl, len(rows))
+    lengths_N = samples.prompts.lengths
     done = stage.resume(actor.trainable)
     reference = build_reference()
+    roles = Roles(rl, world.catalog, engine, actor, reference)
+    timers = Timers(total_peak_flops(world.recipe), world.dp)
     sync_weights(engine, version=done.step)
-    for step in progress(range(done.step, total), what=stage.name, total=total, initial=done.step):
+    for step in stage.steps(done.step, total):
         parallel.seed_step(seed, step)
-        prompts = samples.prompt_batch(shard(rows[stream.batch(step)], world.dp))
-        rollout = roll_out(rl, engine, prompts, step, world.catalog)
-        rewards_BG = reward(rl, rollout)
-        adv_BG = group_advantages(rewards_BG, std=rl.std, valid_BG=rollout.valid_BG)
-        omega_BG = candidate_weights(rl, rollout)
-        packed = actor.pack(rollout, adv_BG, omega_BG)
-        ref = reference.logprobs([part.batch for part in packed])
+        with timers("data"):
+            picked = rows[stream.batch(step)]
+            prompts = samples.prompt_batch(balanced_shard(picked, lengths_N[picked], world.dp))
         lr = scheduled(rl, step, total)
-        stats = actor.update(rollout, packed, adv_BG, omega_BG, ref, lr=lr)
-        sync_weights(engine, version=step + 1)
+        rollout, rewards_BG, stats = rl_step(roles, prompts, timers, step=step, lr=lr)
         done.step = step + 1
-        stage.write(done.step, {**rollout_facts(rollout, rewards_BG, world.dp), **prefixed(stats), "lr": lr})
+        facts = rollout_facts(rollout, rewards_BG, world.dp)
+        stage.write(done.step, {**facts, **prefixed(stats), "lr": lr}, timers.report())
         validated = due(done.step, world.recipe.trainer.val_check_interval) and validate(world, stage, engine, done)
         if validated or due(done.step, world.recipe.trainer.save_interval) or done.step == total:
             stage.save(actor.trainable, done)
@@ -65,11 +68,63 @@ def train_rl(
     stage.finish(done, chosen_step=best)
 
 
+@dataclass(frozen=True)
+class Roles:
+    """Who takes part in a step."""
+
+    rl: RlConfig
+    catalog: Catalog
+    engine: RolloutEngine
+    actor: Actor
+    reference: Reference
+
+
+def rl_step(
+    roles: Roles, prompts: PromptBatch, timers: Timers, *, step: int, lr: float
+) -> tuple[Rollout, Tensor, dict[str, float]]:
+    """One step with weights of version ``step``, which leaves version ``step + 1``: rollout, rewards_BG, statistics."""
+    rl, engine, actor = roles.rl, roles.engine, roles.actor
+    take_search_work(engine)  # a validation may have searched since the last step
+    with timers("generate"):
+        rollout = roll_out(rl, engine, prompts, step, roles.catalog)
+    with timers("reward"):
+        rewards_BG = reward(rl, rollout)
+        adv_BG = group_advantages(rewards_BG, std=rl.std, valid_BG=rollout.valid_BG)
+        omega_BG = candidate_weights(rl, rollout)
+    with timers("data"):
+        packed = actor.pack(rollout, adv_BG, omega_BG)
+        batches = [part.batch for part in packed]
+    with timers("reference"):
+        ref = roles.reference.logprobs(batches)
+    with timers("update"):
+        stats = actor.update(rollout, packed, adv_BG, omega_BG, ref, lr=lr)
+    with timers("sync"):
+        sync_weights(engine, version=step + 1)
+    count_work(timers, roles, rollout, batches, scored=ref is not None)
+    return rollout, rewards_BG, stats
+
+
 def roll_out(rl: RlConfig, engine: RolloutEngine, prompts: PromptBatch, step: int, catalog: Catalog) -> Rollout:
     """G candidates per prompt from the weights of exactly this step."""
     rollout = engine.generate(prompts, rl.group_size, negatives=rl.negatives, policy_space=rl.policy_space, step=step)
     check_version(rollout, expected=step)
     return ensure_target(rollout, catalog) if rl.ensure_target == "replace_last" else rollout
+
+
+def count_work(timers: Timers, roles: Roles, rollout: Rollout, batches: Sequence[TokenBatch], *, scored: bool) -> None:
+    """What the phases of this step had to compute; ``scored``: the reference ran."""
+    shape = roles.actor.trainable.shape
+    ran, path_tokens = take_search_work(roles.engine), int(rollout.lengths_BG.sum())
+    timers.count("generate", tokens=path_tokens, rows=ran.tokens, flops=ran.forward_flops(shape))
+    if scored:
+        once, tokens = batch_work(batches, shape.vocab), sum(len(batch.target_N) for batch in batches)
+        timers.count("reference", tokens=tokens, rows=once.tokens, flops=once.forward_flops(shape))
+    count_update(timers, batches, shape, passes=roles.rl.inner_updates)
+
+
+def take_search_work(engine: RolloutEngine) -> Work:
+    """What the engine's model ran since the last call; nothing if nobody counts."""
+    return engine.lm.take() if isinstance(engine.lm, MeteredLM) else Work()
 
 
 def due(step: int, interval: int) -> bool:

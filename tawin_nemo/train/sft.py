@@ -10,13 +10,16 @@ import torch
 from torch import Tensor
 
 from tawin_nemo.config import SftConfig
-from tawin_nemo.data.batches import BatchStream, chain_batch, micro_batches, shard
+from tawin_nemo.data.batches import BatchStream, balanced_shard, shard
 from tawin_nemo.data.samples import Samples
-from tawin_nemo.log import get_logger, progress
+from tawin_nemo.data.trees import tree_batches
+from tawin_nemo.log import get_logger
 from tawin_nemo.models.megatron import parallel
 from tawin_nemo.models.megatron.trainable import MicroBatch, Trainable
+from tawin_nemo.train.mfu import total_peak_flops
 from tawin_nemo.train.schedule import scheduled
 from tawin_nemo.train.stage import Progress, Stage
+from tawin_nemo.train.timers import Timers, count_update
 from tawin_nemo.train.world import World
 from tawin_nemo.types import TokenBatch
 
@@ -34,21 +37,28 @@ def train_sft(world: World, stage: Stage, trainable: Trainable, rows: np.ndarray
     stream = BatchStream(len(rows), batch_size, seed=seed)
     per_epoch = -(-len(rows) // batch_size)
     total = cfg.epochs * per_epoch
+    train = world.samples["train"]
+    lengths_N = train.prompts.lengths + world.catalog.paths.lengths[train.target_N]
     check_every = max(1, per_epoch // cfg.checks_per_epoch)
     done = stage.resume(trainable)
     if done.best_value is None:
         _check(world, stage, trainable, done)
-    for step in progress(range(done.step, total), what=stage.name, total=total, initial=done.step):
+    timers = Timers(total_peak_flops(world.recipe), world.dp)
+    for step in stage.steps(done.step, total):
         if done.bad_checks >= cfg.patience:
             break
         parallel.seed_step(seed, step)
-        picked = rows[stream.batch(step)]
-        mine = world.samples["train"].take(shard(picked, world.dp))
         lr = scheduled(cfg, step, total)
-        stats = trainable.update(sft_micro_batches(world, mine), lr=lr)
+        with timers("data"):
+            picked = rows[stream.batch(step)]
+            mine = train.take(balanced_shard(picked, lengths_N[picked], world.dp))
+            work = sft_micro_batches(world, mine)
+        with timers("update"):
+            stats = trainable.update(work, lr=lr)
         done.step = step + 1
-        stage.write(done.step, {"epoch": done.step / per_epoch, "train/loss": stats["loss"],
-                                "grad_norm": stats["grad_norm"], "lr": lr})  # fmt: skip
+        count_update(timers, [micro.batch for micro in work], trainable.shape)
+        facts = {"train/loss": stats["loss"], "grad_norm": stats["grad_norm"], "lr": lr}
+        stage.write(done.step, {"epoch": done.step / per_epoch, **facts}, timers.report())
         checked = done.step % check_every == 0
         if checked:
             _check(world, stage, trainable, done)
@@ -82,14 +92,11 @@ def sft_micro_batches(world: World, samples: Samples) -> list[MicroBatch]:
 
 
 def answer_batches(world: World, samples: Samples, cfg: SftConfig) -> list[TokenBatch]:
-    """Each row is its prompt followed by its target's token path, under the token budget."""
+    """Each row is its prompt followed by its target's token path; rows are packed under the token budget."""
     answers = world.catalog.paths.take(samples.target_N)
     trie = world.catalog.trie if cfg.loss_space == "trie" else None
-    batches = []
-    for rows in micro_batches(samples.prompts.lengths + answers.lengths, cfg.micro_batch_tokens):
-        batch, _ = chain_batch(samples.prompts.take(rows), answers.take(rows), trie)
-        batches.append(batch)
-    return batches
+    parts = tree_batches(samples.prompts, answers, np.arange(len(samples)), trie, cfg.micro_batch_tokens)
+    return [batch for batch, _, _ in parts]
 
 
 def cross_entropy(logp_N: Tensor, *, total_tokens: int) -> tuple[Tensor, dict[str, Tensor]]:

@@ -1,8 +1,9 @@
 """One training stage on disk: metrics, checkpoints, exact resume.
 
 A stage directory (``RUN_DIR/sft``, ``RUN_DIR/rl`` ...) holds ``metrics.jsonl`` (only what the computation determines,
-so that two equal runs have equal bytes), ``timings.jsonl`` (wall clock), ``checkpoints/step_N/`` and, when the stage
-has ended, ``done.json``. On resume both logs are cut back to the step of the checkpoint that is loaded.
+so that two equal runs have equal bytes), ``timings.jsonl`` (wall clock), ``checkpoints/step_N/``, with ``profile`` a
+folder of that name and, when the stage has ended, ``done.json``. On resume both logs are cut back to the step of the
+checkpoint that is loaded.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,9 +19,10 @@ from typing import Any
 from tawin_nemo.artefacts import atomic_path, write_json
 from tawin_nemo.config import TrainerConfig
 from tawin_nemo.errors import Preempted
-from tawin_nemo.log import get_logger
+from tawin_nemo.log import get_logger, progress
 from tawin_nemo.models.megatron import checkpoint, parallel
 from tawin_nemo.models.megatron.trainable import Trainable
+from tawin_nemo.train.profile import StepProfiler
 
 log = get_logger(__name__)
 
@@ -49,12 +51,14 @@ class Stage:
         *,
         deadline: float | None = None,
         sink: MetricSink | None = None,
+        profile: str = "off",
     ) -> None:
         self.directory, self.trainer = directory, trainer
         self.name = directory.name
         self.checkpoints = directory / "checkpoints"
         self._deadline, self._sink = deadline, sink
         self._writer = parallel.world_rank() == 0
+        self._profiler = StepProfiler(profile, directory / "profile", writer=self._writer)
         self._last_time = time.monotonic()
         if self._writer:
             self.checkpoints.mkdir(parents=True, exist_ok=True)
@@ -95,17 +99,25 @@ class Stage:
             with atomic_path(path) as temporary:
                 temporary.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
 
+    def steps(self, done: int, total: int) -> Iterator[int]:
+        """0-based steps ``done .. total - 1`` with a progress bar; the profiler runs in those that it wants."""
+        for step in progress(range(done, total), what=self.name, total=total, initial=done):
+            self._profiler.step()
+            yield step
+
     # -- logs -----------------------------------------------------------------------------------------------------
-    def write(self, step: int, metrics: dict[str, float]) -> None:
-        """Append one line to metrics.jsonl and one to timings.jsonl."""
+    def write(self, step: int, metrics: dict[str, float], timings: dict[str, float] | None = None) -> None:
+        """Append one line to metrics.jsonl and one, with the wall clock and ``timings``, to timings.jsonl."""
         now = time.monotonic()
         seconds, self._last_time = now - self._last_time, now
         if not self._writer:
             return
         self._append("metrics.jsonl", {"step": step, **metrics})
-        self._append("timings.jsonl", {"step": step, "seconds": round(seconds, 4), "time": round(time.time(), 3)})
+        timings = timings or {}
+        clock = {"step": step, "seconds": round(seconds, 4), "time": round(time.time(), 3)}
+        self._append("timings.jsonl", clock | timings)
         if self._sink is not None:
-            self._sink(self.name, step, metrics)
+            self._sink(self.name, step, metrics | timings)
 
     def _append(self, name: str, record: dict[str, Any]) -> None:
         with (self.directory / name).open("a", encoding="utf-8") as file:
@@ -135,11 +147,13 @@ class Stage:
         """Save and raise Preempted once ``trainer.max_time`` is over; rank 0's clock decides for all."""
         late = self._deadline is not None and time.monotonic() > self._deadline
         if parallel.broadcast_object(late):
+            self._profiler.stop()
             self.save(trainable, progress)
             raise Preempted(f"trainer.max_time is over: {self.name} saved step {progress.step}; rerun to continue")
 
     def finish(self, progress: Progress, chosen_step: int) -> None:
         """Mark the stage as ended; ``chosen_step`` is the checkpoint that later stages and evaluation use."""
+        self._profiler.stop()
         if self._writer:
             write_json(self.directory / "done.json", {"step": progress.step, "chosen_step": chosen_step})
         parallel.barrier()

@@ -17,6 +17,7 @@ from tawin_nemo.models.megatron.hf_io import save_hf
 from tawin_nemo.models.megatron.lm import MegatronLM
 from tawin_nemo.rollout.engine import RolloutEngine
 from tawin_nemo.train.pipeline import plans, run_pipeline, starting_model
+from tawin_nemo.train.profile import check_profile
 from tawin_nemo.train.rl import total_steps
 from tawin_nemo.train.stage import Stage
 from tawin_nemo.train.world import World, build_world, open_run_dir, set_threads
@@ -30,6 +31,7 @@ def run(recipe: Recipe, verb: Verb, find_data: Callable[[Recipe], Path], **optio
     parallel.initialize(recipe.model, seed=recipe.seed)
     try:
         check_processes(recipe)
+        check_profile(recipe.profile)
         set_threads(recipe)
         run_dir = open_run_dir(recipe, same_recipe=verb is train)
         data_root = parallel.broadcast_object(find_data(recipe) if parallel.world_rank() == 0 else None)

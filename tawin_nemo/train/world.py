@@ -16,13 +16,14 @@ from tawin_nemo.artefacts import atomic_path, write_json
 from tawin_nemo.backbones import Backbone, backbone, with_vocab
 from tawin_nemo.catalog.items import Catalog
 from tawin_nemo.catalog.semantic_ids import load_codes
+from tawin_nemo.catalog.trie import TokenTrie
 from tawin_nemo.config import Recipe
 from tawin_nemo.data.catalogue import build_catalog
 from tawin_nemo.data.interactions import Dataset, Split, load_dataset
 from tawin_nemo.data.prompts import Template
 from tawin_nemo.data.samples import Samples, encode_split
 from tawin_nemo.data.tokenizer import Tokenizer, build_tokenizer
-from tawin_nemo.errors import ConfigError, DataError
+from tawin_nemo.errors import CatalogError, ConfigError, DataError
 from tawin_nemo.log import get_logger
 from tawin_nemo.models.megatron import parallel
 from tawin_nemo.models.megatron.hf_config import backbone_from_hf
@@ -32,7 +33,10 @@ from tawin_nemo.types import SPLITS, DataParallel
 log = get_logger(__name__)
 
 #: Keys that may change between two attempts of one run.
-RESUMABLE_KEYS = ("run_dir", "checkpoint", "trainer.max_time", "trainer.threads", "trainer.keep_last", "exp_manager")
+RESUMABLE_KEYS = (
+    "run_dir", "checkpoint", "profile", "exp_manager",
+    "trainer.max_time", "trainer.threads", "trainer.keep_last", "trainer.peak_tflops",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -112,6 +116,8 @@ def build_world(recipe: Recipe, run_dir: Path, data_root: Path, *, codes_path: P
     _check_lengths(samples, catalog, shape)
     if parallel.world_rank() == 0:
         write_json(run_dir / "catalogue.json", catalogue_facts(catalog, samples))
+        keep_catalogue(run_dir / "catalogue", catalog, tokenizer)
+    parallel.barrier()
     return World(
         recipe, run_dir, dataset, tokenizer, template, catalog, texts, samples, shape,
         parallel.data_parallel(), deadline(recipe.trainer.max_time),
@@ -124,6 +130,24 @@ def rank0_first(make: Callable[[], Tokenizer]) -> Tokenizer:
         make()
     parallel.barrier()
     return make()
+
+
+def keep_catalogue(folder: Path, catalog: Catalog, tokenizer: Tokenizer) -> None:
+    """The run's trie on disk, for whoever reads the run later; on the next visit it must still be the same one.
+
+    Raises CatalogError when the data or the tokenizer now give another catalogue than the run was trained with.
+    """
+    if not folder.is_dir():
+        catalog.trie.save(folder, tokenizer=tokenizer.fingerprint)
+        return
+    stored = TokenTrie.load(folder, tokenizer=tokenizer.fingerprint)
+    paths, now = stored.arrays, catalog.trie.arrays
+    same = np.array_equal(paths.pool_offsets, now.pool_offsets) and np.array_equal(paths.pool_tokens, now.pool_tokens)
+    if not same:
+        raise CatalogError(
+            f"{folder} is the catalogue that this run was trained with ({stored.num_items} items); the data now give "
+            f"another one ({len(catalog)} items): bring the data back, or start a new run with name= or run_dir="
+        )
 
 
 def _tokenizer(recipe: Recipe, run_dir: Path, dataset: Dataset, codes: list[list[str]] | None) -> Tokenizer:

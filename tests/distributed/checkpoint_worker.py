@@ -6,18 +6,20 @@ import json
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from tawin_nemo.backbones import Backbone
 from tawin_nemo.config import ModelConfig, TrainerConfig
+from tawin_nemo.data.trees import tree_batch
 from tawin_nemo.errors import CheckpointError
 from tawin_nemo.models.megatron import parallel
 from tawin_nemo.models.megatron.build import build_model
 from tawin_nemo.models.megatron.checkpoint import load_checkpoint, newest_valid, prune, save_checkpoint
 from tawin_nemo.models.megatron.hf_io import save_hf
 from tawin_nemo.models.megatron.trainable import MicroBatch, Trainable
-from tawin_nemo.types import TokenBatch
+from tawin_nemo.types import TokenRows
 
 #: 21 vocabulary rows: one row of padding under TP 2, and the optimizer state of it.
 SHAPE = Backbone("qwen2", 16, 2, 4, 2, 24, 21, rope_theta=1e4, max_position=64)
@@ -28,11 +30,9 @@ def update(actor: Trainable, step: int) -> dict[str, float]:
     """One update on this replica's share of the step's fixed rows."""
     place = parallel.data_parallel()
     tokens = torch.randint(0, SHAPE.vocab, (ROWS, LENGTH + 1), generator=torch.Generator().manual_seed(step))
-    tokens = tokens[place.rank :: place.size]
-    row_N = torch.arange(len(tokens)).repeat_interleave(LENGTH)
-    position_N = torch.arange(LENGTH).repeat(len(tokens))
-    target_N = tokens[:, 1:].reshape(-1)
-    batch = TokenBatch(tokens[:, :-1], torch.full((len(tokens),), LENGTH), row_N, position_N, target_N)
+    mine = tokens[place.rank :: place.size].numpy()
+    first, others = TokenRows.from_lists(list(mine[:, :1])), TokenRows.from_lists(list(mine[:, 1:]))
+    batch, _ = tree_batch(first, others, np.arange(len(mine)), None)
     return actor.update([MicroBatch(batch, lambda logp_N: (-logp_N.sum() / (ROWS * LENGTH), {}))], lr=LR)
 
 

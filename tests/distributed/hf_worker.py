@@ -6,16 +6,18 @@ import json
 import sys
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from tawin_nemo.backbones import with_vocab
 from tawin_nemo.config import ModelConfig
+from tawin_nemo.data.trees import tree_batch
 from tawin_nemo.models.megatron import parallel
 from tawin_nemo.models.megatron.build import build_model
 from tawin_nemo.models.megatron.hf_config import backbone_from_hf
 from tawin_nemo.models.megatron.hf_io import load_hf, save_hf
 from tawin_nemo.models.megatron.trainable import score
-from tawin_nemo.types import TokenBatch
+from tawin_nemo.types import TokenBatch, TokenRows
 
 SEED, EXTRA_TOKENS = 3, 6
 ROWS, LENGTH = 2, 9
@@ -27,9 +29,9 @@ def tokens() -> torch.Tensor:
 
 
 def batch() -> TokenBatch:
-    row_N = torch.arange(ROWS).repeat_interleave(LENGTH)
-    position_N = torch.arange(LENGTH).repeat(ROWS)
-    return TokenBatch(tokens()[:, :-1], torch.full((ROWS,), LENGTH), row_N, position_N, tokens()[:, 1:].reshape(-1))
+    """Every token of the rows but their first is scored."""
+    flat = TokenRows.from_lists([row[1:].numpy() for row in tokens()])
+    return tree_batch(TokenRows.from_lists([row[:1].numpy() for row in tokens()]), flat, np.arange(ROWS), None)[0]
 
 
 def convert(source: Path, target: Path, cfg: ModelConfig, extra: int) -> list[float]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,45 +14,50 @@ import torch
 import torch.distributed as dist
 
 from tawin_nemo.backbones import Backbone
+from tawin_nemo.catalog.trie import TokenTrie
 from tawin_nemo.config import ModelConfig, TrainerConfig
+from tawin_nemo.data.trees import tree_batch
 from tawin_nemo.models.megatron import parallel
 from tawin_nemo.models.megatron.build import build_model
 from tawin_nemo.models.megatron.lm import MegatronLM
 from tawin_nemo.models.megatron.trainable import MicroBatch, Trainable, score
-from tawin_nemo.types import Children, TokenBatch
+from tawin_nemo.types import TokenBatch, TokenRows
 
 #: 51 vocabulary rows: not a multiple of TP 2, so one row of padding exists; two key-value heads for grouped queries.
 SHAPE = Backbone("qwen2", hidden=32, layers=2, heads=4, kv_heads=2, ffn=48, vocab=51, rope_theta=1e4, max_position=256)
-ROWS, LENGTH, STEPS = 6, 11, 5
+ROWS, STEPS = 6, 5
+#: Tokens of the catalogue, on both sides of the border between the shards of TP 2; EOS ends every path.
+ALPHABET, EOS = (3, 11, 24, 25, 27, 43, 50), 1
+
+
+def catalogue() -> TokenRows:
+    """30 items of three or four tokens and EOS."""
+    draw = np.random.default_rng(5)
+    paths = {tuple(draw.choice(ALPHABET, size=draw.integers(3, 5)).tolist()) for _ in range(60)}
+    return TokenRows.from_lists([[*path, EOS] for path in sorted(paths)[::2]][:30])
+
+
+def prompts(select: list[int]) -> TokenRows:
+    """The selected ones of ROWS fixed prompts; prompt r is 4 + r % 3 tokens long."""
+    draw = np.random.default_rng(6)
+    return TokenRows.from_lists([draw.integers(1, SHAPE.vocab, size=4 + r % 3) for r in range(ROWS)]).take(select)
 
 
 def rows(select: list[int], space: str) -> TokenBatch:
-    """The selected ones of ROWS fixed token rows; row r is LENGTH - r % 3 tokens long, right-padded."""
-    generator = torch.Generator().manual_seed(5)
-    tokens = torch.randint(1, SHAPE.vocab, (ROWS, LENGTH + 1), generator=generator)
-    branches = torch.randint(1, 7, (ROWS, LENGTH), generator=generator)
-    lengths = torch.tensor([LENGTH - r % 3 for r in select])
-    width = int(lengths.max())
-    row_N = torch.repeat_interleave(torch.arange(len(select)), lengths)
-    position_N = torch.cat([torch.arange(int(length)) for length in lengths])
-    target_N = tokens[select][row_N, position_N + 1]
-    children = None
-    if space == "trie":  # the target and its neighbours in the vocabulary stand for a node's children
-        count_N = branches[select][row_N, position_N]
-        position_E = torch.repeat_interleave(torch.arange(len(row_N)), count_N)
-        chosen_N = torch.cumsum(count_N, 0) - count_N
-        step_E = torch.arange(len(position_E)) - chosen_N[position_E]
-        children = Children(position_E, (target_N[position_E] + 7 * step_E) % SHAPE.vocab, chosen_N)
-    tokens_BT = torch.where(torch.arange(width) < lengths[:, None], tokens[select][:, :width], 0)
-    return TokenBatch(tokens_BT, lengths, row_N, position_N, target_N, children)
+    """The selected prompts with their trees: prompt r has r % 3 + 1 items as its answers, so that some are chains."""
+    items = [r % 3 + 1 for r in select]
+    picked = np.concatenate([5 * r + np.arange(r % 3 + 1) for r in select])
+    paths = catalogue()
+    trie = TokenTrie.from_paths(paths) if space == "trie" else None
+    return tree_batch(prompts(select), paths.take(picked), np.repeat(np.arange(len(select)), items), trie)[0]
 
 
-def total_positions() -> int:
-    return sum(LENGTH - r % 3 for r in range(ROWS))
+def total_positions(space: str) -> int:
+    return len(rows(list(range(ROWS)), space).target_N)
 
 
-def loss(logp_N: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    return -logp_N.sum() / total_positions(), {"positions": torch.tensor(float(len(logp_N)))}
+def loss(logp_N: torch.Tensor, *, total: int) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    return -logp_N.sum() / total, {"positions": torch.tensor(float(len(logp_N)))}
 
 
 def train(
@@ -63,21 +69,27 @@ def train(
     # uneven micro-batches: under DP the first replica runs more of them than the others
     sizes = [1, len(mine) - 1] if place.rank == 0 else [len(mine)]
     parts = np.split(np.array(mine), np.cumsum(sizes)[:-1])
-    micro = [MicroBatch(rows([int(r) for r in part], space), loss) for part in parts]
+    mean_loss = partial(loss, total=total_positions(space))
+    micro = [MicroBatch(rows(part.tolist(), space), mean_loss) for part in parts]
     return trainable, [trainable.update(micro, lr=1e-2) for _ in range(STEPS)]
 
 
 def decode(trainable: Trainable) -> list[torch.Tensor]:
-    """Logits of a prefill and of three beam-like extensions with shuffled parents."""
-    batch = rows([0, 1, 2, 3], "vocab")
+    """Log-probs of all tokens behind all rows after a prefill and three extensions below shuffled rows."""
     lm = MegatronLM(trainable.model, trainable.shape)
-    logits, cache = lm.prefill(batch.tokens_BT, batch.lengths_B, reserve=3)
-    seen = [logits]
+    cache, seen = lm.prefill(prompts([0, 1, 2, 3])), []
     generator = torch.Generator().manual_seed(9)
-    for count in (8, 10, 5):
-        parents = torch.randint(0, len(cache), (count,), generator=generator)
-        logits, cache = lm.extend(cache, parents, torch.randint(0, SHAPE.vocab, (count,), generator=generator))
-        seen.append(logits)
+    for chains in (8, 10, 5, 0):
+        position_E = torch.arange(lm.rows(cache)).repeat_interleave(SHAPE.vocab)
+        token_E = torch.arange(SHAPE.vocab).repeat(lm.rows(cache))
+        few_E = token_E % 7 < 2
+        seen.append(lm.logprobs(cache, torch.arange(lm.rows(cache)), position_E, token_E, "vocab"))
+        seen.append(lm.logprobs(cache, torch.arange(lm.rows(cache)), position_E[few_E], token_E[few_E], "trie"))
+        parents = torch.randint(0, lm.rows(cache), (chains,), generator=generator)
+        tokens = torch.randint(0, SHAPE.vocab, (chains, 2), generator=generator)
+        lengths = [1 + chain % 2 for chain in range(chains)]
+        new = [row[:length].numpy() for row, length in zip(tokens, lengths, strict=True)]
+        cache = lm.extend(cache, parents, TokenRows.from_lists(new))
     return seen
 
 

@@ -21,8 +21,10 @@ from tawin_nemo.errors import ConfigError, DataError
 from tawin_nemo.eval import evaluate as evaluate_module
 from tawin_nemo.eval.evaluate import check_candidates, evaluate
 from tawin_nemo.eval.result import EvalResult, compare
+from tawin_nemo.maths.segments import segment_log_softmax
 from tawin_nemo.rollout.engine import RolloutEngine
 from tawin_nemo.types import NO_ITEM, Candidates, DataParallel, TokenRows
+from tests.rollout.sequence_lm import SequenceLM
 
 EOS = 1
 #: Items 2 and 4 are written alike.
@@ -199,19 +201,18 @@ def test_impossible_requests(catalog: Catalog) -> None:
         run(engine, make_samples([]), catalog)
 
 
-class BigramLM:
-    """Logits that depend on the last token only."""
-
-    vocab_size = 10
+class BigramLM(SequenceLM):
+    """Log-probs that depend on the last token only."""
 
     def __init__(self) -> None:
+        super().__init__(vocab_size=10)
         self.table = torch.randn(10, 10, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 
-    def prefill(self, tokens_BT: Tensor, lengths_B: Tensor, *, reserve: int) -> tuple[Tensor, None]:
-        return self.table[tokens_BT.gather(1, lengths_B.unsqueeze(1) - 1).squeeze(1)], None
-
-    def extend(self, cache: None, parents_R: Tensor, tokens_R: Tensor) -> tuple[Tensor, None]:
-        return self.table[tokens_R], None
+    def edge_logprobs(
+        self, sequences: list[tuple[int, ...]], position_E: Tensor, token_E: Tensor, space: str
+    ) -> Tensor:
+        logit_E = self.table[torch.tensor([sequence[-1] for sequence in sequences])[position_E], token_E]
+        return segment_log_softmax(logit_E, position_E, len(sequences))
 
 
 def test_the_real_search_gives_the_ranks_of_the_enumerated_catalogue(catalog: Catalog) -> None:
@@ -222,7 +223,7 @@ def test_the_real_search_gives_the_ranks_of_the_enumerated_catalogue(catalog: Ca
     result = run(engine, samples, catalog, beams=50, ks=[3])
 
     def score(last: int, path: list[int]) -> float:
-        total, node = 0.0, TokenTrie.root
+        total, node = 0.0, catalog.trie.root
         for token in path:
             tokens, _ = catalog.trie.children(node)
             total += float(lm.table[last, token] - lm.table[last, torch.from_numpy(tokens)].logsumexp(0))

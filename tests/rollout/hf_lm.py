@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import pytest
 import torch
 import transformers.generation.utils
+from sequence_lm import SequenceLM, Tokens
 from torch import Tensor
 from transformers import PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
 
 from tawin_nemo.catalog.trie import TokenTrie
+from tawin_nemo.maths.segments import segment_log_softmax
 from tawin_nemo.types import TokenRows
 
 
@@ -28,70 +29,46 @@ def random_qwen2(
     return Qwen2ForCausalLM(config).eval()
 
 
-@dataclass
-class _Cache:
-    past: Any
-    mask_RS: Tensor  # 1 where a slot holds a real token
-    length_R: Tensor  # real tokens so far = position of the next one
-
-
-class HfLM:
-    """Right-padded prefill, then one token per row; counts the rows that it ran after the prefill."""
+class HfLM(SequenceLM):
+    """Log-probs by one forward pass over all tokens of each row that is asked for."""
 
     def __init__(self, model: PreTrainedModel) -> None:
+        super().__init__(int(model.config.vocab_size), int(model.config.max_position_embeddings))
         self.model = model
-        self.extended_rows = 0
-        self.extensions = 0
-
-    @property
-    def vocab_size(self) -> int:
-        return int(self.model.config.vocab_size)
 
     @torch.no_grad()
-    def prefill(self, tokens_BT: Tensor, lengths_B: Tensor, *, reserve: int) -> tuple[Tensor, _Cache]:
-        self.left = reserve
-        mask_BT = (torch.arange(tokens_BT.shape[1]) < lengths_B[:, None]).long()
-        hidden = self.model.model(input_ids=tokens_BT, attention_mask=mask_BT, use_cache=True)
-        last_BD = hidden.last_hidden_state[torch.arange(len(lengths_B)), lengths_B - 1]
-        return self.model.lm_head(last_BD), _Cache(hidden.past_key_values, mask_BT, lengths_B)
-
-    @torch.no_grad()
-    def extend(self, cache: _Cache, parents_R: Tensor, tokens_R: Tensor) -> tuple[Tensor, _Cache]:
-        assert self.left > 0, "the search extends its rows by more tokens than it reserved"
-        self.left -= 1
-        self.extensions += 1
-        self.extended_rows += len(parents_R)
-        cache.past.batch_select_indices(parents_R)
-        mask_RS = torch.cat([cache.mask_RS[parents_R], torch.ones(len(parents_R), 1, dtype=torch.long)], dim=1)
-        hidden = self.model.model(
-            input_ids=tokens_R[:, None],
-            attention_mask=mask_RS,
-            position_ids=cache.length_R[parents_R, None],
-            past_key_values=cache.past,
-            use_cache=True,
-        )
-        logits_RV = self.model.lm_head(hidden.last_hidden_state[:, -1])
-        return logits_RV, _Cache(hidden.past_key_values, mask_RS, cache.length_R[parents_R] + 1)
+    def edge_logprobs(self, sequences: list[Tokens], position_E: Tensor, token_E: Tensor, space: str) -> Tensor:
+        tokens_NT, lengths_N = TokenRows.from_lists([list(sequence) for sequence in sequences]).padded()
+        mask_NT = (torch.arange(tokens_NT.shape[1]) < lengths_N[:, None]).long()
+        hidden_NTD = self.model.model(input_ids=tokens_NT, attention_mask=mask_NT, use_cache=False).last_hidden_state
+        logits_NV = self.model.lm_head(hidden_NTD[torch.arange(len(sequences)), lengths_N - 1])
+        logit_E = logits_NV[position_E, token_E]
+        if space == "trie":
+            return segment_log_softmax(logit_E, position_E, len(sequences))
+        return logit_E - logits_NV.logsumexp(dim=-1)[position_E]
 
 
 @torch.no_grad()
 def exhaustive_logprobs(model: PreTrainedModel, prompt: list[int], trie: TokenTrie, space: str) -> list[list[float]]:
     """Per-token log-probs of every distinct path of the trie, in order of its leaves: one full forward pass each."""
     rows = []
-    for leaf in range(trie.num_nodes):
-        if not len(trie.items(leaf)):
-            continue
+    for leaf in leaves_of(trie):
         path = trie.paths_of(torch.tensor([leaf]))[0][0].tolist()
         logits_TV = model(torch.tensor([prompt + path])).logits[0, len(prompt) - 1 : -1]
-        node, logprobs = trie.root, []
+        position, logprobs = trie.root, []
         for logits_V, token in zip(logits_TV, path, strict=True):
-            tokens, _ = trie.children(node)
+            tokens, _ = trie.children(position)
             admissible = torch.from_numpy(tokens) if space == "trie" else torch.arange(len(logits_V))
             chosen = int((admissible == token).nonzero())
             logprobs.append(float(logits_V[admissible].log_softmax(-1)[chosen]))
-            node = trie.step(node, token)
+            position = trie.step(position, token)
         rows.append(logprobs)
     return rows
+
+
+def leaves_of(trie: TokenTrie) -> list[int]:
+    """The leaf of every distinct path, ascending."""
+    return sorted(set(trie.leaf_I.tolist()))
 
 
 def transformers_search(

@@ -9,6 +9,7 @@ from hf_lm import (
     HfLM,
     double_precision_generate,
     exhaustive_logprobs,
+    leaves_of,
     random_qwen2,
     transformers_search,
 )
@@ -18,6 +19,7 @@ from transformers import PreTrainedModel
 from tawin_nemo.catalog.trie import TokenTrie
 from tawin_nemo.errors import CatalogError, ConfigError, DataError, TawinError
 from tawin_nemo.rollout.beam import constrained_beam_search
+from tawin_nemo.rollout.chains import VOCAB_CHAIN
 from tawin_nemo.types import NO_ITEM, Candidates, TokenRows
 
 VOCAB, EOS = 40, 0
@@ -96,7 +98,7 @@ def test_as_many_beams_as_paths_give_the_exhaustive_ranking(
     prompts = random_prompts(rng, 3)
     width = trie.num_leaves + extra
     found = constrained_beam_search(HfLM(double_model), prompts, trie, width, score_space=space, length_penalty=penalty)
-    leaves = [leaf for leaf in range(trie.num_nodes) if len(trie.items(leaf))]
+    leaves = leaves_of(trie)
     for row in range(len(prompts)):
         logprobs = exhaustive_logprobs(double_model, prompts[row].tolist(), trie, space)
         scores = np.array([sum(path) / len(path) ** penalty for path in logprobs])
@@ -139,11 +141,18 @@ def test_forced_tokens_score_exactly_zero_in_trie_space(model: PreTrainedModel) 
 
 def test_beams_below_their_last_choice_are_not_run_in_trie_space(model: PreTrainedModel) -> None:
     trie = TokenTrie.from_paths([[first, 1, 2, 3, 4, EOS] for first in range(5, 11)])
-    for space, extensions in [("trie", 0), ("vocab", 5)]:
+    for space, calls, tokens in [("trie", 0, 0), ("vocab", 1, 2 * 6 * 5)]:
         lm = HfLM(model)
         found = constrained_beam_search(lm, TokenRows.from_lists([[4, 9], [3]]), trie, 6, score_space=space)
         assert (found.items_BW != NO_ITEM).all()
-        assert lm.extensions == extensions
+        assert (lm.extensions, len(lm.ran)) == (calls, tokens)
+
+
+def test_a_chain_runs_a_limited_number_of_tokens_ahead_in_vocab_space(model: PreTrainedModel) -> None:
+    lm, trie = HfLM(model), TokenTrie.from_paths([[5, *range(1, 20), EOS], [6, EOS]])
+    found = constrained_beam_search(lm, TokenRows.from_lists([[4, 9]]), trie, 1, score_space="vocab")
+    assert lm.extensions == (-(-20 // VOCAB_CHAIN) if found.items_BW[0, 0] == 0 else 1)
+    assert len(lm.ran) == (20 if found.items_BW[0, 0] == 0 else 1)
 
 
 def flat_model() -> PreTrainedModel:
@@ -195,6 +204,11 @@ def test_unusable_arguments_are_refused(model: PreTrainedModel) -> None:
         constrained_beam_search(HfLM(model), prompt, trie, 1, score_space="joint")
     with pytest.raises(DataError, match="row 1"):
         constrained_beam_search(HfLM(model), TokenRows.from_lists([[4], []]), trie, 1)
+    for token in (-1, VOCAB):
+        with pytest.raises(DataError, match=rf"prompt row 1 has token {token}, the model's are 0 .. {VOCAB - 1}"):
+            constrained_beam_search(HfLM(model), TokenRows.from_lists([[4], [5, token], [token]]), trie, 1)
+    with pytest.raises(DataError, match=r"row 2 has 2047 tokens, .* 3, .* takes 2048 .*data.max_prompt_tokens .*2045"):
+        constrained_beam_search(HfLM(model), TokenRows.from_lists([[4], [5], [1] * 2047]), trie, 1)
     with pytest.raises(CatalogError, match=f"token {VOCAB}"):
         constrained_beam_search(HfLM(model), prompt, TokenTrie.from_paths([[VOCAB, EOS]]), 1)
 

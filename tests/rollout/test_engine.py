@@ -13,8 +13,9 @@ from tawin_nemo.catalog.items import Catalog
 from tawin_nemo.catalog.trie import TokenTrie
 from tawin_nemo.config import RolloutConfig
 from tawin_nemo.errors import ConfigError, DataError
-from tawin_nemo.rollout.engine import RolloutEngine, length_sorted_chunks
-from tawin_nemo.types import NO_ITEM, PromptBatch, TokenRows
+from tawin_nemo.rollout.beam import BeamSearch
+from tawin_nemo.rollout.engine import RolloutEngine
+from tawin_nemo.types import PromptBatch, TokenRows
 
 VOCAB, EOS, ITEMS = 40, 0, 30
 TOLERANCE = 1e-10  # float64: padding changes only the order of summation
@@ -55,25 +56,52 @@ def test_chunks_change_nothing(engine: RolloutEngine, batch: PromptBatch, space:
         torch.testing.assert_close(getattr(whole, name), getattr(parts, name), rtol=0, atol=TOLERANCE)
 
 
-def test_chunks_stay_within_the_budget_and_hold_every_row_once() -> None:
-    lengths = np.random.default_rng(2).integers(1, 50, 200)
-    chunks = length_sorted_chunks(lengths, 10, 4, 1000)
-    assert sorted(np.concatenate(chunks).tolist()) == list(range(200))
-    for chunk in chunks:
-        assert len(chunk) * 4 * (lengths[chunk].max() + 10) <= 1000
-    assert [chunk.tolist() for chunk in length_sorted_chunks(np.array([5, 9]), 10, 4, 1)] == [[1], [0]]
+@pytest.mark.parametrize("space", ["trie", "vocab"])
+def test_a_running_search_stays_within_the_budget(
+    engine: RolloutEngine, batch: PromptBatch, space: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Budgets of some prompts: what the cache may come to never exceeds them, and prompts join while others run."""
+    held: list[int] = []
+    joined: list[int] = []
+    admit = BeamSearch.admit
+
+    def watched(search: BeamSearch, prompts: TokenRows, tickets: np.ndarray) -> None:
+        joined.append(search.running)
+        admit(search, prompts, tickets)
+        held.append(search.held)
+
+    monkeypatch.setattr(BeamSearch, "admit", watched)
+    one = BeamSearch(engine.lm, engine.catalog.trie, 4, score_space=space)
+    largest = int(one.tokens_of(batch.prompts.lengths).max())
+    for budget in (largest, 3 * largest, 4 * largest):
+        held.clear()
+        engine.search(batch.prompts, 4, score_space=space, token_budget=budget)
+        assert max(held) <= budget
+    assert any(running > 0 for running in joined)
+    held.clear()
+    engine.search(batch.prompts, 4, score_space=space, token_budget=1)  # too small for any: one after the other
+    assert max(held) == largest
+    assert len(held) == len(batch)
+
+
+def test_results_come_as_soon_as_they_are_there(engine: RolloutEngine, batch: PromptBatch) -> None:
+    whole, seen = engine.search(batch.prompts, 5), []
+    for part in engine.stream(batch.prompts, 5, token_budget=200):
+        seen += part.ticket_B.tolist()
+        assert torch.equal(part.found.leaf_BW, whole.leaf_BW[torch.from_numpy(part.ticket_B)])
+    assert sorted(seen) == list(range(len(batch)))
 
 
 def test_a_candidate_on_the_target_s_path_is_a_hit(engine: RolloutEngine, batch: PromptBatch) -> None:
     assert engine.catalog.duplicates()
     twin = engine.catalog.duplicates()[0][1]
     targets = torch.full((len(batch),), twin)
-    rollout = engine.generate(replace(batch, target_B=targets), ITEMS, negatives="beam", policy_space="trie", step=0)
+    paths = engine.catalog.trie.num_leaves
+    rollout = engine.generate(replace(batch, target_B=targets), paths, negatives="beam", policy_space="trie", step=0)
     assert (rollout.items_BG != twin).all()  # the path is reported as its first item
     assert (rollout.is_target_BG.sum(dim=1) == 1).all()
     assert (rollout.items_BG[rollout.is_target_BG] == engine.catalog.duplicates()[0][0]).all()
-    assert not rollout.is_target_BG[rollout.items_BG == NO_ITEM].any()
-    assert not rollout.valid_BG.all()  # more candidates than distinct paths were asked for
+    assert rollout.valid_BG.all()
 
 
 def test_wider_search_keeps_the_best(engine: RolloutEngine, batch: PromptBatch) -> None:
@@ -131,6 +159,21 @@ def test_unusable_arguments_are_refused(engine: RolloutEngine, batch: PromptBatc
         engine.generate(batch, 4, negatives="beam", policy_space="joint", step=0)
     with pytest.raises(ConfigError, match="0"):
         engine.search(batch.prompts, 0)
+    paths = engine.catalog.trie.num_leaves
+    for wide, key in ((0, f"rl.group_size={paths + 1}"), (paths + 5, rf"rollout\.width={paths + 5}")):
+        with pytest.raises(ConfigError, match=rf"{key} .*\({paths}\)"):
+            configured(engine, width=wide).generate(batch, paths + 1, negatives="beam", policy_space="trie", step=0)
+    with pytest.raises(ConfigError, match=rf"eval\.beams\)={paths + 1} .*\({paths}\)"):
+        engine.search(batch.prompts, paths + 1)
+    drawn = engine.generate(batch, paths + 1, negatives="sample", policy_space="trie", step=0)
+    assert drawn.valid_BG.all()  # with replacement
+    lists = [row.tolist() for row in (batch.prompts[i] for i in range(len(batch)))]
+    lists[6] = [1] * (engine.lm.max_positions - 1)
+    with pytest.raises(DataError, match="prompt row 6 has 2047 tokens"):
+        engine.search(TokenRows.from_lists(lists), 2, token_budget=50)
+    lists[6] = [1, VOCAB]
+    with pytest.raises(DataError, match=f"prompt row 6 has token {VOCAB}"):
+        engine.sample(TokenRows.from_lists(lists), 2, seeds=[0] * len(lists))
     bad = replace(batch, target_B=torch.full((11,), ITEMS))
     with pytest.raises(DataError, match=str(ITEMS)):
         engine.generate(bad, 4, negatives="beam", policy_space="trie", step=0)

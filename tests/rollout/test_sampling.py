@@ -92,10 +92,34 @@ def test_draws_depend_on_their_own_generator_only(model: PreTrainedModel) -> Non
     assert both.leaf_BW[1].tolist() != other.leaf_BW[0].tolist()
 
 
+def test_draws_are_those_of_a_plain_walk() -> None:
+    """One number per draw and depth decides by inversion, wherever there is a choice."""
+    rng, draws = np.random.default_rng(0), 25
+    paths = [[9, 9, *rng.integers(1, 4, rng.integers(1, 9)).tolist(), EOS] for _ in range(40)]
+    trie, prompts = TokenTrie.from_paths(paths), TokenRows.from_lists([[4, 9], [3, 3, 12]])
+    lm = HfLM(random_qwen2(VOCAB).double())
+    found = constrained_sample(lm, prompts, trie, draws, generators=generators(5, 6), temperature=1.5)
+    for row, generator in enumerate(generators(5, 6)):
+        uniform_NT = torch.rand(draws, trie.decision_depth + 1, generator=generator, dtype=torch.float64)
+        leaves = []
+        for uniform_T in uniform_NT:
+            position, path = trie.root, []
+            while not len(trie.items(position)):
+                tokens, positions = (array.tolist() for array in trie.children(position))
+                place = 0
+                if len(tokens) > 1:
+                    logp = lm.path_logprobs([*prompts[row].tolist(), *path], tokens, "trie")
+                    cumulative = (torch.tensor(logp, dtype=torch.float64) / 1.5).softmax(0).cumsum(0)
+                    place = int((cumulative <= uniform_T[len(path)]).sum())
+                position, path = positions[place], [*path, tokens[place]]
+            leaves.append(position)
+        assert sorted(leaves) == sorted(found.leaf_BW[row].tolist())
+
+
 def test_draws_that_agree_share_a_row_of_the_model(model: PreTrainedModel) -> None:
     trie, lm = TokenTrie.from_paths(PATHS), HfLM(model)
     constrained_sample(lm, TokenRows.from_lists([[4, 9], [3]]), trie, 500, generators=generators(1, 2))
-    assert lm.extended_rows == 2 * 3  # two prompts; below the root only 1, 1-2 and 4 leave something to decide
+    assert len(lm.ran) == 2 * 3  # two prompts; below the root only 1, 1-2 and 4 leave something to decide
 
 
 def test_one_path_needs_no_decision(model: PreTrainedModel) -> None:

@@ -10,6 +10,7 @@ from tawin_nemo.backbones import Backbone
 from tawin_nemo.catalog.items import Catalog
 from tawin_nemo.catalog.trie import TokenTrie
 from tawin_nemo.config import ModelConfig, RlConfig, RolloutConfig, TrainerConfig
+from tawin_nemo.data.trees import tree_batch
 from tawin_nemo.errors import TawinError
 from tawin_nemo.maths.advantages import group_advantages
 from tawin_nemo.maths.tawin import tawin_weights
@@ -19,7 +20,7 @@ from tawin_nemo.models.megatron.lm import MegatronLM
 from tawin_nemo.models.megatron.trainable import Trainable
 from tawin_nemo.rollout.engine import RolloutEngine
 from tawin_nemo.rollout.ensure_target import ensure_target
-from tawin_nemo.train.actor import Actor
+from tawin_nemo.train.actor import Actor, PackedCandidates
 from tawin_nemo.train.reference import CopiedReference, SwappedReference
 from tawin_nemo.train.weight_sync import check_version, sync_weights
 from tawin_nemo.types import DataParallel, PromptBatch, Rollout, TokenRows
@@ -57,7 +58,7 @@ class Scene:
         self.actor = Actor(self.trainable, self.catalog.trie, rl, DataParallel())
         batch = prompts(len(self.catalog))
         self.rollout: Rollout = self.engine.generate(
-            batch, GROUP, negatives="beam", policy_space=rl.policy_space, step=0
+            batch, GROUP, negatives=rl.negatives, policy_space=rl.policy_space, step=0
         )
         if targets:
             self.rollout = ensure_target(self.rollout, self.catalog)
@@ -108,12 +109,75 @@ def test_candidates_without_weight_are_left_out_and_nothing_changes():
 
 
 def test_the_token_budget_changes_nothing():
-    small = replace(PLAIN, micro_batch_tokens=24)
+    small = replace(PLAIN, micro_batch_tokens=16)
     one, many = Scene(PLAIN), Scene(small)
     assert len(many.actor.pack(many.rollout, many.adv_BG, many.omega_BG)) > 3
     after, expected = many.update(small), one.update(PLAIN)
     for name, value in expected.items():
         torch.testing.assert_close(after[name], value, atol=WEIGHT_ATOL, rtol=0, msg=name)
+
+
+@pytest.mark.parametrize(
+    "rl",
+    [
+        PLAIN,
+        replace(PLAIN, policy_space="vocab", inner_updates=2),
+        RlConfig(beta=0.3, negatives="sample", length_norm="branching"),
+    ],
+    ids=["trie", "vocab", "kl-of-draws-with-duplicates"],
+)
+def test_a_tree_learns_what_candidates_behind_their_own_prompts_teach(rl):
+    tree, repeated = Scene(rl), Scene(rl)
+    packed = tree.actor.pack(tree.rollout, tree.adv_BG, tree.omega_BG)
+    chains = [behind_own_prompts(repeated, rl, part) for part in packed]
+    assert sum(len(part.batch.tokens_S) for part in packed) < 0.7 * sum(len(part.batch.tokens_S) for part in chains)
+    stats, weights = [], []
+    for scene, parts in ((tree, packed), (repeated, chains)):
+        reference = build_model(SHAPE, ModelConfig(), seed=4)
+        ref = CopiedReference(reference).logprobs([part.batch for part in parts]) if rl.beta > 0 else None
+        stats.append(scene.actor.update(scene.rollout, parts, scene.adv_BG, scene.omega_BG, ref, lr=1e-3))
+        weights.append(scene.weights())
+    assert stats[0] == pytest.approx(stats[1], rel=1e-4, abs=1e-6)
+    assert stats[0]["grad_norm"] > 1e-3
+    for name, value in weights[1].items():
+        torch.testing.assert_close(weights[0][name], value, atol=WEIGHT_ATOL, rtol=0, msg=name)
+
+
+def behind_own_prompts(scene: Scene, rl: RlConfig, part: PackedCandidates) -> PackedCandidates:
+    """The same candidates, each as a row of its own."""
+    rollout, flat_M = scene.rollout, part.flat_M.tolist()
+    rows = rollout.prompts.prompts.take(np.array(flat_M) // GROUP)
+    lengths = rollout.lengths_BG.flatten()[flat_M].tolist()
+    tokens = rollout.tokens_BGT.flatten(0, 1)[flat_M].numpy()
+    paths = TokenRows.from_lists([path[:length] for path, length in zip(tokens, lengths, strict=True)])
+    trie = scene.catalog.trie if rl.policy_space == "trie" else None
+    batch, index = tree_batch(rows, paths, np.arange(len(flat_M)), trie)
+    return PackedCandidates(batch, part.flat_M, index.answer_N, index.token_N)
+
+
+@pytest.mark.parametrize("space", ["trie", "vocab"])
+def test_every_learning_candidate_is_packed_once_and_every_prompt_too(space):
+    rl = replace(PLAIN, policy_space=space, micro_batch_tokens=24)
+    scene = Scene(rl)
+    packed = scene.actor.pack(scene.rollout, scene.adv_BG, scene.omega_BG)
+    learns = (scene.adv_BG * scene.omega_BG != 0).flatten().nonzero().squeeze(1)
+    assert sorted(torch.cat([part.flat_M for part in packed]).tolist()) == learns.tolist()
+    assert sum(len(part.batch.chain_B) for part in packed) == 4  # the first two groups teach nothing
+    for part in packed:
+        assert len(part.batch.tokens_S) <= 24 or len(part.batch.chain_B) == 1
+        candidates = part.flat_M[part.candidate_N]
+        tokens = scene.rollout.tokens_BGT.flatten(0, 1)[candidates, part.token_N]
+        assert torch.equal(tokens, part.batch.target_N)
+        prompt_lengths = torch.from_numpy(scene.rollout.prompts.prompts.lengths)[candidates // GROUP]
+        places = part.batch.place_P[part.batch.row_N]
+        assert torch.equal(part.batch.position_S[places], prompt_lengths - 1 + part.token_N)
+
+
+def test_a_rank_on_which_nothing_learns_keeps_one_candidate():
+    scene = Scene(PLAIN)
+    (part,) = scene.actor.pack(scene.rollout, torch.zeros_like(scene.adv_BG), scene.omega_BG)
+    assert part.flat_M.tolist() == [0]
+    assert len(part.batch.chain_B) == 1
 
 
 def test_an_update_raises_the_targets_and_tawin_changes_it():

@@ -1,12 +1,25 @@
-"""Early stopping: what counts as progress, what stays the best, when SFT ends."""
+"""Early stopping: what counts as progress, what stays the best, when SFT ends; and what the loss is."""
 
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
+import torch
 
-from tawin_nemo.config import Recipe, SftConfig
+from tawin_nemo.backbones import Backbone
+from tawin_nemo.catalog.items import Catalog
+from tawin_nemo.catalog.trie import TokenTrie
+from tawin_nemo.config import ModelConfig, Recipe, SftConfig, TrainerConfig
+from tawin_nemo.data.samples import Samples
+from tawin_nemo.models.megatron import parallel
+from tawin_nemo.models.megatron.build import build_model
+from tawin_nemo.models.megatron.head import full_logits_NV
+from tawin_nemo.models.megatron.trainable import Trainable
 from tawin_nemo.train import sft
 from tawin_nemo.train.stage import Progress
+from tawin_nemo.types import DataParallel, TokenRows
+
+SHAPE = Backbone("qwen2", 32, 2, 4, 2, 48, 40, rope_theta=1e4, max_position=64, init_std=0.3)
 
 
 @pytest.mark.parametrize(
@@ -37,3 +50,51 @@ def test_checks(monkeypatch, losses, min_delta, best_step, bad_checks):
     assert (done.best_step, done.bad_checks) == (best_step, bad_checks)
     assert written == losses
     assert saved[-1] == best_step
+
+
+def world(loss_space: str, micro_batch_tokens: int) -> SimpleNamespace:
+    """Twelve samples over a catalogue of forty items."""
+    draw = np.random.default_rng(5)
+    paths = sorted({tuple(draw.integers(2, 9, size=draw.integers(2, 5)).tolist()) for _ in range(40)})
+    rows = TokenRows.from_lists([[*path, 1] for path in paths])
+    titles = [str(item) for item in range(len(rows))]
+    prompts = TokenRows.from_lists([draw.integers(2, 40, size=draw.integers(1, 9)) for _ in range(12)])
+    nobody, targets = np.zeros(12, np.int64), draw.integers(0, len(rows), size=12)
+    return SimpleNamespace(
+        recipe=Recipe(sft=SftConfig(loss_space=loss_space, micro_batch_tokens=micro_batch_tokens)),
+        catalog=Catalog(titles, titles, "title", rows, TokenTrie.from_paths(rows)),
+        samples={"valid": Samples(prompts, targets, nobody, prompts)},
+        dp=DataParallel(),
+    )
+
+
+@torch.no_grad()
+def slow_losses(world: SimpleNamespace, trainable: Trainable, space: str) -> list[float]:
+    """Minus the log-prob of every scored token, from one plain forward pass over the tokens before it."""
+    samples, paths, losses = world.samples["valid"], [path.tolist() for path in world.catalog.paths], []
+    for row, item in enumerate(samples.target_N.tolist()):
+        for place, token in enumerate(paths[item]):
+            before = [*samples.prompts[row].tolist(), *paths[item][:place]]
+            admissible = sorted({path[place] for path in paths if path[:place] == paths[item][:place]})
+            hidden_SBD = trainable.model.eval()(torch.tensor([before]), None, None)
+            logits_V = full_logits_NV(trainable.model, hidden_SBD[-1])[0]
+            if space == "vocab":
+                losses.append(float(logits_V.logsumexp(0) - logits_V[token]))
+            elif len(admissible) > 1:
+                losses.append(float(logits_V[admissible].logsumexp(0) - logits_V[token]))
+    return losses
+
+
+@pytest.mark.parametrize("budget", [16, 4096])
+@pytest.mark.parametrize("space", ["vocab", "trie"])
+def test_packed_rows_have_the_loss_of_single_ones(space, budget):
+    parallel.initialize(ModelConfig(), seed=0)
+    surroundings = world(space, budget)
+    trainable = Trainable(build_model(SHAPE, ModelConfig(), seed=3), SHAPE, TrainerConfig(), lr=1e-3)
+    losses = slow_losses(surroundings, trainable, space)
+    assert sft.valid_loss(surroundings, trainable) == pytest.approx(np.mean(losses), rel=1e-5)
+    micro = sft.sft_micro_batches(surroundings, surroundings.samples["valid"])
+    assert (len(micro) > 4) == (budget == 16)
+    stats = trainable.update(micro, lr=0.0)
+    assert stats["loss"] == pytest.approx(np.mean(losses), rel=1e-5)
+    assert stats["grad_norm"] > 1e-2

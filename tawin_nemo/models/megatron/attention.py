@@ -1,102 +1,85 @@
-"""Core attention of every layer: torch's scaled dot product, told by a shared context what a query may see.
+"""Core attention of every layer: torch's scaled dot product, told by a plan which tokens see which.
 
-Training sets nothing in the context: rows are right-padded, so plain causal attention is exact for the real tokens.
-Decoding puts a key-value store and a boolean mask there; a tree of candidates in one row puts a mask alone.
+Without a plan, rows are right-padded and plain causal attention is exact for the real tokens. A plan travels through
+megatron's layers in the place of ``packed_seq_params``, so that recomputation of activations and pipeline stages with
+several micro-batches in flight each find their own. The linear layers know nothing of it: they see one flat row.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from abc import abstractmethod
+from typing import Any
 
 import torch
 import torch.nn.functional as F
+from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 
-class KeyValueStore(Protocol):
-    """Where decoding keeps keys and values; [B, heads, slots, dim] per layer."""
+class AttentionPlan(PackedSeqParams):
+    """Which of the S tokens of one flat row see which; ``position_S`` are their rotary positions."""
 
-    def append(self, layer: int, key_BHSD: Tensor, value_BHSD: Tensor) -> tuple[Tensor, Tensor]:
-        """Store this step's keys and values of the layer; returns everything stored for it."""
+    def __init__(self, position_S: Tensor) -> None:
+        # sbhd: megatron hands tensors on as they are, and leaves the plan itself to the core attention
+        super().__init__(qkv_format="sbhd")
+        self.position_S = position_S
 
-
-@dataclass
-class AttentionContext:
-    """What all layers of one model attend to in this forward pass; all empty = causal attention over the rows.
-
-    ``positions_BT`` are rotary positions; ``store`` receives keys and values and supplies the earlier ones;
-    ``mask_BSK`` (bool, True = visible) says which of the K keys each of the S queries sees.
-    """
-
-    positions_BT: Tensor | None = None
-    store: KeyValueStore | None = None
-    mask_BSK: Tensor | None = None
-
-    @contextlib.contextmanager
-    def using(self, **fields: Any) -> Iterator[None]:
-        """Set the given fields for the passes inside the block."""
-        before = replace(self)
-        try:
-            for name, value in fields.items():
-                setattr(self, name, value)
-            yield
-        finally:
-            self.positions_BT, self.store, self.mask_BSK = before.positions_BT, before.store, before.mask_BSK
+    @abstractmethod
+    def attend(self, core: PlannedAttention, query_SHD: Tensor, key_SGD: Tensor, value_SGD: Tensor) -> Tensor:
+        """[S, H, D] from queries of H heads and keys and values of G groups."""
 
 
-class ContextAttention(MegatronModule):
+class PlannedAttention(MegatronModule):
     """Grouped-query attention after RoPE; fits the ``core_attention`` place of megatron's layer specs."""
 
-    def __init__(
-        self, config: TransformerConfig, layer_number: int, *, context: AttentionContext, **unused: object
-    ) -> None:
+    def __init__(self, config: TransformerConfig, layer_number: int, **unused: object) -> None:
         super().__init__(config=config)
         self.layer_number = layer_number
-        self.context = context
         self.dropout = float(config.attention_dropout)
 
     def forward(
-        self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None = None, **unused: object
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None = None,
+        *,
+        packed_seq_params: AttentionPlan | None = None,
+        **unused: object,
     ) -> Tensor:
         """``query`` [S, B, heads, dim], ``key`` and ``value`` [S, B, groups, dim] -> [S, B, heads * dim]."""
-        query_BHSD, key_BHKD, value_BHKD = (x.permute(1, 2, 0, 3) for x in (query, key, value))
-        if self.context.store is not None:
-            key_BHKD, value_BHKD = self.context.store.append(self.layer_number, key_BHKD, value_BHKD)
-        mask_BSK = self.context.mask_BSK
-        if mask_BSK is None:
-            output_BHSD = self._causal(query_BHSD, key_BHKD, value_BHKD)
-        else:
-            output_BHSD = self._masked(query_BHSD, key_BHKD, value_BHKD, mask_BSK)
-        return output_BHSD.permute(2, 0, 1, 3).reshape(query.shape[0], query.shape[1], -1)
+        S, B = query.shape[:2]
+        if packed_seq_params is None:
+            rows_BHSD = self.causal(*(x.permute(1, 2, 0, 3) for x in (query, key, value)))
+            return rows_BHSD.permute(2, 0, 1, 3).reshape(S, B, -1)
+        output_SHD = packed_seq_params.attend(self, query[:, 0], key[:, 0], value[:, 0])
+        return output_SHD.reshape(S, 1, -1)
 
-    def _causal(self, query_BHSD: Tensor, key_BHKD: Tensor, value_BHKD: Tensor) -> Tensor:
+    def causal(self, query_BHSD: Tensor, key_BGSD: Tensor, value_BGSD: Tensor) -> Tensor:
+        """Every row for itself, from its beginning."""
         with self._dropout_generator():
             return F.scaled_dot_product_attention(
                 query_BHSD,
-                key_BHKD,
-                value_BHKD,
+                key_BGSD,
+                value_BGSD,
                 dropout_p=self.dropout if self.training else 0.0,
                 is_causal=True,
-                enable_gqa=query_BHSD.shape[1] != key_BHKD.shape[1],
+                enable_gqa=query_BHSD.shape[1] != key_BGSD.shape[1],
             )
 
-    def _masked(self, query_BHSD: Tensor, key_BHKD: Tensor, value_BHKD: Tensor, mask_BSK: Tensor) -> Tensor:
+    def masked(self, query_BHSD: Tensor, key_BGKD: Tensor, value_BGKD: Tensor, mask_B1RK: Tensor) -> Tensor:
+        """``mask_B1RK``: 0 where visible, -inf elsewhere, R = (H / G) * S (see ``additive_mask``)."""
         # The query heads of one group become further queries of that group: no copy of the keys, and the fast kernels
         # that take a mask but no grouped heads stay usable.
         B, heads, S, dim = query_BHSD.shape
-        groups = key_BHKD.shape[1]
-        share = heads // groups
-        folded = query_BHSD.reshape(B, groups, share * S, dim)
-        mask = mask_BSK[:, None, None].expand(B, 1, share, S, -1).reshape(B, 1, share * S, -1)
+        folded = query_BHSD.reshape(B, key_BGKD.shape[1], -1, dim)
         with self._dropout_generator():
             output = F.scaled_dot_product_attention(
-                folded, key_BHKD, value_BHKD, attn_mask=mask, dropout_p=self.dropout if self.training else 0.0
+                folded, key_BGKD, value_BGKD, attn_mask=mask_B1RK, dropout_p=self.dropout if self.training else 0.0
             )
         return output.reshape(B, heads, S, dim)
 
@@ -108,9 +91,8 @@ class ContextAttention(MegatronModule):
         return contextlib.nullcontext()
 
 
-def attention_context(model: torch.nn.Module) -> AttentionContext:
-    """The context that the layers of this model share (the model may be wrapped)."""
-    for module in model.modules():
-        if isinstance(module, ContextAttention):
-            return module.context
-    raise ValueError(f"{type(model).__name__} has no ContextAttention layer on this pipeline stage")
+def additive_mask(visible_BSK: Tensor, share: int, dtype: torch.dtype) -> Tensor:
+    """``visible_BSK`` (bool) for ``PlannedAttention.masked`` with ``share`` query heads per key group."""
+    B, S, K = visible_BSK.shape
+    mask_BSK = torch.zeros(B, S, K, dtype=dtype, device=visible_BSK.device).masked_fill_(~visible_BSK, -torch.inf)
+    return mask_BSK[:, None, None].expand(B, 1, share, S, K).reshape(B, 1, share * S, K)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
-from functools import partial
 from typing import Any
 
 import torch
@@ -23,7 +22,8 @@ from torch import Tensor
 from tawin_nemo.backbones import Backbone
 from tawin_nemo.config import ModelConfig
 from tawin_nemo.errors import ConfigError
-from tawin_nemo.models.megatron.attention import AttentionContext, ContextAttention
+from tawin_nemo.models.megatron.attention import PlannedAttention
+from tawin_nemo.models.megatron.embedding import RowEmbedding
 from tawin_nemo.models.megatron.norm import RMSNorm
 from tawin_nemo.models.megatron.rope import PositionedRotary
 
@@ -137,14 +137,14 @@ def _leave(weight: Tensor) -> None:
     """The initialiser handed to megatron: weights come from init_weights or from a checkpoint."""
 
 
-def _block_spec(config: TransformerConfig, context: AttentionContext) -> TransformerBlockSubmodules:
+def _block_spec(config: TransformerConfig) -> TransformerBlockSubmodules:
     if config.fp8 is not None:
         layer: ModuleSpec = get_gpt_layer_with_transformer_engine_spec()
     else:
         layer = get_gpt_layer_local_spec(normalization="RMSNorm")
         layer.submodules.input_layernorm = RMSNorm
         layer.submodules.pre_mlp_layernorm = RMSNorm
-    layer.submodules.self_attention.submodules.core_attention = partial(ContextAttention, context=context)
+    layer.submodules.self_attention.submodules.core_attention = PlannedAttention
     return TransformerBlockSubmodules(layer_specs=[layer] * get_num_layers_to_build(config), layer_norm=RMSNorm)
 
 
@@ -155,10 +155,9 @@ def build_model(shape: Backbone, cfg: ModelConfig, *, seed: int) -> HiddenGPT:
     have run. Raises ConfigError when the layout does not fit the shape or the precision the machine.
     """
     config = model_config(shape, cfg)
-    context = AttentionContext()
     model = HiddenGPT(
         config,
-        _block_spec(config, context),
+        _block_spec(config),
         vocab_size=padded_vocab(shape, cfg.tensor_model_parallel_size),
         max_sequence_length=shape.max_position,
         pre_process=parallel_state.is_pipeline_first_stage(),
@@ -168,7 +167,9 @@ def build_model(shape: Backbone, cfg: ModelConfig, *, seed: int) -> HiddenGPT:
         rotary_base=int(shape.rope_theta),
     )
     model.real_vocab = shape.vocab
-    model.rotary_pos_emb = PositionedRotary(shape, context)
+    model.rotary_pos_emb = PositionedRotary(shape)
+    if model.pre_process:  # megatron names the class in its own code; only how gradients travel differs
+        model.embedding.word_embeddings.__class__ = RowEmbedding
     init_weights(model, shape, seed=seed)
     return model
 

@@ -1,4 +1,4 @@
-"""A forward pass over token rows: padding that the layout asks for, the stage's output, the wanted log-probs."""
+"""A forward pass over packed token trees: padding for the layout, the stage's output, the wanted log-probs."""
 
 from __future__ import annotations
 
@@ -14,40 +14,42 @@ from torch import Tensor
 
 from tawin_nemo.models.megatron import parallel
 from tawin_nemo.models.megatron.head import child_logprobs, select_rows, token_logprobs
+from tawin_nemo.models.megatron.tree_plan import TreePlan
 from tawin_nemo.types import Children, TokenBatch
 
-#: Tokens per row must be a multiple of this for the FP8 matrix products of Transformer Engine.
+#: Tokens of a pass must be a multiple of this for the FP8 matrix products of Transformer Engine.
 _FP8_MULTIPLE = {"blockwise": 128, "tensorwise": 16, "delayed": 16}
 
 
 def row_multiple(config: TransformerConfig) -> int:
-    """Row lengths are padded to a multiple of this."""
+    """The number of tokens of a forward pass is padded to a multiple of this."""
     split = config.tensor_model_parallel_size if config.sequence_parallel else 1
     return split * (_FP8_MULTIPLE[config.fp8_recipe] if config.fp8 else 1)
 
 
-def pad_rows(tokens_BT: Tensor, multiple: int) -> Tensor:
-    """Right-pad with token 0 to a multiple; causal attention keeps the padding from the real tokens."""
-    return F.pad(tokens_BT, (0, -tokens_BT.shape[1] % multiple))
+def padding(tokens: int, config: TransformerConfig) -> int:
+    """Tokens that the layout wants behind a flat row of this many."""
+    return -tokens % row_multiple(config)
 
 
 def hidden_states(model: torch.nn.Module, batch: TokenBatch) -> Tensor:
-    """This stage's output [S, B, D] (under sequence parallelism this TP rank's part of S)."""
-    config = unwrap_model(model).config
-    tokens_BT = pad_rows(batch.tokens_BT.to(parallel.device()), row_multiple(config))
-    return model(tokens_BT, None, None)
+    """This stage's output [S, 1, D] of the one flat row (under sequence parallelism this TP rank's part of S)."""
+    extra = padding(len(batch.tokens_S), unwrap_model(model).config)
+    tokens_BS = F.pad(batch.tokens_S.to(parallel.device()), (0, extra))[None]
+    plan = TreePlan(batch, parallel.device(), padding=extra)
+    return model(tokens_BS, None, None, packed_seq_params=plan)
 
 
 def batch_logprobs(model: torch.nn.Module, batch: TokenBatch, hidden_SBD: Tensor) -> Tensor:
     """Log-probs [N] of the batch's targets in the space it asks for; last pipeline stage only."""
     bare: GPTModel = unwrap_model(model)
     device = hidden_SBD.device
-    hidden_ND = select_rows(bare, hidden_SBD, batch.row_N.to(device), batch.position_N.to(device))
+    hidden_PD = select_rows(bare, hidden_SBD, batch.place_P.to(device))
     if batch.children is None:
-        return token_logprobs(bare, hidden_ND, batch.target_N.to(device))
+        return token_logprobs(bare, hidden_PD, batch.row_N.to(device), batch.target_N.to(device))
     edges = batch.children
     moved = Children(edges.position_E.to(device), edges.token_E.to(device), edges.chosen_N.to(device))
-    return child_logprobs(bare, hidden_ND, moved)
+    return child_logprobs(bare, hidden_PD, moved)
 
 
 def logit_dtype(model: torch.nn.Module) -> torch.dtype:

@@ -1,11 +1,13 @@
 """Log-probs at selected hidden rows, vocabulary-parallel, in the two spaces of the policy.
 
-Vocab space normalises over the whole vocabulary; trie space (TAWin, arXiv 2604.22504, Eq. 25) over the children of
-the trie node, so the full partition function cancels and only the children's head rows are read.
+Trie space (TAWin, arXiv 2604.22504, Eq. 25) normalises over the children of the trie node: the full partition function
+cancels, and only the children's head rows are read (``edge_logits``). Vocab space needs one number more per row, the
+log-sum-exp over the whole vocabulary (``head_lse.py``). No [rows, V] tensor is kept in either.
 """
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import torch
@@ -20,7 +22,16 @@ from megatron.core.tensor_parallel.mappings import (
 )
 from torch import Tensor
 
+from tawin_nemo.maths.segments import segment_log_softmax
+from tawin_nemo.models.megatron.embedding import add_rows
+from tawin_nemo.models.megatron.head_lse import vocab_log_sum_exp
 from tawin_nemo.types import Children
+
+#: Edges multiplied at once where no sparse kernel exists: their gathered head rows are materialised.
+_EDGES_AT_ONCE = 8192
+
+# torch says this once per process; the two kernels used here are checked against dense ones by the tests
+warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta state")
 
 
 def head_weight_VD(model: GPTModel) -> Tensor:
@@ -30,17 +41,12 @@ def head_weight_VD(model: GPTModel) -> Tensor:
     return model.output_layer.weight
 
 
-def select_rows(model: GPTModel, hidden_SBD: Tensor, row_N: Tensor, position_N: Tensor) -> Tensor:
-    """The hidden states at (row, position), gathered over sequence-parallel ranks first: [N, D]."""
+def select_rows(model: GPTModel, hidden_SBD: Tensor, place_P: Tensor) -> Tensor:
+    """Hidden states [P, D] at places of the one flat row, gathered over sequence-parallel ranks first."""
     if model.config.sequence_parallel:
         # Every TP rank computes the same full gradient of the gathered states (the head sums it): split it, do not sum.
         hidden_SBD = gather_from_sequence_parallel_region(hidden_SBD, tensor_parallel_output_grad=False)
-    return hidden_SBD[position_N, row_N]
-
-
-def logits_local_NV(model: GPTModel, hidden_ND: Tensor) -> Tensor:
-    """Logits of this TP rank's vocabulary rows, padded rows included; the gradient to ``hidden_ND`` is the full one."""
-    return F.linear(copy_to_tensor_model_parallel_region(hidden_ND), head_weight_VD(model))
+    return hidden_SBD[:, 0].index_select(0, place_P)
 
 
 def local_vocab(model: GPTModel) -> tuple[int, int]:
@@ -50,80 +56,81 @@ def local_vocab(model: GPTModel) -> tuple[int, int]:
     return start, max(0, min(rows, model.real_vocab - start))
 
 
-class _VocabParallelLogProb(torch.autograd.Function):
-    """log softmax at the target over vocabulary shards; the backward needs no communication."""
+def edge_logits(model: GPTModel, hidden_PD: Tensor, position_E: Tensor, token_E: Tensor) -> Tensor:
+    """``hidden_PD[position_E[e]] . head[token_E[e]]`` for E edges (``position_E`` ascending), equal on all TP ranks.
 
-    @staticmethod
-    def forward(ctx: Any, logits_NV: Tensor, target_N: Tensor, start: int) -> Tensor:
-        group = parallel_state.get_tensor_model_parallel_group()
-        N, rows = logits_NV.shape
-        if rows:
-            peak_N = logits_NV.amax(dim=-1)
-        else:
-            peak_N = logits_NV.new_full((N,), -torch.inf)
-        _all_reduce(peak_N, dist.ReduceOp.MAX, group)
-        exp_NV = (logits_NV - peak_N[:, None]).exp()
-        local_N = target_N - start
-        here_N = (local_N >= 0) & (local_N < rows)
-        index_N = local_N.clamp(0, max(rows - 1, 0))
-        sums_2N = torch.stack([exp_NV.sum(dim=-1), torch.zeros_like(peak_N)])
-        if rows:
-            chosen_N = logits_NV.gather(1, index_N[:, None])[:, 0] - peak_N
-            sums_2N[1] = torch.where(here_N, chosen_N, 0.0)
-        _all_reduce(sums_2N, dist.ReduceOp.SUM, group)
-        ctx.save_for_backward(exp_NV.div_(sums_2N[0][:, None]), index_N, here_N)
-        return sums_2N[1] - sums_2N[0].log()
-
-    @staticmethod
-    def backward(ctx: Any, grad_N: Tensor) -> tuple[Tensor, None, None]:
-        softmax_NV, index_N, here_N = ctx.saved_tensors
-        grad_NV = softmax_NV * -grad_N[:, None]
-        if softmax_NV.shape[1]:
-            grad_NV.scatter_add_(1, index_N[:, None], (grad_N * here_N)[:, None])
-        return grad_NV, None, None
-
-
-def _all_reduce(tensor: Tensor, op: Any, group: dist.ProcessGroup) -> None:
-    if group.size() > 1:
-        dist.all_reduce(tensor, op=op, group=group)
-
-
-def token_logprobs(model: GPTModel, hidden_ND: Tensor, target_N: Tensor) -> Tensor:
-    """Vocab space: log softmax over the real rows at ``target_N``, [N] in float32 or wider, equal on all TP ranks."""
-    start, real = local_vocab(model)
-    logits_NV = _wide(logits_local_NV(model, hidden_ND)[:, :real])
-    return _VocabParallelLogProb.apply(logits_NV, target_N, start)
-
-
-def child_logprobs(model: GPTModel, hidden_ND: Tensor, children: Children) -> Tensor:
-    """Trie space: log softmax over each position's children at the chosen one; exactly 0 where there is one child.
-
-    Only head rows of tokens that occur among the children are multiplied; each edge's logit is computed on the TP rank
-    that holds its row and summed over the group.
+    [E] in float32 or wider. Each dot product is made on the TP rank that holds the row.
     """
     weight_VD = head_weight_VD(model)
-    rows = weight_VD.shape[0]
-    start = parallel_state.get_tensor_model_parallel_rank() * rows
-    token_U, place_E = children.token_E.unique(return_inverse=True)
-    local_U = token_U - start
-    here_U = (local_U >= 0) & (local_U < rows)
-    column_U = here_U.cumsum(0) - 1
-    logits_NU = F.linear(copy_to_tensor_model_parallel_region(hidden_ND), weight_VD[local_U[here_U]])
-    here_E = here_U[place_E]
-    logit_E = hidden_ND.new_zeros(len(place_E))
-    logit_E = logit_E.index_put((here_E,), logits_NU[children.position_E[here_E], column_U[place_E[here_E]]])
-    logit_E = reduce_from_tensor_model_parallel_region(_wide(logit_E).contiguous())
-    return segment_logprobs(logit_E, children, len(hidden_ND))
+    if parallel_state.get_tensor_model_parallel_world_size() == 1:
+        return _wide(_EdgeDots.apply(hidden_PD, weight_VD, position_E, token_E))
+    local_E = token_E - local_vocab(model)[0]
+    here_E = (local_E >= 0) & (local_E < weight_VD.shape[0])
+    hidden_PD = copy_to_tensor_model_parallel_region(hidden_PD)
+    dots = _wide(_EdgeDots.apply(hidden_PD, weight_VD, position_E[here_E], local_E[here_E]))
+    logit_E = dots.new_zeros(len(token_E)).index_put((here_E.nonzero().squeeze(1),), dots)
+    return reduce_from_tensor_model_parallel_region(logit_E)
 
 
-def segment_logprobs(logit_E: Tensor, children: Children, positions: int) -> Tensor:
-    """log softmax within each position's edges, at the chosen edges; [positions]."""
-    position_E = children.position_E
-    peak_N = logit_E.new_full((positions,), -torch.inf)
-    peak_N = peak_N.scatter_reduce(0, position_E, logit_E.detach(), "amax")
-    shifted_E = logit_E - peak_N[position_E]
-    total_N = logit_E.new_zeros(positions).index_add(0, position_E, shifted_E.exp())
-    return shifted_E[children.chosen_N] - total_N.log()
+class _EdgeDots(torch.autograd.Function):
+    """Dot products of selected row pairs; neither the pairs' rows nor a dense gradient of the head is made."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden_PD: Tensor, weight_VD: Tensor, position_E: Tensor, token_E: Tensor) -> Tensor:
+        ctx.weight_VD = weight_VD  # the parameter itself: saved tensors lose its ``main_grad``
+        ctx.save_for_backward(hidden_PD, position_E, token_E)
+        return _sampled_dots(hidden_PD, weight_VD, position_E, token_E)
+
+    @staticmethod
+    def backward(ctx: Any, grad_E: Tensor) -> tuple[Tensor, Tensor | None, None, None]:
+        hidden_PD, position_E, token_E = ctx.saved_tensors
+        weight_VD = ctx.weight_VD
+        grad_PD = _weighted_rows(grad_E, position_E, token_E, weight_VD, len(hidden_PD))
+        token_U, column_E = token_E.unique(return_inverse=True)
+        by_column = column_E.argsort(stable=True)
+        grad_UD = _weighted_rows(grad_E[by_column], column_E[by_column], position_E[by_column], hidden_PD, len(token_U))
+        return grad_PD, add_rows(weight_VD, token_U, grad_UD), None, None
+
+
+def _sampled_dots(left_PD: Tensor, right_VD: Tensor, position_E: Tensor, token_E: Tensor) -> Tensor:
+    if left_PD.dtype in (torch.float32, torch.float64):
+        pattern = _csr(torch.zeros_like(token_E, dtype=left_PD.dtype), position_E, token_E, len(left_PD), len(right_VD))
+        return torch.sparse.sampled_addmm(pattern, left_PD.contiguous(), right_VD.t(), beta=0.0).values()
+    parts = zip(position_E.split(_EDGES_AT_ONCE), token_E.split(_EDGES_AT_ONCE), strict=True)
+    return torch.cat([(left_PD[p].float() * right_VD[t].float()).sum(-1) for p, t in parts])
+
+
+def _weighted_rows(value_E: Tensor, row_E: Tensor, source_E: Tensor, rows_XD: Tensor, count: int) -> Tensor:
+    """``sum_e value_e * rows_XD[source_e]`` by ``row_E`` (ascending): [count, D]."""
+    if rows_XD.dtype in (torch.float32, torch.float64):
+        return _csr(value_E.to(rows_XD.dtype), row_E, source_E, count, len(rows_XD)) @ rows_XD
+    total = torch.zeros(count, rows_XD.shape[1], dtype=torch.float32, device=rows_XD.device)
+    parts = zip(*(x.split(_EDGES_AT_ONCE) for x in (value_E, row_E, source_E)), strict=True)
+    for value, row, source in parts:
+        total.index_add_(0, row, value[:, None].float() * rows_XD[source].float())
+    return total.to(rows_XD.dtype)
+
+
+def _csr(value_E: Tensor, row_E: Tensor, column_E: Tensor, rows: int, columns: int) -> Tensor:
+    ends = torch.bincount(row_E, minlength=rows).cumsum(0)
+    starts = torch.cat([ends.new_zeros(1), ends])
+    return torch.sparse_csr_tensor(starts, column_E, value_E, size=(rows, columns), check_invariants=False)
+
+
+def child_logprobs(model: GPTModel, hidden_PD: Tensor, children: Children) -> Tensor:
+    """Trie space: log softmax over each place's children at the chosen ones, [N]; a single child has exactly 0."""
+    logit_E = edge_logits(model, hidden_PD, children.position_E, children.token_E)
+    return segment_log_softmax(logit_E, children.position_E, len(hidden_PD))[children.chosen_N]
+
+
+def token_logprobs(model: GPTModel, hidden_PD: Tensor, row_N: Tensor, target_N: Tensor) -> Tensor:
+    """Vocab space: log softmax over the real vocabulary of place ``row_N`` at ``target_N``, [N] in float32 or wider."""
+    real = local_vocab(model)[1]
+    order_N = row_N.argsort(stable=True)
+    logit_N = edge_logits(model, hidden_PD, row_N[order_N], target_N[order_N])
+    lse_P = vocab_log_sum_exp(copy_to_tensor_model_parallel_region(hidden_PD), head_weight_VD(model), real)
+    logp_N = logit_N - lse_P[row_N[order_N]]
+    return logp_N[order_N.argsort()]
 
 
 def _wide(tensor: Tensor) -> Tensor:

@@ -1,8 +1,7 @@
-"""Keys and values of a growing set of beams: one set of slots per prompt, never one copy per beam.
+"""Keys and values of prompts and of the token trees that grow below them: one set of slots per prompt.
 
-A prompt's slots hold its own tokens first, then every token generated below it. A beam sees the prompt and its own
-ancestors through a boolean mask, so choosing the next beams copies no keys. Slots that no living beam sees are
-squeezed out once they are the majority.
+A prompt's slots hold its own tokens first, then every token generated below it, whichever beam it belongs to. A token
+sees the prompt and its own ancestors through a mask, so choosing the next beams copies no keys.
 """
 
 from __future__ import annotations
@@ -12,69 +11,66 @@ from torch import Tensor
 
 
 class KeyValueSlots:
-    """Per layer, keys and values [B, heads, capacity, dim]; the first ``used`` slots are filled."""
+    """Per layer, keys and values [B, groups, capacity, dim]; prompts are right-padded to ``prompt_slots``."""
 
-    def __init__(self, capacity: int) -> None:
-        self.used = 0
-        self._capacity = capacity
+    def __init__(self, prompts: int, prompt_slots: int) -> None:
+        self.prompts, self.prompt_slots = prompts, prompt_slots
+        self.capacity = prompt_slots
         self._layers: dict[int, tuple[Tensor, Tensor]] = {}
 
-    def append(self, layer: int, key_BHSD: Tensor, value_BHSD: Tensor) -> tuple[Tensor, Tensor]:
-        """Write a layer's S new slots behind the used ones; ``advance`` closes the step for all layers."""
-        new = key_BHSD.shape[2]
+    def write(self, layer: int, prompt_S: Tensor, slot_S: Tensor, key_SGD: Tensor, value_SGD: Tensor) -> None:
+        """Store S tokens' keys and values at (prompt, slot)."""
         if layer not in self._layers:
-            B, heads, _, dim = key_BHSD.shape
-            room = (B, heads, max(self._capacity, new), dim)
-            self._layers[layer] = (key_BHSD.new_empty(room), value_BHSD.new_empty(room))
-        end = self.used + new
-        for stored, fresh in zip(self._layers[layer], (key_BHSD, value_BHSD), strict=True):
-            stored[:, :, self.used : end] = fresh
-        keys, values = self._layers[layer]
-        return keys[:, :, :end], values[:, :, :end]
+            room = (self.prompts, key_SGD.shape[1], self.capacity, key_SGD.shape[2])
+            # zeros: a masked slot still enters the kernels, where 0 * NaN would be NaN
+            self._layers[layer] = (key_SGD.new_zeros(room), value_SGD.new_zeros(room))
+        for stored, fresh in zip(self._layers[layer], (key_SGD, value_SGD), strict=True):
+            stored[prompt_S, :, slot_S] = fresh
 
-    def advance(self, slots: int) -> None:
-        self.used += slots
+    def read(self, layer: int, prompt_M: Tensor | None, slots: int) -> tuple[Tensor, Tensor]:
+        """The first ``slots`` slots of the named prompts (None = of all, without a copy)."""
+        keys, values = self._layers[layer]
+        if prompt_M is None:
+            return keys[:, :, :slots], values[:, :, :slots]
+        return keys[prompt_M, :, :slots], values[prompt_M, :, :slots]
 
     def make_room(self, slots: int) -> None:
-        """Grow, at least by half, when ``slots`` more would not fit."""
-        if self.used + slots <= self._capacity:
-            return
-        self._capacity = max(self.used + slots, self._capacity * 3 // 2)
-        for layer, pair in self._layers.items():
-            self._layers[layer] = (self._grown(pair[0]), self._grown(pair[1]))
+        """Grow to at least ``slots`` slots, by half at least so that growing stays rare."""
+        if slots > self.capacity:
+            self.capacity = max(slots, self.capacity + (self.capacity - self.prompt_slots) // 2 + 8)
+            self._map(lambda stored: _padded(stored, self.capacity))
 
-    def _grown(self, stored: Tensor) -> Tensor:
-        B, heads, _, dim = stored.shape
-        larger = stored.new_empty(B, heads, self._capacity, dim)
-        larger[:, :, : self.used] = stored[:, :, : self.used]
-        return larger
-
-    def keep(self, slot_BK: Tensor, first: int) -> None:
-        """Behind the first ``first`` slots keep only those named in ``slot_BK``, in that order."""
-        count = slot_BK.shape[1]
-        for pair in self._layers.values():
-            for stored in pair:
-                index = slot_BK[:, None, :, None].expand(-1, stored.shape[1], -1, stored.shape[3])
-                stored[:, :, first : first + count] = stored.gather(2, index)
-        self.used = first + count
-
-    def take_prompts(self, prompt_B: Tensor) -> None:
+    def keep(self, prompt_M: Tensor) -> None:
         """Keep only the named prompts."""
+        self.prompts = len(prompt_M)
+        self._map(lambda stored: stored[prompt_M])
+
+    def join(self, other: KeyValueSlots) -> None:
+        """Append the prompts of another store; prompts' and generated slots are padded to the larger of both."""
+        prompt_slots = max(self.prompt_slots, other.prompt_slots)
+        generated = max(self.capacity - self.prompt_slots, other.capacity - other.prompt_slots)
+        for store in (self, other):
+            store._pad_prompts(prompt_slots)
+            store.make_room(prompt_slots + generated)
+        self.capacity = max(self.capacity, other.capacity)
+        for layer, pair in self._layers.items():
+            theirs = other._layers[layer]
+            self._layers[layer] = (
+                torch.cat([_padded(pair[0], self.capacity), _padded(theirs[0], self.capacity)]),
+                torch.cat([_padded(pair[1], self.capacity), _padded(theirs[1], self.capacity)]),
+            )
+        self.prompts += other.prompts
+
+    def _pad_prompts(self, prompt_slots: int) -> None:
+        old, extra = self.prompt_slots, prompt_slots - self.prompt_slots
+        if extra:
+            self.prompt_slots, self.capacity = prompt_slots, self.capacity + extra
+            self._map(lambda stored: torch.cat([_padded(stored[:, :, :old], prompt_slots), stored[:, :, old:]], dim=2))
+
+    def _map(self, change: object) -> None:
         for layer, (keys, values) in self._layers.items():
-            self._layers[layer] = (keys[prompt_B], values[prompt_B])
+            self._layers[layer] = (change(keys), change(values))  # type: ignore[operator]
 
 
-def squeeze_slots(visible_RK: Tensor, root_R: Tensor, prompts: int, first: int) -> tuple[Tensor, Tensor] | None:
-    """Which generated slots to keep when most are dead: ``slot_BK`` for ``keep`` and the rows' new visibility.
-
-    None when at least half of the generated slots of the fullest prompt are still seen by some row.
-    """
-    generated = visible_RK.shape[1] - first
-    live_BK = torch.zeros(prompts, generated, dtype=torch.int32, device=visible_RK.device)
-    live_BK = live_BK.index_add_(0, root_R, visible_RK[:, first:].int()) > 0
-    most = int(live_BK.sum(dim=1).max()) if prompts else 0
-    if generated < 2 * most + 1:
-        return None
-    slot_BK = live_BK.int().argsort(dim=1, descending=True, stable=True)[:, :most]
-    tail_RK = visible_RK[:, first:].gather(1, slot_BK[root_R])
-    return slot_BK + first, torch.cat([visible_RK[:, :first], tail_RK], dim=1)
+def _padded(stored_BGKD: Tensor, slots: int) -> Tensor:
+    return torch.nn.functional.pad(stored_BGKD, (0, 0, 0, slots - stored_BGKD.shape[2]))

@@ -1,6 +1,6 @@
-"""The model as a searchable language model: prefill prompts once, then extend any rows by one token each.
+"""The model as a searchable language model: prompts in once, then chains of tokens below any token run before.
 
-Every model-parallel rank calls the same methods with the same arguments and gets the same logits, so a search runs
+Every model-parallel rank calls the same methods with the same arguments and gets the same log-probs, so a search runs
 identically on all of them.
 """
 
@@ -17,11 +17,15 @@ from megatron.core.models.gpt.gpt_model import GPTModel
 from torch import Tensor
 
 from tawin_nemo.backbones import Backbone
+from tawin_nemo.maths.segments import segment_log_softmax
 from tawin_nemo.models.megatron import parallel
-from tawin_nemo.models.megatron.attention import attention_context
-from tawin_nemo.models.megatron.forward import logit_dtype, modes, pad_rows, row_multiple
-from tawin_nemo.models.megatron.head import full_logits_NV
-from tawin_nemo.models.megatron.kv_store import KeyValueSlots, squeeze_slots
+from tawin_nemo.models.megatron.attention import AttentionPlan
+from tawin_nemo.models.megatron.decode_plan import ExtendPlan, PrefillPlan, place_within
+from tawin_nemo.models.megatron.forward import logit_dtype, modes, padding
+from tawin_nemo.models.megatron.head import edge_logits, head_weight_VD, local_vocab
+from tawin_nemo.models.megatron.head_lse import vocab_log_sum_exp
+from tawin_nemo.models.megatron.kv_store import KeyValueSlots
+from tawin_nemo.types import TokenBatch, TokenRows
 
 #: Attributes by which megatron's modules remember that activations are split along the sequence.
 _SEQUENCE_FLAGS = ("sequence_parallel", "reduce_scatter_embeddings", "scatter_to_sequence_parallel")
@@ -29,20 +33,21 @@ _SEQUENCE_FLAGS = ("sequence_parallel", "reduce_scatter_embeddings", "scatter_to
 
 @dataclass(frozen=True)
 class Cache:
-    """R rows over the stored keys: which prompt each belongs to, its length, and the slots it sees.
+    """R rows (tokens that were run) over the stored keys of B prompts.
 
-    ``extend`` writes into the same store, so only the newest cache can be extended.
+    ``extend`` writes into the same store, so only the newest cache can be used.
     """
 
     store: KeyValueSlots
-    root_R: Tensor
-    length_R: Tensor
-    visible_RK: Tensor
-    prompts: int
-    prompt_slots: int
+    prompt_length_B: Tensor
+    used_B: Tensor  # generated slots in use
+    prompt_R: Tensor
+    length_R: Tensor  # tokens up to and with the row's: the rotary position of what follows
+    visible_RG: Tensor  # bool: the generated slots of its prompt that the row and its successors see
+    hidden_RD: Tensor | None  # after the final norm; only on the last pipeline stage
 
     def __len__(self) -> int:
-        return len(self.root_R)
+        return len(self.prompt_R)
 
 
 class MegatronLM:
@@ -55,113 +60,175 @@ class MegatronLM:
     def vocab_size(self) -> int:
         return self.shape.vocab
 
-    @torch.no_grad()
-    def prefill(self, tokens_BT: Tensor, lengths_B: Tensor, *, reserve: int) -> tuple[Tensor, Cache]:
-        """Next-token logits [B, V] after each right-padded prompt, and the cache to extend.
+    @property
+    def max_positions(self) -> int:
+        return self.shape.max_position
 
-        ``reserve``: how many more tokens per row will come; it sizes the store, which grows if it was too small.
-        """
-        tokens_BT, lengths_B = tokens_BT.to(parallel.device()), lengths_B.to(parallel.device())
-        with _without_sequence_parallel(self.model):
-            tokens_BT = pad_rows(tokens_BT, row_multiple(self.model.config))
-            B, T = tokens_BT.shape
-            store = KeyValueSlots(capacity=T + reserve)
-            rows = torch.arange(B, device=tokens_BT.device)
-            with attention_context(self.model).using(store=store):
-                logits_BV = self._logits(tokens_BT, rows, lengths_B - 1)
-        store.advance(T)
-        visible = torch.arange(T, device=tokens_BT.device) < lengths_B[:, None]
-        return logits_BV, Cache(store, rows, lengths_B, visible, B, T)
+    def rows(self, cache: Cache) -> int:
+        """Tokens that were run, prompts counting as one (their last token)."""
+        return len(cache)
 
     @torch.no_grad()
-    def extend(self, cache: Cache, parents_R: Tensor, tokens_R: Tensor) -> tuple[Tensor, Cache]:
-        """Row r continues row ``parents_R[r]`` of the cache with one token: logits [R, V] and the next cache.
-
-        Raises ValueError when the cache was extended before.
-        """
-        if cache.store.used != cache.visible_RK.shape[1]:
-            raise ValueError("this cache has been extended already: only the newest cache can be extended")
+    def prefill(self, prompts: TokenRows) -> Cache:
+        """Run each prompt once; row b is the last token of prompt b."""
         device = parallel.device()
-        parents_R, tokens_R = parents_R.to(device), tokens_R.to(device)
-        if not len(parents_R):
-            empty = torch.zeros(0, self.shape.vocab, dtype=logit_dtype(self.model), device=device)
-            return empty, replace(cache, root_R=parents_R, length_R=parents_R, visible_RK=cache.visible_RK[:0])
-        cache = self._drop_finished(cache, parents_R)
-        root_R = cache.root_R[parents_R]
-        place_R = _place_within(root_R)
-        with _without_sequence_parallel(self.model):
-            W = int(place_R.max()) + 1
-            W += -W % row_multiple(self.model.config)
-            cache.store.make_room(W)
-            used = cache.store.used
-            own_RW = torch.arange(W, device=device) == place_R[:, None]
-            visible_RK = torch.cat([cache.visible_RK[parents_R], own_RW], dim=1)
-            tokens_BW = tokens_R.new_zeros(cache.prompts, W)
-            tokens_BW[root_R, place_R] = tokens_R
-            positions_BW = cache.length_R.new_zeros(cache.prompts, W)
-            positions_BW[root_R, place_R] = cache.length_R[parents_R]
-            mask_BWK = torch.zeros(cache.prompts, W, used + W, dtype=torch.bool, device=device)
-            mask_BWK[:, :, 0] = True  # places without a row see the first slot: a softmax over nothing is not a number
-            mask_BWK[root_R, place_R] = visible_RK
-            context = attention_context(self.model)
-            with context.using(store=cache.store, mask_BSK=mask_BWK, positions_BT=positions_BW):
-                logits_RV = self._logits(tokens_BW, root_R, place_R)
-        cache.store.advance(W)
-        squeezed = squeeze_slots(visible_RK, root_R, cache.prompts, cache.prompt_slots)
-        if squeezed is not None:
-            slot_BK, visible_RK = squeezed
-            cache.store.keep(slot_BK, cache.prompt_slots)
-        length_R = cache.length_R[parents_R] + 1
-        return logits_RV, Cache(cache.store, root_R, length_R, visible_RK, cache.prompts, cache.prompt_slots)
+        length_B = torch.from_numpy(prompts.lengths).to(device)
+        batch = _chains(prompts)
+        store = KeyValueSlots(len(prompts), int(length_B.max()))
+        extra = padding(len(batch.tokens_S), self.model.config)
+        plan = PrefillPlan(batch, device, store, extra)
+        hidden_SD = self._run(batch.tokens_S, extra, plan)
+        last_B = length_B.cumsum(0) - 1
+        row_B = torch.arange(len(prompts), device=device)
+        return Cache(
+            store=store,
+            prompt_length_B=length_B,
+            used_B=torch.zeros_like(length_B),
+            prompt_R=row_B,
+            length_R=length_B,
+            visible_RG=torch.zeros(len(prompts), 0, dtype=torch.bool, device=device),
+            hidden_RD=None if hidden_SD is None else hidden_SD[last_B],
+        )
 
-    def _drop_finished(self, cache: Cache, parents_R: Tensor) -> Cache:
-        """Give up the slots of prompts without living rows once they are half of all prompts."""
-        living = cache.root_R[parents_R].unique()
-        if 2 * len(living) > cache.prompts:
+    @torch.no_grad()
+    def extend(self, cache: Cache, parent_R: Tensor, chains: TokenRows) -> Cache:
+        """Append chain r below row ``parent_R[r]``; its tokens become the next rows (see ``rollout.lm.LM``)."""
+        if not len(chains):
             return cache
-        cache.store.take_prompts(living)
-        renumbered = torch.zeros(cache.prompts, dtype=torch.long, device=living.device)
-        renumbered[living] = torch.arange(len(living), device=living.device)
-        root_R = renumbered[cache.root_R]
-        return Cache(cache.store, root_R, cache.length_R, cache.visible_RK, len(living), cache.prompt_slots)
+        device = parallel.device()
+        parent_R, length_R = parent_R.to(device), torch.from_numpy(chains.lengths).to(device)
+        row_S = torch.repeat_interleave(length_R)
+        place_S = torch.arange(len(row_S), device=device) - (length_R.cumsum(0) - length_R)[row_S]
+        parent_S = parent_R[row_S]
+        prompt_S, position_S = cache.prompt_R[parent_S], cache.length_R[parent_S] + place_S
+        slot_S = cache.used_B[prompt_S] + place_within(prompt_S)  # slots of one chain follow each other
+        generated = max(int(slot_S.max()) + 1, cache.visible_RG.shape[1])
+        cache.store.make_room(cache.store.prompt_slots + generated)
+        slot_G = torch.arange(generated, device=device)
+        visible_RG = torch.nn.functional.pad(cache.visible_RG, (0, generated - cache.visible_RG.shape[1]))
+        own_SG = (slot_G >= (slot_S - place_S)[:, None]) & (slot_G <= slot_S[:, None])
+        visible_SG = visible_RG[parent_S] | own_SG
+        prompt_SP = torch.arange(cache.store.prompt_slots, device=device) < cache.prompt_length_B[prompt_S, None]
+        extra = padding(len(row_S), self.model.config)
+        plan = ExtendPlan(
+            cache.store, prompt_S, cache.store.prompt_slots + slot_S,
+            torch.cat([prompt_SP, visible_SG], dim=1), position_S, extra,
+        )  # fmt: skip
+        hidden_SD = self._run(torch.from_numpy(chains.flat).long(), extra, plan)
+        return replace(
+            cache,
+            used_B=cache.used_B + torch.bincount(prompt_S, minlength=len(cache.used_B)),
+            prompt_R=torch.cat([cache.prompt_R, prompt_S]),
+            length_R=torch.cat([cache.length_R, position_S + 1]),
+            visible_RG=torch.cat([visible_RG, visible_SG]),
+            hidden_RD=None if hidden_SD is None else torch.cat([_present(cache.hidden_RD), hidden_SD]),
+        )
 
-    def _logits(self, tokens_BT: Tensor, row_N: Tensor, position_N: Tensor) -> Tensor:
-        """Logits at (row, position) on every model-parallel rank; the hidden states walk through the stages."""
-        B, T = tokens_BT.shape
-        with modes(self.model, training=False):
+    def keep(self, cache: Cache, prompt_M: Tensor) -> tuple[Cache, Tensor]:
+        """The cache of M of its prompts only, and every old row's new number (-1 = gone)."""
+        prompt_M = prompt_M.to(cache.prompt_R.device)
+        new_B = torch.full_like(cache.used_B, -1)
+        new_B[prompt_M] = torch.arange(len(prompt_M), device=new_B.device)
+        kept_R = new_B[cache.prompt_R] >= 0
+        new_R = torch.where(kept_R, kept_R.cumsum(0) - 1, -1)
+        cache.store.keep(prompt_M)
+        used_B = cache.used_B[prompt_M]
+        generated = int(used_B.max()) if len(used_B) else 0
+        return Cache(
+            store=cache.store,
+            prompt_length_B=cache.prompt_length_B[prompt_M],
+            used_B=used_B,
+            prompt_R=new_B[cache.prompt_R][kept_R],
+            length_R=cache.length_R[kept_R],
+            visible_RG=cache.visible_RG[kept_R, :generated],
+            hidden_RD=None if cache.hidden_RD is None else cache.hidden_RD[kept_R],
+        ), new_R
+
+    def join(self, first: Cache, second: Cache) -> tuple[Cache, Tensor, Tensor]:
+        """One cache of both, prompts of ``first`` in front, and the new numbers of the rows of each."""
+        prompts = len(first.used_B), len(second.used_B)
+        heads_then_rest = torch.cat([
+            torch.arange(prompts[0]), len(first) + torch.arange(prompts[1]),
+            torch.arange(prompts[0], len(first)), len(first) + torch.arange(prompts[1], len(second)),
+        ]).to(first.prompt_R.device)  # fmt: skip
+        new_R = heads_then_rest.argsort()
+        first.store.join(second.store)
+        generated = max(first.visible_RG.shape[1], second.visible_RG.shape[1])
+        visible = [
+            torch.nn.functional.pad(x.visible_RG, (0, generated - x.visible_RG.shape[1])) for x in (first, second)
+        ]
+        hidden = None
+        if first.hidden_RD is not None:
+            hidden = torch.cat([first.hidden_RD, _present(second.hidden_RD)])[heads_then_rest]
+        joined = Cache(
+            store=first.store,
+            prompt_length_B=torch.cat([first.prompt_length_B, second.prompt_length_B]),
+            used_B=torch.cat([first.used_B, second.used_B]),
+            prompt_R=torch.cat([first.prompt_R, second.prompt_R + prompts[0]])[heads_then_rest],
+            length_R=torch.cat([first.length_R, second.length_R])[heads_then_rest],
+            visible_RG=torch.cat(visible)[heads_then_rest],
+            hidden_RD=hidden,
+        )
+        return joined, new_R[: len(first)], new_R[len(first) :]
+
+    @torch.no_grad()
+    def logprobs(self, cache: Cache, row_N: Tensor, position_E: Tensor, token_E: Tensor, space: str) -> Tensor:
+        """Log-probs [E] of tokens behind rows, on every model-parallel rank (see ``rollout.lm.LM``)."""
+        device = parallel.device()
+        row_N, position_E, token_E = row_N.to(device), position_E.to(device), token_E.to(device)
+        logp_E = None
+        if parallel.is_last_stage():
+            hidden_ND = _present(cache.hidden_RD)[row_N]
+            logit_E = edge_logits(self.model, hidden_ND, position_E, token_E)
+            if space == "trie":
+                logp_E = segment_log_softmax(logit_E, position_E, len(row_N))
+            else:
+                real = local_vocab(self.model)[1]
+                logp_E = logit_E - vocab_log_sum_exp(hidden_ND, head_weight_VD(self.model), real)[position_E]
+        return parallel.broadcast_from_last_stage(logp_E, (len(token_E),), logit_dtype(self.model))
+
+    def _run(self, tokens_S: Tensor, extra: int, plan: AttentionPlan) -> Tensor | None:
+        """Hidden states [S, D] of the real tokens on the last stage, None on the others, through all stages."""
+        real = len(tokens_S)
+        tokens_BS = torch.nn.functional.pad(tokens_S.to(parallel.device()), (0, extra))[None]
+        with _without_sequence_parallel(self.model), modes(self.model, training=False):
             if not parallel.is_first_stage():
-                arriving = next(self.model.parameters()).new_empty(T, B, self.shape.hidden)
+                arriving = next(self.model.parameters()).new_empty(real + extra, 1, self.shape.hidden)
                 dist.recv(arriving, src=parallel_state.get_pipeline_model_parallel_prev_rank(), group=_stages())
                 self.model.set_input_tensor(arriving)
-            hidden_TBD = self.model(tokens_BT, None, None)
+            hidden_SBD = self.model(tokens_BS, None, None, packed_seq_params=plan)
             self.model.set_input_tensor(None)
-            logits_NV = None
-            if parallel.is_last_stage():
-                logits_NV = full_logits_NV(self.model, hidden_TBD[position_N, row_N])
-            else:
+            if not parallel.is_last_stage():
                 following = parallel_state.get_pipeline_model_parallel_next_rank()
-                dist.send(hidden_TBD.contiguous(), dst=following, group=_stages())
-        shape = (len(row_N), self.shape.vocab)
-        return parallel.broadcast_from_last_stage(logits_NV, shape, logit_dtype(self.model))
+                dist.send(hidden_SBD.contiguous(), dst=following, group=_stages())
+                return None
+        return hidden_SBD[:real, 0]
+
+
+def _chains(rows: TokenRows) -> TokenBatch:
+    """Rows as trees without a fork."""
+    length_B = torch.from_numpy(rows.lengths)
+    end_S = length_B.cumsum(0).repeat_interleave(length_B)
+    position_S = torch.arange(len(end_S)) - (length_B.cumsum(0) - length_B).repeat_interleave(length_B)
+    none = torch.zeros(0, dtype=torch.long)
+    return TokenBatch(
+        tokens_S=torch.from_numpy(rows.flat).long(), position_S=position_S, end_S=end_S, chain_B=length_B,
+        tree_B=torch.zeros_like(length_B), place_P=none, row_N=none, target_N=none,
+    )  # fmt: skip
+
+
+def _present(hidden_RD: Tensor | None) -> Tensor:
+    assert hidden_RD is not None, "only the last pipeline stage holds hidden states"
+    return hidden_RD
 
 
 def _stages() -> dist.ProcessGroup:
     return parallel_state.get_pipeline_model_parallel_group()
 
 
-def _place_within(root_R: Tensor) -> Tensor:
-    """Each row's number among the rows of the same prompt, in row order."""
-    order = root_R.argsort(stable=True)
-    sorted_root = root_R[order]
-    first = torch.searchsorted(sorted_root, sorted_root)
-    place_R = torch.empty_like(root_R)
-    place_R[order] = torch.arange(len(root_R), device=root_R.device) - first
-    return place_R
-
-
 @contextlib.contextmanager
 def _without_sequence_parallel(model: GPTModel) -> Iterator[None]:
-    """Decoding steps are one token long: nothing to split. Megatron's modules read these flags in every forward."""
+    """Decoding steps are a few tokens long: nothing to split. Megatron's modules read these flags in every forward."""
     if not model.config.sequence_parallel:
         yield
         return

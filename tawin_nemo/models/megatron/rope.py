@@ -1,15 +1,16 @@
-"""Rotary positions: by place in the row, or by explicit position ids when the attention context has them."""
+"""Rotary positions: by place in the row, or by the positions of an attention plan."""
 
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 from torch import Tensor
 
 from tawin_nemo.backbones import Backbone, RopeScaling
-from tawin_nemo.models.megatron.attention import AttentionContext
+from tawin_nemo.models.megatron.attention import AttentionPlan
 
 
 def inverse_frequencies(dim: int, theta: float, scaling: RopeScaling | None) -> Tensor:
@@ -28,20 +29,23 @@ def inverse_frequencies(dim: int, theta: float, scaling: RopeScaling | None) -> 
 
 
 class PositionedRotary(RotaryEmbedding):
-    """megatron's rotary embedding; frequencies are gathered by ``context.positions_BT`` when it is set."""
+    """megatron's rotary embedding; a plan's own positions replace the places in the row."""
 
-    def __init__(self, shape: Backbone, context: AttentionContext) -> None:
+    def __init__(self, shape: Backbone) -> None:
         super().__init__(kv_channels=shape.kv_channels, rotary_percent=1.0, rotary_base=shape.rope_theta)
-        self.context = context
         device = torch.cuda.current_device()
         self.inv_freq = inverse_frequencies(shape.kv_channels, shape.rope_theta, shape.rope_scaling).to(device)
 
-    def forward(self, max_seq_len: int, offset: int = 0, **unused: object) -> Tensor:
-        """Angles [S, 1, 1, dim] of places ``offset ..``, or [S, B, 1, dim] of the explicit positions."""
-        positions_BT = self.context.positions_BT
-        if positions_BT is None:
-            places_SB = torch.arange(offset, offset + max_seq_len, device=self.inv_freq.device)[:, None]
+    def get_rotary_seq_len(self, *arguments: Any, **named: Any) -> int | Tensor:
+        """What megatron hands to ``forward``: the plan's positions, or the length of the rows."""
+        plan = next((value for value in (*arguments, *named.values()) if isinstance(value, AttentionPlan)), None)
+        return super().get_rotary_seq_len(*arguments, **named) if plan is None else plan.position_S
+
+    def forward(self, length_or_positions: int | Tensor, offset: int = 0, **unused: object) -> Tensor:
+        """Angles [S, 1, 1, dim] of places ``offset ..``, or of the given positions [S]."""
+        if isinstance(length_or_positions, Tensor):
+            place_S = length_or_positions.to(self.inv_freq.device)
         else:
-            places_SB = positions_BT.to(self.inv_freq.device).t()
-        angles = places_SB[:, :, None].to(self.inv_freq.dtype) * self.inv_freq
-        return torch.cat((angles, angles), dim=-1)[:, :, None, :]
+            place_S = torch.arange(offset, offset + length_or_positions, device=self.inv_freq.device)
+        angles = place_S[:, None].to(self.inv_freq.dtype) * self.inv_freq
+        return torch.cat((angles, angles), dim=-1)[:, None, None, :]

@@ -32,7 +32,7 @@ Loss = Callable[[Tensor], tuple[Tensor, dict[str, Tensor]]]
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """Rows of one forward pass; ``loss`` maps their log-probs [N] to a summed loss and summed statistics."""
+    """What runs in one forward pass; ``loss`` maps its log-probs [N] to a summed loss and summed statistics."""
 
     batch: TokenBatch
     loss: Loss
@@ -40,9 +40,15 @@ class MicroBatch:
 
 def _no_rows() -> MicroBatch:
     """What a data-parallel rank without rows runs: it must still take part in the collectives."""
-    none = torch.zeros(0, dtype=torch.long)
-    row = TokenBatch(torch.zeros(1, 1, dtype=torch.long), torch.ones(1, dtype=torch.long), none, none, none)
-    return MicroBatch(row, lambda logp_N: (logp_N.sum(), {}))
+    none, zero, one = (
+        torch.zeros(0, dtype=torch.long),
+        torch.zeros(1, dtype=torch.long),
+        torch.ones(1, dtype=torch.long),
+    )
+    token = TokenBatch(
+        tokens_S=zero, position_S=zero, end_S=one, chain_B=one, tree_B=zero, place_P=none, row_N=none, target_N=none
+    )
+    return MicroBatch(token, lambda logp_N: (logp_N.sum(), {}))
 
 
 def _forward_step(step: Iterator[MicroBatch], model: torch.nn.Module) -> tuple[Tensor, Callable[[Tensor], Any]]:
@@ -86,7 +92,7 @@ def score(model: GPTModel, batches: list[TokenBatch]) -> list[Tensor]:
             data_iterator=iter(batches),
             model=[model],
             num_microbatches=len(batches),
-            seq_length=1,  # shapes are sent along with the tensors (variable_seq_lengths)
+            seq_length=1,
             micro_batch_size=1,
             forward_only=True,
         )
@@ -126,7 +132,11 @@ class Trainable:
             ),
             [self.ddp],
         )
+        _fuse(self.optimizer)
         self.config.finalize_model_grads_func = _sum_gradients
+        if parallel.data_parallel().size == 1:
+            # a reduction over one rank: gloo copies the whole gradient buffer for nothing
+            self.ddp.finish_grad_sync = lambda *unused, **named: None
 
     def update(self, micro_batches: list[MicroBatch], *, lr: float) -> dict[str, float]:
         """One AdamW step with learning rate ``lr``; returns summed statistics, ``loss`` and ``grad_norm`` (before
@@ -135,6 +145,11 @@ class Trainable:
         Data-parallel ranks may bring different numbers of micro-batches, also none; the ranks of one model-parallel
         group bring the same ones. Raises TawinError when a gradient is not finite; the weights are then unchanged.
         """
+        stats = self.accumulate(micro_batches)
+        return {**stats, "grad_norm": self.step(lr)}
+
+    def accumulate(self, micro_batches: list[MicroBatch]) -> dict[str, float]:
+        """Forward and backward: the gradients' buffers hold the sum over micro-batches and data-parallel ranks."""
         micro_batches = micro_batches or [_no_rows()]
         self.ddp.zero_grad_buffer()
         self.optimizer.zero_grad()
@@ -144,9 +159,13 @@ class Trainable:
                 data_iterator=iter(micro_batches),
                 model=[self.ddp],
                 num_microbatches=len(micro_batches),
-                seq_length=1,
+                seq_length=1,  # shapes are sent along with the tensors (variable_seq_lengths)
                 micro_batch_size=1,
             )
+        return _sum_stats(stats)
+
+    def step(self, lr: float) -> float:
+        """AdamW on the accumulated gradients; returns their norm before clipping."""
         self.optimizer.prepare_grads()
         grad_norm = float(self.optimizer.get_grad_norm())
         if not math.isfinite(grad_norm):
@@ -155,7 +174,7 @@ class Trainable:
             group["lr"] = lr
             group["weight_decay"] = self._weight_decay * group["wd_mult"]
         self.optimizer.step()
-        return {**_sum_stats(stats), "grad_norm": grad_norm}
+        return grad_norm
 
     def score(self, batches: list[TokenBatch]) -> list[Tensor]:
         """Log-probs of the current weights; see ``score``."""
@@ -170,6 +189,14 @@ class Trainable:
             f"{', '.join(names[:5]) or 'only the norm itself'}. "
             "The weights were not changed: lower the learning rate or look at this step's rows"
         )
+
+
+def _fuse(optimizer: Any) -> None:
+    """One pass over the memory instead of ten, where megatron found neither apex nor Transformer Engine."""
+    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+        if isinstance(part.optimizer, torch.optim.Adam | torch.optim.AdamW):
+            for group in part.optimizer.param_groups:
+                group.update(fused=True, foreach=False)
 
 
 def _sum_stats(stats: list[dict[str, Tensor]]) -> dict[str, float]:

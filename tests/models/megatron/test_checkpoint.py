@@ -10,12 +10,14 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 
 from tawin_nemo.backbones import Backbone
 from tawin_nemo.config import ModelConfig, TrainerConfig
+from tawin_nemo.data.trees import tree_batch
 from tawin_nemo.errors import CheckpointError
 from tawin_nemo.models.megatron import checkpoint, parallel
 from tawin_nemo.models.megatron.build import build_model
@@ -28,7 +30,7 @@ from tawin_nemo.models.megatron.checkpoint import (
     save_checkpoint,
 )
 from tawin_nemo.models.megatron.trainable import MicroBatch, Trainable
-from tawin_nemo.types import TokenBatch
+from tawin_nemo.types import TokenRows
 
 SHAPE = Backbone("qwen2", 16, 2, 4, 2, 24, 21, rope_theta=1e4, max_position=64)
 ROWS, LENGTH = 3, 7
@@ -48,10 +50,8 @@ def trainable(seed: int, *, shape: Backbone = SHAPE, distributed: bool = False, 
 def update(actor: Trainable, step: int) -> dict[str, float]:
     """One update on rows that are a function of the step."""
     tokens = torch.randint(0, SHAPE.vocab, (ROWS, LENGTH + 1), generator=torch.Generator().manual_seed(step))
-    row_N = torch.arange(ROWS).repeat_interleave(LENGTH)
-    position_N = torch.arange(LENGTH).repeat(ROWS)
-    target_N = tokens[:, 1:].reshape(-1)
-    batch = TokenBatch(tokens[:, :-1], torch.full((ROWS,), LENGTH), row_N, position_N, target_N)
+    first, others = (TokenRows.from_lists(list(part.numpy())) for part in (tokens[:, :1], tokens[:, 1:]))
+    batch, _ = tree_batch(first, others, np.arange(ROWS), None)
     return actor.update([MicroBatch(batch, lambda logp_N: (-logp_N.mean(), {}))], lr=1e-2)
 
 

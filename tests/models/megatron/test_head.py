@@ -8,7 +8,7 @@ from torch import Tensor
 
 from tawin_nemo.backbones import Backbone
 from tawin_nemo.config import ModelConfig
-from tawin_nemo.models.megatron import parallel
+from tawin_nemo.models.megatron import head, head_lse, parallel
 from tawin_nemo.models.megatron.build import HiddenGPT, build_model
 from tawin_nemo.models.megatron.head import child_logprobs, full_logits_NV, head_weight_VD, select_rows, token_logprobs
 from tawin_nemo.types import Children
@@ -37,19 +37,28 @@ def gradients(value_N: Tensor, hidden_ND: Tensor, weight_VD: Tensor) -> list[Ten
     return list(torch.autograd.grad((value_N * weights).sum(), [hidden_ND, weight_VD]))
 
 
+@pytest.mark.parametrize(("alive", "kept"), [(2**24, 2**25), (2 * REAL, 2**25), (2 * REAL, 0)])
 @pytest.mark.parametrize("tied", [True, False])
-def test_vocab_space_equals_log_softmax_without_the_padded_rows(tied: bool, hidden_ND: Tensor) -> None:
+def test_vocab_space_equals_log_softmax_without_the_padded_rows(
+    tied: bool, alive: int, kept: int, hidden_ND: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Several targets at one row, one row without any; all rows at once, two at a time, and computed twice."""
+    monkeypatch.setattr(head_lse, "_ALIVE", alive)
+    monkeypatch.setattr(head_lse, "_KEPT", kept)
     built = model(tied)
     weight_VD = head_weight_VD(built)
-    target_N = torch.tensor([0, 36, 5, 5, 17, 30, 1, 2, 3])
-    expected_N = (hidden_ND @ weight_VD[:REAL].T).log_softmax(-1)[torch.arange(N), target_N]
-    got_N = token_logprobs(built, hidden_ND, target_N)
+    row_N, target_N = (
+        torch.tensor([3, 0, 0, 1, 2, 5, 5, 5, 8, 7, 6]),
+        torch.tensor([0, 36, 5, 5, 17, 30, 1, 2, 3, 3, 3]),
+    )
+    expected_N = (hidden_ND @ weight_VD[:REAL].T).log_softmax(-1)[row_N, target_N]
+    got_N = token_logprobs(built, hidden_ND, row_N, target_N)
     torch.testing.assert_close(got_N, expected_N, rtol=0, atol=EXACT)
     for got, want in zip(
         gradients(got_N, hidden_ND, weight_VD), gradients(expected_N, hidden_ND, weight_VD), strict=True
     ):
         torch.testing.assert_close(got, want, rtol=0, atol=EXACT)
-    padded = gradients(token_logprobs(built, hidden_ND, target_N), hidden_ND, weight_VD)[1][REAL:]
+    padded = gradients(token_logprobs(built, hidden_ND, row_N, target_N), hidden_ND, weight_VD)[1][REAL:]
     assert torch.equal(padded, torch.zeros_like(padded))
 
 
@@ -90,7 +99,7 @@ def test_forced_token_has_log_prob_and_gradient_exactly_zero(hidden_ND: Tensor) 
 def test_no_positions_at_all() -> None:
     built, none = model(tied=True), torch.zeros(0, dtype=torch.long)
     hidden_ND = torch.zeros(0, 16, dtype=torch.float64, requires_grad=True)
-    assert token_logprobs(built, hidden_ND, none).shape == (0,)
+    assert token_logprobs(built, hidden_ND, none, none).shape == (0,)
     logp_N = child_logprobs(built, hidden_ND, Children(none, none, none))
     assert logp_N.shape == (0,)
     assert logp_N.requires_grad
@@ -101,7 +110,26 @@ def test_full_logits_drop_the_padding(hidden_ND: Tensor) -> None:
     torch.testing.assert_close(full_logits_NV(built, hidden_ND), (hidden_ND @ head_weight_VD(built).T)[:, :REAL])
 
 
-def test_rows_are_picked_by_row_and_position() -> None:
-    hidden_SBD = torch.arange(2 * 3 * 1.0).reshape(2, 3, 1)  # [position, row]
-    picked = select_rows(model(tied=True), hidden_SBD, torch.tensor([2, 0]), torch.tensor([0, 1]))
-    assert picked.tolist() == [[2.0], [3.0]]
+def test_rows_are_picked_by_place() -> None:
+    hidden_SBD = torch.arange(3 * 2.0).reshape(3, 1, 2)
+    assert select_rows(model(tied=True), hidden_SBD, torch.tensor([2, 0])).tolist() == [[4.0, 5.0], [0.0, 1.0]]
+
+
+def test_number_formats_without_a_sparse_kernel_take_the_slow_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    """bf16: rows are gathered, a few edges at a time; the same numbers as float32 up to bf16's rounding."""
+    monkeypatch.setattr(head, "_EDGES_AT_ONCE", 5)
+    generator = torch.Generator().manual_seed(7)
+    hidden = torch.randn(N, 16, generator=generator).bfloat16()
+    built, edges = model(tied=True), children()
+    exact = built.float()
+    want_hidden = hidden.float().requires_grad_()
+    want = child_logprobs(exact, want_hidden, edges)
+    want_grads = gradients(want, want_hidden, head_weight_VD(exact))
+    coarse = built.bfloat16()
+    got_hidden = hidden.clone().requires_grad_()
+    got = child_logprobs(coarse, got_hidden, edges)
+    torch.testing.assert_close(got, want, rtol=0, atol=0.05)
+    for got_grad, want_grad in zip(gradients(got, got_hidden, head_weight_VD(coarse)), want_grads, strict=True):
+        torch.testing.assert_close(
+            got_grad.float(), want_grad.detach(), rtol=0, atol=0.05 * float(want_grad.abs().max())
+        )

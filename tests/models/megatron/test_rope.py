@@ -9,7 +9,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from tawin_nemo.backbones import backbone, with_vocab
 from tawin_nemo.config import ModelConfig
 from tawin_nemo.models.megatron import parallel
-from tawin_nemo.models.megatron.attention import attention_context
+from tawin_nemo.models.megatron.attention import AttentionPlan
 from tawin_nemo.models.megatron.build import build_model
 from tawin_nemo.models.megatron.rope import inverse_frequencies
 
@@ -39,15 +39,13 @@ def test_llama3_scaling_is_that_of_transformers() -> None:
     torch.testing.assert_close(scaled[-1], plain[-1] / 32.0, rtol=1e-6, atol=0)
 
 
-def test_explicit_positions_rotate_like_places() -> None:
+def test_positions_of_a_plan_rotate_like_places() -> None:
     parallel.initialize(ModelConfig(), seed=1)
     shape = with_vocab(backbone("nano"), 40)
     model = build_model(shape, ModelConfig(), seed=1)
-    rotary, context = model.rotary_pos_emb, attention_context(model)
+    rotary = model.rotary_pos_emb
     places = rotary(9)
     assert places.shape == (9, 1, 1, shape.kv_channels)
-    positions = torch.tensor([[0, 3, 8], [5, 5, 1]])
-    with context.using(positions_BT=positions):
-        explicit = rotary(3)
-    assert context.positions_BT is None
-    assert torch.equal(explicit[:, :, 0], places[positions.t(), 0, 0])
+    plan = AttentionPlan(torch.tensor([0, 3, 8, 5, 5, 1]))
+    explicit = rotary(rotary.get_rotary_seq_len(None, model.decoder, None, model.config, plan))
+    assert torch.equal(explicit, places[plan.position_S])

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
 from tawin_nemo.backbones import Backbone
 from tawin_nemo.config import ModelConfig, TrainerConfig
+from tawin_nemo.data.trees import tree_batch
 from tawin_nemo.errors import TawinError
 from tawin_nemo.models.megatron import parallel
 from tawin_nemo.models.megatron.build import build_model
 from tawin_nemo.models.megatron.forward import batch_logprobs, hidden_states
 from tawin_nemo.models.megatron.trainable import MicroBatch, Trainable
-from tawin_nemo.types import TokenBatch
+from tawin_nemo.types import TokenBatch, TokenRows
 
 SHAPE = Backbone("qwen2", hidden=32, layers=2, heads=4, kv_heads=2, ffn=48, vocab=51, rope_theta=1e4, max_position=256)
 ROWS, LENGTH = 6, 9
@@ -25,11 +27,10 @@ def _one_process() -> None:
 
 
 def batch(rows: list[int]) -> TokenBatch:
+    """Some of ROWS fixed token rows; every token but the first is scored."""
     tokens = torch.randint(0, SHAPE.vocab, (ROWS, LENGTH + 1), generator=torch.Generator().manual_seed(2))[rows]
-    row_N = torch.arange(len(rows)).repeat_interleave(LENGTH)
-    position_N = torch.arange(LENGTH).repeat(len(rows))
-    lengths_B = torch.full((len(rows),), LENGTH)
-    return TokenBatch(tokens[:, :LENGTH], lengths_B, row_N, position_N, tokens[row_N, position_N + 1])
+    first, others = (TokenRows.from_lists(list(part.numpy())) for part in (tokens[:, :1], tokens[:, 1:]))
+    return tree_batch(first, others, np.arange(len(rows)), None)[0]
 
 
 def mean_loss(logp_N: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:

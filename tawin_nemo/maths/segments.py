@@ -1,0 +1,22 @@
+"""Log-softmax over the segments of a flat, sorted array: the children of many trie nodes in one go."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def segment_log_softmax(values_E: Tensor, segment_E: Tensor, num_segments: int) -> Tensor:
+    """Log-softmax within each segment (``segment_E`` ascending). A segment of one element gives exactly 0.
+
+    >>> segment_log_softmax(torch.tensor([0.0, 0.0, 7.0]), torch.tensor([0, 0, 1]), 2).exp()
+    tensor([0.5000, 0.5000, 1.0000])
+    """
+    if len(values_E) == 0:  # torch has no maximum over nothing
+        return values_E
+    count_N = torch.bincount(segment_E, minlength=num_segments)
+    peak_N = torch.segment_reduce(values_E.detach(), "max", lengths=count_N)
+    shifted_E = values_E - peak_N[segment_E]
+    # Not index_add: its order of summation varies on CUDA, and ranks that share a model must decide alike.
+    total_N = torch.segment_reduce(shifted_E.exp(), "sum", lengths=count_N)
+    return shifted_E - total_N.log()[segment_E]

@@ -1,0 +1,80 @@
+"""Attention of new tokens over stored keys: what one step of a search runs."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from tawin_nemo.models.megatron.attention import AttentionPlan, PlannedAttention, additive_mask
+from tawin_nemo.models.megatron.kv_store import KeyValueSlots
+from tawin_nemo.models.megatron.tree_plan import TreePlan
+from tawin_nemo.types import TokenBatch
+
+
+class PrefillPlan(TreePlan):
+    """Prompts attend to themselves, and leave their keys and values in the store."""
+
+    def __init__(self, batch: TokenBatch, device: torch.device, store: KeyValueSlots, padding: int) -> None:
+        super().__init__(batch, device, padding)
+        self._store = store
+        cell_BT = self.chain.inside_BT.nonzero()
+        self._prompt_S, self._slot_S = cell_BT[:, 0], cell_BT[:, 1]
+
+    def attend(self, core: PlannedAttention, query_SHD: Tensor, key_SGD: Tensor, value_SGD: Tensor) -> Tensor:
+        real = len(self._prompt_S)
+        self._store.write(core.layer_number, self._prompt_S, self._slot_S, key_SGD[:real], value_SGD[:real])
+        return super().attend(core, query_SHD, key_SGD, value_SGD)
+
+
+class ExtendPlan(AttentionPlan):
+    """S new tokens, token s in slot ``slot_S[s]`` of prompt ``prompt_S[s]``, seeing what ``visible_SK`` says."""
+
+    def __init__(
+        self,
+        store: KeyValueSlots,
+        prompt_S: Tensor,
+        slot_S: Tensor,
+        visible_SK: Tensor,
+        position_S: Tensor,
+        padding: int,
+    ) -> None:
+        super().__init__(torch.nn.functional.pad(position_S, (0, padding)))
+        self._store, self._prompt_S, self._slot_S = store, prompt_S, slot_S
+        self._slots = visible_SK.shape[1]
+        prompt_M, self._block_S = prompt_S.unique(return_inverse=True)
+        # a copy of the keys of those prompts that have new tokens, unless these are most of all
+        few = 2 * len(prompt_M) <= store.prompts
+        self._prompt_M = prompt_M if few else None
+        if not few:
+            self._block_S = prompt_S
+        self._place_S = place_within(self._block_S)
+        self._blocks = len(prompt_M) if few else store.prompts
+        self._width = int(self._place_S.max()) + 1
+        visible_BSK = visible_SK.new_zeros(self._blocks, self._width, self._slots)
+        visible_BSK[:, :, 0] = True  # places without a token see a slot: a softmax over nothing is not a number
+        visible_BSK[self._block_S, self._place_S] = visible_SK
+        self._visible_BSK = visible_BSK
+        self._mask: Tensor | None = None
+
+    def attend(self, core: PlannedAttention, query_SHD: Tensor, key_SGD: Tensor, value_SGD: Tensor) -> Tensor:
+        real = len(self._prompt_S)
+        self._store.write(core.layer_number, self._prompt_S, self._slot_S, key_SGD[:real], value_SGD[:real])
+        keys, values = self._store.read(core.layer_number, self._prompt_M, self._slots)
+        query_BSHD = query_SHD.new_zeros(self._blocks, self._width, *query_SHD.shape[1:])
+        query_BSHD[self._block_S, self._place_S] = query_SHD[:real]
+        if self._mask is None:
+            self._mask = additive_mask(self._visible_BSK, query_SHD.shape[1] // key_SGD.shape[1], query_SHD.dtype)
+        output_BHSD = core.masked(query_BSHD.transpose(1, 2), keys, values, self._mask)
+        output_SHD = query_SHD.new_zeros(query_SHD.shape)
+        output_SHD[:real] = output_BHSD.transpose(1, 2)[self._block_S, self._place_S]
+        return output_SHD
+
+
+def place_within(group_S: Tensor) -> Tensor:
+    """Each entry's number among the entries of the same group, in order."""
+    order_S = group_S.argsort(stable=True)
+    sorted_S = group_S[order_S]
+    first_S = torch.searchsorted(sorted_S, sorted_S)
+    place_S = torch.empty_like(group_S)
+    place_S[order_S] = torch.arange(len(group_S), device=group_S.device) - first_S
+    return place_S

@@ -1,0 +1,56 @@
+"""Reading few rows of a large matrix without a gradient the size of the matrix.
+
+Embedding and LM head have a row per vocabulary entry, a step touches few of them. torch's own backward makes a dense
+[V, D] gradient for each use and megatron then adds it to the gradient buffer: at 151,936 x 896 that is more time and
+memory than a small step itself. Here the rows go straight into the buffer, as megatron's fused weight gradients do.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from megatron.core.tensor_parallel.layers import VocabParallelEmbedding
+from megatron.core.tensor_parallel.mappings import (
+    reduce_from_tensor_model_parallel_region,
+    reduce_scatter_to_sequence_parallel_region,
+)
+from torch import Tensor
+
+
+def add_rows(weight: Tensor, index_N: Tensor, grad_ND: Tensor) -> Tensor | None:
+    """Add gradient rows to megatron's buffer of ``weight`` (returns None), or make a dense gradient where none is."""
+    if hasattr(weight, "main_grad"):
+        weight.main_grad.index_add_(0, index_N, grad_ND.to(weight.main_grad.dtype))
+        return None
+    return torch.zeros_like(weight).index_add_(0, index_N, grad_ND)
+
+
+class _Rows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, weight_VD: Tensor, index_N: Tensor) -> Tensor:
+        ctx.weight_VD = weight_VD  # the parameter itself: saved tensors lose its ``main_grad``
+        ctx.save_for_backward(index_N)
+        return weight_VD.index_select(0, index_N)
+
+    @staticmethod
+    def backward(ctx: Any, grad_ND: Tensor) -> tuple[Tensor | None, None]:
+        (index_N,) = ctx.saved_tensors
+        return add_rows(ctx.weight_VD, index_N, grad_ND), None
+
+
+class RowEmbedding(VocabParallelEmbedding):
+    """megatron's vocabulary-parallel embedding with gradients by row."""
+
+    def forward(self, input_: Tensor) -> Tensor:
+        """Token ids [B, S] -> [B, S, D], or this rank's part of [S, B, D] under sequence parallelism."""
+        local = (input_ - self.vocab_start_index).flatten()
+        here = (local >= 0) & (local < self.weight.shape[0])
+        rows = _Rows.apply(self.weight, torch.where(here, local, 0))
+        if self.tp_group.size() > 1:
+            rows = torch.where(here[:, None], rows, 0)
+        output = rows.view(*input_.shape, -1)
+        if self.reduce_scatter_embeddings:
+            output = output.transpose(0, 1).contiguous()
+            return reduce_scatter_to_sequence_parallel_region(output, group=self.tp_group)
+        return reduce_from_tensor_model_parallel_region(output, group=self.tp_group)
