@@ -164,7 +164,7 @@ class RolloutConfig:
     score_space: str = choice("trie", "vocab", help="what beams are ranked by")
     length_penalty: float = number(0.0, help="final score = sum log p / len^penalty")
     temperature: float = number(1.0, 1e-6, help="of constrained sampling")
-    token_budget: int = number(262144, 16, help="prompt tokens x beams handled at once per rank")
+    token_budget: int = number(262144, 16, help="tokens held at once per rank: prompts once, plus what beams may run")
     placement: str = choice("colocated", help="rollouts on the training ranks")
     tensor_model_parallel_size: int = number(0, 0, help="0 = as in training")
 
@@ -182,7 +182,7 @@ class EvalConfig:
     collision: str = choice(
         "fractional", "optimistic", help="credit of items that share one token path: 1/number sharing, or a full hit"
     )
-    token_budget: int = number(262144, 16, help="prompt tokens x beams handled at once per rank")
+    token_budget: int = number(262144, 16, help="tokens held at once per rank: prompts once, plus what beams may run")
 
 
 @dataclass(frozen=True)

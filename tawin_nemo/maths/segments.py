@@ -16,7 +16,8 @@ def segment_log_softmax(values_E: Tensor, segment_E: Tensor, num_segments: int) 
         return values_E
     count_N = torch.bincount(segment_E, minlength=num_segments)
     peak_N = torch.segment_reduce(values_E.detach(), "max", lengths=count_N)
-    shifted_E = values_E - peak_N[segment_E]
+    # index_select, not indexing: for a few thousand numbers the latter wakes all CPU threads, which costs far more
+    shifted_E = values_E - peak_N.index_select(0, segment_E)
     # Not index_add: its order of summation varies on CUDA, and ranks that share a model must decide alike.
     total_N = torch.segment_reduce(shifted_E.exp(), "sum", lengths=count_N)
-    return shifted_E - total_N.log()[segment_E]
+    return shifted_E - total_N.log().index_select(0, segment_E)

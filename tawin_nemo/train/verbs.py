@@ -115,7 +115,8 @@ def generate(world: World) -> dict[str, Any]:
 
 def recommend(world: World, histories: list[list[int]], prompts: TokenRows, n: int) -> list[dict[str, Any]]:
     """One entry per prompt: its history and the best ``n`` items with scores."""
-    found = engine_of(world).search(prompts, max(n, world.recipe.eval.beams))
+    width = min(max(n, world.recipe.eval.beams), world.catalog.trie.num_leaves)
+    found = engine_of(world).search(prompts, width)
     titles = world.catalog.titles
     return [
         {

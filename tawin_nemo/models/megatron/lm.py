@@ -178,7 +178,7 @@ class MegatronLM:
         row_N, position_E, token_E = row_N.to(device), position_E.to(device), token_E.to(device)
         logp_E = None
         if parallel.is_last_stage():
-            hidden_ND = _present(cache.hidden_RD)[row_N]
+            hidden_ND = _present(cache.hidden_RD).index_select(0, row_N)
             logit_E = edge_logits(self.model, hidden_ND, position_E, token_E)
             if space == "trie":
                 logp_E = segment_log_softmax(logit_E, position_E, len(row_N))
