@@ -63,18 +63,21 @@ def step(lm: LM, cache: Any, trie: TokenTrie, beams: Beams, rules: Rules) -> Bea
 
     Raises TawinError if the model returns NaN.
     """
-    table = _continuations(lm, cache, trie, beams, rules)
-    columns = table.score_BC.shape[1]
-    # At most one token ends a path at each beam where paths end with an own token (EOS): 2 W are enough. Elsewhere
-    # more paths can end within the best ones, and the W best that go on may lie behind all of them.
-    for count in (min(2 * rules.width, columns), columns):
-        found = _ranked(trie, beams, table, count)
-        goes_on_BK = found.real_BK & ~found.ends_BK
-        if count == columns or not bool((found.real_BK[:, -1] & (goes_on_BK.sum(1) < rules.width)).any()):
-            break
-    if bool(found.ends_BK[:, : rules.width].any()):
-        beams = _finish(beams, found, rules)
-    return _advance(beams, found, goes_on_BK, rules)
+    # A step is some 300 small calls of torch; a mode that looks at each (the CPU shim below megatron is one, and this
+    # needs none of it) would cost as much as the work itself.
+    with torch._C.DisableTorchFunction():
+        table = _continuations(lm, cache, trie, beams, rules)
+        columns = table.score_BC.shape[1]
+        # At most one token ends a path at each beam where paths end with an own token (EOS): 2 W are enough. Elsewhere
+        # more paths can end within the best ones, and the W best that go on may lie behind all of them.
+        for count in (min(2 * rules.width, columns), columns):
+            found = _ranked(trie, beams, table, count)
+            goes_on_BK = found.real_BK & ~found.ends_BK
+            if count == columns or not bool((found.real_BK[:, -1] & (goes_on_BK.sum(1) < rules.width)).any()):
+                break
+        if bool(found.ends_BK[:, : rules.width].any()):
+            beams = _finish(beams, found, rules)
+        return _advance(beams, found, goes_on_BK, rules)
 
 
 def to_next_choice(trie: TokenTrie, beams: Beams, rules: Rules) -> Beams:

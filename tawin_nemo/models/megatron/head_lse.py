@@ -1,7 +1,11 @@
-"""Log-sum-exp over a sharded vocabulary, a few rows at a time, forward and backward."""
+"""Log-sum-exp over a sharded vocabulary, a slice of it at a time, forward and backward.
+
+A slice's logits stay in the cache for all that is done with them, and its rows of the gradient buffer are written once.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -10,11 +14,12 @@ import torch.nn.functional as F
 from megatron.core import parallel_state
 from torch import Tensor
 
-#: Logits alive at once (64 MiB in float32), and the softmax that may be kept for the backward (128 MiB): larger ones
-#: are computed a second time.
-_ALIVE, _KEPT = 2**24, 2**25
-#: Rows of a float32 gradient buffer that a bf16 product is added to at once.
-_BUFFER_ROWS = 8192
+#: Logits alive at once: 4 MiB in float32 on a CPU, 64 MiB on a GPU.
+_ALIVE = {"cpu": 2**20, "cuda": 2**24}
+#: Exponentials that may be kept for the backward (32 MiB in float32); more of them are computed a second time.
+_KEPT = 2**23
+#: Fewest vocabulary rows of a slice: below, the matrix products get slow.
+_NARROWEST = 256
 
 
 def vocab_log_sum_exp(hidden_PD: Tensor, weight_VD: Tensor, real: int) -> Tensor:
@@ -30,65 +35,61 @@ class _LogSumExp(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden_PD: Tensor, weight_VD: Tensor, real: int) -> Tensor:
         keeps = ctx.needs_input_grad[0] and len(hidden_PD) * real <= _KEPT
-        rows = _rows_at_once(real)
-        peaks, totals, kept = [], [], []
-        for part_ND in hidden_PD.split(rows):
-            logits_NV = _logits(part_ND, weight_VD[:real])
-            peak_N = logits_NV.amax(dim=1) if real else logits_NV.new_full((len(part_ND),), -torch.inf)
-            peaks.append(peak_N)
-            exp_NV = logits_NV.sub_(torch.where(peak_N.isinf(), 0, peak_N)[:, None]).exp_()
-            totals.append(exp_NV.sum(dim=1))
+        peak_P = torch.full((len(hidden_PD),), -torch.inf, dtype=_wide(hidden_PD), device=hidden_PD.device)
+        total_P = torch.zeros_like(peak_P)
+        kept: list[Tensor] = []
+        for rows in _slices(hidden_PD, real):
+            logits_PN = _logits(hidden_PD, weight_VD[rows])
+            higher_P = torch.maximum(peak_P, logits_PN.amax(dim=1))
+            exp_PN = logits_PN.sub_(higher_P[:, None]).exp_()
+            total_P = total_P * (peak_P - higher_P).exp() + exp_PN.sum(dim=1)
+            peak_P = higher_P
             if keeps:
-                kept.append(exp_NV)
-        wide = _wide_dtype(hidden_PD)
-        peak_P = torch.cat(peaks) if peaks else hidden_PD.new_zeros(0, dtype=wide)
-        total_P = torch.cat(totals) if totals else hidden_PD.new_zeros(0, dtype=wide)
+                kept += [exp_PN, higher_P]
         lse_P = _reduced(peak_P, total_P)
-        ctx.weight_VD, ctx.real, ctx.rows = weight_VD, real, rows
-        ctx.save_for_backward(hidden_PD, lse_P, peak_P, *kept)
+        ctx.weight_VD, ctx.real = weight_VD, real  # the parameter itself: saved tensors lose its ``main_grad``
+        ctx.save_for_backward(hidden_PD, lse_P, *kept)
         return lse_P
 
     @staticmethod
     def backward(ctx: Any, grad_P: Tensor) -> tuple[Tensor, Tensor | None, None]:
-        hidden_PD, lse_P, peak_P, *kept = ctx.saved_tensors
-        weight_VD, real = ctx.weight_VD, ctx.real
+        hidden_PD, lse_P, *kept = ctx.saved_tensors
+        weight_VD = ctx.weight_VD
         buffer = getattr(weight_VD, "main_grad", None)
         grad_VD = torch.zeros_like(weight_VD) if buffer is None else buffer
-        grads = []
-        for i, part_ND in enumerate(hidden_PD.split(ctx.rows)):
-            rows = slice(i * ctx.rows, i * ctx.rows + len(part_ND))
+        grad_PD = torch.zeros(hidden_PD.shape, dtype=_wide(hidden_PD), device=hidden_PD.device)
+        for i, rows in enumerate(_slices(hidden_PD, ctx.real)):
             if kept:
-                weighted_NV = kept[i] * ((peak_P[rows] - lse_P[rows]).exp() * grad_P[rows])[:, None]
+                exp_PN, peak_P = kept[2 * i], kept[2 * i + 1]
+                weighted_PN = exp_PN * ((peak_P - lse_P).exp() * grad_P)[:, None]
             else:
-                logits_NV = _logits(part_ND, weight_VD[:real])
-                weighted_NV = logits_NV.sub_(lse_P[rows, None]).exp_().mul_(grad_P[rows, None])
-            narrow_NV = weighted_NV.to(hidden_PD.dtype)
-            grads.append(narrow_NV @ weight_VD[:real])
-            _add_outer(grad_VD[:real], narrow_NV, part_ND)
-        grad_PD = torch.cat(grads) if grads else torch.zeros_like(hidden_PD)
-        return grad_PD, (grad_VD if buffer is None else None), None
+                weighted_PN = _logits(hidden_PD, weight_VD[rows]).sub_(lse_P[:, None]).exp_().mul_(grad_P[:, None])
+            weighted_PN = weighted_PN.to(hidden_PD.dtype)
+            _add_product(grad_PD, weighted_PN, weight_VD[rows])
+            _add_product(grad_VD[rows], weighted_PN.t(), hidden_PD)
+        return grad_PD.to(hidden_PD.dtype), (grad_VD if buffer is None else None), None
 
 
-def _add_outer(grad_VD: Tensor, left_NV: Tensor, right_ND: Tensor) -> None:
-    """``grad_VD += left_NV.T @ right_ND``; a wider buffer takes a few rows at a time, torch has no mixed product."""
-    if grad_VD.dtype == left_NV.dtype:
-        grad_VD.addmm_(left_NV.t(), right_ND)
-        return
-    for start in range(0, len(grad_VD), _BUFFER_ROWS):
-        rows = slice(start, start + _BUFFER_ROWS)
-        grad_VD[rows].add_(left_NV[:, rows].t() @ right_ND)
+def _slices(hidden_PD: Tensor, real: int) -> Iterator[slice]:
+    width = max(_NARROWEST, _ALIVE[hidden_PD.device.type] // max(1, len(hidden_PD)))
+    for start in range(0, real, width):
+        yield slice(start, min(start + width, real))
 
 
-def _rows_at_once(real: int) -> int:
-    return max(1, _ALIVE // max(1, real))
+def _logits(hidden_PD: Tensor, weight_ND: Tensor) -> Tensor:
+    return F.linear(hidden_PD, weight_ND).to(_wide(hidden_PD))
 
 
-def _logits(hidden_ND: Tensor, weight_VD: Tensor) -> Tensor:
-    return F.linear(hidden_ND, weight_VD).to(_wide_dtype(hidden_ND))
-
-
-def _wide_dtype(tensor: Tensor) -> torch.dtype:
+def _wide(tensor: Tensor) -> torch.dtype:
     return torch.promote_types(tensor.dtype, torch.float32)
+
+
+def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """``total += left @ right``; torch has no product of bf16 factors that adds to a float32 sum."""
+    if total.dtype == left.dtype:
+        total.addmm_(left, right)
+    else:
+        total.add_(left @ right)
 
 
 def _reduced(peak_P: Tensor, total_P: Tensor) -> Tensor:

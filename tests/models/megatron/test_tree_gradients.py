@@ -80,8 +80,9 @@ def weighted(logp_N: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
 def test_packed_trees_learn_what_repeated_prompts_learn(
     dtype: torch.dtype, space: str, tied: bool, recompute: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(head_lse, "_ALIVE", 7 * 40)
-    monkeypatch.setattr(head_lse, "_KEPT", 0 if recompute == "full" else 2**25)
+    monkeypatch.setattr(head_lse, "_ALIVE", {"cpu": 1})
+    monkeypatch.setattr(head_lse, "_NARROWEST", 7)
+    monkeypatch.setattr(head_lse, "_KEPT", 0 if recompute == "full" else 2**23)
     parallel.initialize(ModelConfig(), seed=1)
     model = build_model(shape(tied), ModelConfig(recompute=recompute), seed=3).to(dtype)
     prompts, answers, prompt_A, full_trie = task()
