@@ -151,6 +151,8 @@ def draw(rows: list[dict[str, Any]], slopes: dict[str, Any], title: str, path: P
         slope = slopes[axis]["step"]
         panel.set_xlabel(f"{axis}{' (prompt tokens)' if axis == 'history' else ''}")
         panel.set_title(f"exponent {slope['all']:.2f}, last two {slope['last']:.2f}", fontsize=9)
+        panel.set_xticks(values, [f"{value:,}" if value < 1000 else f"1e{len(str(value)) - 1}" for value in values])
+        panel.set_xticks([], minor=True)
         panel.grid(which="major", alpha=0.3)
     panels[0].set_ylabel("seconds")
     panels[0].legend(fontsize=8, frameon=False)
