@@ -46,9 +46,9 @@ def load_arrays(folder: Path, tokenizer: str) -> TrieArrays:
 def _load(folder: Path, name: str, checksums: dict[str, str]) -> np.ndarray:
     file = folder / f"{name}.npy"
     if not file.is_file():
-        raise CatalogError(f"{file} is missing; build the trie again")
+        raise CatalogError(f"{file} is missing; remove {folder} and build the trie again")
     if sha256(file) != checksums.get(name):
-        raise CatalogError(f"{file} does not match its checksum; build the trie again")
+        raise CatalogError(f"{file} does not match its checksum; remove {folder} and build the trie again")
     # Copy-on-write: pages stay shared, and torch can wrap the array without a warning about read-only memory.
     array: np.ndarray = np.load(file, mmap_mode="c")
     return array
