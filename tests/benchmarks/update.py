@@ -14,6 +14,7 @@ vocabulary space 3.3 with 4 layers and 5.4 with 24, since the vocabulary-wide he
 
 from __future__ import annotations
 
+import argparse
 import json
 from dataclasses import replace
 from functools import partial
@@ -150,7 +151,7 @@ def peaks(arguments: list[str], best: str) -> dict[str, float]:
     }
 
 
-def main() -> None:
+def arguments() -> argparse.Namespace:
     options = model_parser(__doc__)
     options.add_argument("--prompts", type=int, default=1)
     options.add_argument("--tokens", type=int, default=256, help="of the prompt")
@@ -159,7 +160,11 @@ def main() -> None:
         "--sizes", type=int, nargs="+", default=SIZES, help="micro-batch sizes that the baseline tries"
     )
     options.add_argument("--memory-of", default="", help="only print the peak memory of one side")
-    given = options.parse_args()
+    return options.parse_args()
+
+
+def main() -> None:
+    given = arguments()
     start(given.threads)
     shape = qwen_shape(given.layers, full=given.full)
     if given.memory_of:
