@@ -65,6 +65,19 @@ def _manual_seed(seed: int) -> None:
     torch.manual_seed(seed)
 
 
+class _WeightGradients:
+    """apex's fused weight gradients: the product is added to the buffer as it is made, without a matrix in between."""
+
+    @staticmethod
+    def wgrad_gemm_accum_fp32(input_SD: torch.Tensor, grad_SO: torch.Tensor, main_grad_OD: torch.Tensor) -> None:
+        if input_SD.dtype == main_grad_OD.dtype:
+            main_grad_OD.addmm_(grad_SO.t(), input_SD)
+        else:
+            main_grad_OD.add_(grad_SO.t() @ input_SD)
+
+    wgrad_gemm_accum_fp16 = wgrad_gemm_accum_fp32
+
+
 _REPLACEMENTS: dict[str, object] = {
     "torch.cuda.current_device": lambda: _CPU,
     "torch.cuda.set_device": _nothing,
@@ -80,6 +93,8 @@ _REPLACEMENTS: dict[str, object] = {
     "torch.cuda.default_stream": _NullStream,
     "torch.Tensor.cuda": _unmoved,
     "torch.nn.Module.cuda": _unmoved,
+    "megatron.core.tensor_parallel.layers.fused_weight_gradient_mlp_cuda": _WeightGradients,
+    "megatron.core.tensor_parallel.layers._grad_accum_fusion_available": True,
     "megatron.core.tensor_parallel.random._get_cuda_rng_state": _get_rng_state,
     "megatron.core.tensor_parallel.random._set_cuda_rng_state": _set_rng_state,
 }

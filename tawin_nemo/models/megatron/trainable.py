@@ -18,6 +18,7 @@ from megatron.core.distributed import DistributedDataParallel, DistributedDataPa
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.tensor_parallel import layers
 from torch import Tensor
 
 from tawin_nemo.backbones import Backbone
@@ -106,7 +107,7 @@ class Trainable:
 
     def __init__(self, model: GPTModel, shape: Backbone, trainer: TrainerConfig, *, lr: float) -> None:
         self.model, self.shape, self.config = model, shape, model.config
-        self._weight_decay = trainer.weight_decay
+        self._weight_decay, self._clip_grad = trainer.weight_decay, trainer.clip_grad
         bf16 = model.config.params_dtype == torch.bfloat16
         ddp_config = DistributedDataParallelConfig(
             grad_reduce_in_fp32=True,
@@ -116,6 +117,7 @@ class Trainable:
         )
         self.ddp = DistributedDataParallel(config=self.config, ddp_config=ddp_config, module=model)
         self.ddp.broadcast_params()
+        _fuse_weight_gradients(model)
         self.optimizer = get_megatron_optimizer(
             OptimizerConfig(
                 optimizer="adam",
@@ -125,7 +127,6 @@ class Trainable:
                 adam_beta1=0.9,
                 adam_beta2=trainer.adam_beta2,
                 adam_eps=1e-8,
-                clip_grad=trainer.clip_grad,
                 bf16=bf16,
                 params_dtype=model.config.params_dtype,
                 use_distributed_optimizer=trainer.distributed_optimizer,
@@ -134,9 +135,9 @@ class Trainable:
         )
         _fuse(self.optimizer)
         self.config.finalize_model_grads_func = _sum_gradients
-        if parallel.data_parallel().size == 1:
-            # a reduction over one rank: gloo copies the whole gradient buffer for nothing
-            self.ddp.finish_grad_sync = lambda *unused, **named: None
+        if parallel.data_parallel().size == 1 and self.config.fp8 is None:  # FP8 weights are requantised in the gather
+            # collectives of one rank: gloo copies all gradients, then all weights, into fresh memory and back
+            self.ddp.finish_grad_sync = self.ddp.start_param_sync = lambda *unused, **named: None
 
     def update(self, micro_batches: list[MicroBatch], *, lr: float) -> dict[str, float]:
         """One AdamW step with learning rate ``lr``; returns summed statistics, ``loss`` and ``grad_norm`` (before
@@ -170,11 +171,19 @@ class Trainable:
         grad_norm = float(self.optimizer.get_grad_norm())
         if not math.isfinite(grad_norm):
             self._raise_non_finite(grad_norm)
+        self._clip(grad_norm)
         for group in self.optimizer.param_groups:  # what megatron's own schedule object would set
             group["lr"] = lr
             group["weight_decay"] = self._weight_decay * group["wd_mult"]
-        self.optimizer.step()
+        self.optimizer.step_with_ready_grads()
         return grad_norm
+
+    def _clip(self, grad_norm: float) -> None:
+        """megatron's clipping with its arithmetic, in place: without apex its own makes a copy of every gradient."""
+        scale = self._clip_grad / (grad_norm + 1e-6)
+        if 0.0 < scale < 1.0:
+            params = [param for group in self.optimizer.param_groups for param in group["params"]]
+            torch._foreach_mul_([param.grad for param in params if param.grad is not None], scale)
 
     def score(self, batches: list[TokenBatch]) -> list[Tensor]:
         """Log-probs of the current weights; see ``score``."""
@@ -197,6 +206,16 @@ def _fuse(optimizer: Any) -> None:
         if isinstance(part.optimizer, torch.optim.Adam | torch.optim.AdamW):
             for group in part.optimizer.param_groups:
                 group.update(fused=True, foreach=False)
+
+
+def _fuse_weight_gradients(model: GPTModel) -> None:
+    """Linear layers add to the gradients' buffers themselves, where apex (on a CPU: the shim) has the function.
+
+    Not an option of the model's configuration: a model without buffers could then not run backward.
+    """
+    for module in model.modules():
+        if hasattr(module, "gradient_accumulation_fusion"):
+            module.gradient_accumulation_fusion = layers._grad_accum_fusion_available
 
 
 def _sum_stats(stats: list[dict[str, Tensor]]) -> dict[str, float]:
