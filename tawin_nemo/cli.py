@@ -26,6 +26,7 @@ examples:
   tawin-nemo evaluate --recipe recipes/quickstart.yaml checkpoint=runs/quickstart/rl eval.beams=100
   tawin-nemo generate --recipe recipes/quickstart.yaml checkpoint=runs/quickstart/rl 'generate.history=[3,17]'
   tawin-nemo convert  --recipe recipes/quickstart.yaml checkpoint=runs/quickstart/rl convert.output=export
+  tawin-nemo study    --recipe recipes/studies/smoke.yaml --dry-run
   tawin-nemo keys rl.tawin        every recipe key below rl.tawin with its meaning, limits and default
 
 Running the same train command again continues a stopped run. Exit codes: 0 done, 2 a mistake you can mend (the
@@ -38,15 +39,18 @@ VERBS = {
     "evaluate": "Recall@K and NDCG@K of a checkpoint on valid and test",
     "generate": "recommendations for some histories, as catalogue items",
     "convert": "a checkpoint -> Hugging Face directory (import: model.init=DIR)",
+    "study": "arms x seeds of one recipe, one process per run, then paired tests, tables and plots (study --help)",
+    "simulate": "which WPAUC window goes with Recall@K: Figure 3 as PNG and JSON (trials= seed= output=, no recipe)",
     "keys": "list recipe keys",
 }
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Parse, dispatch, translate errors to exit codes."""
-    arguments = _parser().parse_intermixed_args(argv)  # overrides may stand before and after options
+    words = list(sys.argv[1:] if argv is None else argv)
+    arguments = _parser(words).parse_intermixed_args(words)  # overrides may stand before and after options
     try:
-        return _dispatch(arguments, list(sys.argv[1:] if argv is None else argv))
+        return _dispatch(arguments, words)
     except TawinError as error:
         if error.exit_code == 1:
             traceback.print_exc()
@@ -57,17 +61,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser(words: Sequence[str] = ()) -> argparse.ArgumentParser:
+    from tawin_nemo.study.help import HELP
+
     listing = "\n".join(f"  {name:9} {text}" for name, text in VERBS.items())
     parser = argparse.ArgumentParser(
         prog="tawin-nemo",
         description=f"Train and use LLM recommenders with TAWin.\n\nverbs:\n{listing}",
-        epilog=EXAMPLES,
+        epilog=HELP if "study" in words else EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("verb", choices=VERBS, metavar="VERB", help="one of the verbs above")
     parser.add_argument("--recipe", metavar="FILE", help="YAML recipe; without one all keys have their defaults")
-    parser.add_argument("--dry-run", action="store_true", help="train: check recipe, data and shapes, then stop")
+    parser.add_argument("--dry-run", action="store_true", help="train, study: say what would be done, then stop")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="recipe keys, e.g. rl.lr=1e-5")
     return parser
 
@@ -76,6 +82,10 @@ def _dispatch(arguments: argparse.Namespace, argv: list[str]) -> int:
     if arguments.verb == "keys":
         print_keys(arguments.overrides[0] if arguments.overrides else "")
         return 0
+    if arguments.verb == "simulate":
+        return simulate(arguments)
+    if arguments.verb == "study":
+        return study(arguments)
     from tawin_nemo.recipe import load_recipe
 
     recipe = load_recipe(arguments.recipe or recipe_of_checkpoint(arguments.overrides), arguments.overrides)
@@ -92,6 +102,25 @@ def _dispatch(arguments: argparse.Namespace, argv: list[str]) -> int:
     if int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))) == 0:
         print(json.dumps(result), flush=True)
     return 0
+
+
+def simulate(arguments: argparse.Namespace) -> int:
+    """The one verb without data, model or recipe."""
+    from tawin_nemo.eval.simulate import run
+
+    if arguments.recipe:
+        raise ConfigError(f"--recipe {arguments.recipe}: simulate takes no recipe, only trials=, seed= and output=")
+    print(json.dumps(run(arguments.overrides)), flush=True)
+    return 0
+
+
+def study(arguments: argparse.Namespace) -> int:
+    """Many runs of `train`; exit code 1 when one of them failed."""
+    from tawin_nemo.study.verb import run_study
+
+    result, code = run_study(arguments.recipe, arguments.overrides, find_data=prepared_root, dry_run=arguments.dry_run)
+    print(json.dumps(result), flush=True)
+    return code
 
 
 def recipe_of_checkpoint(overrides: Sequence[str]) -> Path | None:

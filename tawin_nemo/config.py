@@ -100,8 +100,8 @@ class TrainerConfig:
 class SftConfig:
     enabled: bool = opt(True, "run SFT before RL")
     rows: str = choice(
-        "auto", "earlier", "all",
-        help="rows of train: all, or the earlier 1 - rl.fresh_share by time; auto = earlier when rl.rows=fresh",
+        "auto", "earlier", "fresh", "all",
+        help="rows of train: all, the earlier 1 - rl.fresh_share by time, the rest; auto = earlier when rl.rows=fresh",
     )  # fmt: skip
     epochs: int = number(30, 1, help="upper bound; early stopping on valid ends SFT")
     global_batch_size: int = number(128, 1, help="rows per optimizer step over all ranks")
@@ -131,7 +131,7 @@ class TawinConfig:
 @dataclass(frozen=True)
 class RlConfig:
     enabled: bool = opt(True, "run RL after SFT")
-    algorithm: str = choice("grpo", help="policy objective")
+    algorithm: str = choice("grpo", "dapo", "gspo", help="policy objective")
     init: str = choice("sft", "base", help="start from the SFT checkpoint or from model.init")
     rows: str = choice("fresh", "all", help="fresh = the last fresh_share of train by time, which SFT has not seen")
     fresh_share: float = number(0.2, 0.0, 1.0, help="share of train kept for RL")
@@ -152,9 +152,23 @@ class RlConfig:
     policy_space: str = choice("trie", "vocab", help="distribution of ratio, KL and loss")
     length_norm: str = choice("full", "branching", help="|Y| counts all tokens of the path, or only the branching ones")
     std: str = choice("population", "sample", help="standard deviation of the group")
-    negatives: str = choice("beam", "sample", help="candidates from beam search or from independent constrained draws")
-    reward: str = choice("rule", "ranking", help="rule = 1 for the target; ranking adds ReRe's rank penalty")
+    negatives: str = choice(
+        "beam", "sample", "dynamic",
+        help="candidates from beam search, from independent constrained draws, or distinct ones out of more draws",
+    )  # fmt: skip
+    oversample: float = number(1.5, 1.0, 64.0, help="negatives=dynamic: draws per candidate that is kept")
+    reward: str = choice(
+        "rule", "ranking", "semantic", "collaborative",
+        help="rule = 1 for the target; the others are added to it: ReRe's rank penalty, similarity to the target, "
+        "or the score that a sequential recommender gives (rewards that are not the goal can be gamed)",
+    )  # fmt: skip
+    reward_weight: float = number(1.0, 0.0, help="reward=semantic|collaborative: weight of the addition")
+    reward_source: str = opt("", "semantic: .npy with one row per item; collaborative: a finished baseline stage")
     ensure_target: str = choice("off", "replace_last", help="put the target into a group that lacks it")
+    inserted_weight: float = number(1.0, 0.0, help="ensure_target: weight of groups whose target was put in")
+    sft_weight: float = number(0.0, 0.0, help="weight of the log-likelihood of the target beside the RL objective")
+    max_refill_batches: int = number(0, 0, help="dapo: further rollouts that may replace groups of equal rewards")
+    importance_cap: float = number(0.0, 0.0, help="cap on training/rollout probability ratios (0 = no correction)")
     tawin: TawinConfig = field(default_factory=TawinConfig)
 
 
@@ -172,12 +186,15 @@ class RolloutConfig:
 @dataclass(frozen=True)
 class ReferenceConfig:
     mode: str = choice("copy", "swap", "off", help="own copy | kept on the CPU and swapped in | none (needs rl.beta=0)")
-    refresh: str = choice("off", help="whether the reference follows the actor")
+    refresh: str = choice("off", "every", "ema", help="the reference follows the actor: never, in jumps, smoothly")
+    refresh_steps: int = number(100, 1, help="refresh=every: steps between copies of the actor")
+    refresh_decay: float = number(0.99, 0.0, 1.0, help="refresh=ema: share that the reference keeps at each step")
 
 
 @dataclass(frozen=True)
 class EvalConfig:
     beams: int = number(50, 1, 4096, help="beam width of evaluation")
+    splits: list[str] = opt(["valid", "test"], "splits that a finished stage is evaluated on")
     ks: list[int] = opt([1, 3, 5, 10], "cut-offs of Recall@K and NDCG@K")
     collision: str = choice(
         "fractional", "optimistic", help="credit of items that share one token path: 1/number sharing, or a full hit"
@@ -191,6 +208,24 @@ class CompareConfig:
 
     sft_continued: bool = opt(True, "SFT continued on the rows that RL uses, with early stopping")
     sft_all: bool = opt(False, "SFT on all training rows")
+
+
+@dataclass(frozen=True)
+class BaselineConfig:
+    """A classic recommender, trained and evaluated instead of the language model."""
+
+    model: str = choice("off", "gru4rec", "caser", "sasrec", "tiger", help="which one; off = the language model")
+    loss: str = choice("softmax", "bce", help="all items as negatives, or sampled ones (not tiger)")
+    negatives: int = number(1, 1, help="loss=bce: sampled negatives per positive")
+    hidden: int = number(64, 4, help="width of embeddings and layers")
+    layers: int = number(2, 1, help="layers (gru4rec, sasrec, tiger)")
+    heads: int = number(2, 1, help="attention heads (sasrec, tiger)")
+    dropout: float = number(0.2, 0.0, 0.9, help="on inputs and layers")
+    batch_size: int = number(256, 1, help="rows per step")
+    epochs: int = number(200, 1, help="upper bound")
+    patience: int = number(10, 1, help="epochs on valid without progress before training stops")
+    lr: float = number(1e-3, 0.0, help="Adam's learning rate")
+    weight_decay: float = number(0.0, 0.0, help="Adam's L2 penalty")
 
 
 @dataclass(frozen=True)
@@ -223,6 +258,8 @@ class Recipe:
     reference: ReferenceConfig = field(default_factory=ReferenceConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     compare: CompareConfig = field(default_factory=CompareConfig)
+    baseline: BaselineConfig = field(default_factory=BaselineConfig)
+    start: str = opt("", "a finished stage (RUN_DIR/sft) or step_N whose weights take the place of model.init")
     profile: str = choice("off", "torch", "nsys", help="profile steps 2-4 of each stage: torch writes STAGE/profile/")
     checkpoint: str = opt("", "evaluate, generate, convert: a stage of a run (RUN_DIR/rl) or one of its step_N")
     generate: GenerateConfig = field(default_factory=GenerateConfig)

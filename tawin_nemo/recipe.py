@@ -18,6 +18,7 @@ from omegaconf.errors import OmegaConfBaseException
 from tawin_nemo.backbones import backbone
 from tawin_nemo.config import Recipe
 from tawin_nemo.errors import ConfigError
+from tawin_nemo.recipe_checks import combinations
 
 FREE_FORM = ("exp_manager",)  # sections whose keys belong to another library
 
@@ -169,77 +170,9 @@ def check(recipe: Recipe) -> None:
             limits = f">= {low}" if high is None else f"in {low}..{high}"
             raise ConfigError(f"{key}={value} is out of limits; it must be {limits} ({item.metadata['help']})")
     backbone(recipe.model.backbone)
-    for wrong, message in _combinations(recipe):
+    for wrong, message in combinations(recipe):
         if wrong:
             raise ConfigError(message)
-
-
-def _combinations(r: Recipe) -> Iterator[tuple[bool, str]]:
-    m, t, rl = r.model, r.trainer, r.rl
-    model_ranks = m.tensor_model_parallel_size * m.pipeline_model_parallel_size
-    world = t.num_nodes * t.devices
-    yield (
-        world % model_ranks != 0,
-        f"trainer.num_nodes={t.num_nodes} x trainer.devices={t.devices} = {world} processes cannot be divided into "
-        f"model.tensor_model_parallel_size={m.tensor_model_parallel_size} x "
-        f"model.pipeline_model_parallel_size={m.pipeline_model_parallel_size}; set trainer.devices to a multiple "
-        f"of {model_ranks}",
-    )
-    yield (
-        m.sequence_parallel and m.tensor_model_parallel_size == 1,
-        "model.sequence_parallel=true needs model.tensor_model_parallel_size > 1; set it to false",
-    )
-    yield (
-        r.catalog.kind == "sid" and not r.catalog.index,
-        "catalog.kind=sid needs catalog.index, a JSON file of codes; or use catalog.kind=title",
-    )
-    yield (
-        rl.enabled and rl.beta > 0 and r.reference.mode == "off",
-        f"rl.beta={rl.beta} needs a reference but reference.mode=off; set rl.beta=0 or reference.mode=copy",
-    )
-    yield (
-        rl.enabled and rl.init == "sft" and not r.sft.enabled,
-        "rl.init=sft but sft.enabled=false; set rl.init=base or sft.enabled=true",
-    )
-    yield (
-        not (r.sft.enabled or rl.enabled),
-        "sft.enabled=false and rl.enabled=false: nothing to train; set one of them to true",
-    )
-    yield (
-        rl.enabled and rl.rows == "fresh" and not 0 < rl.fresh_share < 1,
-        f"rl.rows=fresh needs rl.fresh_share between 0 and 1, not {rl.fresh_share}; or set rl.rows=all",
-    )
-    yield (
-        0 < r.rollout.width < rl.group_size,
-        f"rollout.width={r.rollout.width} is below rl.group_size={rl.group_size}; a group needs that many beams",
-    )
-    yield (
-        r.rollout.tensor_model_parallel_size not in (0, m.tensor_model_parallel_size),
-        f"rollout.tensor_model_parallel_size={r.rollout.tensor_model_parallel_size} differs from "
-        f"model.tensor_model_parallel_size={m.tensor_model_parallel_size}; colocated rollouts share its layout: set 0",
-    )
-    yield (
-        rl.max_steps == 0 and rl.epochs == 0 and rl.enabled,
-        "rl.max_steps=0 and rl.epochs=0: RL would take no step; set one of them, or rl.enabled=false",
-    )
-    yield from _space_combinations(r)
-
-
-def _space_combinations(r: Recipe) -> Iterator[tuple[bool, str]]:
-    rl, ks = r.rl, r.eval.ks
-    yield (
-        rl.negatives == "sample" and r.rollout.score_space == "vocab",
-        "rl.negatives=sample draws in trie space; set rollout.score_space=trie or rl.negatives=beam",
-    )
-    yield (
-        rl.length_norm == "branching" and rl.policy_space == "vocab",
-        "rl.length_norm=branching counts branching tokens, which only rl.policy_space=trie scores; use full",
-    )
-    yield (not ks or min(ks) < 1, f"eval.ks={list(ks)} must hold cut-offs >= 1")
-    yield (
-        bool(ks) and max(ks) > r.eval.beams,
-        f"eval.beams={r.eval.beams} is below the largest of eval.ks={list(ks)}; raise eval.beams",
-    )
 
 
 def to_yaml(recipe: Recipe) -> str:

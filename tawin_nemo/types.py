@@ -56,10 +56,15 @@ class TokenRows:
         flat = np.concatenate([np.asarray(row, dtype=np.int64) for row in rows]) if rows else np.zeros(0, np.int64)
         return cls(flat, np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64))
 
+    def lengths_of(self, rows: np.ndarray) -> np.ndarray:
+        """Lengths of the named rows, at a cost that does not grow with the number of all rows."""
+        rows = np.asarray(rows, dtype=np.int64)
+        return self.offsets[rows + 1] - self.offsets[rows]
+
     def take(self, rows: np.ndarray) -> TokenRows:
         """The named rows, in that order, as a new TokenRows."""
         rows = np.asarray(rows, dtype=np.int64)
-        lengths = self.lengths[rows]
+        lengths = self.lengths_of(rows)
         offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
         places = np.repeat(self.offsets[rows] - offsets[:-1], lengths) + np.arange(offsets[-1])
         return TokenRows(self.flat[places], offsets)
@@ -94,9 +99,10 @@ class Rollout:
     tokens_BGT: Tensor  # the item's token path incl. EOS, right-padded with 0
     lengths_BG: Tensor  # tokens of the path incl. EOS; 0 for NO_ITEM
     scores_BG: Tensor  # what the group is ranked by; -inf for NO_ITEM
-    logprobs_BGT: Tensor | None  # log-probs in the policy space, 0 at padding; None = another space was searched
+    logprobs_BGT: Tensor | None  # in the policy space, 0 at padding, NaN = not known; None = another space was searched
     is_target_BG: Tensor  # bool: the candidate is the target, or shares the target's token path
     weight_version: int
+    inserted_BG: Tensor | None = None  # bool: the candidate was put in by ensure_target; None = nobody put anything in
 
     @property
     def valid_BG(self) -> Tensor:

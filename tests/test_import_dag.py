@@ -18,13 +18,14 @@ PRODUCT = ("tawin_nemo", "data_prep")
 
 #: Layer of every module and package directly below tawin_nemo. Imports go down, or stay inside one package.
 LAYERS = {
-    **dict.fromkeys(("config", "types", "errors", "log", "artefacts", "backbones", "recipe", "maths"), 0),
+    **dict.fromkeys(("config", "types", "errors", "log", "artefacts", "backbones"), 0),
+    **dict.fromkeys(("recipe", "recipe_checks", "maths"), 0),
     "catalog": 1,
     "data": 2,
     **dict.fromkeys(("rollout", "models"), 3),
     "eval": 4,
     "train": 5,
-    **dict.fromkeys(("cli", "__main__", "serve"), 6),
+    **dict.fromkeys(("cli", "__main__", "serve", "study"), 6),
 }
 #: What maths may import: torch, math and the shared names; no I/O, no distributed.
 MATHS_MAY_IMPORT = (

@@ -21,6 +21,7 @@ from tawin_nemo.catalog.items import Catalog
 from tawin_nemo.config import EvalConfig
 from tawin_nemo.data.samples import Samples
 from tawin_nemo.errors import ConfigError, DataError
+from tawin_nemo.eval.bias import beyond_accuracy
 from tawin_nemo.eval.intervals import normal_interval
 from tawin_nemo.eval.result import EvalResult
 from tawin_nemo.log import progress
@@ -42,17 +43,25 @@ class _Found:
     candidates_B: np.ndarray  # valid candidates in the list
     invalid: int
     returned: int
-    top_leaves: np.ndarray  # distinct leaves among the first COVERAGE_K places
+    top_leaf_BK: np.ndarray  # the first places of each list, -1 where nothing was returned
 
 
 def evaluate(
-    engine: RolloutEngine, samples: Samples, catalog: Catalog, cfg: EvalConfig, *, dp: DataParallel, label: str
+    engine: RolloutEngine,
+    samples: Samples,
+    catalog: Catalog,
+    cfg: EvalConfig,
+    *,
+    dp: DataParallel,
+    label: str,
+    popularity_I: np.ndarray | None = None,
 ) -> EvalResult:
     """Search ``cfg.beams`` beams for every row and compare with its target.
 
     Rows are dealt out to the data-parallel replicas and put together again in row order, so the result does not
-    depend on their number; every rank returns it. Raises DataError without rows, ConfigError for a cut-off beyond the
-    beam list.
+    depend on their number; every rank returns it. ``popularity_I`` (how often each item is a target in train,
+    ``bias.item_counts``) adds the popularity bias to ``beyond``. Raises DataError without rows, ConfigError for a
+    cut-off beyond the beam list.
     """
     if len(samples) == 0:
         raise DataError(f"{label}: no rows to evaluate; check data.eval_limit and the split")
@@ -63,7 +72,7 @@ def evaluate(
     found = _search(engine, samples, catalog, cfg, mine, label)
     parts = dp.gather((mine, found))
     order_B = np.concatenate([rows for rows, _ in parts]).argsort(kind="stable")
-    everything = _join([part for _, part in parts], order_B)
+    everything = _join([part for _, part in parts], order_B, _kept_places(cfg))
     per_user = per_user_table(
         samples, everything.rank_B, catalog.sharing_I[samples.target_N], everything.candidates_B, cfg
     )
@@ -77,11 +86,17 @@ def evaluate(
         invalid_rate=everything.invalid / max(1, everything.returned),
         collisions=int((per_user["sharing"] > 1).sum()),
         short_rows=float((everything.candidates_B < full_list).mean()),
-        coverage=len(everything.top_leaves) / num_paths,
+        coverage=_listed_paths(everything.top_leaf_BK[:, :COVERAGE_K]) / num_paths,
         beams=cfg.beams,
         collision=cfg.collision,
         per_user=per_user,
+        beyond=beyond_accuracy(everything.top_leaf_BK, catalog, samples.history, cfg.ks, popularity_I),
     )
+
+
+def _listed_paths(leaf_BK: np.ndarray) -> int:
+    """Different paths that some list holds."""
+    return int(np.count_nonzero(np.unique(leaf_BK) >= 0))
 
 
 def metric_names(ks: Sequence[int]) -> list[str]:
@@ -148,7 +163,7 @@ def _search(
     by_length = np.argsort(-samples.prompts.lengths[rows], kind="stable")
     chunks = [by_length[start : start + CHUNK_ROWS] for start in range(0, len(rows), CHUNK_ROWS)]
     parts = [_search_chunk(engine, samples, catalog, cfg, rows[chunk]) for chunk in progress(chunks, what=label)]
-    return _join(parts, by_length.argsort(kind="stable"))
+    return _join(parts, by_length.argsort(kind="stable"), _kept_places(cfg))
 
 
 def _search_chunk(
@@ -158,17 +173,26 @@ def _search_chunk(
     found = engine.search(samples.prompts.take(rows), width, token_budget=cfg.token_budget)
     returned_BW, invalid_BW = check_candidates(found, catalog)
     leaf_BW = found.leaf_BW.cpu()
-    top_leaves = np.unique(leaf_BW[:, :COVERAGE_K].numpy())
     return _Found(
         rank_B=target_rank(leaf_BW, torch.from_numpy(catalog.leaf_I[samples.target_N[rows]])).numpy(),
         candidates_B=(returned_BW & ~invalid_BW).sum(-1),
         invalid=int(invalid_BW.sum()),
         returned=int(returned_BW.sum()),
-        top_leaves=top_leaves[top_leaves >= 0],
+        top_leaf_BK=_filled(leaf_BW.numpy(), _kept_places(cfg)),
     )
 
 
-def _join(parts: Sequence[_Found], order_B: np.ndarray) -> _Found:
+def _kept_places(cfg: EvalConfig) -> int:
+    return max(COVERAGE_K, *cfg.ks)
+
+
+def _filled(leaf_BW: np.ndarray, places: int) -> np.ndarray:
+    """The first ``places`` of each list, -1 behind lists that are shorter."""
+    missing = max(0, places - leaf_BW.shape[1])
+    return np.pad(leaf_BW[:, :places], ((0, 0), (0, missing)), constant_values=-1)
+
+
+def _join(parts: Sequence[_Found], order_B: np.ndarray, places: int) -> _Found:
     """The parts one after another, then put into ``order_B``."""
     empty = np.zeros(0, np.int64)
     return _Found(
@@ -176,5 +200,5 @@ def _join(parts: Sequence[_Found], order_B: np.ndarray) -> _Found:
         candidates_B=np.concatenate([empty, *(part.candidates_B for part in parts)])[order_B],
         invalid=sum(part.invalid for part in parts),
         returned=sum(part.returned for part in parts),
-        top_leaves=np.unique(np.concatenate([empty, *(part.top_leaves for part in parts)])),
+        top_leaf_BK=np.concatenate([np.zeros((0, places), np.int64), *(part.top_leaf_BK for part in parts)])[order_B],
     )

@@ -39,6 +39,7 @@ RL_PLOTS = (
     ("KL to the reference", ("rl/kl",)),
     ("Gradient norm", ("grad_norm",)),
     ("Clipped tokens", ("rl/clip_fraction",)),
+    ("Different items per group", ("rl/distinct_items_per_group",)),
 )
 
 
@@ -75,7 +76,7 @@ def render(report: ReportInput) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"metric": lambda x: f"{x:.4f}", "signed": lambda x: f"{x:+.4f}"}
+    environment.filters |= {"metric": lambda x: f"{x:.4f}", "signed": lambda x: f"{x:+.4f}", "beyond": _beyond_text}
     tested = [stage for stage in report.stages if stage.test is not None]
     names = _metric_names(tested)
     return environment.get_template("report.html.j2").render(
@@ -88,6 +89,7 @@ def render(report: ReportInput) -> str:
         best=_best(tested, names),
         results_plot=_results_plot(tested, names),
         versus=_versus(tested, names),
+        beyond=_beyond_names(tested),
         sft_plots=list(_sft_plots(report)),
         rl_plots=list(_rl_plots(report)),
         window=_window(report),
@@ -100,6 +102,20 @@ def _metric_names(tested: list[StageRecord]) -> list[str]:
     """Metrics that every evaluation has, in the order of the first."""
     results = [stage.test for stage in tested if stage.test is not None]
     return [name for name in results[0].means if all(name in other.means for other in results)] if results else []
+
+
+def _beyond_names(tested: list[StageRecord]) -> list[str]:
+    """What some evaluation says beside its hits, by name and cut-off; those of older versions say nothing."""
+    found = {name for stage in tested if stage.test is not None for name in stage.test.beyond}
+    return sorted(found, key=lambda name: (name.partition("@")[0], int(name.partition("@")[2])))
+
+
+def _beyond_text(value: float | None, name: str) -> str:
+    if value is None:
+        return "–"
+    if name.startswith("coverage"):
+        return f"{value:.1%}"
+    return f"{value:+.3f}" if name.startswith("popularity") else f"{value:.2f}"
 
 
 def _best(tested: list[StageRecord], names: list[str]) -> dict[str, float]:

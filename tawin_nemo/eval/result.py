@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ class EvalResult:
     beams: int
     collision: str  # eval.collision: what a hit on a shared path is worth
     per_user: pl.DataFrame  # row, user, target, rank (-1 = not listed), sharing, candidates, one column per metric
+    beyond: dict[str, float] = field(default_factory=dict)  # popularity_bias@K, coverage@K, first_codes@10 (bias.py)
 
     def write(self, directory: Path, split: str) -> None:
         """Write both files, the table first: whoever finds the JSON finds the table too."""

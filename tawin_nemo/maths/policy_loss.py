@@ -1,8 +1,9 @@
-"""Clipped policy objective of GRPO and the pieces that its relatives share (DAPO 2503.14476, GSPO 2507.18071).
+"""What the clipped policy objectives share: ratios, clipping, KL estimators, aggregation, statistics.
 
-Everything works on the N scored tokens of M candidates as flat vectors, so packing, padding and the order of rows do
-not exist here. All sums are divided by *global* counts: adding up the losses of all micro-batches and data-parallel
-ranks gives the loss of the whole batch, however it was split.
+The objectives themselves have a file each: ``grpo``, ``dapo`` and ``gspo``, all with one signature. Everything works on
+the N scored tokens of M candidates as flat vectors, so packing, padding and the order of rows do not exist here. All
+sums are divided by *global* counts: adding up the losses of all micro-batches and data-parallel ranks gives the loss
+of the whole batch, however it was split.
 """
 
 from __future__ import annotations
@@ -27,8 +28,27 @@ class PolicyTerms:
     old_logp_N: Tensor  # under the policy that made the rollout
     ref_logp_N: Tensor | None  # under the reference; None: no KL term
     advantage_M: Tensor
-    omega_M: Tensor  # weight of the surrogate (TAWin, Eq. 22); ones for plain GRPO
+    omega_M: Tensor  # weight of the surrogate (TAWin, Eq. 22); ones for the plain algorithm
     length_M: Tensor  # |Y_m|: all tokens of the path incl. EOS (length_norm: full) or the branching ones
+    importance_N: Tensor | None = None  # truncated training/rollout probability ratio of the old policy; None: ones
+
+
+@dataclass(frozen=True)
+class Counts:
+    """Sizes of the global batch, over all micro-batches and data-parallel ranks."""
+
+    candidates: float  # valid candidates
+    tokens: float  # the sum of their |Y_m|
+
+
+@dataclass(frozen=True)
+class Objective:
+    """The numbers of an objective: limits of the ratio, weight and estimator of the KL term."""
+
+    clip_low: float = 0.2  # the ratio is clipped below 1 - clip_low
+    clip_high: float = 0.2  # ... and above 1 + clip_high
+    beta: float = 0.0
+    kl: str = "k3"
 
 
 def clipped_surrogate(ratio_N: Tensor, advantage_N: Tensor, clip_low: float, clip_high: float) -> Tensor:
@@ -82,67 +102,72 @@ def sequence_mean(values_N: Tensor, candidate_N: Tensor, length_M: Tensor, num_c
     return (values_N / length_M.to(values_N.dtype)[candidate_N]).sum() / num_candidates
 
 
-def grpo_loss(
-    logp_N: Tensor,
-    terms: PolicyTerms,
-    *,
-    num_candidates: float,
-    clip_low: float,
-    clip_high: float,
-    beta: float = 0.0,
-    kl: str = "k3",
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """The negative of TAWin's objective (Eq. 22), GRPO's when every omega is 1; KL is not weighted by omega.
+def token_mean(values_N: Tensor, num_tokens: float) -> Tensor:
+    """``sum_t value_t / num_tokens``: DAPO's aggregation, in which long answers weigh more (2503.14476, Eq. 12)."""
+    return values_N.sum() / num_tokens
 
-    ``-(1/M) sum_m (1/|Y_m|) sum_t [omega_m min(rho A_m, clip(rho) A_m) - beta KL_t]``, rho the ratio of token t to the
-    rollout's policy. The sum runs over scored tokens: a forced token would add the constant ``omega_m A_m / |Y_m|``,
-    which has no gradient and is left out of the reported value too.
 
-    Args:
-        logp_N: Log-probs of the scored tokens under the actor, with gradient.
-        terms: The other facts of these tokens and their candidates.
-        num_candidates: Valid candidates of the global batch (see ``sequence_mean``).
-        clip_low: The ratio is clipped below ``1 - clip_low``.
-        clip_high: The ratio is clipped above ``1 + clip_high``.
-        beta: Weight of the KL term; it needs ``terms.ref_logp_N``.
-        kl: One of ``KL_ESTIMATORS``.
+def candidate_sums(values_N: Tensor, candidate_N: Tensor, num_candidates: int) -> Tensor:
+    """Sum of the tokens' values for each of M candidates; 0 for a candidate without tokens."""
+    return values_N.new_zeros(num_candidates).index_add(0, candidate_N, values_N)
 
-    Returns:
-        This process's share of the loss, and detached statistics that are to be *summed* over micro-batches and
-        ranks and then passed to ``mean_stats``.
+
+def kl_values(logp_N: Tensor, terms: PolicyTerms, objective: Objective) -> Tensor | None:
+    """Per token, or None without a reference.
 
     Raises:
-        ValueError: ``beta`` is not 0 and there are no reference log-probs.
+        ValueError: ``beta`` is not 0 and there are no reference log-probs; an estimator that is not known.
     """
-    if beta != 0.0 and terms.ref_logp_N is None:
-        raise ValueError(
-            f"beta = {beta}, but ref_logp_N is None: score the candidates with the reference, or set beta to 0"
-        )
-    ratio_N = torch.exp(logp_N - terms.old_logp_N)
-    advantage_N = terms.advantage_M[terms.candidate_N]
-    omega_N = terms.omega_M[terms.candidate_N]
-    surrogate_N = omega_N * clipped_surrogate(ratio_N, advantage_N, clip_low, clip_high)
-    loss = -sequence_mean(surrogate_N, terms.candidate_N, terms.length_M, num_candidates)
-    stats = {
-        "policy_loss": loss.detach(),
-        "ratio_sum": ratio_N.detach().sum(),
-        "clipped_tokens": is_clipped(ratio_N.detach(), advantage_N, clip_low, clip_high).sum().to(loss.dtype),
-        "scored_tokens": loss.new_tensor(len(logp_N)),
-    }
     if terms.ref_logp_N is not None:
-        kl_N = kl_estimate(logp_N, terms.ref_logp_N, kl)
-        kl_mean = sequence_mean(kl_N, terms.candidate_N, terms.length_M, num_candidates)
-        loss = loss + beta * kl_mean
-        stats["kl"] = kl_mean.detach()
-    return loss, stats | {"loss": loss.detach()}
+        return kl_estimate(logp_N, terms.ref_logp_N, objective.kl)
+    if objective.beta != 0.0:
+        raise ValueError(
+            f"beta = {objective.beta}, but ref_logp_N is None: "
+            "score the candidates with the reference, or set beta to 0"
+        )
+    return None
+
+
+def with_kl(
+    policy_loss: Tensor, kl: Tensor | None, objective: Objective, stats: dict[str, Tensor]
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """``policy_loss + beta * kl`` and all statistics, detached."""
+    stats = {"policy_loss": policy_loss.detach(), **stats}
+    if kl is None:
+        return policy_loss, stats | {"loss": policy_loss.detach()}
+    loss = policy_loss + objective.beta * kl
+    return loss, stats | {"kl": kl.detach(), "loss": loss.detach()}
+
+
+def token_stats(logp_N: Tensor, terms: PolicyTerms, clipped_N: Tensor) -> dict[str, Tensor]:
+    """Sums over tokens of what one watches: ratio, clipping, and how far the policy is from the one of the rollout.
+
+    ``shift_kl`` estimates KL(rollout policy || this policy) without bias (k3), ``prob_error`` is the mean change of a
+    token's probability. Before the first update of a rollout both should be 0: what is left is the mismatch between
+    the training and the rollout forward pass.
+    """
+    with torch.no_grad():
+        log_ratio_N = logp_N - terms.old_logp_N
+        return {
+            "ratio_sum": log_ratio_N.exp().sum(),
+            "clipped_sum": clipped_N.sum().to(logp_N.dtype),
+            "shift_kl_sum": (torch.expm1(log_ratio_N) - log_ratio_N).sum(),
+            "prob_error_sum": (logp_N.exp() - terms.old_logp_N.exp()).abs().sum(),
+            "scored_tokens": logp_N.new_tensor(len(logp_N)),
+        }
+
+
+#: Sums over tokens in the statistics of an objective -> the name of their mean.
+_MEANS = {"ratio_sum": "ratio_mean", "clipped_sum": "clip_fraction",
+          "shift_kl_sum": "shift_kl", "prob_error_sum": "prob_error"}  # fmt: skip
 
 
 def mean_stats(summed: dict[str, float]) -> dict[str, float]:
-    """Summed statistics of ``grpo_loss`` as what one logs: the token sums become means over all scored tokens.
+    """Statistics summed over micro-batches and ranks as what one logs: token sums become means over scored tokens.
 
-    >>> mean_stats({"loss": 0.5, "ratio_sum": 8.0, "clipped_tokens": 1.0, "scored_tokens": 8.0})
+    >>> mean_stats({"loss": 0.5, "ratio_sum": 8.0, "clipped_sum": 1.0, "scored_tokens": 8.0})
     {'loss': 0.5, 'scored_tokens': 8.0, 'ratio_mean': 1.0, 'clip_fraction': 0.125}
     """
-    means = {name: value for name, value in summed.items() if name not in ("ratio_sum", "clipped_tokens")}
     tokens = max(summed["scored_tokens"], 1.0)
-    return means | {"ratio_mean": summed["ratio_sum"] / tokens, "clip_fraction": summed["clipped_tokens"] / tokens}
+    kept = {name: value for name, value in summed.items() if name not in _MEANS}
+    return kept | {mean: summed[name] / tokens for name, mean in _MEANS.items() if name in summed}

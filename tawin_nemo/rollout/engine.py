@@ -11,6 +11,7 @@ from tawin_nemo.catalog.items import Catalog
 from tawin_nemo.config import RolloutConfig
 from tawin_nemo.errors import ConfigError, DataError
 from tawin_nemo.rollout.beam import Answers, BeamSearch, collected
+from tawin_nemo.rollout.dynamic import distinct_first, draws_for
 from tawin_nemo.rollout.lm import LM
 from tawin_nemo.rollout.sampling import constrained_sample
 from tawin_nemo.rollout.scoring import SCORE_SPACES, best, check_prompts, joined
@@ -107,16 +108,25 @@ class RolloutEngine:
         return joined(parts, order_N.argsort())
 
     def generate(
-        self, prompts: PromptBatch, group_size: int, *, negatives: str, policy_space: str, step: int
+        self,
+        prompts: PromptBatch,
+        group_size: int,
+        *,
+        negatives: str,
+        policy_space: str,
+        step: int,
+        oversample: float = 1.5,
     ) -> Rollout:
         """G = ``group_size`` candidates for each of B prompts, best score first.
 
         ``negatives``: ``beam`` searches with ``cfg.width`` beams (0 = G) and keeps the best G; ``sample`` draws G items
-        with replacement, from a seed that depends on nothing but (seed, step, ``row_B``). A candidate is a hit if it
-        ends at the target's leaf, that is, also if it is another item written alike. ``logprobs_BGT`` is None if the
-        searched space is not ``policy_space``: the actor has to score the candidates itself.
-        Raises ConfigError (names, ``cfg.width`` below G, more beams than paths) and DataError (a target that is no
-        item, prompts as in ``constrained_beam_search``).
+        with replacement; ``dynamic`` draws ``ceil(oversample * G)`` and keeps distinct ones (``distinct_first``; the
+        kept group is then no sample of the policy). Draws come from a seed that depends on nothing but (seed, step,
+        ``row_B``). A candidate is a hit if it ends at the target's leaf, that is, also if it is another item written
+        alike. ``logprobs_BGT`` is None if the searched space is not ``policy_space``: the actor has to score the
+        candidates itself.
+        Raises ConfigError (names, ``cfg.width`` below G, more beams than paths, ``oversample`` below 1) and DataError
+        (a target that is no item, prompts as in ``constrained_beam_search``).
         """
         if policy_space not in SCORE_SPACES:
             raise ConfigError(f"rl.policy_space={policy_space!r} is not known; use one of {', '.join(SCORE_SPACES)}")
@@ -125,18 +135,17 @@ class RolloutEngine:
             raise DataError(
                 f"targets must be items 0 .. {len(self.catalog) - 1}; got {target_B.min()} .. {target_B.max()}"
             )
+        target_leaf_B = torch.from_numpy(self.catalog.leaf_I[target_B])
+        space = "trie"  # what draws are made in
         if negatives == "beam":
-            width = self.cfg.width or group_size
-            if width < group_size:
-                raise ConfigError(f"rollout.width={width} is below rl.group_size={group_size}; use 0 or at least that")
-            self._check_width(width, "rollout.width" if self.cfg.width else "rl.group_size")
-            found, space = best(self.search(prompts.prompts, width), group_size), self.cfg.score_space
+            found, space = self._best_beams(prompts.prompts, group_size), self.cfg.score_space
         elif negatives == "sample":
-            seeds = [draw_seed(self.seed, step, int(row)) for row in prompts.row_B]
-            found, space = self.sample(prompts.prompts, group_size, seeds), "trie"
+            found = self._draw(prompts, group_size, step)
+        elif negatives == "dynamic":
+            found = self._draw(prompts, draws_for(group_size, oversample), step)
+            found = distinct_first(found, target_leaf_B.to(found.leaf_BW.device), group_size)
         else:
-            raise ConfigError(f"rl.negatives={negatives!r} is not known; use beam or sample")
-        target_leaf_B = torch.from_numpy(self.catalog.leaf_I[target_B]).to(found.leaf_BW.device)
+            raise ConfigError(f"rl.negatives={negatives!r} is not known; use one of beam, sample, dynamic")
         return Rollout(
             prompts=prompts,
             items_BG=found.items_BW,
@@ -144,9 +153,19 @@ class RolloutEngine:
             lengths_BG=found.lengths_BW,
             scores_BG=found.scores_BW,
             logprobs_BGT=found.logprobs_BWT if space == policy_space else None,
-            is_target_BG=found.leaf_BW == target_leaf_B[:, None],
+            is_target_BG=found.leaf_BW == target_leaf_B.to(found.leaf_BW.device)[:, None],
             weight_version=self.weight_version,
         )
+
+    def _best_beams(self, prompts: TokenRows, count: int) -> Candidates:
+        width = self.cfg.width or count
+        if width < count:
+            raise ConfigError(f"rollout.width={width} is below rl.group_size={count}; use 0 or at least that")
+        self._check_width(width, "rollout.width" if self.cfg.width else "rl.group_size")
+        return best(self.search(prompts, width), count)
+
+    def _draw(self, prompts: PromptBatch, draws: int, step: int) -> Candidates:
+        return self.sample(prompts.prompts, draws, [draw_seed(self.seed, step, int(row)) for row in prompts.row_B])
 
     def _check_width(self, width: int, key: str = "the width (rollout.width, rl.group_size or eval.beams)") -> None:
         paths = self.catalog.trie.num_leaves

@@ -10,29 +10,41 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tawin_nemo.catalog.trie import TokenTrie
+from tawin_nemo.catalog.items import Catalog
 from tawin_nemo.config import RlConfig
 from tawin_nemo.data.trees import tree_batches
-from tawin_nemo.maths.policy_loss import PolicyTerms, grpo_loss, mean_stats
+from tawin_nemo.maths.dapo import dapo_loss
+from tawin_nemo.maths.grpo import grpo_loss
+from tawin_nemo.maths.gspo import gspo_loss
+from tawin_nemo.maths.policy_loss import Counts, Objective, PolicyTerms, mean_stats
 from tawin_nemo.models.megatron.trainable import MicroBatch, Trainable
 from tawin_nemo.types import DataParallel, Rollout, TokenBatch, TokenRows
+
+LOSSES = {"grpo": grpo_loss, "dapo": dapo_loss, "gspo": gspo_loss}
 
 
 @dataclass(frozen=True)
 class PackedCandidates:
-    """Some candidates of a rollout as one token batch, and the candidate and token of each of its N log-probs."""
+    """Some paths of a rollout as one token batch, and the path and token of each of its N log-probs.
+
+    With ``rl.sft_weight`` the targets lie in the trees as well: path ``B * G + b`` is the target of prompt b.
+    """
 
     batch: TokenBatch
-    flat_M: Tensor  # the candidates' places in the flattened [B * G] rollout
+    flat_M: Tensor  # the paths' places in the flattened [B * G] rollout, or B * G + b
     candidate_N: Tensor  # 0..M-1
-    token_N: Tensor  # place in the candidate's path
+    token_N: Tensor  # place in the path
+
+    def of_target_N(self, num_candidates: int) -> Tensor:
+        """bool: the log-prob is one of a target that was added, not of a candidate."""
+        return (self.flat_M >= num_candidates)[self.candidate_N]
 
 
 class Actor:
     """Wraps the trainable model with the group-relative policy objective (ALGORITHMS: Section 3.3, Eq. 22)."""
 
-    def __init__(self, trainable: Trainable, trie: TokenTrie, rl: RlConfig, dp: DataParallel) -> None:
-        self.trainable, self._trie, self._rl, self._dp = trainable, trie, rl, dp
+    def __init__(self, trainable: Trainable, catalog: Catalog, rl: RlConfig, dp: DataParallel) -> None:
+        self.trainable, self._catalog, self._rl, self.dp = trainable, catalog, rl, dp
 
     def pack(self, rollout: Rollout, adv_BG: Tensor, omega_BG: Tensor) -> list[PackedCandidates]:
         """Every prompt once, followed by the tree of its candidates, under the token budget.
@@ -44,13 +56,15 @@ class Actor:
         learns_BG = rollout.valid_BG if self._rl.beta > 0 else rollout.valid_BG & (adv_BG * omega_BG != 0)
         learns_C = learns_BG.flatten() if learns_BG.any() else rollout.valid_BG.flatten()
         flat_C = learns_C.nonzero().squeeze(1)[: None if learns_BG.any() else 1].cpu()
-        row_C = (flat_C // rollout.items_BG.shape[1]).numpy()
-        learning, prompt_C = np.unique(row_C, return_inverse=True)
+        row_C, paths = flat_C // rollout.items_BG.shape[1], _paths(rollout, flat_C)
+        if self._rl.sft_weight > 0:
+            flat_C, row_C, paths = self._with_targets(rollout, flat_C, row_C, paths)
+        learning, prompt_C = np.unique(row_C.numpy(), return_inverse=True)
         parts = tree_batches(
             rollout.prompts.prompts.take(learning),
-            _paths(rollout, flat_C),
+            paths,
             prompt_C,
-            self._trie if self._rl.policy_space == "trie" else None,
+            self._catalog.trie if self._rl.policy_space == "trie" else None,
             self._rl.micro_batch_tokens,
         )
         return [
@@ -58,12 +72,43 @@ class Actor:
             for batch, index, answer_M in parts
         ]
 
+    def _with_targets(
+        self, rollout: Rollout, flat_C: Tensor, row_C: Tensor, paths: TokenRows
+    ) -> tuple[Tensor, Tensor, TokenRows]:
+        """The targets behind the candidates of their prompts."""
+        target_B = rollout.prompts.target_B.cpu().numpy()
+        row_B = torch.arange(len(target_B))
+        targets = self._catalog.paths.take(target_B)
+        flat_C = torch.cat([flat_C, rollout.items_BG.numel() + row_B])
+        row_C = torch.cat([row_C, row_B])
+        order_C = row_C.argsort(stable=True)
+        offsets = np.concatenate([paths.offsets, paths.offsets[-1] + targets.offsets[1:]])
+        both = TokenRows(np.concatenate([paths.flat, targets.flat]), offsets)
+        return flat_C[order_C], row_C[order_C], both.take(order_C.numpy())
+
     def behaviour_logprobs(self, rollout: Rollout, packed: Sequence[PackedCandidates]) -> list[Tensor]:
-        """Log-probs under the weights that made the rollout: stored by the search, or scored before the update."""
+        """Log-probs of the candidates' tokens under the weights that made the rollout, targets left out.
+
+        Stored by the search where that is possible (NaN: not for this token); the others are scored now, before the
+        first update.
+        """
+        num = rollout.items_BG.numel()
+        kept = [(~part.of_target_N(num)).nonzero().squeeze(1) for part in packed]
+        if rollout.logprobs_BGT is not None:
+            stored_CT = rollout.logprobs_BGT.flatten(0, 1)
+            known = [
+                stored_CT[part.flat_M[part.candidate_N[own]], part.token_N[own]]
+                for part, own in zip(packed, kept, strict=True)
+            ]
+            if not any(bool(part.isnan().any()) for part in known):
+                return known
+        scored = [logp[own] for logp, own in zip(self._score(packed), kept, strict=True)]
         if rollout.logprobs_BGT is None:
-            return self.trainable.score([part.batch for part in packed])
-        stored_CT = rollout.logprobs_BGT.flatten(0, 1)
-        return [stored_CT[part.flat_M[part.candidate_N], part.token_N] for part in packed]
+            return scored
+        return [torch.where(old.isnan(), new, old) for old, new in zip(known, scored, strict=True)]
+
+    def _score(self, packed: Sequence[PackedCandidates]) -> list[Tensor]:
+        return self.trainable.score([part.batch for part in packed])
 
     def update(
         self,
@@ -75,41 +120,101 @@ class Actor:
         *,
         lr: float,
     ) -> dict[str, float]:
-        """``rl.inner_updates`` optimizer steps on one rollout; returns the statistics of the last one."""
-        old = self.behaviour_logprobs(rollout, packed)
-        total = sum(self._dp.gather(int(rollout.valid_BG.sum())))
-        lengths_C = self._path_lengths(rollout, packed)
-        work = []
-        for i, part in enumerate(packed):
-            terms = PolicyTerms(
-                candidate_N=part.candidate_N,
-                old_logp_N=old[i],
-                ref_logp_N=None if reference is None else reference[i],
-                advantage_M=advantages_BG.flatten()[part.flat_M],
-                omega_M=omega_BG.flatten()[part.flat_M],
-                length_M=lengths_C[part.flat_M],
+        """``rl.inner_updates`` optimizer steps on one rollout; returns the statistics of the last one.
+
+        ``mismatch_kl`` and ``mismatch_prob_error`` compare the training forward pass with the rollout's before
+        anything is learned (``token_stats``).
+        """
+        terms = self._terms(rollout, packed, advantages_BG, omega_BG, reference)
+        lengths_BG = self._path_lengths(rollout, packed).view(rollout.items_BG.shape)
+        target_tokens = int(self._catalog.paths.lengths_of(rollout.prompts.target_B.cpu().numpy()).sum())
+        sizes = np.array([int(rollout.valid_BG.sum()), int((lengths_BG * rollout.valid_BG).sum()), target_tokens])
+        candidates, tokens, targets = np.sum(self.dp.gather(sizes), axis=0).tolist()
+        counts, num = Counts(max(candidates, 1), max(tokens, 1)), rollout.items_BG.numel()
+        work = [
+            MicroBatch(
+                part.batch,
+                partial(
+                    self._loss, terms=terms[i], counts=counts, of_target_N=part.of_target_N(num), target_tokens=targets
+                ),
             )
-            work.append(MicroBatch(part.batch, partial(self._loss, terms=terms, num_candidates=total)))
+            for i, part in enumerate(packed)
+        ]
+        first: dict[str, float] = {}
         stats: dict[str, float] = {}
         for _ in range(self._rl.inner_updates):
-            stats = self.trainable.update(work, lr=lr)
-        return mean_stats(stats)
+            stats = mean_stats(self.trainable.update(work, lr=lr))
+            first = first or stats
+        if rollout.logprobs_BGT is not None and self._rl.importance_cap == 0:
+            stats |= {"mismatch_kl": first["shift_kl"], "mismatch_prob_error": first["prob_error"]}
+        return stats
 
-    def _loss(self, logp_N: Tensor, *, terms: PolicyTerms, num_candidates: int) -> tuple[Tensor, dict[str, Tensor]]:
+    def _terms(
+        self,
+        rollout: Rollout,
+        packed: Sequence[PackedCandidates],
+        advantages_BG: Tensor,
+        omega_BG: Tensor,
+        reference: Sequence[Tensor] | None,
+    ) -> list[PolicyTerms]:
+        """The constants of each micro-batch; added targets have no part in them."""
+        old, num = self.behaviour_logprobs(rollout, packed), rollout.items_BG.numel()
+        importance: list[Tensor | None] = [None] * len(packed)
+        if self._rl.importance_cap > 0:
+            old, importance = self._corrected(packed, old, num)
+        padded = torch.zeros(len(rollout.prompts))  # for the targets
+        advantage_C, omega_C = (torch.cat([flat.flatten(), padded]) for flat in (advantages_BG, omega_BG))
+        length_C = torch.cat([self._path_lengths(rollout, packed), padded.long() + 1])
+        return [
+            PolicyTerms(
+                candidate_N=part.candidate_N[own_N],
+                old_logp_N=old[i],
+                ref_logp_N=None if reference is None else reference[i][own_N],
+                advantage_M=advantage_C[part.flat_M],
+                omega_M=omega_C[part.flat_M],
+                length_M=length_C[part.flat_M],
+                importance_N=importance[i],
+            )
+            for i, part in enumerate(packed)
+            for own_N in (~part.of_target_N(num),)
+        ]
+
+    def _corrected(
+        self, packed: Sequence[PackedCandidates], rolled_out: Sequence[Tensor], num: int
+    ) -> tuple[list[Tensor], list[Tensor | None]]:
+        """Old log-probs by the training forward pass, and their ratio to the rollout's, truncated."""
+        old = [logp[~part.of_target_N(num)] for logp, part in zip(self._score(packed), packed, strict=True)]
+        cap = self._rl.importance_cap
+        return old, [torch.exp(mine - theirs).clamp(max=cap) for mine, theirs in zip(old, rolled_out, strict=True)]
+
+    def _loss(
+        self, logp_N: Tensor, *, terms: PolicyTerms, counts: Counts, of_target_N: Tensor, target_tokens: int
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The objective of ``rl.algorithm`` plus ``rl.sft_weight`` times SFT's cross-entropy on the targets."""
         rl = self._rl
-        return grpo_loss(
-            logp_N, terms, num_candidates=num_candidates,
-            clip_low=rl.clip_low, clip_high=rl.clip_high, beta=rl.beta, kl=rl.kl,
-        )  # fmt: skip
+        objective = Objective(rl.clip_low, rl.clip_high, rl.beta, rl.kl)
+        if rl.sft_weight == 0:
+            return LOSSES[rl.algorithm](logp_N, terms, counts, objective)
+        loss, stats = LOSSES[rl.algorithm](logp_N[~of_target_N], terms, counts, objective)
+        sft = -logp_N[of_target_N].sum() / target_tokens
+        loss = loss + rl.sft_weight * sft
+        return loss, stats | {"sft_loss": sft.detach(), "loss": loss.detach()}
 
     def _path_lengths(self, rollout: Rollout, packed: Sequence[PackedCandidates]) -> Tensor:
-        """|Y| of every candidate: all tokens of its path, or only the branching ones (at least 1)."""
+        """|Y| of every candidate: all tokens of its path, or only the branching ones (at least 1). [B * G]."""
         if self._rl.length_norm == "full":
             return rollout.lengths_BG.flatten().clamp(min=1)
-        counts_C = torch.zeros(rollout.items_BG.numel(), dtype=torch.long)
+        counts_C = torch.zeros(rollout.items_BG.numel() + len(rollout.prompts), dtype=torch.long)
         for part in packed:
             counts_C.index_add_(0, part.flat_M[part.candidate_N], torch.ones_like(part.candidate_N))
-        return counts_C.clamp(min=1)
+        return counts_C[: rollout.items_BG.numel()].clamp(min=1)
+
+
+def weighted_groups(advantages_BG: Tensor, inserted_BG: Tensor | None, weight: float) -> Tensor:
+    """Advantages of groups into which the target was put, times ``weight`` (``rl.inserted_weight``)."""
+    if inserted_BG is None or weight == 1.0:
+        return advantages_BG
+    return torch.where(inserted_BG.any(dim=1, keepdim=True), weight * advantages_BG, advantages_BG)
 
 
 def _paths(rollout: Rollout, flat_C: Tensor) -> TokenRows:

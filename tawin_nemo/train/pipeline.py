@@ -18,6 +18,8 @@ from megatron.core.models.gpt import GPTModel
 
 from tawin_nemo.artefacts import write_json
 from tawin_nemo.config import Recipe
+from tawin_nemo.errors import ConfigError
+from tawin_nemo.eval.bias import item_counts
 from tawin_nemo.eval.evaluate import EvalResult, evaluate
 from tawin_nemo.eval.report import write_report
 from tawin_nemo.eval.summary import results_table
@@ -27,9 +29,11 @@ from tawin_nemo.models.megatron.build import build_model
 from tawin_nemo.models.megatron.hf_io import load_hf
 from tawin_nemo.models.megatron.lm import MegatronLM
 from tawin_nemo.models.megatron.trainable import Trainable
+from tawin_nemo.recipe import value_of
 from tawin_nemo.rollout.engine import RolloutEngine
 from tawin_nemo.rollout.metered import MeteredLM
 from tawin_nemo.train.actor import Actor
+from tawin_nemo.train.baselines import run_baseline
 from tawin_nemo.train.mfu import peak_flops
 from tawin_nemo.train.nemo_logging import metric_sink
 from tawin_nemo.train.reference import Reference, build_reference
@@ -70,15 +74,20 @@ def run_pipeline(world: World) -> dict[str, Any]:
     """Run every planned stage that is not done yet; returns the summary that is also written to summary.json."""
     start = time.monotonic()
     sink = metric_sink(world.recipe.exp_manager, world.run_dir, world.recipe.name)
-    results = {plan.name: run_stage(world, plan, sink) for plan in plans(world)}
+    if world.recipe.baseline.model != "off":
+        results = {world.recipe.baseline.model: run_baseline(world, sink)}
+    else:
+        results = {plan.name: run_stage(world, plan, sink) for plan in plans(world)}
     summary: dict[str, Any] = {name: dict(result.means) for name, result in results.items()}
     invalid = max(result.invalid_rate for result in results.values())
     earlier = earlier_seconds(world.run_dir)
     wall = earlier + time.monotonic() - start
     summary |= {"invalid_rate": invalid, "wall_s": round(wall, 1), "run_dir": str(world.run_dir)}
+    summary["final_stage"] = list(results)[-1]
     if parallel.world_rank() == 0:
         write_json(world.run_dir / "summary.json", summary)
-        log.info("results on test, 95 %% intervals\n%s", results_table(results, world.recipe.eval.ks))
+        split = world.recipe.eval.splits[-1]
+        log.info("results on %s, 95 %% intervals\n%s", split, results_table(results, world.recipe.eval.ks))
         log.info("report: %s", write_report(world.run_dir))
     parallel.barrier()
     return summary
@@ -105,15 +114,15 @@ def earlier_seconds(run_dir: Path) -> float:
 
 
 def run_stage(world: World, plan: Plan, sink: MetricSink | None) -> EvalResult:
-    """Train one stage unless it is done, evaluate it on valid and test unless that is done, return test's result."""
+    """Train one stage unless it is done, evaluate it unless that is done, return the result on the last split."""
     stage = Stage(
         world.run_dir / plan.name, world.recipe.trainer,
         deadline=world.deadline, sink=sink, profile=world.recipe.profile,
     )  # fmt: skip
-    evaluated = stage.directory / "eval" / "test.json"
-    if stage.done and evaluated.is_file():
+    splits = world.recipe.eval.splits
+    if stage.done and all((stage.directory / "eval" / f"{split}.json").is_file() for split in splits):
         log.info("%s is done", plan.name)
-        return EvalResult.read(stage.directory / "eval", "test")
+        return EvalResult.read(stage.directory / "eval", splits[-1])
     model = starting_model(world, plan.start, dropout=world.recipe.model.dropout if plan.kind == "sft" else 0.0)
     write_layout(world.run_dir, model, peak_flops(world.recipe))
     lm = MeteredLM(MegatronLM(model, world.shape))
@@ -123,7 +132,7 @@ def run_stage(world: World, plan: Plan, sink: MetricSink | None) -> EvalResult:
         trainable = Trainable(model, world.shape, world.recipe.trainer, lr=lr)
         log.info("%s: %d rows of train", plan.name, len(plan.rows))
         if plan.kind == "rl":
-            actor = Actor(trainable, world.catalog.trie, world.recipe.rl, world.dp)
+            actor = Actor(trainable, world.catalog, world.recipe.rl, world.dp)
             train_rl(world, stage, actor, lambda: reference_for(world, plan, model), engine)
         else:
             train_sft(world, stage, trainable, plan.rows)
@@ -132,7 +141,7 @@ def run_stage(world: World, plan: Plan, sink: MetricSink | None) -> EvalResult:
 
 
 def starting_model(world: World, start: str | None, *, dropout: float = 0.0) -> GPTModel:
-    """A model with the weights a stage starts from: model.init, or what an earlier stage handed on.
+    """A model with the weights a stage starts from: ``start`` or model.init, or what an earlier stage handed on.
 
     Only SFT has dropout: under it the policy ratio of an unchanged policy would be noise around 1 and would be clipped.
     """
@@ -141,9 +150,22 @@ def starting_model(world: World, start: str | None, *, dropout: float = 0.0) -> 
     if start is not None:
         earlier = Stage(world.run_dir / start, recipe.trainer)
         checkpoint.load_checkpoint(earlier.chosen_checkpoint, model=model)
+    elif recipe.start:
+        checkpoint.load_checkpoint(named_checkpoint(recipe, "start"), model=model)
     elif recipe.model.init != "random":
         load_hf(model, world.shape, Path(recipe.model.init))
     return model
+
+
+def named_checkpoint(recipe: Recipe, key: str) -> Path:
+    """The checkpoint that a key names: of a finished stage the chosen one, or one step_N. Raises ConfigError."""
+    named = value_of(recipe, key)
+    path = Path(named)
+    if (path / "done.json").is_file():
+        return Stage(path, recipe.trainer).chosen_checkpoint
+    if not (path / "state.json").is_file():
+        raise ConfigError(f"{key}={named} is neither a finished stage (done.json) nor a step_N (state.json)")
+    return path
 
 
 def reference_for(world: World, plan: Plan, actor_model: GPTModel) -> Reference:
@@ -155,12 +177,15 @@ def reference_for(world: World, plan: Plan, actor_model: GPTModel) -> Reference:
 
 
 def evaluate_stage(world: World, directory: Path, engine: RolloutEngine) -> EvalResult:
-    """Full evaluation on valid and test, written beside the stage's checkpoints."""
+    """Full evaluation on ``eval.splits``, written beside the stage's checkpoints; the result on the last one."""
     results = {}
-    for split in ("valid", "test"):
+    for split in world.recipe.eval.splits:
         samples, label = world.samples[split], f"{directory.name} {split}"
-        results[split] = evaluate(engine, samples, world.catalog, world.recipe.eval, dp=world.dp, label=label)
+        results[split] = evaluate(
+            engine, samples, world.catalog, world.recipe.eval,
+            dp=world.dp, label=label, popularity_I=item_counts(world.samples["train"], len(world.catalog)),
+        )  # fmt: skip
         if parallel.world_rank() == 0:
             results[split].write(directory / "eval", split)
     parallel.barrier()
-    return results["test"]
+    return results[world.recipe.eval.splits[-1]]

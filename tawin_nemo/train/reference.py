@@ -1,4 +1,4 @@
-"""The frozen reference policy: its own copy of the model, weights swapped in from the CPU, or none at all.
+"""The reference policy: its own copy of the model, weights swapped in from the CPU, or none at all.
 
 ``copy`` costs a second set of weights on the device; ``swap`` keeps them in (pinned) CPU memory and exchanges them
 with the actor's for the duration of one scoring pass, as NeMo-Aligner does. Both give bit-identical log-probs.
@@ -6,28 +6,64 @@ with the actor's for the duration of one scoring pass, as NeMo-Aligner does. Bot
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol
 
 import torch
 from megatron.core.models.gpt import GPTModel
 from torch import Tensor
 
+from tawin_nemo.models.megatron import checkpoint
 from tawin_nemo.models.megatron.trainable import score
 from tawin_nemo.types import TokenBatch
 
 
+@dataclass(frozen=True)
+class Refresh:
+    """How the reference follows the actor: never (``off``), in jumps (``every`` n steps), smoothly (``ema``)."""
+
+    kind: str = "off"
+    steps: int = 100
+    decay: float = 0.99
+
+    def keeps(self, step: int) -> float:
+        """Share of its own weights that the reference keeps after optimizer step number ``step`` (1-based)."""
+        if self.kind == "every":
+            return 0.0 if step % self.steps == 0 else 1.0
+        return self.decay if self.kind == "ema" else 1.0
+
+
 class Reference(Protocol):
-    """Scores token batches with weights that training does not touch."""
+    """Scores token batches with weights that training touches only through ``follow``."""
 
     def logprobs(self, batches: Sequence[TokenBatch]) -> list[Tensor] | None:
         """Per batch ``logp_N``; None when the objective has no reference (beta = 0)."""
+
+    def follow(self, actor_model: GPTModel, keep: float) -> None:
+        """``reference = keep * reference + (1 - keep) * actor``; 1 changes nothing."""
+
+    def save(self, path: Path) -> None:
+        """Write the weights as a checkpoint (directory ``step_N``)."""
+
+    def load(self, path: Path) -> None:
+        """Bring back what ``save`` wrote. Raises CheckpointError when it is not there or damaged."""
 
 
 class NoReference:
     def logprobs(self, batches: Sequence[TokenBatch]) -> None:
         return None
+
+    def follow(self, actor_model: GPTModel, keep: float) -> None:
+        pass
+
+    def save(self, path: Path) -> None:
+        pass
+
+    def load(self, path: Path) -> None:
+        pass
 
 
 class CopiedReference:
@@ -39,6 +75,15 @@ class CopiedReference:
     def logprobs(self, batches: Sequence[TokenBatch]) -> list[Tensor]:
         return score(self._model, list(batches))
 
+    def follow(self, actor_model: GPTModel, keep: float) -> None:
+        _blend(dict(self._model.named_parameters()), actor_model, keep)
+
+    def save(self, path: Path) -> None:
+        checkpoint.save_checkpoint(path, model=self._model, state={})
+
+    def load(self, path: Path) -> None:
+        checkpoint.load_checkpoint(path, model=self._model)
+
 
 class SwappedReference:
     """The actor's own model with other weights for a moment."""
@@ -49,6 +94,17 @@ class SwappedReference:
     def logprobs(self, batches: Sequence[TokenBatch]) -> list[Tensor]:
         with self._swapped():
             return score(self._model, list(batches))
+
+    def follow(self, actor_model: GPTModel, keep: float) -> None:
+        _blend(self._weights, actor_model, keep)
+
+    def save(self, path: Path) -> None:
+        with self._swapped():
+            checkpoint.save_checkpoint(path, model=self._model, state={})
+
+    def load(self, path: Path) -> None:
+        with self._swapped():
+            checkpoint.load_checkpoint(path, model=self._model)
 
     @contextmanager
     def _swapped(self) -> Iterator[None]:
@@ -65,6 +121,18 @@ class SwappedReference:
             current = parameter.detach().to(kept.device, copy=True)
             parameter.copy_(kept)
             kept.copy_(current)
+
+
+@torch.no_grad()
+def _blend(weights: Mapping[str, Tensor], actor_model: GPTModel, keep: float) -> None:
+    if keep == 1.0:
+        return
+    for name, parameter in actor_model.named_parameters():
+        kept, now = weights[name], parameter.detach().to(weights[name].device)
+        if keep == 0.0:  # exactly the actor's, whatever rounding makes of 0 * w + now
+            kept.copy_(now)
+        else:
+            kept.lerp_(now, 1.0 - keep)
 
 
 def build_reference(mode: str, beta: float, actor_model: GPTModel, load_initial: Callable[[], GPTModel]) -> Reference:

@@ -7,64 +7,64 @@ weights to the rollout engine.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from tawin_nemo.backbones import Work
 from tawin_nemo.catalog.items import Catalog
 from tawin_nemo.config import RlConfig
 from tawin_nemo.data.batches import BatchStream, balanced_shard
 from tawin_nemo.eval.evaluate import evaluate
-from tawin_nemo.maths.advantages import group_advantages, zero_std_groups
-from tawin_nemo.maths.rewards import ranking_reward
+from tawin_nemo.maths.advantages import group_advantages
 from tawin_nemo.maths.tawin import tawin_weights
 from tawin_nemo.models.megatron import parallel
 from tawin_nemo.rollout.engine import RolloutEngine
 from tawin_nemo.rollout.ensure_target import ensure_target
-from tawin_nemo.rollout.metered import MeteredLM
-from tawin_nemo.train.actor import Actor
-from tawin_nemo.train.mfu import batch_work, total_peak_flops
-from tawin_nemo.train.reference import Reference
+from tawin_nemo.train.actor import Actor, weighted_groups
+from tawin_nemo.train.mfu import total_peak_flops
+from tawin_nemo.train.reference import Reference, Refresh
+from tawin_nemo.train.refill import refilled
+from tawin_nemo.train.rewards import Reward, build_reward
+from tawin_nemo.train.rl_facts import count_work, prefixed, rollout_facts, take_search_work
 from tawin_nemo.train.schedule import scheduled
 from tawin_nemo.train.stage import Progress, Stage
-from tawin_nemo.train.timers import Timers, count_update
+from tawin_nemo.train.timers import Timers
 from tawin_nemo.train.weight_sync import check_version, sync_weights
 from tawin_nemo.train.world import World
-from tawin_nemo.types import DataParallel, PromptBatch, Rollout, TokenBatch
+from tawin_nemo.types import PromptBatch, Rollout
+
+NextPrompts = Callable[[], PromptBatch]
 
 
 def train_rl(
     world: World, stage: Stage, actor: Actor, build_reference: Callable[[], Reference], engine: RolloutEngine
 ) -> None:
-    """Run ``rl.max_steps`` rollouts (or ``rl.epochs`` passes) over the RL rows, resuming where a killed run stopped."""
-    rl, seed, samples, rows = world.recipe.rl, world.recipe.seed, world.samples["train"], world.train_rows_for_rl
-    stream = BatchStream(len(rows), min(rl.prompts_per_step, len(rows)), seed=seed)
+    """Run ``rl.max_steps`` steps (or ``rl.epochs`` passes) over the RL rows, resuming where a killed run stopped."""
+    rl, trainer, rows = world.recipe.rl, world.recipe.trainer, world.train_rows_for_rl
     total = total_steps(rl, len(rows))
-    lengths_N = samples.prompts.lengths
     done = stage.resume(actor.trainable)
-    reference = build_reference()
-    roles = Roles(rl, world.catalog, engine, actor, reference)
+    refresh = Refresh(world.recipe.reference.refresh, world.recipe.reference.refresh_steps,
+                      world.recipe.reference.refresh_decay)  # fmt: skip
+    reference = resumed_reference(build_reference(), refresh, stage, done)
+    roles = Roles(rl, world.catalog, engine, actor, reference, build_reward(rl, world))
     timers = Timers(total_peak_flops(world.recipe), world.dp)
     sync_weights(engine, version=done.step)
     for step in stage.steps(done.step, total):
-        parallel.seed_step(seed, step)
-        with timers("data"):
-            picked = rows[stream.batch(step)]
-            prompts = samples.prompt_batch(balanced_shard(picked, lengths_N[picked], world.dp))
+        if rl.max_steps == 0 and done.batches >= total:  # refills have used up the prompts
+            break
+        parallel.seed_step(world.recipe.seed, step)
         lr = scheduled(rl, step, total)
-        rollout, rewards_BG, stats = rl_step(roles, prompts, timers, step=step, lr=lr)
+        facts = rl_step(roles, lambda: next_prompts(world, done), timers, step=step, lr=lr)
         done.step = step + 1
-        facts = rollout_facts(rollout, rewards_BG, world.dp)
-        stage.write(done.step, {**facts, **prefixed(stats), "lr": lr}, timers.report())
-        validated = due(done.step, world.recipe.trainer.val_check_interval) and validate(world, stage, engine, done)
-        if validated or due(done.step, world.recipe.trainer.save_interval) or done.step == total:
-            stage.save(actor.trainable, done)
-        stage.stop_if_out_of_time(actor.trainable, done)
-    best = done.best_step if world.recipe.trainer.keep_best and done.best_step >= 0 else done.step
+        reference.follow(actor.trainable.model, refresh.keeps(done.step))
+        stage.write(done.step, {**facts, "lr": lr}, timers.report())
+        validated = due(done.step, trainer.val_check_interval) and validate(world, stage, engine, done)
+        if validated or due(done.step, trainer.save_interval) or done.step == total:
+            save(stage, actor, reference, refresh, done)
+        stage.stop_if_out_of_time(lambda: save(stage, actor, reference, refresh, done), done)
+    best = done.best_step if trainer.keep_best and done.best_step >= 0 else done.step
     stage.finish(done, chosen_step=best)
 
 
@@ -77,19 +77,32 @@ class Roles:
     engine: RolloutEngine
     actor: Actor
     reference: Reference
+    reward: Reward
 
 
-def rl_step(
-    roles: Roles, prompts: PromptBatch, timers: Timers, *, step: int, lr: float
-) -> tuple[Rollout, Tensor, dict[str, float]]:
-    """One step with weights of version ``step``, which leaves version ``step + 1``: rollout, rewards_BG, statistics."""
+def rl_step(roles: Roles, prompts: NextPrompts, timers: Timers, *, step: int, lr: float) -> dict[str, float]:
+    """One step with weights of version ``step``, which leaves version ``step + 1``; returns what is logged."""
     rl, engine, actor = roles.rl, roles.engine, roles.actor
     take_search_work(engine)  # a validation may have searched since the last step
-    with timers("generate"):
-        rollout = roll_out(rl, engine, prompts, step, roles.catalog)
+
+    def rolled_out() -> tuple[Rollout, Tensor]:
+        with timers("data"):
+            batch = prompts()
+        with timers("generate"):
+            rollout = roll_out(rl, engine, batch, step, roles.catalog)
+        with timers("reward"):
+            return rollout, roles.reward(rollout)
+
+    rollout, rewards_BG = rolled_out()
+    facts, path_tokens = rollout_facts(rollout, rewards_BG, actor.dp), int(rollout.lengths_BG.sum())
+    if rl.max_refill_batches:
+        rollout, rewards_BG, added = refilled(
+            rollout, rewards_BG, rolled_out, wanted=rl.prompts_per_step, most=rl.max_refill_batches, dp=actor.dp
+        )
+        facts |= {"rl/refill_batches": float(added)}
     with timers("reward"):
-        rewards_BG = reward(rl, rollout)
         adv_BG = group_advantages(rewards_BG, std=rl.std, valid_BG=rollout.valid_BG)
+        adv_BG = weighted_groups(adv_BG, rollout.inserted_BG, rl.inserted_weight)
         omega_BG = candidate_weights(rl, rollout)
     with timers("data"):
         packed = actor.pack(rollout, adv_BG, omega_BG)
@@ -100,31 +113,46 @@ def rl_step(
         stats = actor.update(rollout, packed, adv_BG, omega_BG, ref, lr=lr)
     with timers("sync"):
         sync_weights(engine, version=step + 1)
-    count_work(timers, roles, rollout, batches, scored=ref is not None)
-    return rollout, rewards_BG, stats
+    count_work(timers, engine, actor.trainable.shape, batches,
+               path_tokens=path_tokens, scored=ref is not None, passes=rl.inner_updates)  # fmt: skip
+    return {**facts, **prefixed(stats)}
 
 
 def roll_out(rl: RlConfig, engine: RolloutEngine, prompts: PromptBatch, step: int, catalog: Catalog) -> Rollout:
     """G candidates per prompt from the weights of exactly this step."""
-    rollout = engine.generate(prompts, rl.group_size, negatives=rl.negatives, policy_space=rl.policy_space, step=step)
+    rollout = engine.generate(
+        prompts,
+        rl.group_size,
+        negatives=rl.negatives,
+        oversample=rl.oversample,
+        policy_space=rl.policy_space,
+        step=step,
+    )
     check_version(rollout, expected=step)
     return ensure_target(rollout, catalog) if rl.ensure_target == "replace_last" else rollout
 
 
-def count_work(timers: Timers, roles: Roles, rollout: Rollout, batches: Sequence[TokenBatch], *, scored: bool) -> None:
-    """What the phases of this step had to compute; ``scored``: the reference ran."""
-    shape = roles.actor.trainable.shape
-    ran, path_tokens = take_search_work(roles.engine), int(rollout.lengths_BG.sum())
-    timers.count("generate", tokens=path_tokens, rows=ran.tokens, flops=ran.forward_flops(shape))
-    if scored:
-        once, tokens = batch_work(batches, shape.vocab), sum(len(batch.target_N) for batch in batches)
-        timers.count("reference", tokens=tokens, rows=once.tokens, flops=once.forward_flops(shape))
-    count_update(timers, batches, shape, passes=roles.rl.inner_updates)
+def next_prompts(world: World, done: Progress) -> PromptBatch:
+    """This replica's share of the next batch; ``done.batches`` remembers how far the stream was read."""
+    samples, rows = world.samples["train"], world.train_rows_for_rl
+    stream = BatchStream(len(rows), min(world.recipe.rl.prompts_per_step, len(rows)), seed=world.recipe.seed)
+    picked = rows[stream.batch(done.batches)]
+    done.batches += 1
+    return samples.prompt_batch(balanced_shard(picked, samples.prompts.lengths[picked], world.dp))
 
 
-def take_search_work(engine: RolloutEngine) -> Work:
-    """What the engine's model ran since the last call; nothing if nobody counts."""
-    return engine.lm.take() if isinstance(engine.lm, MeteredLM) else Work()
+def resumed_reference(reference: Reference, refresh: Refresh, stage: Stage, done: Progress) -> Reference:
+    """A reference that follows the actor goes on from where the checkpoint's step left it."""
+    if refresh.kind != "off" and done.step > 0:
+        reference.load(stage.directory / "reference" / f"step_{done.step}")
+    return reference
+
+
+def save(stage: Stage, actor: Actor, reference: Reference, refresh: Refresh, done: Progress) -> None:
+    """The reference first: a checkpoint of the actor must find the reference of its step."""
+    if refresh.kind != "off":
+        stage.save_beside("reference", reference.save, done)
+    stage.save(actor.trainable, done)
 
 
 def due(step: int, interval: int) -> bool:
@@ -132,15 +160,8 @@ def due(step: int, interval: int) -> bool:
 
 
 def total_steps(rl: RlConfig, rows: int) -> int:
-    """Rollouts of a run: ``rl.max_steps``, or what ``rl.epochs`` passes over ``rows`` need."""
+    """Steps of a run: ``rl.max_steps``, or what ``rl.epochs`` passes over ``rows`` need at most."""
     return rl.max_steps or max(1, round(rl.epochs * rows / min(rl.prompts_per_step, rows)))
-
-
-def reward(rl: RlConfig, rollout: Rollout) -> Tensor:
-    """rewards_BG: 1 for the target (or an item on its path); ``ranking`` adds ReRe's penalty by rank."""
-    if rl.reward == "ranking":
-        return ranking_reward(rollout.scores_BG, rollout.is_target_BG, valid_BG=rollout.valid_BG)
-    return rollout.is_target_BG.to(torch.float32)
 
 
 def candidate_weights(rl: RlConfig, rollout: Rollout) -> Tensor:
@@ -153,30 +174,6 @@ def candidate_weights(rl: RlConfig, rollout: Rollout) -> Tensor:
         rollout.scores_BG, rollout.is_target_BG,
         k=tawin.k, tau=tawin.tau, anchor=anchor, window=tawin.window, valid_BG=rollout.valid_BG,
     )  # fmt: skip
-
-
-def rollout_facts(rollout: Rollout, rewards_BG: Tensor, dp: DataParallel) -> dict[str, float]:
-    """What a person watches during RL, over all data-parallel ranks."""
-    valid = rollout.valid_BG
-    sums = np.array([
-        len(rollout.prompts),
-        float(valid.sum()),
-        float((rewards_BG * valid).sum(dtype=torch.float64)),
-        float(rollout.is_target_BG.any(dim=1).sum()),
-        float(zero_std_groups(rewards_BG, valid).sum()),
-        float((valid.sum(dim=1) < valid.shape[1]).sum()),
-    ])  # fmt: skip
-    groups, candidates, rewards, hits, zero_std, short = np.sum(dp.gather(sums), axis=0).tolist()
-    return {
-        "rl/reward": rewards / candidates,
-        "rl/hit_rate": hits / groups,
-        "rl/frac_zero_std_groups": zero_std / groups,
-        "rl/frac_short_groups": short / groups,
-    }
-
-
-def prefixed(stats: dict[str, float]) -> dict[str, float]:
-    return {name if name == "grad_norm" else f"rl/{name}": value for name, value in stats.items()}
 
 
 def validate(world: World, stage: Stage, engine: RolloutEngine, done: Progress) -> bool:

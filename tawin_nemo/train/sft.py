@@ -64,7 +64,7 @@ def train_sft(world: World, stage: Stage, trainable: Trainable, rows: np.ndarray
             _check(world, stage, trainable, done)
         elif done.step % world.recipe.trainer.save_interval == 0:
             stage.save(trainable, done)
-        stage.stop_if_out_of_time(trainable, done)
+        stage.stop_if_out_of_time(lambda: stage.save(trainable, done), done)
     if done.bad_checks < cfg.patience:
         log.warning("%s used all sft.epochs=%d without early stopping; raise sft.epochs", stage.name, cfg.epochs)
     stage.finish(done, chosen_step=done.best_step)

@@ -35,6 +35,7 @@ class Progress:
     """What a stage must remember besides weights and optimizer; a checkpoint's ``state.json`` holds it."""
 
     step: int = 0  # finished optimizer steps (SFT) or rollouts (RL)
+    batches: int = 0  # batches of prompts that RL has drawn; more than steps where rollouts are refilled
     best_value: float | None = None  # of the validation metric; smaller is better
     best_step: int = -1
     bad_checks: int = 0
@@ -135,6 +136,16 @@ class Stage:
             checkpoint.prune(self.checkpoints, keep_last=self.trainer.keep_last, keep=keep)
         parallel.barrier()
 
+    def save_beside(self, folder: str, write: Callable[[Path], None], progress: Progress) -> None:
+        """Let ``write`` make ``FOLDER/step_N``, for what belongs to the checkpoint that ``save`` writes next."""
+        directory = self.directory / folder
+        if self._writer:
+            directory.mkdir(exist_ok=True)
+        parallel.barrier()
+        write(directory / f"step_{progress.step}")
+        if self._writer:
+            checkpoint.prune(directory, keep_last=self.trainer.keep_last + 1, keep=set())
+
     def _flush(self) -> None:
         """The logs reach the disk before the checkpoint that counts on them."""
         if self._writer:
@@ -143,12 +154,12 @@ class Stage:
                     with (self.directory / name).open("rb") as file:
                         os.fsync(file.fileno())
 
-    def stop_if_out_of_time(self, trainable: Trainable, progress: Progress) -> None:
+    def stop_if_out_of_time(self, save: Callable[[], None], progress: Progress) -> None:
         """Save and raise Preempted once ``trainer.max_time`` is over; rank 0's clock decides for all."""
         late = self._deadline is not None and time.monotonic() > self._deadline
         if parallel.broadcast_object(late):
             self._profiler.stop()
-            self.save(trainable, progress)
+            save()
             raise Preempted(f"trainer.max_time is over: {self.name} saved step {progress.step}; rerun to continue")
 
     def finish(self, progress: Progress, chosen_step: int) -> None:

@@ -10,16 +10,16 @@ import numpy as np
 
 from tawin_nemo.config import Recipe
 from tawin_nemo.errors import ConfigError
+from tawin_nemo.eval.bias import item_counts
 from tawin_nemo.eval.evaluate import evaluate as run_evaluation
 from tawin_nemo.models.megatron import checkpoint, parallel
 from tawin_nemo.models.megatron.build import build_model
 from tawin_nemo.models.megatron.hf_io import save_hf
 from tawin_nemo.models.megatron.lm import MegatronLM
 from tawin_nemo.rollout.engine import RolloutEngine
-from tawin_nemo.train.pipeline import plans, run_pipeline, starting_model
+from tawin_nemo.train.pipeline import named_checkpoint, plans, run_pipeline, starting_model
 from tawin_nemo.train.profile import check_profile
 from tawin_nemo.train.rl import total_steps
-from tawin_nemo.train.stage import Stage
 from tawin_nemo.train.world import World, build_world, open_run_dir, set_threads
 from tawin_nemo.types import NO_ITEM, TokenRows
 
@@ -81,18 +81,21 @@ def train(world: World, *, dry_run: bool = False) -> dict[str, Any]:
 
 
 def evaluate(world: World) -> dict[str, Any]:
-    """Recall@K and NDCG@K of ``checkpoint`` on valid and test, with 95 % intervals."""
+    """Recall@K and NDCG@K of ``checkpoint`` on ``eval.splits``, with 95 % intervals."""
     engine = engine_of(world)
     result: dict[str, Any] = {"checkpoint": world.recipe.checkpoint}
-    for split in ("valid", "test"):
+    for split in world.recipe.eval.splits:
         found = run_evaluation(
-            engine, world.samples[split], world.catalog, world.recipe.eval, dp=world.dp, label=f"evaluate {split}"
-        )
+            engine, world.samples[split], world.catalog, world.recipe.eval,
+            dp=world.dp, label=f"evaluate {split}",
+            popularity_I=item_counts(world.samples["train"], len(world.catalog)),
+        )  # fmt: skip
         result[split] = {
             **found.means,
             "intervals": {name: list(pair) for name, pair in found.intervals.items()},
             "rows": found.rows,
             "invalid_rate": found.invalid_rate,
+            "beyond": found.beyond,
         }
     return result
 
@@ -151,14 +154,8 @@ def engine_of(world: World) -> RolloutEngine:
 
 def checkpoint_model(world: World) -> Any:
     """The model of ``checkpoint=``: a stage directory (its chosen step) or one step_N directory."""
-    named = world.recipe.checkpoint
-    if not named:
+    if not world.recipe.checkpoint:
         return starting_model(world, None)
-    path = Path(named)
-    if (path / "done.json").is_file():
-        path = Stage(path, world.recipe.trainer).chosen_checkpoint
-    elif not (path / "state.json").is_file():
-        raise ConfigError(f"checkpoint={named} is neither a finished stage (done.json) nor a step_N (state.json)")
     model = build_model(world.shape, world.recipe.model, seed=world.recipe.seed)
-    checkpoint.load_checkpoint(path, model=model)
+    checkpoint.load_checkpoint(named_checkpoint(world.recipe, "checkpoint"), model=model)
     return model

@@ -34,7 +34,7 @@ log = get_logger(__name__)
 
 #: Keys that may change between two attempts of one run.
 RESUMABLE_KEYS = (
-    "run_dir", "checkpoint", "profile", "exp_manager",
+    "run_dir", "checkpoint", "profile", "exp_manager", "eval.splits",
     "trainer.max_time", "trainer.threads", "trainer.keep_last", "trainer.peak_tflops",
 )  # fmt: skip
 
@@ -58,7 +58,10 @@ class World:
     @property
     def train_rows_for_sft(self) -> np.ndarray:
         """Row numbers of ``samples['train']`` (time order) that the first SFT sees."""
-        return np.arange(self._first_fresh if self._sft_is_earlier else len(self.samples["train"]))
+        rows = np.arange(len(self.samples["train"]))
+        if self.recipe.sft.rows == "fresh":
+            return rows[self._first_fresh :]
+        return rows[: self._first_fresh] if self._sft_is_earlier else rows
 
     @property
     def train_rows_for_rl(self) -> np.ndarray:

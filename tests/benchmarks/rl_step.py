@@ -29,6 +29,7 @@ from tawin_nemo.rollout.metered import MeteredLM
 from tawin_nemo.train.actor import Actor
 from tawin_nemo.train.mfu import batch_work
 from tawin_nemo.train.reference import CopiedReference
+from tawin_nemo.train.rewards import RuleReward
 from tawin_nemo.train.rl import Roles, rl_step
 from tawin_nemo.train.timers import Timers
 from tawin_nemo.types import DataParallel, PromptBatch, TokenRows
@@ -61,9 +62,9 @@ class Ours:
         trainable = Trainable(megatron_model(shape, theirs, precision), shape, TrainerConfig(), lr=LR)
         self.meter = MeteredLM(MegatronLM(trainable.model, shape))
         engine = RolloutEngine(self.meter, titles.catalog, RolloutConfig(), seed=0)
-        actor = Actor(trainable, titles.catalog.trie, self.rl, DataParallel())
+        actor = Actor(trainable, titles.catalog, self.rl, DataParallel())
         reference = CopiedReference(megatron_model(shape, theirs, precision))
-        self.roles = Roles(self.rl, titles.catalog, engine, actor, reference)
+        self.roles = Roles(self.rl, titles.catalog, engine, actor, reference, RuleReward())
         self.timers = Timers(1.0, DataParallel())
         self.steps = 0
 
@@ -73,7 +74,7 @@ class Ours:
         self.prompts = PromptBatch(torch.arange(len(prompts)), prompts, target_B)
 
     def __call__(self) -> None:
-        rl_step(self.roles, self.prompts, self.timers, step=self.steps, lr=LR)
+        rl_step(self.roles, lambda: self.prompts, self.timers, step=self.steps, lr=LR)
         self.steps += 1
 
     def flops(self) -> float:

@@ -31,6 +31,7 @@ from tawin_nemo.rollout.engine import RolloutEngine
 from tawin_nemo.rollout.metered import MeteredLM
 from tawin_nemo.train.actor import Actor
 from tawin_nemo.train.reference import CopiedReference
+from tawin_nemo.train.rewards import RuleReward
 from tawin_nemo.train.rl import Roles, rl_step
 from tawin_nemo.train.timers import Timers
 from tawin_nemo.types import DataParallel, PromptBatch, TokenRows
@@ -83,8 +84,8 @@ class System:
         catalog, rng = self.catalog(point.items), np.random.default_rng(1)
         rl = RlConfig(beta=1e-3, group_size=point.beams, lr=1e-6)
         engine = RolloutEngine(self.lm, catalog, RolloutConfig(), seed=0)
-        actor = Actor(self.trainable, catalog.trie, rl, DataParallel())
-        roles = Roles(rl, catalog, engine, actor, self.reference)
+        actor = Actor(self.trainable, catalog, rl, DataParallel())
+        roles = Roles(rl, catalog, engine, actor, self.reference, RuleReward())
         tokens = rng.choice(catalog.paths.flat, (point.prompts, point.history))
         batch = PromptBatch(
             torch.arange(point.prompts), TokenRows.from_lists(list(tokens)), torch.zeros(point.prompts).long()
@@ -92,7 +93,7 @@ class System:
         timers = Timers(1.0, DataParallel())
 
         def run() -> None:
-            rl_step(roles, batch, timers, step=engine.weight_version, lr=1e-6)
+            rl_step(roles, lambda: batch, timers, step=engine.weight_version, lr=1e-6)
 
         return run, timers
 

@@ -88,7 +88,7 @@ class Ours:
 
     def __init__(self, titles: Titles, trainable: Trainable, group: Group, space: str) -> None:
         rl = RlConfig(policy_space=space, beta=0.0, group_size=group.items_BG.shape[1])
-        self.actor = Actor(trainable, titles.catalog.trie, rl, DataParallel())
+        self.actor = Actor(trainable, titles.catalog, rl, DataParallel())
         self.group, self.omega_BG = group, torch.ones(group.items_BG.shape)
         self.rollout = group.rollout()
         packed = self.actor.pack(self.rollout, group.advantage_BG, self.omega_BG)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -80,9 +81,13 @@ def make_samples(targets: list[int], lengths: list[int] | None = None) -> Sample
     return Samples(prompts, np.array(targets, dtype=np.int64), 100 + np.arange(n), history)
 
 
+#: How often each item is a target in train.
+POPULARITY = np.array([8, 4, 2, 1, 0, 3])
+
+
 def run(engine: Any, samples: Samples, catalog: Catalog, dp: DataParallel | None = None, **cfg: Any) -> EvalResult:
     config = EvalConfig(**{"beams": 4, "ks": [1, 3], **cfg})
-    return evaluate(engine, samples, catalog, config, dp=dp or DataParallel(), label="test")
+    return evaluate(engine, samples, catalog, config, dp=dp or DataParallel(), label="test", popularity_I=POPULARITY)
 
 
 LISTS = [[0, 1, 2, 3], [0, 1, 2, 3], [3, 1, 2, 0], [5, 0], [1, 0, 3, 2], [3, 2, 1, 0]]
@@ -117,6 +122,32 @@ def test_ranks_credit_and_means_by_hand(catalog: Catalog) -> None:
     assert low < result.means["recall@3"] < high
 
 
+def test_what_lists_look_like_beside_their_hits(catalog: Catalog) -> None:
+    """Histories are item 0 throughout; first choices are the items 0, 0, 3, 5, 1, 3."""
+    result = run(ListedEngine(catalog, LISTS), make_samples(TARGETS), catalog)
+    ln = math.log
+    assert result.beyond["popularity_bias@1"] == pytest.approx((2 * ln(8) + ln(3) + ln(4)) / 6 - ln(8))
+    assert result.beyond["coverage@1"] == 4 / 6
+    assert result.beyond["coverage@3"] == 6 / 6  # item 4 through the path that it shares with item 2
+    assert result.beyond["first_codes@10"] == (3 + 3 + 3 + 2 + 3 + 3) / 6
+    assert set(result.beyond) == {f"{name}@{k}" for name in ("coverage", "popularity_bias") for k in (1, 3)} | {
+        "first_codes@10"
+    }
+    config = EvalConfig(beams=4, ks=[1])
+    plain = evaluate(
+        ListedEngine(catalog, LISTS), make_samples(TARGETS), catalog, config, dp=DataParallel(), label="test"
+    )
+    assert set(plain.beyond) == {"coverage@1", "first_codes@10"}
+
+
+def test_lists_longer_than_ten_places_count(catalog: Catalog) -> None:
+    """The catalogue has five paths; cut-offs beyond them see all of them."""
+    result = run(ListedEngine(catalog, [[0, 1, 2, 3, 5]]), make_samples([5]), catalog, beams=50, ks=[2, 40])
+    assert result.beyond["coverage@2"] == 2 / 6
+    assert result.beyond["coverage@40"] == 1
+    assert result.coverage == 1
+
+
 def test_optimistic_credit_is_a_full_hit(catalog: Catalog) -> None:
     result = run(ListedEngine(catalog, LISTS), make_samples(TARGETS), catalog, collision="optimistic")
     assert result.per_user["recall@3"].to_list() == [1, 1, 1, 0, 0, 1]
@@ -148,7 +179,7 @@ def test_result_does_not_depend_on_the_number_of_replicas_or_chunks(
     for rank in range(size):
         result = replica(rank, lambda _: parts)
         assert result.per_user.equals(alone.per_user)
-        for name in ("means", "intervals", "invalid_rate", "short_rows", "coverage", "collisions"):
+        for name in ("means", "intervals", "invalid_rate", "short_rows", "coverage", "collisions", "beyond"):
             assert getattr(result, name) == getattr(alone, name)
 
 
@@ -264,3 +295,15 @@ def test_comparison_is_paired_by_row(catalog: Catalog) -> None:
         compare(ours, run(ListedEngine(catalog, LISTS), make_samples(TARGETS[:5]), catalog), "recall@3")
     with pytest.raises(DataError, match="metric recall@7"):
         compare(ours, theirs, "recall@7")
+
+
+def test_files_of_older_versions_are_read(catalog: Catalog, tmp_path: Path) -> None:
+    result = run(ListedEngine(catalog, LISTS), make_samples(TARGETS), catalog)
+    result.write(tmp_path, "test")
+    facts = json.loads((tmp_path / "test.json").read_text())
+    assert facts["beyond"] == result.beyond
+    del facts["beyond"]
+    (tmp_path / "test.json").write_text(json.dumps(facts))
+    again = EvalResult.read(tmp_path, "test")
+    assert again.beyond == {}
+    assert again.means == result.means

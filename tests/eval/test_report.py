@@ -73,6 +73,7 @@ def fabricated_result(rate: float, seed: int, rows: int = 400) -> EvalResult:
         intervals={name: (interval.low, interval.high) for name, interval in intervals.items()},
         rows=rows, invalid_rate=0.0, collisions=12, short_rows=0.25, coverage=0.4375, beams=50,
         collision="fractional", per_user=table,
+        beyond={"popularity_bias@3": rate - 0.35, "coverage@10": 0.61, "coverage@3": 0.22, "first_codes@10": 4.25},
     )  # fmt: skip
 
 
@@ -135,6 +136,24 @@ def test_report_is_a_well_formed_page_with_every_number(finished_run: Path) -> N
     for fact in ("1 h 02 min 05 s", "5 min 00 s", "3,686", "train 36,259", "12 of 400", "43.8%", "25.00%"):
         assert fact in page.text
     assert page.tags.count("svg") == 1 + 2 + 6 + 1  # metrics, two SFT stages, six RL curves, the window
+
+
+def test_what_lists_look_like_is_shown_by_cut_off(finished_run: Path) -> None:
+    text = Page((finished_run / "report.html").read_text(encoding="utf-8")).text
+    assert "Coverage @3 Coverage @10 First codes @10 Popularity bias @3" in text
+    assert "SFT 22.0% 61.0% 4.25 -0.050" in text
+    assert "RL 22.0% 61.0% 4.25 +0.070" in text
+
+
+def test_evaluations_of_older_versions_have_gaps_there(run_dir: Path) -> None:
+    path = run_dir / "sft" / "eval" / "test.json"
+    facts = json.loads(path.read_text())
+    del facts["beyond"]
+    path.write_text(json.dumps(facts))
+    assert "SFT – – – –" in Page(render(load_report(run_dir))).text
+    for name in ("sft_continued", "rl"):
+        (run_dir / name / "eval" / "test.json").unlink()
+    assert "First codes" not in Page(render(load_report(run_dir))).text
 
 
 def test_report_needs_nothing_from_outside(finished_run: Path) -> None:

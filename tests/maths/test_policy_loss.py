@@ -9,11 +9,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from tawin_nemo.maths import grpo
 from tawin_nemo.maths.advantages import group_advantages
 from tawin_nemo.maths.policy_loss import (
+    Counts,
+    Objective,
     PolicyTerms,
     clipped_surrogate,
-    grpo_loss,
     is_clipped,
     kl_estimate,
     mean_stats,
@@ -23,6 +25,12 @@ from tawin_nemo.maths.policy_loss import (
 LOW, HIGH, BETA = 0.2, 0.28, 0.05
 CLIP = {"clip_low": LOW, "clip_high": HIGH}
 EXACT = {"rtol": 0.0, "atol": 1e-12}
+
+
+def grpo_loss(
+    logp_N: Tensor, terms: PolicyTerms, *, num_candidates: float, beta: float = 0.0, kl: str = "k3", **clip: float
+) -> tuple[Tensor, dict[str, Tensor]]:
+    return grpo.grpo_loss(logp_N, terms, Counts(num_candidates, math.nan), Objective(beta=beta, kl=kl, **clip))
 
 
 def random_problem(seed: int = 0, M: int = 12) -> tuple[Tensor, PolicyTerms]:

@@ -17,11 +17,11 @@ from tawin_nemo.maths.tawin import tawin_weights
 from tawin_nemo.models.megatron import parallel
 from tawin_nemo.models.megatron.build import build_model
 from tawin_nemo.models.megatron.lm import MegatronLM
-from tawin_nemo.models.megatron.trainable import Trainable
+from tawin_nemo.models.megatron.trainable import MicroBatch, Trainable
 from tawin_nemo.rollout.engine import RolloutEngine
 from tawin_nemo.rollout.ensure_target import ensure_target
-from tawin_nemo.train.actor import Actor, PackedCandidates
-from tawin_nemo.train.reference import CopiedReference, SwappedReference
+from tawin_nemo.train.actor import Actor, PackedCandidates, weighted_groups
+from tawin_nemo.train.reference import CopiedReference, Refresh, SwappedReference
 from tawin_nemo.train.weight_sync import check_version, sync_weights
 from tawin_nemo.types import DataParallel, PromptBatch, Rollout, TokenRows
 
@@ -55,7 +55,7 @@ class Scene:
         self.catalog = catalog()
         self.trainable = Trainable(build_model(SHAPE, ModelConfig(), seed=3), SHAPE, TrainerConfig(), lr=1e-3)
         self.engine = RolloutEngine(MegatronLM(self.trainable.model, SHAPE), self.catalog, RolloutConfig(), seed=0)
-        self.actor = Actor(self.trainable, self.catalog.trie, rl, DataParallel())
+        self.actor = Actor(self.trainable, self.catalog, rl, DataParallel())
         batch = prompts(len(self.catalog))
         self.rollout: Rollout = self.engine.generate(
             batch, GROUP, negatives=rl.negatives, policy_space=rl.policy_space, step=0
@@ -70,7 +70,7 @@ class Scene:
         return {name: value.detach().clone() for name, value in self.trainable.model.named_parameters()}
 
     def update(self, rl: RlConfig, *, keep_all: bool = False) -> dict[str, torch.Tensor]:
-        actor = Actor(self.trainable, self.catalog.trie, rl, DataParallel())
+        actor = Actor(self.trainable, self.catalog, rl, DataParallel())
         ones = torch.ones_like(self.adv_BG)
         packed = actor.pack(self.rollout, *((ones, ones) if keep_all else (self.adv_BG, self.omega_BG)))
         actor.update(self.rollout, packed, self.adv_BG, self.omega_BG, None, lr=1e-3)
@@ -208,13 +208,20 @@ def test_swapped_reference_equals_a_copy_and_leaves_the_actor_alone():
     assert not torch.equal(torch.cat(scene.trainable.score(batches)), torch.cat(swapped))
 
 
-def test_ensure_target_puts_the_path_last_and_forgets_old_logprobs():
+def test_ensure_target_puts_the_path_last_and_the_actor_scores_it():
     scene = Scene(PLAIN, targets=False)
     full = ensure_target(scene.rollout, scene.catalog)
     lacking = (~scene.rollout.is_target_BG.any(dim=1)).nonzero().squeeze(1).tolist()
     assert lacking
-    assert full.logprobs_BGT is None
     assert full.is_target_BG.any(dim=1).all()
+    ones = torch.ones_like(scene.adv_BG)
+    packed = scene.actor.pack(full, ones, ones)
+    assert full.logprobs_BGT is not None
+    assert full.logprobs_BGT[full.inserted_BG].isnan().any(dim=1).all()
+    assert not full.logprobs_BGT[~full.inserted_BG].isnan().any()
+    scored = scene.trainable.score([part.batch for part in packed])
+    behaviour = scene.actor.behaviour_logprobs(full, packed)
+    torch.testing.assert_close(torch.cat(behaviour), torch.cat(scored), atol=LOGP_ATOL, rtol=0)
     for row in range(len(full.prompts)):
         if row in lacking:
             target = int(full.prompts.target_B[row])
@@ -232,3 +239,111 @@ def test_weight_versions_are_enforced():
         check_version(scene.rollout, expected=4)
     with pytest.raises(TawinError, match="older"):
         sync_weights(scene.engine, version=3)
+
+
+def test_the_sft_term_is_the_cross_entropy_of_the_targets():
+    """With advantages of 0 an update with sft_weight 1 is an SFT step in the policy's space on the same prompts."""
+    rl = replace(PLAIN, sft_weight=1.0, policy_space="vocab", micro_batch_tokens=40)
+    learned, expected = Scene(rl, targets=False), Scene(PLAIN, targets=False)
+    zeros = torch.zeros_like(learned.adv_BG)
+    packed = learned.actor.pack(learned.rollout, zeros, zeros)
+    num = learned.rollout.items_BG.numel()
+    added = torch.cat([part.flat_M[part.flat_M >= num] for part in packed])
+    assert sorted(added.tolist()) == [num + b for b in range(6)]
+    stats = learned.actor.update(learned.rollout, packed, zeros, zeros, None, lr=1e-3)
+
+    targets = expected.catalog.paths.take(expected.rollout.prompts.target_B.numpy())
+    batch, _ = tree_batch(expected.rollout.prompts.prompts, targets, np.arange(6), None)
+    total = int(targets.lengths.sum())
+
+    def cross_entropy(logp_N):
+        loss = -logp_N.sum() / total
+        return loss, {"loss": loss.detach()}
+
+    sft = expected.trainable.update([MicroBatch(batch, cross_entropy)], lr=1e-3)
+    assert stats["sft_loss"] == pytest.approx(sft["loss"], rel=1e-5)
+    assert stats["grad_norm"] == pytest.approx(sft["grad_norm"], rel=1e-4)
+    for name, value in expected.weights().items():
+        torch.testing.assert_close(learned.weights()[name], value, atol=WEIGHT_ATOL, rtol=0, msg=name)
+
+
+def test_the_sft_term_leaves_the_policy_term_alone():
+    both, plain = Scene(replace(PLAIN, sft_weight=0.5)), Scene(PLAIN)
+    got = [
+        scene.actor.update(
+            scene.rollout, scene.actor.pack(scene.rollout, scene.adv_BG, scene.omega_BG),
+            scene.adv_BG, scene.omega_BG, None, lr=1e-3,
+        )
+        for scene in (both, plain)
+    ]  # fmt: skip
+    assert got[0]["policy_loss"] == pytest.approx(got[1]["policy_loss"], rel=1e-5)
+    assert got[0]["loss"] == pytest.approx(got[0]["policy_loss"] + 0.5 * got[0]["sft_loss"], rel=1e-5)
+    assert got[0]["scored_tokens"] == got[1]["scored_tokens"]
+
+
+def test_rollout_and_training_agree_before_the_first_update():
+    scene = Scene(replace(PLAIN, inner_updates=2), targets=False)
+    ones = torch.ones_like(scene.adv_BG)
+    packed = scene.actor.pack(scene.rollout, ones, ones)
+    stats = scene.actor.update(scene.rollout, packed, scene.adv_BG + 1, ones, None, lr=1e-2)
+    assert abs(stats["mismatch_kl"]) < 1e-9
+    assert stats["mismatch_prob_error"] < LOGP_ATOL
+    assert stats["shift_kl"] > 1e-6  # the second update sees what the first one changed
+
+
+def test_truncated_importance_weights_correct_a_rollout_of_another_policy():
+    """Stored log-probs below the training pass's own: ratios above the cap are cut to it and scale the gradient."""
+    capped, plain = Scene(replace(PLAIN, importance_cap=1.5), targets=False), Scene(PLAIN, targets=False)
+    ones = torch.ones_like(capped.adv_BG)
+    assert capped.rollout.logprobs_BGT is not None
+    capped.rollout = replace(capped.rollout, logprobs_BGT=capped.rollout.logprobs_BGT - 2.0)
+    got = [
+        scene.actor.update(scene.rollout, scene.actor.pack(scene.rollout, ones, ones), ones, ones, None, lr=0.0)
+        for scene in (capped, plain)
+    ]
+    assert got[0]["ratio_mean"] == pytest.approx(1.0)  # the ratio is to the training pass's own old policy
+    assert got[0]["grad_norm"] == pytest.approx(1.5 * got[1]["grad_norm"], rel=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["copy", "swap"])
+def test_a_reference_follows_the_actor(kind, tmp_path):
+    scene = Scene(PLAIN)
+    ones = torch.ones_like(scene.adv_BG)
+    batches = [part.batch for part in scene.actor.pack(scene.rollout, ones, ones)]
+    initial = build_model(SHAPE, ModelConfig(), seed=4)
+    start = {name: value.detach().clone() for name, value in initial.named_parameters()}
+    reference = CopiedReference(initial)
+    if kind == "swap":
+        reference = SwappedReference(scene.trainable.model, {name: value.clone() for name, value in start.items()})
+    before = torch.cat(reference.logprobs(batches))
+    reference.follow(scene.trainable.model, 1.0)
+    assert torch.equal(torch.cat(reference.logprobs(batches)), before)
+
+    reference.follow(scene.trainable.model, 0.75)
+    mixed = build_model(SHAPE, ModelConfig(), seed=5)
+    with torch.no_grad():
+        for name, value in mixed.named_parameters():
+            value.copy_(0.75 * start[name] + 0.25 * scene.weights()[name])
+    halfway = torch.cat(reference.logprobs(batches))
+    torch.testing.assert_close(halfway, torch.cat(CopiedReference(mixed).logprobs(batches)), atol=1e-5, rtol=0)
+
+    reference.save(tmp_path / "step_1")
+    reference.follow(scene.trainable.model, 0.0)
+    assert torch.equal(torch.cat(reference.logprobs(batches)), torch.cat(scene.trainable.score(batches)))
+    actor_before = scene.weights()
+    reference.load(tmp_path / "step_1")
+    assert torch.equal(torch.cat(reference.logprobs(batches)), halfway)
+    assert all(torch.equal(value, actor_before[name]) for name, value in scene.weights().items())
+
+
+def test_refresh_says_what_is_kept():
+    assert [Refresh("every", steps=2).keeps(step) for step in (1, 2, 3, 4)] == [1.0, 0.0, 1.0, 0.0]
+    assert [Refresh("ema", decay=0.9).keeps(step) for step in (1, 2)] == [0.9, 0.9]
+    assert Refresh().keeps(7) == 1.0
+
+
+def test_weighted_groups_touch_only_groups_with_an_inserted_target():
+    adv_BG = torch.arange(6.0).view(3, 2)
+    inserted_BG = torch.tensor([[False, False], [False, True], [False, False]])
+    assert weighted_groups(adv_BG, inserted_BG, 0.1).flatten().tolist() == pytest.approx([0, 1, 0.2, 0.3, 4, 5])
+    assert weighted_groups(adv_BG, None, 0.1) is adv_BG

@@ -46,6 +46,27 @@ def test_losses_equal_one_process(name, small_dataset, finished_run, tmp_path):
                 assert math.isclose(line[key], value, rel_tol=LOSS_RTOL, abs_tol=1e-6), (stage, line["step"], key)
 
 
+OPTIONS = (
+    "rl.algorithm=dapo rl.max_refill_batches=2 rl.ensure_target=off rl.sft_weight=0.3 rl.beta=0.01 rl.inner_updates=2 "
+    "rl.negatives=dynamic reference.refresh=ema reference.refresh_decay=0.5 compare.sft_continued=false "
+    "eval.splits=[valid]"
+).split()
+
+
+@pytest.mark.distributed
+def test_refills_and_the_sft_term_do_not_depend_on_the_replicas(small_dataset, tmp_path):
+    """Which groups are kept, how often rollouts are refilled and every count is global."""
+    for devices in (1, 2):
+        where = (f"trainer.devices={devices}", f"data.root={small_dataset}", f"run_dir={tmp_path / str(devices)}")
+        run(*SMALL, *OPTIONS, *where)
+    ours, expected = metrics(tmp_path / "2", "rl"), metrics(tmp_path / "1", "rl")
+    assert any(line["rl/refill_batches"] > 0 for line in expected)
+    assert len(ours) == len(expected)
+    for line, reference in zip(ours, expected, strict=True):
+        for key, value in reference.items():
+            assert math.isclose(line[key], value, rel_tol=LOSS_RTOL, abs_tol=1e-6), (line["step"], key)
+
+
 def test_the_tolerance_would_notice_another_seed(small_dataset, finished_run, tmp_path):
     run(*SMALL, "seed=43", "rl.enabled=false", f"data.root={small_dataset}", f"run_dir={tmp_path}")
     ours, expected = metrics(tmp_path, "sft")[-1], metrics(finished_run, "sft")[-1]

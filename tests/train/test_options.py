@@ -15,6 +15,19 @@ OPTIONS = {
         "sft.enabled=false rl.init=base rl.rows=all trainer.val_check_interval=2 rl.length_norm=branching "
         "rl.schedule=cosine rl.tawin.target_k=2 rl.tawin.window=start rollout.width=6 rollout.length_penalty=0.5"
     ),
+    "dapo_refills_with_a_smooth_reference": (
+        "rl.algorithm=dapo rl.max_refill_batches=2 rl.ensure_target=off rl.clip_high=0.28 rl.beta=0.01 "
+        "reference.refresh=ema reference.refresh_decay=0.5 rl.importance_cap=2 compare.sft_continued=false"
+    ),
+    "gspo_with_sft_term_and_weighted_insertions": (
+        "rl.algorithm=gspo rl.inner_updates=2 rl.clip_low=3e-4 rl.clip_high=4e-4 rl.sft_weight=0.5 "
+        "rl.inserted_weight=0.1 rl.beta=0.01 reference.mode=swap reference.refresh=every reference.refresh_steps=2 "
+        "compare.sft_continued=false eval.splits=[valid]"
+    ),
+    "semantic_reward_on_distinct_draws": (
+        "rl.negatives=dynamic rl.oversample=2 rl.reward=semantic rl.reward_weight=0.5 rl.ensure_target=off "
+        "compare.sft_continued=false eval.splits=[valid]"
+    ),
     "sft_in_trie_space_only": "rl.enabled=false sft.loss_space=trie sft.schedule=linear sft.checks_per_epoch=2",
 }
 
@@ -34,6 +47,15 @@ def test_option(name, small_dataset, tmp_path):
     if name == "from_base_without_sft_with_validation":
         assert stages == ["rl"]
         assert [line["step"] for line in metrics(tmp_path, "rl") if "valid/ndcg@3" in line] == [2, 4]
+    if name == "dapo_refills_with_a_smooth_reference":
+        lines = metrics(tmp_path, "rl")
+        assert all(0 <= line["rl/refill_batches"] <= 2 for line in lines)
+        assert any(line["rl/refill_batches"] > 0 for line in lines)
+        assert len(list((tmp_path / "rl" / "reference").iterdir())) >= 2
+    if name == "gspo_with_sft_term_and_weighted_insertions":
+        assert metrics(tmp_path, "rl")[-1]["rl/sft_loss"] > 0
+        assert sorted(path.stem for path in (tmp_path / "rl" / "eval").glob("*.json")) == ["valid"]
+        assert abs(metrics(tmp_path, "rl")[0]["rl/mismatch_kl"]) < 1e-6
     if name == "sft_in_trie_space_only":
         losses = [line["valid/loss"] for line in metrics(tmp_path, "sft") if "valid/loss" in line]
         assert losses[-1] < losses[0]

@@ -1,0 +1,92 @@
+"""What lists of recommendations look like beside their hits: popular or not, varied or not, how much of the catalogue.
+
+Lists name token paths by their leaf, best first, -1 where nothing was returned. Items that are written alike share a
+path: a path listed lists all of them, and its log-popularity is their mean.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from tawin_nemo.catalog.items import Catalog
+from tawin_nemo.data.samples import Samples
+from tawin_nemo.types import TokenRows
+
+#: Places of each list among which first codes are counted.
+DIVERSITY_K = 10
+
+
+def beyond_accuracy(
+    leaf_BK: np.ndarray, catalog: Catalog, history: TokenRows, ks: Sequence[int], popularity_I: np.ndarray | None = None
+) -> dict[str, float]:
+    """``coverage@K``, ``first_codes@10`` and, where popularity is known, ``popularity_bias@K``.
+
+    ``leaf_BK`` holds at least ``max(ks)`` places, or fewer where the catalogue has no more; ``history`` the items that
+    each row's prompt shows; ``popularity_I`` counts each item in train (``item_counts``). A bias that no row has (no
+    candidates, or no histories) is left out.
+    """
+    found = {f"coverage@{k}": coverage(leaf_BK[:, :k], catalog) for k in ks}
+    found[f"first_codes@{DIVERSITY_K}"] = float(first_codes(leaf_BK[:, :DIVERSITY_K], catalog).mean())
+    if popularity_I is not None:
+        for k in ks:
+            bias_B = popularity_bias(leaf_BK[:, :k], catalog, history, popularity_I)
+            if not np.isnan(bias_B).all():
+                found[f"popularity_bias@{k}"] = float(np.nanmean(bias_B))
+    return found
+
+
+def item_counts(samples: Samples, num_items: int) -> np.ndarray:
+    """How often each item is the target of a row: every interaction counts once, except the first of each user. [I]
+
+    Histories are not counted: they repeat what earlier rows of the same user have as targets.
+    """
+    return np.bincount(samples.target_N, minlength=num_items)
+
+
+def log_popularity(count_I: np.ndarray) -> np.ndarray:
+    """``ln(count)``, and 0 for an item that was never seen, as for one seen once **[choice]**. [I] float64.
+
+    >>> log_popularity(np.array([0, 1, 2])).round(4).tolist()
+    [0.0, 0.0, 0.6931]
+    """
+    return np.log(np.maximum(count_I, 1))
+
+
+def popularity_bias(leaf_BK: np.ndarray, catalog: Catalog, history: TokenRows, popularity_I: np.ndarray) -> np.ndarray:
+    """Mean log-popularity of each list minus that of the row's history. [B] float64.
+
+    Above 0: more popular things are recommended than this user has chosen so far (NAPO, App. D: LogPop(i) minus the
+    mean LogPop of the history). NaN for a row without candidates or without history.
+    """
+    logpop_I, leaf_I = log_popularity(popularity_I), catalog.leaf_I
+    nodes = catalog.trie.num_nodes
+    sharing = np.maximum(np.bincount(leaf_I, minlength=nodes), 1)
+    logpop_of_leaf = np.bincount(leaf_I, weights=logpop_I, minlength=nodes) / sharing
+    listed_BK = leaf_BK >= 0
+    total_B = np.where(listed_BK, logpop_of_leaf[np.where(listed_BK, leaf_BK, 0)], 0.0).sum(axis=1)
+    row_N = np.repeat(np.arange(len(history)), history.lengths)
+    history_B = np.bincount(row_N, weights=logpop_I[history.flat], minlength=len(history))
+    with np.errstate(invalid="ignore"):  # 0 / 0 is the NaN that is promised
+        return total_B / listed_BK.sum(axis=1) - history_B / history.lengths
+
+
+def coverage(leaf_BK: np.ndarray, catalog: Catalog) -> float:
+    """Share of the catalogue's items that some list holds."""
+    return float(np.isin(catalog.leaf_I, leaf_BK).mean())
+
+
+def first_codes(leaf_BK: np.ndarray, catalog: Catalog) -> np.ndarray:
+    """How many different first tokens the paths of each list have: in how many directions its beams look. [B] int64.
+
+    The first token that distinguishes anything: what all paths of the catalogue begin with is skipped.
+    """
+    trie = catalog.trie
+    depth = int(trie.arrays.node_depth[0]) if trie.num_leaves > 1 else 0
+    first_item = trie.arrays.node_item[np.maximum(leaf_BK, 0)].astype(np.int64)
+    code_BK = np.where(leaf_BK >= 0, catalog.paths.flat[catalog.paths.offsets[first_item] + depth], -1)
+    code_BK = np.sort(code_BK, axis=1)
+    new_BK = np.ones(code_BK.shape, dtype=bool)
+    new_BK[:, 1:] = code_BK[:, 1:] != code_BK[:, :-1]
+    return (new_BK & (code_BK >= 0)).sum(axis=1)

@@ -1,0 +1,183 @@
+"""Paired tests of two ways of training, over several seeds and the same users, from the ranks of the targets alone.
+
+``values_SB`` is a metric of user b under the run of seed s. All seeds are evaluated on the same users, so seeds and
+users are *crossed*: a run is good or bad for everybody (seed effect), a user is easy or hard for every run (user
+effect), and now and then one user is hit under one seed and not under another (noise).
+
+The default interval resamples both: seeds with replacement and, independently, users with replacement, every drawn
+seed evaluated on the same drawn users (the pigeonhole bootstrap, A. Owen, Annals of Applied Statistics 1 (2007)
+386-411). It asks "what if we trained again and met other users?"; resampling users alone would ask about these very
+weights. Its expected variance, against the true ``seed^2/S + user^2/B + noise^2/(SB)``:
+
+    (1 - 1/S) seed^2/S + user^2/B + (3 - 2/S) noise^2/(SB)
+
+so it is too wide by the noise and too narrow by 1/S of the seed effect. With three seeds it errs to the wide side as
+long as the seed effect's standard deviation is below twice ``noise/sqrt(B)``; therefore the differences of the single
+seeds stand beside every interval.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from tawin_nemo.errors import ConfigError, DataError
+from tawin_nemo.eval.intervals import Interval, bootstrap_interval, minimal_detectable_effect
+from tawin_nemo.maths.ranking import ndcg_at_k, recall_at_k
+
+#: Bootstrap counts held in memory at once.
+_CHUNK = 4_000_000
+#: Equal credits may differ in their last bits; values are compared after rounding to so many decimals.
+_DECIMALS = 12
+_METRICS = {"recall": recall_at_k, "ndcg": ndcg_at_k}
+
+
+@dataclass(frozen=True)
+class PairedTest:
+    """What is known about the mean of ``ours - theirs``."""
+
+    difference: Interval  # seeds and users resampled; users alone when there is one seed
+    users_only: Interval  # these very weights, other users
+    per_seed: tuple[float, ...]  # mean difference of each seed
+    p: float  # two-sided, sign flips of the users' differences (mean over seeds); seeds are taken as fixed
+    detectable: float  # smallest true difference found with a power of 80 %, from the users' standard deviation
+    rows: int
+
+
+def parse_metric(name: str) -> tuple[str, int]:
+    """``recall@3`` -> ("recall", 3). Raises ConfigError for anything else.
+
+    >>> parse_metric("ndcg@10")
+    ('ndcg', 10)
+    """
+    kind, _, cutoff = name.partition("@")
+    if kind not in _METRICS or not cutoff.isdigit() or int(cutoff) < 1:
+        raise ConfigError(f"metric {name!r} is not known; write recall@K or ndcg@K with K >= 1")
+    return kind, int(cutoff)
+
+
+def metric_values(name: str, rank_B: np.ndarray, sharing_B: np.ndarray | None = None) -> np.ndarray:
+    """``recall@K`` or ``ndcg@K`` of each user from the 0-based rank of its target (-1 = not listed). [B] float64.
+
+    ``sharing_B`` counts the items on the target's token path; with it a hit is worth 1/sharing, without it 1.
+
+    Raises ConfigError for an unknown metric.
+
+    >>> metric_values("recall@2", np.array([0, 1, 2, -1]), np.array([1, 2, 1, 1])).tolist()
+    [1.0, 0.5, 0.0, 0.0]
+    """
+    kind, k = parse_metric(name)
+    values_B = _METRICS[kind](torch.from_numpy(np.array(rank_B, dtype=np.int64)), k).numpy()
+    return values_B if sharing_B is None else values_B / sharing_B
+
+
+def hierarchical_interval(
+    values_SB: np.ndarray, level: float = 0.95, *, resamples: int = 10_000, seed: int = 0
+) -> Interval:
+    """Percentile interval of the mean over seeds and users, both resampled (see the module's text).
+
+    One seed alone gives the bootstrap over users. Raises ValueError when there are no values.
+    """
+    seeds, users = values_SB.shape
+    if seeds == 0 or users == 0:
+        raise ValueError("the mean of no values does not exist")
+    if seeds == 1:
+        return bootstrap_interval(values_SB[0], level, resamples=resamples, seed=seed)
+    means_RS = _resampled_means(values_SB, resamples, seed)
+    estimates_R = (means_RS * _seed_shares(seeds, resamples, seed)).sum(1)
+    low, high = np.quantile(estimates_R, [0.5 - level / 2, 0.5 + level / 2])
+    return Interval(float(values_SB.mean()), float(low), float(high))
+
+
+def paired_test(
+    ours_SB: np.ndarray, theirs_SB: np.ndarray, level: float = 0.95, *, resamples: int = 10_000, seed: int = 0
+) -> PairedTest:
+    """Everything about ``ours - theirs``; row s of both belongs to one seed, column b to one user.
+
+    Raises DataError when the two differ in shape or have fewer than two users.
+    """
+    if ours_SB.shape != theirs_SB.shape or ours_SB.shape[1] < 2:
+        raise DataError(
+            f"a paired test needs the same seeds and the same users (at least 2): {ours_SB.shape} (seeds, users) "
+            f"against {theirs_SB.shape}; evaluate both on the same split with the same limits"
+        )
+    differences_SB = np.round(ours_SB - theirs_SB, _DECIMALS)
+    mean_B = differences_SB.mean(0)
+    return PairedTest(
+        difference=hierarchical_interval(differences_SB, level, resamples=resamples, seed=seed),
+        users_only=bootstrap_interval(np.round(mean_B, _DECIMALS), level, resamples=resamples, seed=seed),
+        per_seed=tuple(differences_SB.mean(1).tolist()),
+        p=sign_flip_p(mean_B, resamples=resamples, seed=seed),
+        detectable=minimal_detectable_effect(mean_B, level=level),
+        rows=len(mean_B),
+    )
+
+
+def sign_flip_p(differences_B: np.ndarray, *, resamples: int = 10_000, seed: int = 0) -> float:
+    """Two-sided permutation p-value of a mean of 0: each user's difference could as well have had the other sign.
+
+    ``(1 + number of flips with |sum| >= |observed sum|) / (1 + resamples)``, never 0. The sum of n equal magnitudes
+    with random signs is binomial, so only distinct magnitudes are drawn.
+    """
+    rounded_B = np.round(differences_B, _DECIMALS)
+    magnitude_U, count_U = np.unique(np.abs(rounded_B[rounded_B != 0]), return_counts=True)
+    observed = abs(float(rounded_B.sum()))
+    rng = np.random.default_rng(seed)
+    extreme = 0
+    for size in _chunks(resamples, len(magnitude_U)):
+        signs_RU = 2 * rng.binomial(count_U, 0.5, (size, len(count_U))) - count_U
+        extreme += int((np.abs(signs_RU @ magnitude_U) >= observed - 1e-9).sum())
+    return (1 + extreme) / (1 + resamples)
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Holm's step-down adjustment: below 0.05 = significant at 5 % over the whole family. In the order given.
+
+    >>> [round(p, 3) for p in holm([0.04, 0.01, 0.03])]
+    [0.06, 0.03, 0.06]
+    """
+    adjusted, worst = [0.0] * len(p_values), 0.0
+    for place, index in enumerate(sorted(range(len(p_values)), key=p_values.__getitem__)):
+        worst = max(worst, min(1.0, (len(p_values) - place) * p_values[index]))
+        adjusted[index] = worst
+    return adjusted
+
+
+def best_shares(values_XSB: np.ndarray, *, resamples: int = 2_000, seed: int = 0) -> np.ndarray:
+    """How often each of X settings has the highest mean when seeds and users are resampled. [X], sums to 1.
+
+    All settings see the same draws, so what they have in common does not blur the choice; ties are shared.
+    """
+    settings, seeds, users = values_XSB.shape
+    means_RXS = _resampled_means(values_XSB.reshape(settings * seeds, users), resamples, seed)
+    shares_RS = _seed_shares(seeds, resamples, seed)
+    means_RX = (means_RXS.reshape(resamples, settings, seeds) * shares_RS[:, None, :]).sum(2)
+    best_RX = means_RX >= means_RX.max(1, keepdims=True) - 1e-12
+    return np.asarray((best_RX / best_RX.sum(1, keepdims=True)).mean(0))
+
+
+def _resampled_means(values_CB: np.ndarray, resamples: int, seed: int) -> np.ndarray:
+    """Means over users drawn with replacement, the same draw for all C columns of a resample. [R, C].
+
+    Users with equal columns are interchangeable and only their number in a draw matters, which is multinomial: most
+    users are missed by every run, so there are far fewer distinct columns than users.
+    """
+    distinct_UC, count_U = np.unique(np.round(values_CB.T, _DECIMALS), axis=0, return_counts=True)
+    users = values_CB.shape[1]
+    rng = np.random.default_rng([seed, 0])
+    share_U = count_U / users
+    draws = [rng.multinomial(users, share_U, size) @ distinct_UC for size in _chunks(resamples, len(count_U))]
+    return np.asarray(np.concatenate(draws) / users)
+
+
+def _seed_shares(seeds: int, resamples: int, seed: int) -> np.ndarray:
+    """Weight of each seed when as many seeds are drawn with replacement. [R, S]."""
+    return np.random.default_rng([seed, 1]).multinomial(seeds, np.full(seeds, 1 / seeds), resamples) / seeds
+
+
+def _chunks(resamples: int, width: int) -> Iterator[int]:
+    step = max(1, _CHUNK // max(1, width))
+    yield from (min(step, resamples - start) for start in range(0, resamples, step))

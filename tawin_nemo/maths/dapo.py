@@ -1,0 +1,45 @@
+"""DAPO's objective (arXiv 2503.14476, Eq. 8-12): clip-higher and a mean over tokens; TAWin's weights by option.
+
+Its dynamic sampling is part of the rollout (``train/refill.py``). Its overlong filtering has no counterpart here: the
+paths of a closed catalogue have known lengths.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from tawin_nemo.maths.policy_loss import (
+    Counts,
+    Objective,
+    PolicyTerms,
+    clipped_surrogate,
+    is_clipped,
+    kl_values,
+    token_mean,
+    token_stats,
+    with_kl,
+)
+
+
+def dapo_loss(
+    logp_N: Tensor, terms: PolicyTerms, counts: Counts, objective: Objective
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The negative of ``(1 / sum_m |Y_m|) sum_m sum_t [omega_m min(rho A_m, clip(rho) A_m) - beta KL_t]``.
+
+    As ``grpo_loss``, but every token of the global batch weighs the same, forced ones included in the count.
+    Arguments, result and errors are those of ``grpo_loss``.
+    """
+    ratio_N = torch.exp(logp_N - terms.old_logp_N)
+    advantage_N = terms.advantage_M[terms.candidate_N]
+    limits = objective.clip_low, objective.clip_high
+    surrogate_N = terms.omega_M[terms.candidate_N] * clipped_surrogate(ratio_N, advantage_N, *limits)
+    if terms.importance_N is not None:
+        surrogate_N = surrogate_N * terms.importance_N
+    kl_N = kl_values(logp_N, terms, objective)
+    return with_kl(
+        -token_mean(surrogate_N, counts.tokens),
+        None if kl_N is None else token_mean(kl_N, counts.tokens),
+        objective,
+        token_stats(logp_N, terms, is_clipped(ratio_N.detach(), advantage_N, *limits)),
+    )

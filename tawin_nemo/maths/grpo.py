@@ -1,0 +1,56 @@
+"""GRPO's objective (arXiv 2402.03300) with TAWin's weights (arXiv 2604.22504, Eq. 22)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from tawin_nemo.maths.policy_loss import (
+    Counts,
+    Objective,
+    PolicyTerms,
+    clipped_surrogate,
+    is_clipped,
+    kl_values,
+    sequence_mean,
+    token_stats,
+    with_kl,
+)
+
+
+def grpo_loss(
+    logp_N: Tensor, terms: PolicyTerms, counts: Counts, objective: Objective
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The negative of ``(1/M) sum_m (1/|Y_m|) sum_t [omega_m min(rho A_m, clip(rho) A_m) - beta KL_t]``.
+
+    rho is the ratio of token t to the rollout's policy; the KL term is not weighted by omega. The sum runs over scored
+    tokens: a forced token would add the constant ``omega_m A_m / |Y_m|``, which has no gradient and is left out of the
+    reported value too.
+
+    Args:
+        logp_N: Log-probs of the scored tokens under the actor, with gradient.
+        terms: The other facts of these tokens and their candidates.
+        counts: Of the global batch.
+        objective: Limits and KL.
+
+    Returns:
+        This process's share of the loss, and detached statistics that are to be *summed* over micro-batches and
+        ranks and then passed to ``mean_stats``.
+
+    Raises:
+        ValueError: As ``kl_values``.
+    """
+    ratio_N = torch.exp(logp_N - terms.old_logp_N)
+    advantage_N = terms.advantage_M[terms.candidate_N]
+    limits = objective.clip_low, objective.clip_high
+    surrogate_N = terms.omega_M[terms.candidate_N] * clipped_surrogate(ratio_N, advantage_N, *limits)
+    if terms.importance_N is not None:
+        surrogate_N = surrogate_N * terms.importance_N
+    kl_N = kl_values(logp_N, terms, objective)
+    mean = (terms.candidate_N, terms.length_M, counts.candidates)
+    return with_kl(
+        -sequence_mean(surrogate_N, *mean),
+        None if kl_N is None else sequence_mean(kl_N, *mean),
+        objective,
+        token_stats(logp_N, terms, is_clipped(ratio_N.detach(), advantage_N, *limits)),
+    )

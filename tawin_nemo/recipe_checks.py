@@ -1,0 +1,130 @@
+"""Combinations of recipe keys that make no sense, each with the reason and the remedy."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from tawin_nemo.config import Recipe
+
+
+def combinations(r: Recipe) -> Iterator[tuple[bool, str]]:
+    """(is wrong, message) of every combination of keys that makes no sense; the message names a remedy."""
+    m, t, rl = r.model, r.trainer, r.rl
+    model_ranks = m.tensor_model_parallel_size * m.pipeline_model_parallel_size
+    world = t.num_nodes * t.devices
+    yield (
+        world % model_ranks != 0,
+        f"trainer.num_nodes={t.num_nodes} x trainer.devices={t.devices} = {world} processes cannot be divided into "
+        f"model.tensor_model_parallel_size={m.tensor_model_parallel_size} x "
+        f"model.pipeline_model_parallel_size={m.pipeline_model_parallel_size}; set trainer.devices to a multiple "
+        f"of {model_ranks}",
+    )
+    yield (
+        m.sequence_parallel and m.tensor_model_parallel_size == 1,
+        "model.sequence_parallel=true needs model.tensor_model_parallel_size > 1; set it to false",
+    )
+    yield (
+        r.catalog.kind == "sid" and not r.catalog.index,
+        "catalog.kind=sid needs catalog.index, a JSON file of codes; or use catalog.kind=title",
+    )
+    yield (
+        rl.enabled and rl.beta > 0 and r.reference.mode == "off",
+        f"rl.beta={rl.beta} needs a reference but reference.mode=off; set rl.beta=0 or reference.mode=copy",
+    )
+    yield (
+        rl.enabled and rl.init == "sft" and not r.sft.enabled,
+        "rl.init=sft but sft.enabled=false; set rl.init=base or sft.enabled=true",
+    )
+    yield (
+        not (r.sft.enabled or rl.enabled),
+        "sft.enabled=false and rl.enabled=false: nothing to train; set one of them to true",
+    )
+    yield (
+        ((rl.enabled and rl.rows == "fresh") or r.sft.rows == "fresh") and not 0 < rl.fresh_share < 1,
+        f"rows=fresh needs rl.fresh_share between 0 and 1, not {rl.fresh_share}; or set rl.rows=all",
+    )
+    yield (
+        0 < r.rollout.width < rl.group_size,
+        f"rollout.width={r.rollout.width} is below rl.group_size={rl.group_size}; a group needs that many beams",
+    )
+    yield (
+        r.rollout.tensor_model_parallel_size not in (0, m.tensor_model_parallel_size),
+        f"rollout.tensor_model_parallel_size={r.rollout.tensor_model_parallel_size} differs from "
+        f"model.tensor_model_parallel_size={m.tensor_model_parallel_size}; colocated rollouts share its layout: set 0",
+    )
+    yield (
+        rl.max_steps == 0 and rl.epochs == 0 and rl.enabled,
+        "rl.max_steps=0 and rl.epochs=0: RL would take no step; set one of them, or rl.enabled=false",
+    )
+    yield from _space_combinations(r)
+    if rl.enabled:
+        yield from _rl_combinations(r)
+
+
+def _rl_combinations(r: Recipe) -> Iterator[tuple[bool, str]]:
+    rl = r.rl
+    yield (
+        rl.max_refill_batches > 0 and rl.algorithm != "dapo",
+        f"rl.max_refill_batches={rl.max_refill_batches} is DAPO's dynamic sampling but rl.algorithm={rl.algorithm}; "
+        "set rl.algorithm=dapo or rl.max_refill_batches=0",
+    )
+    yield (
+        rl.max_refill_batches > 0 and rl.ensure_target != "off",
+        f"rl.max_refill_batches={rl.max_refill_batches} replaces groups without a hit, but "
+        f"rl.ensure_target={rl.ensure_target} gives every group one; set one of them to its default",
+    )
+    yield (
+        rl.inserted_weight != 1.0 and rl.ensure_target == "off",
+        f"rl.inserted_weight={rl.inserted_weight} weighs groups whose target was put in; "
+        "set rl.ensure_target=replace_last",
+    )
+    yield (
+        rl.algorithm == "dapo" and rl.length_norm == "branching",
+        "rl.algorithm=dapo divides by the tokens of all candidates; rl.length_norm=branching is not defined there: "
+        "use full",
+    )
+    behaviour_space = r.rollout.score_space if rl.negatives == "beam" else "trie"
+    yield (
+        rl.importance_cap > 0 and (behaviour_space != rl.policy_space or rl.ensure_target != "off"),
+        f"rl.importance_cap={rl.importance_cap} needs the rollout's own log-probs of every candidate; set "
+        f"rl.policy_space={behaviour_space} (what the rollout scores) and rl.ensure_target=off",
+    )
+    yield (
+        r.reference.refresh != "off" and (rl.beta == 0 or r.reference.mode == "off"),
+        f"reference.refresh={r.reference.refresh} but there is no reference (rl.beta={rl.beta}, "
+        f"reference.mode={r.reference.mode}); set rl.beta above 0 and reference.mode=copy, or refresh=off",
+    )
+    yield (
+        rl.reward == "collaborative" and not rl.reward_source,
+        "rl.reward=collaborative needs rl.reward_source, the directory of a finished baseline (RUN_DIR/sasrec)",
+    )
+    yield (
+        bool(rl.reward_source) and rl.reward not in ("semantic", "collaborative"),
+        f"rl.reward_source={rl.reward_source} is not used by rl.reward={rl.reward}; leave it empty",
+    )
+    yield (
+        rl.rows == "fresh" and r.sft.enabled and r.sft.rows == "fresh",
+        "sft.rows=fresh trains SFT on the rows that RL uses; with rl.rows=fresh set sft.rows=auto or rl.enabled=false",
+    )
+
+
+def _space_combinations(r: Recipe) -> Iterator[tuple[bool, str]]:
+    rl, ks = r.rl, r.eval.ks
+    yield (
+        rl.negatives != "beam" and r.rollout.score_space == "vocab",
+        f"rl.negatives={rl.negatives} draws in trie space; set rollout.score_space=trie or rl.negatives=beam",
+    )
+    yield (
+        rl.length_norm == "branching" and rl.policy_space == "vocab",
+        "rl.length_norm=branching counts branching tokens, which only rl.policy_space=trie scores; use full",
+    )
+    splits = r.eval.splits
+    yield (
+        not splits or not set(splits) <= {"valid", "test"} or len(set(splits)) < len(splits),
+        f"eval.splits={list(splits)} must be valid, test or both",
+    )
+    yield (not ks or min(ks) < 1, f"eval.ks={list(ks)} must hold cut-offs >= 1")
+    yield (
+        bool(ks) and max(ks) > r.eval.beams,
+        f"eval.beams={r.eval.beams} is below the largest of eval.ks={list(ks)}; raise eval.beams",
+    )

@@ -1,0 +1,40 @@
+"""A stage whose weights are an ordinary torch module: the same files as ``Stage``, other checkpoints."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tawin_nemo.log import get_logger
+from tawin_nemo.models.megatron import checkpoint
+from tawin_nemo.models.seqrec.load import find_problem, load_checkpoint, save_checkpoint
+from tawin_nemo.train.stage import Progress, Stage
+
+log = get_logger(__name__)
+
+
+class BaselineStage(Stage):
+    """``resume`` and ``save`` take a ``Fitting`` in place of a Trainable; one process."""
+
+    def resume(self, trainable: Any) -> Progress:
+        """Load the newest checkpoint that is whole; a fresh stage starts at step 0."""
+        for step, path in reversed(checkpoint.list_checkpoints(self.checkpoints)):
+            problem = find_problem(path)
+            if problem is not None:
+                log.warning("checkpoint %s is skipped: %s", path, problem)
+                continue
+            state = load_checkpoint(path, trainable.model, trainable.optimizer)
+            self._rewind(step)
+            log.info("%s continues after step %d", self.name, step)
+            return Progress(**state["progress"])
+        self._rewind(-1)
+        return Progress()
+
+    def save(self, trainable: Any, progress: Progress) -> None:
+        """Write ``checkpoints/step_N`` and remove what ``keep_last`` and the best step do not protect.
+
+        The best checkpoint always stays: it is what the stage hands on.
+        """
+        self._flush()
+        state = {"progress": vars(progress), "stage": self.name}
+        save_checkpoint(self.checkpoints / f"step_{progress.step}", trainable, state)
+        checkpoint.prune(self.checkpoints, keep_last=self.trainer.keep_last, keep={progress.best_step})

@@ -1,0 +1,115 @@
+"""Which reward a recipe means: one callable per ``rl.reward``, from a rollout to ``rewards_BG``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tawin_nemo.config import RlConfig
+from tawin_nemo.data.text_vectors import load_item_vectors, text_vectors
+from tawin_nemo.errors import ConfigError
+from tawin_nemo.log import get_logger
+from tawin_nemo.maths.item_rewards import collaborative_reward, semantic_reward
+from tawin_nemo.maths.rewards import ranking_reward
+from tawin_nemo.models.megatron import parallel
+from tawin_nemo.models.seqrec.load import load_scorer
+from tawin_nemo.train.world import World
+from tawin_nemo.types import Rollout, TokenRows
+
+log = get_logger(__name__)
+
+
+class Reward(Protocol):
+    """``rewards_BG`` of a rollout: float, one per candidate, 0 at padding."""
+
+    def __call__(self, rollout: Rollout) -> Tensor: ...
+
+
+class ItemScorer(Protocol):
+    """A sequential recommender, as far as a reward needs it."""
+
+    def scores(self, histories: Sequence[np.ndarray]) -> Tensor:
+        """Scores [B, I] of all items for each history (item indices, oldest first), higher is better."""
+
+
+@dataclass(frozen=True)
+class RuleReward:
+    """1 for the target, or an item on its path; else 0."""
+
+    def __call__(self, rollout: Rollout) -> Tensor:
+        return (rollout.is_target_BG & rollout.valid_BG).to(torch.float32)
+
+
+@dataclass(frozen=True)
+class RankingReward:
+    """``ranking_reward``: the rule, and a penalty for wrong candidates by rank."""
+
+    def __call__(self, rollout: Rollout) -> Tensor:
+        return ranking_reward(rollout.scores_BG, rollout.is_target_BG, valid_BG=rollout.valid_BG)
+
+
+@dataclass(frozen=True, eq=False)
+class SemanticReward:
+    """``semantic_reward``: the rule, and the similarity to the target. A shared path counts as its first item."""
+
+    vectors_ID: Tensor  # float32, on the device of the rollouts
+    weight: float
+
+    def __call__(self, rollout: Rollout) -> Tensor:
+        target_B = rollout.prompts.target_B.to(rollout.items_BG.device)
+        return semantic_reward(
+            rollout.items_BG, target_B, self.vectors_ID, is_target_BG=rollout.is_target_BG, weight=self.weight
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class CollaborativeReward:
+    """``collaborative_reward``: the rule, and what a recommender thinks of the candidate after this history."""
+
+    scorer: ItemScorer
+    history: TokenRows  # row r: items of row r of train, oldest first, as the prompt shows them
+    weight: float
+
+    def __call__(self, rollout: Rollout) -> Tensor:
+        histories = [self.history[row] for row in rollout.prompts.row_B.tolist()]
+        scores_BI = self.scorer.scores(histories).float().to(rollout.items_BG.device)
+        return collaborative_reward(scores_BI, rollout.items_BG, rollout.is_target_BG, weight=self.weight)
+
+
+def build_reward(rl: RlConfig, world: World) -> Reward:
+    """The reward that ``rl.reward`` names, with its files loaded.
+
+    ``semantic`` without ``rl.reward_source`` uses vectors made from the item titles (``text_vectors``), which need no
+    other model. Raises ConfigError for an unknown name, ``collaborative`` without a source or with one that is not a
+    finished baseline of this catalogue (or is tiger); DataError for an unusable embedding file.
+    """
+    if rl.reward == "rule":
+        return RuleReward()
+    if rl.reward == "ranking":
+        return RankingReward()
+    if rl.reward == "semantic":
+        return SemanticReward(item_vectors(rl, world).to(parallel.device()), rl.reward_weight)
+    if rl.reward == "collaborative":
+        if not rl.reward_source:
+            raise ConfigError(
+                "rl.reward=collaborative needs rl.reward_source, a finished baseline stage such as RUN_DIR/sasrec "
+                "(train one with baseline.model=sasrec)"
+            )
+        scorer = load_scorer(Path(rl.reward_source), len(world.catalog))
+        return CollaborativeReward(scorer, world.samples["train"].history, rl.reward_weight)
+    raise ConfigError(f"rl.reward={rl.reward!r} is not known; use one of rule, ranking, semantic, collaborative")
+
+
+def item_vectors(rl: RlConfig, world: World) -> Tensor:
+    """Embeddings [I, D] float32 from ``rl.reward_source``, or from the titles where that is empty."""
+    if rl.reward_source:
+        return torch.from_numpy(load_item_vectors(Path(rl.reward_source), len(world.catalog)))
+    vectors = text_vectors(world.dataset.items.titles, seed=world.recipe.seed)
+    log.info("rl.reward_source is empty: %d-dimensional vectors of the item titles", vectors.shape[1])
+    return torch.from_numpy(vectors)
