@@ -105,8 +105,8 @@ class Results:
         known = [value for value in found if value is not None]
         return fmean(known) if known else None
 
-    def pair(self, ours: str, theirs: str, split: str, metric: str) -> tuple[tuple[int, ...], PairedTest] | None:
-        """Paired test over the seeds that both have; None when there is none. Raises DataError for other rows."""
+    def paired(self, ours: str, theirs: str, split: str, metric: str) -> tuple[Values, Values] | None:
+        """Both arms under the seeds that both have; None when there is none. Raises DataError for other rows."""
         a, b = self.evaluated(ours, split), self.evaluated(theirs, split)
         seeds = tuple(seed for seed in a if seed in b)
         if not seeds:
@@ -117,14 +117,14 @@ class Results:
         first, second = self.values(ours, split, metric), self.values(theirs, split, metric)
         assert first is not None
         assert second is not None
-        return seeds, paired_test(first.of(seeds), second.of(seeds))
+        return Values(seeds, first.of(seeds)), Values(seeds, second.of(seeds))
 
 
 def load_results(study: Study) -> Results:
     """Read the run files of the study and of those that its comparisons name."""
     records, failed = read_folder(study.results)
     named = {name.rpartition("/")[0] for pair in study.pairs for name in pair}
-    named |= {name.rpartition("/")[0] for sweep in study.file.sweeps for name in sweep.beside}
+    named |= {name.rpartition("/")[0] for sweep in study.file.sweeps for name in (*sweep.beside, sweep.minus)}
     others: dict[str, Any] = {other: read_folder(study.results.parent / other)[0] for other in named if other}
     return Results(study, records, failed, others)
 
@@ -147,8 +147,12 @@ def missing(results: Results) -> list[str]:
 
 def pair_rows(results: Results, split: str, metric: str) -> list[PairRow]:
     """All comparisons of the study for one metric; they are the family of Holm's correction."""
-    found = [(ours, theirs, results.pair(ours, theirs, split, metric)) for ours, theirs in results.study.pairs]
-    known = [(ours, theirs, *pair) for ours, theirs, pair in found if pair is not None]
+    found = [(ours, theirs, results.paired(ours, theirs, split, metric)) for ours, theirs in results.study.pairs]
+    known = [
+        (ours, theirs, pair[0].seeds, paired_test(pair[0].values_SB, pair[1].values_SB))
+        for ours, theirs, pair in found
+        if pair is not None
+    ]
     adjusted = holm([test.p for *_, test in known])
     return [
         PairRow(ours, theirs, metric, seeds, test, p)
@@ -161,12 +165,20 @@ def sweep_lines(results: Results, sweep: Sweep, split: str, metric: str) -> list
     arms = [arm for arm in results.study.arms if arm.base == sweep.arm]
     groups: dict[str, list[tuple[float, Values]]] = {}
     for arm in arms:
-        values = results.values(arm.name, split, metric)
+        values = _sweep_values(results, sweep, arm.name, split, metric)
         others = {key: value for key, value in arm.point.items() if key != sweep.x}
         label = ", ".join(f"{key.rsplit('.', 1)[-1]}={label_of(value)}" for key, value in others.items())
         if values is not None:
             groups.setdefault(label or sweep.arm, []).append((float(arm.point[sweep.x]), values))
     return [_line(label, sorted(points, key=lambda point: point[0])) for label, points in groups.items()]
+
+
+def _sweep_values(results: Results, sweep: Sweep, name: str, split: str, metric: str) -> Values | None:
+    """The arm's values, or their paired differences to the arm `minus`."""
+    if not sweep.minus:
+        return results.values(name, split, metric)
+    pair = results.paired(name, sweep.minus, split, metric)
+    return Values(pair[0].seeds, pair[0].values_SB - pair[1].values_SB) if pair else None
 
 
 def _line(label: str, points: Sequence[tuple[float, Values]]) -> Line:

@@ -98,8 +98,10 @@ def unfold(text: StudyText) -> Study:
     pairs = [pair for entry in file.compare for pair in _pairs(entry, names, text.path)]
     for sweep in file.sweeps:
         _check_sweep(sweep.arm, sweep.x, arms, text.path)
-        for pattern in sweep.beside:
+        for pattern in [*sweep.beside, *([sweep.minus] if sweep.minus else [])]:
             _require_match(pattern, names, f"sweeps of {text.path}")
+        if sweep.minus and "/" not in sweep.minus and sweep.minus not in names:
+            raise ConfigError(f"minus={sweep.minus} in sweeps of {text.path} must be one arm, not a grid")
     return Study(text.path, file, text.keys, tuple(_parents_first(arms, text.path)), tuple(dict.fromkeys(pairs)))
 
 

@@ -37,6 +37,7 @@ class Sweep:
     x: str = opt("", "the grid key on the axis, e.g. rl.tawin.anchor; its values must be numbers")
     metrics: list[str] = opt([], "one panel each (empty = the study's metrics)")
     beside: list[str] = opt([], "arms drawn as horizontal lines, e.g. sft_continued")
+    minus: str = opt("", "an arm: show paired differences to it, whose intervals are far narrower")
 
 
 @dataclass(frozen=True)

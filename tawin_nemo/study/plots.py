@@ -45,7 +45,8 @@ def write_plots(results: Results, folder: Path) -> list[str]:
     names = []
     for split in results.splits:
         for sweep in results.study.file.sweeps:
-            name = _file_name("sweep", sweep.arm, sweep.x.rsplit(".", 1)[-1], split)
+            arms = f"{sweep.arm}-{sweep.minus}" if sweep.minus else sweep.arm
+            name = _file_name("sweep", arms, sweep.x.rsplit(".", 1)[-1], split)
             if _sweep(results, sweep, split, folder / name):
                 names.append(name)
     for key in results.study.file.curves:
@@ -81,7 +82,10 @@ def _sweep(results: Results, sweep: Sweep, split: str, path: Path) -> bool:
                     np.array(line.x) + shift, means, yerr=(low, high), marker=_MARKERS[place % len(_MARKERS)],
                     markersize=4, capsize=2.5, elinewidth=1.0, color=COLOURS[place % len(COLOURS)], label=line.label,
                 )  # fmt: skip
-            _level_lines(axes, results, _beside(results, sweep), split, metric, len(lines[metric]))
+            if sweep.minus:
+                axes.axhline(0.0, color="0.3", linewidth=1.1, linestyle="--", label=sweep.minus)
+            else:
+                _level_lines(axes, results, _beside(results, sweep), split, metric, len(lines[metric]))
             axes.set_title(f"{short(metric)}, {split}")
             axes.set_xlabel(sweep.x.rsplit(".", 1)[-1])
             axes.set_xticks(sorted({x for line in lines[metric] for x in line.x}))

@@ -97,7 +97,7 @@ def pairs_table(results: Results, split: str) -> str:
 
 def _pair_cells(row: PairRow) -> list[str]:
     test = row.test
-    text = f"{signed(test.difference.mean)} [{signed(test.difference.low)}, {signed(test.difference.high)}]"
+    text = _signed_mean(test.difference)
     return [
         f"`{row.ours}` - `{row.theirs}`",
         short(row.metric),
@@ -116,14 +116,20 @@ def _sweeps(results: Results, split: str) -> Iterator[str]:
         for metric in sweep.metrics or results.study.file.metrics:
             for line in sweep_lines(results, sweep, split, metric):
                 rows += [
-                    [short(metric), line.label, f"{x:g}", _mean(mean), f"{share:.0%}" if line.best else "–"]
+                    [
+                        short(metric),
+                        line.label,
+                        f"{x:g}",
+                        _signed_mean(mean) if sweep.minus else _mean(mean),
+                        f"{share:.0%}" if line.best else "–",
+                    ]
                     for x, mean, share in zip(line.x, line.means, line.best or [0.0] * len(line.x), strict=True)
                 ]
                 if line.best:
                     top, low, high = likely_best(line)
                     best.append(f"- {short(metric)}, {line.label}: {word} {top:g}, 95 %: {low:g} to {high:g}")
         if rows:
-            yield f"### `{sweep.arm}` against {word}, {split}"
+            yield f"### `{sweep.arm}`{f' minus `{sweep.minus}`' if sweep.minus else ''} against {word}, {split}"
             yield _table(["metric", "line", word, "mean", "best in"], rows)
             yield (
                 f"Best {word} by the mean, and the range around it that holds the best one in 95 % of 2,000 resamples "
@@ -198,6 +204,10 @@ def signed(value: float) -> str:
 
 def _mean(interval: Interval | None) -> str:
     return "–" if interval is None else f"{plain(interval.mean)} [{plain(interval.low)}, {plain(interval.high)}]"
+
+
+def _signed_mean(interval: Interval) -> str:
+    return f"{signed(interval.mean)} [{signed(interval.low)}, {signed(interval.high)}]"
 
 
 def _p(value: float) -> str:

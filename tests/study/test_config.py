@@ -113,6 +113,7 @@ def test_pairs_unfold_point_by_point_and_by_pattern(tmp_path):
         ({"sweeps": [{"arm": "tawin", "x": "rl.tawin.k"}]}, ["x=rl.tawin.k", "rl.tawin.anchor"]),
         ({"sweeps": [{"arm": "tawin", "x": "rl.tawin.window"}]}, ["'centred'", "numbers"]),
         ({"sweeps": [{"arm": "tawin", "x": "rl.tawin.anchor", "beside": ["mor"]}]}, ["did you mean more?"]),
+        ({"sweeps": [{"arm": "tawin", "x": "rl.tawin.anchor", "minus": "tawin"}]}, ["minus=tawin", "one arm"]),
     ],
 )
 def test_mistakes_are_named_with_their_remedy(tmp_path, keys, parts):

@@ -8,7 +8,7 @@ import pytest
 
 from tawin_nemo.errors import DataError
 from tawin_nemo.eval.paired import hierarchical_interval, holm, metric_values, paired_test
-from tawin_nemo.study.analysis import Line, Values, _line, likely_best, load_results, pair_rows
+from tawin_nemo.study.analysis import Line, Values, _line, likely_best, load_results, pair_rows, sweep_lines
 from tawin_nemo.study.plots import write_plots
 from tawin_nemo.study.tables import page, plain, signed
 from tawin_nemo.study.verb import run_study, write_page
@@ -126,6 +126,20 @@ def test_a_sweep_names_the_best_and_how_sure_that_is(text):
     part = section(text, "`tawin` against anchor, valid\n")
     assert len(re.findall(r"^\| R@[13] \| window=(?:centred|start) \| [012] \|", part, re.MULTILINE)) == 12
     assert len(re.findall(r"^- R@[13], window=\w+: anchor [012], 95 %: [012] to [012]$", part, re.MULTILINE)) == 4
+
+
+def test_a_sweep_minus_an_arm_shows_paired_differences(folder, tmp_path):
+    sweep = {"arm": "tawin", "x": "rl.tawin.anchor", "metrics": ["recall@3"], "minus": "more"}
+    study = study_of(folder, **{**KEYS, "sweeps": [sweep], "pool": False})
+    lines = sweep_lines(load_results(study), study.file.sweeps[0], "test", "recall@3")
+    ours = values("tawin[anchor=1,window=start]", "test", "recall@3", lift=0.1)
+    expected = paired_test(ours, values("more", "test", "recall@3")).difference
+    assert [line.label for line in lines] == ["window=centred", "window=start"]
+    assert lines[1].means[1] == expected
+    text = page(load_results(study), [])
+    row = line_of(section(text, "`tawin` minus `more` against anchor, test\n"), "| window=start | 1 |")
+    assert f"{signed(expected.mean)} [{signed(expected.low)}, {signed(expected.high)}]" in row
+    assert "sweep.tawin-more.anchor.test.png" in write_plots(load_results(study), tmp_path)
 
 
 def test_the_likely_range_grows_around_the_best():
