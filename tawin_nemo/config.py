@@ -166,6 +166,11 @@ class RlConfig:
     reward_source: str = opt("", "semantic: .npy with one row per item; collaborative: a finished baseline stage")
     ensure_target: str = choice("off", "replace_last", help="put the target into a group that lacks it")
     inserted_weight: float = number(1.0, 0.0, help="ensure_target: weight of groups whose target was put in")
+    inserted_correction: str = choice(
+        "none", "ratio",
+        help="ensure_target: ratio weighs such a group by how likely the policy finds the target, against the last "
+        "candidate it searched (at most 1)",
+    )  # fmt: skip
     sft_weight: float = number(0.0, 0.0, help="weight of the log-likelihood of the target beside the RL objective")
     max_refill_batches: int = number(0, 0, help="dapo: further rollouts that may replace groups of equal rewards")
     importance_cap: float = number(0.0, 0.0, help="cap on training/rollout probability ratios (0 = no correction)")

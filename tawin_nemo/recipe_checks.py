@@ -79,6 +79,16 @@ def _rl_combinations(r: Recipe) -> Iterator[tuple[bool, str]]:
         "set rl.ensure_target=replace_last",
     )
     yield (
+        rl.inserted_correction == "ratio" and rl.ensure_target == "off",
+        "rl.inserted_correction=ratio weighs groups whose target was put in; set rl.ensure_target=replace_last",
+    )
+    searched = r.rollout.score_space if rl.negatives == "beam" else "trie"
+    yield (
+        rl.inserted_correction == "ratio" and (searched != rl.policy_space or r.rollout.length_penalty != 0),
+        f"rl.inserted_correction=ratio compares log-probs with the search's scores; set rl.policy_space={searched} "
+        "and rollout.length_penalty=0",
+    )
+    yield (
         rl.algorithm == "dapo" and rl.length_norm == "branching",
         "rl.algorithm=dapo divides by the tokens of all candidates; rl.length_norm=branching is not defined there: "
         "use full",

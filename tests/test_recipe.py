@@ -60,6 +60,11 @@ def test_interpolation_and_bare_off(tmp_path):
         ("rl.max_refill_batches=2", ["rl.max_refill_batches=2", "rl.algorithm=dapo"]),
         ("rl.algorithm=dapo rl.max_refill_batches=2 rl.ensure_target=replace_last", ["rl.ensure_target=replace_last"]),
         ("rl.inserted_weight=0.1", ["rl.inserted_weight=0.1", "rl.ensure_target=replace_last"]),
+        ("rl.inserted_correction=ratio", ["rl.inserted_correction=ratio", "rl.ensure_target=replace_last"]),
+        (
+            "rl.inserted_correction=ratio rl.ensure_target=replace_last rl.policy_space=vocab",
+            ["rl.policy_space=trie"],
+        ),
         ("rl.algorithm=dapo rl.length_norm=branching", ["rl.length_norm=branching", "use full"]),
         ("rl.importance_cap=2 rl.policy_space=vocab", ["rl.importance_cap=2", "rl.policy_space=trie"]),
         ("rl.beta=0 reference.refresh=ema", ["reference.refresh=ema", "rl.beta=0"]),

@@ -16,7 +16,7 @@ from tawin_nemo.data.trees import tree_batches
 from tawin_nemo.maths.dapo import dapo_loss
 from tawin_nemo.maths.grpo import grpo_loss
 from tawin_nemo.maths.gspo import gspo_loss
-from tawin_nemo.maths.policy_loss import Counts, Objective, PolicyTerms, mean_stats
+from tawin_nemo.maths.policy_loss import Counts, Objective, PolicyTerms, candidate_sums, mean_stats
 from tawin_nemo.models.megatron.trainable import MicroBatch, Trainable
 from tawin_nemo.types import DataParallel, Rollout, TokenBatch, TokenRows
 
@@ -159,6 +159,8 @@ class Actor:
     ) -> list[PolicyTerms]:
         """The constants of each micro-batch; added targets have no part in them."""
         old, num = self.behaviour_logprobs(rollout, packed), rollout.items_BG.numel()
+        if self._rl.inserted_correction == "ratio":
+            advantages_BG = advantages_BG * insertion_ratios(rollout, packed, old).unsqueeze(1)
         importance: list[Tensor | None] = [None] * len(packed)
         if self._rl.importance_cap > 0:
             old, importance = self._corrected(packed, old, num)
@@ -208,6 +210,29 @@ class Actor:
         for part in packed:
             counts_C.index_add_(0, part.flat_M[part.candidate_N], torch.ones_like(part.candidate_N))
         return counts_C[: rollout.items_BG.numel()].clamp(min=1)
+
+
+def insertion_ratios(rollout: Rollout, packed: Sequence[PackedCandidates], old: Sequence[Tensor]) -> Tensor:
+    """``min(1, pi(target) / pi(last candidate))`` of groups into which the target was put, 1 for all others. [B].
+
+    The truncated importance weight of a candidate that the search did not find: near 1 where it was a close miss, near
+    0 where the policy holds the target to be hopeless. pi is the policy of the rollout, from the scores of the search;
+    a group without another candidate has weight 1.
+    """
+    weight_B = torch.ones(len(rollout.prompts))
+    if rollout.inserted_BG is None:
+        return weight_B
+    inserted_C, group_size = rollout.inserted_BG.flatten(), rollout.items_BG.shape[1]
+    searched_BG = rollout.valid_BG & ~rollout.inserted_BG
+    lowest_B = rollout.scores_BG.masked_fill(~searched_BG, torch.inf).amin(dim=1)
+    for part, logp_N in zip(packed, old, strict=True):
+        own_N = (~part.of_target_N(len(inserted_C))).nonzero().squeeze(1)
+        score_M = candidate_sums(logp_N, part.candidate_N[own_N], len(part.flat_M))
+        is_own_M = part.flat_M < len(inserted_C)
+        chosen_M = is_own_M & inserted_C[torch.where(is_own_M, part.flat_M, 0)]
+        row_M = part.flat_M[chosen_M] // group_size
+        weight_B[row_M] = (score_M[chosen_M] - lowest_B[row_M]).clamp(max=0.0).exp().float()
+    return weight_B
 
 
 def weighted_groups(advantages_BG: Tensor, inserted_BG: Tensor | None, weight: float) -> Tensor:

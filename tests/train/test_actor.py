@@ -20,7 +20,7 @@ from tawin_nemo.models.megatron.lm import MegatronLM
 from tawin_nemo.models.megatron.trainable import MicroBatch, Trainable
 from tawin_nemo.rollout.engine import RolloutEngine
 from tawin_nemo.rollout.ensure_target import ensure_target
-from tawin_nemo.train.actor import Actor, PackedCandidates, weighted_groups
+from tawin_nemo.train.actor import Actor, PackedCandidates, insertion_ratios, weighted_groups
 from tawin_nemo.train.reference import CopiedReference, Refresh, SwappedReference
 from tawin_nemo.train.weight_sync import check_version, sync_weights
 from tawin_nemo.types import DataParallel, PromptBatch, Rollout, TokenRows
@@ -347,3 +347,45 @@ def test_weighted_groups_touch_only_groups_with_an_inserted_target():
     inserted_BG = torch.tensor([[False, False], [False, True], [False, False]])
     assert weighted_groups(adv_BG, inserted_BG, 0.1).flatten().tolist() == pytest.approx([0, 1, 0.2, 0.3, 4, 5])
     assert weighted_groups(adv_BG, None, 0.1) is adv_BG
+
+
+def test_insertion_ratios_compare_the_target_with_the_last_candidate_found():
+    """Against sums of the training pass's own log-probs, in micro-batches and with added targets in the trees."""
+    rl = replace(
+        PLAIN, inserted_correction="ratio", ensure_target="replace_last", sft_weight=1.0, micro_batch_tokens=40
+    )
+    scene = Scene(rl)
+    rollout, ones = scene.rollout, torch.ones_like(scene.adv_BG)
+    packed = scene.actor.pack(rollout, ones, ones)
+    got_B = insertion_ratios(rollout, packed, scene.actor.behaviour_logprobs(rollout, packed))
+    inserted_B = rollout.inserted_BG.any(dim=1)
+    assert inserted_B.any()
+    assert (got_B[~inserted_B] == 1).all()
+    rows = inserted_B.nonzero().squeeze(1).tolist()
+    targets = scene.catalog.paths.take(rollout.prompts.target_B[rows].numpy())
+    batch, index = tree_batch(
+        rollout.prompts.prompts.take(np.array(rows)), targets, np.arange(len(rows)), scene.catalog.trie
+    )
+    (logp_N,) = scene.trainable.score([batch])
+    score_M = torch.zeros(len(rows)).index_add(0, index.answer_N, logp_N)
+    for place, row in enumerate(rows):
+        lowest = rollout.scores_BG[row][~rollout.inserted_BG[row] & rollout.valid_BG[row]].min()
+        assert got_B[row].item() == pytest.approx(min(1.0, float((score_M[place] - lowest).exp())), rel=1e-3)
+    assert (got_B[inserted_B] < 1).all()
+    assert insertion_ratios(replace(rollout, inserted_BG=None), packed, []).tolist() == [1.0] * 6
+
+
+def test_the_correction_scales_the_whole_group():
+    """One inserted group with a ratio r: its gradient is r times that without the correction."""
+    rl = replace(PLAIN, inserted_correction="ratio", ensure_target="replace_last")
+    corrected, plain = Scene(rl), Scene(PLAIN)
+    row = int(corrected.rollout.inserted_BG.any(dim=1).nonzero()[0])
+    got = []
+    for scene in (corrected, plain):
+        scene.adv_BG = group_advantages(scene.rollout.is_target_BG.float())
+        scene.adv_BG[torch.arange(6) != row] = 0.0
+        packed = scene.actor.pack(scene.rollout, scene.adv_BG, scene.omega_BG)
+        got.append(scene.actor.update(scene.rollout, packed, scene.adv_BG, scene.omega_BG, None, lr=0.0)["grad_norm"])
+    packed = corrected.actor.pack(corrected.rollout, corrected.adv_BG, corrected.omega_BG)
+    ratio_B = insertion_ratios(corrected.rollout, packed, corrected.actor.behaviour_logprobs(corrected.rollout, packed))
+    assert got[0] == pytest.approx(float(ratio_B[row]) * got[1], rel=1e-3)
