@@ -31,6 +31,8 @@ ENVIRONMENT = {
 }  # fmt: skip
 #: Seconds that a process has to end after SIGTERM.
 GRACE = 10.0
+#: Seconds that the system may take to remove what was killed.
+KILLED = 10.0
 #: Lines of a log that are shown and kept when a run fails.
 TAIL = 8
 
@@ -128,15 +130,26 @@ def shown_command(command: list[str], data_root: str) -> str:
 
 
 def stop(processes: list[Process]) -> None:
-    """SIGTERM to each process and its children, SIGKILL to those that stay; returns when all are gone."""
+    """SIGTERM to each process and its children, SIGKILL to those that stay; returns when their locks are free."""
     for process in processes:
         _signal(process, signal.SIGTERM)
     for process in processes:
-        try:
+        with contextlib.suppress(subprocess.TimeoutExpired):
             process.popen.wait(GRACE)
-        except subprocess.TimeoutExpired:
-            _signal(process, signal.SIGKILL)
-            process.popen.wait()
+        _signal(process, signal.SIGKILL)
+        process.popen.wait()
+        _wait_for_lock(process.run.run_dir)
+
+
+def _wait_for_lock(run_dir: Path) -> None:
+    """Children of a process that was killed may outlive it for a moment, and hold its lock as long."""
+    give_up = time.monotonic() + KILLED
+    with (run_dir / "lock").open("w") as lock:
+        while time.monotonic() < give_up:
+            with contextlib.suppress(BlockingIOError):
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return
+            time.sleep(0.02)
 
 
 def _signal(process: Process, number: int) -> None:
