@@ -77,7 +77,7 @@ def render(report: ReportInput) -> str:
         lstrip_blocks=True,
     )
     environment.filters |= {"metric": lambda x: f"{x:.4f}", "signed": lambda x: f"{x:+.4f}", "beyond": _beyond_text}
-    tested = [stage for stage in report.stages if stage.test is not None]
+    tested = [stage for stage in report.stages if stage.result is not None]
     names = _metric_names(tested)
     return environment.get_template("report.html.j2").render(
         name=report.setting("name", report.run_dir.name),
@@ -85,6 +85,7 @@ def render(report: ReportInput) -> str:
         run_facts=list(_run_facts(report)),
         timing=[(stage, _duration(stage.seconds)) for stage in report.stages],
         tested=tested,
+        split=report.split,
         metrics=names,
         best=_best(tested, names),
         results_plot=_results_plot(tested, names),
@@ -100,13 +101,13 @@ def render(report: ReportInput) -> str:
 
 def _metric_names(tested: list[StageRecord]) -> list[str]:
     """Metrics that every evaluation has, in the order of the first."""
-    results = [stage.test for stage in tested if stage.test is not None]
+    results = [stage.result for stage in tested if stage.result is not None]
     return [name for name in results[0].means if all(name in other.means for other in results)] if results else []
 
 
 def _beyond_names(tested: list[StageRecord]) -> list[str]:
     """What some evaluation says beside its hits, by name and cut-off; those of older versions say nothing."""
-    found = {name for stage in tested if stage.test is not None for name in stage.test.beyond}
+    found = {name for stage in tested if stage.result is not None for name in stage.result.beyond}
     return sorted(found, key=lambda name: (name.partition("@")[0], int(name.partition("@")[2])))
 
 
@@ -119,12 +120,12 @@ def _beyond_text(value: float | None, name: str) -> str:
 
 
 def _best(tested: list[StageRecord], names: list[str]) -> dict[str, float]:
-    return {name: max(stage.test.means[name] for stage in tested if stage.test) for name in names}
+    return {name: max(stage.result.means[name] for stage in tested if stage.result) for name in names}
 
 
 def _versus(tested: list[StageRecord], names: list[str]) -> list[Versus]:
     found = []
-    results: dict[str, EvalResult] = {stage.name: stage.test for stage in tested if stage.test is not None}
+    results: dict[str, EvalResult] = {stage.name: stage.result for stage in tested if stage.result is not None}
     for theirs in (name for name in BASELINES if name in results):
         for ours in (name for name in results if name != theirs and (name, theirs) != BASELINES):
             pairs = tuple(compare(results[ours], results[theirs], metric) for metric in names)
@@ -137,9 +138,11 @@ def _results_plot(tested: list[StageRecord], names: list[str]) -> Markup | None:
     if not names:
         return None
     rows = {
-        TITLES.get(stage.name, stage.name): [(stage.test.means[name], *stage.test.intervals[name]) for name in names]
+        TITLES.get(stage.name, stage.name): [
+            (stage.result.means[name], *stage.result.intervals[name]) for name in names
+        ]
         for stage in tested
-        if stage.test is not None
+        if stage.result is not None
     }
     return Markup(figures.metric_bars([_short(name) for name in names], rows))
 
@@ -203,9 +206,10 @@ def _data_facts(report: ReportInput, tested: list[StageRecord]) -> Iterator[Fact
     for name, value in report.catalogue.items():
         shown = ", ".join(f"{k} {_number(v)}" for k, v in value.items()) if isinstance(value, dict) else _number(value)
         yield Fact(name.replace("_", " "), shown)
-    if tested and tested[-1].test is not None:
-        test = tested[-1].test
-        yield Fact("test rows whose target shares its path", f"{test.collisions:,} of {test.rows:,} ({test.collision})")
+    if tested and tested[-1].result is not None:
+        found = tested[-1].result
+        shared = f"{found.collisions:,} of {found.rows:,} ({found.collision})"
+        yield Fact(f"{report.split} rows whose target shares its path", shared)
 
 
 def _number(value: Any) -> str:

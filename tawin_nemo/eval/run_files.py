@@ -16,6 +16,8 @@ from tawin_nemo.eval.result import EvalResult
 #: Stages in the order in which a report lists them; other stage directories follow before rl.
 STAGES = ("sft", "sft_continued", "sft_all")
 LAST_STAGE = "rl"
+#: Evaluations that a report may show, the first one that exists.
+SPLITS = ("test", "valid")
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,13 +33,13 @@ class Series:
 
 @dataclass(frozen=True, eq=False)
 class StageRecord:
-    """One stage directory: its logged scalars, its time, and its evaluation on test if it has one."""
+    """One stage directory: its logged scalars, its time, and its evaluation on the report's split if it has one."""
 
     name: str
     series: dict[str, Series]
     seconds: float  # sum of timings.jsonl, evaluation not included
     steps: int
-    test: EvalResult | None
+    result: EvalResult | None
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,6 +52,7 @@ class ReportInput:
     summary: dict[str, Any]
     catalogue: dict[str, Any]
     stages: tuple[StageRecord, ...]
+    split: str = "test"  # whose results are shown: test, or valid where no stage was evaluated on test
 
     def setting(self, key: str, default: Any = None) -> Any:
         """The recipe's value of a dotted key, ``default`` where the recipe does not name it."""
@@ -75,24 +78,30 @@ def load_report(run_dir: Path) -> ReportInput:
     recipe = yaml.safe_load(text)
     if not isinstance(recipe, dict):
         raise DataError(f"{run_dir / 'recipe.yaml'} holds {type(recipe).__name__} instead of a mapping")
-    found = {path.name for path in run_dir.iterdir() if (path / "metrics.jsonl").is_file() or _has_test(path)}
+    found = {
+        path.name
+        for path in run_dir.iterdir()
+        if (path / "metrics.jsonl").is_file() or any(_has_result(path, s) for s in SPLITS)
+    }
     others = sorted(found - {*STAGES, LAST_STAGE})
     names = [name for name in (*STAGES, *others, LAST_STAGE) if name in found]
+    split = next((s for s in SPLITS if any(_has_result(run_dir / name, s) for name in names)), SPLITS[0])
     return ReportInput(
         run_dir=run_dir,
         recipe=recipe,
         recipe_text=text,
         summary=_read_json(run_dir / "summary.json"),
         catalogue=_read_json(run_dir / "catalogue.json"),
-        stages=tuple(_load_stage(run_dir / name) for name in names),
+        stages=tuple(_load_stage(run_dir / name, split) for name in names),
+        split=split,
     )
 
 
-def _has_test(stage: Path) -> bool:
-    return (stage / "eval" / "test.json").is_file()
+def _has_result(stage: Path, split: str) -> bool:
+    return (stage / "eval" / f"{split}.json").is_file()
 
 
-def _load_stage(directory: Path) -> StageRecord:
+def _load_stage(directory: Path, split: str) -> StageRecord:
     metrics = _read_lines(directory / "metrics.jsonl")
     timings = _read_lines(directory / "timings.jsonl")
     columns: dict[str, tuple[list[int], list[float]]] = {}
@@ -107,7 +116,7 @@ def _load_stage(directory: Path) -> StageRecord:
         series={name: Series(np.array(steps), np.array(values)) for name, (steps, values) in columns.items()},
         seconds=sum(float(line.get("seconds", 0.0)) for line in timings),
         steps=max((int(line["step"]) for line in metrics), default=0),
-        test=EvalResult.read(directory / "eval", "test") if _has_test(directory) else None,
+        result=EvalResult.read(directory / "eval", split) if _has_result(directory, split) else None,
     )
 
 

@@ -16,10 +16,10 @@ def headline_metrics(ks: Sequence[int]) -> list[str]:
     return [*(f"recall@{k}" for k in first), f"ndcg@{first[-1]}"]
 
 
-def results_table(results: Mapping[str, EvalResult], ks: Sequence[int]) -> str:
-    """One line per stage (mean and 95 % interval on test), then RL minus each baseline (paired bootstrap)."""
+def results_table(results: Mapping[str, EvalResult], ks: Sequence[int], split: str = "test") -> str:
+    """One line per stage (mean and 95 % interval on ``split``), then RL minus each baseline (paired bootstrap)."""
     metrics = headline_metrics(ks)
-    lines = [f"{'test':24}" + "".join(f"{name:>28}" for name in metrics)]
+    lines = [f"{split:24}" + "".join(f"{name:>28}" for name in metrics)]
     for stage, result in results.items():
         cells = (f"{result.means[m]:.4f} [{result.intervals[m][0]:.4f}, {result.intervals[m][1]:.4f}]" for m in metrics)
         lines.append(f"{stage:24}" + "".join(f"{cell:>28}" for cell in cells))

@@ -173,6 +173,12 @@ def sweep_lines(results: Results, sweep: Sweep, split: str, metric: str) -> list
     return [_line(label, sorted(points, key=lambda point: point[0])) for label, points in groups.items()]
 
 
+def has_points(results: Results, sweep: Sweep, split: str) -> bool:
+    """Whether a sweep has anything to show yet."""
+    arms = [arm.name for arm in results.study.arms if arm.base == sweep.arm]
+    return any(_sweep_values(results, sweep, arm, split, "recall@1") is not None for arm in arms)
+
+
 def _sweep_values(results: Results, sweep: Sweep, name: str, split: str, metric: str) -> Values | None:
     """The arm's values, or their paired differences to the arm `minus`."""
     if not sweep.minus:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import matplotlib as mpl
@@ -16,7 +17,7 @@ from matplotlib.figure import Figure
 
 from tawin_nemo.artefacts import atomic_path
 from tawin_nemo.eval.figures import COLOURS
-from tawin_nemo.study.analysis import Results, curve, sweep_lines
+from tawin_nemo.study.analysis import Results, curve, has_points, sweep_lines
 from tawin_nemo.study.config import Sweep
 from tawin_nemo.study.tables import short
 
@@ -42,18 +43,28 @@ _MARKERS = "os^Dv"
 
 def write_plots(results: Results, folder: Path) -> list[str]:
     """Write every plot that has something to show; returns the file names in the order of the page."""
-    names = []
+    plots = dict(_plots(results))
+    for name, draw in plots.items():
+        draw(folder / name)
+    return list(plots)
+
+
+def plot_names(results: Results) -> list[str]:
+    """The file names that ``write_plots`` would write."""
+    return [name for name, _ in _plots(results)]
+
+
+def _plots(results: Results) -> Iterator[tuple[str, Callable[[Path], None]]]:
     for split in results.splits:
         for sweep in results.study.file.sweeps:
-            arms = f"{sweep.arm}-{sweep.minus}" if sweep.minus else sweep.arm
-            name = _file_name("sweep", arms, sweep.x.rsplit(".", 1)[-1], split)
-            if _sweep(results, sweep, split, folder / name):
-                names.append(name)
+            if has_points(results, sweep, split):
+                arms = f"{sweep.arm}-{sweep.minus}" if sweep.minus else sweep.arm
+                name = _file_name("sweep", arms, sweep.x.rsplit(".", 1)[-1], split)
+                yield name, partial(_sweep, results, sweep, split)
     for key in results.study.file.curves:
-        name = _file_name("curve", key)
-        if _curves(results, key, folder / name):
-            names.append(name)
-    return names
+        found = {arm.name: curve(results, arm.name, key) for arm in results.study.arms}
+        if any(found.values()):
+            yield _file_name("curve", key), partial(_curves, {arm: seeds for arm, seeds in found.items() if seeds}, key)
 
 
 def _file_name(*words: str) -> str:
@@ -64,19 +75,17 @@ def _file_name(*words: str) -> str:
     return ".".join(re.sub(r"[^A-Za-z0-9_=,+-]+", "_", word) for word in words) + ".png"
 
 
-def _sweep(results: Results, sweep: Sweep, split: str, path: Path) -> bool:
+def _sweep(results: Results, sweep: Sweep, split: str, path: Path) -> None:
     """One panel per metric: a line per choice of the other grid keys, the arms beside it as level lines."""
     metrics = sweep.metrics or results.study.file.metrics
     lines = {metric: sweep_lines(results, sweep, split, metric) for metric in metrics}
-    if not any(lines.values()):
-        return False
     with _panels(len(metrics)) as (figure, panels):
         for axes, metric in zip(panels, metrics, strict=True):
             width = max((max(line.x) - min(line.x) for line in lines[metric]), default=1.0)
             for place, line in enumerate(lines[metric]):
                 means = np.array([interval.mean for interval in line.means])
-                low = means - [interval.low for interval in line.means]
-                high = [interval.high for interval in line.means] - means
+                low = np.maximum(means - [interval.low for interval in line.means], 0.0)
+                high = np.maximum([interval.high for interval in line.means] - means, 0.0)
                 shift = 0.012 * width * (place - (len(lines[metric]) - 1) / 2)  # intervals beside, not over each other
                 axes.errorbar(
                     np.array(line.x) + shift, means, yerr=(low, high), marker=_MARKERS[place % len(_MARKERS)],
@@ -91,7 +100,6 @@ def _sweep(results: Results, sweep: Sweep, split: str, path: Path) -> bool:
             axes.set_xticks(sorted({x for line in lines[metric] for x in line.x}))
         _legend_below(figure, panels)
         _save(figure, path)
-    return True
 
 
 def _legend_below(figure: Figure, panels: Sequence[Axes]) -> None:
@@ -114,12 +122,8 @@ def _level_lines(axes: Axes, results: Results, names: Sequence[str], split: str,
             axes.axhspan(mean.low, mean.high, color=colour, alpha=0.08, linewidth=0)
 
 
-def _curves(results: Results, key: str, path: Path) -> bool:
+def _curves(found: Mapping[str, Mapping[int, np.ndarray]], key: str, path: Path) -> None:
     """The mean over seeds of each arm, the single seeds pale behind it."""
-    found = {arm.name: curve(results, arm.name, key) for arm in results.study.arms}
-    found = {name: seeds for name, seeds in found.items() if seeds}
-    if not found:
-        return False
     with _panels(1, width=6.4, height=3.6) as (figure, panels):
         axes = panels[0]
         for place, (name, seeds) in enumerate(found.items()):
@@ -133,7 +137,6 @@ def _curves(results: Results, key: str, path: Path) -> bool:
         axes.set_xlabel("step")
         _legend_below(figure, panels)
         _save(figure, path)
-    return True
 
 
 @contextmanager

@@ -87,7 +87,7 @@ def run_pipeline(world: World) -> dict[str, Any]:
     if parallel.world_rank() == 0:
         write_json(world.run_dir / "summary.json", summary)
         split = world.recipe.eval.splits[-1]
-        log.info("results on %s, 95 %% intervals\n%s", split, results_table(results, world.recipe.eval.ks))
+        log.info("results on %s, 95 %% intervals\n%s", split, results_table(results, world.recipe.eval.ks, split))
         log.info("report: %s", write_report(world.run_dir))
     parallel.barrier()
     return summary

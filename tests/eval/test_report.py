@@ -190,6 +190,14 @@ def test_absent_stages_and_files_are_left_out(run_dir: Path) -> None:
     assert "Gradient norm" in text
 
 
+def test_a_run_that_was_evaluated_on_valid_only_shows_that(run_dir: Path) -> None:
+    for path in list(run_dir.glob("*/eval/test.*")):
+        path.rename(path.with_name(path.name.replace("test", "valid", 1)))
+    report = load_report(run_dir)
+    assert report.split == "valid"
+    assert "Results on valid" in Page(render(report)).text
+
+
 def test_a_run_that_has_only_begun(tmp_path: Path) -> None:
     (tmp_path / "recipe.yaml").write_text(to_yaml(Recipe()))
     text = Page(write_report(tmp_path).read_text(encoding="utf-8")).text
