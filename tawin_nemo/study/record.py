@@ -70,7 +70,6 @@ class RunRecord:
     steps: int  # optimizer steps or rollouts that the stage took
     chosen_step: int  # the checkpoint that was evaluated
     wall_s: float  # training and evaluation, all attempts
-    process_s: float  # the last attempt from start to end, imports and data included
     command: str
     commit: str
     date: str
@@ -81,6 +80,7 @@ class RunRecord:
     splits: dict[str, SplitResult]
     curves: dict[str, list[list[float]]]  # [step, value] of each logged valid/*
     training: dict[str, float]  # means of the other logged scalars over all steps
+    process_s: float = 0.0  # the last attempt from start to end, imports and data included
 
     def write(self, path: Path) -> None:
         content = {item.name: getattr(self, item.name) for item in fields(self)}

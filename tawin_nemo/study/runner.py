@@ -47,17 +47,19 @@ class Runner:
         self._queue = list(plan.waiting)
         self._open = {run.key for run in self._queue}  # neither finished nor failed
         self._running: list[Process] = []
+        self._interrupts = Interrupts()
 
     def run(self) -> Outcome:
         """Until nothing is left to do. On Ctrl-C and SIGTERM the processes are ended first; each can be resumed."""
         total = len(self._queue)
-        with sigterm_is_ctrl_c(), logging_redirect_tqdm([logging.getLogger("tawin_nemo")]):
+        with self._interrupts.installed(), logging_redirect_tqdm([logging.getLogger("tawin_nemo")]):
             try:
                 bar = tqdm(self._ended(), self.plan.study.file.study, total, disable=not sys.stderr.isatty())
                 for place, text in enumerate(bar, 1):
                     log.info("[%d/%d] %s%s", place, total, text, self._to_go())
             finally:
-                launch.stop(self._running)
+                with self._interrupts.held():
+                    launch.stop(self._running)
         return self.outcome
 
     def _ended(self) -> Iterator[str]:
@@ -98,7 +100,8 @@ class Runner:
             if run.parent_dir and start is None:
                 raise DataError(f"{run.parent_dir} holds no finished run to start from")
             command = self._command(run, self._find_data(run), start)
-            self._running.append(launch.start_process(run, command))
+            with self._interrupts.held():
+                self._running.append(launch.start_process(run, command))
         except (Busy, TawinError) as error:
             self._open.discard(run.key)
             self.outcome.failed.append(run.name)
@@ -156,15 +159,38 @@ class Runner:
         return f"  ({seconds / 60:.1f} min to go)" if waiting and seconds is not None else ""
 
 
-@contextmanager
-def sigterm_is_ctrl_c() -> Iterator[None]:
-    """SIGTERM (a scheduler's, a shutdown's) raises KeyboardInterrupt, so that processes are ended in order."""
+class Interrupts:
+    """SIGINT and SIGTERM (a scheduler's, a shutdown's) raise KeyboardInterrupt, but not in the middle of ``held``.
 
-    def interrupt(number: int, frame: FrameType | None) -> None:
-        raise KeyboardInterrupt
+    A process that has just been started must be known before anything is interrupted, or nobody would end it.
+    """
 
-    before = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
+    SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+    def __init__(self) -> None:
+        self._held = self._pending = False
+
+    @contextmanager
+    def installed(self) -> Iterator[None]:
+        before = {number: signal.signal(number, self._interrupt) for number in self.SIGNALS}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        self._held = True
+        try:
+            yield
+        finally:
+            self._held = False
+        if self._pending:
+            self._pending = False
+            raise KeyboardInterrupt
+
+    def _interrupt(self, number: int, frame: FrameType | None) -> None:
+        if not self._held:
+            raise KeyboardInterrupt
+        self._pending = True

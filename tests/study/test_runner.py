@@ -154,9 +154,22 @@ def test_a_signal_ends_the_processes_and_the_study_can_go_on(tmp_path, fake, num
         fake.run(study)
     timer.join()
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    assert signal.getsignal(signal.SIGINT) == signal.default_int_handler
     assert not (tmp_path / "results").exists()
     fake.sleeping = set()
     assert fake.run(study).finished == ["a.seed1"]  # nobody holds the lock any more
+
+
+def test_a_process_that_is_being_started_is_ended_too(tmp_path, fake, monkeypatch):
+    fake.sleeping = {"a.seed1"}
+    monkeypatch.setattr(launch, "GRACE", 0.2)
+    monkeypatch.setattr(provenance, "code_version", lambda: os.kill(os.getpid(), signal.SIGINT) or "abc")
+    study = study_of(tmp_path, arms={"a": {}}, seeds=[1])
+    with pytest.raises(KeyboardInterrupt):
+        fake.run(study)
+    monkeypatch.setattr(provenance, "code_version", lambda: "abc")
+    fake.sleeping = set()
+    assert fake.run(study).finished == ["a.seed1"]
 
 
 def wait_for(path: Path) -> None:
