@@ -6,18 +6,16 @@ paths of a closed catalogue have known lengths.
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from tawin_nemo.maths.policy_loss import (
     Counts,
     Objective,
     PolicyTerms,
-    clipped_surrogate,
-    is_clipped,
     kl_values,
     token_mean,
     token_stats,
+    token_surrogate,
     with_kl,
 )
 
@@ -30,16 +28,11 @@ def dapo_loss(
     As ``grpo_loss``, but every token of the global batch weighs the same, forced ones included in the count.
     Arguments, result and errors are those of ``grpo_loss``.
     """
-    ratio_N = torch.exp(logp_N - terms.old_logp_N)
-    advantage_N = terms.advantage_M[terms.candidate_N]
-    limits = objective.clip_low, objective.clip_high
-    surrogate_N = terms.omega_M[terms.candidate_N] * clipped_surrogate(ratio_N, advantage_N, *limits)
-    if terms.importance_N is not None:
-        surrogate_N = surrogate_N * terms.importance_N
+    surrogate_N, clipped_N = token_surrogate(logp_N, terms, objective)
     kl_N = kl_values(logp_N, terms, objective)
     return with_kl(
         -token_mean(surrogate_N, counts.tokens),
         None if kl_N is None else token_mean(kl_N, counts.tokens),
         objective,
-        token_stats(logp_N, terms, is_clipped(ratio_N.detach(), advantage_N, *limits)),
+        token_stats(logp_N, terms, clipped_N),
     )

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from tawin_nemo.maths.policy_loss import (
     Counts,
     Objective,
     PolicyTerms,
-    clipped_surrogate,
-    is_clipped,
     kl_values,
     sequence_mean,
     token_stats,
+    token_surrogate,
     with_kl,
 )
 
@@ -40,17 +38,12 @@ def grpo_loss(
     Raises:
         ValueError: As ``kl_values``.
     """
-    ratio_N = torch.exp(logp_N - terms.old_logp_N)
-    advantage_N = terms.advantage_M[terms.candidate_N]
-    limits = objective.clip_low, objective.clip_high
-    surrogate_N = terms.omega_M[terms.candidate_N] * clipped_surrogate(ratio_N, advantage_N, *limits)
-    if terms.importance_N is not None:
-        surrogate_N = surrogate_N * terms.importance_N
+    surrogate_N, clipped_N = token_surrogate(logp_N, terms, objective)
     kl_N = kl_values(logp_N, terms, objective)
     mean = (terms.candidate_N, terms.length_M, counts.candidates)
     return with_kl(
         -sequence_mean(surrogate_N, *mean),
         None if kl_N is None else sequence_mean(kl_N, *mean),
         objective,
-        token_stats(logp_N, terms, is_clipped(ratio_N.detach(), advantage_N, *limits)),
+        token_stats(logp_N, terms, clipped_N),
     )

@@ -69,6 +69,20 @@ def is_clipped(ratio_N: Tensor, advantage_N: Tensor, clip_low: float, clip_high:
     return too_high_N | too_low_N
 
 
+def token_surrogate(logp_N: Tensor, terms: PolicyTerms, objective: Objective) -> tuple[Tensor, Tensor]:
+    """``omega_m min(rho A_m, clip(rho) A_m)`` of each token, times its importance weight, and where it is clipped.
+
+    rho is the ratio of the token to the rollout's policy. [N], and bool [N].
+    """
+    ratio_N = torch.exp(logp_N - terms.old_logp_N)
+    advantage_N = terms.advantage_M[terms.candidate_N]
+    limits = objective.clip_low, objective.clip_high
+    surrogate_N = terms.omega_M[terms.candidate_N] * clipped_surrogate(ratio_N, advantage_N, *limits)
+    if terms.importance_N is not None:
+        surrogate_N = surrogate_N * terms.importance_N
+    return surrogate_N, is_clipped(ratio_N.detach(), advantage_N, *limits)
+
+
 def kl_estimate(logp_N: Tensor, ref_logp_N: Tensor, kind: str) -> Tensor:
     """Estimates of KL(policy || reference) from tokens that the policy drew (J. Schulman, "Approximating KL").
 
