@@ -20,6 +20,9 @@ from tawin_nemo.types import NO_ITEM, TokenRows
 
 #: Histories searched at once: their beams each hold a copy of the history's keys and values.
 SEARCH_ROWS = 32
+#: Scale of T5's fresh weights, and no tie between input and output embeddings (as in T5 1.1): with T5's own scale of 1,
+#: made for Adafactor's relative steps, Adam is far from done when early stopping comes.
+INIT_FACTOR = 0.1
 #: Beams when the caller names no width.
 BEAMS = 50
 
@@ -45,6 +48,8 @@ class Tiger(SequentialRecommender):
                 num_heads=heads,
                 dropout_rate=dropout,
                 decoder_start_token_id=PAD,
+                initializer_factor=INIT_FACTOR,
+                tie_word_embeddings=False,
             )
         )
 
