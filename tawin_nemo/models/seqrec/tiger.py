@@ -20,9 +20,6 @@ from tawin_nemo.types import NO_ITEM, TokenRows
 
 #: Histories searched at once: their beams each hold a copy of the history's keys and values.
 SEARCH_ROWS = 32
-#: Scale of T5's fresh weights, and no tie between input and output embeddings (as in T5 1.1): with T5's own scale of 1,
-#: made for Adafactor's relative steps, Adam is far from done when early stopping comes.
-INIT_FACTOR = 0.1
 #: Beams when the caller names no width.
 BEAMS = 50
 
@@ -48,8 +45,6 @@ class Tiger(SequentialRecommender):
                 num_heads=heads,
                 dropout_rate=dropout,
                 decoder_start_token_id=PAD,
-                initializer_factor=INIT_FACTOR,
-                tie_word_embeddings=False,
             )
         )
 
@@ -65,13 +60,17 @@ class Tiger(SequentialRecommender):
         return loss_BT.sum(dim=1)
 
     def encoder_input(self, history_BL: Tensor) -> tuple[Tensor, Tensor]:
-        """Codes of the items one after another without gaps, ``tokens_BS`` and ``mask_BS`` (1 = a code)."""
+        """Codes of the items one after another without gaps, then END: ``tokens_BS`` and ``mask_BS`` (1 = a token).
+
+        T5 knows distances only; END is what tells it which item is the newest.
+        """
         codes_BS = self.codes_IC[:, :-1][history_BL + 1].flatten(1)  # the last column holds END or padding only
         codes_BS = codes_BS.masked_fill(codes_BS == END, PAD)
         used_BS = codes_BS != PAD
         order_BS = used_BS.int().argsort(dim=1, descending=True, stable=True)
-        longest = max(1, int(used_BS.sum(dim=1).max()))
-        tokens_BS = codes_BS.gather(1, order_BS)[:, :longest]
+        length_B1 = used_BS.sum(dim=1, keepdim=True)
+        tokens_BS = F.pad(codes_BS.gather(1, order_BS), (0, 1), value=PAD).scatter(1, length_B1, END)
+        tokens_BS = tokens_BS[:, : int(length_B1.max()) + 1]
         return tokens_BS, (tokens_BS != PAD).long()
 
     @torch.no_grad()

@@ -26,7 +26,7 @@ def rows_of(paths: TokenRows) -> list[list[int]]:
 @torch.no_grad()
 def slow_logprobs(model: Tiger, history: list[int], rows: list[list[int]]) -> dict[tuple[int, ...], float]:
     """Log-probability of every row, each choice normalised over what the catalogue admits there."""
-    tokens = torch.tensor([[code for item in history for code in rows[item][:-1]]])
+    tokens = torch.tensor([[code for item in history for code in rows[item][:-1]] + [END]])
     result = {}
     for row in rows:
         total, read = 0.0, [PAD]
@@ -110,10 +110,10 @@ def test_items_on_one_path_share_score_and_carrier():
     assert scores_I[[0, 1, 3]].exp().sum().item() == pytest.approx(1.0, abs=1e-5)
 
 
-def test_the_encoder_reads_the_codes_without_gaps(model):
+def test_the_encoder_reads_the_codes_without_gaps_and_end(model):
     rows = rows_of(PATHS)
     tokens_BS, mask_BS = model.encoder_input(torch.tensor([[NO_ITEM, 0, 1], [NO_ITEM, NO_ITEM, 1]]))
-    first, second = [*rows[0][:-1], *rows[1][:-1]], rows[1][:-1]
+    first, second = [*rows[0][:-1], *rows[1][:-1], END], [*rows[1][:-1], END]
     assert tokens_BS.tolist() == [first, second + [PAD] * (len(first) - len(second))]
     assert mask_BS.tolist() == [[1] * len(first), [1] * len(second) + [0] * (len(first) - len(second))]
 
