@@ -105,6 +105,11 @@ class Results:
         known = [value for value in found if value is not None]
         return fmean(known) if known else None
 
+    def trend(self, name: str, scalar: str) -> tuple[float, float] | None:
+        """A logged scalar in the first and the last tenth of training, mean over seeds; None where nobody logged it."""
+        found = [parts for record in self.runs(name).values() if (parts := record.trends.get(scalar))]
+        return (fmean(parts[0] for parts in found), fmean(parts[-1] for parts in found)) if found else None
+
     def paired(self, ours: str, theirs: str, split: str, metric: str) -> tuple[Values, Values] | None:
         """Both arms under the seeds that both have; None when there is none. Raises DataError for other rows."""
         a, b = self.evaluated(ours, split), self.evaluated(theirs, split)

@@ -55,6 +55,7 @@ class StudyFile:
     compare: list[Any] = opt([], "[[ours, theirs], ...] for paired tests; a grid's name means all of its arms")
     metrics: list[str] = opt(["recall@1", "recall@3", "ndcg@3", "recall@10"], "columns of the tables")
     facts: list[str] = opt([], "further columns: other numbers of eval/SPLIT.json, e.g. coverage")
+    trends: list[str] = opt([], "logged scalars to show from the first to the last tenth of training, e.g. rl/reward")
     pool: bool = opt(False, "also test on valid and test together (only if nothing was selected on them)")
     sweeps: list[Sweep] = field(default_factory=list, metadata={"help": "plots and tables of a grid"})
     curves: list[str] = opt([], "logged scalars to plot over steps, e.g. valid/recall@3")

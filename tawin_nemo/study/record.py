@@ -11,9 +11,10 @@ import binascii
 import hashlib
 import json
 import zlib
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import numpy as np
@@ -24,6 +25,8 @@ from tawin_nemo.eval.paired import metric_values, parse_metric
 from tawin_nemo.eval.result import EvalResult
 
 FAILED = ".failed.json"
+#: Parts of a run whose means are kept of each logged scalar.
+_PARTS = 10
 #: Metrics are made again from ranks when a file is read; more than this is not rounding.
 _TOLERANCE = 1e-9
 
@@ -81,6 +84,7 @@ class RunRecord:
     curves: dict[str, list[list[float]]]  # [step, value] of each logged valid/*
     training: dict[str, float]  # means of the other logged scalars over all steps
     process_s: float = 0.0  # the last attempt from start to end, imports and data included
+    trends: dict[str, list[float]] = field(default_factory=dict)  # the same scalars, means of up to ten equal parts
 
     def write(self, path: Path) -> None:
         content = {item.name: getattr(self, item.name) for item in fields(self)}
@@ -153,13 +157,13 @@ def final_stage(run_dir: Path) -> Path | None:
 
 
 def read_stage(stage: Path, splits: list[str]) -> dict[str, Any]:
-    """What a finished stage directory gives a RunRecord: stage, steps, wall_s, splits, curves, training.
+    """What a finished stage directory gives a RunRecord: stage, steps, wall_s, splits, curves, training, trends.
 
     Raises DataError when an evaluation is missing or damaged.
     """
     done = json.loads((stage / "done.json").read_text(encoding="utf-8"))
     summary = json.loads((stage.parent / "summary.json").read_text(encoding="utf-8"))
-    curves, training = _logged(stage / "metrics.jsonl")
+    curves, others = _logged(stage / "metrics.jsonl")
     return {
         "stage": stage.name,
         "steps": int(done["step"]),
@@ -167,7 +171,8 @@ def read_stage(stage: Path, splits: list[str]) -> dict[str, Any]:
         "wall_s": float(summary["wall_s"]),
         "splits": {name: _read_split(stage / "eval", name) for name in splits},
         "curves": curves,
-        "training": training,
+        "training": {name: fmean(values) for name, values in others.items()},
+        "trends": {name: part_means(values) for name, values in others.items()},
     }
 
 
@@ -203,7 +208,17 @@ def _numbers(node: Mapping[str, Any]) -> dict[str, float]:
     return found
 
 
-def _logged(path: Path) -> tuple[dict[str, list[list[float]]], dict[str, float]]:
+def part_means(values: Sequence[float]) -> list[float]:
+    """Means of ten parts of equal length, first to last; of fewer parts when there are fewer values.
+
+    >>> part_means([1.0, 2.0]), part_means(range(20))[:2]
+    ([1.0, 2.0], [0.5, 2.5])
+    """
+    parts = np.array_split(np.asarray(values, dtype=np.float64), min(_PARTS, len(values)))
+    return [float(f"{part.mean():.6g}") for part in parts]
+
+
+def _logged(path: Path) -> tuple[dict[str, list[list[float]]], dict[str, list[float]]]:
     curves: dict[str, list[list[float]]] = {}
     others: dict[str, list[float]] = {}
     lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
@@ -213,7 +228,7 @@ def _logged(path: Path) -> tuple[dict[str, list[list[float]]], dict[str, float]]
                 curves.setdefault(name, []).append([line["step"], value])
             elif name not in ("step", "epoch") and isinstance(value, int | float):
                 others.setdefault(name, []).append(value)
-    return curves, {name: sum(values) / len(values) for name, values in others.items()}
+    return curves, others
 
 
 # -- ranks as text -------------------------------------------------------------------------------------------------

@@ -38,6 +38,8 @@ def page(results: Results, plots: Sequence[str]) -> str:
         if results.study.pairs:
             parts += [f"### Paired differences, {split}", pairs_table(results, split)]
         parts += list(_sweeps(results, split))
+    if trends := trends_table(results):
+        parts += ["## In training: first tenth, last tenth", trends]
     parts += [f"![{name}]({name})" for name in plots]
     parts += list(_not_finished(results))
     parts += ["## Runs", _runs(results)]
@@ -84,6 +86,17 @@ def _seeds(results: Results, name: str, planned: int, found: int) -> str:
     failed = sum(arm == name for arm, _ in results.failed)
     text = str(found) if found >= planned else f"{found} of {planned}"
     return f"{text} ({failed} failed)" if failed else text
+
+
+def trends_table(results: Results) -> str:
+    """Arms x logged scalars at both ends of training; empty when the study asks for none."""
+    scalars = results.study.file.trends
+    rows = []
+    for arm in results.study.arms:
+        ends = [results.trend(arm.name, scalar) for scalar in scalars]
+        if any(ends):
+            rows.append([f"`{arm.name}`", *(f"{end[0]:.4g}, {end[1]:.4g}" if end else "–" for end in ends)])
+    return _table(["arm", *scalars], rows) if rows else ""
 
 
 def pairs_table(results: Results, split: str) -> str:

@@ -61,6 +61,7 @@ def test_a_stage_directory_becomes_a_record(tmp_path):
     assert (found.stage, found.steps, found.chosen_step, found.wall_s) == ("rl", 2, 2, 30.0)
     assert found.curves == {"valid/loss": [[0, 3.0], [2, 1.5]]}
     assert found.training == {"train/loss": 1.5}
+    assert found.trends == {"train/loss": [2.0, 1.0]}
     split = found.splits["test"]
     assert split.rank_B.tolist() == some_ranks("test").tolist()
     assert split.sharing_B is None
@@ -79,7 +80,7 @@ def test_what_is_written_is_read(tmp_path, shared):
     first = record(tmp_path, sharing=sharing)
     first.write(tmp_path / "r" / "a.seed3.json")
     second = RunRecord.read(tmp_path / "r" / "a.seed3.json")
-    for name in ("study", "arm", "seed", "settings", "parent", "curves", "training", "hardware", "wall_s"):
+    for name in ("study", "arm", "seed", "settings", "parent", "curves", "training", "trends", "hardware", "wall_s"):
         assert getattr(second, name) == getattr(first, name)
     for name, split in first.splits.items():
         again = second.splits[name]

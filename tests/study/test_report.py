@@ -23,6 +23,7 @@ KEYS = {
     "compare": [["tawin*anchor=2*", "more"], ["more", "sft"]],
     "sweeps": [{"arm": "tawin", "x": "rl.tawin.anchor", "metrics": ["recall@1", "recall@3"], "beside": ["more"]}],
     "curves": ["valid/loss"],
+    "trends": ["train/loss", "rl/reward"],
     "pool": True,
 }
 
@@ -81,6 +82,11 @@ def test_means_and_intervals_are_those_of_the_ranks(text):
     assert row.startswith("| `more` | 2 of 3 |")
     assert expected in row
     assert row.endswith("| 0.5 | 0.5 |")  # coverage, minutes
+
+
+def test_both_ends_of_training_are_shown(text):
+    row = line_of(section(text, "In training: first tenth, last tenth"), "`more`")
+    assert row == "| `more` | 2, 1 | – |"
 
 
 def test_paired_differences_are_those_of_the_ranks(text):
