@@ -222,6 +222,7 @@ class BaselineConfig:
     model: str = choice("off", "gru4rec", "caser", "sasrec", "tiger", help="which one; off = the language model")
     loss: str = choice("softmax", "bce", help="all items as negatives, or sampled ones (not tiger)")
     negatives: int = number(1, 1, help="loss=bce: sampled negatives per positive")
+    rows: str = choice("all", "earlier", help="rows of train: all, or the earlier 1 - rl.fresh_share (for a reward)")
     hidden: int = number(64, 4, help="width of embeddings and layers")
     layers: int = number(2, 1, help="layers (gru4rec, sasrec, tiger)")
     heads: int = number(2, 1, help="attention heads (sasrec, tiger)")

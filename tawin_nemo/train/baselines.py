@@ -34,7 +34,7 @@ ITEMS_PER_PASS = 512
 
 
 def run_baseline(world: World, sink: MetricSink | None = None) -> EvalResult:
-    """Train ``baseline.model`` on all rows of train unless that is done, evaluate it on ``eval.splits`` unless that is.
+    """Train ``baseline.model`` on ``baseline.rows`` of train unless that is done, evaluate it on ``eval.splits`` unless that is.
 
     Returns the result on the last of these splits. Raises ConfigError for a combination of keys that makes no sense,
     or for more than one process.
@@ -82,6 +82,8 @@ def train_baseline(world: World, stage: BaselineStage, model: SequentialRecommen
     """
     recipe, cfg = world.recipe, world.recipe.baseline
     train = world.samples["train"]
+    if cfg.rows == "earlier":
+        train = train.take(world.earlier_rows)
     batch_size = min(cfg.batch_size, len(train))
     stream = BatchStream(len(train), batch_size, seed=recipe.seed)
     per_epoch = -(-len(train) // batch_size)

@@ -61,7 +61,12 @@ class World:
         rows = np.arange(len(self.samples["train"]))
         if self.recipe.sft.rows == "fresh":
             return rows[self._first_fresh :]
-        return rows[: self._first_fresh] if self._sft_is_earlier else rows
+        return self.earlier_rows if self._sft_is_earlier else rows
+
+    @property
+    def earlier_rows(self) -> np.ndarray:
+        """Row numbers of train before its ``rl.fresh_share``."""
+        return np.arange(self._first_fresh)
 
     @property
     def train_rows_for_rl(self) -> np.ndarray:

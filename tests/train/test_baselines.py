@@ -250,6 +250,21 @@ def test_impossible_combinations_are_refused_before_anything_is_written(world, o
     assert not world.run_dir.exists()
 
 
+def test_earlier_rows_are_all_that_a_reward_model_sees(world, monkeypatch):
+    seen = set()
+    fit = baselines.fit
+
+    def watched(world, fitting, samples):
+        seen.update(samples.row_N.tolist())
+        return fit(world, fitting, samples)
+
+    monkeypatch.setattr(baselines, "fit", watched)
+    small = with_baseline(world, model="gru4rec", rows="earlier", epochs=2)
+    small.earlier_rows = np.arange(240)
+    run_baseline(small)
+    assert seen == set(range(240))
+
+
 def test_micro_batches_do_not_change_the_step(world, monkeypatch):
     facts = []
     for items in (1, 7, 10_000):
