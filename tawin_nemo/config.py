@@ -103,15 +103,19 @@ class SftConfig:
         "auto", "earlier", "fresh", "all",
         help="rows of train: all, the earlier 1 - rl.fresh_share by time, the rest; auto = earlier when rl.rows=fresh",
     )  # fmt: skip
-    epochs: int = number(30, 1, help="upper bound; early stopping on valid ends SFT")
+    epochs: int = number(30, 1, help="upper bound; early stopping on valid ends SFT (cosine and linear end here)")
     global_batch_size: int = number(128, 1, help="rows per optimizer step over all ranks")
     micro_batch_tokens: int = number(16384, 16, help="tokens per forward pass and rank (no padding)")
     lr: float = number(1e-3, 0.0, help="peak learning rate")
     schedule: str = choice("constant", "cosine", "linear", help="after the warm-up")
     warmup: int = number(50, 0, help="steps of linear warm-up")
     min_lr_ratio: float = number(0.1, 0.0, 1.0, help="floor of cosine and linear, as a share of lr")
+    watch: str = choice(
+        "loss", "ndcg",
+        help="what on valid decides when SFT stops and which checkpoint it hands on; ndcg searches max(eval.ks) beams",
+    )  # fmt: skip
     patience: int = number(1, 1, help="checks on valid without progress before SFT stops")
-    min_delta: float = number(0.0, 0.0, help="fall of the valid loss that counts as progress")
+    min_delta: float = number(0.0, 0.0, help="fall of the valid loss, or rise of NDCG, that counts as progress")
     checks_per_epoch: int = number(1, 1, help="validations per epoch")
     loss_space: str = choice("vocab", "trie", help="normalise over the whole vocabulary or over the admissible tokens")
 

@@ -135,7 +135,7 @@ def run_stage(world: World, plan: Plan, sink: MetricSink | None) -> EvalResult:
             actor = Actor(trainable, world.catalog, world.recipe.rl, world.dp)
             train_rl(world, stage, actor, lambda: reference_for(world, plan, model), engine)
         else:
-            train_sft(world, stage, trainable, plan.rows)
+            train_sft(world, stage, trainable, plan.rows, engine)
     checkpoint.load_checkpoint(stage.chosen_checkpoint, model=model)
     return evaluate_stage(world, stage.directory, engine)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -13,9 +14,11 @@ from tawin_nemo.config import SftConfig
 from tawin_nemo.data.batches import BatchStream, balanced_shard, shard
 from tawin_nemo.data.samples import Samples
 from tawin_nemo.data.trees import tree_batches
+from tawin_nemo.eval.evaluate import evaluate
 from tawin_nemo.log import get_logger
 from tawin_nemo.models.megatron import parallel
 from tawin_nemo.models.megatron.trainable import MicroBatch, Trainable
+from tawin_nemo.rollout.engine import RolloutEngine
 from tawin_nemo.train.mfu import total_peak_flops
 from tawin_nemo.train.schedule import scheduled
 from tawin_nemo.train.stage import Progress, Stage
@@ -26,11 +29,12 @@ from tawin_nemo.types import TokenBatch
 log = get_logger(__name__)
 
 
-def train_sft(world: World, stage: Stage, trainable: Trainable, rows: np.ndarray) -> None:
-    """Fit ``rows`` of train until valid loss stops falling (``sft.patience`` checks) or ``sft.epochs`` are over.
+def train_sft(world: World, stage: Stage, trainable: Trainable, rows: np.ndarray, engine: RolloutEngine) -> None:
+    """Fit ``rows`` of train until ``sft.watch`` on valid gets no better (``sft.patience`` checks) or ``sft.epochs`` end.
 
-    The checkpoint with the lowest valid loss is what the stage hands on. Order, dropout and learning rate are pure
-    functions of seed and step, so a killed run continues bit for bit from its newest checkpoint.
+    The checkpoint that was best by it is what the stage hands on. ``engine`` searches with the weights in training.
+    Order, dropout and learning rate are pure functions of seed and step, so a killed run continues bit for bit from
+    its newest checkpoint.
     """
     cfg, seed = world.recipe.sft, world.recipe.seed
     batch_size = min(cfg.global_batch_size, len(rows))
@@ -42,7 +46,7 @@ def train_sft(world: World, stage: Stage, trainable: Trainable, rows: np.ndarray
     check_every = max(1, per_epoch // cfg.checks_per_epoch)
     done = stage.resume(trainable)
     if done.best_value is None:
-        _check(world, stage, trainable, done)
+        _check(world, stage, trainable, engine, done)
     timers = Timers(total_peak_flops(world.recipe), world.dp)
     for step in stage.steps(done.step, total):
         if done.bad_checks >= cfg.patience:
@@ -61,7 +65,7 @@ def train_sft(world: World, stage: Stage, trainable: Trainable, rows: np.ndarray
         stage.write(done.step, {"epoch": done.step / per_epoch, **facts}, timers.report())
         checked = done.step % check_every == 0
         if checked:
-            _check(world, stage, trainable, done)
+            _check(world, stage, trainable, engine, done)
         elif done.step % world.recipe.trainer.save_interval == 0:
             stage.save(trainable, done)
         stage.stop_if_out_of_time(lambda: stage.save(trainable, done), done)
@@ -70,18 +74,29 @@ def train_sft(world: World, stage: Stage, trainable: Trainable, rows: np.ndarray
     stage.finish(done, chosen_step=done.best_step)
 
 
-def _check(world: World, stage: Stage, trainable: Trainable, done: Progress) -> None:
-    """Valid loss, best so far, checkpoint. The checkpoint is written after the log line that it counts on."""
-    loss = valid_loss(world, trainable)
+def _check(world: World, stage: Stage, trainable: Trainable, engine: RolloutEngine, done: Progress) -> None:
+    """What ``sft.watch`` says on valid, best so far, checkpoint, written after the log line that it counts on."""
+    seen = {"valid/loss": valid_loss(world, trainable)}
+    if world.recipe.sft.watch == "ndcg":
+        seen |= valid_ranking(world, engine, f"{stage.name} step {done.step} valid")
+    name, value = list(seen.items())[-1]
+    value = value if name == "valid/loss" else -value  # Progress keeps the smallest
     best = math.inf if done.best_value is None else done.best_value
-    done.bad_checks = 0 if loss < best - world.recipe.sft.min_delta else done.bad_checks + 1
-    if loss < best:
-        done.best_value, done.best_step = loss, done.step
-    stage.write(done.step, {"valid/loss": loss})
-    log.info(
-        "%s step %d valid loss %.4f%s", stage.name, done.step, loss, " (best)" if done.best_step == done.step else ""
-    )
+    done.bad_checks = 0 if value < best - world.recipe.sft.min_delta else done.bad_checks + 1
+    if value < best:
+        done.best_value, done.best_step = value, done.step
+    stage.write(done.step, seen)
+    shown = "  ".join(f"{key.removeprefix('valid/')} {mean:.4f}" for key, mean in seen.items())
+    log.info("%s step %d valid %s%s", stage.name, done.step, shown, " (best)" if done.best_step == done.step else "")
     stage.save(trainable, done)
+
+
+def valid_ranking(world: World, engine: RolloutEngine, label: str) -> dict[str, float]:
+    """Recall and NDCG on valid with as many beams as the largest cut-off; NDCG at that cut-off comes last."""
+    cfg = replace(world.recipe.eval, beams=max(world.recipe.eval.ks))
+    means = evaluate(engine, world.samples["valid"], world.catalog, cfg, dp=world.dp, label=label).means
+    watched = f"ndcg@{max(cfg.ks)}"
+    return {f"valid/{name}": means[name] for name in [*(name for name in means if name != watched), watched]}
 
 
 def sft_micro_batches(world: World, samples: Samples) -> list[MicroBatch]:

@@ -9,7 +9,7 @@ import torch
 from tawin_nemo.backbones import Backbone
 from tawin_nemo.catalog.items import Catalog
 from tawin_nemo.catalog.trie import TokenTrie
-from tawin_nemo.config import ModelConfig, Recipe, SftConfig, TrainerConfig
+from tawin_nemo.config import EvalConfig, ModelConfig, Recipe, SftConfig, TrainerConfig
 from tawin_nemo.data.samples import Samples
 from tawin_nemo.models.megatron import parallel
 from tawin_nemo.models.megatron.build import build_model
@@ -46,10 +46,33 @@ def test_checks(monkeypatch, losses, min_delta, best_step, bad_checks):
     monkeypatch.setattr(sft, "valid_loss", lambda world, trainable: next(values))
     for step in range(len(losses)):
         done.step = step
-        sft._check(world, stage, None, done)
+        sft._check(world, stage, None, None, done)
     assert (done.best_step, done.bad_checks) == (best_step, bad_checks)
     assert written == losses
     assert saved[-1] == best_step
+
+
+def test_ndcg_decides_when_it_is_watched(monkeypatch):
+    """The loss is best first, NDCG last; the other way round NDCG would be ignored."""
+    losses, ndcgs, written = iter([1.0, 2.0, 3.0, 4.0]), iter([0.1, 0.3, 0.2, 0.305]), []
+    stage = SimpleNamespace(name="sft", write=lambda step, seen: written.append(seen), save=lambda *unused: None)
+    recipe = Recipe(sft=SftConfig(watch="ndcg", min_delta=0.01), eval=EvalConfig(beams=50, ks=[1, 10]))
+    world = SimpleNamespace(recipe=recipe, samples={"valid": None}, catalog=None, dp=DataParallel())
+
+    def search(engine, samples, catalog, cfg, **named):
+        assert cfg.beams == 10
+        return SimpleNamespace(means={"ndcg@10": next(ndcgs), "recall@10": 0.5, "ndcg@1": 0.0})
+
+    monkeypatch.setattr(sft, "valid_loss", lambda world, trainable: next(losses))
+    monkeypatch.setattr(sft, "evaluate", search)
+    done, bad = Progress(), []
+    for step in range(4):
+        done.step = step
+        sft._check(world, stage, None, None, done)
+        bad.append(done.bad_checks)
+    assert done.best_step == 3
+    assert bad == [0, 0, 1, 2]  # .305 is the best, but within min_delta of .3
+    assert written[1] == {"valid/loss": 2.0, "valid/recall@10": 0.5, "valid/ndcg@1": 0.0, "valid/ndcg@10": 0.3}
 
 
 def world(loss_space: str, micro_batch_tokens: int) -> SimpleNamespace:
