@@ -34,7 +34,7 @@ ITEMS_PER_PASS = 512
 
 
 def run_baseline(world: World, sink: MetricSink | None = None) -> EvalResult:
-    """Train ``baseline.model`` on ``baseline.rows`` of train unless that is done, evaluate it on ``eval.splits`` unless that is.
+    """Train ``baseline.model`` on ``baseline.rows`` and evaluate it on ``eval.splits``, each unless that is done.
 
     Returns the result on the last of these splits. Raises ConfigError for a combination of keys that makes no sense,
     or for more than one process.

@@ -30,7 +30,7 @@ log = get_logger(__name__)
 
 
 def train_sft(world: World, stage: Stage, trainable: Trainable, rows: np.ndarray, engine: RolloutEngine) -> None:
-    """Fit ``rows`` of train until ``sft.watch`` on valid gets no better (``sft.patience`` checks) or ``sft.epochs`` end.
+    """Fit ``rows`` of train until ``sft.watch`` on valid stops rising (``sft.patience`` checks) or ``sft.epochs`` end.
 
     The checkpoint that was best by it is what the stage hands on. ``engine`` searches with the weights in training.
     Order, dropout and learning rate are pure functions of seed and step, so a killed run continues bit for bit from

@@ -28,7 +28,9 @@ OPTIONS = {
         "rl.negatives=dynamic rl.oversample=2 rl.reward=semantic rl.reward_weight=0.5 rl.ensure_target=off "
         "compare.sft_continued=false eval.splits=[valid]"
     ),
-    "sft_in_trie_space_only": "rl.enabled=false sft.loss_space=trie sft.schedule=linear sft.checks_per_epoch=2 sft.watch=ndcg",
+    "sft_in_trie_space_only": (
+        "rl.enabled=false sft.loss_space=trie sft.schedule=linear sft.checks_per_epoch=2 sft.watch=ndcg"
+    ),
 }
 
 
