@@ -39,7 +39,7 @@ from tawin_nemo.train.nemo_logging import metric_sink
 from tawin_nemo.train.reference import Reference, build_reference
 from tawin_nemo.train.rl import train_rl
 from tawin_nemo.train.sft import train_sft
-from tawin_nemo.train.stage import MetricSink, Stage
+from tawin_nemo.train.stage import MetricSink, Stage, logged_seconds
 from tawin_nemo.train.world import World, read_json
 
 log = get_logger(__name__)
@@ -72,7 +72,7 @@ def plans(world: World) -> Iterator[Plan]:
 
 def run_pipeline(world: World) -> dict[str, Any]:
     """Run every planned stage that is not done yet; returns the summary that is also written to summary.json."""
-    start = time.monotonic()
+    start, earlier = time.monotonic(), earlier_seconds(world.run_dir)
     sink = metric_sink(world.recipe.exp_manager, world.run_dir, world.recipe.name)
     if world.recipe.baseline.model != "off":
         results = {world.recipe.baseline.model: run_baseline(world, sink)}
@@ -80,7 +80,6 @@ def run_pipeline(world: World) -> dict[str, Any]:
         results = {plan.name: run_stage(world, plan, sink) for plan in plans(world)}
     summary: dict[str, Any] = {name: dict(result.means) for name, result in results.items()}
     invalid = max(result.invalid_rate for result in results.values())
-    earlier = earlier_seconds(world.run_dir)
     wall = earlier + time.monotonic() - start
     summary |= {"invalid_rate": invalid, "wall_s": round(wall, 1), "run_dir": str(world.run_dir)}
     summary["final_stage"] = list(results)[-1]
@@ -108,9 +107,11 @@ def write_layout(run_dir: Path, model: GPTModel, peak: float) -> None:
 
 
 def earlier_seconds(run_dir: Path) -> float:
-    """Wall time that earlier, complete attempts of this run took."""
+    """Wall time of this run's earlier attempts; of those that were cut off, what their stages have logged."""
     path = run_dir / "summary.json"
-    return float(str(read_json(path).get("wall_s", 0.0))) if path.is_file() else 0.0
+    if path.is_file():
+        return float(str(read_json(path).get("wall_s", 0.0)))
+    return sum(logged_seconds(log_file) for log_file in run_dir.glob("*/timings.jsonl"))
 
 
 def run_stage(world: World, plan: Plan, sink: MetricSink | None) -> EvalResult:

@@ -8,6 +8,7 @@ checkpoint that is loaded.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import time
@@ -174,3 +175,12 @@ class Stage:
         """The checkpoint a finished stage hands on."""
         chosen = json.loads((self.directory / "done.json").read_text(encoding="utf-8"))["chosen_step"]
         return self.checkpoints / f"step_{chosen}"
+
+
+def logged_seconds(timings: Path) -> float:
+    """Wall time that the lines of a ``timings.jsonl`` tell; a line that a kill cut off counts nothing."""
+    seconds = 0.0
+    for line in timings.read_text(encoding="utf-8").splitlines():
+        with contextlib.suppress(json.JSONDecodeError):
+            seconds += float(json.loads(line).get("seconds", 0.0))
+    return seconds

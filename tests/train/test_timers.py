@@ -17,6 +17,7 @@ from tawin_nemo.errors import ConfigError
 from tawin_nemo.models.megatron import parallel
 from tawin_nemo.rollout.metered import MeteredLM
 from tawin_nemo.train import mfu, verbs
+from tawin_nemo.train.pipeline import earlier_seconds
 from tawin_nemo.train.stage import Progress, Stage
 from tawin_nemo.train.timers import Timers
 from tawin_nemo.types import Children, DataParallel, TokenBatch, TokenRows
@@ -180,3 +181,13 @@ def test_nsys_without_cuda_is_refused_before_anything_is_read():
 
     with pytest.raises(ConfigError, match=r"profile=nsys.*CUDA.*profile=torch"):
         verbs.run(replace(Recipe(), profile="nsys"), verbs.train, find_data)
+
+
+def test_time_of_attempts_that_were_cut_off_counts(tmp_path):
+    assert earlier_seconds(tmp_path) == 0.0
+    for stage, text in {"sft": '{"step": 1, "seconds": 2.5}\n{"step": 2, "seconds": 1.5}\n{"ste', "rl": ""}.items():
+        (tmp_path / stage).mkdir()
+        (tmp_path / stage / "timings.jsonl").write_text(text, encoding="utf-8")
+    assert earlier_seconds(tmp_path) == 4.0
+    (tmp_path / "summary.json").write_text('{"wall_s": 9.0}', encoding="utf-8")
+    assert earlier_seconds(tmp_path) == 9.0
