@@ -216,6 +216,7 @@ class CompareConfig:
     """Rows printed beside RL, so that its gain can be judged."""
 
     sft_continued: bool = opt(True, "SFT continued on the rows that RL uses, with early stopping")
+    sft_continued_lr: float = number(0.0, 0.0, help="its constant learning rate (0 = sft.lr with sft.schedule)")
     sft_all: bool = opt(False, "SFT on all training rows")
 
 

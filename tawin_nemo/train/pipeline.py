@@ -129,6 +129,7 @@ def run_stage(world: World, plan: Plan, sink: MetricSink | None) -> EvalResult:
     lm = MeteredLM(MegatronLM(model, world.shape))
     engine = RolloutEngine(lm, world.catalog, world.recipe.rollout, seed=world.recipe.seed)
     if not stage.done:
+        world = replace(world, recipe=stage_recipe(world.recipe, plan.name))
         lr = world.recipe.rl.lr if plan.kind == "rl" else world.recipe.sft.lr
         trainable = Trainable(model, world.shape, world.recipe.trainer, lr=lr)
         log.info("%s: %d rows of train", plan.name, len(plan.rows))
@@ -139,6 +140,14 @@ def run_stage(world: World, plan: Plan, sink: MetricSink | None) -> EvalResult:
             train_sft(world, stage, trainable, plan.rows, engine)
     checkpoint.load_checkpoint(stage.chosen_checkpoint, model=model)
     return evaluate_stage(world, stage.directory, engine)
+
+
+def stage_recipe(recipe: Recipe, name: str) -> Recipe:
+    """The recipe as the stage reads it: a model that has been trained wants another learning rate than a fresh one."""
+    lr = recipe.compare.sft_continued_lr
+    if name != "sft_continued" or lr == 0.0:
+        return recipe
+    return replace(recipe, sft=replace(recipe.sft, lr=lr, schedule="constant"))
 
 
 def starting_model(world: World, start: str | None, *, dropout: float = 0.0) -> GPTModel:

@@ -9,13 +9,14 @@ import torch
 from tawin_nemo.backbones import Backbone
 from tawin_nemo.catalog.items import Catalog
 from tawin_nemo.catalog.trie import TokenTrie
-from tawin_nemo.config import EvalConfig, ModelConfig, Recipe, SftConfig, TrainerConfig
+from tawin_nemo.config import CompareConfig, EvalConfig, ModelConfig, Recipe, SftConfig, TrainerConfig
 from tawin_nemo.data.samples import Samples
 from tawin_nemo.models.megatron import parallel
 from tawin_nemo.models.megatron.build import build_model
 from tawin_nemo.models.megatron.head import full_logits_NV
 from tawin_nemo.models.megatron.trainable import Trainable
 from tawin_nemo.train import sft
+from tawin_nemo.train.pipeline import stage_recipe
 from tawin_nemo.train.stage import Progress
 from tawin_nemo.types import DataParallel, TokenRows
 
@@ -73,6 +74,14 @@ def test_ndcg_decides_when_it_is_watched(monkeypatch):
     assert done.best_step == 3
     assert bad == [0, 0, 1, 2]  # .305 is the best, but within min_delta of .3
     assert written[1] == {"valid/loss": 2.0, "valid/recall@10": 0.5, "valid/ndcg@1": 0.0, "valid/ndcg@10": 0.3}
+
+
+def test_sft_continued_may_have_its_own_learning_rate():
+    recipe = Recipe(sft=SftConfig(lr=2e-3, schedule="cosine"), compare=CompareConfig(sft_continued_lr=3e-4))
+    continued = stage_recipe(recipe, "sft_continued").sft
+    assert (continued.lr, continued.schedule) == (3e-4, "constant")
+    assert stage_recipe(recipe, "sft_all") is recipe
+    assert stage_recipe(Recipe(), "sft_continued") == Recipe()
 
 
 def world(loss_space: str, micro_batch_tokens: int) -> SimpleNamespace:
