@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from tawin_nemo.errors import ConfigError, TawinError
+from tawin_nemo.errors import ConfigError, Preempted, TawinError
 
 EXAMPLES = """\
 examples:
@@ -30,7 +30,8 @@ examples:
   tawin-nemo keys rl.tawin        every recipe key below rl.tawin with its meaning, limits and default
 
 Running the same train command again continues a stopped run. Exit codes: 0 done, 2 a mistake you can mend (the
-message says how), 75 out of trainer.max_time (run it again), 1 a fault (with its traceback).
+message says how), 75 out of trainer.max_time, or stopped by SIGTERM or SIGUSR1 after a save (run it again), 1 a fault
+(with its traceback).
 """
 
 VERBS = {
@@ -155,6 +156,7 @@ def _launched() -> bool:
 
 def _launch(processes: int, argv: list[str]) -> int:
     """Start one process per device on this machine by torchrun's launcher; exit code of the first failure."""
+    from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
@@ -167,6 +169,9 @@ def _launch(processes: int, argv: list[str]) -> int:
     except ChildFailedError as error:
         _, failure = error.get_first_failure()
         return failure.exitcode if failure.exitcode > 0 else 1
+    except SignalException as error:  # torchrun's launcher has passed the signal on and waited for the processes
+        print(f"tawin-nemo: {error.sigval.name}; the same command continues from the last checkpoint", file=sys.stderr)
+        return Preempted.exit_code
     return 0
 
 

@@ -92,6 +92,7 @@ class TrainerConfig:
     peak_tflops: float = number(0.0, 0.0, help="one device's peak for MFU (0 = by GPU name, or a short measurement)")
     distributed_optimizer: bool = opt(True, "shard the optimizer state over data-parallel ranks")
     clip_grad: float = number(1.0, 0.0, help="largest gradient norm (0 = no clipping)")
+    max_skipped_steps: int = number(10, 0, help="steps with a loss or gradient not finite that a stage may leave out")
     weight_decay: float = number(0.01, 0.0, help="AdamW, not on norms and biases")
     adam_beta2: float = number(0.999, 0.0, 1.0, help="AdamW, second moment")
 

@@ -34,7 +34,11 @@ class CheckpointError(TawinError):
     """A checkpoint that is incomplete, corrupt or of another model."""
 
 
+class NonFiniteStep(TawinError):
+    """The loss or the gradient of an optimizer step is not finite; the weights were not changed."""
+
+
 class Preempted(TawinError):
-    """The time limit was reached; the state is saved and the same command continues it."""
+    """The time limit was reached or a signal came; the state is saved and the same command continues it."""
 
     exit_code = 75

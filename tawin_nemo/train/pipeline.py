@@ -124,6 +124,7 @@ def run_stage(world: World, plan: Plan, sink: MetricSink | None) -> EvalResult:
     if stage.done and all((stage.directory / "eval" / f"{split}.json").is_file() for split in splits):
         log.info("%s is done", plan.name)
         return EvalResult.read(stage.directory / "eval", splits[-1])
+    stage.stop_between(plan.name)
     model = starting_model(world, plan.start, dropout=world.recipe.model.dropout if plan.kind == "sft" else 0.0)
     write_layout(world.run_dir, model, peak_flops(world.recipe))
     lm = MeteredLM(MegatronLM(model, world.shape))
@@ -138,6 +139,7 @@ def run_stage(world: World, plan: Plan, sink: MetricSink | None) -> EvalResult:
             train_rl(world, stage, actor, lambda: reference_for(world, plan, model), engine)
         else:
             train_sft(world, stage, trainable, plan.rows, engine)
+    stage.stop_between(f"the evaluation of {plan.name}")
     checkpoint.load_checkpoint(stage.chosen_checkpoint, model=model)
     return evaluate_stage(world, stage.directory, engine)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -23,6 +24,7 @@ from tawin_nemo.models.megatron import parallel
 from tawin_nemo.rollout.engine import RolloutEngine
 from tawin_nemo.rollout.ensure_target import ensure_target
 from tawin_nemo.train.actor import Actor, weighted_groups
+from tawin_nemo.train.bad_steps import Guard, step_guard, unguarded
 from tawin_nemo.train.mfu import total_peak_flops
 from tawin_nemo.train.reference import Reference, Refresh
 from tawin_nemo.train.refill import refilled
@@ -48,7 +50,7 @@ def train_rl(
     refresh = Refresh(world.recipe.reference.refresh, world.recipe.reference.refresh_steps,
                       world.recipe.reference.refresh_decay)  # fmt: skip
     reference = resumed_reference(build_reference(), refresh, stage, done)
-    roles = Roles(rl, world.catalog, engine, actor, reference, build_reward(rl, world))
+    roles = Roles(rl, world.catalog, engine, actor, reference, build_reward(rl, world), step_guard(stage, done))
     timers = Timers(total_peak_flops(world.recipe), world.dp)
     sync_weights(engine, version=done.step)
     for step in stage.steps(done.step, total):
@@ -63,7 +65,7 @@ def train_rl(
         validated = due(done.step, trainer.val_check_interval) and validate(world, stage, engine, done)
         if validated or due(done.step, trainer.save_interval) or done.step == total:
             save(stage, actor, reference, refresh, done)
-        stage.stop_if_out_of_time(lambda: save(stage, actor, reference, refresh, done), done)
+        stage.stop_if_asked(lambda: save(stage, actor, reference, refresh, done), done)
     best = done.best_step if trainer.keep_best and done.best_step >= 0 else done.step
     stage.finish(done, chosen_step=best)
 
@@ -78,6 +80,7 @@ class Roles:
     actor: Actor
     reference: Reference
     reward: Reward
+    guard: Guard = unguarded
 
 
 def rl_step(roles: Roles, prompts: NextPrompts, timers: Timers, *, step: int, lr: float) -> dict[str, float]:
@@ -110,7 +113,7 @@ def rl_step(roles: Roles, prompts: NextPrompts, timers: Timers, *, step: int, lr
     with timers("reference"):
         ref = roles.reference.logprobs(batches)
     with timers("update"):
-        stats = actor.update(rollout, packed, adv_BG, omega_BG, ref, lr=lr)
+        stats = roles.guard(partial(actor.update, rollout, packed, adv_BG, omega_BG, ref, lr=lr), batches)
     with timers("sync"):
         sync_weights(engine, version=step + 1)
     count_work(timers, engine, actor.trainable.shape, batches,

@@ -19,6 +19,7 @@ from tawin_nemo.log import get_logger
 from tawin_nemo.models.megatron import parallel
 from tawin_nemo.models.megatron.trainable import MicroBatch, Trainable
 from tawin_nemo.rollout.engine import RolloutEngine
+from tawin_nemo.train.bad_steps import step_guard
 from tawin_nemo.train.mfu import total_peak_flops
 from tawin_nemo.train.schedule import scheduled
 from tawin_nemo.train.stage import Progress, Stage
@@ -48,6 +49,7 @@ def train_sft(world: World, stage: Stage, trainable: Trainable, rows: np.ndarray
     if done.best_value is None:
         _check(world, stage, trainable, engine, done)
     timers = Timers(total_peak_flops(world.recipe), world.dp)
+    guard = step_guard(stage, done)
     for step in stage.steps(done.step, total):
         if done.bad_checks >= cfg.patience:
             break
@@ -58,17 +60,18 @@ def train_sft(world: World, stage: Stage, trainable: Trainable, rows: np.ndarray
             mine = train.take(balanced_shard(picked, lengths_N[picked], world.dp))
             work = sft_micro_batches(world, mine)
         with timers("update"):
-            stats = trainable.update(work, lr=lr)
+            batches = [micro.batch for micro in work]
+            stats = guard(partial(trainable.update, work, lr=lr), batches)
         done.step = step + 1
-        count_update(timers, [micro.batch for micro in work], trainable.shape)
-        facts = {"train/loss": stats["loss"], "grad_norm": stats["grad_norm"], "lr": lr}
-        stage.write(done.step, {"epoch": done.step / per_epoch, **facts}, timers.report())
+        count_update(timers, batches, trainable.shape)
+        facts = {"train/loss" if name == "loss" else name: value for name, value in stats.items()}
+        stage.write(done.step, {"epoch": done.step / per_epoch, **facts, "lr": lr}, timers.report())
         checked = done.step % check_every == 0
         if checked:
             _check(world, stage, trainable, engine, done)
         elif done.step % world.recipe.trainer.save_interval == 0:
             stage.save(trainable, done)
-        stage.stop_if_out_of_time(lambda: stage.save(trainable, done), done)
+        stage.stop_if_asked(lambda: stage.save(trainable, done), done)
     if done.bad_checks < cfg.patience:
         log.warning("%s used all sft.epochs=%d without early stopping; raise sft.epochs", stage.name, cfg.epochs)
     stage.finish(done, chosen_step=done.best_step)

@@ -23,6 +23,7 @@ from tawin_nemo.errors import Preempted
 from tawin_nemo.log import get_logger, progress
 from tawin_nemo.models.megatron import checkpoint, parallel
 from tawin_nemo.models.megatron.trainable import Trainable
+from tawin_nemo.train import signals
 from tawin_nemo.train.profile import StepProfiler
 
 log = get_logger(__name__)
@@ -40,6 +41,7 @@ class Progress:
     best_value: float | None = None  # of the validation metric; smaller is better
     best_step: int = -1
     bad_checks: int = 0
+    skipped_steps: int = 0  # optimizer steps left out because something was not finite
     facts: dict[str, Any] = field(default_factory=dict)
 
 
@@ -155,13 +157,22 @@ class Stage:
                     with (self.directory / name).open("rb") as file:
                         os.fsync(file.fileno())
 
-    def stop_if_out_of_time(self, save: Callable[[], None], progress: Progress) -> None:
-        """Save and raise Preempted once ``trainer.max_time`` is over; rank 0's clock decides for all."""
+    def stop_if_asked(self, save: Callable[[], None], progress: Progress) -> None:
+        """Save and raise Preempted once a signal has come or ``trainer.max_time`` is over, on any rank."""
         late = self._deadline is not None and time.monotonic() > self._deadline
-        if parallel.broadcast_object(late):
+        reason = signals.asked() or ("trainer.max_time is over" if late else "")
+        if parallel.any_rank(bool(reason)):
             self._profiler.stop()
             save()
-            raise Preempted(f"trainer.max_time is over: {self.name} saved step {progress.step}; rerun to continue")
+            reason = reason or "another rank was asked to stop"
+            raise Preempted(f"{reason}: {self.name} saved step {progress.step}; run the same command to continue")
+
+    def stop_between(self, what: str) -> None:
+        """Raise Preempted before ``what`` begins when a signal has come; what is finished is already saved."""
+        reason = signals.asked()
+        if parallel.any_rank(bool(reason)):
+            reason = reason or "another rank was asked to stop"
+            raise Preempted(f"{reason}: stopped before {what}; run the same command to continue")
 
     def finish(self, progress: Progress, chosen_step: int) -> None:
         """Mark the stage as ended; ``chosen_step`` is the checkpoint that later stages and evaluation use."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from tawin_nemo.models.megatron.build import build_model
 from tawin_nemo.models.megatron.hf_io import save_hf
 from tawin_nemo.models.megatron.lm import MegatronLM
 from tawin_nemo.rollout.engine import RolloutEngine
+from tawin_nemo.train import signals
 from tawin_nemo.train.pipeline import named_checkpoint, plans, run_pipeline, starting_model
 from tawin_nemo.train.profile import check_profile
 from tawin_nemo.train.rl import total_steps
@@ -35,8 +37,9 @@ def run(recipe: Recipe, verb: Verb, find_data: Callable[[Recipe], Path], **optio
         set_threads(recipe)
         run_dir = open_run_dir(recipe, same_recipe=verb is train)
         data_root = parallel.broadcast_object(find_data(recipe) if parallel.world_rank() == 0 else None)
-        world = build_world(recipe, run_dir, data_root, codes_path=codes_path(recipe))
-        return verb(world, **options)
+        with signals.listening() if verb is train else contextlib.nullcontext():
+            world = build_world(recipe, run_dir, data_root, codes_path=codes_path(recipe))
+            return verb(world, **options)
     finally:
         parallel.shutdown()
 

@@ -1,5 +1,6 @@
 """SIGKILL at a random step, the same command again: the same metrics and the same weights, bit for bit."""
 
+import json
 import random
 import signal
 import subprocess
@@ -23,8 +24,8 @@ def uninterrupted(small_dataset, tmp_path_factory):
     return directory
 
 
-def kill_after(arguments: list[str], log: Path, lines: int) -> None:
-    """Start a run and SIGKILL it as soon as ``log`` has that many lines."""
+def signal_after(arguments: list[str], log: Path, lines: int, number: signal.Signals) -> tuple[int, str]:
+    """Start a run and send it a signal as soon as ``log`` has that many lines; its exit code and its last words."""
     process = subprocess.Popen(
         command(*arguments), env=environment(), stderr=subprocess.PIPE, stdout=subprocess.DEVNULL
     )
@@ -34,9 +35,10 @@ def kill_after(arguments: list[str], log: Path, lines: int) -> None:
             break
         time.sleep(0.002)
     alive = process.poll() is None
-    process.send_signal(signal.SIGKILL)
-    _, errors = process.communicate()
-    assert alive, f"the run ended before it could be killed:\n{errors.decode()[-3000:]}"
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=300)
+    assert alive, f"the run ended before the signal:\n{errors.decode()[-3000:]}"
+    return process.returncode, errors.decode()[-3000:]
 
 
 def exported(run_dir: Path, stage: str, target: Path) -> bytes:
@@ -49,7 +51,7 @@ def test_killed_and_restarted_equals_uninterrupted(small_dataset, uninterrupted,
     run_dir = tmp_path / "run"
     arguments = [*DROPOUT, f"data.root={small_dataset}", f"run_dir={run_dir}"]
     for stage, lines in KILLS:
-        kill_after(arguments, run_dir / stage / "metrics.jsonl", lines)
+        signal_after(arguments, run_dir / stage / "metrics.jsonl", lines, signal.SIGKILL)
         assert not (run_dir / "summary.json").exists()
     summary = run(*arguments)
     for stage in ("sft", "sft_continued", "rl"):
@@ -70,6 +72,21 @@ def test_another_recipe_in_the_same_run_directory_is_refused(small_dataset, unin
     done = subprocess.run(command(*arguments), capture_output=True, text=True, env=environment(), timeout=300)
     assert done.returncode == 2
     assert "rl.lr: 0.001 -> 0.002" in done.stderr
+
+
+def test_signals_end_the_step_save_and_exit_75(small_dataset, uninterrupted, tmp_path):
+    arguments = [*DROPOUT, f"data.root={small_dataset}", f"run_dir={tmp_path}", "trainer.save_interval=1000"]
+    for stage, number in (("sft", signal.SIGTERM), ("rl", signal.SIGUSR1)):
+        log = tmp_path / stage / "metrics.jsonl"
+        code, words = signal_after(arguments, log, 2, number)
+        assert code == 75, words
+        assert f"{number.name}: {stage} saved step" in words
+        newest = max(int(path.name[5:]) for path in (tmp_path / stage / "checkpoints").glob("step_*"))
+        assert newest == json.loads(log.read_text(encoding="utf-8").splitlines()[-1])["step"]
+    run(*arguments)
+    for stage in ("sft", "rl"):
+        ours, expected = ((base / stage / "metrics.jsonl").read_bytes() for base in (tmp_path, uninterrupted))
+        assert ours == expected, stage
 
 
 def test_out_of_time_saves_exits_75_and_continues(small_dataset, uninterrupted, tmp_path):

@@ -226,6 +226,15 @@ def gather_objects(value: Any) -> list[Any]:
     return values
 
 
+def any_rank(flag: bool) -> bool:
+    """Whether any process's ``flag`` is set, the same answer on every rank."""
+    if world_size() == 1:
+        return flag
+    box = torch.tensor([int(flag)], device=device())
+    dist.all_reduce(box, op=dist.ReduceOp.MAX)
+    return bool(box.item())
+
+
 def place() -> dict[str, int]:
     """This process's coordinates and the sizes of the layout."""
     return {

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from tawin_nemo.backbones import Backbone
 from tawin_nemo.config import TrainerConfig
-from tawin_nemo.errors import TawinError
+from tawin_nemo.errors import NonFiniteStep
 from tawin_nemo.models.megatron import parallel
 from tawin_nemo.models.megatron.forward import batch_logprobs, hidden_states, logit_dtype, modes
 from tawin_nemo.types import TokenBatch
@@ -144,9 +144,12 @@ class Trainable:
         clipping), equal on all ranks.
 
         Data-parallel ranks may bring different numbers of micro-batches, also none; the ranks of one model-parallel
-        group bring the same ones. Raises TawinError when a gradient is not finite; the weights are then unchanged.
+        group bring the same ones. Raises NonFiniteStep when the loss or a gradient is not finite, on all ranks; the
+        weights are then unchanged.
         """
         stats = self.accumulate(micro_batches)
+        if not math.isfinite(stats["loss"]):
+            raise NonFiniteStep(f"the loss is {stats['loss']}; the weights were not changed.")
         return {**stats, "grad_norm": self.step(lr)}
 
     def accumulate(self, micro_batches: list[MicroBatch]) -> dict[str, float]:
@@ -193,10 +196,9 @@ class Trainable:
         named = self.model.named_parameters()
         bad = [name for name, p in named if p.requires_grad and not torch.isfinite(p.main_grad).all()]
         names = sorted({name for names in parallel.gather_objects(bad) for name in names})
-        raise TawinError(
-            f"gradient norm is {grad_norm}; not finite in {len(names)} tensors: "
-            f"{', '.join(names[:5]) or 'only the norm itself'}. "
-            "The weights were not changed: lower the learning rate or look at this step's rows"
+        raise NonFiniteStep(
+            f"the gradient norm is {grad_norm}; not finite in {len(names)} tensors: "
+            f"{', '.join(names[:5]) or 'only the norm itself'}; the weights were not changed."
         )
 
 
