@@ -128,7 +128,7 @@ def devices(recipe: Recipe, found: Found) -> Check:
         )
     if gpus > wanted:
         return warning(f"{wanted} of {gpus} GPUs", f"the others stay idle: set trainer.devices={gpus} to use all")
-    return ok(f"{wanted} processes on {where}")
+    return ok(f"{wanted} per node, on {where}")
 
 
 @check("model.precision")
