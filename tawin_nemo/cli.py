@@ -27,6 +27,7 @@ examples:
   tawin-nemo generate --recipe recipes/quickstart.yaml checkpoint=runs/quickstart/rl 'generate.history=[3,17]'
   tawin-nemo convert  --recipe recipes/quickstart.yaml checkpoint=runs/quickstart/rl convert.output=export
   tawin-nemo study    --recipe recipes/studies/smoke.yaml --dry-run
+  tawin-nemo doctor   --recipe recipes/quickstart.yaml
   tawin-nemo keys rl.tawin        every recipe key below rl.tawin with its meaning, limits and default
 
 Running the same train command again continues a stopped run. Exit codes: 0 done, 2 a mistake you can mend (the
@@ -42,6 +43,7 @@ VERBS = {
     "convert": "a checkpoint -> Hugging Face directory (import: model.init=DIR)",
     "study": "arms x seeds of one recipe, one process per run, then paired tests, tables and plots (study --help)",
     "simulate": "which WPAUC window goes with Recall@K: Figure 3 as PNG and JSON (trials= seed= output=, no recipe)",
+    "doctor": "checks this machine and, with a recipe, whether that recipe can run here (--quick: the fast checks)",
     "keys": "list recipe keys",
 }
 
@@ -75,6 +77,7 @@ def _parser(words: Sequence[str] = ()) -> argparse.ArgumentParser:
     parser.add_argument("verb", choices=VERBS, metavar="VERB", help="one of the verbs above")
     parser.add_argument("--recipe", metavar="FILE", help="YAML recipe; without one all keys have their defaults")
     parser.add_argument("--dry-run", action="store_true", help="train, study: say what would be done, then stop")
+    parser.add_argument("--quick", action="store_true", help="doctor: no all-reduce, no disk speed, fewer imports")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="recipe keys, e.g. rl.lr=1e-5")
     return parser
 
@@ -87,6 +90,8 @@ def _dispatch(arguments: argparse.Namespace, argv: list[str]) -> int:
         return simulate(arguments)
     if arguments.verb == "study":
         return study(arguments)
+    if arguments.verb == "doctor":
+        return doctor(arguments)
     from tawin_nemo.recipe import load_recipe
 
     recipe = load_recipe(arguments.recipe or recipe_of_checkpoint(arguments.overrides), arguments.overrides)
@@ -122,6 +127,25 @@ def study(arguments: argparse.Namespace) -> int:
     result, code = run_study(arguments.recipe, arguments.overrides, find_data=prepared_root, dry_run=arguments.dry_run)
     print(json.dumps(result), flush=True)
     return code
+
+
+def doctor(arguments: argparse.Namespace) -> int:
+    """Checks of this machine; exit code 2 when one fails."""
+    from tawin_nemo.doctor.verb import run_doctor
+
+    result, code = run_doctor(
+        arguments.recipe, arguments.overrides, kind_of_data=kind_of_data, launched=_launched(), quick=arguments.quick
+    )
+    if int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))) == 0:
+        print(json.dumps(result), flush=True)
+    return code
+
+
+def kind_of_data(root: Path) -> str:
+    """What lies in a data folder: prepared, inter, amazon or yelp. Raises DataError."""
+    from data_prep.prepare import detect
+
+    return detect(root)
 
 
 def recipe_of_checkpoint(overrides: Sequence[str]) -> Path | None:

@@ -25,7 +25,7 @@ LAYERS = {
     **dict.fromkeys(("rollout", "models"), 3),
     "eval": 4,
     "train": 5,
-    **dict.fromkeys(("cli", "__main__", "serve", "study"), 6),
+    **dict.fromkeys(("cli", "__main__", "serve", "study", "doctor"), 6),
 }
 #: What maths may import: torch, math and the shared names; no I/O, no distributed.
 MATHS_MAY_IMPORT = (

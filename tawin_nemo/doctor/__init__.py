@@ -1,0 +1,1 @@
+"""`tawin-nemo doctor`: can this machine run, and can it run this recipe? Small checks, one table, one JSON object."""
