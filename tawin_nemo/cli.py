@@ -94,6 +94,8 @@ def _epilog(words: Sequence[str]) -> str:
 
 
 def _dispatch(arguments: argparse.Namespace, argv: list[str]) -> int:
+    if arguments.verb != "plan" and (arguments.gpus or arguments.gpu):
+        raise ConfigError(f"--gpus and --gpu belong to plan; {arguments.verb} takes trainer.num_nodes, trainer.devices")
     if arguments.verb == "keys":
         print_keys(arguments.overrides[0] if arguments.overrides else "")
         return 0

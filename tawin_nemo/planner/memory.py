@@ -30,7 +30,7 @@ class Parts:
     optimizer: float = 0.0
     reference: float = 0.0
     activations: float = 0.0  # saved for the backward pass, all micro-batches under way
-    working: float = 0.0  # passing tensors of one layer
+    working: float = 0.0  # passing tensors of one layer, as far as they exceed the logits, which come before
     logits: float = 0.0
     kv_cache: float = 0.0
     context: float = 0.0

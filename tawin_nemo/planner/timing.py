@@ -14,7 +14,7 @@ from tawin_nemo.planner.workload import Lengths, rl_pass, rl_step_work, search_s
 
 #: Model FLOP utilisation that is assumed where none is given. Megatron-LM's authors report 0.41 to 0.48 on H100s for
 #: models of 2B parameters and more with long rows and fused kernels; rows here are a few thousand tokens and norms,
-#: RoPE and attention blocks are separate kernels, so it is put lower. Not measured: give mfu= once timings.jsonl has it.
+#: RoPE and attention blocks are separate kernels, so it is put lower. Not measured: set mfu= to what timings.jsonl has.
 DEFAULT_MFU = 0.30
 
 

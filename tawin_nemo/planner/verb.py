@@ -71,9 +71,11 @@ def _number(name: str, text: str, kind: type[int] | type[float]) -> float:
 
 
 def plan_recipe(path: str | Path | None, words: Sequence[str], read_shape: ReadShape) -> Plan:
-    """The plan for a recipe file with options and overrides. Raises ConfigError as ``make_plan`` and ``load_recipe``."""
+    """The plan of a recipe file with options and overrides. Raises ConfigError as ``make_plan``, ``load_recipe`` do."""
     options, overrides = split_options(words)
     recipe = read_recipe(path, overrides)
+    if recipe.baseline.model != "off":
+        raise ConfigError(f"baseline.model={recipe.baseline.model} needs one device; plan is for baseline.model=off")
     gpus = options.gpus or recipe.trainer.num_nodes * recipe.trainer.devices
     if gpus > NODE and gpus % NODE:
         raise ConfigError(

@@ -15,7 +15,8 @@ QWEN_7B = backbone("qwen2.5-7b")
 @pytest.mark.parametrize("name", ["qwen2.5-0.5b", "qwen2.5-7b", "llama-3.2-1b"])
 def test_the_planner_refuses_exactly_what_the_model_builder_refuses(name: str):
     from tawin_nemo.config import ModelConfig
-    from tawin_nemo.models.megatron.build import _check, padded_vocab as built_rows
+    from tawin_nemo.models.megatron.build import _check
+    from tawin_nemo.models.megatron.build import padded_vocab as built_rows
 
     shape = BACKBONES[name]
     seen = set()

@@ -18,11 +18,26 @@ from tawin_nemo.models.megatron.forward import hidden_states, modes
 from tawin_nemo.models.megatron.kv_store import KeyValueSlots
 from tawin_nemo.models.megatron.trainable import Trainable
 from tawin_nemo.planner.activations import (
-    EDGES_AT_ONCE, LOGITS_ALIVE, LOGITS_KEPT, NARROWEST_SLICE, Numbers, Pass, backward_bytes, layer_bytes, saved_bytes,
+    EDGES_AT_ONCE,
+    LOGITS_ALIVE,
+    LOGITS_KEPT,
+    NARROWEST_SLICE,
+    Numbers,
+    Pass,
+    backward_bytes,
+    layer_bytes,
+    saved_bytes,
 )  # fmt: skip
 from tawin_nemo.planner.layout import Layout, padded_vocab
 from tawin_nemo.planner.memory import (
-    CONTEXT_BYTES, micro_batches, peaks, resident, search_parts, stage_parameters, swap_bytes, update_parts,
+    CONTEXT_BYTES,
+    micro_batches,
+    peaks,
+    resident,
+    search_parts,
+    stage_parameters,
+    swap_bytes,
+    update_parts,
 )  # fmt: skip
 from tawin_nemo.planner.workload import TITLES, Lengths
 from tawin_nemo.recipe import load_recipe

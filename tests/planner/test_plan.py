@@ -146,6 +146,7 @@ def test_qwen_7b_on_32_h800_fits_and_is_what_the_planner_would_take():
         (["prompt_tokens=0"], ["prompt_tokens=0"]),
         (["rl.lrr=1"], ["rl.lrr=1", "did you mean rl.lr"]),
         (["rl.beta=-1"], ["rl.beta=-1"]),
+        (["baseline.model=sasrec"], ["baseline.model=sasrec", "baseline.model=off"]),
         (["gpu=a100", "model.precision=fp8-delayed"], ["fp8-delayed does not exist on a100"]),
     ],
 )  # fmt: skip
