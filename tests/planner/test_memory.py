@@ -168,7 +168,7 @@ def test_recomputation_keeps_what_the_model_says(recompute: str):
     tokens, work = batch("chains")
     numbers = Numbers.of("fp32", device="cpu")
     modelled = saved_bytes(SHAPE, ONE, numbers, work, recompute=recompute, layers=SHAPE.layers, last=True)
-    assert modelled == pytest.approx(saved_by_autograd(ModelConfig(recompute=recompute), tokens), rel=0.05)
+    assert modelled == pytest.approx(saved_by_autograd(ModelConfig(recompute=recompute), tokens), rel=0.06)
 
 
 def test_parallel_layouts_divide_activations():
