@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import socket
 import subprocess
 import sys
 import tempfile
@@ -127,13 +128,19 @@ def measure(case: str) -> Measured:
     )
 
 
-def run_case(case: str, port: int = 29507) -> list[Measured]:
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def run_case(case: str) -> list[Measured]:
     """All ranks of a case, in processes of their own. Raises RuntimeError with a failing rank's output."""
     processes = CASES[case].tensor_model_parallel_size
     with tempfile.TemporaryDirectory() as folder:
         files = [Path(folder) / f"{rank}.json" for rank in range(processes)]
         command = [sys.executable, "-m", "tests.benchmarks.plan_memory", "--case", case, "--out"]
-        environment = {**os.environ, **ENVIRONMENT, "MASTER_PORT": str(port), "WORLD_SIZE": str(processes)}
+        environment = {**os.environ, **ENVIRONMENT, "MASTER_PORT": str(_free_port()), "WORLD_SIZE": str(processes)}
         started = [
             subprocess.Popen(
                 [*command, str(file)], env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)},
