@@ -28,6 +28,7 @@ examples:
   tawin-nemo convert  --recipe recipes/quickstart.yaml checkpoint=runs/quickstart/rl convert.output=export
   tawin-nemo study    --recipe recipes/studies/smoke.yaml --dry-run
   tawin-nemo doctor   --recipe recipes/quickstart.yaml
+  tawin-nemo plan     --recipe recipes/tawin_qwen7b.yaml --gpus 32 --gpu h800
   tawin-nemo keys rl.tawin        every recipe key below rl.tawin with its meaning, limits and default
 
 Running the same train command again continues a stopped run. Exit codes: 0 done, 2 a mistake you can mend (the
@@ -42,6 +43,7 @@ VERBS = {
     "generate": "recommendations for some histories, as catalogue items",
     "convert": "a checkpoint -> Hugging Face directory (import: model.init=DIR)",
     "study": "arms x seeds of one recipe, one process per run, then paired tests, tables and plots (study --help)",
+    "plan": "memory per GPU, step time and the best TP/PP/DP of a recipe on a cluster, without one (plan --help)",
     "simulate": "which WPAUC window goes with Recall@K: Figure 3 as PNG and JSON (trials= seed= output=, no recipe)",
     "doctor": "checks this machine and, with a recipe, whether that recipe can run here (--quick: the fast checks)",
     "keys": "list recipe keys",
@@ -65,24 +67,41 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser(words: Sequence[str] = ()) -> argparse.ArgumentParser:
-    from tawin_nemo.study.help import HELP
-
     listing = "\n".join(f"  {name:9} {text}" for name, text in VERBS.items())
     parser = argparse.ArgumentParser(
         prog="tawin-nemo",
         description=f"Train and use LLM recommenders with TAWin.\n\nverbs:\n{listing}",
-        epilog=HELP if "study" in words else EXAMPLES,
+        epilog=_epilog(words),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("verb", choices=VERBS, metavar="VERB", help="one of the verbs above")
     parser.add_argument("--recipe", metavar="FILE", help="YAML recipe; without one all keys have their defaults")
     parser.add_argument("--dry-run", action="store_true", help="train, study: say what would be done, then stop")
     parser.add_argument("--quick", action="store_true", help="doctor: no all-reduce, no disk speed, fewer imports")
+    parser.add_argument("--gpus", metavar="N", help="plan: GPUs in all (default: what the recipe asks for)")
+    parser.add_argument("--gpu", metavar="NAME", help="plan: h800 (default), h100, h200, a100, a100-40")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="recipe keys, e.g. rl.lr=1e-5")
     return parser
 
 
+def _epilog(words: Sequence[str]) -> str:
+    """The help of one verb where it has its own, else examples of all."""
+    if "study" in words:
+        from tawin_nemo.study.help import HELP as STUDY_HELP
+
+        return STUDY_HELP
+    if "plan" in words and {"-h", "--help"} & set(words):
+        from tawin_nemo.planner.verb import HELP as PLAN_HELP
+
+        return PLAN_HELP
+    return EXAMPLES
+
+
 def _dispatch(arguments: argparse.Namespace, argv: list[str]) -> int:
+    if arguments.verb != "plan" and (arguments.gpus or arguments.gpu):
+        raise ConfigError(f"--gpus and --gpu belong to plan; {arguments.verb} takes trainer.num_nodes, trainer.devices")
+    if arguments.quick and arguments.verb != "doctor":
+        raise ConfigError(f"--quick belongs to doctor; {arguments.verb} does not know it: leave it out")
     if arguments.verb == "keys":
         print_keys(arguments.overrides[0] if arguments.overrides else "")
         return 0
@@ -92,6 +111,8 @@ def _dispatch(arguments: argparse.Namespace, argv: list[str]) -> int:
         return study(arguments)
     if arguments.verb == "doctor":
         return doctor(arguments)
+    if arguments.verb == "plan":
+        return plan(arguments)
     from tawin_nemo.recipe import load_recipe
 
     recipe = load_recipe(arguments.recipe or recipe_of_checkpoint(arguments.overrides), arguments.overrides)
@@ -117,6 +138,23 @@ def simulate(arguments: argparse.Namespace) -> int:
     if arguments.recipe:
         raise ConfigError(f"--recipe {arguments.recipe}: simulate takes no recipe, only trials=, seed= and output=")
     print(json.dumps(run(arguments.overrides)), flush=True)
+    return 0
+
+
+def plan(arguments: argparse.Namespace) -> int:
+    """What a recipe needs on a cluster; no torch, no GPU."""
+    from tawin_nemo.planner.table import plan_facts, plan_table
+    from tawin_nemo.planner.verb import plan_recipe
+
+    def read_shape(folder: Path) -> Any:
+        from tawin_nemo.models.megatron.hf_config import backbone_from_hf
+
+        return backbone_from_hf(folder)
+
+    named = [f"{name}={value}" for name in ("gpus", "gpu") if (value := getattr(arguments, name)) is not None]
+    found = plan_recipe(arguments.recipe, [*named, *arguments.overrides], read_shape)
+    print(plan_table(found), file=sys.stderr, flush=True)
+    print(json.dumps(plan_facts(found)), flush=True)
     return 0
 
 

@@ -28,6 +28,13 @@ def load_recipe(path: str | Path | None, overrides: Sequence[str] = ()) -> Recip
 
     Raises ConfigError for a missing file, unknown key, wrong type, value out of limits or impossible combination.
     """
+    recipe = read_recipe(path, overrides)
+    check(recipe)
+    return recipe
+
+
+def read_recipe(path: str | Path | None, overrides: Sequence[str] = ()) -> Recipe:
+    """``load_recipe`` without ``check``: keys and types are right, limits and combinations may not be."""
     layers = [] if path is None else _read_layers(Path(path))
     layers.append(_read_overrides(overrides))
     merged: Any = OmegaConf.structured(Recipe)
@@ -43,7 +50,6 @@ def load_recipe(path: str | Path | None, overrides: Sequence[str] = ()) -> Recip
         meaning = f" ({key} is: {field.metadata['help']})" if field else ""
         raise ConfigError(f"{key}: {str(error).splitlines()[0]}{meaning}") from None
     assert isinstance(recipe, Recipe)
-    check(recipe)
     return recipe
 
 

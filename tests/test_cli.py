@@ -22,13 +22,14 @@ def test_help_imports_no_torch_and_teaches():
     done = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
     assert time.monotonic() - start < 10  # the import check above is the real one; this only catches a hang
-    for word in ("prepare", "train", "evaluate", "generate", "convert", "examples:", "Exit codes"):
+    for word in ("prepare", "train", "evaluate", "generate", "convert", "plan", "examples:", "Exit codes"):
         assert word in done.stdout
 
 
 @pytest.mark.parametrize(
     ("arguments", "parts"),
     [
+        (("train", "--gpus", "8"), ["--gpus and --gpu belong to plan", "trainer.devices"]),
         (("train", "rl.lrr=1"), ["rl.lrr=1", "did you mean rl.lr?"]),
         (("train", "--recipe", "recipes/quikstart.yaml"), ["recipe file not found", "quickstart.yaml"]),
         (("evaluate", "checkpoint=nowhere", "data.dataset=prepared", "data.root=nowhere"), ["data.root=nowhere"]),

@@ -20,7 +20,7 @@ PRODUCT = ("tawin_nemo", "data_prep")
 LAYERS = {
     **dict.fromkeys(("config", "types", "errors", "log", "artefacts", "backbones"), 0),
     **dict.fromkeys(("recipe", "recipe_checks", "maths"), 0),
-    "catalog": 1,
+    **dict.fromkeys(("catalog", "planner"), 1),
     "data": 2,
     **dict.fromkeys(("rollout", "models"), 3),
     "eval": 4,

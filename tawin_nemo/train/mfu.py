@@ -11,21 +11,8 @@ import torch
 from tawin_nemo.backbones import Backbone, Work
 from tawin_nemo.config import Recipe
 from tawin_nemo.models.megatron import parallel
+from tawin_nemo.planner.gpus import known_peak
 from tawin_nemo.types import TokenBatch
-
-#: Dense peaks in TFLOP/s, by words in the device's name, the first match counts. NVIDIA's data sheets of the H100,
-#: H200 and A100 give twice the tensor-core figures, with sparsity; the H800 computes like the H100. fp32 is that of
-#: the ordinary cores, as torch multiplies float32 unless TF32 is switched on.
-_PEAKS: tuple[tuple[tuple[str, ...], dict[str, float]], ...] = (
-    (("H100", "PCIe"), {"fp32": 51.0, "bf16": 756.0, "fp8": 1513.0}),
-    (("H800", "PCIe"), {"fp32": 51.0, "bf16": 756.0, "fp8": 1513.0}),
-    (("H100", "NVL"), {"fp32": 60.0, "bf16": 835.0, "fp8": 1671.0}),
-    (("H200", "NVL"), {"fp32": 60.0, "bf16": 835.0, "fp8": 1671.0}),
-    (("H100",), {"fp32": 67.0, "bf16": 989.0, "fp8": 1979.0}),
-    (("H200",), {"fp32": 67.0, "bf16": 989.0, "fp8": 1979.0}),
-    (("H800",), {"fp32": 67.0, "bf16": 989.0, "fp8": 1979.0}),
-    (("A100",), {"fp32": 19.5, "bf16": 312.0}),
-)
 
 
 def batch_work(batches: Sequence[TokenBatch], vocab: int) -> Work:
@@ -42,15 +29,6 @@ def batch_work(batches: Sequence[TokenBatch], vocab: int) -> Work:
 def training_flops(batches: Sequence[TokenBatch], shape: Backbone) -> float:
     """Forward and backward of one pass over the batches; what recomputation repeats is not counted."""
     return 3.0 * batch_work(batches, shape.vocab).forward_flops(shape)
-
-
-def known_peak(device_name: str, precision: str) -> float | None:
-    """Peak TFLOP/s of a GPU by its name, None if the table does not have it."""
-    kind = precision.split("-")[0]
-    for words, peaks in _PEAKS:
-        if all(word in device_name for word in words):
-            return peaks.get(kind)
-    return None
 
 
 def peak_flops(recipe: Recipe) -> float:

@@ -15,6 +15,7 @@ from tawin_nemo.backbones import BACKBONES, Work
 from tawin_nemo.config import ModelConfig, Recipe, TrainerConfig
 from tawin_nemo.errors import ConfigError
 from tawin_nemo.models.megatron import parallel
+from tawin_nemo.planner.gpus import known_peak
 from tawin_nemo.rollout.metered import MeteredLM
 from tawin_nemo.train import mfu, verbs
 from tawin_nemo.train.pipeline import earlier_seconds
@@ -66,7 +67,7 @@ def test_a_tree_counts_every_token_and_every_visible_pair_once():
     ],
 )
 def test_peaks_of_known_devices(name: str, precision: str, tflops: float | None):
-    assert mfu.known_peak(name, precision) == tflops
+    assert known_peak(name, precision) == tflops
 
 
 def test_the_peak_can_be_set_and_is_measured_otherwise(monkeypatch: pytest.MonkeyPatch):
