@@ -124,7 +124,7 @@ def devices(recipe: Recipe, found: Found) -> Check:
     where = f"{gpus} GPUs" if gpus else "CPU with gloo"
     if nodes > 1 and not allotted and "RANK" not in os.environ:
         return warning(
-            f"{nodes} nodes x {wanted} processes", "start it on every node: a script of slurm/, or torchrun --nnodes"
+            f"{nodes} nodes x {wanted} processes", "start it on every node: srun (slurm/README.md) or torchrun --nnodes"
         )
     if gpus > wanted:
         return warning(f"{wanted} of {gpus} GPUs", f"the others stay idle: set trainer.devices={gpus} to use all")
