@@ -89,7 +89,7 @@ def tensor(values: list[int]) -> torch.Tensor:
     return torch.tensor(values, dtype=torch.int64)
 
 
-def check(trie: TokenTrie, paths: list[list[int]]) -> None:
+def assert_equals_dictionaries(trie: TokenTrie, paths: list[list[int]]) -> None:
     """Everything the trie says about nodes, edges, paths and items."""
     oracle = DictTrie.of(paths)
     node_of, inner = oracle.numbered(), oracle.inner()
@@ -136,7 +136,7 @@ def check(trie: TokenTrie, paths: list[list[int]]) -> None:
 @settings(deadline=None, max_examples=150)
 @given(catalogues())
 def test_nodes_edges_paths_and_items(paths: list[list[int]]) -> None:
-    check(TokenTrie.from_paths(paths), paths)
+    assert_equals_dictionaries(TokenTrie.from_paths(paths), paths)
 
 
 @settings(deadline=None, max_examples=60)
@@ -193,7 +193,7 @@ def test_wide_indices_narrow_words_and_other_integer_types_change_nothing(
     plain = TokenTrie.from_paths(rows)
     for field in fields(TrieArrays):
         np.testing.assert_array_equal(getattr(wide.arrays, field.name), getattr(plain.arrays, field.name))
-    check(wide, paths)
+    assert_equals_dictionaries(wide, paths)
 
 
 @pytest.mark.parametrize("tokens", [20, 300])
@@ -201,7 +201,7 @@ def test_long_paths_that_part_late(tokens: int) -> None:
     random = Random(tokens)
     body = [random.randint(1, 2**31 - 1) for _ in range(tokens)]
     paths = [[*body[:cut], random.randint(1, 9), EOS] for cut in range(0, tokens, 3)] + [[*body, EOS]] * 3
-    check(TokenTrie.from_paths(paths), paths)
+    assert_equals_dictionaries(TokenTrie.from_paths(paths), paths)
 
 
 def test_many_random_codes() -> None:
@@ -277,4 +277,4 @@ def test_paths_that_begin_others_are_counted(paths: list[list[int]]) -> None:
         with pytest.raises(CatalogError, match=rf"\({len(cut)} such paths in all\)"):
             TokenTrie.from_paths(paths)
     else:
-        check(TokenTrie.from_paths(paths), paths)
+        assert_equals_dictionaries(TokenTrie.from_paths(paths), paths)

@@ -1,97 +1,41 @@
-"""Evaluation of a search with known results: ranks, credit on shared paths, data parallelism, validity, files."""
+"""Evaluation of a search with known results: ranks, credit on shared paths, data parallelism, validity."""
 
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from tawin_nemo.catalog.items import Catalog
-from tawin_nemo.catalog.trie import TokenTrie
 from tawin_nemo.config import EvalConfig, RolloutConfig
-from tawin_nemo.data.samples import Samples
 from tawin_nemo.errors import ConfigError, DataError
 from tawin_nemo.eval import evaluate as evaluate_module
 from tawin_nemo.eval.evaluate import check_candidates, evaluate
-from tawin_nemo.eval.result import EvalResult, compare
+from tawin_nemo.eval.result import EvalResult
 from tawin_nemo.maths.segments import segment_log_softmax
 from tawin_nemo.rollout.engine import RolloutEngine
-from tawin_nemo.types import NO_ITEM, Candidates, DataParallel, TokenRows
+from tawin_nemo.types import NO_ITEM, Candidates, DataParallel
+from tests.eval.listed_engine import (
+    LISTS,
+    PATHS,
+    TARGETS,
+    ListedEngine,
+    candidates,
+    make_catalog,
+    make_samples,
+    run,
+)
 from tests.rollout.sequence_lm import SequenceLM
-
-EOS = 1
-#: Items 2 and 4 are written alike.
-PATHS = [[5, 6, EOS], [5, 7, EOS], [8, EOS], [9, 9, 9, EOS], [8, EOS], [4, EOS]]
 
 
 @pytest.fixture
 def catalog() -> Catalog:
-    paths = TokenRows.from_lists(PATHS)
-    names = [f"item {i}" for i in range(len(PATHS))]
-    return Catalog(names, names, "title", paths, TokenTrie.from_paths(paths))
-
-
-class ListedEngine:
-    """Returns, for the prompt ``[r, ...]``, the items that ``lists[r]`` names; short lists are filled with NO_ITEM."""
-
-    def __init__(self, catalog: Catalog, lists: list[list[int]]) -> None:
-        self.catalog, self.lists = catalog, lists
-        self.calls: list[int] = []
-
-    def search(
-        self, prompts: TokenRows, width: int, *, score_space: str | None = None, token_budget: int | None = None
-    ) -> Candidates:
-        assert token_budget == EvalConfig().token_budget
-        self.calls.append(len(prompts))
-        rows = [self.lists[int(prompts[i][0])][:width] for i in range(len(prompts))]
-        items_BW = torch.tensor([row + [NO_ITEM] * (width - len(row)) for row in rows])
-        return candidates(self.catalog, items_BW)
-
-
-def candidates(catalog: Catalog, items_BW: Tensor) -> Candidates:
-    tokens, lengths = catalog.paths.padded()
-    listed_BW = items_BW != NO_ITEM
-    safe_BW = items_BW.clamp(min=0)
-    lengths_BW = torch.where(listed_BW, lengths[safe_BW], 0)
-    scores_BW = torch.where(listed_BW, -torch.arange(items_BW.shape[1], dtype=torch.float32), -math.inf)
-    return Candidates(
-        items_BW=items_BW,
-        leaf_BW=torch.where(listed_BW, torch.from_numpy(catalog.leaf_I)[safe_BW], -1),
-        tokens_BWT=torch.where(listed_BW.unsqueeze(-1), tokens[safe_BW], 0),
-        lengths_BW=lengths_BW,
-        scores_BW=scores_BW,
-        logprobs_BWT=torch.zeros(*items_BW.shape, tokens.shape[1]),
-    )
-
-
-def make_samples(targets: list[int], lengths: list[int] | None = None) -> Samples:
-    """Row r has the prompt ``[r, 0, 0 ...]`` of the given length."""
-    n = len(targets)
-    lengths = lengths or [1 + (3 * r) % 5 for r in range(n)]
-    prompts = TokenRows.from_lists([[r] + [0] * (lengths[r] - 1) for r in range(n)])
-    history = TokenRows.from_lists([[0]] * n)
-    return Samples(prompts, np.array(targets, dtype=np.int64), 100 + np.arange(n), history)
-
-
-#: How often each item is a target in train.
-POPULARITY = np.array([8, 4, 2, 1, 0, 3])
-
-
-def run(engine: Any, samples: Samples, catalog: Catalog, dp: DataParallel | None = None, **cfg: Any) -> EvalResult:
-    config = EvalConfig(**{"beams": 4, "ks": [1, 3], **cfg})
-    return evaluate(engine, samples, catalog, config, dp=dp or DataParallel(), label="test", popularity_I=POPULARITY)
-
-
-LISTS = [[0, 1, 2, 3], [0, 1, 2, 3], [3, 1, 2, 0], [5, 0], [1, 0, 3, 2], [3, 2, 1, 0]]
-TARGETS = [0, 2, 4, 2, 5, 1]  # ranks 0, 2 (shared), 2 (shared, the other item of the path), absent, absent, 2
+    return make_catalog()
 
 
 def test_ranks_credit_and_means_by_hand(catalog: Catalog) -> None:
@@ -267,43 +211,3 @@ def test_the_real_search_gives_the_ranks_of_the_enumerated_catalogue(catalog: Ca
         assert result.per_user["rank"][row] == rank
     assert result.per_user["candidates"].to_list() == [5] * 8
     assert result.invalid_rate == 0
-
-
-def test_files_round_trip(catalog: Catalog, tmp_path: Path) -> None:
-    result = run(ListedEngine(catalog, LISTS), make_samples(TARGETS), catalog)
-    result.write(tmp_path / "eval", "test")
-    assert sorted(path.name for path in (tmp_path / "eval").iterdir()) == ["test.json", "test.per_user.parquet"]
-    again = EvalResult.read(tmp_path / "eval", "test")
-    assert list(again.means) == list(again.intervals) == list(result.means)
-    assert again.per_user.equals(result.per_user)
-    for field in dataclasses.fields(EvalResult):
-        if field.name != "per_user":
-            assert getattr(again, field.name) == getattr(result, field.name)
-    (tmp_path / "eval" / "test.json").write_text('{"means": {}}')
-    with pytest.raises(DataError, match=r"eval/test\.json"):
-        EvalResult.read(tmp_path / "eval", "test")
-
-
-def test_comparison_is_paired_by_row(catalog: Catalog) -> None:
-    samples = make_samples(TARGETS)
-    ours = run(ListedEngine(catalog, LISTS), samples, catalog)
-    theirs = run(ListedEngine(catalog, [[3, 5, 0, 1]] * 6), samples, catalog)
-    found = compare(ours, theirs, "recall@3")
-    assert found.difference.mean == pytest.approx(ours.means["recall@3"] - theirs.means["recall@3"])
-    assert found.detectable > 0
-    with pytest.raises(DataError, match="6 rows against 5"):
-        compare(ours, run(ListedEngine(catalog, LISTS), make_samples(TARGETS[:5]), catalog), "recall@3")
-    with pytest.raises(DataError, match="metric recall@7"):
-        compare(ours, theirs, "recall@7")
-
-
-def test_files_of_older_versions_are_read(catalog: Catalog, tmp_path: Path) -> None:
-    result = run(ListedEngine(catalog, LISTS), make_samples(TARGETS), catalog)
-    result.write(tmp_path, "test")
-    facts = json.loads((tmp_path / "test.json").read_text())
-    assert facts["beyond"] == result.beyond
-    del facts["beyond"]
-    (tmp_path / "test.json").write_text(json.dumps(facts))
-    again = EvalResult.read(tmp_path, "test")
-    assert again.beyond == {}
-    assert again.means == result.means

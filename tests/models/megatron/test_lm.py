@@ -40,7 +40,9 @@ def edges(rows: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     return torch.arange(rows).repeat_interleave(counts), torch.cat(tokens)
 
 
-def check(model: HiddenGPT, lm: MegatronLM, cache: Cache, rows: list[list[int]], generator: torch.Generator) -> None:
+def assert_equals_full_forward(
+    model: HiddenGPT, lm: MegatronLM, cache: Cache, rows: list[list[int]], generator: torch.Generator
+) -> None:
     """The log-probs behind every row that the cache knows, in both spaces."""
     assert lm.rows(cache) == len(rows)
     position_E, token_E = edges(len(rows), generator)
@@ -75,10 +77,10 @@ def test_growing_trees_equal_the_full_forward(dtype: torch.dtype) -> None:
     generator = torch.Generator().manual_seed(0)
     rows = [list(row) for row in PROMPTS]
     cache = lm.prefill(TokenRows.from_lists(rows))
-    check(model, lm, cache, rows, generator)
+    assert_equals_full_forward(model, lm, cache, rows, generator)
     for chains in (4, 9, 1, 2):
         cache, rows = grow(lm, cache, rows, chains, generator)
-        check(model, lm, cache, rows, generator)
+        assert_equals_full_forward(model, lm, cache, rows, generator)
 
 
 def test_prompts_that_are_done_leave_and_new_ones_join() -> None:
@@ -93,7 +95,7 @@ def test_prompts_that_are_done_leave_and_new_ones_join() -> None:
     kept = {int(n): row for n, row in zip(new, rows, strict=True) if n >= 0}
     rows = [kept[i] for i in range(len(kept))]
     assert rows[:3] == [PROMPTS[1], PROMPTS[3], PROMPTS[4]]
-    check(model, lm, cache, rows, generator)
+    assert_equals_full_forward(model, lm, cache, rows, generator)
 
     others = [[5] * 14, [6, 7]]  # longer than any prompt before
     newer = lm.prefill(TokenRows.from_lists(others))
@@ -103,10 +105,10 @@ def test_prompts_that_are_done_leave_and_new_ones_join() -> None:
     joined |= {int(n): row for n, row in zip(second, other_rows, strict=True)}
     rows = [joined[i] for i in range(len(joined))]
     assert rows[:5] == [PROMPTS[1], PROMPTS[3], PROMPTS[4], *others]
-    check(model, lm, cache, rows, generator)
+    assert_equals_full_forward(model, lm, cache, rows, generator)
     for chains in (9, 3):
         cache, rows = grow(lm, cache, rows, chains, generator)
-        check(model, lm, cache, rows, generator)
+        assert_equals_full_forward(model, lm, cache, rows, generator)
 
 
 def test_nothing_to_append() -> None:

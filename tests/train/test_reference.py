@@ -1,0 +1,61 @@
+"""References on a real nano model: swapped equals copied, and both follow the actor as asked."""
+
+import pytest
+import torch
+
+from tawin_nemo.config import ModelConfig
+from tawin_nemo.models.megatron.build import build_model
+from tawin_nemo.train.reference import CopiedReference, Refresh, SwappedReference
+from tests.train.actor_scene import PLAIN, SHAPE, Scene
+
+
+def test_swapped_reference_equals_a_copy_and_leaves_the_actor_alone():
+    scene = Scene(PLAIN)
+    initial = build_model(SHAPE, ModelConfig(), seed=3)
+    ones = torch.ones_like(scene.adv_BG)
+    batches = [part.batch for part in scene.actor.pack(scene.rollout, ones, ones)]
+    copied = CopiedReference(initial).logprobs(batches)
+    weights = {name: value.detach().clone() for name, value in initial.named_parameters()}
+    scene.update(PLAIN)
+    moved = scene.weights()
+    swapped = SwappedReference(scene.trainable.model, weights).logprobs(batches)
+    assert torch.equal(torch.cat(copied), torch.cat(swapped))
+    assert all(torch.equal(value, moved[name]) for name, value in scene.weights().items())
+    assert not torch.equal(torch.cat(scene.trainable.score(batches)), torch.cat(swapped))
+
+
+@pytest.mark.parametrize("kind", ["copy", "swap"])
+def test_a_reference_follows_the_actor(kind, tmp_path):
+    scene = Scene(PLAIN)
+    ones = torch.ones_like(scene.adv_BG)
+    batches = [part.batch for part in scene.actor.pack(scene.rollout, ones, ones)]
+    initial = build_model(SHAPE, ModelConfig(), seed=4)
+    start = {name: value.detach().clone() for name, value in initial.named_parameters()}
+    reference = CopiedReference(initial)
+    if kind == "swap":
+        reference = SwappedReference(scene.trainable.model, {name: value.clone() for name, value in start.items()})
+    before = torch.cat(reference.logprobs(batches))
+    reference.follow(scene.trainable.model, 1.0)
+    assert torch.equal(torch.cat(reference.logprobs(batches)), before)
+
+    reference.follow(scene.trainable.model, 0.75)
+    mixed = build_model(SHAPE, ModelConfig(), seed=5)
+    with torch.no_grad():
+        for name, value in mixed.named_parameters():
+            value.copy_(0.75 * start[name] + 0.25 * scene.weights()[name])
+    halfway = torch.cat(reference.logprobs(batches))
+    torch.testing.assert_close(halfway, torch.cat(CopiedReference(mixed).logprobs(batches)), atol=1e-5, rtol=0)
+
+    reference.save(tmp_path / "step_1")
+    reference.follow(scene.trainable.model, 0.0)
+    assert torch.equal(torch.cat(reference.logprobs(batches)), torch.cat(scene.trainable.score(batches)))
+    actor_before = scene.weights()
+    reference.load(tmp_path / "step_1")
+    assert torch.equal(torch.cat(reference.logprobs(batches)), halfway)
+    assert all(torch.equal(value, actor_before[name]) for name, value in scene.weights().items())
+
+
+def test_refresh_says_what_is_kept():
+    assert [Refresh("every", steps=2).keeps(step) for step in (1, 2, 3, 4)] == [1.0, 0.0, 1.0, 0.0]
+    assert [Refresh("ema", decay=0.9).keeps(step) for step in (1, 2)] == [0.9, 0.9]
+    assert Refresh().keeps(7) == 1.0
