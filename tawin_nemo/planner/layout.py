@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from tawin_nemo.backbones import Backbone
+from tawin_nemo.config import Recipe
 from tawin_nemo.planner.gpus import NODE
 
 
@@ -55,6 +56,23 @@ def problems(shape: Backbone, layout: Layout, gpus: int) -> list[str]:
     if layout.sequence_parallel and tp == 1:
         found.append("model.sequence_parallel=true needs model.tensor_model_parallel_size > 1")
     return found
+
+
+def rollout_layout(recipe: Recipe, training: Layout) -> Layout:
+    """The layout of searches on the GPUs of ``training``; the same object where the recipe asks for no other."""
+    tp = recipe.rollout.tensor_model_parallel_size or training.tp
+    pp = recipe.rollout.pipeline_model_parallel_size or training.pp
+    if (tp, pp) == (training.tp, training.pp):
+        return training
+    return layout_on(training.model_ranks * training.dp, tp, pp, sequence_parallel=False)
+
+
+def rollout_problems(shape: Backbone, recipe: Recipe, training: Layout, gpus: int) -> list[str]:
+    """Why searches cannot have the layout that the recipe gives them; empty = they can."""
+    searching = rollout_layout(recipe, training)
+    if searching is training:
+        return []
+    return [text.replace("model.", "rollout.") for text in problems(shape, searching, gpus)]
 
 
 def possible(shape: Backbone, gpus: int) -> Iterator[Layout]:

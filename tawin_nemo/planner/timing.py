@@ -3,12 +3,12 @@ must at least take to exchange gradients. Collectives inside a model (TP, PP) ar
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from tawin_nemo.backbones import Backbone, Work
 from tawin_nemo.config import Recipe
 from tawin_nemo.planner.gpus import NODE, Gpu
-from tawin_nemo.planner.layout import Layout
+from tawin_nemo.planner.layout import Layout, rollout_layout
 from tawin_nemo.planner.memory import micro_batches, stage_parameters
 from tawin_nemo.planner.workload import Lengths, rl_pass, rl_step_work, search_space, sft_pass, sft_step_work
 
@@ -87,12 +87,14 @@ def rl_step(recipe: Recipe, lengths: Lengths, rates: Rates) -> StepTime:
     prompts = recipe.rl.prompts_per_step
     total = rl_step_work(recipe, lengths, rates.shape.vocab, prompts)
     mine = rl_step_work(recipe, lengths, rates.shape.vocab, -(-prompts // rates.layout.dp))
+    searching = replace(rates, layout=rollout_layout(recipe, rates.layout))
+    rolled_out = rl_step_work(recipe, lengths, rates.shape.vocab, -(-prompts // searching.layout.dp)).rollout
     work = rl_pass(recipe, lengths)
     micro = micro_batches(-(-prompts // rates.layout.dp), work.keys, work.tokens)
     forwards = total.rollout + total.reference + total.scoring
     flops = forwards.forward_flops(rates.shape) + 3.0 * total.updates * total.update.forward_flops(rates.shape)
     seconds = {
-        "rollout": rates.search(mine.rollout, lengths.run(search_space(recipe))),
+        "rollout": searching.search(rolled_out, lengths.run(search_space(recipe))),
         "reference": rates.forward(mine.reference),
         "scoring": rates.forward(mine.scoring),
         "update": mine.updates * rates.training(mine.update, micro),

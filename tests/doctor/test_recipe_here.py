@@ -107,6 +107,18 @@ def test_the_layout_divides_the_model(tp, pp, remedy):
     assert (seen.status, seen.remedy) == (Status.FAILS if remedy else Status.OK, remedy)
 
 
+def test_the_layout_of_rollouts_divides_the_model_too():
+    where = ("model.backbone=qwen2.5-7b", "model.pipeline_model_parallel_size=4", "trainer.devices=8")
+    seen = recipe_here.layout(recipe(*where, "rollout.pipeline_model_parallel_size=1"))
+    assert (seen.status, seen.value) == (
+        Status.OK, "8 processes = TP 1 x PP 4 x DP 2; rollouts TP 1 x PP 1 x DP 8"
+    )  # fmt: skip
+    seen = recipe_here.layout(recipe(*where, "rollout.tensor_model_parallel_size=8"
+                                     , "rollout.pipeline_model_parallel_size=1"))  # fmt: skip
+    assert seen.value == "rollout.tensor_model_parallel_size=8 does not divide the 28 attention heads"
+    assert seen.remedy == "use one of 1, 2, 4"
+
+
 def test_the_job_has_the_devices_that_the_recipe_wants(monkeypatch):
     for name in ("SLURM_JOB_NUM_NODES", "SLURM_NNODES", "RANK"):
         monkeypatch.delenv(name, raising=False)
