@@ -8,7 +8,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-from tawin_nemo.backbones import Backbone, backbone
+from tawin_nemo.backbones import Backbone, backbone, stage_layers
 from tawin_nemo.config import Recipe
 from tawin_nemo.doctor.check import Check, absent, check, fails, gib, ok, warning
 from tawin_nemo.doctor.place import existing
@@ -116,10 +116,10 @@ def _undivided(shape: Backbone, section: str, tp: int, pp: int) -> Check | None:
                 f"{section}.tensor_model_parallel_size={tp} does not divide the {size} {what}",
                 f"use one of {', '.join(map(str, fitting))}",
             )
-    if shape.layers % pp:
-        fitting = [n for n in range(1, shape.layers + 1) if shape.layers % n == 0]
+    if not stage_layers(shape.layers, pp):
+        fitting = [n for n in range(1, shape.layers + 1) if stage_layers(shape.layers, n)]
         return fails(
-            f"{section}.pipeline_model_parallel_size={pp} does not divide the {shape.layers} layers",
+            f"{section}.pipeline_model_parallel_size={pp}: {shape.layers} layers cannot be spread over so many stages",
             f"use one of {', '.join(map(str, fitting))}",
         )
     return None

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from tawin_nemo.backbones import Backbone
+from tawin_nemo.backbones import Backbone, stage_layers
 from tawin_nemo.config import Recipe
 from tawin_nemo.planner.gpus import NODE
 
@@ -49,8 +49,10 @@ def problems(shape: Backbone, layout: Layout, gpus: int) -> list[str]:
     ]
     if tp > NODE:
         found.append(f"{key} is more than the {NODE} GPUs of one node, and tensor parallelism needs their fast links")
-    if shape.layers % pp:
-        found.append(f"model.pipeline_model_parallel_size={pp} does not divide the {shape.layers} layers")
+    if not stage_layers(shape.layers, pp):
+        found.append(
+            f"model.pipeline_model_parallel_size={pp}: {shape.layers} layers cannot be spread over {pp} stages"
+        )
     if gpus % layout.model_ranks:
         found.append(f"TP {tp} x PP {pp} = {layout.model_ranks} ranks do not divide {gpus} GPUs")
     if layout.sequence_parallel and tp == 1:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
 
-from tawin_nemo.backbones import Backbone
+from tawin_nemo.backbones import Backbone, stage_layers
 from tawin_nemo.config import Recipe
 from tawin_nemo.planner.activations import Numbers, Pass, backward_bytes, forward_bytes, head_bytes, saved_bytes
 from tawin_nemo.planner.layout import Layout, padded_vocab, rollout_layout
@@ -60,7 +60,7 @@ def stage_parameters(shape: Backbone, layout: Layout, stage: int) -> int:
     query, key = shape.heads * dim // tp, shape.kv_heads * dim // tp
     matrices = shape.hidden * (query + 2 * key) + query * shape.hidden + 3 * shape.hidden * shape.ffn // tp
     bias = query + 2 * key if shape.qkv_bias else 0
-    count = shape.layers // layout.pp * (matrices + bias + 2 * shape.hidden)
+    count = stage_layers(shape.layers, layout.pp)[stage] * (matrices + bias + 2 * shape.hidden)
     vocabulary = padded_vocab(shape, tp) // tp * shape.hidden
     first, last = stage == 0, stage == layout.pp - 1
     count += vocabulary if first else 0
@@ -87,7 +87,7 @@ def update_parts(
     """What forward and backward passes add. Of 1F1B's schedule, stage s of P holds min(P - s, micro-batches) forward
     passes at once (Narayanan et al. 2021, arXiv 2104.04473)."""
     last = stage == layout.pp - 1
-    layers = shape.layers // layout.pp
+    layers = stage_layers(shape.layers, layout.pp)[stage]
     under_way = min(layout.pp - stage, micro_batches)
     saved = saved_bytes(shape, layout, numbers, work, recompute=recompute, layers=layers, last=last)
     working = backward_bytes(shape, layout, numbers, work, recompute)
@@ -105,7 +105,7 @@ def search_parts(
     Prompts count once, their beams with all tokens they may come to.
     """
     last = stage == layout.pp - 1
-    layers = shape.layers // layout.pp
+    layers = stage_layers(shape.layers, layout.pp)[stage]
     per_token = 2 * layers * shape.kv_heads * shape.kv_channels / layout.tp * numbers.bytes
     per_prompt = lengths.prompt + width * lengths.run(space)
     prompts = max(1, budget // per_prompt)

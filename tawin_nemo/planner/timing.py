@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from tawin_nemo.backbones import Backbone, Work
+from tawin_nemo.backbones import Backbone, Work, stage_layers
 from tawin_nemo.config import Recipe
 from tawin_nemo.planner.gpus import NODE, Gpu
 from tawin_nemo.planner.layout import Layout, rollout_layout
@@ -48,9 +48,10 @@ class Rates:
 
     def training(self, work: Work, micro: int) -> float:
         """Seconds of forward and backward; full recomputation runs forward twice, and a pipeline of P stages with m
-        micro-batches idles (P - 1) / m of its time (arXiv 2104.04473, Section 2.2)."""
-        passes = 4.0 if self.recompute == "full" else 3.0
-        return passes * self.forward(work) * (micro + self.layout.pp - 1) / micro
+        micro-batches idles (P - 1) / m of its time (arXiv 2104.04473, Section 2.2); its largest stage sets the pace."""
+        passes, stages = 4.0 if self.recompute == "full" else 3.0, self.layout.pp
+        pace = max(stage_layers(self.shape.layers, stages)) * stages / self.shape.layers
+        return passes * pace * self.forward(work) * (micro + stages - 1) / micro
 
     def search(self, work: Work, levels: int) -> float:
         """Seconds of a search: its FLOPs through all stages in turn, and not less than reading the weights once for

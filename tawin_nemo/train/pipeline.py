@@ -96,6 +96,7 @@ def write_layout(run_dir: Path, model: GPTModel, peak: float) -> None:
     device = parallel.device()
     mine = {
         **parallel.place(),
+        "layers": len(model.decoder.layers),
         "parameters": sum(p.numel() for p in model.parameters()),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         "peak_tflops": round(peak / 1e12, 4),

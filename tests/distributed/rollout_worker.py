@@ -35,8 +35,9 @@ from tawin_nemo.train.timers import Timers
 from tawin_nemo.train.weight_sync import build_engine, check_equal, sync_weights
 from tawin_nemo.types import DataParallel, PromptBatch, Rollout, TokenRows
 
-#: 51 vocabulary rows: TP 2 needs one of padding, on both sides of a change between TP 1 and TP 2.
-SHAPE = Backbone("qwen2", hidden=32, layers=2, heads=4, kv_heads=2, ffn=48, vocab=51, rope_theta=1e4, max_position=256)
+#: 51 vocabulary rows: TP 2 needs one of padding, on both sides of a change between TP 1 and TP 2. 3 layers: PP 2 holds
+#: 2 + 1 of them.
+SHAPE = Backbone("qwen2", hidden=32, layers=3, heads=4, kv_heads=2, ffn=48, vocab=51, rope_theta=1e4, max_position=256)
 STEPS, PROMPTS, LR = 3, 7, 1e-3
 ALPHABET, EOS = (3, 11, 24, 25, 27, 43, 50), 1
 

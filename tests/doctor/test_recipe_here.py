@@ -94,7 +94,8 @@ def test_paths_that_a_recipe_names(tmp_path):
         (2, 4, ""),
         (4, 7, ""),
         (8, 1, "use one of 1, 2, 4"),  # 28 heads, 4 key-value heads
-        (1, 8, "use one of 1, 2, 4, 7, 14, 28"),  # 28 layers
+        (1, 8, ""),  # 28 layers as 2 + 6 x 4 + 2
+        (1, 16, "use one of 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 13, 14, 15, 26, 27, 28"),
     ],
 )
 def test_the_layout_divides_the_model(tp, pp, remedy):

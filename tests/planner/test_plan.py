@@ -151,7 +151,7 @@ def test_rollouts_of_their_own_layout_cost_weights_and_save_pipeline_time():
         (["model.tensor_model_parallel_size=3"],
          ["not possible", "28 attention heads", "nearest layout that fits", "TP 4 x PP 1 x DP 8",
           "model.tensor_model_parallel_size=4"]),
-        (["model.pipeline_model_parallel_size=3"], ["28 layers", "TP 2 x PP 4 x DP 4"]),
+        (["model.pipeline_model_parallel_size=16"], ["28 layers", "nearest layout that fits", "TP 2 x PP 8 x DP 2"]),
         (["gpus=12"], ["gpus=12", "use 8 or 16"]),
         (["gpus=1", "model.tensor_model_parallel_size=1", "model.sequence_parallel=false"],
          ["does not fit", "No layout fits on 1 x h800", "model.recompute=full"]),

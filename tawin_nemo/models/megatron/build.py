@@ -21,7 +21,7 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from tawin_nemo.backbones import Backbone
+from tawin_nemo.backbones import Backbone, stage_layers
 from tawin_nemo.config import ModelConfig
 from tawin_nemo.errors import ConfigError
 from tawin_nemo.models.megatron.attention import PlannedAttention
@@ -77,10 +77,10 @@ def _check(shape: Backbone, cfg: ModelConfig, section: str = "model") -> None:
                 f"{section}.tensor_model_parallel_size={tp} does not divide the {value} {what} of {cfg.backbone}: "
                 "use a divisor"
             )
-    if shape.layers % pp:
+    if not stage_layers(shape.layers, pp):
         raise ConfigError(
-            f"{section}.pipeline_model_parallel_size={pp} does not divide the {shape.layers} layers of {cfg.backbone}: "
-            "use a divisor"
+            f"{section}.pipeline_model_parallel_size={pp}: the {shape.layers} layers of {cfg.backbone} cannot be "
+            "spread over so many stages: use a divisor, or a smaller number"
         )
     if cfg.precision in _FP8 and not (torch.cuda.is_available() and importlib.util.find_spec("transformer_engine")):
         raise ConfigError(
@@ -96,6 +96,7 @@ def model_config(shape: Backbone, cfg: ModelConfig, *, section: str = "model") -
     on_gpu = torch.cuda.is_available()
     dtype = torch.float32 if cfg.precision == "fp32" else torch.bfloat16
     tp, pp = cfg.tensor_model_parallel_size, cfg.pipeline_model_parallel_size
+    spread, uneven = stage_layers(shape.layers, pp), shape.layers % pp > 0
     return TransformerConfig(
         num_layers=shape.layers,
         hidden_size=shape.hidden,
@@ -113,6 +114,8 @@ def model_config(shape: Backbone, cfg: ModelConfig, *, section: str = "model") -
         attention_dropout=cfg.dropout,
         tensor_model_parallel_size=tp,
         pipeline_model_parallel_size=pp,
+        num_layers_in_first_pipeline_stage=spread[0] if uneven else None,
+        num_layers_in_last_pipeline_stage=spread[-1] if uneven else None,
         sequence_parallel=cfg.sequence_parallel and tp > 1,
         params_dtype=dtype,
         pipeline_dtype=dtype,
