@@ -93,6 +93,25 @@ BACKBONES: dict[str, Backbone] = {
 }  # fmt: skip
 
 
+def stage_layers(layers: int, stages: int) -> list[int]:
+    """Layers of every pipeline stage, spread as evenly as megatron can: the stages between the first and the last hold
+    equally many. [] where some stage would then be empty or hold more than ``ceil(layers / stages)``.
+
+    >>> stage_layers(28, 4), stage_layers(3, 2), stage_layers(28, 8), stage_layers(28, 16)
+    ([7, 7, 7, 7], [2, 1], [2, 4, 4, 4, 4, 4, 4, 2], [])
+    """
+    most = -(-layers // stages)
+    if layers % stages == 0:
+        return [most] * stages
+    spreads = []
+    for middle in (most - 1, most):
+        outer = layers - middle * (stages - 2)
+        spread = [-(-outer // 2), *[middle] * (stages - 2), outer // 2]  # the last stage has the head as well
+        if min(spread) > 0 and max(spread) == most:
+            spreads.append(spread)
+    return max(spreads, key=min, default=[])
+
+
 def backbone(name: str) -> Backbone:
     """The named backbone. Raises ConfigError with the nearest name."""
     if name in BACKBONES:

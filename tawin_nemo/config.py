@@ -190,7 +190,10 @@ class RolloutConfig:
     temperature: float = number(1.0, 1e-6, help="of constrained sampling")
     token_budget: int = number(262144, 16, help="tokens held at once per rank: prompts once, plus what beams may run")
     placement: str = choice("colocated", help="rollouts on the training ranks")
-    tensor_model_parallel_size: int = number(0, 0, help="0 = as in training")
+    tensor_model_parallel_size: int = number(0, 0, help="ranks that share each layer in searches (0 = as in training)")
+    pipeline_model_parallel_size: int = number(
+        0, 0, help="groups of layers in searches (0 = as in training); the ranks left over search other prompts"
+    )
 
 
 @dataclass(frozen=True)
@@ -277,3 +280,12 @@ class Recipe:
     generate: GenerateConfig = field(default_factory=GenerateConfig)
     convert: ConvertConfig = field(default_factory=ConvertConfig)
     exp_manager: dict[str, Any] = opt({}, "passed to NeMo's exp_manager (TensorBoard, W&B, MLflow); empty = not used")
+
+    @property
+    def rollout_layout(self) -> tuple[int, int]:
+        """TP and PP of rollouts and evaluation."""
+        rollout, model = self.rollout, self.model
+        return (
+            rollout.tensor_model_parallel_size or model.tensor_model_parallel_size,
+            rollout.pipeline_model_parallel_size or model.pipeline_model_parallel_size,
+        )

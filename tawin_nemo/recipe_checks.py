@@ -47,10 +47,12 @@ def combinations(r: Recipe) -> Iterator[tuple[bool, str]]:
         0 < r.rollout.width < rl.group_size,
         f"rollout.width={r.rollout.width} is below rl.group_size={rl.group_size}; a group needs that many beams",
     )
+    rollout_tp, rollout_pp = r.rollout_layout
     yield (
-        r.rollout.tensor_model_parallel_size not in (0, m.tensor_model_parallel_size),
-        f"rollout.tensor_model_parallel_size={r.rollout.tensor_model_parallel_size} differs from "
-        f"model.tensor_model_parallel_size={m.tensor_model_parallel_size}; colocated rollouts share its layout: set 0",
+        world % model_ranks == 0 and world % (rollout_tp * rollout_pp) != 0,
+        f"rollouts with tensor_model_parallel_size={rollout_tp} x pipeline_model_parallel_size={rollout_pp} cannot be "
+        f"laid out over {world} processes; set rollout.tensor_model_parallel_size and "
+        "rollout.pipeline_model_parallel_size so that their product divides them, or to 0 (as in training)",
     )
     yield (
         rl.max_steps == 0 and rl.epochs == 0 and rl.enabled,

@@ -8,7 +8,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-from tawin_nemo.backbones import Backbone, backbone
+from tawin_nemo.backbones import Backbone, backbone, stage_layers
 from tawin_nemo.config import Recipe
 from tawin_nemo.doctor.check import Check, absent, check, fails, gib, ok, warning
 from tawin_nemo.doctor.place import existing
@@ -91,24 +91,38 @@ def other_files(recipe: Recipe) -> Check:
 
 @check("layout")
 def layout(recipe: Recipe) -> Check:
-    """Sizes of the model that tensor and pipeline parallelism must divide."""
-    shape, m, t = shape_of(recipe), recipe.model, recipe.trainer
-    tp, pp, world = m.tensor_model_parallel_size, m.pipeline_model_parallel_size, t.num_nodes * t.devices
+    """Sizes of the model that tensor and pipeline parallelism must divide, in training and in rollouts."""
+    m, world = recipe.model, recipe.trainer.num_nodes * recipe.trainer.devices
+    tp, pp = m.tensor_model_parallel_size, m.pipeline_model_parallel_size
+    found = f"{world} processes = TP {tp} x PP {pp} x DP {world // (tp * pp)}"
+    sections = {"model": (tp, pp)}
+    if recipe.rollout_layout != (tp, pp):
+        sections["rollout"] = tp, pp = recipe.rollout_layout
+        found += f"; rollouts TP {tp} x PP {pp} x DP {world // (tp * pp)}"
+    for section, sizes in sections.items():
+        wrong = _undivided(shape_of(recipe), section, *sizes)
+        if wrong is not None:
+            return wrong
+    return ok(found)
+
+
+def _undivided(shape: Backbone, section: str, tp: int, pp: int) -> Check | None:
+    """What a section's sizes do not divide; None = they fit."""
     divided = {"attention heads": shape.heads, "key-value heads": shape.kv_heads, "FFN width": shape.ffn}
     for what, size in divided.items():
         if size % tp:
             fitting = [n for n in range(1, shape.kv_heads + 1) if not any(s % n for s in divided.values())]
             return fails(
-                f"model.tensor_model_parallel_size={tp} does not divide the {size} {what}",
+                f"{section}.tensor_model_parallel_size={tp} does not divide the {size} {what}",
                 f"use one of {', '.join(map(str, fitting))}",
             )
-    if shape.layers % pp:
-        fitting = [n for n in range(1, shape.layers + 1) if shape.layers % n == 0]
+    if not stage_layers(shape.layers, pp):
+        fitting = [n for n in range(1, shape.layers + 1) if stage_layers(shape.layers, n)]
         return fails(
-            f"model.pipeline_model_parallel_size={pp} does not divide the {shape.layers} layers",
+            f"{section}.pipeline_model_parallel_size={pp}: {shape.layers} layers cannot be spread over so many stages",
             f"use one of {', '.join(map(str, fitting))}",
         )
-    return ok(f"{world} processes = TP {tp} x PP {pp} x DP {world // (tp * pp)}")
+    return None
 
 
 @check("devices")

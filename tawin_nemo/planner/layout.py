@@ -6,7 +6,8 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from tawin_nemo.backbones import Backbone
+from tawin_nemo.backbones import Backbone, stage_layers
+from tawin_nemo.config import Recipe
 from tawin_nemo.planner.gpus import NODE
 
 
@@ -48,13 +49,32 @@ def problems(shape: Backbone, layout: Layout, gpus: int) -> list[str]:
     ]
     if tp > NODE:
         found.append(f"{key} is more than the {NODE} GPUs of one node, and tensor parallelism needs their fast links")
-    if shape.layers % pp:
-        found.append(f"model.pipeline_model_parallel_size={pp} does not divide the {shape.layers} layers")
+    if not stage_layers(shape.layers, pp):
+        found.append(
+            f"model.pipeline_model_parallel_size={pp}: {shape.layers} layers cannot be spread over {pp} stages"
+        )
     if gpus % layout.model_ranks:
         found.append(f"TP {tp} x PP {pp} = {layout.model_ranks} ranks do not divide {gpus} GPUs")
     if layout.sequence_parallel and tp == 1:
         found.append("model.sequence_parallel=true needs model.tensor_model_parallel_size > 1")
     return found
+
+
+def rollout_layout(recipe: Recipe, training: Layout) -> Layout:
+    """The layout of searches on the GPUs of ``training``; the same object where the recipe asks for no other."""
+    tp = recipe.rollout.tensor_model_parallel_size or training.tp
+    pp = recipe.rollout.pipeline_model_parallel_size or training.pp
+    if (tp, pp) == (training.tp, training.pp):
+        return training
+    return layout_on(training.model_ranks * training.dp, tp, pp, sequence_parallel=False)
+
+
+def rollout_problems(shape: Backbone, recipe: Recipe, training: Layout, gpus: int) -> list[str]:
+    """Why searches cannot have the layout that the recipe gives them; empty = they can."""
+    searching = rollout_layout(recipe, training)
+    if searching is training:
+        return []
+    return [text.replace("model.", "rollout.") for text in problems(shape, searching, gpus)]
 
 
 def possible(shape: Backbone, gpus: int) -> Iterator[Layout]:

@@ -10,10 +10,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
 
-from tawin_nemo.backbones import Backbone
+from tawin_nemo.backbones import Backbone, stage_layers
 from tawin_nemo.config import Recipe
 from tawin_nemo.planner.activations import Numbers, Pass, backward_bytes, forward_bytes, head_bytes, saved_bytes
-from tawin_nemo.planner.layout import Layout, padded_vocab
+from tawin_nemo.planner.layout import Layout, padded_vocab, rollout_layout
 from tawin_nemo.planner.workload import Lengths, rl_pass, search_space, sft_pass, uses_reference
 
 GIB = 2.0**30
@@ -29,6 +29,7 @@ class Parts:
     gradients: float = 0.0
     optimizer: float = 0.0
     reference: float = 0.0
+    rollout_weights: float = 0.0  # where searches have another layout than training
     activations: float = 0.0  # saved for the backward pass, all micro-batches under way
     working: float = 0.0  # passing tensors of one layer, as far as they exceed the logits, which come before
     logits: float = 0.0
@@ -59,7 +60,7 @@ def stage_parameters(shape: Backbone, layout: Layout, stage: int) -> int:
     query, key = shape.heads * dim // tp, shape.kv_heads * dim // tp
     matrices = shape.hidden * (query + 2 * key) + query * shape.hidden + 3 * shape.hidden * shape.ffn // tp
     bias = query + 2 * key if shape.qkv_bias else 0
-    count = shape.layers // layout.pp * (matrices + bias + 2 * shape.hidden)
+    count = stage_layers(shape.layers, layout.pp)[stage] * (matrices + bias + 2 * shape.hidden)
     vocabulary = padded_vocab(shape, tp) // tp * shape.hidden
     first, last = stage == 0, stage == layout.pp - 1
     count += vocabulary if first else 0
@@ -86,7 +87,7 @@ def update_parts(
     """What forward and backward passes add. Of 1F1B's schedule, stage s of P holds min(P - s, micro-batches) forward
     passes at once (Narayanan et al. 2021, arXiv 2104.04473)."""
     last = stage == layout.pp - 1
-    layers = shape.layers // layout.pp
+    layers = stage_layers(shape.layers, layout.pp)[stage]
     under_way = min(layout.pp - stage, micro_batches)
     saved = saved_bytes(shape, layout, numbers, work, recompute=recompute, layers=layers, last=last)
     working = backward_bytes(shape, layout, numbers, work, recompute)
@@ -104,7 +105,7 @@ def search_parts(
     Prompts count once, their beams with all tokens they may come to.
     """
     last = stage == layout.pp - 1
-    layers = shape.layers // layout.pp
+    layers = stage_layers(shape.layers, layout.pp)[stage]
     per_token = 2 * layers * shape.kv_heads * shape.kv_channels / layout.tp * numbers.bytes
     per_prompt = lengths.prompt + width * lengths.run(space)
     prompts = max(1, budget // per_prompt)
@@ -119,8 +120,10 @@ def search_parts(
 def phases(shape: Backbone, recipe: Recipe, layout: Layout, numbers: Numbers, lengths: Lengths, stage: int) -> Iterator[
     tuple[str, Parts]
 ]:  # fmt: skip
-    """What each phase that the recipe runs adds on a stage."""
+    """What each phase that the recipe runs adds on a stage; of a search in another layout, its last stage."""
     recompute, rl = recipe.model.recompute, recipe.rl
+    searching = rollout_layout(recipe, layout)
+    search_stage = stage if searching is layout else searching.pp - 1
     if recipe.sft.enabled or recipe.compare.sft_all:
         rows = -(-recipe.sft.global_batch_size // layout.dp)
         work = sft_pass(recipe, lengths)
@@ -137,13 +140,22 @@ def phases(shape: Backbone, recipe: Recipe, layout: Layout, numbers: Numbers, le
             micro_batches=micro_batches(rows, work.keys, work.tokens),
         )  # fmt: skip
         yield "rollout", search_parts(
-            shape, layout, plain, lengths, budget=recipe.rollout.token_budget,
-            width=recipe.rollout.width or rl.group_size, space=search_space(recipe), stage=stage,
+            shape, searching, plain, lengths, budget=recipe.rollout.token_budget,
+            width=recipe.rollout.width or rl.group_size, space=search_space(recipe), stage=search_stage,
         )  # fmt: skip
     yield "evaluation", search_parts(
-        shape, layout, numbers, lengths, budget=recipe.eval.token_budget, width=recipe.eval.beams,
-        space=recipe.rollout.score_space, stage=stage,
+        shape, searching, numbers, lengths, budget=recipe.eval.token_budget, width=recipe.eval.beams,
+        space=recipe.rollout.score_space, stage=search_stage,
     )  # fmt: skip
+
+
+def rollout_weights(shape: Backbone, recipe: Recipe, layout: Layout, numbers: Numbers) -> float:
+    """Bytes of the second set of weights, of the fullest stage, where searches have another layout than training."""
+    searching = rollout_layout(recipe, layout)
+    if searching is layout:
+        return 0.0
+    count = max(stage_parameters(shape, searching, stage) for stage in range(searching.pp))
+    return float(count * (numbers.bytes + (2 if numbers.fp8 else 0)))
 
 
 def micro_batches(rows: int, tokens_per_row: int, budget: int) -> int:
@@ -163,7 +175,8 @@ def peaks(shape: Backbone, recipe: Recipe, layout: Layout, lengths: Lengths, *, 
             reference = base.weights if copied and phase != "SFT update" else 0.0
             parts = Parts(
                 weights=base.weights, gradients=base.gradients, optimizer=base.optimizer, context=base.context,
-                reference=reference, activations=extra.activations, working=extra.working, logits=extra.logits,
+                reference=reference, rollout_weights=rollout_weights(shape, recipe, layout, numbers),
+                activations=extra.activations, working=extra.working, logits=extra.logits,
                 kv_cache=extra.kv_cache,
             )  # fmt: skip
             if phase not in fullest or parts.total > fullest[phase].parts.total:

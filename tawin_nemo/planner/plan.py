@@ -8,7 +8,15 @@ from tawin_nemo.backbones import Backbone
 from tawin_nemo.config import Recipe
 from tawin_nemo.errors import ConfigError
 from tawin_nemo.planner.gpus import Gpu
-from tawin_nemo.planner.layout import Layout, distance, layout_on, possible, problems
+from tawin_nemo.planner.layout import (
+    Layout,
+    distance,
+    layout_on,
+    possible,
+    problems,
+    rollout_layout,
+    rollout_problems,
+)
 from tawin_nemo.planner.memory import GIB, Peak, peaks, stage_parameters, swap_bytes
 from tawin_nemo.planner.timing import Rates, StepTime, rl_step, sft_step
 from tawin_nemo.planner.workload import Lengths
@@ -82,7 +90,9 @@ def fits(question: Question, layout: Layout) -> bool:
 
 def fitting(question: Question) -> list[Layout]:
     """Possible layouts that fit, best first (fewest model-parallel ranks: most replicas, least communication)."""
-    return [layout for layout in possible(question.shape, question.gpus) if fits(question, layout)]
+    shape, recipe, gpus = question.shape, question.recipe, question.gpus
+    usable = (layout for layout in possible(shape, gpus) if not rollout_problems(shape, recipe, layout, gpus))
+    return [layout for layout in usable if fits(question, layout)]
 
 
 def make_plan(question: Question) -> Plan:
@@ -95,6 +105,7 @@ def make_plan(question: Question) -> Plan:
     layout = recipe_layout(question)
     good = fitting(question)
     wrong = problems(question.shape, layout, question.gpus)
+    wrong += rollout_problems(question.shape, question.recipe, layout, question.gpus)
     if wrong:
         raise ConfigError(f"{layout} is not possible: {'; '.join(wrong)}. {remedy(question, layout, good)}")
     found = peaks(question.shape, question.recipe, layout, question.lengths)
@@ -172,8 +183,14 @@ def notes(question: Question, layout: Layout) -> list[str]:
             f"rl.prompts_per_step={recipe.rl.prompts_per_step} is below the {layout.dp} replicas: "
             f"{layout.dp - recipe.rl.prompts_per_step} of them idle in RL"
         )
-    if recipe.rl.enabled and layout.pp > 1:
-        found.append("a search runs its pipeline stages one after the other: most of them idle during rollouts")
+    searching = rollout_layout(recipe, layout)
+    if searching is not layout:
+        found.append(f"rollouts and evaluation run under {searching}, with weights of their own")
+    if recipe.rl.enabled and searching.pp > 1:
+        found.append(
+            "a search runs its pipeline stages one after the other: most of them idle during rollouts; "
+            "rollout.pipeline_model_parallel_size=1 avoids that"
+        )
     if recipe.model.precision.startswith("fp8"):
         found.append("FP8 saves activations that are counted here at two bytes; not verified on hardware")
     if recipe.model.dropout:

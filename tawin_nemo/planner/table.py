@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, fields
 from typing import Any
 
+from tawin_nemo.backbones import Backbone, stage_layers
 from tawin_nemo.planner.gpus import NODE
 from tawin_nemo.planner.layout import Layout, padded_vocab
 from tawin_nemo.planner.memory import GIB, Parts
@@ -19,7 +20,7 @@ def plan_table(plan: Plan) -> str:
     lines = [
         f"{question.recipe.model.backbone} on {question.gpus} x {gpu.name} ({gpu.memory_gib:g} GiB, "
         f"{gpu.peak_flops(question.recipe.model.precision) / 1e12:g} TFLOP/s in {question.recipe.model.precision})",
-        f"layout      {layout}; {shape.layers // layout.pp} layers per stage",
+        f"layout      {layout}; {_layers(shape, layout)} layers per stage",
         f"divided     {shape.heads // layout.tp} heads, {shape.kv_heads // layout.tp} key-value heads, "
         f"{shape.ffn // layout.tp} FFN columns, {padded_vocab(shape, layout.tp) // layout.tp} vocabulary rows "
         f"({padded_vocab(shape, layout.tp) - shape.vocab} of padding in all) per rank",
@@ -36,6 +37,12 @@ def plan_table(plan: Plan) -> str:
     else:
         lines.append("best        this layout: fewest model-parallel ranks that fit")
     return "\n".join([*lines, *(f"note        {text}" for text in plan.notes)])
+
+
+def _layers(shape: Backbone, layout: Layout) -> str:
+    """One number where all stages hold equally many, else each stage's."""
+    spread = stage_layers(shape.layers, layout.pp)
+    return str(spread[0]) if len(set(spread)) == 1 else " + ".join(map(str, spread))
 
 
 def _memory(plan: Plan) -> list[str]:

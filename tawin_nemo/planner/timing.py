@@ -3,12 +3,12 @@ must at least take to exchange gradients. Collectives inside a model (TP, PP) ar
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from tawin_nemo.backbones import Backbone, Work
+from tawin_nemo.backbones import Backbone, Work, stage_layers
 from tawin_nemo.config import Recipe
 from tawin_nemo.planner.gpus import NODE, Gpu
-from tawin_nemo.planner.layout import Layout
+from tawin_nemo.planner.layout import Layout, rollout_layout
 from tawin_nemo.planner.memory import micro_batches, stage_parameters
 from tawin_nemo.planner.workload import Lengths, rl_pass, rl_step_work, search_space, sft_pass, sft_step_work
 
@@ -48,9 +48,10 @@ class Rates:
 
     def training(self, work: Work, micro: int) -> float:
         """Seconds of forward and backward; full recomputation runs forward twice, and a pipeline of P stages with m
-        micro-batches idles (P - 1) / m of its time (arXiv 2104.04473, Section 2.2)."""
-        passes = 4.0 if self.recompute == "full" else 3.0
-        return passes * self.forward(work) * (micro + self.layout.pp - 1) / micro
+        micro-batches idles (P - 1) / m of its time (arXiv 2104.04473, Section 2.2); its largest stage sets the pace."""
+        passes, stages = 4.0 if self.recompute == "full" else 3.0, self.layout.pp
+        pace = max(stage_layers(self.shape.layers, stages)) * stages / self.shape.layers
+        return passes * pace * self.forward(work) * (micro + stages - 1) / micro
 
     def search(self, work: Work, levels: int) -> float:
         """Seconds of a search: its FLOPs through all stages in turn, and not less than reading the weights once for
@@ -87,12 +88,14 @@ def rl_step(recipe: Recipe, lengths: Lengths, rates: Rates) -> StepTime:
     prompts = recipe.rl.prompts_per_step
     total = rl_step_work(recipe, lengths, rates.shape.vocab, prompts)
     mine = rl_step_work(recipe, lengths, rates.shape.vocab, -(-prompts // rates.layout.dp))
+    searching = replace(rates, layout=rollout_layout(recipe, rates.layout))
+    rolled_out = rl_step_work(recipe, lengths, rates.shape.vocab, -(-prompts // searching.layout.dp)).rollout
     work = rl_pass(recipe, lengths)
     micro = micro_batches(-(-prompts // rates.layout.dp), work.keys, work.tokens)
     forwards = total.rollout + total.reference + total.scoring
     flops = forwards.forward_flops(rates.shape) + 3.0 * total.updates * total.update.forward_flops(rates.shape)
     seconds = {
-        "rollout": rates.search(mine.rollout, lengths.run(search_space(recipe))),
+        "rollout": searching.search(rolled_out, lengths.run(search_space(recipe))),
         "reference": rates.forward(mine.reference),
         "scoring": rates.forward(mine.scoring),
         "update": mine.updates * rates.training(mine.update, micro),

@@ -15,7 +15,7 @@ from tawin_nemo.rollout.dynamic import distinct_first, draws_for
 from tawin_nemo.rollout.lm import LM
 from tawin_nemo.rollout.sampling import constrained_sample
 from tawin_nemo.rollout.scoring import SCORE_SPACES, best, check_prompts, joined
-from tawin_nemo.types import Candidates, PromptBatch, Rollout, TokenRows
+from tawin_nemo.types import Candidates, DataParallel, PromptBatch, Rollout, TokenRows
 
 #: Called with the number of prompts that just got done.
 Progress = Callable[[int], None]
@@ -28,10 +28,23 @@ class RolloutEngine:
     """Beam search and sampling of one model over one catalogue.
 
     ``weight_version`` says which weights the model holds; whoever changes them sets it, and every rollout carries it.
+    ``receive_weights`` brings a model that is not the one in training up to date. ``dp``: this process's place among
+    the model's replicas, None where they are those of training.
     """
 
-    def __init__(self, lm: LM, catalog: Catalog, cfg: RolloutConfig, *, seed: int) -> None:
+    def __init__(
+        self,
+        lm: LM,
+        catalog: Catalog,
+        cfg: RolloutConfig,
+        *,
+        seed: int,
+        dp: DataParallel | None = None,
+        receive_weights: Callable[[], None] = lambda: None,
+    ) -> None:
         self.lm = lm
+        self.dp = dp
+        self.receive_weights = receive_weights
         self.catalog = catalog
         self.cfg = cfg
         self.seed = seed

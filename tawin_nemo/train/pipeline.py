@@ -27,11 +27,9 @@ from tawin_nemo.log import get_logger
 from tawin_nemo.models.megatron import checkpoint, parallel
 from tawin_nemo.models.megatron.build import build_model
 from tawin_nemo.models.megatron.hf_io import load_hf
-from tawin_nemo.models.megatron.lm import MegatronLM
 from tawin_nemo.models.megatron.trainable import Trainable
 from tawin_nemo.recipe import value_of
 from tawin_nemo.rollout.engine import RolloutEngine
-from tawin_nemo.rollout.metered import MeteredLM
 from tawin_nemo.train.actor import Actor
 from tawin_nemo.train.baselines import run_baseline
 from tawin_nemo.train.mfu import peak_flops
@@ -40,6 +38,7 @@ from tawin_nemo.train.reference import Reference, build_reference
 from tawin_nemo.train.rl import train_rl
 from tawin_nemo.train.sft import train_sft
 from tawin_nemo.train.stage import MetricSink, Stage, logged_seconds
+from tawin_nemo.train.weight_sync import build_engine
 from tawin_nemo.train.world import World, read_json
 
 log = get_logger(__name__)
@@ -97,6 +96,7 @@ def write_layout(run_dir: Path, model: GPTModel, peak: float) -> None:
     device = parallel.device()
     mine = {
         **parallel.place(),
+        "layers": len(model.decoder.layers),
         "parameters": sum(p.numel() for p in model.parameters()),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         "peak_tflops": round(peak / 1e12, 4),
@@ -127,8 +127,7 @@ def run_stage(world: World, plan: Plan, sink: MetricSink | None) -> EvalResult:
     stage.stop_between(plan.name)
     model = starting_model(world, plan.start, dropout=world.recipe.model.dropout if plan.kind == "sft" else 0.0)
     write_layout(world.run_dir, model, peak_flops(world.recipe))
-    lm = MeteredLM(MegatronLM(model, world.shape))
-    engine = RolloutEngine(lm, world.catalog, world.recipe.rollout, seed=world.recipe.seed)
+    engine = build_engine(world.recipe, model, world.shape, world.catalog)
     if not stage.done:
         world = replace(world, recipe=stage_recipe(world.recipe, plan.name))
         lr = world.recipe.rl.lr if plan.kind == "rl" else world.recipe.sft.lr
@@ -158,7 +157,9 @@ def starting_model(world: World, start: str | None, *, dropout: float = 0.0) -> 
     Only SFT has dropout: under it the policy ratio of an unchanged policy would be noise around 1 and would be clipped.
     """
     recipe: Recipe = world.recipe
-    model = build_model(world.shape, replace(recipe.model, dropout=dropout), seed=recipe.seed)
+    model = build_model(
+        world.shape, replace(recipe.model, dropout=dropout), seed=recipe.seed, rollout_tp=recipe.rollout_layout[0]
+    )
     if start is not None:
         earlier = Stage(world.run_dir / start, recipe.trainer)
         checkpoint.load_checkpoint(earlier.chosen_checkpoint, model=model)
@@ -191,11 +192,12 @@ def reference_for(world: World, plan: Plan, actor_model: GPTModel) -> Reference:
 def evaluate_stage(world: World, directory: Path, engine: RolloutEngine) -> EvalResult:
     """Full evaluation on ``eval.splits``, written beside the stage's checkpoints; the result on the last one."""
     results = {}
+    engine.receive_weights()
     for split in world.recipe.eval.splits:
         samples, label = world.samples[split], f"{directory.name} {split}"
         results[split] = evaluate(
             engine, samples, world.catalog, world.recipe.eval,
-            dp=world.dp, label=label, popularity_I=item_counts(world.samples["train"], len(world.catalog)),
+            dp=engine.dp or world.dp, label=label, popularity_I=item_counts(world.samples["train"], len(world.catalog)),
         )  # fmt: skip
         if parallel.world_rank() == 0:
             results[split].write(directory / "eval", split)

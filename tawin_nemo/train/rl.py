@@ -25,6 +25,7 @@ from tawin_nemo.rollout.engine import RolloutEngine
 from tawin_nemo.rollout.ensure_target import ensure_target
 from tawin_nemo.train.actor import Actor, weighted_groups
 from tawin_nemo.train.bad_steps import Guard, step_guard, unguarded
+from tawin_nemo.train.dispatch import dispatched
 from tawin_nemo.train.mfu import total_peak_flops
 from tawin_nemo.train.reference import Reference, Refresh
 from tawin_nemo.train.refill import refilled
@@ -35,7 +36,7 @@ from tawin_nemo.train.stage import Progress, Stage
 from tawin_nemo.train.timers import Timers
 from tawin_nemo.train.weight_sync import check_version, sync_weights
 from tawin_nemo.train.world import World
-from tawin_nemo.types import PromptBatch, Rollout
+from tawin_nemo.types import DataParallel, PromptBatch, Rollout
 
 NextPrompts = Callable[[], PromptBatch]
 
@@ -92,7 +93,7 @@ def rl_step(roles: Roles, prompts: NextPrompts, timers: Timers, *, step: int, lr
         with timers("data"):
             batch = prompts()
         with timers("generate"):
-            rollout = roll_out(rl, engine, batch, step, roles.catalog)
+            rollout = roll_out(rl, engine, batch, step, roles.catalog, actor.dp)
         with timers("reward"):
             return rollout, roles.reward(rollout)
 
@@ -116,21 +117,24 @@ def rl_step(roles: Roles, prompts: NextPrompts, timers: Timers, *, step: int, lr
         stats = roles.guard(partial(actor.update, rollout, packed, adv_BG, omega_BG, ref, lr=lr), batches)
     with timers("sync"):
         sync_weights(engine, version=step + 1)
-    count_work(timers, engine, actor.trainable.shape, batches,
+    count_work(timers, engine, actor.dp, actor.trainable.shape, batches,
                path_tokens=path_tokens, scored=ref is not None, passes=rl.inner_updates)  # fmt: skip
     return {**facts, **prefixed(stats)}
 
 
-def roll_out(rl: RlConfig, engine: RolloutEngine, prompts: PromptBatch, step: int, catalog: Catalog) -> Rollout:
-    """G candidates per prompt from the weights of exactly this step."""
-    rollout = engine.generate(
-        prompts,
-        rl.group_size,
+def roll_out(
+    rl: RlConfig, engine: RolloutEngine, prompts: PromptBatch, step: int, catalog: Catalog, dp: DataParallel
+) -> Rollout:
+    """G candidates per prompt from the weights of exactly this step; ``dp`` are the replicas of training."""
+    generate = partial(
+        engine.generate,
+        group_size=rl.group_size,
         negatives=rl.negatives,
         oversample=rl.oversample,
         policy_space=rl.policy_space,
         step=step,
     )
+    rollout = generate(prompts) if engine.dp is None else dispatched(generate, prompts, dp, engine.dp)
     check_version(rollout, expected=step)
     return ensure_target(rollout, catalog) if rl.ensure_target == "replace_last" else rollout
 
@@ -181,8 +185,8 @@ def candidate_weights(rl: RlConfig, rollout: Rollout) -> Tensor:
 
 def validate(world: World, stage: Stage, engine: RolloutEngine, done: Progress) -> bool:
     """NDCG at the largest cut-off on valid decides which checkpoint the stage hands on."""
-    cfg = world.recipe.eval
-    result = evaluate(engine, world.samples["valid"], world.catalog, cfg, dp=world.dp, label=f"{stage.name} valid")
+    cfg, dp, label = world.recipe.eval, engine.dp or world.dp, f"{stage.name} valid"
+    result = evaluate(engine, world.samples["valid"], world.catalog, cfg, dp=dp, label=label)
     metric = f"ndcg@{max(cfg.ks)}"
     stage.write(done.step, {f"valid/{name}": value for name, value in result.means.items()})
     value = -result.means[metric]

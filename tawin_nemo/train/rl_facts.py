@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -43,6 +44,7 @@ def prefixed(stats: dict[str, float]) -> dict[str, float]:
 def count_work(
     timers: Timers,
     engine: RolloutEngine,
+    dp: DataParallel,
     shape: Backbone,
     batches: Sequence[TokenBatch],
     *,
@@ -50,9 +52,16 @@ def count_work(
     scored: bool,
     passes: int,
 ) -> None:
-    """What the phases of this step had to compute; ``scored``: the reference ran, ``passes``: inner updates."""
+    """What the phases of this step had to compute; ``scored``: the reference ran, ``passes``: inner updates.
+
+    ``dp`` are the replicas of training, whose counts the timers add up: where the engine has other ones, each counts
+    the mean share of all that they ran.
+    """
     ran = take_search_work(engine)
-    timers.count("generate", tokens=path_tokens, rows=ran.tokens, flops=ran.forward_flops(shape))
+    rows, flops = float(ran.tokens), ran.forward_flops(shape)
+    if engine.dp is not None:
+        rows, flops = np.sum(engine.dp.gather((rows, flops)), axis=0) / dp.size
+    timers.count("generate", tokens=path_tokens, rows=rows, flops=flops)
     if scored:
         once, tokens = batch_work(batches, shape.vocab), sum(len(batch.target_N) for batch in batches)
         timers.count("reference", tokens=tokens, rows=once.tokens, flops=once.forward_flops(shape))

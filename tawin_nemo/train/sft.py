@@ -97,7 +97,9 @@ def _check(world: World, stage: Stage, trainable: Trainable, engine: RolloutEngi
 def valid_ranking(world: World, engine: RolloutEngine, label: str) -> dict[str, float]:
     """Recall and NDCG on valid with as many beams as the largest cut-off; NDCG at that cut-off comes last."""
     cfg = replace(world.recipe.eval, beams=max(world.recipe.eval.ks))
-    means = evaluate(engine, world.samples["valid"], world.catalog, cfg, dp=world.dp, label=label).means
+    engine.receive_weights()
+    dp = engine.dp or world.dp
+    means = evaluate(engine, world.samples["valid"], world.catalog, cfg, dp=dp, label=label).means
     watched = f"ndcg@{max(cfg.ks)}"
     return {f"valid/{name}": means[name] for name in [*(name for name in means if name != watched), watched]}
 

@@ -38,7 +38,7 @@ class Timers:
         finally:
             self._seconds[phase] = self._seconds.get(phase, 0.0) + _now() - begin
 
-    def count(self, phase: str, *, tokens: int, rows: int, flops: float) -> None:
+    def count(self, phase: str, *, tokens: int, rows: float, flops: float) -> None:
         """This replica's part of a phase: ``tokens`` that came out of it, ``rows`` that went through the decoder, and
         the floating-point operations that this takes."""
         self._counts[phase] = self._counts.get(phase, np.zeros(3)) + np.array([tokens, rows, flops])

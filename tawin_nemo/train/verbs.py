@@ -16,12 +16,12 @@ from tawin_nemo.eval.evaluate import evaluate as run_evaluation
 from tawin_nemo.models.megatron import checkpoint, parallel
 from tawin_nemo.models.megatron.build import build_model
 from tawin_nemo.models.megatron.hf_io import save_hf
-from tawin_nemo.models.megatron.lm import MegatronLM
 from tawin_nemo.rollout.engine import RolloutEngine
 from tawin_nemo.train import signals
 from tawin_nemo.train.pipeline import named_checkpoint, plans, run_pipeline, starting_model
 from tawin_nemo.train.profile import check_profile
 from tawin_nemo.train.rl import total_steps
+from tawin_nemo.train.weight_sync import build_engine
 from tawin_nemo.train.world import World, build_world, open_run_dir, set_threads
 from tawin_nemo.types import NO_ITEM, TokenRows
 
@@ -90,7 +90,7 @@ def evaluate(world: World) -> dict[str, Any]:
     for split in world.recipe.eval.splits:
         found = run_evaluation(
             engine, world.samples[split], world.catalog, world.recipe.eval,
-            dp=world.dp, label=f"evaluate {split}",
+            dp=engine.dp or world.dp, label=f"evaluate {split}",
             popularity_I=item_counts(world.samples["train"], len(world.catalog)),
         )  # fmt: skip
         result[split] = {
@@ -151,14 +151,16 @@ def convert(world: World) -> dict[str, Any]:
 
 
 def engine_of(world: World) -> RolloutEngine:
-    model = checkpoint_model(world)
-    return RolloutEngine(MegatronLM(model, world.shape), world.catalog, world.recipe.rollout, seed=world.recipe.seed)
+    engine = build_engine(world.recipe, checkpoint_model(world), world.shape, world.catalog)
+    engine.receive_weights()
+    return engine
 
 
 def checkpoint_model(world: World) -> Any:
     """The model of ``checkpoint=``: a stage directory (its chosen step) or one step_N directory."""
     if not world.recipe.checkpoint:
         return starting_model(world, None)
-    model = build_model(world.shape, world.recipe.model, seed=world.recipe.seed)
+    recipe = world.recipe
+    model = build_model(world.shape, recipe.model, seed=recipe.seed, rollout_tp=recipe.rollout_layout[0])
     checkpoint.load_checkpoint(named_checkpoint(world.recipe, "checkpoint"), model=model)
     return model

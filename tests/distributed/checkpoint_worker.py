@@ -21,8 +21,8 @@ from tawin_nemo.models.megatron.hf_io import save_hf
 from tawin_nemo.models.megatron.trainable import MicroBatch, Trainable
 from tawin_nemo.types import TokenRows
 
-#: 21 vocabulary rows: one row of padding under TP 2, and the optimizer state of it.
-SHAPE = Backbone("qwen2", 16, 2, 4, 2, 24, 21, rope_theta=1e4, max_position=64)
+#: 21 vocabulary rows: one row of padding under TP 2, and the optimizer state of it. 3 layers: PP 2 holds 2 + 1.
+SHAPE = Backbone("qwen2", 16, 3, 4, 2, 24, 21, rope_theta=1e4, max_position=64)
 ROWS, LENGTH, LR = 4, 7, 1e-2
 
 

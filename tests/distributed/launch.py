@@ -22,7 +22,8 @@ def _free_port() -> int:
 def launch(worker: Path, processes: int, *arguments: str, folder: Path, limit: float = LIMIT) -> None:
     """Run ``python worker arguments`` on each rank; AssertionError with the first failing rank's output otherwise."""
     env = dict(os.environ, MASTER_ADDR="127.0.0.1", MASTER_PORT=str(_free_port()), WORLD_SIZE=str(processes))
-    env.update(OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="", PYTHONPATH=str(worker.parent))
+    root = worker.parents[2]  # this checkout, whichever one is installed
+    env.update(OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="", PYTHONPATH=f"{root}{os.pathsep}{worker.parent}")
     folder.mkdir(parents=True, exist_ok=True)
     logs = [folder / f"rank{rank}.log" for rank in range(processes)]
     started = []

@@ -94,7 +94,8 @@ def test_paths_that_a_recipe_names(tmp_path):
         (2, 4, ""),
         (4, 7, ""),
         (8, 1, "use one of 1, 2, 4"),  # 28 heads, 4 key-value heads
-        (1, 8, "use one of 1, 2, 4, 7, 14, 28"),  # 28 layers
+        (1, 8, ""),  # 28 layers as 2 + 6 x 4 + 2
+        (1, 16, "use one of 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 13, 14, 15, 26, 27, 28"),
     ],
 )
 def test_the_layout_divides_the_model(tp, pp, remedy):
@@ -105,6 +106,18 @@ def test_the_layout_divides_the_model(tp, pp, remedy):
         )
     )  # fmt: skip
     assert (seen.status, seen.remedy) == (Status.FAILS if remedy else Status.OK, remedy)
+
+
+def test_the_layout_of_rollouts_divides_the_model_too():
+    where = ("model.backbone=qwen2.5-7b", "model.pipeline_model_parallel_size=4", "trainer.devices=8")
+    seen = recipe_here.layout(recipe(*where, "rollout.pipeline_model_parallel_size=1"))
+    assert (seen.status, seen.value) == (
+        Status.OK, "8 processes = TP 1 x PP 4 x DP 2; rollouts TP 1 x PP 1 x DP 8"
+    )  # fmt: skip
+    seen = recipe_here.layout(recipe(*where, "rollout.tensor_model_parallel_size=8"
+                                     , "rollout.pipeline_model_parallel_size=1"))  # fmt: skip
+    assert seen.value == "rollout.tensor_model_parallel_size=8 does not divide the 28 attention heads"
+    assert seen.remedy == "use one of 1, 2, 4"
 
 
 def test_the_job_has_the_devices_that_the_recipe_wants(monkeypatch):

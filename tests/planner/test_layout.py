@@ -38,7 +38,7 @@ def test_the_planner_refuses_exactly_what_the_model_builder_refuses(name: str):
     ("tp", "pp", "gpus", "parts"),
     [
         (3, 1, 24, ["model.tensor_model_parallel_size=3", "28 attention heads", "4 key-value heads"]),
-        (1, 3, 24, ["model.pipeline_model_parallel_size=3", "28 layers"]),
+        (1, 16, 32, ["model.pipeline_model_parallel_size=16", "28 layers"]),
         (2, 2, 6, ["TP 2 x PP 2 = 4 ranks do not divide 6 GPUs"]),
         (16, 1, 32, ["more than the 8 GPUs of one node"]),
     ],
@@ -55,7 +55,7 @@ def test_sequence_parallel_needs_tensor_parallel():
 
 def test_possible_layouts_come_with_fewest_model_ranks_first():
     found = [(layout.tp, layout.pp, layout.dp) for layout in possible(QWEN_7B, 8)]
-    assert found == [(1, 1, 8), (2, 1, 4), (1, 2, 4), (4, 1, 2), (2, 2, 2), (1, 4, 2), (4, 2, 1), (2, 4, 1)]
+    assert found == [(1, 1, 8), (2, 1, 4), (1, 2, 4), (4, 1, 2), (2, 2, 2), (1, 4, 2), (4, 2, 1), (2, 4, 1), (1, 8, 1)]
     assert all(layout.sequence_parallel == (layout.tp > 1) for layout in possible(QWEN_7B, 8))
 
 

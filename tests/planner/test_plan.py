@@ -128,6 +128,21 @@ def test_qwen_7b_on_32_h800_fits_and_is_what_the_planner_would_take():
     assert facts["memory_bytes"]["RL update"]["gradients"] == 4 * facts["parameters_per_rank"]
 
 
+def test_rollouts_of_their_own_layout_cost_weights_and_save_pipeline_time():
+    own = plan("gpus=32", "model.pipeline_model_parallel_size=4", "rollout.pipeline_model_parallel_size=1")
+    same = plan("gpus=32", "model.pipeline_model_parallel_size=4")
+    assert own.layout == same.layout == Layout(2, 4, 4, True)
+    bytes_of_tp2 = 2 * stage_parameters(own.question.shape, Layout(2, 1), 0)
+    for ours, theirs in zip(own.peaks, same.peaks, strict=True):
+        assert ours.parts.rollout_weights == bytes_of_tp2
+        assert theirs.parts.rollout_weights == 0.0
+    assert {peak.phase: peak.parts.kv_cache for peak in own.peaks}["rollout"] > 0
+    assert own.rl.seconds["rollout"] < same.rl.seconds["rollout"]
+    assert any("rollouts and evaluation run under TP 2 x PP 1 x DP 16" in note for note in own.notes)
+    with pytest.raises(ConfigError, match=r"rollout\.tensor_model_parallel_size=3 does not divide"):
+        plan("gpus=24", "rollout.tensor_model_parallel_size=3")
+
+
 @pytest.mark.parametrize(
     ("words", "parts"),
     [
@@ -136,7 +151,7 @@ def test_qwen_7b_on_32_h800_fits_and_is_what_the_planner_would_take():
         (["model.tensor_model_parallel_size=3"],
          ["not possible", "28 attention heads", "nearest layout that fits", "TP 4 x PP 1 x DP 8",
           "model.tensor_model_parallel_size=4"]),
-        (["model.pipeline_model_parallel_size=3"], ["28 layers", "TP 2 x PP 4 x DP 4"]),
+        (["model.pipeline_model_parallel_size=16"], ["28 layers", "nearest layout that fits", "TP 2 x PP 8 x DP 2"]),
         (["gpus=12"], ["gpus=12", "use 8 or 16"]),
         (["gpus=1", "model.tensor_model_parallel_size=1", "model.sequence_parallel=false"],
          ["does not fit", "No layout fits on 1 x h800", "model.recompute=full"]),

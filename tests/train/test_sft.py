@@ -66,11 +66,13 @@ def test_ndcg_decides_when_it_is_watched(monkeypatch):
 
     monkeypatch.setattr(sft, "valid_loss", lambda world, trainable: next(losses))
     monkeypatch.setattr(sft, "evaluate", search)
-    done, bad = Progress(), []
+    done, bad, received = Progress(), [], []
+    engine = SimpleNamespace(dp=None, receive_weights=lambda: received.append(done.step))
     for step in range(4):
         done.step = step
-        sft._check(world, stage, None, None, done)
+        sft._check(world, stage, None, engine, done)
         bad.append(done.bad_checks)
+    assert received == [0, 1, 2, 3]
     assert done.best_step == 3
     assert bad == [0, 0, 1, 2]  # .305 is the best, but within min_delta of .3
     assert written[1] == {"valid/loss": 2.0, "valid/recall@10": 0.5, "valid/ndcg@1": 0.0, "valid/ndcg@10": 0.3}

@@ -4,26 +4,29 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import math
+from dataclasses import replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from megatron.core import parallel_state
 from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_layer_local_spec,
     get_gpt_layer_with_transformer_engine_spec,
 )
 from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from tawin_nemo.backbones import Backbone
+from tawin_nemo.backbones import Backbone, stage_layers
 from tawin_nemo.config import ModelConfig
 from tawin_nemo.errors import ConfigError
 from tawin_nemo.models.megatron.attention import PlannedAttention
 from tawin_nemo.models.megatron.embedding import RowEmbedding
+from tawin_nemo.models.megatron.groups import rollout_groups, training_groups
 from tawin_nemo.models.megatron.norm import RMSNorm
 from tawin_nemo.models.megatron.rope import PositionedRotary
 
@@ -52,12 +55,13 @@ class HiddenGPT(GPTModel):
         return hidden_states
 
 
-def padded_vocab(shape: Backbone, tensor_parallel_size: int) -> int:
-    """Vocabulary rows rounded up to a multiple of the TP size; rows from ``shape.vocab`` on are never scored."""
-    return -(-shape.vocab // tensor_parallel_size) * tensor_parallel_size
+def padded_vocab(shape: Backbone, *tensor_parallel_sizes: int) -> int:
+    """Vocabulary rows rounded up to a multiple of the TP sizes; rows from ``shape.vocab`` on are never scored."""
+    multiple = math.lcm(*tensor_parallel_sizes)
+    return -(-shape.vocab // multiple) * multiple
 
 
-def _check(shape: Backbone, cfg: ModelConfig) -> None:
+def _check(shape: Backbone, cfg: ModelConfig, section: str = "model") -> None:
     tp, pp = cfg.tensor_model_parallel_size, cfg.pipeline_model_parallel_size
     if shape.vocab < 1:
         raise ConfigError(
@@ -70,13 +74,13 @@ def _check(shape: Backbone, cfg: ModelConfig) -> None:
     ):
         if value % tp:
             raise ConfigError(
-                f"model.tensor_model_parallel_size={tp} does not divide the {value} {what} of {cfg.backbone}: "
+                f"{section}.tensor_model_parallel_size={tp} does not divide the {value} {what} of {cfg.backbone}: "
                 "use a divisor"
             )
-    if shape.layers % pp:
+    if not stage_layers(shape.layers, pp):
         raise ConfigError(
-            f"model.pipeline_model_parallel_size={pp} does not divide the {shape.layers} layers of {cfg.backbone}: "
-            "use a divisor"
+            f"{section}.pipeline_model_parallel_size={pp}: the {shape.layers} layers of {cfg.backbone} cannot be "
+            "spread over so many stages: use a divisor, or a smaller number"
         )
     if cfg.precision in _FP8 and not (torch.cuda.is_available() and importlib.util.find_spec("transformer_engine")):
         raise ConfigError(
@@ -85,12 +89,14 @@ def _check(shape: Backbone, cfg: ModelConfig) -> None:
         )
 
 
-def model_config(shape: Backbone, cfg: ModelConfig) -> TransformerConfig:
-    """megatron's configuration of this backbone under this layout. Raises ConfigError for impossible combinations."""
-    _check(shape, cfg)
+def model_config(shape: Backbone, cfg: ModelConfig, *, section: str = "model") -> TransformerConfig:
+    """megatron's configuration of this backbone under this layout. Raises ConfigError for impossible combinations,
+    naming the keys of the recipe's ``section``."""
+    _check(shape, cfg, section)
     on_gpu = torch.cuda.is_available()
     dtype = torch.float32 if cfg.precision == "fp32" else torch.bfloat16
     tp, pp = cfg.tensor_model_parallel_size, cfg.pipeline_model_parallel_size
+    spread, uneven = stage_layers(shape.layers, pp), shape.layers % pp > 0
     return TransformerConfig(
         num_layers=shape.layers,
         hidden_size=shape.hidden,
@@ -108,6 +114,8 @@ def model_config(shape: Backbone, cfg: ModelConfig) -> TransformerConfig:
         attention_dropout=cfg.dropout,
         tensor_model_parallel_size=tp,
         pipeline_model_parallel_size=pp,
+        num_layers_in_first_pipeline_stage=spread[0] if uneven else None,
+        num_layers_in_last_pipeline_stage=spread[-1] if uneven else None,
         sequence_parallel=cfg.sequence_parallel and tp > 1,
         params_dtype=dtype,
         pipeline_dtype=dtype,
@@ -137,7 +145,7 @@ def _leave(weight: Tensor) -> None:
     """The initialiser handed to megatron: weights come from init_weights or from a checkpoint."""
 
 
-def _block_spec(config: TransformerConfig) -> TransformerBlockSubmodules:
+def _block_spec(config: TransformerConfig, stage: int) -> TransformerBlockSubmodules:
     if config.fp8 is not None:
         layer: ModuleSpec = get_gpt_layer_with_transformer_engine_spec()
     else:
@@ -145,23 +153,51 @@ def _block_spec(config: TransformerConfig) -> TransformerBlockSubmodules:
         layer.submodules.input_layernorm = RMSNorm
         layer.submodules.pre_mlp_layernorm = RMSNorm
     layer.submodules.self_attention.submodules.core_attention = PlannedAttention
-    return TransformerBlockSubmodules(layer_specs=[layer] * get_num_layers_to_build(config), layer_norm=RMSNorm)
+    layers = get_num_layers_to_build(config, pp_rank=stage)
+    return TransformerBlockSubmodules(layer_specs=[layer] * layers, layer_norm=RMSNorm)
 
 
-def build_model(shape: Backbone, cfg: ModelConfig, *, seed: int) -> HiddenGPT:
+def build_model(shape: Backbone, cfg: ModelConfig, *, seed: int, rollout_tp: int = 1) -> HiddenGPT:
     """This rank's pipeline stage, on this rank's device, in float32 (or bf16 for bf16 and fp8 precisions).
 
-    Initial weights are a function of ``seed`` and the shape only, whatever the layout. ``parallel.initialize`` must
-    have run. Raises ConfigError when the layout does not fit the shape or the precision the machine.
+    Initial weights are a function of ``seed`` and the shape only, whatever the layout. The vocabulary is padded so
+    that TP ``rollout_tp`` can divide it as well. ``parallel.initialize`` must have run. Raises ConfigError when the
+    layout does not fit the shape or the precision the machine.
     """
     config = model_config(shape, cfg)
+    rows = padded_vocab(shape, cfg.tensor_model_parallel_size, rollout_tp)
+    model = _empty_model(shape, config, rows, training_groups())
+    init_weights(model, shape, seed=seed)
+    return model
+
+
+def build_rollout_model(shape: Backbone, cfg: ModelConfig, tp: int, pp: int) -> HiddenGPT:
+    """This rank's part of a model that only searches, under TP ``tp`` x PP ``pp``; its weights are still to come.
+
+    ``cfg`` describes the model in training, which was built with ``rollout_tp=tp``. Raises ConfigError as
+    ``build_model``.
+    """
+    own = replace(
+        cfg, tensor_model_parallel_size=tp, pipeline_model_parallel_size=pp, sequence_parallel=False,
+        dropout=0.0, recompute="none",
+    )  # fmt: skip
+    config = model_config(shape, own, section="rollout")
+    rows = padded_vocab(shape, cfg.tensor_model_parallel_size, tp)
+    return _empty_model(shape, config, rows, rollout_groups(tp, pp)).eval().requires_grad_(False)
+
+
+def _empty_model(
+    shape: Backbone, config: TransformerConfig, vocab_rows: int, groups: ProcessGroupCollection
+) -> HiddenGPT:
+    stage = groups.pp.rank()
     model = HiddenGPT(
         config,
-        _block_spec(config),
-        vocab_size=padded_vocab(shape, cfg.tensor_model_parallel_size),
+        _block_spec(config, stage),
+        vocab_size=vocab_rows,
         max_sequence_length=shape.max_position,
-        pre_process=parallel_state.is_pipeline_first_stage(),
-        post_process=parallel_state.is_pipeline_last_stage(),
+        pre_process=stage == 0,
+        post_process=stage == groups.pp.size() - 1,
+        pg_collection=groups,
         share_embeddings_and_output_weights=shape.tied,
         position_embedding_type="rope",
         rotary_base=int(shape.rope_theta),
@@ -170,7 +206,6 @@ def build_model(shape: Backbone, cfg: ModelConfig, *, seed: int) -> HiddenGPT:
     model.rotary_pos_emb = PositionedRotary(shape)
     if model.pre_process:  # megatron names the class in its own code; only how gradients travel differs
         model.embedding.word_embeddings.__class__ = RowEmbedding
-    init_weights(model, shape, seed=seed)
     return model
 
 
@@ -195,15 +230,13 @@ def init_weights(model: GPTModel, shape: Backbone, *, seed: int) -> None:
         if parameter.dim() == 1:
             parameter.fill_(0.0 if name.endswith("bias") else 1.0)
             continue
-        parameter.copy_(_shard(_full_matrix(global_name(model, name), model, parameter, shape, seed), name, parameter))
+        full = _full_matrix(global_name(model, name), model, parameter, shape, seed)
+        parameter.copy_(own_shard(full, name, model, parameter))
 
 
 def _full_matrix(name: str, model: GPTModel, parameter: Tensor, shape: Backbone, seed: int) -> Tensor:
     """The whole matrix on the CPU in float32, padded rows of the vocabulary included."""
-    tp = parallel_state.get_tensor_model_parallel_world_size()
-    rows, columns = parameter.shape
-    sharded_axis = parameter.partition_dim if parameter.tensor_model_parallel else None  # type: ignore[attr-defined]
-    rows, columns = rows * (tp if sharded_axis == 0 else 1), columns * (tp if sharded_axis == 1 else 1)
+    rows, columns = full_shape(model, parameter)
     vocabulary = name in ("embedding.word_embeddings.weight", "output_layer.weight")
     real_rows = shape.vocab if vocabulary else rows
     key = hashlib.sha256(f"{seed}/{name}".encode()).digest()
@@ -216,12 +249,25 @@ def _full_matrix(name: str, model: GPTModel, parameter: Tensor, shape: Backbone,
     return matrix
 
 
-def _shard(full: Tensor, name: str, parameter: Tensor) -> Tensor:
+def sharded_axis(parameter: Tensor) -> int | None:
+    """The axis along which TP ranks share the parameter; None: every rank has all of it."""
+    return parameter.partition_dim if getattr(parameter, "tensor_model_parallel", False) else None  # type: ignore[attr-defined]
+
+
+def full_shape(model: GPTModel, parameter: Tensor) -> list[int]:
+    """The shape that the shards of all TP ranks make together."""
+    sizes, axis = list(parameter.shape), sharded_axis(parameter)
+    if axis is not None:
+        sizes[axis] *= model.pg_collection.tp.size()
+    return sizes
+
+
+def own_shard(full: Tensor, name: str, model: GPTModel, parameter: Tensor) -> Tensor:
     """This TP rank's part. The gated ``linear_fc1`` holds gate and up halves, each of which is split."""
-    if full.shape == parameter.shape:
+    axis = sharded_axis(parameter)
+    if axis is None:
         return full
-    tp, rank = parallel_state.get_tensor_model_parallel_world_size(), parallel_state.get_tensor_model_parallel_rank()
-    axis = parameter.partition_dim  # type: ignore[attr-defined]
+    tp, rank = model.pg_collection.tp.size(), model.pg_collection.tp.rank()
     if name.endswith("linear_fc1.weight"):
         return torch.cat([half.chunk(tp, dim=axis)[rank] for half in full.chunk(2, dim=axis)], dim=axis)
     return full.chunk(tp, dim=axis)[rank]

@@ -13,7 +13,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from megatron.core import parallel_state
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.tensor_parallel.mappings import (
     copy_to_tensor_model_parallel_region,
@@ -45,14 +44,16 @@ def select_rows(model: GPTModel, hidden_SBD: Tensor, place_P: Tensor) -> Tensor:
     """Hidden states [P, D] at places of the one flat row, gathered over sequence-parallel ranks first."""
     if model.config.sequence_parallel:
         # Every TP rank computes the same full gradient of the gathered states (the head sums it): split it, do not sum.
-        hidden_SBD = gather_from_sequence_parallel_region(hidden_SBD, tensor_parallel_output_grad=False)
+        hidden_SBD = gather_from_sequence_parallel_region(
+            hidden_SBD, tensor_parallel_output_grad=False, group=model.pg_collection.tp
+        )
     return hidden_SBD[:, 0].index_select(0, place_P)
 
 
 def local_vocab(model: GPTModel) -> tuple[int, int]:
     """``start`` of this TP rank's vocabulary rows, and how many of them are real (not padding)."""
     rows = head_weight_VD(model).shape[0]
-    start = parallel_state.get_tensor_model_parallel_rank() * rows
+    start = model.pg_collection.tp.rank() * rows
     return start, max(0, min(rows, model.real_vocab - start))
 
 
@@ -61,15 +62,15 @@ def edge_logits(model: GPTModel, hidden_PD: Tensor, position_E: Tensor, token_E:
 
     [E] in float32 or wider. Each dot product is made on the TP rank that holds the row.
     """
-    weight_VD = head_weight_VD(model)
-    if parallel_state.get_tensor_model_parallel_world_size() == 1:
+    weight_VD, group = head_weight_VD(model), model.pg_collection.tp
+    if group.size() == 1:
         return _wide(_EdgeDots.apply(hidden_PD, weight_VD, position_E, token_E))
     local_E = token_E - local_vocab(model)[0]
     here_E = (local_E >= 0) & (local_E < weight_VD.shape[0])
-    hidden_PD = copy_to_tensor_model_parallel_region(hidden_PD)
+    hidden_PD = copy_to_tensor_model_parallel_region(hidden_PD, group)
     dots = _wide(_EdgeDots.apply(hidden_PD, weight_VD, position_E[here_E], local_E[here_E]))
     logit_E = dots.new_zeros(len(token_E)).index_put((here_E.nonzero().squeeze(1),), dots)
-    return reduce_from_tensor_model_parallel_region(logit_E)
+    return reduce_from_tensor_model_parallel_region(logit_E, group)
 
 
 class _EdgeDots(torch.autograd.Function):
@@ -125,12 +126,16 @@ def child_logprobs(model: GPTModel, hidden_PD: Tensor, children: Children) -> Te
 
 def token_logprobs(model: GPTModel, hidden_PD: Tensor, row_N: Tensor, target_N: Tensor) -> Tensor:
     """Vocab space: log softmax over the real vocabulary of place ``row_N`` at ``target_N``, [N] in float32 or wider."""
-    real = local_vocab(model)[1]
     order_N = row_N.argsort(stable=True)
     logit_N = edge_logits(model, hidden_PD, row_N[order_N], target_N[order_N])
-    lse_P = vocab_log_sum_exp(copy_to_tensor_model_parallel_region(hidden_PD), head_weight_VD(model), real)
+    lse_P = log_sum_exp(model, copy_to_tensor_model_parallel_region(hidden_PD, model.pg_collection.tp))
     logp_N = logit_N - lse_P[row_N[order_N]]
     return logp_N[order_N.argsort()]
+
+
+def log_sum_exp(model: GPTModel, hidden_PD: Tensor) -> Tensor:
+    """[P] over the real vocabulary, equal on all TP ranks; see ``vocab_log_sum_exp`` for the gradient."""
+    return vocab_log_sum_exp(hidden_PD, head_weight_VD(model), local_vocab(model)[1], model.pg_collection.tp)
 
 
 def _wide(tensor: Tensor) -> Tensor:
@@ -141,7 +146,7 @@ def _wide(tensor: Tensor) -> Tensor:
 def full_logits_NV(model: GPTModel, hidden_ND: Tensor) -> Tensor:
     """Logits over the real vocabulary, equal on all TP ranks, float32 (float64 for a double model); no gradient."""
     local_NV = _wide(F.linear(hidden_ND, head_weight_VD(model))).contiguous()
-    group = parallel_state.get_tensor_model_parallel_group()
+    group = model.pg_collection.tp
     if group.size() == 1:
         return local_NV[:, : model.real_vocab]
     parts = [torch.empty_like(local_NV) for _ in range(group.size())]

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from megatron.core import parallel_state
 from torch import Tensor
 
 #: Logits alive at once: 4 MiB in float32 on a CPU, 64 MiB on a GPU.
@@ -22,18 +21,19 @@ _KEPT = 2**23
 _NARROWEST = 256
 
 
-def vocab_log_sum_exp(hidden_PD: Tensor, weight_VD: Tensor, real: int) -> Tensor:
-    """[P] in float32 or wider, over the first ``real`` rows of every TP rank's shard; equal on all TP ranks.
+def vocab_log_sum_exp(hidden_PD: Tensor, weight_VD: Tensor, real: int, group: dist.ProcessGroup) -> Tensor:
+    """[P] in float32 or wider, over the first ``real`` rows of the shard of every rank of the TP ``group``; equal on
+    all of them.
 
     Under tensor parallelism each rank's gradient to ``hidden_PD`` is that of its own shard: sum them.
     """
-    result: Tensor = _LogSumExp.apply(hidden_PD, weight_VD, real)
+    result: Tensor = _LogSumExp.apply(hidden_PD, weight_VD, real, group)
     return result
 
 
 class _LogSumExp(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden_PD: Tensor, weight_VD: Tensor, real: int) -> Tensor:
+    def forward(ctx: Any, hidden_PD: Tensor, weight_VD: Tensor, real: int, group: dist.ProcessGroup) -> Tensor:
         keeps = ctx.needs_input_grad[0] and len(hidden_PD) * real <= _KEPT
         peak_P = torch.full((len(hidden_PD),), -torch.inf, dtype=_wide(hidden_PD), device=hidden_PD.device)
         total_P = torch.zeros_like(peak_P)
@@ -46,13 +46,13 @@ class _LogSumExp(torch.autograd.Function):
             peak_P = higher_P
             if keeps:
                 kept += [exp_PN, higher_P]
-        lse_P = _reduced(peak_P, total_P)
+        lse_P = _reduced(peak_P, total_P, group)
         ctx.weight_VD, ctx.real = weight_VD, real  # the parameter itself: saved tensors lose its ``main_grad``
         ctx.save_for_backward(hidden_PD, lse_P, *kept)
         return lse_P
 
     @staticmethod
-    def backward(ctx: Any, grad_P: Tensor) -> tuple[Tensor, Tensor | None, None]:
+    def backward(ctx: Any, grad_P: Tensor) -> tuple[Tensor, Tensor | None, None, None]:
         hidden_PD, lse_P, *kept = ctx.saved_tensors
         weight_VD = ctx.weight_VD
         buffer = getattr(weight_VD, "main_grad", None)
@@ -67,7 +67,7 @@ class _LogSumExp(torch.autograd.Function):
             weighted_PN = weighted_PN.to(hidden_PD.dtype)
             _add_product(grad_PD, weighted_PN, weight_VD[rows])
             _add_product(grad_VD[rows], weighted_PN.t(), hidden_PD)
-        return grad_PD.to(hidden_PD.dtype), (grad_VD if buffer is None else None), None
+        return grad_PD.to(hidden_PD.dtype), (grad_VD if buffer is None else None), None, None
 
 
 def _slices(hidden_PD: Tensor, real: int) -> Iterator[slice]:
@@ -92,9 +92,8 @@ def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
         total.add_(left @ right)
 
 
-def _reduced(peak_P: Tensor, total_P: Tensor) -> Tensor:
+def _reduced(peak_P: Tensor, total_P: Tensor, group: dist.ProcessGroup) -> Tensor:
     """log sum over all shards, from each shard's peak and its sum relative to that peak."""
-    group = parallel_state.get_tensor_model_parallel_group()
     if group.size() == 1:
         return peak_P + total_P.log()
     highest_P = peak_P.clone()

@@ -12,7 +12,6 @@ from dataclasses import dataclass, replace
 
 import torch
 import torch.distributed as dist
-from megatron.core import parallel_state
 from megatron.core.models.gpt.gpt_model import GPTModel
 from torch import Tensor
 
@@ -22,8 +21,7 @@ from tawin_nemo.models.megatron import parallel
 from tawin_nemo.models.megatron.attention import AttentionPlan
 from tawin_nemo.models.megatron.decode_plan import ExtendPlan, PrefillPlan, place_within
 from tawin_nemo.models.megatron.forward import logit_dtype, modes, padding
-from tawin_nemo.models.megatron.head import edge_logits, head_weight_VD, local_vocab
-from tawin_nemo.models.megatron.head_lse import vocab_log_sum_exp
+from tawin_nemo.models.megatron.head import edge_logits, log_sum_exp
 from tawin_nemo.models.megatron.kv_store import KeyValueSlots
 from tawin_nemo.types import TokenBatch, TokenRows
 
@@ -51,10 +49,15 @@ class Cache:
 
 
 class MegatronLM:
-    """Cached decoding of a GPTModel under any tensor- and pipeline-parallel layout, without gradient or dropout."""
+    """Cached decoding of a GPTModel under any tensor- and pipeline-parallel layout, without gradient or dropout.
+
+    It runs in the model's own process groups, which need not be those of training.
+    """
 
     def __init__(self, model: GPTModel, shape: Backbone) -> None:
         self.model, self.shape = model, shape
+        self._stages: dist.ProcessGroup = model.pg_collection.pp
+        self._stage, self._last_stage = self._stages.rank(), self._stages.size() - 1
 
     @property
     def vocab_size(self) -> int:
@@ -177,30 +180,30 @@ class MegatronLM:
         device = parallel.device()
         row_N, position_E, token_E = row_N.to(device), position_E.to(device), token_E.to(device)
         logp_E = None
-        if parallel.is_last_stage():
+        if self._stage == self._last_stage:
             hidden_ND = _present(cache.hidden_RD).index_select(0, row_N)
             logit_E = edge_logits(self.model, hidden_ND, position_E, token_E)
             if space == "trie":
                 logp_E = segment_log_softmax(logit_E, position_E, len(row_N))
             else:
-                real = local_vocab(self.model)[1]
-                logp_E = logit_E - vocab_log_sum_exp(hidden_ND, head_weight_VD(self.model), real)[position_E]
-        return parallel.broadcast_from_last_stage(logp_E, (len(token_E),), logit_dtype(self.model))
+                logp_E = logit_E - log_sum_exp(self.model, hidden_ND)[position_E]
+        return parallel.broadcast_from_last_stage(logp_E, (len(token_E),), logit_dtype(self.model), stages=self._stages)
 
     def _run(self, tokens_S: Tensor, extra: int, plan: AttentionPlan) -> Tensor | None:
         """Hidden states [S, D] of the real tokens on the last stage, None on the others, through all stages."""
         real = len(tokens_S)
         tokens_BS = torch.nn.functional.pad(tokens_S.to(parallel.device()), (0, extra))[None]
         with _without_sequence_parallel(self.model), modes(self.model, training=False):
-            if not parallel.is_first_stage():
+            if self._stage > 0:
                 arriving = next(self.model.parameters()).new_empty(real + extra, 1, self.shape.hidden)
-                dist.recv(arriving, src=parallel_state.get_pipeline_model_parallel_prev_rank(), group=_stages())
+                before = dist.get_global_rank(self._stages, self._stage - 1)
+                dist.recv(arriving, src=before, group=self._stages)
                 self.model.set_input_tensor(arriving)
             hidden_SBD = self.model(tokens_BS, None, None, packed_seq_params=plan)
             self.model.set_input_tensor(None)
-            if not parallel.is_last_stage():
-                following = parallel_state.get_pipeline_model_parallel_next_rank()
-                dist.send(hidden_SBD.contiguous(), dst=following, group=_stages())
+            if self._stage < self._last_stage:
+                following = dist.get_global_rank(self._stages, self._stage + 1)
+                dist.send(hidden_SBD.contiguous(), dst=following, group=self._stages)
                 return None
         return hidden_SBD[:real, 0]
 
@@ -220,10 +223,6 @@ def _chains(rows: TokenRows) -> TokenBatch:
 def _present(hidden_RD: Tensor | None) -> Tensor:
     assert hidden_RD is not None, "only the last pipeline stage holds hidden states"
     return hidden_RD
-
-
-def _stages() -> dist.ProcessGroup:
-    return parallel_state.get_pipeline_model_parallel_group()
 
 
 @contextlib.contextmanager

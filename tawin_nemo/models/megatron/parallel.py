@@ -10,7 +10,6 @@ import hashlib
 import os
 import re
 from dataclasses import dataclass
-from datetime import timedelta
 from typing import Any
 
 import torch
@@ -21,11 +20,10 @@ from torch import Tensor
 from tawin_nemo.config import ModelConfig
 from tawin_nemo.errors import ConfigError
 from tawin_nemo.log import get_logger
-from tawin_nemo.models.megatron import shim
+from tawin_nemo.models.megatron import groups, shim
+from tawin_nemo.models.megatron.groups import TIMEOUT
 from tawin_nemo.types import DataParallel
 
-#: A rank that waits longer than this for another one gives up with an error instead of hanging for ever.
-TIMEOUT = timedelta(minutes=30)
 _log = get_logger(__name__)
 
 
@@ -91,7 +89,7 @@ def initialize(cfg: ModelConfig, *, seed: int) -> None:
     if not dist.is_initialized():
         _start_process_group(read_launch())
     if parallel_state.model_parallel_is_initialized() and _layout() != (tp, pp):
-        parallel_state.destroy_model_parallel()
+        _forget_layout()
     if not parallel_state.model_parallel_is_initialized():
         parallel_state.initialize_model_parallel(
             tensor_model_parallel_size=tp,
@@ -126,27 +124,24 @@ def seed_step(seed: int, step: int) -> None:
     tensor_parallel.model_parallel_cuda_manual_seed(value)
 
 
+def _forget_layout() -> None:
+    parallel_state.destroy_model_parallel()
+    groups.forget()
+
+
 def shutdown() -> None:
     """Leave the process groups; safe to call when none were made."""
     if parallel_state.model_parallel_is_initialized():
-        parallel_state.destroy_model_parallel()
+        _forget_layout()
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
 def data_parallel() -> DataParallel:
     """This rank's place among the data-parallel replicas; ``gather`` sends Python objects over gloo."""
-    size = parallel_state.get_data_parallel_world_size()
-    if size == 1:
+    if parallel_state.get_data_parallel_world_size() == 1:
         return DataParallel()
-    group = parallel_state.get_data_parallel_group_gloo()
-
-    def gather(value: Any) -> list[Any]:
-        values: list[Any] = [None] * size
-        dist.all_gather_object(values, value, group=group)
-        return values
-
-    return DataParallel(parallel_state.get_data_parallel_rank(), size, gather)
+    return groups.replicas(parallel_state.get_data_parallel_group_gloo())
 
 
 def world_rank() -> int:
@@ -192,19 +187,19 @@ def barrier() -> None:
         dist.barrier(device_ids=[torch.cuda.current_device()] if torch.cuda.is_available() else None)
 
 
-def broadcast_from_last_stage(tensor: Tensor | None, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """The last pipeline stage's ``tensor`` (of this shape and dtype) on every stage; the others may pass None."""
-    if pp_size() == 1:
+def broadcast_from_last_stage(
+    tensor: Tensor | None, shape: tuple[int, ...], dtype: torch.dtype, *, stages: dist.ProcessGroup
+) -> Tensor:
+    """The last of a model's ``stages`` hands its ``tensor`` (of this shape and dtype) to all; the others may pass
+    None."""
+    if stages.size() == 1:
         assert tensor is not None
         return tensor
-    if tensor is None or not is_last_stage():
+    last = stages.size() - 1
+    if tensor is None or stages.rank() != last:
         tensor = torch.empty(shape, dtype=dtype, device=device())
     tensor = tensor.contiguous()
-    dist.broadcast(
-        tensor,
-        src=parallel_state.get_pipeline_model_parallel_last_rank(),
-        group=parallel_state.get_pipeline_model_parallel_group(),
-    )
+    dist.broadcast(tensor, src=dist.get_global_rank(stages, last), group=stages)
     return tensor
 
 

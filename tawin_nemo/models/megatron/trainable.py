@@ -98,7 +98,9 @@ def score(model: GPTModel, batches: list[TokenBatch]) -> list[Tensor]:
             forward_only=True,
         )
     sizes = [len(batch.row_N) for batch in batches]
-    flat = parallel.broadcast_from_last_stage(torch.cat(kept) if kept else None, (sum(sizes),), logit_dtype(model))
+    flat = parallel.broadcast_from_last_stage(
+        torch.cat(kept) if kept else None, (sum(sizes),), logit_dtype(model), stages=model.pg_collection.pp
+    )
     return list(flat.split(sizes))
 
 

@@ -66,7 +66,7 @@ def test_vocabulary_is_padded_to_the_tensor_parallel_size(vocab: int, size: int,
     [
         ({"tensor_model_parallel_size": 3}, "tensor_model_parallel_size=3 does not divide the 4 attention heads"),
         ({"tensor_model_parallel_size": 4}, "tensor_model_parallel_size=4 does not divide the 2 key-value heads"),
-        ({"pipeline_model_parallel_size": 4}, "pipeline_model_parallel_size=4 does not divide the 2 layers"),
+        ({"pipeline_model_parallel_size": 4}, "pipeline_model_parallel_size=4: the 2 layers"),
     ],
 )
 def test_layouts_that_do_not_fit_are_refused(change: dict[str, int], message: str) -> None:

@@ -1,0 +1,68 @@
+"""The process groups that a model computes in: training's, or those of a rollout layout over the same processes.
+
+megatron's ``parallel_state`` holds one layout, that of training. A model of another layout gets its own groups when it
+is built; whatever runs it (forward pass, head, decoding) asks the model's ``pg_collection`` and not the global state.
+"""
+
+from __future__ import annotations
+
+from datetime import timedelta
+from functools import cache
+from typing import Any
+
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.process_groups_config import ProcessGroupCollection
+
+from tawin_nemo.types import DataParallel
+
+#: A rank that waits longer than this for another one gives up with an error instead of hanging for ever.
+TIMEOUT = timedelta(minutes=30)
+
+
+def training_groups() -> ProcessGroupCollection:
+    """The groups of the layout that ``parallel.initialize`` laid out."""
+    return ProcessGroupCollection.use_mpu_process_groups()
+
+
+@cache
+def rollout_groups(tp: int, pp: int) -> ProcessGroupCollection:
+    """Groups of TP ``tp`` x PP ``pp`` x as many replicas as fit, over all processes, which call this alike.
+
+    Ranks are numbered as in training (tensor-parallel neighbours next to each other, pipeline stages farthest apart).
+    Only decoding runs in them: there is no group that ties the gradients of embedding and head.
+    """
+    sizes = {"tp": tp, "pp": pp, "dp": dist.get_world_size() // (tp * pp), "cp": 1}
+    ranks = parallel_state.RankGenerator(**sizes, ep=1, order="tp-cp-ep-dp-pp")
+    made = {name: _own(ranks.get_ranks(name)) for name in sizes}
+    return ProcessGroupCollection(**made, embd=None, pos_embd=None)
+
+
+def _own(ranks: list[list[int]], backend: str | None = None) -> dist.ProcessGroup:
+    group, _ = dist.new_subgroups_by_enumeration(ranks, timeout=TIMEOUT, backend=backend)
+    return group
+
+
+@cache
+def rollout_replicas(tp: int, pp: int) -> DataParallel:
+    """This process's place among the replicas of a rollout layout; ``gather`` sends Python objects over gloo."""
+    sizes = {"tp": tp, "pp": pp, "dp": dist.get_world_size() // (tp * pp)}
+    ranks = parallel_state.RankGenerator(**sizes, cp=1, ep=1, order="tp-cp-ep-dp-pp").get_ranks("dp")
+    return replicas(_own(ranks, "gloo"))
+
+
+def replicas(group: dist.ProcessGroup) -> DataParallel:
+    """This rank's place in a gloo group of replicas."""
+
+    def gather(value: Any) -> list[Any]:
+        values: list[Any] = [None] * group.size()
+        dist.all_gather_object(values, value, group=group)
+        return values
+
+    return DataParallel(group.rank(), group.size(), gather)
+
+
+def forget() -> None:
+    """Called when the processes part or training is laid out anew."""
+    rollout_groups.cache_clear()
+    rollout_replicas.cache_clear()

@@ -1,0 +1,197 @@
+"""What every rank of a group of layouts runs: RL with a training and a rollout layout, for many pairs of them."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from tawin_nemo.backbones import Backbone
+from tawin_nemo.catalog.items import Catalog
+from tawin_nemo.catalog.trie import TokenTrie
+from tawin_nemo.config import ModelConfig, Recipe, ReferenceConfig, RlConfig, RolloutConfig, TrainerConfig
+from tawin_nemo.data.batches import balanced_shard
+from tawin_nemo.errors import TawinError
+from tawin_nemo.models.megatron import parallel
+from tawin_nemo.models.megatron.build import build_model, full_shape, sharded_axis
+from tawin_nemo.models.megatron.hf_io import save_hf
+from tawin_nemo.models.megatron.trainable import Trainable
+from tawin_nemo.rollout.engine import RolloutEngine
+from tawin_nemo.train.actor import Actor
+from tawin_nemo.train.dispatch import take_prompts
+from tawin_nemo.train.reference import build_reference
+from tawin_nemo.train.rewards import RankingReward
+from tawin_nemo.train.rl import Roles, rl_step, roll_out
+from tawin_nemo.train.timers import Timers
+from tawin_nemo.train.weight_sync import build_engine, check_equal, sync_weights
+from tawin_nemo.types import DataParallel, PromptBatch, Rollout, TokenRows
+
+#: 51 vocabulary rows: TP 2 needs one of padding, on both sides of a change between TP 1 and TP 2. 3 layers: PP 2 holds
+#: 2 + 1 of them.
+SHAPE = Backbone("qwen2", hidden=32, layers=3, heads=4, kv_heads=2, ffn=48, vocab=51, rope_theta=1e4, max_position=256)
+STEPS, PROMPTS, LR = 3, 7, 1e-3
+ALPHABET, EOS = (3, 11, 24, 25, 27, 43, 50), 1
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A layout of training and one of rollouts (TP, PP; 0 = as in training)."""
+
+    tp: int = 1
+    pp: int = 1
+    sequence_parallel: bool = False
+    rollout_tp: int = 0
+    rollout_pp: int = 0
+    tied: bool = True
+
+    @property
+    def name(self) -> str:
+        training = f"tp{self.tp}-pp{self.pp}{'-sp' if self.sequence_parallel else ''}"
+        return f"{training}, rollout tp{self.rollout_tp}-pp{self.rollout_pp}{'' if self.tied else ', untied'}"
+
+    @property
+    def recipe(self) -> Recipe:
+        return Recipe(
+            seed=5,
+            model=ModelConfig(
+                tensor_model_parallel_size=self.tp,
+                pipeline_model_parallel_size=self.pp,
+                sequence_parallel=self.sequence_parallel,
+            ),
+            rollout=RolloutConfig(
+                tensor_model_parallel_size=self.rollout_tp, pipeline_model_parallel_size=self.rollout_pp
+            ),
+            rl=RlConfig(group_size=4, beta=0.01, ensure_target="replace_last", prompts_per_step=PROMPTS),
+            reference=ReferenceConfig(mode="swap"),
+        )
+
+    @property
+    def shape(self) -> Backbone:
+        return replace(SHAPE, tied=self.tied)
+
+
+def catalogue() -> Catalog:
+    """30 items of three or four tokens and EOS."""
+    draw = np.random.default_rng(5)
+    paths = {tuple(draw.choice(ALPHABET, size=draw.integers(3, 5)).tolist()) for _ in range(60)}
+    rows = TokenRows.from_lists([[*path, EOS] for path in sorted(paths)[::2]][:30])
+    names = [f"item {i}" for i in range(len(rows))]
+    return Catalog(names, names, "title", rows, TokenTrie.from_paths(rows))
+
+
+def prompts(step: int, dp: DataParallel) -> PromptBatch:
+    """This replica's share of the step's PROMPTS prompts, which are 4 to 6 tokens long."""
+    draw = np.random.default_rng([6, step])
+    rows = TokenRows.from_lists([draw.integers(1, SHAPE.vocab, size=4 + r % 3) for r in range(PROMPTS)])
+    whole = PromptBatch(torch.arange(PROMPTS), rows, torch.from_numpy(draw.integers(0, 30, size=PROMPTS)))
+    return take_prompts(whole, balanced_shard(np.arange(PROMPTS), rows.lengths, dp))
+
+
+class Largest(TorchDispatchMode):
+    """Elements of the largest tensor that an operation inside returns."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.elements = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, torch.Tensor):
+            self.elements = max(self.elements, result.numel())
+        return result
+
+
+def check_sync(engine: RolloutEngine, pair: Pair, actor: Actor) -> None:
+    """The weights are shared, or equal tensor by tensor; damage is found; nothing larger than a shard is made."""
+    searching, training = engine.lm.lm.model, actor.trainable.model
+    if pair.recipe.rollout_layout == (pair.tp, pair.pp):
+        assert searching is training
+        assert engine.dp is None
+        return
+    assert not {p.data_ptr() for p in searching.parameters()} & {p.data_ptr() for p in training.parameters()}
+    check_equal(engine)
+    victim = next(p for name, p in searching.named_parameters() if name.endswith("linear_fc2.weight"))
+    last = parallel.world_rank() == parallel.world_size() - 1
+    if last:
+        victim.data[-1, -1] += 1.0
+    with pytest.raises(TawinError, match=r"differ in 1 tensors: decoder\.layers\.\d+\.mlp\.linear_fc2\.weight"):
+        check_equal(engine)
+    with Largest() as seen:
+        engine.receive_weights()
+    check_equal(engine)
+    for model in (searching, training):
+        for parameter in model.parameters():
+            if sharded_axis(parameter) is not None and model.pg_collection.tp.size() == 2:
+                assert np.prod(full_shape(model, parameter)) == 2 * parameter.numel()
+    if pair.tp == 2 and engine.lm.lm.model.pg_collection.tp.size() == 2:
+        whole = SHAPE.vocab // 2 * SHAPE.hidden * 2
+        assert 0 < seen.elements < whole, (seen.elements, whole)
+
+
+def facts(rollout: Rollout, dp: DataParallel) -> dict[str, list[Any]]:
+    """Items and scores of all replicas' groups in the order of the prompts."""
+    mine = [
+        (int(row), items.tolist(), scores.tolist())
+        for row, items, scores in zip(rollout.prompts.row_B, rollout.items_BG, rollout.scores_BG, strict=True)
+    ]
+    rows = sorted(row for part in dp.gather(mine) for row in part)
+    assert [row for row, _, _ in rows] == list(range(PROMPTS))
+    return {"items": [items for _, items, _ in rows], "scores": [scores for _, _, scores in rows]}
+
+
+def train(pair: Pair, folder: Path) -> dict[str, Any]:
+    """Three steps of RL; what was logged, rolled out and learned, the weights as ``folder``/model.safetensors."""
+    recipe, shape, catalog = pair.recipe, pair.shape, catalogue()
+    parallel.initialize(recipe.model, seed=1)
+    build = partial(build_model, shape, recipe.model, seed=3, rollout_tp=recipe.rollout_layout[0])
+    dp, model = parallel.data_parallel(), build()
+    engine = build_engine(recipe, model, shape, catalog)
+    actor = Actor(Trainable(model, shape, TrainerConfig(), lr=LR), catalog, recipe.rl, dp)
+    reference = build_reference(recipe.reference.mode, recipe.rl.beta, model, build)
+    seen: list[Rollout] = []
+
+    def reward(rollout: Rollout) -> torch.Tensor:
+        seen.append(rollout)
+        return RankingReward()(rollout)
+
+    roles, timers = Roles(recipe.rl, catalog, engine, actor, reference, reward), Timers(1e12, dp)
+    sync_weights(engine, version=0)
+    check_sync(engine, pair, actor)
+    stats = [rl_step(roles, partial(prompts, step, dp), timers, step=step, lr=LR) for step in range(STEPS)]
+    check_equal(engine)
+    assert engine.weight_version == STEPS
+    drawn = roll_out(replace(recipe.rl, negatives="dynamic"), engine, prompts(9, dp), STEPS, catalog, dp)
+    save_hf(model, shape, folder)
+    rows = timers.report()["rows/generate"]
+    return {"stats": stats, "rollouts": [facts(rollout, dp) for rollout in [*seen, drawn]], "searched": rows}
+
+
+def main() -> None:
+    root = Path(sys.argv[2])
+    for number, options in enumerate(json.loads(sys.argv[1])):
+        result = train(Pair(**options), root / str(number))
+        if parallel.world_rank() == 0:
+            (root / f"{number}.json").write_text(json.dumps(result))
+        parallel.barrier()
+    parallel.shutdown()
+
+
+def options_of(pairs: list[Pair]) -> str:
+    return json.dumps([asdict(pair) for pair in pairs])
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "model.safetensors")
+
+
+if __name__ == "__main__":
+    main()
