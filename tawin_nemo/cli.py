@@ -7,6 +7,8 @@ object with its result; everything for people goes to stderr.
 from __future__ import annotations
 
 import argparse
+import contextlib
+import errno
 import json
 import os
 import sys
@@ -49,21 +51,41 @@ VERBS = {
     "keys": "list recipe keys",
 }
 
+#: No space, over the quota, over the limit of one file's size.
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Parse, dispatch, translate errors to exit codes."""
     words = list(sys.argv[1:] if argv is None else argv)
     arguments = _parser(words).parse_intermixed_args(words)  # overrides may stand before and after options
     try:
-        return _dispatch(arguments, words)
+        with _answering(arguments.verb):
+            return _dispatch(arguments, words)
     except TawinError as error:
         if error.exit_code == 1:
             traceback.print_exc()
         print(f"tawin-nemo {arguments.verb}: {error}", file=sys.stderr, flush=True)
         return error.exit_code
+    except OSError as error:
+        if error.errno not in DISK_FULL:
+            raise
+        traceback.print_exc()
+        message = f"{error}; what was complete before is untouched: free space there, then run the same command again"
+        print(f"tawin-nemo {arguments.verb}: {message}", file=sys.stderr, flush=True)
+        return 1
     except KeyboardInterrupt:
         print("tawin-nemo: interrupted; the same command continues from the last checkpoint", file=sys.stderr)
         return 130
+
+
+def _answering(verb: str) -> contextlib.AbstractContextManager[None]:
+    """A training run answers SIGTERM and SIGUSR1 from its first moment."""
+    if verb != "train":
+        return contextlib.nullcontext()
+    from tawin_nemo.train import signals
+
+    return signals.leaving()
 
 
 def _parser(words: Sequence[str] = ()) -> argparse.ArgumentParser:

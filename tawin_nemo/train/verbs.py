@@ -13,7 +13,7 @@ from tawin_nemo.config import Recipe
 from tawin_nemo.errors import ConfigError
 from tawin_nemo.eval.bias import item_counts
 from tawin_nemo.eval.evaluate import evaluate as run_evaluation
-from tawin_nemo.models.megatron import checkpoint, parallel
+from tawin_nemo.models.megatron import async_save, checkpoint, parallel
 from tawin_nemo.models.megatron.build import build_model
 from tawin_nemo.models.megatron.hf_io import save_hf
 from tawin_nemo.models.megatron.lm import MegatronLM
@@ -41,6 +41,7 @@ def run(recipe: Recipe, verb: Verb, find_data: Callable[[Recipe], Path], **optio
             world = build_world(recipe, run_dir, data_root, codes_path=codes_path(recipe))
             return verb(world, **options)
     finally:
+        async_save.drain()
         parallel.shutdown()
 
 
