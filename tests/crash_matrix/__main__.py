@@ -28,10 +28,16 @@ from tests.crash_matrix.attempts import warm_up
 from tests.crash_matrix.cases import Outcome, Setting
 from tests.train.runs import prepare_dataset
 
+RANK_RULES = ("save.mid_shard=kill@2/1", "rl.after_rollout=kill@2/1")
+ASYNC = "trainer.async_save=true"
 SLICE = ("save.before_write=kill@2", "save.mid_shard=kill@2", "save.before_rename=kill", "save.after_rename=kill@2")
 
 
 Case = Callable[[Setting, str], Outcome | None]
+
+
+def chain(world: Setting, name: str, places: tuple[str, ...], more: tuple[str, ...]) -> Outcome:
+    return cases.chain(world, name, places, *more)
 
 
 def plan(*, full: bool) -> dict[str, Case]:
@@ -43,7 +49,10 @@ def plan(*, full: bool) -> dict[str, Case]:
             "slice-truncated": cases.truncated,
         }
     return {
-        **{f"kills-{number}": partial(cases.chain, places=places) for number, places in enumerate(cases.CHAINS)},
+        **{
+            f"kills-{number}": partial(chain, places=places, more=(ASYNC,) if number % 2 else ())
+            for number, places in enumerate(cases.CHAINS)
+        },
         "terms": partial(cases.terms, count=cases.TERMS),
         "disk-shard": partial(cases.full_disk, rules="save.mid_shard=enospc@3"),
         "disk-log": partial(cases.full_disk, rules="log.mid_line=enospc@6"),
@@ -52,7 +61,7 @@ def plan(*, full: bool) -> dict[str, Case]:
         "disk-tmpfs": cases.full_tmpfs,
         "truncated": cases.truncated,
         "all-truncated": cases.all_truncated,
-        "ranks": partial(cases.rank_killed, rules=("save.mid_shard=kill@2/1", "rl.after_rollout=kill@2/1")),
+        "ranks": lambda world, name: cases.rank_killed(world, name, RANK_RULES, cases.LAYOUT),
     }
 
 
@@ -107,7 +116,13 @@ def report(found: list[Outcome], options: str, seconds: float) -> dict[str, Any]
         "events_per_point": dict(sorted(counts.items())),
         "points_never_reached": sorted(wanted - counts.keys()) if options == "--full" else [],
         "outcomes": [
-            {"case": o.case, "exit_codes": list(o.codes), "problem": o.problem, "seconds": round(o.seconds, 1)}
+            {
+                "case": o.case,
+                "exit_codes": list(o.codes),
+                "problem": o.problem,
+                "seconds": round(o.seconds, 1),
+                **({"seconds_to_end_after_a_kill": list(o.seconds_to_end)} if o.seconds_to_end else {}),
+            }
             for o in found
         ],
     }

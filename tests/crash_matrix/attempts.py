@@ -36,6 +36,7 @@ class Attempt:
     code: int
     seconds: float
     said: str
+    seconds_after: float = 0.0  # from a failpoint to the end of all processes
 
     @property
     def last_words(self) -> str:
@@ -94,19 +95,28 @@ def _child(arguments: list[str], rules: str, fsize: int, log: Path) -> None:
         os._exit(code)
 
 
-def launched(overrides: list[str], *, rules: str = "", after: float | None = None) -> Attempt:
-    """The same with two processes, through the command line and its launcher; ``after``: SIGTERM to the launcher."""
+def launched(overrides: list[str], *, rules: str = "", term_at: str = "") -> Attempt:
+    """The same with two processes, through the command line and its launcher.
+
+    ``term_at``: SIGTERM to the launcher once that is on the screen.
+    """
     arguments = command(*RECIPE, *overrides, "trainer.devices=2")
     start = time.monotonic()
     process = subprocess.Popen(
         arguments, env={**environment(), failpoints.VARIABLE: rules}, stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
-    if after is not None:
-        time.sleep(after)
-        process.send_signal(signal.SIGTERM)
-    _, said = process.communicate(timeout=LIMIT)
-    return Attempt(process.returncode, time.monotonic() - start, said)
+    lines, failed = [], None
+    assert process.stderr is not None
+    for line in process.stderr:  # ends with the last process that holds the stream
+        lines.append(line)
+        if line.startswith("failpoint"):
+            failed = time.monotonic()
+        if term_at and term_at in line:
+            process.send_signal(signal.SIGTERM)
+            term_at = ""
+    code, end = process.wait(LIMIT), time.monotonic()
+    return Attempt(code, end - start, "".join(lines), end - failed if failed else 0.0)
 
 
 def fingerprint(run_dir: Path) -> dict[str, str]:
