@@ -12,6 +12,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from tawin_nemo import failpoints
+
 
 @contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
@@ -25,6 +27,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
         with temporary.open("rb") as file:
             os.fsync(file.fileno())
         os.chmod(temporary, 0o644)
+        failpoints.reach("file.before_rename")
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)

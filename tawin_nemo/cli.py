@@ -7,16 +7,17 @@ object with its result; everything for people goes to stderr.
 from __future__ import annotations
 
 import argparse
+import contextlib
+import errno
 import json
 import os
 import sys
 import traceback
-import uuid
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from tawin_nemo.errors import ConfigError, Preempted, TawinError
+from tawin_nemo.errors import ConfigError, TawinError
 
 EXAMPLES = """\
 examples:
@@ -49,21 +50,41 @@ VERBS = {
     "keys": "list recipe keys",
 }
 
+#: No space, over the quota, over the limit of one file's size.
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Parse, dispatch, translate errors to exit codes."""
     words = list(sys.argv[1:] if argv is None else argv)
     arguments = _parser(words).parse_intermixed_args(words)  # overrides may stand before and after options
     try:
-        return _dispatch(arguments, words)
+        with _answering(arguments.verb):
+            return _dispatch(arguments, words)
     except TawinError as error:
         if error.exit_code == 1:
             traceback.print_exc()
         print(f"tawin-nemo {arguments.verb}: {error}", file=sys.stderr, flush=True)
         return error.exit_code
+    except OSError as error:
+        if error.errno not in DISK_FULL:
+            raise
+        traceback.print_exc()
+        message = f"{error}; what was complete before is untouched: free space there, then run the same command again"
+        print(f"tawin-nemo {arguments.verb}: {message}", file=sys.stderr, flush=True)
+        return 1
     except KeyboardInterrupt:
         print("tawin-nemo: interrupted; the same command continues from the last checkpoint", file=sys.stderr)
         return 130
+
+
+def _answering(verb: str) -> contextlib.AbstractContextManager[None]:
+    """A training run answers SIGTERM and SIGUSR1 from its first moment."""
+    if verb != "train":
+        return contextlib.nullcontext()
+    from tawin_nemo.train import signals
+
+    return signals.leaving()
 
 
 def _parser(words: Sequence[str] = ()) -> argparse.ArgumentParser:
@@ -120,7 +141,9 @@ def _dispatch(arguments: argparse.Namespace, argv: list[str]) -> int:
         result: dict[str, Any] = {"prepared": str(prepared_root(recipe))}
     else:
         if recipe.trainer.devices > 1 and not _launched():
-            return _launch(recipe.trainer.devices, argv)
+            from tawin_nemo.train.launcher import launch
+
+            return launch(recipe.trainer.devices, argv)
         from tawin_nemo.train import verbs
 
         verb: Callable[..., dict[str, Any]] = getattr(verbs, arguments.verb)
@@ -214,27 +237,6 @@ def prepared_root(recipe: Any) -> Path:
 def _launched() -> bool:
     """Whether torchrun or srun has started this process as one of several."""
     return "RANK" in os.environ or bool(os.environ.get("SLURM_STEP_ID"))
-
-
-def _launch(processes: int, argv: list[str]) -> int:
-    """Start one process per device on this machine by torchrun's launcher; exit code of the first failure."""
-    from torch.distributed.elastic.multiprocessing.api import SignalException
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
-
-    config = LaunchConfig(
-        min_nodes=1, max_nodes=1, nproc_per_node=processes, run_id=uuid.uuid4().hex,
-        rdzv_backend="c10d", rdzv_endpoint="localhost:0", max_restarts=0,
-    )  # fmt: skip
-    try:
-        elastic_launch(config, sys.executable)("-m", "tawin_nemo", *argv)
-    except ChildFailedError as error:
-        _, failure = error.get_first_failure()
-        return failure.exitcode if failure.exitcode > 0 else 1
-    except SignalException as error:  # torchrun's launcher has passed the signal on and waited for the processes
-        print(f"tawin-nemo: {error.sigval.name}; the same command continues from the last checkpoint", file=sys.stderr)
-        return Preempted.exit_code
-    return 0
 
 
 def print_keys(prefix: str) -> None:

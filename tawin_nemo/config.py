@@ -88,6 +88,8 @@ class TrainerConfig:
     val_check_interval: int = number(0, 0, help="optimizer steps between validations in RL (0 = only at the end)")
     keep_last: int = number(2, 1, help="newest checkpoints that stay")
     keep_best: bool = opt(True, "the checkpoint with the best valid metric stays as well")
+    monitor: str = opt("", "that metric where valid is searched: ndcg@K, recall@K (empty = ndcg@max(eval.ks))")
+    async_save: bool = opt(False, "a thread writes checkpoints while training goes on (needs CPU memory for a copy)")
     threads: int = number(0, 0, help="CPU threads per process (0 = cores / processes)")
     peak_tflops: float = number(0.0, 0.0, help="one device's peak for MFU (0 = by GPU name, or a short measurement)")
     distributed_optimizer: bool = opt(True, "shard the optimizer state over data-parallel ranks")

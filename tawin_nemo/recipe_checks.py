@@ -135,6 +135,10 @@ def _space_combinations(r: Recipe) -> Iterator[tuple[bool, str]]:
         not splits or not set(splits) <= {"valid", "test"} or len(set(splits)) < len(splits),
         f"eval.splits={list(splits)} must be valid, test or both",
     )
+    yield (
+        r.trainer.monitor not in ("", *(f"{kind}@{k}" for kind in ("ndcg", "recall") for k in ks)),
+        f"trainer.monitor={r.trainer.monitor} is not measured; use ndcg@K or recall@K with a K of eval.ks={list(ks)}",
+    )
     yield (not ks or min(ks) < 1, f"eval.ks={list(ks)} must hold cut-offs >= 1")
     yield (
         bool(ks) and max(ks) > r.eval.beams,

@@ -18,7 +18,7 @@ PRODUCT = ("tawin_nemo", "data_prep")
 
 #: Layer of every module and package directly below tawin_nemo. Imports go down, or stay inside one package.
 LAYERS = {
-    **dict.fromkeys(("config", "types", "errors", "log", "artefacts", "backbones"), 0),
+    **dict.fromkeys(("config", "types", "errors", "log", "artefacts", "backbones", "failpoints"), 0),
     **dict.fromkeys(("recipe", "recipe_checks", "maths"), 0),
     **dict.fromkeys(("catalog", "planner"), 1),
     "data": 2,

@@ -17,17 +17,15 @@ class BaselineStage(Stage):
 
     def resume(self, trainable: Any) -> Progress:
         """Load the newest checkpoint that is whole; a fresh stage starts at step 0."""
-        for step, path in reversed(checkpoint.list_checkpoints(self.checkpoints)):
-            problem = find_problem(path)
-            if problem is not None:
-                log.warning("checkpoint %s is skipped: %s", path, problem)
-                continue
-            state = load_checkpoint(path, trainable.model, trainable.optimizer)
-            self._rewind(step)
-            log.info("%s continues after step %d", self.name, step)
-            return Progress(**state["progress"])
-        self._rewind(-1)
-        return Progress()
+        newest = checkpoint.newest_valid(self.checkpoints, find_problem)
+        if newest is None:
+            self._rewind(-1)
+            return Progress()
+        progress = Progress(**load_checkpoint(newest, trainable.model, trainable.optimizer)["progress"])
+        checkpoint.set_aside(self.checkpoints, progress.step)
+        self._rewind(progress.step)
+        log.info("%s continues after step %d", self.name, progress.step)
+        return progress
 
     def save(self, trainable: Any, progress: Progress) -> None:
         """Write ``checkpoints/step_N`` and remove what ``keep_last`` and the best step do not protect.
@@ -37,4 +35,5 @@ class BaselineStage(Stage):
         self._flush()
         state = {"progress": vars(progress), "stage": self.name}
         save_checkpoint(self.checkpoints / f"step_{progress.step}", trainable, state)
+        self._saved_step = progress.step
         checkpoint.prune(self.checkpoints, keep_last=self.trainer.keep_last, keep={progress.best_step})

@@ -24,7 +24,7 @@ from tawin_nemo.models.seqrec.losses import sample_negatives
 from tawin_nemo.models.seqrec.protocol import SequentialRecommender, left_padded
 from tawin_nemo.train.baseline_eval import evaluate_baseline, valid_metrics
 from tawin_nemo.train.baseline_stage import BaselineStage
-from tawin_nemo.train.stage import MetricSink, Progress
+from tawin_nemo.train.stage import MetricSink, Progress, monitored
 from tawin_nemo.train.world import World
 
 log = get_logger(__name__)
@@ -139,7 +139,7 @@ def _row_losses(world: World, model: SequentialRecommender, samples: Samples) ->
 def _check(world: World, stage: BaselineStage, fitting: Fitting, done: Progress) -> None:
     """Metrics on valid, best so far, checkpoint. The checkpoint is written after the log line that it counts on."""
     means = valid_metrics(fitting.model, world.samples["valid"], world.recipe.eval)
-    watched = f"ndcg@{max(world.recipe.eval.ks)}"
+    watched = monitored(world.recipe.trainer, world.recipe.eval.ks)
     value = -means[watched]  # Progress keeps the smallest
     better = done.best_value is None or value < done.best_value
     done.bad_checks = 0 if better else done.bad_checks + 1

@@ -7,14 +7,31 @@ as it is: its keys are NeMo's own (``create_tensorboard_logger``, ``create_wandb
 
 from __future__ import annotations
 
+import uuid
 from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
 
+from tawin_nemo.artefacts import atomic_path
 from tawin_nemo.errors import ConfigError
 from tawin_nemo.log import rank
 from tawin_nemo.train.stage import MetricSink
+
+
+def with_run_id(section: dict[str, Any], run_dir: Path) -> dict[str, Any]:
+    """The section with W&B's ``id``, the same in every attempt of a run: a resumed run goes on in its own curves.
+
+    The id is drawn once and kept in ``RUN_DIR/run_id``; one in ``wandb_logger_kwargs`` is left alone.
+    """
+    if not section.get("create_wandb_logger"):
+        return section
+    kept = run_dir / "run_id"
+    if not kept.is_file():
+        with atomic_path(kept) as temporary:
+            temporary.write_text(uuid.uuid4().hex[:12], encoding="utf-8")
+    defaults = {"id": kept.read_text(encoding="utf-8"), "resume": "allow"}
+    return {**section, "wandb_logger_kwargs": defaults | dict(section.get("wandb_logger_kwargs") or {})}
 
 
 def metric_sink(section: dict[str, Any], run_dir: Path, name: str) -> MetricSink | None:
@@ -33,7 +50,7 @@ def metric_sink(section: dict[str, Any], run_dir: Path, name: str) -> MetricSink
         "create_checkpoint_callback": False,
         "resume_if_exists": False,
         "use_datetime_version": False,
-        **section,
+        **with_run_id(section, run_dir),
     }
     trainer = Trainer(
         accelerator="cpu", devices=1, logger=False, enable_checkpointing=False, enable_progress_bar=False,

@@ -14,6 +14,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from tawin_nemo import failpoints
 from tawin_nemo.catalog.items import Catalog
 from tawin_nemo.config import RlConfig
 from tawin_nemo.data.batches import BatchStream, balanced_shard
@@ -32,7 +33,7 @@ from tawin_nemo.train.refill import refilled
 from tawin_nemo.train.rewards import Reward, build_reward
 from tawin_nemo.train.rl_facts import count_work, prefixed, rollout_facts, take_search_work
 from tawin_nemo.train.schedule import scheduled
-from tawin_nemo.train.stage import Progress, Stage
+from tawin_nemo.train.stage import Progress, Stage, monitored
 from tawin_nemo.train.timers import Timers
 from tawin_nemo.train.weight_sync import check_version, sync_weights
 from tawin_nemo.train.world import World
@@ -98,6 +99,7 @@ def rl_step(roles: Roles, prompts: NextPrompts, timers: Timers, *, step: int, lr
             return rollout, roles.reward(rollout)
 
     rollout, rewards_BG = rolled_out()
+    failpoints.reach("rl.after_rollout")
     facts, path_tokens = rollout_facts(rollout, rewards_BG, actor.dp), int(rollout.lengths_BG.sum())
     if rl.max_refill_batches:
         rollout, rewards_BG, added = refilled(
@@ -184,10 +186,10 @@ def candidate_weights(rl: RlConfig, rollout: Rollout) -> Tensor:
 
 
 def validate(world: World, stage: Stage, engine: RolloutEngine, done: Progress) -> bool:
-    """NDCG at the largest cut-off on valid decides which checkpoint the stage hands on."""
+    """What ``trainer.monitor`` says on valid decides which checkpoint the stage hands on."""
     cfg, dp, label = world.recipe.eval, engine.dp or world.dp, f"{stage.name} valid"
     result = evaluate(engine, world.samples["valid"], world.catalog, cfg, dp=dp, label=label)
-    metric = f"ndcg@{max(cfg.ks)}"
+    metric = monitored(world.recipe.trainer, cfg.ks)
     stage.write(done.step, {f"valid/{name}": value for name, value in result.means.items()})
     value = -result.means[metric]
     if done.best_value is None or value < done.best_value:

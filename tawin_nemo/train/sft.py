@@ -22,7 +22,7 @@ from tawin_nemo.rollout.engine import RolloutEngine
 from tawin_nemo.train.bad_steps import step_guard
 from tawin_nemo.train.mfu import total_peak_flops
 from tawin_nemo.train.schedule import scheduled
-from tawin_nemo.train.stage import Progress, Stage
+from tawin_nemo.train.stage import Progress, Stage, monitored
 from tawin_nemo.train.timers import Timers, count_update
 from tawin_nemo.train.world import World
 from tawin_nemo.types import TokenBatch
@@ -45,6 +45,7 @@ def train_sft(world: World, stage: Stage, trainable: Trainable, rows: np.ndarray
     train = world.samples["train"]
     lengths_N = train.prompts.lengths + world.catalog.paths.lengths[train.target_N]
     check_every = max(1, per_epoch // cfg.checks_per_epoch)
+    stage.protects_best = True  # the best checkpoint is what SFT hands on
     done = stage.resume(trainable)
     if done.best_value is None:
         _check(world, stage, trainable, engine, done)
@@ -95,12 +96,12 @@ def _check(world: World, stage: Stage, trainable: Trainable, engine: RolloutEngi
 
 
 def valid_ranking(world: World, engine: RolloutEngine, label: str) -> dict[str, float]:
-    """Recall and NDCG on valid with as many beams as the largest cut-off; NDCG at that cut-off comes last."""
+    """Recall and NDCG on valid with as many beams as the largest cut-off; the metric that decides comes last."""
     cfg = replace(world.recipe.eval, beams=max(world.recipe.eval.ks))
     engine.receive_weights()
     dp = engine.dp or world.dp
     means = evaluate(engine, world.samples["valid"], world.catalog, cfg, dp=dp, label=label).means
-    watched = f"ndcg@{max(cfg.ks)}"
+    watched = monitored(world.recipe.trainer, cfg.ks)
     return {f"valid/{name}": means[name] for name in [*(name for name in means if name != watched), watched]}
 
 

@@ -12,8 +12,10 @@ import contextlib
 import os
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import FrameType
+
+from tawin_nemo.errors import Preempted
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
@@ -28,16 +30,32 @@ def asked() -> str:
 @contextlib.contextmanager
 def listening() -> Iterator[None]:
     """While inside, the signals are noted instead of ending the process. Outside the main thread nothing changes."""
+    _asked.clear()
+    with _handled_by(_note):
+        yield
+
+
+@contextlib.contextmanager
+def leaving() -> Iterator[None]:
+    """While inside (start-up: imports, data), a signal ends the process at once with the code of a stop on request.
+
+    Nothing is lost that a checkpoint would keep. Outside the main thread nothing changes.
+    """
+    with _handled_by(_leave):
+        yield
+
+
+@contextlib.contextmanager
+def _handled_by(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    _asked.clear()
-    before = {number: signal.signal(number, _note) for number in SIGNALS}
+    before = {number: signal.signal(number, handler) for number in SIGNALS}
     try:
         yield
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        for number, old in before.items():
+            signal.signal(number, old)
 
 
 def _note(number: int, frame: FrameType | None) -> None:
@@ -45,3 +63,8 @@ def _note(number: int, frame: FrameType | None) -> None:
     if not _asked:  # os.write: printing is not safe inside a handler
         os.write(2, f"{name}: this run saves after its current step and stops\n".encode())
     _asked.append(name)
+
+
+def _leave(number: int, frame: FrameType | None) -> None:
+    os.write(2, f"{signal.Signals(number).name}: stopped between stages; run the same command to continue\n".encode())
+    os._exit(Preempted.exit_code)

@@ -12,16 +12,19 @@ import contextlib
 import json
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from tawin_nemo import failpoints
 from tawin_nemo.artefacts import atomic_path, write_json
 from tawin_nemo.config import TrainerConfig
 from tawin_nemo.errors import Preempted
 from tawin_nemo.log import get_logger, progress
 from tawin_nemo.models.megatron import checkpoint, parallel
+from tawin_nemo.models.megatron.async_save import AsyncSaver
 from tawin_nemo.models.megatron.trainable import Trainable
 from tawin_nemo.train import signals
 from tawin_nemo.train.profile import StepProfiler
@@ -64,6 +67,9 @@ class Stage:
         self._writer = parallel.world_rank() == 0
         self._profiler = StepProfiler(profile, directory / "profile", writer=self._writer)
         self._last_time = time.monotonic()
+        self._saved_step = -1  # the newest checkpoint that this process has begun to write
+        self._saver: AsyncSaver | None = None
+        self.protects_best = trainer.keep_best
         if self._writer:
             self.checkpoints.mkdir(parents=True, exist_ok=True)
         parallel.barrier()
@@ -81,6 +87,7 @@ class Stage:
             return Progress()
         state = checkpoint.load_checkpoint(newest, model=trainable.model, trainable=trainable)
         progress = Progress(**state["progress"])
+        checkpoint.set_aside(self.checkpoints, progress.step)
         self._rewind(progress.step)
         log.info("%s continues after step %d", self.name, progress.step)
         return progress
@@ -106,6 +113,8 @@ class Stage:
     def steps(self, done: int, total: int) -> Iterator[int]:
         """0-based steps ``done .. total - 1`` with a progress bar; the profiler runs in those that it wants."""
         for step in progress(range(done, total), what=self.name, total=total, initial=done):
+            if self._saver is not None:
+                self._saver.check()
             self._profiler.step()
             yield step
 
@@ -124,23 +133,41 @@ class Stage:
             self._sink(self.name, step, metrics | timings)
 
     def _append(self, name: str, record: dict[str, Any]) -> None:
-        with (self.directory / name).open("a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
+        with (self.directory / name).open("ab") as file:
+            failpoints.write(file, (json.dumps(record) + "\n").encode(), "log.mid_line")
 
     # -- checkpoints ----------------------------------------------------------------------------------------------
     def save(self, trainable: Trainable, progress: Progress) -> None:
-        """Write ``checkpoints/step_N`` and remove what ``keep_last`` and ``keep_best`` do not protect."""
+        """Write ``checkpoints/step_N`` and remove what ``keep_last`` and ``keep_best`` do not protect.
+
+        With ``trainer.async_save`` a thread writes while training goes on; its errors are raised here, at the next
+        step, or when the stage ends.
+        """
         self._flush()
         path = self.checkpoints / f"step_{progress.step}"
         state = {"progress": vars(progress), "stage": self.name}
+        keep = {progress.best_step} if self.protects_best else set()
+        prune = partial(checkpoint.prune, self.checkpoints, keep_last=self.trainer.keep_last, keep=keep)
+        self._saved_step = progress.step
+        if self.trainer.async_save:
+            self._saver = self._saver or AsyncSaver()
+            self._saver.save(path, model=trainable.model, trainable=trainable, state=state, after=prune)
+            return
         checkpoint.save_checkpoint(path, model=trainable.model, trainable=trainable, state=state)
-        if self._writer:
-            keep = {progress.best_step} if self.trainer.keep_best else set()
-            checkpoint.prune(self.checkpoints, keep_last=self.trainer.keep_last, keep=keep)
+        prune()
         parallel.barrier()
 
+    def wait_for_save(self) -> None:
+        """Return when no checkpoint is being written. Raises CheckpointError when the last one failed."""
+        if self._saver is not None:
+            self._saver.wait()
+
     def save_beside(self, folder: str, write: Callable[[Path], None], progress: Progress) -> None:
-        """Let ``write`` make ``FOLDER/step_N``, for what belongs to the checkpoint that ``save`` writes next."""
+        """Let ``write`` make ``FOLDER/step_N``, for what belongs to the checkpoint that ``save`` writes next.
+
+        The checkpoint before must be whole first: the folder keeps only one more than there are checkpoints.
+        """
+        self.wait_for_save()
         directory = self.directory / folder
         if self._writer:
             directory.mkdir(exist_ok=True)
@@ -163,7 +190,9 @@ class Stage:
         reason = signals.asked() or ("trainer.max_time is over" if late else "")
         if parallel.any_rank(bool(reason)):
             self._profiler.stop()
-            save()
+            if self._saved_step != progress.step:
+                save()
+            self.wait_for_save()
             reason = reason or "another rank was asked to stop"
             raise Preempted(f"{reason}: {self.name} saved step {progress.step}; run the same command to continue")
 
@@ -177,6 +206,7 @@ class Stage:
     def finish(self, progress: Progress, chosen_step: int) -> None:
         """Mark the stage as ended; ``chosen_step`` is the checkpoint that later stages and evaluation use."""
         self._profiler.stop()
+        self.wait_for_save()
         if self._writer:
             write_json(self.directory / "done.json", {"step": progress.step, "chosen_step": chosen_step})
         parallel.barrier()
@@ -186,6 +216,11 @@ class Stage:
         """The checkpoint a finished stage hands on."""
         chosen = json.loads((self.directory / "done.json").read_text(encoding="utf-8"))["chosen_step"]
         return self.checkpoints / f"step_{chosen}"
+
+
+def monitored(trainer: TrainerConfig, ks: Sequence[int]) -> str:
+    """The ranking metric of valid that says which checkpoint is best: ``trainer.monitor``, or NDCG@max(ks)."""
+    return trainer.monitor or f"ndcg@{max(ks)}"
 
 
 def logged_seconds(timings: Path) -> float:

@@ -13,11 +13,12 @@ from tawin_nemo.config import Recipe
 from tawin_nemo.errors import ConfigError
 from tawin_nemo.eval.bias import item_counts
 from tawin_nemo.eval.evaluate import evaluate as run_evaluation
-from tawin_nemo.models.megatron import checkpoint, parallel
+from tawin_nemo.models.megatron import async_save, checkpoint, parallel
 from tawin_nemo.models.megatron.build import build_model
 from tawin_nemo.models.megatron.hf_io import save_hf
 from tawin_nemo.rollout.engine import RolloutEngine
 from tawin_nemo.train import signals
+from tawin_nemo.train.failures import attempt_logs, recorded
 from tawin_nemo.train.pipeline import named_checkpoint, plans, run_pipeline, starting_model
 from tawin_nemo.train.profile import check_profile
 from tawin_nemo.train.rl import total_steps
@@ -30,18 +31,22 @@ Verb = Callable[..., dict[str, Any]]
 
 def run(recipe: Recipe, verb: Verb, find_data: Callable[[Recipe], Path], **options: Any) -> dict[str, Any]:
     """Start the process group, open the run, prepare the data on rank 0, build the world, call ``verb``."""
-    parallel.initialize(recipe.model, seed=recipe.seed)
-    try:
+    with contextlib.ExitStack() as stack:
+        stack.callback(parallel.shutdown)
+        stack.callback(async_save.drain)
+        stack.enter_context(recorded())
+        parallel.initialize(recipe.model, seed=recipe.seed)
         check_processes(recipe)
         check_profile(recipe.profile)
         set_threads(recipe)
         run_dir = open_run_dir(recipe, same_recipe=verb is train)
+        if verb is train:
+            stack.enter_context(attempt_logs(run_dir))
         data_root = parallel.broadcast_object(find_data(recipe) if parallel.world_rank() == 0 else None)
-        with signals.listening() if verb is train else contextlib.nullcontext():
-            world = build_world(recipe, run_dir, data_root, codes_path=codes_path(recipe))
-            return verb(world, **options)
-    finally:
-        parallel.shutdown()
+        if verb is train:
+            stack.enter_context(signals.listening())
+        world = build_world(recipe, run_dir, data_root, codes_path=codes_path(recipe))
+        return verb(world, **options)
 
 
 def check_processes(recipe: Recipe) -> None:

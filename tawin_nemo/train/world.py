@@ -32,10 +32,15 @@ from tawin_nemo.types import SPLITS, DataParallel
 
 log = get_logger(__name__)
 
-#: Keys that may change between two attempts of one run.
+#: Keys that may change between two attempts of one run: where and how it runs, not what it computes (another layout
+#: or micro-batch only changes the order of floating-point sums).
 RESUMABLE_KEYS = (
     "run_dir", "checkpoint", "profile", "exp_manager", "eval.splits",
-    "trainer.max_time", "trainer.threads", "trainer.keep_last", "trainer.peak_tflops",
+    "trainer.max_time", "trainer.threads", "trainer.keep_last", "trainer.peak_tflops", "trainer.save_interval",
+    "trainer.async_save", "trainer.num_nodes", "trainer.devices", "trainer.max_skipped_steps",
+    "model.tensor_model_parallel_size", "model.pipeline_model_parallel_size", "model.sequence_parallel",
+    "model.recompute", "rollout.tensor_model_parallel_size", "rollout.token_budget", "eval.token_budget",
+    "sft.micro_batch_tokens", "rl.micro_batch_tokens",
 )  # fmt: skip
 
 

@@ -15,6 +15,7 @@ from tawin_nemo.config import ModelConfig, TrainerConfig
 from tawin_nemo.data.trees import tree_batch
 from tawin_nemo.errors import CheckpointError
 from tawin_nemo.models.megatron import parallel
+from tawin_nemo.models.megatron.async_save import AsyncSaver
 from tawin_nemo.models.megatron.build import build_model
 from tawin_nemo.models.megatron.checkpoint import load_checkpoint, newest_valid, prune, save_checkpoint
 from tawin_nemo.models.megatron.hf_io import save_hf
@@ -66,6 +67,20 @@ def train_and_save(actor: Trainable, root: Path) -> list[dict[str, float]]:
     return [update(actor, step) for step in (2, 3)]
 
 
+def check_async(actor: Trainable, root: Path) -> None:
+    """A save that a thread writes while the next steps run holds the weights of its own step."""
+    kept = [parameter.clone() for parameter in actor.model.parameters()]
+    state = [tensor.clone() for tensor in adam_state(actor)]
+    saver = AsyncSaver()
+    saver.save(root / "step_3", model=actor.model, trainable=actor, state={"step": 3})
+    for step in (5, 6):
+        update(actor, step)
+    saver.wait()
+    load_checkpoint(root / "step_3", model=actor.model, trainable=actor)
+    assert_equal(list(actor.model.parameters()), kept)
+    assert_equal(adam_state(actor), state)
+
+
 def check_damage(actor: Trainable, root: Path) -> None:
     """Every rank must pass over a damaged newest checkpoint, whoever finds the damage."""
     save_checkpoint(root / "step_4", model=actor.model, trainable=actor, state={"step": 4})
@@ -74,7 +89,7 @@ def check_damage(actor: Trainable, root: Path) -> None:
     if parallel.world_rank() == 0:
         (root / "step_4" / "__0_0.distcp").write_bytes(b"not a checkpoint")
     parallel.barrier()
-    assert newest_valid(root) == root / "step_2"
+    assert newest_valid(root) == root / "step_3"
     with pytest.raises(CheckpointError, match="has 16 bytes instead of"):
         load_checkpoint(root / "step_4", model=actor.model, trainable=actor)
     prune(root, keep_last=1, keep={2})
@@ -95,6 +110,7 @@ def main() -> None:
     assert [update(second, step) for step in (2, 3)] == expected
     assert_equal(list(second.model.parameters()), list(first.model.parameters()))
     assert_equal(adam_state(second), adam_state(first))
+    check_async(second, root)
     check_damage(first, root)
 
     load_checkpoint(other, model=second.model, trainable=second)

@@ -11,31 +11,28 @@ to all ranks.
 
 from __future__ import annotations
 
-import hashlib
+import contextlib
 import json
-import os
 import platform
-import re
 import shutil
+from collections.abc import Callable, Iterator
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
 from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing.validation import StrictHandling
 from megatron.core.models.gpt import GPTModel
+from torch.distributed.checkpoint.api import CheckpointException
 
-from tawin_nemo.artefacts import sha256
+from tawin_nemo import failpoints
 from tawin_nemo.errors import CheckpointError
 from tawin_nemo.log import get_logger
+from tawin_nemo.models.megatron import checkpoint_files as files
 from tawin_nemo.models.megatron import parallel
-from tawin_nemo.models.megatron.dcp_save import InProcessSave
+from tawin_nemo.models.megatron.checkpoint_files import FORMAT, Ranks, list_checkpoints
+from tawin_nemo.models.megatron.dcp_save import ShardSave
 from tawin_nemo.models.megatron.sharded_state import HasOptimizer, load_state, optimizer_kind, sharded_state
-
-STATE_FILE = "state.json"
-FORMAT = 1
-_NAME = re.compile(r"step_(\d+)")
 
 log = get_logger(__name__)
 
@@ -44,9 +41,27 @@ def save_checkpoint(path: Path, *, model: GPTModel, trainable: HasOptimizer | No
     """Write the checkpoint ``path`` (named ``step_N``); an older one of that name is replaced at the very end.
 
     ``state`` is what the caller needs to continue (step, data position, random states); it must survive JSON.
-    Without ``trainable`` only the weights are stored. Raises TypeError when ``state`` cannot be written as JSON.
+    Without ``trainable`` only the weights are stored. Raises TypeError when ``state`` cannot be written as JSON, and
+    CheckpointError, on every rank, when one of them cannot write; what was there before is then untouched.
     """
-    path = Path(path)
+    begin_save(path, model=model, trainable=trainable, state=state)()
+
+
+def begin_save(
+    path: Path,
+    *,
+    model: GPTModel,
+    trainable: HasOptimizer | None = None,
+    state: dict,
+    ranks: Ranks | None = None,
+    snapshot: bool = False,
+) -> Callable[[], None]:
+    """The part of ``save_checkpoint`` that needs the model to stand still; returns the rest: write, check, rename.
+
+    With ``snapshot`` the tensors are copied to CPU memory, and the rest may run in a thread while training goes on; it
+    then needs ``ranks`` with a group of its own.
+    """
+    path, ranks = Path(path), ranks or Ranks()
     record = {
         "format": FORMAT,
         "state": json.loads(json.dumps(state)),
@@ -59,16 +74,44 @@ def save_checkpoint(path: Path, *, model: GPTModel, trainable: HasOptimizer | No
         },
     }
     temporary = path.with_name(f".{path.name}.tmp")
-    if parallel.world_rank() == 0:
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-    parallel.barrier()
-    dist_checkpointing.save(sharded_state(model, trainable, is_loading=False), str(temporary), InProcessSave())
-    files = _digests(temporary, _from_rank_0(sorted(file.name for file in temporary.iterdir())))
-    if parallel.world_rank() == 0:
-        record["files"] = files
-        _commit(temporary, path, record)
-    parallel.barrier()
+    failpoints.reach("save.before_write")
+    shards = ShardSave(snapshot=snapshot)
+    with _explained(path):
+        if parallel.world_rank() == 0:
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir(parents=True)
+        parallel.barrier()
+        dist_checkpointing.save(sharded_state(model, trainable, is_loading=False), str(temporary), shards)
+
+    def finish() -> None:
+        with _explained(path):
+            shards.write(ranks.group)
+            names = ranks.gather(sorted(file.name for file in temporary.iterdir()))[0]
+            parts = ranks.agree(lambda: files.digests(temporary, ranks.share(names)))
+            record["files"] = {name: entry for part in parts for name, entry in part.items()}
+            ranks.agree(lambda: files.commit(temporary, path, record) if ranks.rank == 0 else None)
+
+    return finish
+
+
+@contextlib.contextmanager
+def _explained(path: Path) -> Iterator[None]:
+    """Whatever goes wrong while ``path`` is written becomes one CheckpointError that says what is left."""
+    try:
+        yield
+    except (Exception, CheckpointException) as error:
+        reason = "; ".join(_causes(error))
+        raise CheckpointError(
+            f"{path} could not be written ({reason}); older checkpoints are untouched: mend the cause (free space on "
+            "that disk, say) and run the same command again"
+        ) from error
+
+
+def _causes(error: BaseException) -> list[str]:
+    """torch's CheckpointException holds one error per rank that failed."""
+    if not isinstance(error, CheckpointException):
+        return [str(error) if isinstance(error, CheckpointError) else f"{type(error).__name__}: {error}"]
+    return [f"rank {rank}: {type(cause).__name__}: {cause}" for rank, (cause, _) in error.failures.items()]
 
 
 def load_checkpoint(path: Path, *, model: GPTModel, trainable: HasOptimizer | None = None) -> dict:
@@ -82,7 +125,7 @@ def load_checkpoint(path: Path, *, model: GPTModel, trainable: HasOptimizer | No
     problem = find_problem(path)
     if problem is not None:
         raise CheckpointError(f"{path}: {problem}; continue from another checkpoint (newest_valid finds one)")
-    record = _read_record(path)
+    record = files.read_record(path)
     _check_signature(path, record, model, trainable)
     wanted = sharded_state(model, trainable, is_loading=True)
     try:
@@ -93,104 +136,54 @@ def load_checkpoint(path: Path, *, model: GPTModel, trainable: HasOptimizer | No
     return record["state"]
 
 
-def list_checkpoints(directory: Path) -> list[tuple[int, Path]]:
-    """(step, path) of every ``step_N`` below ``directory``, oldest first; none are opened."""
-    if not Path(directory).is_dir():
-        return []
-    found = ((_NAME.fullmatch(path.name), path) for path in Path(directory).iterdir() if path.is_dir())
-    return sorted((int(match[1]), path) for match, path in found if match)
+def newest_valid(directory: Path, problem_of: Callable[[Path], str | None] | None = None) -> Path | None:
+    """The newest checkpoint that is complete and undamaged; None when there are none at all.
 
-
-def newest_valid(directory: Path) -> Path | None:
-    """The newest checkpoint that is complete and undamaged; says in the log which ones were passed over and why."""
-    for _, path in reversed(_from_rank_0(list_checkpoints(directory))):
-        problem = find_problem(path)
+    A warning names those that were passed over, why, and the one that is used. ``problem_of`` looks at one checkpoint
+    (default ``find_problem``). Raises CheckpointError when there are checkpoints and none is whole.
+    """
+    if parallel.world_rank() == 0:
+        files.recover(directory)
+    passed: list[str] = []
+    for _, path in reversed(Ranks().gather(list_checkpoints(directory))[0]):
+        problem = (problem_of or find_problem)(path)
         if problem is None:
+            if passed and parallel.world_rank() == 0:
+                log.warning("not usable: %s; continuing from %s instead", "; ".join(passed), path)
             return path
-        if parallel.world_rank() == 0:
-            log.warning("checkpoint %s is skipped: %s", path, problem)
+        passed.append(f"checkpoint {path} ({problem})")
+    if passed:
+        raise CheckpointError(
+            f"no checkpoint in {directory} is whole: {'; '.join(passed)}; bring one of them back, or remove "
+            f"{Path(directory).parent} to train this stage again from its start"
+        )
     return None
 
 
-def prune(directory: Path, keep_last: int, keep: set[int]) -> None:
-    """Remove all checkpoints but the ``keep_last`` newest and those whose step is in ``keep``; left-overs go as well.
+def set_aside(directory: Path, step: int) -> None:
+    """Rank 0 renames checkpoints newer than ``step``; see ``checkpoint_files.set_aside``."""
+    if parallel.world_rank() == 0:
+        files.set_aside(directory, step)
+    parallel.barrier()
 
-    Rank 0 acts, the others return at once. A checkpoint is renamed before it is removed: a kill in between leaves no
-    half-empty ``step_N``.
-    """
-    if parallel.world_rank() != 0:
-        return
-    checkpoints = list_checkpoints(directory)
-    for step, path in checkpoints[: max(len(checkpoints) - keep_last, 0)]:
-        if step not in keep:
-            path.rename(path.with_name(f".{path.name}.old"))
-    for path in Path(directory).glob(".step_*"):
-        shutil.rmtree(path, ignore_errors=True)
+
+def prune(directory: Path, keep_last: int, keep: set[int]) -> None:
+    """Rank 0 removes all checkpoints but the ``keep_last`` newest and those whose step is in ``keep``."""
+    if parallel.world_rank() == 0:
+        files.prune(directory, keep_last, keep)
 
 
 def find_problem(path: Path) -> str | None:
     """Why ``path`` is not a complete, undamaged checkpoint; None if it is. The files are shared out over the ranks."""
+    ranks = Ranks()
     try:
-        record = _read_record(path)
+        record = files.read_record(path)
+        problem = files.damaged_file(path, ranks.share(sorted(record["files"])), record["files"])
     except CheckpointError as error:
-        problem: str | None = str(error)
-    else:
-        problem = _damaged_file(path, record["files"])
-    return next((found for found in _gather(problem) if found is not None), None)
-
-
-def _damaged_file(path: Path, files: dict[str, dict[str, Any]]) -> str | None:
-    for name in _my_share(sorted(files)):
-        file = path / name
-        if not file.is_file():
-            return f"the file {name} is missing"
-        if file.stat().st_size != files[name]["bytes"]:
-            return f"the file {name} has {file.stat().st_size} bytes instead of {files[name]['bytes']}"
-        if sha256(file) != files[name]["sha256"]:
-            return f"the checksum of {name} is wrong"
-    return None
-
-
-def _read_record(path: Path) -> dict[str, Any]:
-    try:
-        record = json.loads((path / STATE_FILE).read_text(encoding="utf-8"))
-        digest = record.pop("sha256")
-    except FileNotFoundError:
-        raise CheckpointError(f"{STATE_FILE} is missing") from None
-    except (ValueError, KeyError, AttributeError) as error:
-        raise CheckpointError(f"{STATE_FILE} is damaged ({error!r})") from error
-    if digest != _record_digest(record):
-        raise CheckpointError(f"the checksum of {STATE_FILE} is wrong")
-    if record["format"] != FORMAT:
-        raise CheckpointError(f"format {record['format']} is not known (this version reads {FORMAT})")
-    return record
-
-
-def _record_digest(record: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
-
-
-def _commit(temporary: Path, path: Path, record: dict[str, Any]) -> None:
-    text = json.dumps({**record, "sha256": _record_digest(record)}, indent=2, sort_keys=True) + "\n"
-    (temporary / STATE_FILE).write_text(text, encoding="utf-8")
-    for name in (*record["files"], STATE_FILE):
-        _fsync(temporary / name)
-    _fsync(temporary)
-    old = path.with_name(f".{path.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
-    if path.exists():
-        path.rename(old)
-    temporary.rename(path)
-    _fsync(path.parent)
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        problem = str(error)
+    except OSError as error:
+        problem = f"it cannot be read ({error})"
+    return next((found for found in ranks.gather(problem) if found is not None), None)
 
 
 def _signature(model: GPTModel) -> dict[str, Any]:
@@ -232,28 +225,3 @@ def _check_signature(path: Path, record: dict[str, Any], model: GPTModel, traina
             f"{path} holds the state of optimizer {record['optimizer']}, this run uses {kind}; "
             "use the trainer.distributed_optimizer and model.precision that it was saved with"
         )
-
-
-def _gather(value: Any) -> list[Any]:
-    if not dist.is_initialized():
-        return [value]
-    values: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value)
-    return values
-
-
-def _from_rank_0(value: Any) -> Any:
-    return _gather(value)[0]
-
-
-def _my_share(names: list[str]) -> list[str]:
-    return names[parallel.world_rank() :: dist.get_world_size()] if dist.is_initialized() else names
-
-
-def _digests(directory: Path, names: list[str]) -> dict[str, dict[str, Any]]:
-    """Size and SHA-256 of every file, each computed by one rank."""
-    mine = {
-        name: {"bytes": (directory / name).stat().st_size, "sha256": sha256(directory / name)}
-        for name in _my_share(names)
-    }
-    return {name: entry for part in _gather(mine) for name, entry in part.items()}

@@ -19,7 +19,7 @@ from tawin_nemo.backbones import Backbone
 from tawin_nemo.config import ModelConfig, TrainerConfig
 from tawin_nemo.data.trees import tree_batch
 from tawin_nemo.errors import CheckpointError
-from tawin_nemo.models.megatron import checkpoint, parallel
+from tawin_nemo.models.megatron import checkpoint, checkpoint_files, parallel
 from tawin_nemo.models.megatron.build import build_model
 from tawin_nemo.models.megatron.checkpoint import (
     find_problem,
@@ -179,7 +179,8 @@ def test_damage_is_found_and_the_previous_one_used(
         load(folder / "step_2", actor)
     assert newest_valid(folder) == folder / "step_1"
     assert len(messages) == 1
-    assert "step_2" in messages[0]
+    assert str(folder / "step_2") in messages[0]
+    assert f"continuing from {folder / 'step_1'}" in messages[0]
     assert said in messages[0]
     assert load(folder / "step_1", actor) == {"step": 1}
 
@@ -189,13 +190,17 @@ def test_nothing_valid(two: tuple[Path, Trainable], messages: list[str], tmp_pat
     assert newest_valid(tmp_path / "absent") is None
     for step in (1, 2):
         (folder / f"step_{step}" / "common.pt").unlink()
-    assert newest_valid(folder) is None
-    assert len(messages) == 2
+    with pytest.raises(CheckpointError, match=r"is whole: .*step_2 .*common.pt is missing.*step_1 .*remove") as raised:
+        newest_valid(folder)
+    assert str(folder.parent) in str(raised.value)
+    assert messages == []
 
 
-@pytest.mark.parametrize("where", ["sharded_state", "_digests", "_fsync"])
+@pytest.mark.parametrize(
+    ("module", "name"), [(checkpoint, "sharded_state"), (checkpoint_files, "digests"), (checkpoint_files, "_fsync")]
+)
 def test_an_interrupted_save_leaves_the_old_one(
-    two: tuple[Path, Trainable], monkeypatch: pytest.MonkeyPatch, where: str
+    two: tuple[Path, Trainable], monkeypatch: pytest.MonkeyPatch, module: Any, name: str
 ) -> None:
     folder, actor = two
 
@@ -204,7 +209,7 @@ def test_an_interrupted_save_leaves_the_old_one(
 
     for step in (2, 3):
         with monkeypatch.context() as patch:
-            patch.setattr(checkpoint, where, killed)
+            patch.setattr(module, name, killed)
             with pytest.raises(KeyboardInterrupt):
                 save(folder / f"step_{step}", actor, step=30)
     assert [step for step, _ in list_checkpoints(folder)] == [1, 2]
@@ -212,6 +217,48 @@ def test_an_interrupted_save_leaves_the_old_one(
     assert load(folder / "step_2", actor) == {"step": 2}
     save(folder / "step_3", actor, step=3)  # over the left-over temporary
     assert load(newest_valid(folder) or folder, actor) == {"step": 3}
+
+
+def test_a_kill_between_the_two_renames_loses_nothing(
+    two: tuple[Path, Trainable], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The old step_2 has been moved away, the new one is not in its place yet."""
+    folder, actor = two
+
+    def killed(point: str) -> None:
+        if point == "save.replacing":
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint_files.failpoints, "reach", killed)
+        with pytest.raises(KeyboardInterrupt):
+            save(folder / "step_2", actor, step=20)
+    assert [step for step, _ in list_checkpoints(folder)] == [1]
+    assert newest_valid(folder) == folder / "step_2"
+    assert load(folder / "step_2", actor) == {"step": 2}
+
+
+def test_what_was_passed_over_is_set_aside_until_the_next_save(two: tuple[Path, Trainable]) -> None:
+    folder, _ = two
+    _truncate(folder / "step_2" / "__0_0.distcp")
+    assert newest_valid(folder) == folder / "step_1"
+    checkpoint.set_aside(folder, 1)
+    assert sorted(path.name for path in folder.iterdir()) == ["step_1", "step_2.damaged"]
+    prune(folder, keep_last=1, keep=set())
+    assert [path.name for path in folder.iterdir()] == ["step_1"]
+
+
+def test_a_full_disk_is_explained_and_leaves_the_old_one(two: tuple[Path, Trainable]) -> None:
+    folder, actor = two
+    checkpoint_files.failpoints.arm("save.mid_shard=enospc")
+    try:
+        with pytest.raises(
+            CheckpointError, match=r"step_3 could not be written .*No space left.*untouched.*free space"
+        ):
+            save(folder / "step_3", actor)
+    finally:
+        checkpoint_files.failpoints.arm("")
+    assert newest_valid(folder) == folder / "step_2"
 
 
 def test_saving_again_replaces(two: tuple[Path, Trainable]) -> None:

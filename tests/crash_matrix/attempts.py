@@ -1,0 +1,139 @@
+"""One attempt of a training run in a process of its own, killed, signalled or let alone.
+
+Processes are forked from this one, which has imported everything before: an attempt then takes the time of its work,
+not ten seconds of imports. Kills are real SIGKILLs of a real process; nothing of it survives but its files.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+import traceback
+from dataclasses import dataclass
+from pathlib import Path
+
+from tawin_nemo import failpoints
+from tests.train.runs import SMALL, command, environment
+
+#: Seconds after which an attempt counts as hung.
+LIMIT = 300.0
+#: SFT (6 checkpoints), RL (4), one evaluation of each: the smallest run with every kind of file.
+RECIPE = (
+    *SMALL, "sft.epochs=1", "compare.sft_continued=false", "data.eval_limit=8", "eval.splits=[valid]",
+    "eval.beams=4", "reference.refresh=ema", "rl.beta=0.01",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """How it ended: exit code (negative: the signal that killed it), wall seconds, what it said on stderr."""
+
+    code: int
+    seconds: float
+    said: str
+    seconds_after: float = 0.0  # from a failpoint to the end of all processes
+
+    @property
+    def last_words(self) -> str:
+        return "\n".join(self.said.strip().splitlines()[-12:])
+
+
+def warm_up() -> None:
+    """Import what an attempt needs, so that forked ones need not."""
+    import tawin_nemo.models.megatron.checkpoint
+    import tawin_nemo.train.verbs  # noqa: F401
+
+
+def attempt(
+    overrides: list[str], *, rules: str = "", after: float | None = None, number: int = signal.SIGKILL, fsize: int = 0
+) -> Attempt:
+    """Run ``train`` with failpoint ``rules``; send signal ``number`` ``after`` seconds; no file above ``fsize``."""
+    log = Path(next(item for item in overrides if item.startswith("run_dir=")).removeprefix("run_dir=") + ".log")
+    start = time.monotonic()
+    pid = os.fork()
+    if pid == 0:
+        _child([*RECIPE, *overrides], rules, fsize, log)
+    code = None
+    while code is None:
+        if after is not None and time.monotonic() - start >= after:
+            os.kill(pid, number)
+            after = None
+        if time.monotonic() - start > LIMIT:
+            os.kill(pid, signal.SIGKILL)
+            raise TimeoutError(f"an attempt ran for more than {LIMIT:.0f} s: {log}")
+        done, status = os.waitpid(pid, os.WNOHANG)
+        code = os.waitstatus_to_exitcode(status) if done else None
+        time.sleep(0.005)
+    return Attempt(code, time.monotonic() - start, log.read_text(encoding="utf-8", errors="replace"))
+
+
+def _child(arguments: list[str], rules: str, fsize: int, log: Path) -> None:
+    """Never returns."""
+    code = 1
+    try:
+        os.setsid()
+        out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+        os.dup2(out, 1)
+        os.dup2(out, 2)
+        if fsize:
+            signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (fsize, fsize))
+        failpoints.arm(rules)
+        from tawin_nemo.cli import main
+
+        code = main(["train", *arguments])
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def launched(overrides: list[str], *, rules: str = "", term_at: str = "") -> Attempt:
+    """The same with two processes, through the command line and its launcher.
+
+    ``term_at``: SIGTERM to the launcher once that is on the screen.
+    """
+    arguments = command(*RECIPE, *overrides, "trainer.devices=2")
+    start = time.monotonic()
+    process = subprocess.Popen(
+        arguments, env={**environment(), failpoints.VARIABLE: rules}, stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    lines, failed = [], None
+    assert process.stderr is not None
+    for line in process.stderr:  # ends with the last process that holds the stream
+        lines.append(line)
+        if line.startswith("failpoint"):
+            failed = time.monotonic()
+        if term_at and term_at in line:
+            process.send_signal(signal.SIGTERM)
+            term_at = ""
+    code, end = process.wait(LIMIT), time.monotonic()
+    return Attempt(code, end - start, "".join(lines), end - failed if failed else 0.0)
+
+
+def fingerprint(run_dir: Path) -> dict[str, str]:
+    """What two equal runs share: metrics, evaluations, and checksums of the weights and optimizer that remain."""
+    found = {
+        str(path.relative_to(run_dir)): path.read_text(encoding="utf-8")
+        for pattern in ("*/metrics.jsonl", "*/eval/*.json", "*/done.json")
+        for path in sorted(run_dir.glob(pattern))
+    }
+    for state in sorted(run_dir.glob("*/checkpoints/step_*/state.json")):
+        files = json.loads(state.read_text(encoding="utf-8"))["files"]
+        shards = {name: entry["sha256"] for name, entry in files.items() if name.endswith(".distcp")}
+        found[str(state.parent.relative_to(run_dir))] = json.dumps(shards, sort_keys=True)
+    return found
+
+
+def difference(run_dir: Path, reference: dict[str, str]) -> str:
+    """Names of what differs from the uninterrupted run; empty when nothing does."""
+    mine = fingerprint(run_dir)
+    return ", ".join(name for name in sorted({*mine, *reference}) if mine.get(name) != reference.get(name))

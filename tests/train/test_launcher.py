@@ -1,0 +1,94 @@
+"""A process that dies ends the job with its name and traceback on the screen; log files and run id per attempt."""
+
+from __future__ import annotations
+
+import logging
+import signal
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+
+from tawin_nemo.config import ModelConfig
+from tawin_nemo.errors import Preempted
+from tawin_nemo.models.megatron import parallel
+from tawin_nemo.train.failures import attempt_logs, is_symptom
+from tawin_nemo.train.launcher import first_failure
+from tawin_nemo.train.nemo_logging import with_run_id
+from tests.crash_matrix.attempts import launched
+from tests.crash_matrix.cases import LAYOUT, RANK_LIMIT
+
+LOST = "RuntimeError: [gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:2023"
+
+
+@dataclass(frozen=True)
+class Failure:
+    exitcode: int
+    message: Any
+    timestamp: int
+
+
+@pytest.mark.parametrize(
+    ("failures", "first"),
+    [
+        ({0: Failure(1, LOST, 5), 1: Failure(-signal.SIGKILL, "Signal 9", 7)}, 1),
+        ({0: Failure(1, LOST, 5), 1: Failure(1, "ValueError: no", 5)}, 1),
+        ({0: Failure(-signal.SIGTERM, "Signal 15", 5), 1: Failure(1, "ValueError: no", 6)}, 1),
+        ({0: Failure(1, "ValueError: no", 6), 1: Failure(1, "ValueError: no", 5)}, 1),
+        ({0: Failure(1, "ValueError: no", 5), 1: Failure(1, "ValueError: no", 5)}, 0),
+    ],
+    ids=["kill", "error before lost peer", "ended by the launcher", "earlier", "lower rank"],
+)
+def test_the_failure_that_caused_the_others(failures: dict[int, Failure], first: int):
+    assert first_failure(failures)[0] == first
+
+
+def test_losing_a_peer_is_told_from_an_error():
+    assert is_symptom(LOST)
+    assert not is_symptom("ValueError: the loss is nan")
+
+
+def test_every_attempt_has_its_own_log(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", "given by torchrun")
+    parallel.initialize(ModelConfig(), seed=0)
+    logger = logging.getLogger("tawin_nemo.test")
+    with attempt_logs(tmp_path):
+        logger.info("one")
+    with pytest.raises(ZeroDivisionError), attempt_logs(tmp_path):
+        raise ZeroDivisionError("two")
+    with pytest.raises(Preempted), attempt_logs(tmp_path):
+        raise Preempted("SIGTERM: saved")
+    first, second, third = ((tmp_path / "logs" / f"attempt_{n}" / "rank_0.log").read_text() for n in (1, 2, 3))
+    assert "tawin_nemo.test: one" in first
+    assert "two" not in first
+    assert "Traceback" in second
+    assert "ZeroDivisionError: two" in second
+    assert "SIGTERM: saved" in third
+    assert "Traceback" not in third
+
+
+def test_the_run_id_is_the_same_in_every_attempt(tmp_path):
+    section = {"create_wandb_logger": True, "wandb_logger_kwargs": {"project": "p"}}
+    first = with_run_id(section, tmp_path)["wandb_logger_kwargs"]
+    assert first == with_run_id(section, tmp_path)["wandb_logger_kwargs"]
+    assert first["project"] == "p"
+    assert len(first["id"]) == 12
+    assert first["resume"] == "allow"
+    own = {"create_wandb_logger": True, "wandb_logger_kwargs": {"id": "mine"}}
+    assert with_run_id(own, tmp_path)["wandb_logger_kwargs"]["id"] == "mine"
+    assert with_run_id({"create_tensorboard_logger": True}, tmp_path / "none") == {"create_tensorboard_logger": True}
+    assert not (tmp_path / "none").exists()
+
+
+@pytest.mark.distributed
+def test_one_of_two_processes_fails_or_is_killed(small_dataset, tmp_path):
+    overrides = [f"data.root={small_dataset}", f"run_dir={tmp_path}", LAYOUT]
+    raised = launched(overrides, rules="save.before_write=raise/1")
+    assert (raised.code, raised.seconds_after < RANK_LIMIT) == (1, True), raised.last_words
+    assert "RuntimeError: failpoint save.before_write" in raised.last_words
+    assert raised.last_words.splitlines()[-1].startswith("tawin-nemo: rank 1 ended with 1")
+    killed = launched(overrides, rules="save.mid_shard=kill/1")
+    assert (killed.code, killed.seconds_after < RANK_LIMIT) == (1, True), killed.last_words
+    assert killed.last_words.splitlines()[-1].startswith("tawin-nemo: rank 1 was killed by SIGKILL")
+    log = (tmp_path / "logs" / "attempt_1" / "rank_1.log").read_text(encoding="utf-8")
+    assert "RuntimeError: failpoint save.before_write" in log
