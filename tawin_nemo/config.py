@@ -93,6 +93,7 @@ class TrainerConfig:
     threads: int = number(0, 0, help="CPU threads per process (0 = cores / processes)")
     peak_tflops: float = number(0.0, 0.0, help="one device's peak for MFU (0 = by GPU name, or a short measurement)")
     distributed_optimizer: bool = opt(True, "shard the optimizer state over data-parallel ranks")
+    offload_optimizer: bool = opt(False, "optimizer state in pinned CPU memory, gradients freed, while rollouts run")
     clip_grad: float = number(1.0, 0.0, help="largest gradient norm (0 = no clipping)")
     max_skipped_steps: int = number(10, 0, help="steps with a loss or gradient not finite that a stage may leave out")
     weight_decay: float = number(0.01, 0.0, help="AdamW, not on norms and biases")

@@ -73,6 +73,10 @@ def test_interpolation_and_bare_off(tmp_path):
         ("sft.rows=fresh", ["sft.rows=fresh", "rl.enabled=false"]),
         ("eval.splits=[train]", ["eval.splits=['train']", "valid, test"]),
         ("rl.negatives=dynamic rollout.score_space=vocab", ["rl.negatives=dynamic", "rollout.score_space=trie"]),
+        (
+            "trainer.devices=4 rollout.tensor_model_parallel_size=3",
+            ["tensor_model_parallel_size=3", "4 processes", "rollout.pipeline_model_parallel_size"],
+        ),
         ("seed", ["no '='"]),
         ("rl.lr=[1", ["override not understood"]),
     ],

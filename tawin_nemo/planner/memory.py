@@ -173,8 +173,10 @@ def peaks(shape: Backbone, recipe: Recipe, layout: Layout, lengths: Lengths, *, 
         copied = uses_reference(recipe) and recipe.reference.mode == "copy"
         for phase, extra in phases(shape, recipe, layout, numbers, lengths, stage):
             reference = base.weights if copied and phase != "SFT update" else 0.0
+            trains = 0.0 if recipe.trainer.offload_optimizer and phase in ("rollout", "evaluation") else 1.0
             parts = Parts(
-                weights=base.weights, gradients=base.gradients, optimizer=base.optimizer, context=base.context,
+                weights=base.weights, gradients=trains * base.gradients, optimizer=trains * base.optimizer,
+                context=base.context,
                 reference=reference, rollout_weights=rollout_weights(shape, recipe, layout, numbers),
                 activations=extra.activations, working=extra.working, logits=extra.logits,
                 kv_cache=extra.kv_cache,

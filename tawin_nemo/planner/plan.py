@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from tawin_nemo.backbones import Backbone
 from tawin_nemo.config import Recipe
 from tawin_nemo.errors import ConfigError
+from tawin_nemo.planner.activations import Numbers
 from tawin_nemo.planner.gpus import Gpu
 from tawin_nemo.planner.layout import (
     Layout,
@@ -17,7 +18,7 @@ from tawin_nemo.planner.layout import (
     rollout_layout,
     rollout_problems,
 )
-from tawin_nemo.planner.memory import GIB, Peak, peaks, stage_parameters, swap_bytes
+from tawin_nemo.planner.memory import GIB, Peak, peaks, resident, stage_parameters, swap_bytes
 from tawin_nemo.planner.timing import Rates, StepTime, rl_step, sft_step
 from tawin_nemo.planner.workload import Lengths
 
@@ -160,8 +161,8 @@ _UPDATE = "model.recompute=full, a lower {}.micro_batch_tokens, reference.mode=s
 SAVINGS = {
     "SFT update": _UPDATE.format("sft"),
     "RL update": _UPDATE.format("rl"),
-    "rollout": "Lower rollout.token_budget, or set reference.mode=swap",
-    "evaluation": "Lower eval.token_budget, or set reference.mode=swap",
+    "rollout": "Lower rollout.token_budget, or set trainer.offload_optimizer=true or reference.mode=swap",
+    "evaluation": "Lower eval.token_budget, or set trainer.offload_optimizer=true or reference.mode=swap",
 }
 
 
@@ -195,6 +196,10 @@ def notes(question: Question, layout: Layout) -> list[str]:
         found.append("FP8 saves activations that are counted here at two bytes; not verified on hardware")
     if recipe.model.dropout:
         found.append("attention dropout on a CPU keeps a matrix of all token pairs, which is not counted")
+    if recipe.trainer.offload_optimizer:
+        numbers = Numbers.of(recipe.model.precision)
+        away = max(resident(question.shape, recipe, layout, numbers, s).optimizer for s in range(layout.pp))
+        found.append(f"the offloaded optimizer state takes {away / GIB:.1f} GiB of pinned CPU memory per process")
     swapped = swap_bytes(question.shape, recipe, layout)
     if swapped:
         found.append(f"the swapped reference takes {swapped / GIB:.1f} GiB of pinned CPU memory per process")

@@ -7,7 +7,8 @@ resumes and completes a run.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -128,10 +129,12 @@ def run_stage(world: World, plan: Plan, sink: MetricSink | None) -> EvalResult:
     model = starting_model(world, plan.start, dropout=world.recipe.model.dropout if plan.kind == "sft" else 0.0)
     write_layout(world.run_dir, model, peak_flops(world.recipe))
     engine = build_engine(world.recipe, model, world.shape, world.catalog)
+    resting: Callable[[], AbstractContextManager[None]] = nullcontext
     if not stage.done:
         world = replace(world, recipe=stage_recipe(world.recipe, plan.name))
         lr = world.recipe.rl.lr if plan.kind == "rl" else world.recipe.sft.lr
         trainable = Trainable(model, world.shape, world.recipe.trainer, lr=lr)
+        resting = trainable.resting
         log.info("%s: %d rows of train", plan.name, len(plan.rows))
         if plan.kind == "rl":
             actor = Actor(trainable, world.catalog, world.recipe.rl, world.dp)
@@ -140,7 +143,8 @@ def run_stage(world: World, plan: Plan, sink: MetricSink | None) -> EvalResult:
             train_sft(world, stage, trainable, plan.rows, engine)
     stage.stop_between(f"the evaluation of {plan.name}")
     checkpoint.load_checkpoint(stage.chosen_checkpoint, model=model)
-    return evaluate_stage(world, stage.directory, engine)
+    with resting():
+        return evaluate_stage(world, stage.directory, engine)
 
 
 def stage_recipe(recipe: Recipe, name: str) -> Recipe:

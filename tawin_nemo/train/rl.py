@@ -64,7 +64,10 @@ def train_rl(
         done.step = step + 1
         reference.follow(actor.trainable.model, refresh.keeps(done.step))
         stage.write(done.step, {**facts, "lr": lr}, timers.report())
-        validated = due(done.step, trainer.val_check_interval) and validate(world, stage, engine, done)
+        validated = False
+        if due(done.step, trainer.val_check_interval):
+            with actor.trainable.resting():
+                validated = validate(world, stage, engine, done)
         if validated or due(done.step, trainer.save_interval) or done.step == total:
             save(stage, actor, reference, refresh, done)
         stage.stop_if_asked(lambda: save(stage, actor, reference, refresh, done), done)
@@ -89,23 +92,8 @@ def rl_step(roles: Roles, prompts: NextPrompts, timers: Timers, *, step: int, lr
     """One step with weights of version ``step``, which leaves version ``step + 1``; returns what is logged."""
     rl, engine, actor = roles.rl, roles.engine, roles.actor
     take_search_work(engine)  # a validation may have searched since the last step
-
-    def rolled_out() -> tuple[Rollout, Tensor]:
-        with timers("data"):
-            batch = prompts()
-        with timers("generate"):
-            rollout = roll_out(rl, engine, batch, step, roles.catalog, actor.dp)
-        with timers("reward"):
-            return rollout, roles.reward(rollout)
-
-    rollout, rewards_BG = rolled_out()
-    failpoints.reach("rl.after_rollout")
-    facts, path_tokens = rollout_facts(rollout, rewards_BG, actor.dp), int(rollout.lengths_BG.sum())
-    if rl.max_refill_batches:
-        rollout, rewards_BG, added = refilled(
-            rollout, rewards_BG, rolled_out, wanted=rl.prompts_per_step, most=rl.max_refill_batches, dp=actor.dp
-        )
-        facts |= {"rl/refill_batches": float(added)}
+    with actor.trainable.resting():
+        rollout, rewards_BG, facts, path_tokens = rewarded_groups(roles, prompts, timers, step=step)
     with timers("reward"):
         adv_BG = group_advantages(rewards_BG, std=rl.std, valid_BG=rollout.valid_BG)
         adv_BG = weighted_groups(adv_BG, rollout.inserted_BG, rl.inserted_weight)
@@ -122,6 +110,31 @@ def rl_step(roles: Roles, prompts: NextPrompts, timers: Timers, *, step: int, lr
     count_work(timers, engine, actor.dp, actor.trainable.shape, batches,
                path_tokens=path_tokens, scored=ref is not None, passes=rl.inner_updates)  # fmt: skip
     return {**facts, **prefixed(stats)}
+
+
+def rewarded_groups(
+    roles: Roles, prompts: NextPrompts, timers: Timers, *, step: int
+) -> tuple[Rollout, Tensor, dict[str, float], int]:
+    """Rollout, rewards_BG, what is logged of them, and the path tokens of the first rollout (before any refill)."""
+    rl, dp = roles.rl, roles.actor.dp
+
+    def rolled_out() -> tuple[Rollout, Tensor]:
+        with timers("data"):
+            batch = prompts()
+        with timers("generate"):
+            rollout = roll_out(rl, roles.engine, batch, step, roles.catalog, dp)
+        with timers("reward"):
+            return rollout, roles.reward(rollout)
+
+    rollout, rewards_BG = rolled_out()
+    failpoints.reach("rl.after_rollout")
+    facts, path_tokens = rollout_facts(rollout, rewards_BG, dp), int(rollout.lengths_BG.sum())
+    if rl.max_refill_batches:
+        rollout, rewards_BG, added = refilled(
+            rollout, rewards_BG, rolled_out, wanted=rl.prompts_per_step, most=rl.max_refill_batches, dp=dp
+        )
+        facts |= {"rl/refill_batches": float(added)}
+    return rollout, rewards_BG, facts, path_tokens
 
 
 def roll_out(

@@ -82,7 +82,8 @@ def _check(world: World, stage: Stage, trainable: Trainable, engine: RolloutEngi
     """What ``sft.watch`` says on valid, best so far, checkpoint, written after the log line that it counts on."""
     seen = {"valid/loss": valid_loss(world, trainable)}
     if world.recipe.sft.watch == "ndcg":
-        seen |= valid_ranking(world, engine, f"{stage.name} step {done.step} valid")
+        with trainable.resting():
+            seen |= valid_ranking(world, engine, f"{stage.name} step {done.step} valid")
     name, value = list(seen.items())[-1]
     value = value if name == "valid/loss" else -value  # Progress keeps the smallest
     best = math.inf if done.best_value is None else done.best_value

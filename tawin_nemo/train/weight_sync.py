@@ -14,6 +14,7 @@ from tawin_nemo.backbones import Backbone
 from tawin_nemo.catalog.items import Catalog
 from tawin_nemo.config import Recipe
 from tawin_nemo.errors import TawinError
+from tawin_nemo.log import get_logger
 from tawin_nemo.models.megatron.build import build_rollout_model
 from tawin_nemo.models.megatron.groups import rollout_replicas
 from tawin_nemo.models.megatron.lm import MegatronLM
@@ -21,6 +22,8 @@ from tawin_nemo.models.megatron.refit import Refit
 from tawin_nemo.rollout.engine import RolloutEngine
 from tawin_nemo.rollout.metered import MeteredLM
 from tawin_nemo.types import Rollout
+
+log = get_logger(__name__)
 
 
 def build_engine(recipe: Recipe, model: GPTModel, shape: Backbone, catalog: Catalog) -> RolloutEngine:
@@ -33,10 +36,11 @@ def build_engine(recipe: Recipe, model: GPTModel, shape: Backbone, catalog: Cata
     layout = recipe.rollout_layout
     if layout == (trained.tensor_model_parallel_size, trained.pipeline_model_parallel_size):
         return RolloutEngine(MeteredLM(MegatronLM(model, shape)), catalog, settings, seed=recipe.seed)
-    searching = build_rollout_model(shape, trained, *layout)
+    searching, dp = build_rollout_model(shape, trained, *layout), rollout_replicas(*layout)
+    log.info("rollouts and evaluation under TP %d x PP %d x DP %d, with weights of their own", *layout, dp.size)
     return RolloutEngine(
         MeteredLM(MegatronLM(searching, shape)), catalog, settings, seed=recipe.seed,
-        dp=rollout_replicas(*layout), receive_weights=Refit(model, searching),
+        dp=dp, receive_weights=Refit(model, searching),
     )  # fmt: skip
 
 

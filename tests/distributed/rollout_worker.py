@@ -21,7 +21,7 @@ from tawin_nemo.catalog.trie import TokenTrie
 from tawin_nemo.config import ModelConfig, Recipe, ReferenceConfig, RlConfig, RolloutConfig, TrainerConfig
 from tawin_nemo.data.batches import balanced_shard
 from tawin_nemo.errors import TawinError
-from tawin_nemo.models.megatron import parallel
+from tawin_nemo.models.megatron import parallel, refit
 from tawin_nemo.models.megatron.build import build_model, full_shape, sharded_axis
 from tawin_nemo.models.megatron.hf_io import save_hf
 from tawin_nemo.models.megatron.trainable import Trainable
@@ -177,6 +177,7 @@ def train(pair: Pair, folder: Path) -> dict[str, Any]:
 
 def main() -> None:
     root = Path(sys.argv[2])
+    refit._AT_ONCE = 2**13  # the small model would travel at once; its largest matrix alone is more
     for number, options in enumerate(json.loads(sys.argv[1])):
         result = train(Pair(**options), root / str(number))
         if parallel.world_rank() == 0:

@@ -38,8 +38,16 @@ def pairs(processes: int, *trainings: tuple[int, int, bool]) -> list[Pair]:
 
 
 TWO = [*pairs(2, (1, 1, False), (2, 1, False), (2, 1, True), (1, 2, False)), Pair(1, 2, False, 2, 1, tied=False)]
-FOUR = pairs(4, (2, 2, True), (2, 1, False), (1, 2, False))
-REST = [*pairs(4, (1, 1, False), (2, 2, False), (2, 1, True)), Pair(1, 1, False, 2, 2, tied=False)]
+FOUR = [
+    *pairs(4, (2, 2, True)),
+    *(Pair(2, 1, False, *rollout) for rollout in ((1, 1), (2, 2))),
+    *(Pair(1, 2, False, *rollout) for rollout in ((1, 1), (2, 1))),
+]
+REST = [
+    *(p for p in pairs(4, (2, 1, False), (1, 2, False)) if p not in FOUR),
+    *pairs(4, (1, 1, False), (2, 2, False), (2, 1, True)),
+    Pair(1, 1, False, 2, 2, tied=False),
+]
 
 
 @pytest.fixture(scope="module")

@@ -139,6 +139,9 @@ def test_rollouts_of_their_own_layout_cost_weights_and_save_pipeline_time():
     assert {peak.phase: peak.parts.kv_cache for peak in own.peaks}["rollout"] > 0
     assert own.rl.seconds["rollout"] < same.rl.seconds["rollout"]
     assert any("rollouts and evaluation run under TP 2 x PP 1 x DP 16" in note for note in own.notes)
+    offloaded = {peak.phase: peak.parts for peak in plan("gpus=32", "trainer.offload_optimizer=true").peaks}
+    assert offloaded["rollout"].gradients == offloaded["rollout"].optimizer == 0.0
+    assert offloaded["RL update"].optimizer > 0.0
     with pytest.raises(ConfigError, match=r"rollout\.tensor_model_parallel_size=3 does not divide"):
         plan("gpus=24", "rollout.tensor_model_parallel_size=3")
 

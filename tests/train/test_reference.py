@@ -5,7 +5,7 @@ import torch
 
 from tawin_nemo.config import ModelConfig
 from tawin_nemo.models.megatron.build import build_model
-from tawin_nemo.train.reference import CopiedReference, Refresh, SwappedReference
+from tawin_nemo.train.reference import CopiedReference, Refresh, SwappedReference, build_reference
 from tests.train.actor_scene import PLAIN, SHAPE, Scene
 
 
@@ -32,8 +32,10 @@ def test_a_reference_follows_the_actor(kind, tmp_path):
     initial = build_model(SHAPE, ModelConfig(), seed=4)
     start = {name: value.detach().clone() for name, value in initial.named_parameters()}
     reference = CopiedReference(initial)
+    kept = {name: value.clone() for name, value in start.items()}
+    places = [value.data_ptr() for value in kept.values()]
     if kind == "swap":
-        reference = SwappedReference(scene.trainable.model, {name: value.clone() for name, value in start.items()})
+        reference = SwappedReference(scene.trainable.model, kept)
     before = torch.cat(reference.logprobs(batches))
     reference.follow(scene.trainable.model, 1.0)
     assert torch.equal(torch.cat(reference.logprobs(batches)), before)
@@ -53,6 +55,17 @@ def test_a_reference_follows_the_actor(kind, tmp_path):
     reference.load(tmp_path / "step_1")
     assert torch.equal(torch.cat(reference.logprobs(batches)), halfway)
     assert all(torch.equal(value, actor_before[name]) for name, value in scene.weights().items())
+    assert [value.data_ptr() for value in kept.values()] == places  # pinned memory would stay pinned
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="pinned memory needs a CUDA device")
+def test_swapped_weights_are_pinned():
+    scene = Scene(PLAIN)
+    reference = build_reference("swap", 0.1, scene.trainable.model, lambda: build_model(SHAPE, ModelConfig(), seed=4))
+    assert isinstance(reference, SwappedReference)
+    reference.follow(scene.trainable.model, 0.5)
+    assert all(value.is_pinned() for value in reference._weights.values())
 
 
 def test_refresh_says_what_is_kept():

@@ -1,5 +1,6 @@
 """Early stopping: what counts as progress, what stays the best, when SFT ends; and what the loss is."""
 
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import numpy as np
@@ -67,10 +68,11 @@ def test_ndcg_decides_when_it_is_watched(monkeypatch):
     monkeypatch.setattr(sft, "valid_loss", lambda world, trainable: next(losses))
     monkeypatch.setattr(sft, "evaluate", search)
     done, bad, received = Progress(), [], []
+    trainable = SimpleNamespace(resting=nullcontext)
     engine = SimpleNamespace(dp=None, receive_weights=lambda: received.append(done.step))
     for step in range(4):
         done.step = step
-        sft._check(world, stage, None, engine, done)
+        sft._check(world, stage, trainable, engine, done)
         bad.append(done.bad_checks)
     assert received == [0, 1, 2, 3]
     assert done.best_step == 3

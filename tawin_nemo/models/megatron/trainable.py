@@ -6,6 +6,7 @@ number of data-parallel ranks changes a gradient or a statistic.
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -26,6 +27,7 @@ from tawin_nemo.config import TrainerConfig
 from tawin_nemo.errors import NonFiniteStep
 from tawin_nemo.models.megatron import parallel
 from tawin_nemo.models.megatron.forward import batch_logprobs, hidden_states, logit_dtype, modes
+from tawin_nemo.models.megatron.offload import OptimizerOffload
 from tawin_nemo.types import TokenBatch
 
 Loss = Callable[[Tensor], tuple[Tensor, dict[str, Tensor]]]
@@ -136,6 +138,7 @@ class Trainable:
             [self.ddp],
         )
         _fuse(self.optimizer)
+        self._offload = OptimizerOffload(self.ddp, self.optimizer) if trainer.offload_optimizer else None
         self.config.finalize_model_grads_func = _sum_gradients
         if parallel.data_parallel().size == 1 and self.config.fp8 is None:  # FP8 weights are requantised in the gather
             # collectives of one rank: gloo copies all gradients, then all weights, into fresh memory and back
@@ -189,6 +192,10 @@ class Trainable:
         if 0.0 < scale < 1.0:
             params = [param for group in self.optimizer.param_groups for param in group["params"]]
             torch._foreach_mul_([param.grad for param in params if param.grad is not None], scale)
+
+    def resting(self) -> contextlib.AbstractContextManager[None]:
+        """Inside, the model is only read: with ``trainer.offload_optimizer`` gradients and optimizer give way."""
+        return contextlib.nullcontext() if self._offload is None else self._offload.away()
 
     def score(self, batches: list[TokenBatch]) -> list[Tensor]:
         """Log-probs of the current weights; see ``score``."""
