@@ -39,8 +39,8 @@ RESUMABLE_KEYS = (
     "trainer.max_time", "trainer.threads", "trainer.keep_last", "trainer.peak_tflops", "trainer.save_interval",
     "trainer.async_save", "trainer.num_nodes", "trainer.devices", "trainer.max_skipped_steps",
     "model.tensor_model_parallel_size", "model.pipeline_model_parallel_size", "model.sequence_parallel",
-    "model.recompute", "rollout.tensor_model_parallel_size", "rollout.token_budget", "eval.token_budget",
-    "sft.micro_batch_tokens", "rl.micro_batch_tokens",
+    "model.recompute", "rollout.tensor_model_parallel_size", "rollout.pipeline_model_parallel_size",
+    "rollout.token_budget", "eval.token_budget", "sft.micro_batch_tokens", "rl.micro_batch_tokens",
 )  # fmt: skip
 
 

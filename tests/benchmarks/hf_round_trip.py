@@ -1,7 +1,7 @@
 """A Hugging Face checkpoint through a TP x PP layout and back: the same bits, and how much memory each rank needs.
 
     python -m tests.benchmarks.hf_round_trip                                   Qwen2.5-0.5B's shape, TP2 x PP2
-    python -m tests.benchmarks.hf_round_trip --output recipes/results/hf_round_trip.json
+    python -m tests.benchmarks.hf_round_trip --json recipes/results/hf_round_trip.json
     python -m tests.benchmarks.hf_round_trip --backbone nano --vocab 3000      a small one
 
 The checkpoint is drawn at random, bf16, in files of ``--shard-mb``, with a tokenizer that has added semantic-ID tokens.
@@ -24,6 +24,8 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+from tests.benchmarks import harness
 
 MB = 1_000_000
 LAYOUT = (2, 2)
@@ -189,7 +191,8 @@ def measure(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
         })  # fmt: skip
     wrong = differences(folder / "source", folder / "export")
     return {
-        "command": " ".join(["python -m tests.benchmarks.hf_round_trip", *sys.argv[1:]]),
+        "command": " ".join(["python -m tests.benchmarks.hf_round_trip", *harness._shown_arguments()]),
+        "commit": harness._git("rev-parse", "--short", "HEAD"),
         "date": time.strftime("%Y-%m-%d"),
         "hardware": f"{platform.machine()}, {os.cpu_count()} cores",
         "layout": {"tensor": LAYOUT[0], "pipeline": LAYOUT[1]},
@@ -210,7 +213,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--vocab", type=int, default=151_936, help="rows of the embedding")
     parser.add_argument("--shard-mb", type=int, default=200, help="largest file, of source and export")
     parser.add_argument("--limit", type=float, default=1500.0, help="seconds for the ranks")
-    parser.add_argument("--output", type=Path, help="write the JSON there as well")
+    parser.add_argument("--json", type=Path, help="write the JSON there as well")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args(argv)
@@ -220,8 +223,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     with tempfile.TemporaryDirectory(prefix="hf_round_trip_") as name:
         result = measure(Path(name), arguments)
     print(json.dumps(result), flush=True)
-    if arguments.output:
-        arguments.output.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    if arguments.json:
+        arguments.json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     return 0 if result["bit_identical"] and result["within_bound"] else 1
 
 
