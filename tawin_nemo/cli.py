@@ -144,8 +144,9 @@ def _dispatch(arguments: argparse.Namespace, argv: list[str]) -> int:
             from tawin_nemo.train.launcher import launch
 
             return launch(recipe.trainer.devices, argv)
-        from tawin_nemo.train import verbs
+        from tawin_nemo.train import launcher, verbs
 
+        launcher.end_with_launcher()
         verb: Callable[..., dict[str, Any]] = getattr(verbs, arguments.verb)
         options = {"dry_run": arguments.dry_run} if arguments.verb == "train" else {}
         result = verbs.run(recipe, verb, prepared_root, **options)

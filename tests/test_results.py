@@ -13,7 +13,18 @@ FILES = sorted((RECIPES / "results").glob("*.json"))
 BENCHMARKS = [path for path in FILES if path.name.startswith("bench_")]
 #: Its own test makes it again: tests/eval/test_simulate.py.
 FIGURES = [path for path in FILES if path.name == "figure3.json"]
-RUNS = [path for path in FILES if path not in [*BENCHMARKS, *FIGURES]]
+#: Their own tests read them: tests/train/test_crash_slice.py, tests/distributed/test_hf_round_trip.py.
+MEASURED = [path for path in FILES if path.name in ("crash_matrix.json", "hf_round_trip.json")]
+RUNS = [path for path in FILES if path not in [*BENCHMARKS, *FIGURES, *MEASURED]]
+
+
+@pytest.mark.parametrize("path", MEASURED, ids=lambda path: path.stem)
+def test_a_measurement_says_how_it_was_made(path):
+    result = json.loads(path.read_text(encoding="utf-8"))
+    assert {"command", "commit", "date", "hardware"} <= result.keys()
+    text = (RECIPES / "RESULTS.md").read_text(encoding="utf-8")
+    assert f"results/{path.name}" in text
+    assert result["command"] in text
 
 
 @pytest.mark.parametrize("path", RUNS, ids=lambda path: path.stem)

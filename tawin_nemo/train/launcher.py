@@ -6,6 +6,8 @@ signal is handed to all processes, which then have as long as their save takes.
 
 from __future__ import annotations
 
+import ctypes
+import os
 import signal
 import socket
 import sys
@@ -21,10 +23,12 @@ from tawin_nemo.train.signals import SIGNALS
 
 #: Seconds that the other processes get after one has died, before they are killed.
 GRACE = 10
+_PR_SET_PDEATHSIG = 1
 
 
 def launch(processes: int, argv: Sequence[str]) -> int:
     """Start one process per device; exit code of the first failure, 1 when that was a kill, 75 after a signal."""
+    from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
@@ -45,10 +49,22 @@ def launch(processes: int, argv: Sequence[str]) -> int:
         elastic_launch(config, sys.executable)("-m", "tawin_nemo", *argv)
     except ChildFailedError as error:
         return _told(error.failures, asked)
+    except SignalException as error:  # torch's launcher has handed it on and waited for the processes
+        print(f"tawin-nemo: {error.sigval.name}; the same command continues from the last checkpoint", file=sys.stderr)
+        return 128 + int(error.sigval)
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
     return 0
+
+
+def end_with_launcher() -> None:
+    """Ask Linux to kill this process when its launcher is killed: two attempts must not write into one run.
+
+    Processes that torchrun did not start are left alone. ``prctl(PR_SET_PDEATHSIG)``; elsewhere nothing happens.
+    """
+    if "TORCHELASTIC_RUN_ID" in os.environ and sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
 
 
 def _told(failures: Mapping[int, Any], asked: Sequence[int]) -> int:

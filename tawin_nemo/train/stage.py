@@ -85,7 +85,7 @@ class Stage:
         if newest is None:
             self._rewind(-1)
             return Progress()
-        state = checkpoint.load_checkpoint(newest, model=trainable.model, trainable=trainable)
+        state = checkpoint.load_checkpoint(newest, model=trainable.model, trainable=trainable, verified=True)
         progress = Progress(**state["progress"])
         checkpoint.set_aside(self.checkpoints, progress.step)
         self._rewind(progress.step)

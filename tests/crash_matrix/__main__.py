@@ -2,7 +2,7 @@
 
     python -m tests.crash_matrix                  a short slice: one chain of kills, a full disk, a truncated checkpoint
     python -m tests.crash_matrix --full           everything (about 10 minutes on 2 idle cores)
-    python -m tests.crash_matrix --full --output recipes/results/crash_matrix.json
+    python -m tests.crash_matrix --full --json recipes/results/crash_matrix.json
 
 The table goes to stderr, one JSON object to stdout; exit code 1 when a case failed or a point was never reached.
 """
@@ -70,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--full", action="store_true", help="every case, not the short slice")
     parser.add_argument("--data", type=Path, help="a prepared dataset (default: a generated one)")
     parser.add_argument("--only", default="", help="only cases whose name contains this")
-    parser.add_argument("--output", type=Path, help="write the JSON there as well")
+    parser.add_argument("--json", type=Path, help="write the JSON there as well")
     arguments = parser.parse_args(argv)
     start = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="crash_matrix_") as name:
@@ -87,8 +87,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     result = report(found, "--full" if arguments.full else "", time.monotonic() - start)
     print(table(result), file=sys.stderr, flush=True)
     print(json.dumps(result), flush=True)
-    if arguments.output:
-        arguments.output.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    if arguments.json:
+        arguments.json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     return 0 if result["failed"] == 0 and not result["points_never_reached"] else 1
 
 

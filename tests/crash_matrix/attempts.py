@@ -36,6 +36,7 @@ class Attempt:
     code: int
     seconds: float
     said: str
+    cpu: float = 0.0
     seconds_after: float = 0.0  # from a failpoint to the end of all processes
 
     @property
@@ -52,24 +53,34 @@ def warm_up() -> None:
 def attempt(
     overrides: list[str], *, rules: str = "", after: float | None = None, number: int = signal.SIGKILL, fsize: int = 0
 ) -> Attempt:
-    """Run ``train`` with failpoint ``rules``; send signal ``number`` ``after`` seconds; no file above ``fsize``."""
+    """Run ``train`` with failpoint ``rules``; no file above ``fsize`` bytes; signal ``number`` comes ``after`` seconds.
+
+    Those are seconds of the processor, which mean the same on a busy machine.
+    """
     log = Path(next(item for item in overrides if item.startswith("run_dir=")).removeprefix("run_dir=") + ".log")
     start = time.monotonic()
     pid = os.fork()
     if pid == 0:
         _child([*RECIPE, *overrides], rules, fsize, log)
-    code = None
+    code, used = None, 0.0
     while code is None:
-        if after is not None and time.monotonic() - start >= after:
+        if after is not None and _cpu(pid) >= after:
             os.kill(pid, number)
             after = None
         if time.monotonic() - start > LIMIT:
             os.kill(pid, signal.SIGKILL)
             raise TimeoutError(f"an attempt ran for more than {LIMIT:.0f} s: {log}")
-        done, status = os.waitpid(pid, os.WNOHANG)
-        code = os.waitstatus_to_exitcode(status) if done else None
-        time.sleep(0.005)
-    return Attempt(code, time.monotonic() - start, log.read_text(encoding="utf-8", errors="replace"))
+        done, status, usage = os.wait4(pid, os.WNOHANG)
+        if done:
+            code, used = os.waitstatus_to_exitcode(status), usage.ru_utime + usage.ru_stime
+        time.sleep(0.002)
+    return Attempt(code, time.monotonic() - start, log.read_text(encoding="utf-8", errors="replace"), used)
+
+
+def _cpu(pid: int) -> float:
+    """Seconds of the processor that a process has used."""
+    fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def _child(arguments: list[str], rules: str, fsize: int, log: Path) -> None:
@@ -120,16 +131,18 @@ def launched(overrides: list[str], *, rules: str = "", term_at: str = "") -> Att
 
 
 def fingerprint(run_dir: Path) -> dict[str, str]:
-    """What two equal runs share: metrics, evaluations, and checksums of the weights and optimizer that remain."""
+    """What two equal runs share: metrics, evaluations, checksums of the weights and optimizer a stage hands on."""
     found = {
         str(path.relative_to(run_dir)): path.read_text(encoding="utf-8")
         for pattern in ("*/metrics.jsonl", "*/eval/*.json", "*/done.json")
         for path in sorted(run_dir.glob(pattern))
     }
-    for state in sorted(run_dir.glob("*/checkpoints/step_*/state.json")):
-        files = json.loads(state.read_text(encoding="utf-8"))["files"]
+    for done in sorted(run_dir.glob("*/done.json")):
+        chosen = json.loads(done.read_text(encoding="utf-8"))["chosen_step"]
+        checkpoint = done.parent / "checkpoints" / f"step_{chosen}"
+        files = json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))["files"]
         shards = {name: entry["sha256"] for name, entry in files.items() if name.endswith(".distcp")}
-        found[str(state.parent.relative_to(run_dir))] = json.dumps(shards, sort_keys=True)
+        found[str(checkpoint.relative_to(run_dir))] = json.dumps(shards, sort_keys=True)
     return found
 
 

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import logging
+import os
 import signal
+import subprocess
+import sys
 from dataclasses import dataclass
 from typing import Any
 
+import psutil
 import pytest
 
 from tawin_nemo.config import ModelConfig
@@ -92,3 +96,25 @@ def test_one_of_two_processes_fails_or_is_killed(small_dataset, tmp_path):
     assert killed.last_words.splitlines()[-1].startswith("tawin-nemo: rank 1 was killed by SIGKILL")
     log = (tmp_path / "logs" / "attempt_1" / "rank_1.log").read_text(encoding="utf-8")
     assert "RuntimeError: failpoint save.before_write" in log
+
+
+CHILD = "from tawin_nemo.train.launcher import end_with_launcher; end_with_launcher(); print('up', flush=True); input()"
+PARENT = """
+import subprocess, sys
+child = subprocess.Popen([sys.executable, "-c", sys.argv[1]], stdin=subprocess.PIPE, start_new_session=True)
+print(child.pid, flush=True)
+child.wait()
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="prctl is Linux's")
+def test_a_worker_does_not_outlive_a_killed_launcher(monkeypatch):
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
+    with subprocess.Popen([sys.executable, "-c", PARENT, CHILD], stdout=subprocess.PIPE, text=True) as parent:
+        assert parent.stdout is not None
+        said = {parent.stdout.readline().strip(), parent.stdout.readline().strip()}
+        child = psutil.Process(int((said - {"up"}).pop()))
+        parent.kill()
+        assert parent.wait() == -signal.SIGKILL
+    assert psutil.wait_procs([child], timeout=60)[1] == []

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
 import math
 from dataclasses import replace
@@ -24,6 +23,7 @@ from torch import Tensor
 from tawin_nemo.backbones import Backbone, stage_layers
 from tawin_nemo.config import ModelConfig
 from tawin_nemo.errors import ConfigError
+from tawin_nemo.models.megatron import draw
 from tawin_nemo.models.megatron.attention import PlannedAttention
 from tawin_nemo.models.megatron.embedding import RowEmbedding
 from tawin_nemo.models.megatron.groups import rollout_groups, training_groups
@@ -35,6 +35,7 @@ _FP8: dict[str, dict[str, Any]] = {
     "fp8-tensorwise": {"fp8": "hybrid", "fp8_recipe": "tensorwise"},
     "fp8-delayed": {"fp8": "hybrid", "fp8_recipe": "delayed"},
 }
+_VOCABULARY = ("embedding.word_embeddings.weight", "output_layer.weight")
 _RECOMPUTE: dict[str, dict[str, Any]] = {
     "none": {},
     "selective": {"recompute_granularity": "selective"},
@@ -221,7 +222,7 @@ def global_name(model: GPTModel, name: str) -> str:
 
 @torch.no_grad()
 def init_weights(model: GPTModel, shape: Backbone, *, seed: int) -> None:
-    """Draw every full matrix from a generator seeded by (seed, global name) and keep this rank's shard.
+    """Draw every whole matrix from a generator seeded by (seed, global name), keeping only this rank's shard of it.
 
     Normal(0, init_std); the projections that write into the residual stream are divided by sqrt(2 * layers); biases
     are 0, norms 1, vocabulary padding 0.
@@ -230,23 +231,14 @@ def init_weights(model: GPTModel, shape: Backbone, *, seed: int) -> None:
         if parameter.dim() == 1:
             parameter.fill_(0.0 if name.endswith("bias") else 1.0)
             continue
-        full = _full_matrix(global_name(model, name), model, parameter, shape, seed)
-        parameter.copy_(own_shard(full, name, model, parameter))
-
-
-def _full_matrix(name: str, model: GPTModel, parameter: Tensor, shape: Backbone, seed: int) -> Tensor:
-    """The whole matrix on the CPU in float32, padded rows of the vocabulary included."""
-    rows, columns = full_shape(model, parameter)
-    vocabulary = name in ("embedding.word_embeddings.weight", "output_layer.weight")
-    real_rows = shape.vocab if vocabulary else rows
-    key = hashlib.sha256(f"{seed}/{name}".encode()).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(key[:8], "big") >> 1)
-    std = shape.init_std
-    if name.endswith(("linear_proj.weight", "linear_fc2.weight")):
-        std /= (2 * shape.layers) ** 0.5
-    matrix = torch.zeros(rows, columns)
-    matrix[:real_rows].normal_(0.0, std, generator=generator)
-    return matrix
+        key, rank = global_name(model, name), model.pg_collection.tp.rank()
+        rows, columns = full_shape(model, parameter)
+        std = shape.init_std
+        if key.endswith(("linear_proj.weight", "linear_fc2.weight")):
+            std /= (2 * shape.layers) ** 0.5
+        pieces = draw.shard_pieces(name, parameter, sharded_axis(parameter), rank, model.pg_collection.tp.size())
+        whole = (shape.vocab if key in _VOCABULARY else rows, columns)
+        draw.fill(parameter, pieces, whole, std=std, key=f"{seed}/{key}")
 
 
 def sharded_axis(parameter: Tensor) -> int | None:

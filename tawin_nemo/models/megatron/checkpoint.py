@@ -114,15 +114,18 @@ def _causes(error: BaseException) -> list[str]:
     return [f"rank {rank}: {type(cause).__name__}: {cause}" for rank, (cause, _) in error.failures.items()]
 
 
-def load_checkpoint(path: Path, *, model: GPTModel, trainable: HasOptimizer | None = None) -> dict:
+def load_checkpoint(
+    path: Path, *, model: GPTModel, trainable: HasOptimizer | None = None, verified: bool = False
+) -> dict:
     """Restore weights (and, with ``trainable``, its optimizer) bit for bit; return the saved ``state``.
 
     The layout may differ from the one that saved. Without ``trainable`` an optimizer that exists already keeps its
-    own copy of the weights: call its ``reload_model_params()``. Raises CheckpointError when the checkpoint is
+    own copy of the weights: call its ``reload_model_params()``. ``verified``: its checksums were found right just now
+    (``newest_valid``) and are not computed again. Raises CheckpointError when the checkpoint is
     incomplete or damaged, is of another model, or lacks the optimizer that is asked for.
     """
     path = Path(path)
-    problem = find_problem(path)
+    problem = None if verified else find_problem(path)
     if problem is not None:
         raise CheckpointError(f"{path}: {problem}; continue from another checkpoint (newest_valid finds one)")
     record = files.read_record(path)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -44,6 +44,7 @@ TOKENIZER_FILES = (
     "merges.txt", "tokenizer.model", "chat_template.jinja", "generation_config.json",
 )  # fmt: skip
 Row = tuple[Entry, int | None]
+_ROWS_AT_ONCE = 8192
 
 
 def _check_names(weights: HfWeights, shape: Backbone) -> None:
@@ -100,12 +101,13 @@ def load_hf(model: GPTModel, shape: Backbone, directory: str | Path) -> None:
         in_file = replace(shape, vocab=weights.shape(names[0])[0]) if entry.kind is Kind.VOCAB else shape
         rows = parameter.shape[0]
         offset = 0
-        for segment in shard_segments(entry, in_file, tp_rank, tp_size, padded_vocab=rows * tp_size):
-            part = weights.read(names[segment.source], entry.axis, segment.start, segment.stop)
-            parameter.narrow(entry.axis, offset, part.shape[entry.axis]).copy_(part)
-            if shape.tied and entry.kind is Kind.VOCAB:
-                _check_tied(weights, segment, part)
-            offset += part.shape[entry.axis]
+        for whole in shard_segments(entry, in_file, tp_rank, tp_size, padded_vocab=rows * tp_size):
+            for segment in _parts(whole):
+                part = weights.read(names[segment.source], entry.axis, segment.start, segment.stop)
+                parameter.narrow(entry.axis, offset, part.shape[entry.axis]).copy_(part)
+                if shape.tied and entry.kind is Kind.VOCAB:
+                    _check_tied(weights, segment, part)
+                offset += part.shape[entry.axis]
         if entry.kind is Kind.VOCAB:
             grows = in_file.vocab < min(shape.vocab, (tp_rank + 1) * rows)
             mean_row = weights.mean_row(names[0]) if grows else torch.zeros(parameter.shape[1])
@@ -114,6 +116,12 @@ def load_hf(model: GPTModel, shape: Backbone, directory: str | Path) -> None:
             raise CheckpointError(
                 f"the model's shard of {names} has {parameter.shape[entry.axis]} rows, {offset} were read"
             )
+
+
+def _parts(segment: Segment) -> Iterator[Segment]:
+    """The segment in parts that are small beside a shard, so that reading takes no second copy of an embedding."""
+    for start in range(segment.start, segment.stop, _ROWS_AT_ONCE):
+        yield replace(segment, start=start, stop=min(start + _ROWS_AT_ONCE, segment.stop))
 
 
 def _check_tied(weights: HfWeights, segment: Segment, embedding: Tensor) -> None:
@@ -160,6 +168,8 @@ class _Export:
         """Whole tensors out of the shards of this stage's tensor-parallel group, on its first rank."""
         entry, shard = row[0], self.local[row].detach().to(self.dtype).contiguous()
         group = self.model.tp_group
+        if group.size() > 1 and entry.kind is Kind.VOCAB:
+            return self._assemble_vocabulary(entry, shard)
         if group.size() == 1 or entry.kind is Kind.REPLICATED:
             shards = [shard]
         else:
@@ -176,6 +186,26 @@ class _Export:
                 tensors[segment.source].narrow(entry.axis, segment.start, length).copy_(piece)
                 offset += length
         return tensors
+
+    def _assemble_vocabulary(self, entry: Entry, shard: Tensor) -> list[Tensor]:
+        """The same for the largest matrices, whose rows are received in their place: one copy of the whole, no more."""
+        group = self.model.tp_group
+        rows = shard.shape[0]
+        (mine,) = shard_segments(entry, self.shape, group.rank(), group.size(), padded_vocab=rows * group.size()) or [
+            Segment(0, 0, 0)
+        ]
+        first = dist.get_global_rank(group, 0)
+        if group.rank() != 0:
+            if mine.stop > mine.start:
+                dist.send(shard[: mine.stop - mine.start], first, group=group)
+            return []
+        whole = shard.new_empty(hf_shapes(entry, self.shape)[0])
+        whole[: mine.stop] = shard[: mine.stop]
+        for tp_rank in range(1, group.size()):
+            low, high = min(tp_rank * rows, len(whole)), min((tp_rank + 1) * rows, len(whole))
+            if low < high:
+                dist.recv(whole[low:high], dist.get_global_rank(group, tp_rank), group=group)
+        return [whole]
 
 
 def _files(shape: Backbone, dtype: torch.dtype, max_shard_bytes: int) -> dict[str, list[Row]]:
