@@ -27,6 +27,10 @@ def number(default: float, low: float | None = None, high: float | None = None, 
     return field(default=default, metadata={"help": help, "low": low, "high": high})
 
 
+#: Values of reference.precision and eval.precision.
+PRECISIONS_OF_A_PART = ("model", "fp32", "bf16", "fp8-blockwise", "fp8-tensorwise", "fp8-delayed")
+
+
 @dataclass(frozen=True)
 class DataConfig:
     root: str = opt("", "folder with the data: prepared Parquet, or raw files that `dataset` names")
@@ -74,8 +78,11 @@ class ModelConfig:
     sequence_parallel: bool = opt(False, "split activations along the sequence between TP ranks")
     precision: str = choice(
         "fp32", "bf16", "fp8-blockwise", "fp8-tensorwise", "fp8-delayed",
-        help="number format of the matrix products; bf16 also on CPUs (much faster with AVX-512 BF16 or AMX)",
+        help="number format of the matrix products; bf16 also on CPUs (much faster with AVX-512 BF16 or AMX); FP8 in "
+        "the linear layers of the decoder, while embedding, LM head, norms and attention stay bf16 (Hopper GPU)",
     )  # fmt: skip
+    num_layers_at_start_in_bf16: int = number(0, 0, help="FP8: decoder layers at the beginning that stay bf16")
+    num_layers_at_end_in_bf16: int = number(0, 0, help="FP8: decoder layers at the end that stay bf16")
     recompute: str = choice("none", "selective", "full", help="activation recomputation in the backward pass")
 
 
@@ -202,6 +209,9 @@ class RolloutConfig:
 @dataclass(frozen=True)
 class ReferenceConfig:
     mode: str = choice("copy", "swap", "off", help="own copy | kept on the CPU and swapped in | none (needs rl.beta=0)")
+    precision: str = choice(
+        *PRECISIONS_OF_A_PART, help="its number format (model = model.precision; others: mode=copy)"
+    )
     refresh: str = choice("off", "every", "ema", help="the reference follows the actor: never, in jumps, smoothly")
     refresh_steps: int = number(100, 1, help="refresh=every: steps between copies of the actor")
     refresh_decay: float = number(0.99, 0.0, 1.0, help="refresh=ema: share that the reference keeps at each step")
@@ -210,6 +220,11 @@ class ReferenceConfig:
 @dataclass(frozen=True)
 class EvalConfig:
     beams: int = number(50, 1, 4096, help="beam width of evaluation")
+    precision: str = choice(
+        *PRECISIONS_OF_A_PART,
+        help="number format of finished stages' evaluation and of evaluate and generate (model = model.precision); "
+        "checks during training run in model.precision",
+    )  # fmt: skip
     splits: list[str] = opt(["valid", "test"], "splits that a finished stage is evaluated on")
     ks: list[int] = opt([1, 3, 5, 10], "cut-offs of Recall@K and NDCG@K")
     collision: str = choice(

@@ -58,9 +58,26 @@ def combinations(r: Recipe) -> Iterator[tuple[bool, str]]:
         rl.max_steps == 0 and rl.epochs == 0 and rl.enabled,
         "rl.max_steps=0 and rl.epochs=0: RL would take no step; set one of them, or rl.enabled=false",
     )
+    yield from _precision_combinations(r)
     yield from _space_combinations(r)
     if rl.enabled:
         yield from _rl_combinations(r)
+
+
+def _precision_combinations(r: Recipe) -> Iterator[tuple[bool, str]]:
+    m = r.model
+    first, last = m.num_layers_at_start_in_bf16, m.num_layers_at_end_in_bf16
+    yield (
+        m.precision == "fp8-delayed" and first + last > 0,
+        f"model.precision=fp8-delayed scales over the whole model, but model.num_layers_at_start_in_bf16={first} and "
+        f"model.num_layers_at_end_in_bf16={last}; set both to 0, or use fp8-tensorwise or fp8-blockwise",
+    )
+    own = r.reference.precision
+    yield (
+        r.reference.mode == "swap" and own not in ("model", m.precision),
+        f"reference.precision={own} but reference.mode=swap runs in the actor's model, which is {m.precision}; "
+        "set reference.mode=copy or reference.precision=model",
+    )
 
 
 def _rl_combinations(r: Recipe) -> Iterator[tuple[bool, str]]:

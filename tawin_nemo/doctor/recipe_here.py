@@ -14,10 +14,9 @@ from tawin_nemo.doctor.check import Check, absent, check, fails, gib, ok, warnin
 from tawin_nemo.doctor.place import existing
 from tawin_nemo.doctor.probe import Found
 from tawin_nemo.models.megatron.hf_config import backbone_from_hf
+from tawin_nemo.models.megatron.precision import Machine, lack, verified_precisions
 
-HOPPER, AMPERE = (9, 0), (8, 0)
-#: Transformer Engine's block-scaled FP8 needs this CUDA.
-BLOCKWISE_CUDA = (12, 9)
+AMPERE = (8, 0)
 _CPU_FLAGS = ("amx_bf16", "avx512_bf16")
 
 
@@ -160,16 +159,13 @@ def precision(recipe: Recipe, found: Found) -> Check:
         if lowest < AMPERE:
             return warning(f"bf16 on {gpus[0].name}", "GPUs before Ampere emulate it: use model.precision=fp32")
         return ok("bf16")
-    if lowest is None or lowest < HOPPER:
-        here = f"{gpus[0].name} has capability {lowest[0]}.{lowest[1]}" if lowest else "there is no GPU here"
-        return fails(f"{wanted} needs a Hopper GPU (9.0); {here}", "use model.precision=bf16")
     engine = found.library("transformer_engine.pytorch")
-    if engine.error or not engine.version:
-        remedy = "pip install -r requirements-gpu.txt, or use model.precision=bf16"
-        return fails(f"{wanted} needs Transformer Engine: {engine.error or 'not installed'}", remedy)
-    cuda = tuple(int(part) for part in found.torch.cuda.split(".")[:2])
-    if wanted == "fp8-blockwise" and cuda < BLOCKWISE_CUDA:
-        return fails(f"fp8-blockwise needs CUDA 12.9, torch has {found.torch.cuda}", "use fp8-tensorwise or bf16")
+    name = min(gpus, key=lambda gpu: gpu.capability).name if gpus else ""
+    lacking = lack(wanted, Machine(lowest, name, found.torch.cuda, engine.version, engine.error))
+    if lacking is not None:
+        return fails(lacking.reason, f"model.precision: {lacking.remedy}")
+    if wanted not in verified_precisions():
+        return warning(f"{wanted}, Transformer Engine {engine.version}", "not verified on hardware: watch its losses")
     return ok(f"{wanted}, Transformer Engine {engine.version}")
 
 

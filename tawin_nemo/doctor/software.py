@@ -6,13 +6,14 @@ import importlib.util
 import platform
 import sys
 from importlib import metadata
-from pathlib import Path
 
 from tawin_nemo.doctor.check import Check, absent, check, fails, ok, warning
 from tawin_nemo.doctor.probe import Found, Library, installed_version
+from tawin_nemo.models.megatron.fused import EXTENSIONS, FOREIGN_REMEDY, find_apex
+from tawin_nemo.models.megatron.precision import TRANSFORMER_ENGINE
 
-#: As in pyproject.toml and requirements-gpu.txt.
-PYTHON, TRANSFORMER_ENGINE = ">=3.11,<3.13", ">=2.9,<2.12"
+#: As in pyproject.toml.
+PYTHON = ">=3.11,<3.13"
 #: Lowest driver of each CUDA major version ("CUDA Compatibility", table of minor version compatibility, NVIDIA).
 LOWEST_DRIVER = {11: 450, 12: 525, 13: 580}
 _INSTALL = "pip install -r requirements.txt"
@@ -138,26 +139,18 @@ def transformer_engine(found: Found, *, needed: bool = False) -> Check:
 
 @check("apex")
 def apex() -> Check:
-    """NVIDIA's apex (fused optimizer, fused weight gradients), or the web toolkit that has its name on the index.
-
-    NVIDIA's has the packages ``optimizers`` and ``multi_tensor_apply``; looked for without importing anything.
-    """
-    spec = importlib.util.find_spec("apex")
-    if spec is None:
+    """NVIDIA's apex (fused optimizer, fused weight gradients), or the web toolkit that has its name on the index."""
+    seen = find_apex()
+    if not seen.folder:
         return absent("optional: NVIDIA's fused optimizer; from NVIDIA's containers or its source, not from the index")
-    folders = [Path(folder) for folder in spec.submodule_search_locations or ()]
-    if not any((folder / "optimizers").is_dir() and (folder / "multi_tensor_apply").is_dir() for folder in folders):
+    if seen.foreign:
         about = installed_version("apex")
-        return warning(
-            f"apex {about} in {folders[0] if folders else spec.origin} is not NVIDIA's but an unrelated web toolkit",
-            "pip uninstall apex; NVIDIA's comes with its containers or is built from its source",
-        )
-    fused = {"amp_C": "fused optimizer", "fused_weight_gradient_mlp_cuda": "fused weight gradients"}
-    built = [meaning for module, meaning in fused.items() if importlib.util.find_spec(module) is not None]
-    if len(built) < len(fused):
-        lacking = ", ".join(meaning for meaning in fused.values() if meaning not in built)
-        return warning(f"NVIDIA's, built without: {lacking}", "build it with --cpp_ext --cuda_ext; it runs without")
-    return ok(f"NVIDIA's, with {' and '.join(built)}")
+        return warning(f"apex {about} in {seen.folder} is not NVIDIA's but an unrelated web toolkit", FOREIGN_REMEDY)
+    lacking = [meaning for meaning in EXTENSIONS.values() if meaning not in seen.built]
+    if lacking:
+        value = f"NVIDIA's, built without: {', '.join(lacking)}"
+        return warning(value, "build it with --cpp_ext --cuda_ext; it runs without")
+    return ok(f"NVIDIA's, with {' and '.join(seen.built)}")
 
 
 @check("nemo_toolkit")

@@ -28,6 +28,7 @@ from tawin_nemo.log import get_logger
 from tawin_nemo.models.megatron import checkpoint, parallel
 from tawin_nemo.models.megatron.build import build_model
 from tawin_nemo.models.megatron.hf_io import load_hf
+from tawin_nemo.models.megatron.precision import AS_MODEL, in_precision
 from tawin_nemo.models.megatron.trainable import Trainable
 from tawin_nemo.recipe import value_of
 from tawin_nemo.rollout.engine import RolloutEngine
@@ -142,6 +143,10 @@ def run_stage(world: World, plan: Plan, sink: MetricSink | None) -> EvalResult:
         else:
             train_sft(world, stage, trainable, plan.rows, engine)
     stage.stop_between(f"the evaluation of {plan.name}")
+    cfg = in_precision(world.recipe.model, world.recipe.eval.precision)
+    if cfg != world.recipe.model:
+        model = build_model(world.shape, cfg, seed=world.recipe.seed, rollout_tp=world.recipe.rollout_layout[0])
+        engine = build_engine(replace(world.recipe, model=cfg), model, world.shape, world.catalog)
     checkpoint.load_checkpoint(stage.chosen_checkpoint, model=model)
     with resting():
         return evaluate_stage(world, stage.directory, engine)
@@ -155,15 +160,14 @@ def stage_recipe(recipe: Recipe, name: str) -> Recipe:
     return replace(recipe, sft=replace(recipe.sft, lr=lr, schedule="constant"))
 
 
-def starting_model(world: World, start: str | None, *, dropout: float = 0.0) -> GPTModel:
+def starting_model(world: World, start: str | None, *, dropout: float = 0.0, precision: str = AS_MODEL) -> GPTModel:
     """A model with the weights a stage starts from: ``start`` or model.init, or what an earlier stage handed on.
 
     Only SFT has dropout: under it the policy ratio of an unchanged policy would be noise around 1 and would be clipped.
     """
     recipe: Recipe = world.recipe
-    model = build_model(
-        world.shape, replace(recipe.model, dropout=dropout), seed=recipe.seed, rollout_tp=recipe.rollout_layout[0]
-    )
+    cfg = in_precision(replace(recipe.model, dropout=dropout), precision)
+    model = build_model(world.shape, cfg, seed=recipe.seed, rollout_tp=recipe.rollout_layout[0])
     if start is not None:
         earlier = Stage(world.run_dir / start, recipe.trainer)
         checkpoint.load_checkpoint(earlier.chosen_checkpoint, model=model)
@@ -189,8 +193,9 @@ def reference_for(world: World, plan: Plan, actor_model: GPTModel) -> Reference:
     """The policy that RL started from, frozen."""
     recipe = world.recipe
     return build_reference(
-        recipe.reference.mode, recipe.rl.beta, actor_model, lambda: starting_model(world, plan.start)
-    )
+        recipe.reference.mode, recipe.rl.beta, actor_model,
+        lambda: starting_model(world, plan.start, precision=recipe.reference.precision),
+    )  # fmt: skip
 
 
 def evaluate_stage(world: World, directory: Path, engine: RolloutEngine) -> EvalResult:

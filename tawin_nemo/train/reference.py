@@ -128,7 +128,7 @@ def _blend(weights: Mapping[str, Tensor], actor_model: GPTModel, keep: float) ->
     if keep == 1.0:
         return
     for name, parameter in actor_model.named_parameters():
-        kept, now = weights[name], parameter.detach().to(weights[name].device)
+        kept, now = weights[name], parameter.detach().to(weights[name])  # a reference may have its own precision
         if keep == 0.0:  # exactly the actor's, whatever rounding makes of 0 * w + now
             kept.copy_(now)
         else:

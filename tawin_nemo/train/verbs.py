@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,11 @@ from tawin_nemo.config import Recipe
 from tawin_nemo.errors import ConfigError
 from tawin_nemo.eval.bias import item_counts
 from tawin_nemo.eval.evaluate import evaluate as run_evaluation
-from tawin_nemo.models.megatron import async_save, checkpoint, parallel
+from tawin_nemo.log import get_logger
+from tawin_nemo.models.megatron import async_save, checkpoint, parallel, precision
 from tawin_nemo.models.megatron.build import build_model
 from tawin_nemo.models.megatron.hf_io import save_hf
+from tawin_nemo.models.megatron.precision import AS_MODEL, in_precision
 from tawin_nemo.rollout.engine import RolloutEngine
 from tawin_nemo.train import signals
 from tawin_nemo.train.failures import attempt_logs, recorded
@@ -27,6 +30,7 @@ from tawin_nemo.train.world import World, build_world, open_run_dir, set_threads
 from tawin_nemo.types import NO_ITEM, TokenRows
 
 Verb = Callable[..., dict[str, Any]]
+log = get_logger(__name__)
 
 
 def run(recipe: Recipe, verb: Verb, find_data: Callable[[Recipe], Path], **options: Any) -> dict[str, Any]:
@@ -37,6 +41,7 @@ def run(recipe: Recipe, verb: Verb, find_data: Callable[[Recipe], Path], **optio
         stack.enter_context(recorded())
         parallel.initialize(recipe.model, seed=recipe.seed)
         check_processes(recipe)
+        check_precision(recipe, runs=not options.get("dry_run"))
         check_profile(recipe.profile)
         set_threads(recipe)
         run_dir = open_run_dir(recipe, same_recipe=verb is train)
@@ -57,6 +62,17 @@ def check_processes(recipe: Recipe) -> None:
             f"trainer.num_nodes={nodes} x trainer.devices={devices} = {nodes * devices} processes, but the launcher "
             f"started {started}; set trainer.devices to the processes per machine"
         )
+
+
+def check_precision(recipe: Recipe, *, runs: bool) -> None:
+    """Raises ConfigError when ``runs`` and this machine lacks what a precision needs; says which were never tried."""
+    if recipe.baseline.model != "off":
+        return
+    if runs:
+        precision.refuse(recipe)
+    if parallel.world_rank() == 0:
+        for line in precision.unverified(recipe):
+            log.warning(line)
 
 
 def codes_path(recipe: Recipe) -> Path | None:
@@ -156,16 +172,19 @@ def convert(world: World) -> dict[str, Any]:
 
 
 def engine_of(world: World) -> RolloutEngine:
-    engine = build_engine(world.recipe, checkpoint_model(world), world.shape, world.catalog)
+    cfg = in_precision(world.recipe.model, world.recipe.eval.precision)
+    model = checkpoint_model(world, world.recipe.eval.precision)
+    engine = build_engine(replace(world.recipe, model=cfg), model, world.shape, world.catalog)
     engine.receive_weights()
     return engine
 
 
-def checkpoint_model(world: World) -> Any:
+def checkpoint_model(world: World, in_format: str = AS_MODEL) -> Any:
     """The model of ``checkpoint=``: a stage directory (its chosen step) or one step_N directory."""
     if not world.recipe.checkpoint:
-        return starting_model(world, None)
+        return starting_model(world, None, precision=in_format)
     recipe = world.recipe
-    model = build_model(world.shape, recipe.model, seed=recipe.seed, rollout_tp=recipe.rollout_layout[0])
+    cfg = in_precision(recipe.model, in_format)
+    model = build_model(world.shape, cfg, seed=recipe.seed, rollout_tp=recipe.rollout_layout[0])
     checkpoint.load_checkpoint(named_checkpoint(world.recipe, "checkpoint"), model=model)
     return model

@@ -28,6 +28,10 @@ OPTIONS = {
         "rl.negatives=dynamic rl.oversample=2 rl.reward=semantic rl.reward_weight=0.5 rl.ensure_target=off "
         "compare.sft_continued=false eval.splits=[valid]"
     ),
+    "bf16_with_float32_reference_and_evaluation": (
+        "model.precision=bf16 reference.precision=fp32 eval.precision=fp32 rl.beta=0.01 reference.refresh=ema "
+        "sft.epochs=1 compare.sft_continued=false eval.splits=[valid]"
+    ),
     "sft_in_trie_space_only": (
         "rl.enabled=false sft.loss_space=trie sft.schedule=linear sft.checks_per_epoch=2 sft.watch=ndcg"
     ),

@@ -2,20 +2,14 @@
 
 from __future__ import annotations
 
-import importlib.util
 import math
 from dataclasses import replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from megatron.core.models.gpt.gpt_layer_specs import (
-    get_gpt_layer_local_spec,
-    get_gpt_layer_with_transformer_engine_spec,
-)
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
@@ -23,18 +17,13 @@ from torch import Tensor
 from tawin_nemo.backbones import Backbone, stage_layers
 from tawin_nemo.config import ModelConfig
 from tawin_nemo.errors import ConfigError
-from tawin_nemo.models.megatron import draw
-from tawin_nemo.models.megatron.attention import PlannedAttention
+from tawin_nemo.models.megatron import draw, precision
 from tawin_nemo.models.megatron.embedding import RowEmbedding
 from tawin_nemo.models.megatron.groups import rollout_groups, training_groups
+from tawin_nemo.models.megatron.layer_spec import layer_spec
 from tawin_nemo.models.megatron.norm import RMSNorm
 from tawin_nemo.models.megatron.rope import PositionedRotary
 
-_FP8: dict[str, dict[str, Any]] = {
-    "fp8-blockwise": {"fp8": "e4m3", "fp8_recipe": "blockwise"},
-    "fp8-tensorwise": {"fp8": "hybrid", "fp8_recipe": "tensorwise"},
-    "fp8-delayed": {"fp8": "hybrid", "fp8_recipe": "delayed"},
-}
 _VOCABULARY = ("embedding.word_embeddings.weight", "output_layer.weight")
 _RECOMPUTE: dict[str, dict[str, Any]] = {
     "none": {},
@@ -83,11 +72,7 @@ def _check(shape: Backbone, cfg: ModelConfig, section: str = "model") -> None:
             f"{section}.pipeline_model_parallel_size={pp}: the {shape.layers} layers of {cfg.backbone} cannot be "
             "spread over so many stages: use a divisor, or a smaller number"
         )
-    if cfg.precision in _FP8 and not (torch.cuda.is_available() and importlib.util.find_spec("transformer_engine")):
-        raise ConfigError(
-            f"model.precision={cfg.precision} needs a CUDA device and the package transformer_engine "
-            f"(CUDA available: {torch.cuda.is_available()}): use bf16 or fp32 here"
-        )
+    precision.check(shape, cfg)
 
 
 def model_config(shape: Backbone, cfg: ModelConfig, *, section: str = "model") -> TransformerConfig:
@@ -137,7 +122,7 @@ def model_config(shape: Backbone, cfg: ModelConfig, *, section: str = "model") -
         bias_activation_fusion=on_gpu,
         gradient_accumulation_fusion=False,
         apply_rope_fusion=False,
-        **_FP8.get(cfg.precision, {}),
+        **precision.config_fields(cfg),
         **_RECOMPUTE[cfg.recompute],
     )
 
@@ -147,15 +132,8 @@ def _leave(weight: Tensor) -> None:
 
 
 def _block_spec(config: TransformerConfig, stage: int) -> TransformerBlockSubmodules:
-    if config.fp8 is not None:
-        layer: ModuleSpec = get_gpt_layer_with_transformer_engine_spec()
-    else:
-        layer = get_gpt_layer_local_spec(normalization="RMSNorm")
-        layer.submodules.input_layernorm = RMSNorm
-        layer.submodules.pre_mlp_layernorm = RMSNorm
-    layer.submodules.self_attention.submodules.core_attention = PlannedAttention
-    layers = get_num_layers_to_build(config, pp_rank=stage)
-    return TransformerBlockSubmodules(layer_specs=[layer] * layers, layer_norm=RMSNorm)
+    layers = [layer_spec(config)] * get_num_layers_to_build(config, pp_rank=stage)
+    return TransformerBlockSubmodules(layer_specs=layers, layer_norm=RMSNorm)
 
 
 def build_model(shape: Backbone, cfg: ModelConfig, *, seed: int, rollout_tp: int = 1) -> HiddenGPT:

@@ -14,21 +14,17 @@ from torch import Tensor
 
 from tawin_nemo.models.megatron import parallel
 from tawin_nemo.models.megatron.head import child_logprobs, select_rows, token_logprobs
+from tawin_nemo.models.megatron.precision import row_multiple
 from tawin_nemo.models.megatron.tree_plan import TreePlan
 from tawin_nemo.types import Children, TokenBatch
 
-#: Tokens of a pass must be a multiple of this for the FP8 matrix products of Transformer Engine.
-_FP8_MULTIPLE = {"blockwise": 128, "tensorwise": 16, "delayed": 16}
-
-
-def row_multiple(config: TransformerConfig) -> int:
-    """The number of tokens of a forward pass is padded to a multiple of this."""
-    split = config.tensor_model_parallel_size if config.sequence_parallel else 1
-    return split * (_FP8_MULTIPLE[config.fp8_recipe] if config.fp8 else 1)
-
 
 def padding(tokens: int, config: TransformerConfig) -> int:
-    """Tokens that the layout wants behind a flat row of this many."""
+    """Tokens that layout and precision want behind a flat row of this many: every pass asks here.
+
+    Plans give these tokens no attention, and nothing is read behind them, so they change no log-prob and no gradient
+    (delayed and tensor-wise FP8 excepted: a scale is chosen over all rows of a pass).
+    """
     return -tokens % row_multiple(config)
 
 

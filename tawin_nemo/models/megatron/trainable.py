@@ -19,7 +19,6 @@ from megatron.core.distributed import DistributedDataParallel, DistributedDataPa
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.pipeline_parallel import get_forward_backward_func
-from megatron.core.tensor_parallel import layers
 from torch import Tensor
 
 from tawin_nemo.backbones import Backbone
@@ -27,6 +26,7 @@ from tawin_nemo.config import TrainerConfig
 from tawin_nemo.errors import NonFiniteStep
 from tawin_nemo.models.megatron import parallel
 from tawin_nemo.models.megatron.forward import batch_logprobs, hidden_states, logit_dtype, modes
+from tawin_nemo.models.megatron.fused import fuse
 from tawin_nemo.models.megatron.offload import OptimizerOffload
 from tawin_nemo.types import TokenBatch
 
@@ -121,7 +121,6 @@ class Trainable:
         )
         self.ddp = DistributedDataParallel(config=self.config, ddp_config=ddp_config, module=model)
         self.ddp.broadcast_params()
-        _fuse_weight_gradients(model)
         self.optimizer = get_megatron_optimizer(
             OptimizerConfig(
                 optimizer="adam",
@@ -137,7 +136,7 @@ class Trainable:
             ),
             [self.ddp],
         )
-        _fuse(self.optimizer)
+        fuse(model, self.optimizer)
         self._offload = OptimizerOffload(self.ddp, self.optimizer) if trainer.offload_optimizer else None
         self.config.finalize_model_grads_func = _sum_gradients
         if parallel.data_parallel().size == 1 and self.config.fp8 is None:  # FP8 weights are requantised in the gather
@@ -209,24 +208,6 @@ class Trainable:
             f"the gradient norm is {grad_norm}; not finite in {len(names)} tensors: "
             f"{', '.join(names[:5]) or 'only the norm itself'}; the weights were not changed."
         )
-
-
-def _fuse(optimizer: Any) -> None:
-    """One pass over the memory instead of ten, where megatron found neither apex nor Transformer Engine."""
-    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
-        if isinstance(part.optimizer, torch.optim.Adam | torch.optim.AdamW):
-            for group in part.optimizer.param_groups:
-                group.update(fused=True, foreach=False)
-
-
-def _fuse_weight_gradients(model: GPTModel) -> None:
-    """Linear layers add to the gradients' buffers themselves, where apex (on a CPU: the shim) has the function.
-
-    Not an option of the model's configuration: a model without buffers could then not run backward.
-    """
-    for module in model.modules():
-        if hasattr(module, "gradient_accumulation_fusion"):
-            module.gradient_accumulation_fusion = layers._grad_accum_fusion_available
 
 
 def _sum_stats(stats: list[dict[str, Tensor]]) -> dict[str, float]:
