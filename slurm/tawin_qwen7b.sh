@@ -3,8 +3,8 @@
 #
 #   sbatch slurm/tawin_qwen7b.sh model.init=/models/HF_DIR data.root=/data/DIR [key=value ...]
 #
-# Every number below can be changed: sbatch --nodes=2 --time=8:00:00 slurm/tawin_qwen7b.sh ...; RECIPE=FILE for another recipe.
-# What slurm/launch.sh reads from the environment stands at its top.
+# Every number below can be changed by sbatch's options (sbatch --nodes=2 --time=8:00:00 slurm/tawin_qwen7b.sh ...), and
+# everything else by the environment: slurm/launch.sh lists it.
 #SBATCH --job-name=tawin_qwen7b
 #SBATCH --nodes=4
 #SBATCH --ntasks-per-node=8
@@ -16,5 +16,8 @@
 #SBATCH --open-mode=append
 #SBATCH --output=%x-%j.out
 set -euo pipefail
-source "${TAWIN_HOME:-$SLURM_SUBMIT_DIR}/slurm/launch.sh"
-launch train --recipe "${RECIPE:-recipes/tawin_qwen7b.yaml}" "$@"
+export TAWIN_HOME=${TAWIN_HOME:-${SLURM_SUBMIT_DIR:-$PWD}}
+[ -f "$TAWIN_HOME/slurm/launch.sh" ] || { echo "no slurm/launch.sh in TAWIN_HOME=$TAWIN_HOME: name the checkout" >&2 && exit 2; }
+# shellcheck source=slurm/launch.sh
+source "$TAWIN_HOME/slurm/launch.sh"
+launch train recipes/tawin_qwen7b.yaml "$@"

@@ -2,10 +2,11 @@
 # A real Slurm of several nodes on this one machine, for tests: root, no systemd, no cgroups, loopback only.
 #   source <(tests/slurm/cluster.sh start)     prints what to source (SLURM_CONF), progress goes to stderr
 #   tests/slurm/cluster.sh stop                ends jobs and daemons, removes the folder
-# Knobs: SLURM_SIM_DIR, NODES (2), GPUS per node (8, fake), CPUS per node (64).
+# Exit code 3: this machine cannot have one (no root, or Debian's packages slurm-wlm and munge cannot be installed).
+# Knobs: SLURM_SIM_DIR, NODES (2), GPUS per node (8, fake), CPUS per node (96).
 set -euo pipefail
 DIR=${SLURM_SIM_DIR:-${TMPDIR:-/tmp}/tawin-slurm}
-NODES=${NODES:-2} GPUS=${GPUS:-8} CPUS=${CPUS:-64}
+NODES=${NODES:-2} GPUS=${GPUS:-8} CPUS=${CPUS:-96}
 export SLURM_CONF=$DIR/slurm.conf
 say() { echo "cluster: $*" >&2; }
 
@@ -15,14 +16,20 @@ running() { # running PIDFILE NAME: the process of that file lives and has that 
 }
 
 install() {
-  command -v slurmctld >/dev/null && command -v slurmd >/dev/null && command -v munged >/dev/null && return
+  if command -v slurmctld && command -v slurmd && command -v munged; then return; fi >/dev/null
+  if [ "$(id -u)" != 0 ] || ! command -v apt-get >/dev/null; then
+    cannot "there is no Slurm here, and no apt-get as root to install it"
+  fi
   say "installing slurm-wlm and munge"
-  local policy=/usr/sbin/policy-rc.d # keeps the packages' own services from starting
-  [ -e "$policy" ] || { printf '#!/bin/sh\nexit 101\n' >"$policy" && chmod 755 "$policy"; }
+  local policy=/usr/sbin/policy-rc.d made="" # keeps the packages' own services from starting
+  [ -e "$policy" ] || { printf '#!/bin/sh\nexit 101\n' >"$policy" && chmod 755 "$policy" && made=yes; }
   export DEBIAN_FRONTEND=noninteractive
-  apt-get update -q >&2
-  apt-get install -y -q --no-install-recommends slurm-wlm munge >&2
+  { apt-get update -q && apt-get install -y -q --no-install-recommends slurm-wlm munge; } >&2 || failed=yes
+  [ -z "$made" ] || rm -f "$policy"
+  [ -z "${failed:-}" ] || cannot "apt-get install slurm-wlm munge failed"
 }
+
+cannot() { say "$*" && exit 3; } # the machine cannot have a Slurm; tests skip
 
 configure() {
   mkdir -p "$DIR"/{run,log,state,dev,munge}
@@ -30,7 +37,9 @@ configure() {
     mkdir -p "$DIR/spool/node$n"
     grep -q "node$n # tawin-slurm" /etc/hosts || echo "127.0.1.$n node$n # tawin-slurm" >>/etc/hosts
   done
-  for i in $(seq 0 $((GPUS - 1))); do [ -c "$DIR/dev/gpu$i" ] || mknod "$DIR/dev/gpu$i" c 1 3; done
+  for i in $(seq 0 $((GPUS - 1))); do
+    [ -c "$DIR/dev/gpu$i" ] || mknod "$DIR/dev/gpu$i" c 1 3 || cannot "making device files is not allowed here"
+  done
   echo "NodeName=node[1-$NODES] Name=gpu File=$DIR/dev/gpu[0-$((GPUS - 1))]" >"$DIR/gres.conf"
   cat >"$SLURM_CONF" <<CONF
 ClusterName=tawin
@@ -65,6 +74,10 @@ JobRequeue=1
 # the controller on loopback only; srun must stay free, or the nodes cannot call it back
 CommunicationParameters=NoCtldInAddrAny
 KillWait=10
+# a busy machine answers late
+MessageTimeout=100
+TCPTimeout=60
+SlurmdTimeout=1800
 MinJobAge=3600
 SchedulerType=sched/backfill
 SchedulerParameters=bf_interval=2,sched_interval=2,batch_sched_delay=0
@@ -83,13 +96,23 @@ start_munge() {
     --seed-file="$DIR/munge/munged.seed") >&2 </dev/null
 }
 
+start_node() { # with a host name of its own where that is allowed
+  if unshare --uts true 2>/dev/null; then
+    # shellcheck disable=SC2016
+    unshare --uts sh -c 'hostname "$2" && exec slurmd -f "$1" -N "$2"' - "$SLURM_CONF" "$1"
+  else
+    slurmd -f "$SLURM_CONF" -N "$1"
+  fi
+}
+
 start() {
+  [ "$(id -u)" = 0 ] || cannot "starting Slurm's daemons needs root"
   install
   configure
   start_munge
   running "$DIR/run/slurmctld.pid" slurmctld || (cd / && env -u SLURM_JOB_ID slurmctld -f "$SLURM_CONF") >&2 </dev/null
   for n in $(seq "$NODES"); do
-    running "$DIR/run/slurmd.node$n.pid" slurmd || (cd / && slurmd -f "$SLURM_CONF" -N "node$n") >&2 </dev/null
+    running "$DIR/run/slurmd.node$n.pid" slurmd || (cd / && start_node "node$n") >&2 </dev/null
   done
   for _ in $(seq 150); do
     if [ "$(sinfo -h -N -o %T 2>/dev/null | grep -cxE 'idle|mixed|allocated|completing')" = "$NODES" ]; then
@@ -106,7 +129,10 @@ start() {
 stop() {
   if running "$DIR/run/slurmctld.pid" slurmctld; then
     squeue -h -o %A | xargs -r scancel || true
-    for _ in $(seq 60); do [ -z "$(squeue -h 2>/dev/null)" ] && break || sleep 0.5; done
+    for _ in $(seq 60); do
+      if [ -z "$(squeue -h 2>/dev/null)" ]; then break; fi
+      sleep 0.5
+    done
   fi
   for file in "$DIR"/run/*.pid "$DIR"/munge/munged.pid; do
     name=$(basename "$file" | cut -d. -f1)
