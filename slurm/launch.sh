@@ -17,7 +17,6 @@
 #   CONTAINER_IMAGE    run inside this image (pyxis; for example NVIDIA's NeMo from NGC)
 #   CONTAINER_MOUNTS   what it sees besides TAWIN_HOME: SRC:DST,SRC:DST
 #   MAX_REQUEUES       attempts after the first one (default 20)
-#   WANDB_RUN_ID       default JOBNAME-JOBID, the same in every attempt
 #
 # A run that Slurm's --signal, the time limit or trainer.max_time stopped has saved its state and ended with 75; the job
 # then requeues itself and continues. Any other failure ends the job at once, with its own exit code and the last lines
@@ -86,7 +85,6 @@ surroundings() {
   export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1} # srun does not take it over from sbatch by itself
   export PYTHONPATH=$TAWIN_HOME${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
   export CUDA_DEVICE_MAX_CONNECTIONS=${CUDA_DEVICE_MAX_CONNECTIONS:-1} # megatron-core overlaps TP communication so
-  export WANDB_RUN_ID=${WANDB_RUN_ID:-$SLURM_JOB_NAME-$SLURM_JOB_ID}
 }
 
 # Run a verb on every task, or on those that SRUN_OPTIONS ask for. Returns only when it has ended well.

@@ -50,6 +50,11 @@ def steps(run: Path) -> list[int]:
     return [json.loads(line)["step"] for line in lines]
 
 
+def weights(run: Path) -> dict[str, bytes]:
+    """Files of the last checkpoint's weights and optimizer."""
+    return {path.name: path.read_bytes() for path in run.glob(f"rl/checkpoints/step_{STEPS}/*.distcp")}
+
+
 def test_slurm_accepts_the_scripts_own_numbers(slurm):
     """All but the four nodes; sbatch refuses a job that this cluster could never run."""
     for script in sorted(Path("slurm").glob("*.sh")):
@@ -108,6 +113,8 @@ def test_a_job_that_its_time_limit_stopped_ends_like_one_that_ran_through(whole_
     for name in ("metrics.jsonl", "eval/test.json", "eval/test.per_user.parquet", "eval/valid.per_user.parquet"):
         one, other = (folder / "rl" / name for folder in (whole_job.folder / "run", run))
         assert one.read_bytes() == other.read_bytes(), name
+    one, other = (weights(folder) for folder in (whole_job.folder / "run", run))
+    assert one == other != {}
 
 
 def running_job(slurm: Slurm, dataset: str, folder: Path) -> Job:

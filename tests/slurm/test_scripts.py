@@ -49,7 +49,9 @@ def test_shellcheck_finds_nothing():
 
 
 def test_there_is_a_script_for_each_of_the_named_jobs():
-    assert {"tawin_qwen7b.sh", "tawin_qwen0.5b.sh", "sft_qwen7b.sh"} <= {path.name for path in BATCH}
+    assert {"tawin_qwen7b.sh", "tawin_qwen0.5b.sh", "sft_qwen7b.sh", "retrain_nightly.sh"} <= {
+        path.name for path in BATCH
+    }
 
 
 @pytest.mark.parametrize("script", BATCH, ids=lambda path: path.name)
@@ -93,6 +95,16 @@ def test_everything_can_be_told_by_the_environment():
     assert "--container-image=nvcr.io#nvidia/nemo:25.07" in train
     assert any(word.startswith("--container-mounts=") and word.endswith(",/data:/data") for word in train)
     assert "--output=/nowhere/logs/tawin_qwen7b.77/attempt3.train.rank%t.log" in train
+
+
+def test_a_night_that_is_requeued_after_midnight_is_the_same_night(tmp_path):
+    script = REPOSITORY / "slurm" / "retrain_nightly.sh"
+    logs = {"TAWIN_LOGS": str(tmp_path), "TAWIN_PREFLIGHT": "0", "SLURM_JOB_ID": "77", "SLURM_RESTART_COUNT": "1"}
+    (tmp_path / "retrain_nightly.77.date").write_text("2018-02-03\n", encoding="utf-8")
+    (words,) = dry_run(script, **logs)
+    assert "retrain.date=2018-02-03" in words
+    (words,) = dry_run(script, **logs, DATE="2018-02-01")
+    assert "retrain.date=2018-02-01" in words
 
 
 def test_a_script_called_without_sbatch_or_outside_the_checkout_says_so(tmp_path):
