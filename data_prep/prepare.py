@@ -13,7 +13,7 @@ from typing import Any
 
 from data_prep import amazon, inter_layout, synthetic, yelp
 from data_prep.dataset import STATISTICS, Prepared, write_dataset
-from data_prep.periods import Period, period
+from data_prep.periods import PUBLISHED, Period, period
 from data_prep.pipeline import build
 from tawin_nemo.artefacts import sha256
 from tawin_nemo.config import DataConfig, PrepareConfig
@@ -30,8 +30,9 @@ def prepare(
     """Turn what lies in ``root`` into the prepared folder ``out`` and return it.
 
     ``source`` is one of SOURCES, ``auto`` (see ``detect``) or ``prepared`` (returns ``root``). A finished folder with
-    the same parameters and sources is reused. ``name`` (empty = taken from the files) goes into the manifest and
-    chooses the published time window. ``seed`` matters for ``synthetic`` only. Raises DataError or ConfigError.
+    the same parameters and sources is reused. ``name`` (empty = taken from the files) goes into the manifest; it or
+    the name of the review file chooses the published time window. ``seed`` matters for ``synthetic`` only. Raises
+    DataError or ConfigError.
     """
     if source == "auto":
         source = detect(root)
@@ -120,10 +121,18 @@ def _request(
     settings = asdict(prepare)
     if source != "inter":
         parameters |= {key: settings[key] for key in ("start", "end", "k_core", "max_title_words")}
+    if (published := _published_name(source, name, files)) != name:
+        parameters["period_of"] = published
     if source == "synthetic":
         parameters |= {key: value for key, value in settings.items() if key.startswith("synthetic_")} | {"seed": seed}
     sources = [{"file": path.name, "bytes": path.stat().st_size, "sha256": sha256(path)} for path in files]
     return {"parameters": parameters, "sources": sources}
+
+
+def _published_name(source: str, name: str, files: list[Path]) -> str:
+    """The name whose published time window counts: a recipe's own name seldom says which raw files it reads."""
+    known = any(key.lower() in name.lower() for key in PUBLISHED)
+    return name if known or source not in ("amazon", "yelp") else _default_name(source, Path(), files)
 
 
 def _is_finished(out: Path, request: dict[str, Any]) -> bool:
@@ -145,7 +154,7 @@ def _read(
 ) -> Prepared:
     if source == "inter":
         return inter_layout.read(root, name, data.max_history)
-    window = period(name, prepare.start, prepare.end)
+    window = period(_published_name(source, name, files), prepare.start, prepare.end)
     limits = {"k": prepare.k_core, "max_title_words": prepare.max_title_words, "max_history": data.max_history}
     if source == "synthetic":
         return _read_synthetic(prepare, window, limits, seed, name)

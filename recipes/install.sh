@@ -1,3 +1,4 @@
+# shellcheck shell=bash
 # Sourced by quickstart.sh and tests/run.sh: makes .venv beside the code, installs requirements once, activates it.
 # TAWIN_PYTHON chooses the interpreter (3.11 or 3.12). On a GPU machine add: pip install -r requirements-gpu.txt
 python="${TAWIN_PYTHON:-python3}"
@@ -23,4 +24,5 @@ if [ "$(cat .venv/installed 2>/dev/null)" != "$stamp" ]; then
     .venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -e .
     echo "$stamp" > .venv/installed
 fi
+# shellcheck source=/dev/null
 source .venv/bin/activate

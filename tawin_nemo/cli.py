@@ -27,6 +27,7 @@ examples:
   tawin-nemo evaluate --recipe recipes/quickstart.yaml checkpoint=runs/quickstart/rl eval.beams=100
   tawin-nemo generate --recipe recipes/quickstart.yaml checkpoint=runs/quickstart/rl 'generate.history=[3,17]'
   tawin-nemo convert  --recipe recipes/quickstart.yaml checkpoint=runs/quickstart/rl convert.output=export
+  tawin-nemo retrain  --recipe recipes/quickstart.yaml retrain.root=production retrain.date=2018-06-30
   tawin-nemo study    --recipe recipes/studies/smoke.yaml --dry-run
   tawin-nemo doctor   --recipe recipes/quickstart.yaml
   tawin-nemo plan     --recipe recipes/tawin_qwen7b.yaml --gpus 32 --gpu h800
@@ -34,7 +35,7 @@ examples:
 
 Running the same train command again continues a stopped run. Exit codes: 0 done, 2 a mistake you can mend (the
 message says how), 75 out of trainer.max_time, or stopped by SIGTERM or SIGUSR1 after a save (run it again), 1 a fault
-(with its traceback).
+(with its traceback), 3 retrain's gate refused the model: what is published stays.
 """
 
 VERBS = {
@@ -43,6 +44,7 @@ VERBS = {
     "evaluate": "Recall@K and NDCG@K of a checkpoint on valid and test",
     "generate": "recommendations for some histories, as catalogue items",
     "convert": "a checkpoint -> Hugging Face directory (import: model.init=DIR)",
+    "retrain": "a night: prepare, train from the published model, export, gate on valid, publish (retrain.root=DIR)",
     "study": "arms x seeds of one recipe, one process per run, then paired tests, tables and plots (study --help)",
     "plan": "memory per GPU, step time and the best TP/PP/DP of a recipe on a cluster, without one (plan --help)",
     "simulate": "which WPAUC window goes with Recall@K: Figure 3 as PNG and JSON (trials= seed= output=, no recipe)",
@@ -80,7 +82,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _answering(verb: str) -> contextlib.AbstractContextManager[None]:
     """A training run answers SIGTERM and SIGUSR1 from its first moment."""
-    if verb != "train":
+    if verb not in ("train", "retrain"):
         return contextlib.nullcontext()
     from tawin_nemo.train import signals
 
@@ -147,6 +149,8 @@ def _dispatch(arguments: argparse.Namespace, argv: list[str]) -> int:
         from tawin_nemo.train import launcher, verbs
 
         launcher.end_with_launcher()
+        if arguments.verb == "retrain":
+            return retrain(recipe)
         verb: Callable[..., dict[str, Any]] = getattr(verbs, arguments.verb)
         options = {"dry_run": arguments.dry_run} if arguments.verb == "train" else {}
         result = verbs.run(recipe, verb, prepared_root, **options)
@@ -180,6 +184,16 @@ def plan(arguments: argparse.Namespace) -> int:
     print(plan_table(found), file=sys.stderr, flush=True)
     print(json.dumps(plan_facts(found)), flush=True)
     return 0
+
+
+def retrain(recipe: Any) -> int:
+    """A night; exit code 3 when its model was refused."""
+    from tawin_nemo.retrain.verb import run_retrain
+
+    result, code = run_retrain(recipe, prepared_root)
+    if int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))) == 0:
+        print(json.dumps(result), flush=True)
+    return code
 
 
 def study(arguments: argparse.Namespace) -> int:

@@ -1,8 +1,7 @@
 """What a recipe may say: frozen dataclasses, one per section; every field has its default, meaning and limits here.
 
-``recipe.py`` reads YAML into these classes; nothing else constructs them except tests. Field helpers: ``opt`` is any
-value with a meaning, ``choice`` is one word out of several, ``number`` has limits. ``tawin-nemo keys [PREFIX]``
-prints this file as a table.
+``recipe.py`` reads YAML into these classes; nothing else constructs them except tests. ``tawin-nemo keys [PREFIX]``
+prints all of them as a table. The sections that training a language model does not read are in ``config_verbs.py``.
 """
 
 from __future__ import annotations
@@ -10,22 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-
-def opt(default: Any, help: str) -> Any:
-    metadata = {"help": help}
-    if isinstance(default, list | dict):
-        return field(default_factory=lambda: type(default)(default), metadata=metadata)
-    return field(default=default, metadata=metadata)
-
-
-def choice(default: str, *others: str, help: str) -> Any:
-    return field(default=default, metadata={"help": help, "choices": (default, *others)})
-
-
-def number(default: float, low: float | None = None, high: float | None = None, *, help: str) -> Any:
-    """A number with inclusive limits."""
-    return field(default=default, metadata={"help": help, "low": low, "high": high})
-
+from tawin_nemo.config_verbs import BaselineConfig, ConvertConfig, GenerateConfig, RetrainConfig
+from tawin_nemo.options import choice, number, opt
 
 #: Values of reference.precision and eval.precision.
 PRECISIONS_OF_A_PART = ("model", "fp32", "bf16", "fp8-blockwise", "fp8-tensorwise", "fp8-delayed")
@@ -65,7 +50,7 @@ class PrepareConfig:
 @dataclass(frozen=True)
 class CatalogConfig:
     kind: str = choice("title", "sid", help="items are written as their title or as semantic-ID codes")
-    index: str = opt("", "kind=sid: JSON file {item: [codes]}, absolute or relative to data.root")
+    index: str = opt("", "kind=sid: JSON file {item: [codes]}, absolute or below data.root; * matches one file there")
 
 
 @dataclass(frozen=True)
@@ -147,7 +132,9 @@ class TawinConfig:
 class RlConfig:
     enabled: bool = opt(True, "run RL after SFT")
     algorithm: str = choice("grpo", "dapo", "gspo", help="policy objective")
-    init: str = choice("sft", "base", help="start from the SFT checkpoint or from model.init")
+    init: str = choice(
+        "sft", "base", help="from the SFT stage (turns sft.enabled on unless that is set beside it) or from model.init"
+    )
     rows: str = choice("fresh", "all", help="fresh = the last fresh_share of train by time, which SFT has not seen")
     fresh_share: float = number(0.2, 0.0, 1.0, help="share of train kept for RL")
     prompts_per_step: int = number(64, 1, help="prompts of one rollout over all ranks")
@@ -243,39 +230,6 @@ class CompareConfig:
 
 
 @dataclass(frozen=True)
-class BaselineConfig:
-    """A classic recommender, trained and evaluated instead of the language model."""
-
-    model: str = choice("off", "gru4rec", "caser", "sasrec", "tiger", help="which one; off = the language model")
-    loss: str = choice("softmax", "bce", help="all items as negatives, or sampled ones (not tiger)")
-    negatives: int = number(1, 1, help="loss=bce: sampled negatives per positive")
-    rows: str = choice("all", "earlier", help="rows of train: all, or the earlier 1 - rl.fresh_share (for a reward)")
-    hidden: int = number(64, 4, help="width of embeddings and layers")
-    layers: int = number(2, 1, help="layers (gru4rec, sasrec, tiger)")
-    heads: int = number(2, 1, help="attention heads (sasrec, tiger)")
-    dropout: float = number(0.2, 0.0, 0.9, help="on inputs and layers")
-    batch_size: int = number(256, 1, help="rows per step")
-    epochs: int = number(200, 1, help="upper bound")
-    patience: int = number(10, 1, help="epochs on valid without progress before training stops")
-    lr: float = number(1e-3, 0.0, help="Adam's learning rate")
-    weight_decay: float = number(0.0, 0.0, help="Adam's L2 penalty")
-
-
-@dataclass(frozen=True)
-class GenerateConfig:
-    split: str = choice("test", "valid", "train", help="whose prompts are answered when no history is given")
-    rows: int = number(3, 1, help="prompts of the split")
-    history: list[int] = opt([], "item indices, oldest first: recommend for this history instead")
-    n: int = number(10, 1, help="recommendations per prompt")
-
-
-@dataclass(frozen=True)
-class ConvertConfig:
-    output: str = opt("", "folder for the Hugging Face export")
-    shard_mb: int = number(2000, 1, help="largest safetensors file, MB")
-
-
-@dataclass(frozen=True)
 class Recipe:
     name: str = opt("run", "name of the run; the run directory is runs/NAME")
     seed: int = number(42, 0, help="of data order, initial weights, dropout and sampling")
@@ -297,6 +251,7 @@ class Recipe:
     checkpoint: str = opt("", "evaluate, generate, convert: a stage of a run (RUN_DIR/rl) or one of its step_N")
     generate: GenerateConfig = field(default_factory=GenerateConfig)
     convert: ConvertConfig = field(default_factory=ConvertConfig)
+    retrain: RetrainConfig = field(default_factory=RetrainConfig)
     exp_manager: dict[str, Any] = opt({}, "passed to NeMo's exp_manager (TensorBoard, W&B, MLflow); empty = not used")
 
     @property

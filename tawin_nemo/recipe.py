@@ -37,6 +37,8 @@ def read_recipe(path: str | Path | None, overrides: Sequence[str] = ()) -> Recip
     """``load_recipe`` without ``check``: keys and types are right, limits and combinations may not be."""
     layers = [] if path is None else _read_layers(Path(path))
     layers.append(_read_overrides(overrides))
+    for layer in layers:
+        _sft_for_rl(layer)
     merged: Any = OmegaConf.structured(Recipe)
     OmegaConf.set_readonly(merged, False)
     try:
@@ -51,6 +53,12 @@ def read_recipe(path: str | Path | None, overrides: Sequence[str] = ()) -> Recip
         raise ConfigError(f"{key}: {str(error).splitlines()[0]}{meaning}") from None
     assert isinstance(recipe, Recipe)
     return recipe
+
+
+def _sft_for_rl(layer: DictConfig) -> None:
+    """``rl.init=sft`` asks for SFT, also over a file with ``sft.enabled: false``; the same layer may say otherwise."""
+    if OmegaConf.select(layer, "rl.init") == "sft" and OmegaConf.select(layer, "sft.enabled") is None:
+        OmegaConf.update(layer, "sft.enabled", True)
 
 
 def _merge(base: Any, layer: DictConfig) -> Any:
@@ -187,7 +195,10 @@ def to_yaml(recipe: Recipe) -> str:
 
 
 def differences(old: str, new: str, ignore: Sequence[str] = ()) -> list[str]:
-    """Dotted keys whose values differ between two resolved recipes, as ``key: old -> new``."""
+    """Dotted keys whose values differ between two resolved recipes, as ``key: old -> new``.
+
+    A key that ``old`` does not know had its default: it is younger than that recipe.
+    """
 
     def flat(text: str) -> dict[str, Any]:
         result: dict[str, Any] = {}
@@ -202,7 +213,7 @@ def differences(old: str, new: str, ignore: Sequence[str] = ()) -> list[str]:
         visit(OmegaConf.to_container(OmegaConf.create(text)), "")
         return result
 
-    before, after = flat(old), flat(new)
+    before, after = flat(to_yaml(Recipe())) | flat(old), flat(new)
     return [
         f"{key}: {before.get(key)} -> {after.get(key)}"
         for key in sorted({*before, *after})

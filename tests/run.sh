@@ -1,9 +1,14 @@
 #!/usr/bin/env bash
 # Everything a change must pass: lint, format, types, tests. Installs into .venv on a bare machine.
 #   bash tests/run.sh            all of it, with 2- and 4-process gloo tests
-#   bash tests/run.sh -k trie    arguments go to pytest
+#   bash tests/run.sh --full     and what takes many minutes: a real Slurm of two nodes (installed as root where missing)
+#   bash tests/run.sh -k trie    further arguments go to pytest
 set -euo pipefail
 cd "$(dirname "$0")/.."
+if [ "${1:-}" = --full ]; then
+  export TAWIN_FULL=1
+  shift
+fi
 source recipes/install.sh
 ruff check .
 ruff format --check .

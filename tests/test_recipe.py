@@ -88,6 +88,18 @@ def test_errors_name_key_value_and_remedy(override, parts):
         assert part in str(caught.value)
 
 
+def test_rl_init_sft_alone_turns_sft_on(tmp_path):
+    """One override over a recipe without SFT; a layer that says both keys means both."""
+    bare = write(tmp_path / "bare.yaml", "sft: {enabled: false}\nrl: {init: base}\n")
+    assert not load_recipe(bare).sft.enabled
+    assert load_recipe(bare, ["rl.init=sft"]).sft.enabled
+    assert load_recipe(write(tmp_path / "child.yaml", "base: bare.yaml\nrl: {init: sft}\n")).sft.enabled
+    for overrides in (["rl.init=sft", "sft.enabled=false"], ["sft.enabled=false"]):
+        with pytest.raises(ConfigError, match=r"sft\.enabled=false"):
+            load_recipe(None, overrides)
+    assert load_recipe(bare, ["rl.init=base"]) == load_recipe(bare)
+
+
 def test_unknown_key_in_a_file_names_the_file(tmp_path):
     with pytest.raises(ConfigError, match=r"rl\.tawn=.*r\.yaml.*did you mean rl\.tawin"):
         load_recipe(write(tmp_path / "r.yaml", "rl: {tawn: {k: 1}}\n"))
@@ -106,6 +118,14 @@ def test_resolved_yaml_reads_back_and_differences_are_named(tmp_path):
     two = dataclasses.replace(one, seed=4)
     assert differences(to_yaml(one), to_yaml(two)) == ["seed: 3 -> 4"]
     assert differences(to_yaml(one), to_yaml(two), ignore=["seed"]) == []
+
+
+def test_a_key_younger_than_a_stored_recipe_had_its_default():
+    recipe = load_recipe(None, ["seed=3"])
+    stored = "".join(line for line in to_yaml(recipe).splitlines(keepends=True) if "warmup" not in line)
+    assert differences(stored, to_yaml(recipe)) == []
+    changed = to_yaml(load_recipe(None, ["seed=3", "sft.warmup=7"]))
+    assert differences(stored, changed) == ["sft.warmup: 50 -> 7"]
 
 
 def test_every_key_has_a_meaning():

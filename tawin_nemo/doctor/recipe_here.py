@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from tawin_nemo.backbones import Backbone, backbone, stage_layers
+from tawin_nemo.catalog.semantic_ids import find_codes
 from tawin_nemo.config import Recipe
 from tawin_nemo.doctor.check import Check, absent, check, fails, gib, ok, warning
 from tawin_nemo.doctor.place import existing
@@ -68,9 +69,7 @@ def data(recipe: Recipe, kind_of_data: Callable[[Path], str]) -> Check:
 def catalog_index(recipe: Recipe) -> Check:
     if recipe.catalog.kind != "sid":
         return absent("items are titles")
-    path = Path(recipe.data.root) / recipe.catalog.index  # an absolute index stays as it is
-    if not path.is_file():
-        return fails(f"no file {path}", "set catalog.index to the JSON file of codes, absolute or below data.root")
+    path = find_codes(Path(recipe.data.root), recipe.catalog.index)
     codes = json.loads(path.read_text(encoding="utf-8"))
     if not isinstance(codes, dict) or not codes:
         return fails(f"{path} is not a JSON object", "it must be {item: [codes]}, as RQ-VAE tools write it")

@@ -42,12 +42,17 @@ def run_doctor(
         recipe, check_of_recipe = read_recipe(recipe_path, overrides)
         checks.append(check_of_recipe)
     local_rank = int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0"))) if launched else 0
-    found = probe(("torch",)) if quick or local_rank > 0 else probe()
+    found = probe(("torch",)) if quick or launched else probe()
+    together = []
+    if launched and not quick:  # first of all: later the others would wait for the first process's checks
+        together.append(smoke.all_reduce(found, recipe.trainer.devices if recipe else 8, launched=True))
+        found = probe() if local_rank == 0 else found
     if local_rank == 0:
         checks = [*machine_checks(recipe, found, quick=quick), *checks]
         checks += recipe_checks(recipe, found, kind_of_data) if recipe else []
-    if not quick:
-        checks.append(smoke.all_reduce(found, recipe.trainer.devices if recipe else 8, launched=launched))
+    if not (quick or launched):
+        together.append(smoke.all_reduce(found, recipe.trainer.devices if recipe else 8, launched=False))
+    checks += together
     failed = [item for item in checks if item.status == Status.FAILS]
     _print(checks, failed, asked=recipe_path or " ".join(overrides))
     result = {

@@ -17,9 +17,10 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from tawin_nemo.config import Recipe, number, opt
+from tawin_nemo.config import Recipe
 from tawin_nemo.errors import ConfigError
 from tawin_nemo.eval.paired import parse_metric
+from tawin_nemo.options import number, opt
 from tawin_nemo.recipe import FREE_FORM, leaf_fields
 
 #: What an arm may hold besides recipe keys.

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from tawin_nemo.catalog.semantic_ids import find_codes
 from tawin_nemo.config import Recipe
 from tawin_nemo.errors import ConfigError
 from tawin_nemo.eval.bias import item_counts
@@ -76,15 +77,10 @@ def check_precision(recipe: Recipe, *, runs: bool) -> None:
 
 
 def codes_path(recipe: Recipe) -> Path | None:
-    """The semantic-ID file: absolute, or relative to data.root. Raises ConfigError when it is not there."""
+    """The semantic-ID file that the recipe means. Raises ConfigError when it is not there."""
     if recipe.catalog.kind != "sid":
         return None
-    path = Path(recipe.catalog.index)
-    path = path if path.is_absolute() else Path(recipe.data.root) / path
-    if not path.is_file():
-        found = ", ".join(sorted(p.name for p in path.parent.glob("*index*.json"))) or "none"
-        raise ConfigError(f"catalog.index={recipe.catalog.index}: no file {path}; code files there: {found}")
-    return path
+    return find_codes(Path(recipe.data.root), recipe.catalog.index)
 
 
 def train(world: World, *, dry_run: bool = False) -> dict[str, Any]:

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from tawin_nemo.catalog.semantic_ids import load_codes
-from tawin_nemo.errors import CatalogError
+from tawin_nemo.catalog.semantic_ids import find_codes, load_codes
+from tawin_nemo.errors import CatalogError, ConfigError
 
 
 def written(folder: Path, text: object) -> Path:
@@ -58,3 +58,15 @@ def test_the_public_indexes_can_be_read(industrial: Path, kind: str) -> None:
     codes = load_codes(industrial / f"Industrial_and_Scientific.index.{kind}.json", 3686)
     assert len(codes) == 3686
     assert {len(item) for item in codes} <= {3, 4}
+
+
+def test_the_index_is_named_or_the_only_one_that_matches(tmp_path: Path) -> None:
+    one = tmp_path / "Toys.index.rq.json"
+    one.write_text("{}", encoding="utf-8")
+    assert find_codes(tmp_path, "Toys.index.rq.json") == find_codes(tmp_path, "*.index*.json") == one
+    assert find_codes(Path("/elsewhere"), str(one)) == one
+    with pytest.raises(ConfigError, match=r"no file .*other\.json; code files there: Toys\.index\.rq\.json"):
+        find_codes(tmp_path, "other.json")
+    (tmp_path / "Toys.index.json").write_text("{}", encoding="utf-8")
+    with pytest.raises(ConfigError, match=r"2 files match .*Toys\.index\.json, Toys\.index\.rq\.json"):
+        find_codes(tmp_path, "*.index*.json")

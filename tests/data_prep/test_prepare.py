@@ -103,3 +103,21 @@ def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
         main(["--help"])
     assert stopped.value.code == 0
     assert "--prepare.max_title_words" in capsys.readouterr().out
+
+
+def test_raw_files_choose_the_published_window_when_the_name_does_not(tmp_path: Path) -> None:
+    """A recipe is called tawin_qwen7b, its data Toys_and_Games; a name that says another data set wins."""
+    synthetic.write_raw(tmp_path, 60, 120, 8.0, seed=1)
+    reviews, items = tmp_path / "Toys_and_Games.json.gz", tmp_path / "meta_Toys_and_Games.json.gz"
+    (tmp_path / synthetic.REVIEWS_FILE).rename(reviews)
+    (tmp_path / synthetic.METADATA_FILE).rename(items)
+
+    def window(name: str, end: str = "") -> str:
+        options = PrepareConfig(end=end)
+        out = prepare("auto", tmp_path, tmp_path / "out", prepare=options, data=DataConfig(), seed=0, name=name)
+        steps = [step["name"] for step in load_dataset(out).manifest["steps"]]
+        return next(step for step in steps if step.startswith("time window"))
+
+    assert window("tawin_qwen7b") == "time window 2016-10..2018-11"
+    assert window("my_industrial_and_scientific") == "time window 1996-10..2018-11"
+    assert window("tawin_qwen7b", end="2018-01") == "time window 2016-10..2018-01"

@@ -12,7 +12,8 @@ import torch
 
 from tawin_nemo.catalog.items import Catalog
 from tawin_nemo.catalog.trie import TokenTrie
-from tawin_nemo.config import BaselineConfig, CatalogConfig, DataConfig, EvalConfig, ModelConfig, Recipe, TrainerConfig
+from tawin_nemo.config import CatalogConfig, DataConfig, EvalConfig, ModelConfig, Recipe, TrainerConfig
+from tawin_nemo.config_verbs import BaselineConfig
 from tawin_nemo.data.samples import Samples
 from tawin_nemo.errors import ConfigError, DataError, Preempted, TawinError
 from tawin_nemo.eval.result import EvalResult

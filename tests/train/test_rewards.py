@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 import torch
 
-from tawin_nemo.config import BaselineConfig, RlConfig
+from tawin_nemo.config import RlConfig
+from tawin_nemo.config_verbs import BaselineConfig
 from tawin_nemo.data.samples import Samples
 from tawin_nemo.data.text_vectors import text_vectors
 from tawin_nemo.errors import ConfigError, DataError

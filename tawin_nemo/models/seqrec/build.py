@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from tawin_nemo.config import BaselineConfig
+from tawin_nemo.config_verbs import BaselineConfig
 from tawin_nemo.errors import ConfigError
 from tawin_nemo.models.seqrec.caser import Caser
 from tawin_nemo.models.seqrec.gru4rec import GRU4Rec

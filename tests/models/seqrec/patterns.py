@@ -3,7 +3,7 @@
 import numpy as np
 import torch
 
-from tawin_nemo.config import BaselineConfig
+from tawin_nemo.config_verbs import BaselineConfig
 from tawin_nemo.models.seqrec.build import Blueprint, build_recommender
 from tawin_nemo.models.seqrec.protocol import SequentialRecommender
 from tawin_nemo.types import TokenRows

