@@ -13,6 +13,8 @@ import importlib.util
 import json
 import os
 import platform
+import shlex
+import shutil
 import subprocess
 import sys
 import time
@@ -104,6 +106,14 @@ def machine_facts() -> dict[str, Any]:
             "versions": versions}  # fmt: skip
 
 
+def provenance(argv: Sequence[str] | None) -> dict[str, str]:
+    words = sys.argv[1:] if argv is None else argv
+    git = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True) if shutil.which("git") else None
+    commit = git.stdout.strip() if git is not None and git.returncode == 0 else "unknown"
+    return {"command": shlex.join(["bash", "tests/gpu/run.sh", *words]), "commit": commit,
+            "date": time.strftime("%Y-%m-%d %H:%M")}  # fmt: skip
+
+
 def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="tests/gpu/run.sh", description=__doc__.splitlines()[0])
     parser.add_argument("--parts", default=",".join(NAMES), help=f"comma-separated: {', '.join(NAMES)}")
@@ -133,7 +143,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parts = run_parts(given.parts.split(","), limit_s=given.limit_s)
     compare_curves(parts)
     result = {
-        "dry_run": is_dry(), **({"note": DRY_NOTE} if is_dry() else {}), "machine": machine_facts(),
+        "dry_run": is_dry(), **({"note": DRY_NOTE} if is_dry() else {}), **provenance(argv), "machine": machine_facts(),
         "sizes": sizes_of_run(), "parts": parts, "seconds": round(time.monotonic() - begin, 1),
         "failed": [name for name, part in parts.items() if part["status"] == "failed"],
     }  # fmt: skip

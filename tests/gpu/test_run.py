@@ -36,6 +36,7 @@ def test_a_dry_run_prints_one_json_that_is_no_measurement(tmp_path):
     said = json.loads(done.stdout.splitlines()[-1])
     assert said == json.loads(file.read_text())
     assert said["dry_run"] is True
+    assert {"command", "commit", "date", "machine", "sizes", "parts", "failed"} <= said.keys()
     assert "no measurement" in said["note"]
     trained, skipped = said["parts"]["train_bf16"], said["parts"]["train_fp8-delayed"]
     assert trained["status"] == "passed"
