@@ -13,7 +13,7 @@ Records hold tensors of one step and never outlive it; padding is 0 for tokens a
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import numpy as np
@@ -107,6 +107,17 @@ class Rollout:
     @property
     def valid_BG(self) -> Tensor:
         return self.items_BG != NO_ITEM
+
+    def to(self, device: torch.device | str) -> Rollout:
+        """The same on another device; the prompts stay where they are."""
+        there: Rollout = moved(self, device)
+        return there
+
+
+def moved(record: Any, device: torch.device | str) -> Any:
+    """A dataclass with those of its fields that are tensors on another device."""
+    values = {item.name: getattr(record, item.name) for item in fields(record)}
+    return replace(record, **{name: value.to(device) for name, value in values.items() if isinstance(value, Tensor)})
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,9 @@ BENCHMARKS = [path for path in FILES if path.name.startswith("bench_")]
 FIGURES = [path for path in FILES if path.name == "figure3.json"]
 #: Their own tests read them: tests/train/test_crash_slice.py, tests/distributed/test_hf_round_trip.py.
 MEASURED = [path for path in FILES if path.name in ("crash_matrix.json", "hf_round_trip.json")]
-RUNS = [path for path in FILES if path not in [*BENCHMARKS, *FIGURES, *MEASURED]]
+#: Written by tests/gpu/run.sh.
+GPU_RUNS = [path for path in FILES if path.name.startswith("gpu_")]
+RUNS = [path for path in FILES if path not in [*BENCHMARKS, *FIGURES, *MEASURED, *GPU_RUNS]]
 
 
 @pytest.mark.parametrize("path", MEASURED, ids=lambda path: path.stem)
@@ -52,3 +54,13 @@ def test_a_benchmark_file_is_complete_and_quoted_correctly(path):
     assert result["command"] in text
     for line in summary.lines(path.name, result):
         assert line in text, "paste what `python -m tests.benchmarks.summary recipes/results/bench_*.json` prints"
+
+
+@pytest.mark.parametrize("path", GPU_RUNS, ids=lambda path: path.stem)
+def test_a_gpu_file_is_complete_and_was_measured(path):
+    """What it says decides whether FP8 counts as verified (``models/megatron/precision.py``)."""
+    run = json.loads(path.read_text(encoding="utf-8"))
+    assert {"command", "commit", "date", "machine", "sizes", "parts", "failed"} <= run.keys()
+    assert run["dry_run"] is False
+    assert run["machine"]["gpus"]
+    assert all(part["status"] in ("passed", "failed", "skipped") for part in run["parts"].values())

@@ -14,6 +14,7 @@ from tawin_nemo.config import Recipe
 from tawin_nemo.doctor.check import Check, absent, check, fails, gib, ok, warning
 from tawin_nemo.doctor.place import existing
 from tawin_nemo.doctor.probe import Found
+from tawin_nemo.models.megatron.fused import find_apex
 from tawin_nemo.models.megatron.hf_config import backbone_from_hf
 from tawin_nemo.models.megatron.precision import Machine, lack, verified_precisions
 
@@ -160,7 +161,9 @@ def precision(recipe: Recipe, found: Found) -> Check:
         return ok("bf16")
     engine = found.library("transformer_engine.pytorch")
     name = min(gpus, key=lambda gpu: gpu.capability).name if gpus else ""
-    lacking = lack(wanted, Machine(lowest, name, found.torch.cuda, engine.version, engine.error))
+    apex = find_apex()
+    foreign = apex.folder if apex.foreign else ""
+    lacking = lack(wanted, Machine(lowest, name, found.torch.cuda, engine.version, engine.error, foreign))
     if lacking is not None:
         return fails(lacking.reason, f"model.precision: {lacking.remedy}")
     if wanted not in verified_precisions():

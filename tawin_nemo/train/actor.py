@@ -108,7 +108,8 @@ class Actor:
         return [torch.where(old.isnan(), new, old) for old, new in zip(known, scored, strict=True)]
 
     def _score(self, packed: Sequence[PackedCandidates]) -> list[Tensor]:
-        return self.trainable.score([part.batch for part in packed])
+        """On the CPU, where rollouts are."""
+        return [logp_N.cpu() for logp_N in self.trainable.score([part.batch for part in packed])]
 
     def update(
         self,
@@ -193,7 +194,7 @@ class Actor:
         self, logp_N: Tensor, *, terms: PolicyTerms, counts: Counts, of_target_N: Tensor, target_tokens: int
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """The objective of ``rl.algorithm`` plus ``rl.sft_weight`` times SFT's cross-entropy on the targets."""
-        rl = self._rl
+        rl, terms = self._rl, terms.to(logp_N.device)
         objective = Objective(rl.clip_low, rl.clip_high, rl.beta, rl.kl)
         if rl.sft_weight == 0:
             return LOSSES[rl.algorithm](logp_N, terms, counts, objective)

@@ -17,7 +17,6 @@ from tawin_nemo.errors import ConfigError
 from tawin_nemo.log import get_logger
 from tawin_nemo.maths.item_rewards import collaborative_reward, semantic_reward
 from tawin_nemo.maths.rewards import ranking_reward
-from tawin_nemo.models.megatron import parallel
 from tawin_nemo.models.seqrec.load import load_scorer
 from tawin_nemo.train.world import World
 from tawin_nemo.types import Rollout, TokenRows
@@ -58,7 +57,7 @@ class RankingReward:
 class SemanticReward:
     """``semantic_reward``: the rule, and the similarity to the target. A shared path counts as its first item."""
 
-    vectors_ID: Tensor  # float32, on the device of the rollouts
+    vectors_ID: Tensor  # float32, on the CPU like the rollouts
     weight: float
 
     def __call__(self, rollout: Rollout) -> Tensor:
@@ -94,7 +93,7 @@ def build_reward(rl: RlConfig, world: World) -> Reward:
     if rl.reward == "ranking":
         return RankingReward()
     if rl.reward == "semantic":
-        return SemanticReward(item_vectors(rl, world).to(parallel.device()), rl.reward_weight)
+        return SemanticReward(item_vectors(rl, world), rl.reward_weight)
     if rl.reward == "collaborative":
         if not rl.reward_source:
             raise ConfigError(

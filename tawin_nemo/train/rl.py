@@ -150,6 +150,7 @@ def roll_out(
         step=step,
     )
     rollout = generate(prompts) if engine.dp is None else dispatched(generate, prompts, dp, engine.dp)
+    rollout = rollout.to("cpu")  # rewards, advantages and packing are a few numbers per candidate
     check_version(rollout, expected=step)
     return ensure_target(rollout, catalog) if rl.ensure_target == "replace_last" else rollout
 

@@ -264,3 +264,10 @@ def test_surrogate_is_pessimistic() -> None:
     for A in (-2.0, 0.5):
         advantage_N = torch.full_like(ratio_N, A)
         assert (clipped_surrogate(ratio_N, advantage_N, **CLIP) <= ratio_N * advantage_N + 1e-6).all()
+
+
+def test_all_constants_move_to_the_devices_of_the_log_probs():
+    _, terms = random_problem()
+    moved = dataclasses.asdict(dataclasses.replace(terms, importance_N=terms.old_logp_N).to("meta"))
+    assert all(value.device.type == "meta" for value in moved.values())
+    assert terms.to("cpu").importance_N is None

@@ -1,0 +1,86 @@
+"""What only a CUDA device can show; ``run.sh`` runs these as its part "pytest". Skipped, with the reason, elsewhere."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tawin_nemo.backbones import Backbone
+from tawin_nemo.config import ModelConfig, TrainerConfig
+from tawin_nemo.models.megatron import parallel, precision
+from tawin_nemo.models.megatron.build import build_model
+from tawin_nemo.models.megatron.lm import MegatronLM
+from tawin_nemo.models.megatron.trainable import Trainable
+from tawin_nemo.types import TokenRows
+from tests.gpu import parts
+from tests.gpu.workload import TINY, Workload
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+#: A width that FP8 can cut; everything else as in a dry run.
+SHAPE = Backbone("qwen2", 256, 4, 4, 2, 512, 211, rope_theta=1e4, max_position=256, init_std=0.05)
+BATCHES = 12
+
+
+def needs(name: str) -> None:
+    lacking = precision.lack(name, precision.this_machine())
+    if lacking is not None:
+        pytest.skip(lacking.reason)
+
+
+def trained(name: str, **model: object) -> tuple[Trainable, list[float]]:
+    cfg = ModelConfig(precision=name, **model)  # type: ignore[arg-type]
+    parallel.initialize(cfg, seed=0)
+    trainable = Trainable(build_model(SHAPE, cfg, seed=1), SHAPE, TrainerConfig(), lr=1e-3)
+    load = Workload(TINY)
+    losses = [trainable.update(list(load.micro_batches(step)), lr=1e-3)["loss"] for step in range(BATCHES)]
+    return trainable, losses
+
+
+def test_two_call_attention_equals_a_dense_softmax():
+    parts.attention()
+
+
+def test_bf16_learns_what_float32_learns():
+    _, wide = trained("fp32")
+    _, narrow = trained("bf16")
+    assert narrow[-1] < wide[0]
+    assert narrow == pytest.approx(wide, rel=0.02)
+
+
+@pytest.mark.parametrize("name", precision.FP8)
+def test_fp8_learns_what_bf16_learns(name):
+    needs(name)
+    _, want = trained("bf16")
+    _, have = trained(name)
+    assert have == pytest.approx(want, rel=0.05)
+
+
+@pytest.mark.parametrize("name", [name for name in precision.FP8 if name != "fp8-delayed"])
+def test_fp8_with_bf16_ends_and_recomputation(name):
+    needs(name)
+    _, want = trained(name)
+    _, ends = trained(name, num_layers_at_start_in_bf16=1, num_layers_at_end_in_bf16=1)
+    _, again = trained(name, recompute="full")
+    assert ends == pytest.approx(want, rel=0.05)
+    assert again == pytest.approx(want, rel=0.01)
+
+
+@pytest.mark.parametrize("name", ["bf16", *precision.FP8])
+def test_a_search_after_a_step_runs_the_new_weights(name):
+    """Quantised weights must not be kept from the training pass: the search agrees with a model loaded afresh."""
+    needs(name)
+    trainable, _ = trained(name)
+    fresh = build_model(SHAPE, ModelConfig(precision=name), seed=2)
+    fresh.load_state_dict(trainable.model.state_dict())
+    prompts = TokenRows.from_lists([[5, 9, 3, 30], [7, 2]])
+    tokens = torch.arange(2, 40)
+    scores = []
+    for model in (trainable.model, fresh):
+        lm = MegatronLM(model, SHAPE)
+        cache = lm.prefill(prompts)
+        rows = torch.arange(2)
+        scores.append(lm.logprobs(cache, rows, rows.repeat_interleave(len(tokens)), tokens.repeat(2), "vocab"))
+    torch.testing.assert_close(scores[0], scores[1], rtol=0, atol=1e-3 if name == "fp8-delayed" else 1e-5)
