@@ -100,10 +100,7 @@ step() {
     return
   fi
   rm -f "$AGAIN_FILE" "$FAILED_FILE"
-  "${command[@]}" &
-  local running=$!
-  while kill -0 "$running" 2>/dev/null; do wait "$running" || true; done # a signal ends a wait, not the step
-  wait "$running" || code=$?
+  "${command[@]}" || code=$? # in the foreground: a trap waits until it has ended
   if [ -e "$AGAIN_FILE" ] && [ ! -e "$FAILED_FILE" ]; then again; fi
   if [ "$code" != 0 ]; then fail "$verb" "$code"; fi
 }

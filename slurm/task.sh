@@ -9,9 +9,7 @@ trap 'asked=yes' USR1 TERM
 again=$1 failed=$2
 shift 2
 echo "rank $SLURM_PROCID of $SLURM_NTASKS on $SLURMD_NODENAME, attempt ${SLURM_RESTART_COUNT:-0}, $(date '+%F %T')"
-"$@" &
-while kill -0 $! 2>/dev/null; do wait $!; done # a signal ends a wait, not the command
-wait $!
+"$@" # in the foreground: bash runs the trap when it has ended, and its exit code is never that of an interrupted wait
 code=$?
 case "$code" in
   0) exit 0 ;;
