@@ -145,31 +145,43 @@ class _Export:
     local: Mapping[Row, Tensor]
     owner: dict[Row, int]  # pipeline stage that sends the row
 
-    def gather(self, row: Row) -> dict[str, Tensor]:
-        """The Hugging Face tensors of one row, on the CPU of rank 0; empty elsewhere. Collective."""
-        names, shapes = hf_names(*row), hf_shapes(row[0], self.shape)
+    def room(self, rows: list[Row]) -> dict[str, Tensor]:
+        """Where ``gather`` puts the rows of one file. Taken before the first of them comes: memory for the pieces that
+        come and go in between would otherwise lie in the gaps, and stay."""
+        return {
+            name: torch.empty(size, dtype=self.dtype)
+            for row in rows
+            for name, size in zip(hf_names(*row), hf_shapes(row[0], self.shape), strict=True)
+        }
+
+    def gather(self, row: Row, room: dict[str, Tensor] | None) -> None:
+        """Bring the Hugging Face tensors of one row into ``room``, which only world rank 0 has. Collective."""
+        shapes = hf_shapes(row[0], self.shape)
+        on_cpu = next(self.model.parameters()).device.type == "cpu"
+        places = None if room is None else [room[name] for name in hf_names(*row)]
+        direct = places if on_cpu else None
         stages = self.model.pp_group
         owner, here = self.owner[row], stages.rank()
-        tensors = self._assemble(row) if here == owner else []
+        tensors = self._assemble(row, direct) if here == owner else []
         if owner != 0 and self.model.tp_group.rank() == 0:
             if here == owner:
                 for tensor in tensors:
                     dist.send(tensor, dist.get_global_rank(stages, 0), group=stages)
             elif here == 0:
                 device = next(self.model.parameters()).device
-                tensors = [torch.empty(size, dtype=self.dtype, device=device) for size in shapes]
+                tensors = direct or [torch.empty(size, dtype=self.dtype, device=device) for size in shapes]
                 for tensor in tensors:
                     dist.recv(tensor, dist.get_global_rank(stages, owner), group=stages)
-        if here != 0 or self.model.tp_group.rank() != 0:
-            return {}
-        return {name: tensor.cpu() for name, tensor in zip(names, tensors, strict=True)}
+        if places is not None and direct is None:
+            for place, tensor in zip(places, tensors, strict=True):
+                place.copy_(tensor)
 
-    def _assemble(self, row: Row) -> list[Tensor]:
-        """Whole tensors out of the shards of this stage's tensor-parallel group, on its first rank."""
+    def _assemble(self, row: Row, places: list[Tensor] | None) -> list[Tensor]:
+        """Whole tensors out of the shards of this stage's tensor-parallel group, on its first rank (in ``places``)."""
         entry, shard = row[0], self.local[row].detach().to(self.dtype).contiguous()
         group = self.model.tp_group
         if group.size() > 1 and entry.kind is Kind.VOCAB:
-            return self._assemble_vocabulary(entry, shard)
+            return self._assemble_vocabulary(entry, shard, places)
         if group.size() == 1 or entry.kind is Kind.REPLICATED:
             shards = [shard]
         else:
@@ -177,7 +189,7 @@ class _Export:
             dist.gather(shard, shards or None, dst=dist.get_global_rank(group, 0), group=group)
         if group.rank() != 0:
             return []
-        tensors = [shard.new_empty(size) for size in hf_shapes(entry, self.shape)]
+        tensors = places or [shard.new_empty(size) for size in hf_shapes(entry, self.shape)]
         for tp_rank, part in enumerate(shards):
             offset, padded_vocab = 0, part.shape[0] * len(shards)
             for segment in shard_segments(entry, self.shape, tp_rank, len(shards), padded_vocab=padded_vocab):
@@ -187,7 +199,7 @@ class _Export:
                 offset += length
         return tensors
 
-    def _assemble_vocabulary(self, entry: Entry, shard: Tensor) -> list[Tensor]:
+    def _assemble_vocabulary(self, entry: Entry, shard: Tensor, places: list[Tensor] | None) -> list[Tensor]:
         """The same for the largest matrices, whose rows are received in their place: one copy of the whole, no more."""
         group = self.model.tp_group
         rows = shard.shape[0]
@@ -199,7 +211,7 @@ class _Export:
             if mine.stop > mine.start:
                 dist.send(shard[: mine.stop - mine.start], first, group=group)
             return []
-        whole = shard.new_empty(hf_shapes(entry, self.shape)[0])
+        whole = places[0] if places else shard.new_empty(hf_shapes(entry, self.shape)[0])
         whole[: mine.stop] = shard[: mine.stop]
         for tp_rank in range(1, group.size()):
             low, high = min(tp_rank * rows, len(whole)), min((tp_rank + 1) * rows, len(whole))
@@ -263,12 +275,13 @@ def save_hf(
             weight_map: dict[str, str] = {}
             total = 0
             for name, rows in _files(shape, dtype, max_shard_bytes).items():
-                tensors: dict[str, Tensor] = {}
+                room = export.room(rows) if folder is not None else None
                 for row in rows:
-                    tensors |= export.gather(row)
-                if folder is not None:
-                    total += _write(folder / name, tensors)
-                    weight_map |= dict.fromkeys(tensors, name)
+                    export.gather(row, room)
+                if folder is not None and room is not None:
+                    total += _write(folder / name, room)
+                    weight_map |= dict.fromkeys(room, name)
+                    del room  # before the next file's is taken
             if folder is not None:
                 if set(weight_map.values()) != {SINGLE_FILE}:
                     write_json(folder / INDEX_FILE, {"metadata": {"total_size": total}, "weight_map": weight_map})
