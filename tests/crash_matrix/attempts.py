@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 import traceback
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -51,22 +52,32 @@ def warm_up() -> None:
 
 
 def attempt(
-    overrides: list[str], *, rules: str = "", after: float | None = None, number: int = signal.SIGKILL, fsize: int = 0
+    overrides: list[str],
+    *,
+    rules: str = "",
+    after: float | None = None,
+    term_when: Callable[[str], bool] | None = None,
+    fsize: int = 0,
 ) -> Attempt:
-    """Run ``train`` with failpoint ``rules``; no file above ``fsize`` bytes; signal ``number`` comes ``after`` seconds.
+    """Run ``train`` with failpoint ``rules``; no file above ``fsize`` bytes.
 
-    Those are seconds of the processor, which mean the same on a busy machine.
+    SIGKILL comes ``after`` seconds of the processor, which mean the same on a busy machine; SIGTERM as soon as
+    ``term_when`` holds of what is on the screen.
     """
     log = Path(next(item for item in overrides if item.startswith("run_dir=")).removeprefix("run_dir=") + ".log")
     start = time.monotonic()
+    log.unlink(missing_ok=True)
     pid = os.fork()
     if pid == 0:
         _child([*RECIPE, *overrides], rules, fsize, log)
     code, used = None, 0.0
     while code is None:
         if after is not None and _cpu(pid) >= after:
-            os.kill(pid, number)
+            os.kill(pid, signal.SIGKILL)
             after = None
+        if term_when is not None and log.is_file() and term_when(log.read_text(encoding="utf-8", errors="replace")):
+            os.kill(pid, signal.SIGTERM)
+            term_when = None
         if time.monotonic() - start > LIMIT:
             os.kill(pid, signal.SIGKILL)
             raise TimeoutError(f"an attempt ran for more than {LIMIT:.0f} s: {log}")

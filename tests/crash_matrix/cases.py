@@ -9,6 +9,7 @@ import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 from tests.crash_matrix.attempts import Attempt, attempt, difference, fingerprint, launched
@@ -93,15 +94,23 @@ def terms(world: Setting, name: str, count: int, *more: str) -> Outcome:
     """SIGTERM at random moments: exit 75 each time, whatever was going on. Only the signals cause checkpoints."""
     attempts: list[Attempt] = []
     problem = ""
-    for number in range(count):  # a run of its own for every second one: three in one might find it finished
-        overrides = world.overrides(f"{name}-{number // 2}", "trainer.save_interval=1000", *more)
-        attempts.append(attempt(overrides, after=world.draw.uniform(0.1, 0.5) * world.cpu, number=signal.SIGTERM))
+    for number in range(count):  # two to a run: one in SFT or its start-up, one in RL
+        run = world.folder / f"{name}-{number // 2}"
+        lines = world.draw.randint(8, 9) if number % 2 else world.draw.randint(0, 6)
+        overrides = world.overrides(run.name, "trainer.save_interval=1000", *more)
+        attempts.append(attempt(overrides, term_when=partial(_has_logged, run, lines)))
         if attempts[-1].code != 75:
             problem = problem or f"SIGTERM: exit {attempts[-1].code} instead of 75: {attempts[-1].last_words}"
         if number % 2 or number + 1 == count:
             ended = _finished(world, f"{name}-{number // 2}", overrides, [], [], "")
             problem = problem or ended.problem
     return _outcome(name, ["SIGTERM"] * count, attempts, problem)
+
+
+def _has_logged(run: Path, lines: int, screen: str) -> bool:
+    """Whether the processes are up and the stages' metrics have that many lines."""
+    logged = sum(len(path.read_bytes().splitlines()) for path in run.glob("*/metrics.jsonl"))
+    return "parallel layout" in screen and logged >= lines
 
 
 def full_disk(world: Setting, name: str, rules: str, *more: str, fsize: int = 0) -> Outcome:
@@ -159,7 +168,7 @@ def all_truncated(world: Setting, name: str) -> Outcome:
     overrides = world.overrides(name)
     first = attempt(overrides, rules="save.after_rename=kill@3")
     stage = world.folder / name / "sft"
-    for number in (0, 1):
+    for number in range(len(list((stage / "checkpoints").glob("step_*")))):
         _halve(_newest(stage, number))
     before = fingerprint(world.folder / name)
     second = attempt(overrides)

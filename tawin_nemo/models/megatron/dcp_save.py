@@ -76,7 +76,14 @@ class _Files(FileSystem):
     @contextmanager
     def create_stream(self, path: str | os.PathLike, mode: str) -> Generator[Any, None, None]:
         with super().create_stream(path, mode) as stream:
-            yield _Stream(stream) if "w" in mode else stream
+            if "w" not in mode:
+                yield stream
+                return
+            watched = _Stream(stream)
+            try:
+                yield watched
+            except RuntimeError as error:  # torch.save's own, about a position, hides why a write failed
+                raise watched.error or error from error
 
 
 class _Stream:
@@ -85,11 +92,19 @@ class _Stream:
     def __init__(self, stream: Any) -> None:
         self._stream = stream
         self._met = False
+        self.error: OSError | None = None
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)
 
     def write(self, data: Any) -> int:
+        try:
+            return self._written(data)
+        except OSError as error:
+            self.error = error
+            raise
+
+    def _written(self, data: Any) -> int:
         size = memoryview(data).nbytes
         if self._met or size < _DATA_BYTES:
             return int(self._stream.write(data))

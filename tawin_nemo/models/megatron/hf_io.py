@@ -11,7 +11,7 @@ import os
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ from tawin_nemo.errors import CheckpointError, ConfigError
 from tawin_nemo.models.megatron import parallel
 from tawin_nemo.models.megatron.hf_config import hf_config
 from tawin_nemo.models.megatron.hf_files import INDEX_FILE, SINGLE_FILE, HfWeights
+from tawin_nemo.models.megatron.hf_gather import Export, Row
 from tawin_nemo.models.megatron.hf_map import (
     Entry,
     Kind,
@@ -43,7 +44,6 @@ TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
     "merges.txt", "tokenizer.model", "chat_template.jinja", "generation_config.json",
 )  # fmt: skip
-Row = tuple[Entry, int | None]
 _ROWS_AT_ONCE = 8192
 
 
@@ -135,79 +135,6 @@ def _check_tied(weights: HfWeights, segment: Segment, embedding: Tensor) -> None
         )
 
 
-@dataclass(frozen=True)
-class _Export:
-    """What every rank must agree on while gathering."""
-
-    model: GPTModel
-    shape: Backbone
-    dtype: torch.dtype
-    local: Mapping[Row, Tensor]
-    owner: dict[Row, int]  # pipeline stage that sends the row
-
-    def gather(self, row: Row) -> dict[str, Tensor]:
-        """The Hugging Face tensors of one row, on the CPU of rank 0; empty elsewhere. Collective."""
-        names, shapes = hf_names(*row), hf_shapes(row[0], self.shape)
-        stages = self.model.pp_group
-        owner, here = self.owner[row], stages.rank()
-        tensors = self._assemble(row) if here == owner else []
-        if owner != 0 and self.model.tp_group.rank() == 0:
-            if here == owner:
-                for tensor in tensors:
-                    dist.send(tensor, dist.get_global_rank(stages, 0), group=stages)
-            elif here == 0:
-                device = next(self.model.parameters()).device
-                tensors = [torch.empty(size, dtype=self.dtype, device=device) for size in shapes]
-                for tensor in tensors:
-                    dist.recv(tensor, dist.get_global_rank(stages, owner), group=stages)
-        if here != 0 or self.model.tp_group.rank() != 0:
-            return {}
-        return {name: tensor.cpu() for name, tensor in zip(names, tensors, strict=True)}
-
-    def _assemble(self, row: Row) -> list[Tensor]:
-        """Whole tensors out of the shards of this stage's tensor-parallel group, on its first rank."""
-        entry, shard = row[0], self.local[row].detach().to(self.dtype).contiguous()
-        group = self.model.tp_group
-        if group.size() > 1 and entry.kind is Kind.VOCAB:
-            return self._assemble_vocabulary(entry, shard)
-        if group.size() == 1 or entry.kind is Kind.REPLICATED:
-            shards = [shard]
-        else:
-            shards = [torch.empty_like(shard) for _ in range(group.size())] if group.rank() == 0 else []
-            dist.gather(shard, shards or None, dst=dist.get_global_rank(group, 0), group=group)
-        if group.rank() != 0:
-            return []
-        tensors = [shard.new_empty(size) for size in hf_shapes(entry, self.shape)]
-        for tp_rank, part in enumerate(shards):
-            offset, padded_vocab = 0, part.shape[0] * len(shards)
-            for segment in shard_segments(entry, self.shape, tp_rank, len(shards), padded_vocab=padded_vocab):
-                length = segment.stop - segment.start
-                piece = part.narrow(entry.axis, offset, length)
-                tensors[segment.source].narrow(entry.axis, segment.start, length).copy_(piece)
-                offset += length
-        return tensors
-
-    def _assemble_vocabulary(self, entry: Entry, shard: Tensor) -> list[Tensor]:
-        """The same for the largest matrices, whose rows are received in their place: one copy of the whole, no more."""
-        group = self.model.tp_group
-        rows = shard.shape[0]
-        (mine,) = shard_segments(entry, self.shape, group.rank(), group.size(), padded_vocab=rows * group.size()) or [
-            Segment(0, 0, 0)
-        ]
-        first = dist.get_global_rank(group, 0)
-        if group.rank() != 0:
-            if mine.stop > mine.start:
-                dist.send(shard[: mine.stop - mine.start], first, group=group)
-            return []
-        whole = shard.new_empty(hf_shapes(entry, self.shape)[0])
-        whole[: mine.stop] = shard[: mine.stop]
-        for tp_rank in range(1, group.size()):
-            low, high = min(tp_rank * rows, len(whole)), min((tp_rank + 1) * rows, len(whole))
-            if low < high:
-                dist.recv(whole[low:high], dist.get_global_rank(group, tp_rank), group=group)
-        return [whole]
-
-
 def _files(shape: Backbone, dtype: torch.dtype, max_shard_bytes: int) -> dict[str, list[Row]]:
     """File name -> rows, in model order; a row larger than the limit gets a file of its own."""
     groups: list[list[Row]] = [[]]
@@ -257,18 +184,19 @@ def save_hf(
     if parallel_state.get_data_parallel_rank(with_context_parallel=True) == 0:
         local = local_parameters(model, shape)
         dtype = dtype or model.config.params_dtype
-        export = _Export(model, shape, dtype, local, _owners(model, shape, local))
+        export = Export(model, shape, dtype, local, _owners(model, shape, local))
         writer = dist.get_rank() == 0
         with atomic_directory(Path(directory)) if writer else nullcontext() as folder:
             weight_map: dict[str, str] = {}
             total = 0
             for name, rows in _files(shape, dtype, max_shard_bytes).items():
-                tensors: dict[str, Tensor] = {}
+                room = export.room(rows) if folder is not None else None
                 for row in rows:
-                    tensors |= export.gather(row)
-                if folder is not None:
-                    total += _write(folder / name, tensors)
-                    weight_map |= dict.fromkeys(tensors, name)
+                    export.gather(row, room)
+                if folder is not None and room is not None:
+                    total += _write(folder / name, room)
+                    weight_map |= dict.fromkeys(room, name)
+                    del room  # before the next file's is taken
             if folder is not None:
                 if set(weight_map.values()) != {SINGLE_FILE}:
                     write_json(folder / INDEX_FILE, {"metadata": {"total_size": total}, "weight_map": weight_map})
