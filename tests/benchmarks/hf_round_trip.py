@@ -211,7 +211,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.benchmarks.hf_round_trip")
     parser.add_argument("--backbone", default="qwen2.5-0.5b")
     parser.add_argument("--vocab", type=int, default=151_936, help="rows of the embedding")
-    parser.add_argument("--shard-mb", type=int, default=200, help="largest file, of source and export")
+    parser.add_argument("--shard-mb", type=int, default=100, help="largest file, of source and export")
     parser.add_argument("--limit", type=float, default=1500.0, help="seconds for the ranks")
     parser.add_argument("--json", type=Path, help="write the JSON there as well")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)

@@ -63,17 +63,18 @@ class Export:
         group = self.model.tp_group
         if group.size() > 1 and entry.kind is Kind.VOCAB:
             return self._assemble_vocabulary(entry, shard, places)
-        if group.size() == 1 or entry.kind is Kind.REPLICATED:
-            shards = [shard]
-        else:
-            shards = [torch.empty_like(shard) for _ in range(group.size())] if group.rank() == 0 else []
-            dist.gather(shard, shards or None, dst=dist.get_global_rank(group, 0), group=group)
         if group.rank() != 0:
+            if entry.kind is not Kind.REPLICATED:
+                dist.send(shard, dist.get_global_rank(group, 0), group=group)
             return []
         tensors = places or [shard.new_empty(size) for size in hf_shapes(entry, self.shape)]
-        for tp_rank, part in enumerate(shards):
-            offset, padded_vocab = 0, part.shape[0] * len(shards)
-            for segment in shard_segments(entry, self.shape, tp_rank, len(shards), padded_vocab=padded_vocab):
+        size = 1 if entry.kind is Kind.REPLICATED else group.size()
+        for tp_rank in range(size):
+            part = shard if tp_rank == 0 else torch.empty_like(shard)
+            if tp_rank > 0:  # one after the other: a gather over gloo keeps a second copy of all of them
+                dist.recv(part, dist.get_global_rank(group, tp_rank), group=group)
+            offset, padded_vocab = 0, part.shape[0] * size
+            for segment in shard_segments(entry, self.shape, tp_rank, size, padded_vocab=padded_vocab):
                 length = segment.stop - segment.start
                 piece = part.narrow(entry.axis, offset, length)
                 tensors[segment.source].narrow(entry.axis, segment.start, length).copy_(piece)
