@@ -15,7 +15,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from torch.distributed.elastic.multiprocessing.errors import get_error_handler
+from torch.distributed.elastic.multiprocessing.errors import ErrorHandler
 
 from tawin_nemo.errors import Preempted
 from tawin_nemo.log import get_logger
@@ -38,10 +38,25 @@ def is_symptom(message: str) -> bool:
     return _SYMPTOM.search(message) is not None
 
 
+class _WholeFile(ErrorHandler):
+    """torch's error file, whole or not there: a rank that is killed while it writes would leave one that the launcher
+    cannot read, and the launcher would die of that instead of naming the rank."""
+
+    def record_exception(self, e: BaseException) -> None:
+        file = self._get_error_file_path()
+        if not file:
+            return
+        os.environ[ERROR_FILE] = f"{file}.part"
+        with contextlib.suppress(OSError):  # a full disk: the error itself matters more
+            super().record_exception(e)
+            Path(f"{file}.part").replace(file)
+        os.environ[ERROR_FILE] = file
+
+
 @contextlib.contextmanager
 def recorded() -> Iterator[None]:
     """Write an error that leaves this block into the error file; a crash of the interpreter prints its stack."""
-    handler = get_error_handler()
+    handler = _WholeFile()
     handler.initialize()
     try:
         yield

@@ -138,7 +138,7 @@ def launched(overrides: list[str], *, rules: str = "", term_at: str = "") -> Att
             process.send_signal(signal.SIGTERM)
             term_at = ""
     code, end = process.wait(LIMIT), time.monotonic()
-    return Attempt(code, end - start, "".join(lines), end - failed if failed else 0.0)
+    return Attempt(code, end - start, "".join(lines), seconds_after=end - failed if failed else 0.0)
 
 
 def fingerprint(run_dir: Path) -> dict[str, str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import signal
@@ -16,7 +17,7 @@ import pytest
 from tawin_nemo.config import ModelConfig
 from tawin_nemo.errors import Preempted
 from tawin_nemo.models.megatron import parallel
-from tawin_nemo.train.failures import attempt_logs, is_symptom
+from tawin_nemo.train.failures import attempt_logs, is_symptom, recorded
 from tawin_nemo.train.launcher import first_failure
 from tawin_nemo.train.nemo_logging import with_run_id
 from tests.crash_matrix.attempts import launched
@@ -50,6 +51,20 @@ def test_the_failure_that_caused_the_others(failures: dict[int, Failure], first:
 def test_losing_a_peer_is_told_from_an_error():
     assert is_symptom(LOST)
     assert not is_symptom("ValueError: the loss is nan")
+
+
+def test_an_error_file_is_whole_or_not_there(tmp_path, monkeypatch):
+    """What torch's launcher reads; a part of it would make the launcher itself fail."""
+    file = tmp_path / "error.json"
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(file))
+    with pytest.raises(ValueError, match="no"), recorded():
+        raise ValueError("no")
+    assert "ValueError: no" in json.loads(file.read_text())["message"]["extraInfo"]["py_callstack"]
+    assert list(tmp_path.iterdir()) == [file]
+    assert os.environ["TORCHELASTIC_ERROR_FILE"] == str(file)
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "none" / "error.json"))
+    with pytest.raises(ValueError, match="no"), recorded():  # a file that cannot be written hides no error
+        raise ValueError("no")
 
 
 def test_every_attempt_has_its_own_log(tmp_path, monkeypatch):
@@ -88,11 +103,11 @@ def test_the_run_id_is_the_same_in_every_attempt(tmp_path):
 def test_one_of_two_processes_fails_or_is_killed(small_dataset, tmp_path):
     overrides = [f"data.root={small_dataset}", f"run_dir={tmp_path}", LAYOUT]
     raised = launched(overrides, rules="save.before_write=raise/1")
-    assert (raised.code, raised.seconds_after < RANK_LIMIT) == (1, True), raised.last_words
+    assert (raised.code, 0 < raised.seconds_after < RANK_LIMIT) == (1, True), raised.last_words
     assert "RuntimeError: failpoint save.before_write" in raised.last_words
     assert raised.last_words.splitlines()[-1].startswith("tawin-nemo: rank 1 ended with 1")
     killed = launched(overrides, rules="save.mid_shard=kill/1")
-    assert (killed.code, killed.seconds_after < RANK_LIMIT) == (1, True), killed.last_words
+    assert (killed.code, 0 < killed.seconds_after < RANK_LIMIT) == (1, True), killed.last_words
     assert killed.last_words.splitlines()[-1].startswith("tawin-nemo: rank 1 was killed by SIGKILL")
     log = (tmp_path / "logs" / "attempt_1" / "rank_1.log").read_text(encoding="utf-8")
     assert "RuntimeError: failpoint save.before_write" in log
