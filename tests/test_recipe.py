@@ -77,6 +77,7 @@ def test_interpolation_and_bare_off(tmp_path):
             "trainer.devices=4 rollout.tensor_model_parallel_size=3",
             ["tensor_model_parallel_size=3", "4 processes", "rollout.pipeline_model_parallel_size"],
         ),
+        ("trainer.monitor=recall@7", ["trainer.monitor=recall@7", "a K of eval.ks=[1, 3, 5, 10]"]),
         ("seed", ["no '='"]),
         ("rl.lr=[1", ["override not understood"]),
     ],
