@@ -18,14 +18,14 @@ from tawin_nemo.config_verbs import RetrainConfig
 from tawin_nemo.errors import ConfigError, TawinError
 from tawin_nemo.eval.result import EvalResult
 from tawin_nemo.log import get_logger
-from tawin_nemo.models.megatron import async_save, parallel
+from tawin_nemo.models.megatron import parallel
 from tawin_nemo.retrain.gate import Decision, decide
 from tawin_nemo.retrain.nights import EXPORT, GATE_FILE, Night, Place, checked_date
 from tawin_nemo.train import signals
-from tawin_nemo.train.failures import attempt_logs, recorded
+from tawin_nemo.train.failures import attempt_logs
 from tawin_nemo.train.pipeline import evaluate_stage, run_pipeline
-from tawin_nemo.train.verbs import check_processes, codes_path, convert, engine_of
-from tawin_nemo.train.world import build_world, open_run_dir, set_threads
+from tawin_nemo.train.verbs import codes_path, convert, engine_of, started
+from tawin_nemo.train.world import build_world, open_run_dir
 
 log = get_logger(__name__)
 
@@ -41,13 +41,7 @@ def run_retrain(recipe: Recipe, find_data: FindData) -> tuple[dict[str, Any], in
     Raises ConfigError for a recipe that cannot be used, Preempted after a signal or trainer.max_time.
     """
     day, place = check_recipe(recipe), Place(Path(recipe.retrain.root))
-    with contextlib.ExitStack() as stack:
-        stack.callback(parallel.shutdown)
-        stack.callback(async_save.drain)
-        stack.enter_context(recorded())
-        parallel.initialize(recipe.model, seed=recipe.seed)
-        check_processes(recipe)
-        set_threads(recipe)
+    with started(recipe), contextlib.ExitStack() as stack:
         result = on_rank_0(lambda: finished(place, day))
         if result is None:
             night = on_rank_0(lambda: place.night(day, data_of(recipe, day, find_data), warm=recipe.retrain.warm_start))

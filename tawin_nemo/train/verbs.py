@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -36,15 +36,8 @@ log = get_logger(__name__)
 
 def run(recipe: Recipe, verb: Verb, find_data: Callable[[Recipe], Path], **options: Any) -> dict[str, Any]:
     """Start the process group, open the run, prepare the data on rank 0, build the world, call ``verb``."""
-    with contextlib.ExitStack() as stack:
-        stack.callback(parallel.shutdown)
-        stack.callback(async_save.drain)
-        stack.enter_context(recorded())
-        parallel.initialize(recipe.model, seed=recipe.seed)
-        check_processes(recipe)
-        check_precision(recipe, runs=not options.get("dry_run"))
+    with started(recipe, computes=not options.get("dry_run")), contextlib.ExitStack() as stack:
         check_profile(recipe.profile)
-        set_threads(recipe)
         run_dir = open_run_dir(recipe, same_recipe=verb is train)
         if verb is train:
             stack.enter_context(attempt_logs(run_dir))
@@ -53,6 +46,24 @@ def run(recipe: Recipe, verb: Verb, find_data: Callable[[Recipe], Path], **optio
             stack.enter_context(signals.listening())
         world = build_world(recipe, run_dir, data_root, codes_path=codes_path(recipe))
         return verb(world, **options)
+
+
+@contextlib.contextmanager
+def started(recipe: Recipe, *, computes: bool = True) -> Iterator[None]:
+    """The process group the recipe speaks of; at the end what is still being written is waited for and all part.
+
+    Raises ConfigError when the launcher started another number of processes, or when the machine lacks what a
+    precision needs and something is to be computed.
+    """
+    with contextlib.ExitStack() as stack:
+        stack.callback(parallel.shutdown)
+        stack.callback(async_save.drain)
+        stack.enter_context(recorded())
+        parallel.initialize(recipe.model, seed=recipe.seed)
+        check_processes(recipe)
+        check_precision(recipe, runs=computes)
+        set_threads(recipe)
+        yield
 
 
 def check_processes(recipe: Recipe) -> None:

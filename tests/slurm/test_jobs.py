@@ -9,12 +9,11 @@ import json
 import os
 import signal
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.slurm.jobs import Job, NoSlurm, Slurm, cluster, wait_until
+from tests.slurm.jobs import Job, Slurm, wait_until
 from tests.train.runs import prepare_dataset
 
 pytestmark = [
@@ -27,15 +26,6 @@ STEPS = 400
 WARNING = 3600
 #: From the death of a rank to the end of its job.
 QUICKLY_MINUTES = 3
-
-
-@pytest.fixture(scope="module")
-def slurm() -> Iterator[Slurm]:
-    try:
-        with cluster() as running:
-            yield running
-    except NoSlurm as error:
-        pytest.skip(str(error))
 
 
 @pytest.fixture(scope="module")

@@ -7,12 +7,11 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.slurm.jobs import REPOSITORY, Job, NoSlurm, Slurm, cluster, wait_until
+from tests.slurm.jobs import REPOSITORY, Job, Slurm, wait_until
 
 pytestmark = [
     pytest.mark.skipif(os.environ.get("TAWIN_FULL") != "1", reason="a real Slurm runs with tests/run.sh --full only"),
@@ -24,15 +23,6 @@ STAND_IN = """#!/bin/bash
 trap 'echo saved; exit 75' USR1 TERM
 for i in $(seq 3000); do sleep 0.2; done
 """
-
-
-@pytest.fixture(scope="module")
-def slurm() -> Iterator[Slurm]:
-    try:
-        with cluster() as running:
-            yield running
-    except NoSlurm as error:
-        pytest.skip(str(error))
 
 
 def submit(slurm: Slurm, folder: Path, *options: str) -> Job:
