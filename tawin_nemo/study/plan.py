@@ -29,7 +29,7 @@ MACHINE_SECTIONS = ("generate", "convert")
 #: YAML's style whose escapes hold any character.
 QUOTED = '"'
 #: What a run may be waiting for, or have behind it.
-DONE, TODO, AGAIN = "done", "to run", "again for its weights"
+DONE, TO_RUN, AGAIN = "done", "to run", "again for its weights"
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,7 @@ def make_plan(study: Study) -> Plan:
         children = [child for child in runs if child.parent_key == run.key and state[child.key] != DONE]
         record = records.get(run.key)
         if record is None or not set(run.recipe.eval.splits) <= set(record.splits):
-            state[run.key] = TODO
+            state[run.key] = TO_RUN
         else:
             state[run.key] = AGAIN if children and final_stage(run.run_dir) is None else DONE
     plan = Plan(study, runs, state, records, failed)
@@ -247,7 +247,7 @@ def plan_table(plan: Plan, workers: int) -> str:
         seconds = plan.seconds(run)
         minutes = "     ?" if seconds is None else f"{seconds / 60:6.1f}"
         state = plan.state[run.key]
-        if state == TODO and run.key in plan.failed:
+        if state == TO_RUN and run.key in plan.failed:
             state = "to run, failed before"
         time = "      " if state == DONE else minutes
         after = f" after {run.arm.parent.arm}" if run.arm.parent else ""

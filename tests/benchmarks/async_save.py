@@ -80,7 +80,9 @@ def main() -> None:
     shape = Backbone(
         "qwen2", given.hidden, given.layers, 6, 2, 4 * given.hidden, 8192, rope_theta=1e4, max_position=2048
     )
-    with tempfile.TemporaryDirectory(prefix="async_save_", dir=Path.cwd()) as name:
+    runs = Path("runs")  # ignored by git: a benchmark that is killed leaves nothing to commit
+    runs.mkdir(exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix="async_save_", dir=runs) as name:
         bench = Bench(shape, Path(name), given.steps, given.tokens)
         sides = {kind: partial(bench.run, kind) for kind in ("none", "sync", "async")}
         timed = harness.in_turn(sides, repeats=given.repeats)

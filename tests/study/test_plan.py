@@ -14,7 +14,7 @@ from tawin_nemo.recipe import load_recipe
 from tawin_nemo.study.plan import (
     AGAIN,
     DONE,
-    TODO,
+    TO_RUN,
     arm_keys,
     as_override,
     make_plan,
@@ -39,7 +39,7 @@ def expected(plan) -> dict[str, float | None]:
 def test_parents_first_and_seed_by_seed(tmp_path):
     plan = make_plan(study_of(tmp_path, arms=CHAIN, seeds=[5, 3]))
     assert [run.name for run in plan.runs] == ["a.seed5", "b.seed5", "c.seed5", "a.seed3", "b.seed3", "c.seed3"]
-    assert set(states(plan).values()) == {TODO}
+    assert set(states(plan).values()) == {TO_RUN}
     run = plan.runs[1]
     assert run.parent_key == ("a", 5)
     assert run.parent_dir == tmp_path / "runs" / "probe" / "a.seed5"
@@ -140,7 +140,7 @@ def test_more_splits_mean_that_the_run_is_evaluated_again(tmp_path):
     study = study_of(tmp_path, arms=CHAIN)
     FakeTraining(tmp_path / "made").run(study)
     more = study_of(tmp_path, "splits=[valid,test]", arms=CHAIN)
-    assert set(states(make_plan(more)).values()) == {TODO}
+    assert set(states(make_plan(more)).values()) == {TO_RUN}
     FakeTraining(tmp_path / "made").run(more)
     assert set(states(make_plan(more)).values()) == {DONE}
     assert set(states(make_plan(study)).values()) == {DONE}  # a file with more than what is asked for does
@@ -153,7 +153,7 @@ def test_weights_that_are_gone_are_made_again_only_for_children(tmp_path):
     study = study_of(tmp_path, arms=CHAIN, seeds=[1])
     assert states(make_plan(study)) == {"a.seed1": DONE, "b.seed1": DONE, "c.seed1": DONE}
     (tmp_path / "results" / "probe" / "c.seed1.json").unlink()
-    assert states(make_plan(study)) == {"a.seed1": AGAIN, "b.seed1": AGAIN, "c.seed1": TODO}
+    assert states(make_plan(study)) == {"a.seed1": AGAIN, "b.seed1": AGAIN, "c.seed1": TO_RUN}
 
 
 def test_arms_of_another_study_must_be_there_with_their_weights(tmp_path):

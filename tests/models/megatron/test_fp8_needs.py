@@ -74,10 +74,15 @@ def test_shapes_that_fp8_cannot_cut_are_refused(shape: Backbone, cfg: ModelConfi
 
 @pytest.mark.parametrize("name", [name for name, shape in BACKBONES.items() if shape.vocab])
 def test_published_shapes_can_be_cut(name: str) -> None:
+    """Under every TP size that its heads allow; a width that FP8 cannot cut is refused in the same place."""
     shape = BACKBONES[name]
-    for tp in (size for size in (1, 2, 4, 8) if shape.kv_heads % size == 0):
+    sizes = [size for size in (1, 2, 4, 8) if shape.kv_heads % size == 0]
+    assert sizes[:2] == [1, 2]
+    for tp in sizes:
         cfg = ModelConfig(name, precision="fp8-blockwise", tensor_model_parallel_size=tp, sequence_parallel=tp > 1)
         precision.check(shape, cfg, HOPPER)
+        with pytest.raises(ConfigError, match="FFN width"):
+            precision.check(replace(shape, ffn=shape.ffn + 8 * tp), cfg, HOPPER)
 
 
 def test_supported_versions_are_those_that_megatron_names() -> None:
