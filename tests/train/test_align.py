@@ -15,7 +15,7 @@ from tawin_nemo.data.tokenizer import build_tokenizer
 from tests.train.runs import SMALL, metrics, run
 
 ALIGNED = [
-    *SMALL, "catalog.kind=sid", "data.tokenizer=bpe", "rl.enabled=false", "sft.lr=3e-3", "sft.warmup=5",
+    *SMALL, "catalog.kind=sid", "data.tokenizer=bpe", "rl.enabled=false", "sft.lr=5e-3", "sft.warmup=5",
 ]  # fmt: skip
 TASKS = ("title_to_sid", "sid_to_title", "history_to_title", "titles_to_sid")
 
@@ -35,23 +35,24 @@ def index(small_dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
     return path
 
 
-@pytest.mark.parametrize(("space", "falls_to"), [("vocab", 0.9), ("trie", 0.98)])
+@pytest.mark.parametrize(("space", "falls_to"), [("vocab", 0.5), ("trie", 0.93)])
 def test_every_task_is_learnt(small_dataset: Path, index: Path, tmp_path: Path, space: str, falls_to: float) -> None:
     weights = [f"align.{name}=1" for name in TASKS]
     run(
         *ALIGNED, *weights, f"data.root={small_dataset}", f"catalog.index={index}", f"run_dir={tmp_path}",
-        f"sft.loss_space={space}", "sft.epochs=4",
+        f"sft.loss_space={space}", "sft.epochs=9", "sft.patience=20", "trainer.save_interval=100",
     )  # fmt: skip
     logged = [line for line in metrics(tmp_path, "sft") if "valid/loss" in line]
-    assert len(logged) == 5
+    assert len(logged) == 10
     for name in TASKS:
         losses = [line[f"valid/loss/{name}"] for line in logged]
-        assert losses[-1] < falls_to * losses[0], name
+        assert min(losses) < falls_to * losses[0], name
     exact = json.loads((tmp_path / "sft" / "eval" / "tasks.json").read_text())
     assert set(exact) == set(TASKS)
     for name, facts in exact.items():
         assert set(facts) == {"held_out", "trained"}
         assert all(0.0 <= value["exact"] <= 1.0 for value in facts.values()), name
+    assert exact["title_to_sid"]["trained"]["exact"] > 0.05
     assert exact["title_to_sid"]["held_out"]["rows"] == round(0.05 * len(load_dataset(small_dataset).items))
 
 
