@@ -20,6 +20,7 @@ from megatron.core.models.gpt import GPTModel
 
 from tawin_nemo.artefacts import write_json
 from tawin_nemo.config import Recipe
+from tawin_nemo.data.tasks import active_tasks
 from tawin_nemo.errors import ConfigError
 from tawin_nemo.eval.bias import item_counts
 from tawin_nemo.eval.evaluate import EvalResult, evaluate
@@ -42,7 +43,7 @@ from tawin_nemo.train.reference import Reference, build_reference
 from tawin_nemo.train.rl import train_rl
 from tawin_nemo.train.sft import train_sft
 from tawin_nemo.train.stage import MetricSink, Stage, logged_seconds
-from tawin_nemo.train.task_eval import evaluate_tasks
+from tawin_nemo.train.task_eval import evaluate_tasks, task_file
 from tawin_nemo.train.vocabulary import new_tokens, only_new_tokens
 from tawin_nemo.train.weight_sync import build_engine
 from tawin_nemo.train.world import World, read_json
@@ -127,7 +128,10 @@ def run_stage(world: World, plan: Plan, sink: MetricSink | None) -> EvalResult:
         deadline=world.deadline, sink=sink, profile=world.recipe.profile,
     )  # fmt: skip
     splits = world.recipe.eval.splits
-    if stage.done and all((stage.directory / "eval" / f"{split}.json").is_file() for split in splits):
+    expected = [stage.directory / "eval" / f"{split}.json" for split in splits]
+    if plan.kind == "sft" and active_tasks(world.recipe.align):
+        expected.append(task_file(stage.directory))
+    if stage.done and all(file.is_file() for file in expected):
         log.info("%s is done", plan.name)
         return EvalResult.read(stage.directory / "eval", splits[-1])
     stage.stop_between(plan.name)
@@ -155,12 +159,11 @@ def run_stage(world: World, plan: Plan, sink: MetricSink | None) -> EvalResult:
         engine = build_engine(replace(world.recipe, model=cfg), model, world.shape, world.catalog)
     checkpoint.load_checkpoint(stage.chosen_checkpoint, model=model)
     with resting():
+        result = evaluate_stage(world, stage.directory, engine)
         if plan.kind == "sft":
-            evaluate_tasks(
-                world, stage.directory, plan.rows,
-                partial(build_engine, replace(world.recipe, model=cfg), model, world.shape),
-            )  # fmt: skip
-        return evaluate_stage(world, stage.directory, engine)
+            build = partial(build_engine, replace(world.recipe, model=cfg), model, world.shape)
+            evaluate_tasks(world, stage.directory, plan.rows, build)
+    return result
 
 
 def stage_recipe(recipe: Recipe, name: str) -> Recipe:

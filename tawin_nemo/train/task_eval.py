@@ -12,7 +12,7 @@ import numpy as np
 from tawin_nemo.artefacts import write_json
 from tawin_nemo.catalog.items import Catalog
 from tawin_nemo.catalog.trie import TokenTrie
-from tawin_nemo.data.tasks import CODES, DESCRIPTION, TITLE, TaskRows
+from tawin_nemo.data.tasks import CODES, DESCRIPTION, TITLE, TaskRows, active_tasks
 from tawin_nemo.eval.evaluate import evaluate
 from tawin_nemo.log import get_logger
 from tawin_nemo.models.megatron import parallel
@@ -38,20 +38,26 @@ def evaluate_tasks(
     the item's own; where several items are written alike a hit counts 1 / their number. Descriptions are not searched.
     ``build`` makes an engine over a catalogue with the weights of the stage; ``rows`` are the stage's rows of train.
     """
-    sets = [part for part in task_sets(world, rows) if part.task.wanted != DESCRIPTION]
-    if not sets:
+    if not active_tasks(world.recipe.align):
         return {}
-    engines = {way: build(_catalogue(world, way)) for way in dict.fromkeys(part.task.wanted for part in sets)}
-    for engine in engines.values():
+    sets = [part for part in task_sets(world, rows) if part.task.wanted != DESCRIPTION]
+    found: dict[str, dict[str, dict[str, float]]] = {}
+    for way in dict.fromkeys(part.task.wanted for part in sets):  # one engine at a time: a model's place in memory
+        engine = build(_catalogue(world, way))
         engine.receive_weights()
-    found = {part.task.name: _exact(world, engines[part.task.wanted], part) for part in sets}
+        found |= {part.task.name: _exact(world, engine, part) for part in sets if part.task.wanted == way}
     for name, facts in found.items():
         shown = ", ".join(f"{which} {value['exact']:.3f} of {value['rows']}" for which, value in facts.items())
         log.info("task %s: exact match %s", name, shown)
     if parallel.world_rank() == 0:
-        write_json(directory / "eval" / "tasks.json", found)
+        write_json(task_file(directory), found)
     parallel.barrier()
     return found
+
+
+def task_file(directory: Path) -> Path:
+    """Where a stage's evaluation of the tasks lies."""
+    return directory / "eval" / "tasks.json"
 
 
 def _exact(world: World, engine: RolloutEngine, part: TaskSet) -> dict[str, dict[str, float]]:
