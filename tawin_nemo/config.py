@@ -57,6 +57,12 @@ class CatalogConfig:
 class ModelConfig:
     backbone: str = opt("tiny", "a name of backbones.py, e.g. qwen2.5-0.5b")
     init: str = opt("random", "random | a Hugging Face directory (config.json and safetensors)")
+    new_tokens: str = choice(
+        "mean", "text",
+        help="weights of tokens that model.init does not know: its mean row, or the mean over the words of the titles "
+        "that a code is used for; a little noise on both",
+    )  # fmt: skip
+    freeze_backbone: bool = opt(False, "SFT trains nothing but the rows of tokens that model.init does not know")
     dropout: float = number(0.0, 0.0, 0.9, help="hidden and attention dropout of SFT from scratch; RL runs without")
     tensor_model_parallel_size: int = number(1, 1, help="ranks that share each layer")
     pipeline_model_parallel_size: int = number(1, 1, help="groups of layers on different ranks")
@@ -114,6 +120,26 @@ class SftConfig:
     min_delta: float = number(0.0, 0.0, help="fall of the valid loss, or rise of NDCG, that counts as progress")
     checks_per_epoch: int = number(1, 1, help="validations per epoch")
     loss_space: str = choice("vocab", "trie", help="normalise over the whole vocabulary or over the admissible tokens")
+
+
+@dataclass(frozen=True)
+class AlignConfig:
+    """Further tasks of SFT: a task's weight is the share of its rows that an epoch adds (0 = off, 1 = all, 2 = twice).
+
+    Needs catalog.kind=sid and a tokenizer that can write words. MiniOneRec (arXiv 2510.24431), LC-Rec (2311.09049).
+    """
+
+    title_to_sid: float = number(0.0, 0.0, help="title of an item -> its codes")
+    sid_to_title: float = number(0.0, 0.0, help="codes of an item -> its title")
+    history_to_title: float = number(0.0, 0.0, help="codes of a history -> title of the next item")
+    titles_to_sid: float = number(0.0, 0.0, help="titles of a history -> codes of the next item")
+    titles_to_title: float = number(0.0, 0.0, help="titles of a history -> title of the next item")
+    description_to_sid: float = number(0.0, 0.0, help="description of an item -> its codes (LC-Rec)")
+    sid_to_description: float = number(0.0, 0.0, help="codes of an item -> its description (LC-Rec)")
+    intention_to_sid: float = number(0.0, 0.0, help="what a customer wants -> codes (LC-Rec); see intentions")
+    intentions: str = opt("", "JSON file {item index: text}, below data.root, for intention_to_sid")
+    max_words: int = number(64, 1, help="longer descriptions and intentions are cut")
+    holdout: float = number(0.05, 0.0, 0.9, help="share of items that tasks about single items are tested on")
 
 
 @dataclass(frozen=True)
@@ -240,6 +266,7 @@ class Recipe:
     model: ModelConfig = field(default_factory=ModelConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     sft: SftConfig = field(default_factory=SftConfig)
+    align: AlignConfig = field(default_factory=AlignConfig)
     rl: RlConfig = field(default_factory=RlConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     reference: ReferenceConfig = field(default_factory=ReferenceConfig)

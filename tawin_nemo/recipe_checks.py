@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import fields
 
 from tawin_nemo.config import Recipe
 
@@ -58,6 +59,7 @@ def combinations(r: Recipe) -> Iterator[tuple[bool, str]]:
         rl.max_steps == 0 and rl.epochs == 0 and rl.enabled,
         "rl.max_steps=0 and rl.epochs=0: RL would take no step; set one of them, or rl.enabled=false",
     )
+    yield from _align_combinations(r)
     yield from _precision_combinations(r)
     yield from _space_combinations(r)
     if rl.enabled:
@@ -77,6 +79,35 @@ def _precision_combinations(r: Recipe) -> Iterator[tuple[bool, str]]:
         r.reference.mode == "swap" and own not in ("model", m.precision),
         f"reference.precision={own} but reference.mode=swap runs in the actor's model, which is {m.precision}; "
         "set reference.mode=copy or reference.precision=model",
+    )
+
+
+def _align_combinations(r: Recipe) -> Iterator[tuple[bool, str]]:
+    weights = {item.name: getattr(r.align, item.name) for item in fields(r.align) if "_to_" in item.name}
+    used = [f"align.{name}={weight:g}" for name, weight in weights.items() if weight > 0]
+    yield (
+        bool(used) and (r.catalog.kind != "sid" or r.data.tokenizer == "codes"),
+        f"{', '.join(used)} ties codes to words; set catalog.kind=sid and data.tokenizer=bpe (or a tokenizer's folder)",
+    )
+    yield (
+        bool(used) and r.data.tokenizer == "auto" and r.model.init == "random",
+        f"{', '.join(used)} needs words, and data.tokenizer=auto without model.init writes codes only; set "
+        "data.tokenizer=bpe",
+    )
+    yield (
+        (r.align.intention_to_sid > 0) != bool(r.align.intentions),
+        f"align.intention_to_sid={r.align.intention_to_sid:g} and align.intentions={r.align.intentions!r} belong "
+        "together; set both or none",
+    )
+    yield (
+        r.model.freeze_backbone and r.model.init == "random",
+        "model.freeze_backbone=true trains the new tokens of pretrained weights, but model.init=random; set model.init "
+        "to a Hugging Face directory, or freeze_backbone=false",
+    )
+    yield (
+        r.model.freeze_backbone and r.model.pipeline_model_parallel_size > 2,
+        f"model.freeze_backbone=true leaves the middle ones of model.pipeline_model_parallel_size="
+        f"{r.model.pipeline_model_parallel_size} stages without anything to train; use 1 or 2",
     )
 
 

@@ -22,6 +22,7 @@ from tawin_nemo.data.catalogue import build_catalog
 from tawin_nemo.data.interactions import Dataset, Split, load_dataset
 from tawin_nemo.data.prompts import Template
 from tawin_nemo.data.samples import Samples, encode_split
+from tawin_nemo.data.tasks import active_tasks
 from tawin_nemo.data.tokenizer import Tokenizer, build_tokenizer
 from tawin_nemo.errors import CatalogError, ConfigError, DataError
 from tawin_nemo.log import get_logger
@@ -168,7 +169,9 @@ def _tokenizer(recipe: Recipe, run_dir: Path, dataset: Dataset, codes: list[list
     directory = run_dir / "tokenizer"
     if (directory / "tokenizer.json").is_file():
         return Tokenizer.load(directory)
-    tokenizer = build_tokenizer(recipe.data, recipe.catalog, recipe.model, dataset.items.titles, codes)
+    compact = recipe.data.template == "compact"
+    markers = [task.marker for task in active_tasks(recipe.align)] if compact else []
+    tokenizer = build_tokenizer(recipe.data, recipe.catalog, recipe.model, dataset.items.titles, codes, markers)
     if parallel.world_rank() == 0:
         tokenizer.save(directory)
     return tokenizer
