@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +60,7 @@ def started(recipe: Recipe, *, computes: bool = True) -> Iterator[None]:
         stack.callback(parallel.shutdown)
         stack.callback(async_save.drain)
         stack.enter_context(recorded())
-        parallel.initialize(recipe.model, seed=recipe.seed)
+        parallel.initialize(recipe.model, seed=recipe.seed, limit=timedelta(minutes=recipe.trainer.collective_timeout))
         check_processes(recipe)
         check_precision(recipe, runs=computes)
         set_threads(recipe)

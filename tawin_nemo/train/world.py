@@ -41,7 +41,7 @@ RESUMABLE_KEYS = (
     "model.tensor_model_parallel_size", "model.pipeline_model_parallel_size", "model.sequence_parallel",
     "model.recompute", "rollout.tensor_model_parallel_size", "rollout.pipeline_model_parallel_size",
     "rollout.token_budget", "eval.token_budget", "sft.micro_batch_tokens", "rl.micro_batch_tokens",
-    "trainer.offload_optimizer",
+    "trainer.offload_optimizer", "trainer.collective_timeout",
 )  # fmt: skip
 
 

@@ -10,14 +10,30 @@ from datetime import timedelta
 from functools import cache
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.resharding.copy_services.base import CopyService
+from megatron.core.resharding.copy_services.gloo_copy_service import GlooCopyService
+from megatron.core.resharding.copy_services.nccl_copy_service import NCCLCopyService
 
 from tawin_nemo.types import DataParallel
 
 #: A rank that waits longer than this for another one gives up with an error instead of hanging for ever.
 TIMEOUT = timedelta(minutes=30)
+_limit = TIMEOUT
+
+
+def time_limit() -> timedelta:
+    """How long a rank waits for the others in groups that are made from now on (``trainer.collective_timeout``)."""
+    return _limit
+
+
+def set_time_limit(limit: timedelta) -> None:
+    """Every process sets the same one, before it makes groups."""
+    global _limit
+    _limit = limit
 
 
 def training_groups() -> ProcessGroupCollection:
@@ -39,7 +55,7 @@ def rollout_groups(tp: int, pp: int) -> ProcessGroupCollection:
 
 
 def _own(ranks: list[list[int]], backend: str | None = None) -> dist.ProcessGroup:
-    group, _ = dist.new_subgroups_by_enumeration(ranks, timeout=TIMEOUT, backend=backend)
+    group, _ = dist.new_subgroups_by_enumeration(ranks, timeout=time_limit(), backend=backend)
     return group
 
 
@@ -62,7 +78,18 @@ def replicas(group: dist.ProcessGroup) -> DataParallel:
     return DataParallel(group.rank(), group.size(), gather)
 
 
+@cache
+def copy_service() -> CopyService:
+    """What carries weights between ranks, one for all models: over NCCL, or over gloo in a group of its own."""
+    if torch.cuda.is_available():
+        return NCCLCopyService()
+    service = GlooCopyService()
+    parallel_state.update_pg_timeout(time_limit(), service.gloo_pg)  # megatron makes it with torch's own limit
+    return service
+
+
 def forget() -> None:
     """Called when the processes part or training is laid out anew."""
+    copy_service.cache_clear()
     rollout_groups.cache_clear()
     rollout_replicas.cache_clear()

@@ -13,14 +13,12 @@ from collections.abc import Iterator
 import torch
 from megatron.core.models.gpt import GPTModel
 from megatron.core.resharding import ReshardPlan, build_centralized_reshard_plan, execute_reshard_plan
-from megatron.core.resharding.copy_services.base import CopyService
-from megatron.core.resharding.copy_services.gloo_copy_service import GlooCopyService
-from megatron.core.resharding.copy_services.nccl_copy_service import NCCLCopyService
 from torch import Tensor
 
 from tawin_nemo.errors import TawinError
 from tawin_nemo.models.megatron import parallel
 from tawin_nemo.models.megatron.build import full_shape, global_name, own_shard, sharded_axis
+from tawin_nemo.models.megatron.groups import copy_service
 
 #: Bytes of parameters that arrive on a rank at a time; a single larger parameter travels alone.
 _AT_ONCE = 256 * 2**20
@@ -52,7 +50,7 @@ class Refit:
     def __init__(self, source: GPTModel, target: GPTModel) -> None:
         self._source, self._target = source, target
         self._sides = _Named(source), _Named(target)
-        self._service: CopyService = NCCLCopyService() if torch.cuda.is_available() else GlooCopyService()
+        self._service = copy_service()
         whole = build_centralized_reshard_plan(*self._sides)
         self._plans = [_only(whole, names) for names in _portions(self._sides[1])]
 
