@@ -187,7 +187,13 @@ class RolloutConfig:
     length_penalty: float = number(0.0, help="final score = sum log p / len^penalty")
     temperature: float = number(1.0, 1e-6, help="of constrained sampling")
     token_budget: int = number(262144, 16, help="tokens held at once per rank: prompts once, plus what beams may run")
-    placement: str = choice("colocated", help="rollouts on the training ranks")
+    placement: str = choice(
+        "colocated", "separate", help="rollouts and evaluation on the training ranks, or on ranks that do nothing else"
+    )
+    devices: int = number(0, 0, help="placement=separate: processes, of all of them, that only search")
+    ahead: int = number(
+        0, 0, 1, help="placement=separate: 1 = the next rollout is searched during the update, by the old weights"
+    )  # fmt: skip
     tensor_model_parallel_size: int = number(0, 0, help="ranks that share each layer in searches (0 = as in training)")
     pipeline_model_parallel_size: int = number(
         0, 0, help="groups of layers in searches (0 = as in training); the ranks left over search other prompts"
@@ -254,6 +260,15 @@ class Recipe:
     convert: ConvertConfig = field(default_factory=ConvertConfig)
     retrain: RetrainConfig = field(default_factory=RetrainConfig)
     exp_manager: dict[str, Any] = opt({}, "passed to NeMo's exp_manager (TensorBoard, W&B, MLflow); empty = not used")
+
+    @property
+    def processes(self) -> int:
+        return self.trainer.num_nodes * self.trainer.devices
+
+    @property
+    def training_processes(self) -> int:
+        """Those that do not only search."""
+        return self.processes - self.rollout.devices
 
     @property
     def rollout_layout(self) -> tuple[int, int]:

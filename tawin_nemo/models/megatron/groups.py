@@ -23,6 +23,8 @@ from tawin_nemo.types import DataParallel
 #: A rank that waits longer than this for another one gives up with an error instead of hanging for ever.
 TIMEOUT = timedelta(minutes=30)
 _limit = TIMEOUT
+#: The ranks that search, where these are not all.
+_searching: range | None = None
 
 
 def time_limit() -> timedelta:
@@ -41,17 +43,30 @@ def training_groups() -> ProcessGroupCollection:
     return ProcessGroupCollection.use_mpu_process_groups()
 
 
+def search_on(ranks: range) -> None:
+    """Rollout groups are made over these ranks only (``sides.divide``); the other processes still call for them."""
+    global _searching
+    _searching = ranks
+
+
 @cache
 def rollout_groups(tp: int, pp: int) -> ProcessGroupCollection:
     """Groups of TP ``tp`` x PP ``pp`` x as many replicas as fit, over all processes, which call this alike.
 
     Ranks are numbered as in training (tensor-parallel neighbours next to each other, pipeline stages farthest apart).
-    Only decoding runs in them: there is no group that ties the gradients of embedding and head.
+    Only decoding runs in them: there is no group that ties the gradients of embedding and head. A process that does
+    not search gets a collection without groups.
     """
-    sizes = {"tp": tp, "pp": pp, "dp": dist.get_world_size() // (tp * pp), "cp": 1}
-    ranks = parallel_state.RankGenerator(**sizes, ep=1, order="tp-cp-ep-dp-pp")
-    made = {name: _own(ranks.get_ranks(name)) for name in sizes}
+    ranks = _rollout_ranks(tp, pp)
+    made = {name: _own(ranks.get_ranks(name)) for name in ("tp", "pp", "dp", "cp")}
     return ProcessGroupCollection(**made, embd=None, pos_embd=None)
+
+
+def _rollout_ranks(tp: int, pp: int) -> parallel_state.RankGenerator:
+    ranks = _searching or range(dist.get_world_size())
+    return parallel_state.RankGenerator(
+        tp=tp, pp=pp, dp=len(ranks) // (tp * pp), cp=1, ep=1, order="tp-cp-ep-dp-pp", rank_offset=ranks.start
+    )
 
 
 def _own(ranks: list[list[int]], backend: str | None = None) -> dist.ProcessGroup:
@@ -60,11 +75,14 @@ def _own(ranks: list[list[int]], backend: str | None = None) -> dist.ProcessGrou
 
 
 @cache
+def rollout_gather_group(tp: int, pp: int) -> dist.ProcessGroup:
+    """The replicas of a rollout layout over gloo."""
+    return _own(_rollout_ranks(tp, pp).get_ranks("dp"), "gloo")
+
+
 def rollout_replicas(tp: int, pp: int) -> DataParallel:
     """This process's place among the replicas of a rollout layout; ``gather`` sends Python objects over gloo."""
-    sizes = {"tp": tp, "pp": pp, "dp": dist.get_world_size() // (tp * pp)}
-    ranks = parallel_state.RankGenerator(**sizes, cp=1, ep=1, order="tp-cp-ep-dp-pp").get_ranks("dp")
-    return replicas(_own(ranks, "gloo"))
+    return replicas(rollout_gather_group(tp, pp))
 
 
 def replicas(group: dist.ProcessGroup) -> DataParallel:
@@ -90,6 +108,8 @@ def copy_service() -> CopyService:
 
 def forget() -> None:
     """Called when the processes part or training is laid out anew."""
+    global _searching
+    _searching = None
     copy_service.cache_clear()
     rollout_groups.cache_clear()
-    rollout_replicas.cache_clear()
+    rollout_gather_group.cache_clear()
