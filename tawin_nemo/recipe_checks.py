@@ -64,6 +64,23 @@ def combinations(r: Recipe) -> Iterator[tuple[bool, str]]:
     yield from _space_combinations(r)
     if rl.enabled:
         yield from _rl_combinations(r)
+        yield from _ahead_combinations(r)
+
+
+def _ahead_combinations(r: Recipe) -> Iterator[tuple[bool, str]]:
+    rl = r.rl
+    behaviour_space = r.rollout.score_space if rl.negatives == "beam" else "trie"
+    yield (
+        r.rollout.ahead > 0 and (behaviour_space != rl.policy_space or rl.ensure_target != "off"),
+        f"rollout.ahead={r.rollout.ahead} corrects for older weights with the rollout's own log-probs of every "
+        f"candidate; set rl.policy_space={behaviour_space} (what the rollout scores) and rl.ensure_target=off, or "
+        "rollout.ahead=0",
+    )
+    yield (
+        r.rollout.ahead > 0 and rl.max_refill_batches > 0,
+        f"rl.max_refill_batches={rl.max_refill_batches} rolls out again where a step's groups teach nothing, which is "
+        "known only once they are there; set it to 0, or rollout.ahead=0",
+    )
 
 
 def _placement_combinations(r: Recipe) -> Iterator[tuple[bool, str]]:
@@ -151,17 +168,6 @@ def _rl_combinations(r: Recipe) -> Iterator[tuple[bool, str]]:
         rl.importance_cap > 0 and (behaviour_space != rl.policy_space or rl.ensure_target != "off"),
         f"rl.importance_cap={rl.importance_cap} needs the rollout's own log-probs of every candidate; set "
         f"rl.policy_space={behaviour_space} (what the rollout scores) and rl.ensure_target=off",
-    )
-    yield (
-        r.rollout.ahead > 0 and (behaviour_space != rl.policy_space or rl.ensure_target != "off"),
-        f"rollout.ahead={r.rollout.ahead} corrects for older weights with the rollout's own log-probs of every "
-        f"candidate; set rl.policy_space={behaviour_space} (what the rollout scores) and rl.ensure_target=off, or "
-        "rollout.ahead=0",
-    )
-    yield (
-        r.rollout.ahead > 0 and rl.max_refill_batches > 0,
-        f"rl.max_refill_batches={rl.max_refill_batches} rolls out again where a step's groups teach nothing, which is "
-        "known only once they are there; set it to 0, or rollout.ahead=0",
     )
     yield (
         r.reference.refresh != "off" and (rl.beta == 0 or r.reference.mode == "off"),
