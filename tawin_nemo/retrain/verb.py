@@ -15,7 +15,7 @@ from typing import Any
 from tawin_nemo.artefacts import write_json
 from tawin_nemo.config import Recipe
 from tawin_nemo.config_verbs import RetrainConfig
-from tawin_nemo.errors import ConfigError, TawinError
+from tawin_nemo.errors import REFUSED, ConfigError, TawinError
 from tawin_nemo.eval.result import EvalResult
 from tawin_nemo.log import get_logger
 from tawin_nemo.models.megatron import parallel, sides
@@ -30,8 +30,6 @@ from tawin_nemo.train.world import build_world, open_run_dir
 
 log = get_logger(__name__)
 
-#: Exit code of a night whose model the gate refused: `latest` is unchanged.
-REFUSED = 3
 SPLIT = "valid"
 FindData = Callable[[Recipe], Path]
 

@@ -106,7 +106,7 @@ def rl_step(roles: Roles, prompts: NextPrompts, timers: Timers, *, step: int, lr
     with timers("data"):
         packed = actor.pack(rollout, adv_BG, omega_BG)
         batches = [part.batch for part in packed]
-    with roles.ahead.searching(prompts, timers, step=step + 1):
+    with roles.ahead.searching(prompts, timers, step=step + 1):  # rollout.ahead=1: the next rollout, meanwhile
         with timers("reference"):
             ref = roles.reference.logprobs(batches)
         with timers("update"):

@@ -20,7 +20,7 @@ AHEAD = (
 
 @pytest.mark.distributed
 def test_on_policy_the_run_equals_one_process(small_dataset, finished_run, tmp_path):
-    run(*SMALL, *APART, f"data.root={small_dataset}", f"run_dir={tmp_path}")
+    run(*SMALL, *APART, "trainer.async_save=true", f"data.root={small_dataset}", f"run_dir={tmp_path}")
     for stage in ("sft", "sft_continued", "rl"):
         ours, expected = metrics(tmp_path, stage), metrics(finished_run, stage)
         assert [line.keys() for line in ours] == [line.keys() for line in expected]
