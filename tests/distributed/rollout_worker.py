@@ -219,11 +219,19 @@ def train(pair: Pair, folder: Path) -> dict[str, Any]:
     check_equal(engine)
     assert engine.weight_version == STEPS
     drawn = roll_out(replace(recipe.rl, negatives="dynamic"), engine, prompts(9, dp), STEPS, catalog, dp)
+    listed = engine.search(prompts(9, DataParallel()).prompts, 5)  # as evaluation does
     save_hf(model, shape, folder)
     rows = timers.report()["rows/generate"]
     if sides.divided():
         sides.line().ask(Stop())
-    return {"stats": stats, "rollouts": [facts(rollout, dp) for rollout in [*seen, drawn]], "searched": rows}
+    return {
+        "stats": stats,
+        "rollouts": [
+            *(facts(rollout, dp) for rollout in [*seen, drawn]),
+            {"items": listed.items_BW.tolist(), "scores": listed.scores_BW.tolist()},
+        ],
+        "searched": rows,
+    }
 
 
 def main() -> None:
