@@ -36,6 +36,7 @@ def test_on_policy_the_run_equals_one_process(small_dataset, finished_run, tmp_p
 
 
 @pytest.mark.distributed
+@pytest.mark.timeout(1800)  # four starts of two processes: minutes each on a busy machine
 def test_ahead_killed_and_stopped_runs_equal_one_that_was_not(small_dataset, tmp_path):
     """SIGKILL between two checkpoints, then SIGTERM after a step that would not have been saved."""
     whole, stopped = ([*AHEAD, f"data.root={small_dataset}", f"run_dir={tmp_path / name}"] for name in "ab")
