@@ -14,6 +14,7 @@ from megatron.core.models.gpt import GPTModel
 from tawin_nemo.backbones import Backbone, Work
 from tawin_nemo.catalog.items import Catalog
 from tawin_nemo.config import Recipe
+from tawin_nemo.errors import TawinError
 from tawin_nemo.log import get_logger
 from tawin_nemo.models.megatron import parallel, sides
 from tawin_nemo.models.megatron.build import check_rollout_model
@@ -90,7 +91,8 @@ class RemoteEngine:
         check_rollout_model(shape, recipe.model, *recipe.rollout_layout)
         self.dp = DataParallel()
         self._line, self._version, self._work = sides.line(), 0, Work()
-        self._line.ask(Build(recipe, shape, catalog))
+        self._line.holder = self  # the rollout ranks hold one model at a time
+        self._ask(Build(recipe, shape, catalog))
         self._refit = Refit(model, None)
         with sides.whole_job():
             #: What the rollout ranks say of themselves, for layout.json.
@@ -105,20 +107,20 @@ class RemoteEngine:
 
     @weight_version.setter
     def weight_version(self, version: int) -> None:
-        self._line.ask(WeightsAre(version))
+        self._ask(WeightsAre(version))
         self._version = version
 
     def receive_weights(self) -> None:
-        self._line.ask(ReceiveWeights())
+        self._ask(ReceiveWeights())
         self._refit()
 
     def check_equal(self) -> None:
         """As ``Refit.check_equal``."""
-        self._line.ask(CheckEqual())
+        self._ask(CheckEqual())
         self._refit.check_equal()
 
     def search(self, prompts: TokenRows, width: int, *, token_budget: int | None = None) -> Candidates:
-        self._line.ask(Search(prompts, width, token_budget), answered=True)
+        self._ask(Search(prompts, width, token_budget), answered=True)
         found: Candidates = self._fetched()
         return found
 
@@ -128,7 +130,7 @@ class RemoteEngine:
 
     def begin(self, prompts: PromptBatch, group_size: int, **options: Any) -> None:
         """Let the rollout ranks search; nothing else can be asked of them until ``finish``."""
-        self._line.ask(Generate(prompts, {"group_size": group_size, **options}), answered=True)
+        self._ask(Generate(prompts, {"group_size": group_size, **options}), answered=True)
 
     def finish(self) -> Rollout:
         """Wait for what ``begin`` began."""
@@ -143,3 +145,8 @@ class RemoteEngine:
         found: Found = self._line.result()
         self._work += found.work
         return found.value
+
+    def _ask(self, message: Any, *, answered: bool = False) -> None:
+        if self._line.holder is not self:
+            raise TawinError(f"{type(message).__name__} was asked of an engine whose place a newer one has taken")
+        self._line.ask(message, answered=answered)

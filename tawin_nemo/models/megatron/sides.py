@@ -49,6 +49,7 @@ class Line:
         self._answers = dist.new_group(ends[:2], backend="gloo", timeout=groups.time_limit())
         self._asks, self._answering = dist.get_rank() == 0, dist.get_rank() == first_rollout_rank
         self.owed = False  # a question was asked whose answer has not been fetched
+        self.holder: Any = None  # on a training rank: whose model the rollout ranks hold
 
     def ask(self, message: Any, *, answered: bool = False) -> None:
         if self.owed:
