@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from tawin_nemo.errors import ConfigError, TawinError
+from tawin_nemo.errors import REFUSED, ConfigError, TawinError
 
 EXAMPLES = """\
 examples:
@@ -145,7 +145,7 @@ def _dispatch(arguments: argparse.Namespace, argv: list[str]) -> int:
         if recipe.trainer.devices > 1 and not _launched():
             from tawin_nemo.train.launcher import launch
 
-            return launch(recipe.trainer.devices, argv)
+            return launch(recipe.trainer.devices, argv, results=[REFUSED] if arguments.verb == "retrain" else [])
         from tawin_nemo.train import launcher, verbs
 
         launcher.end_with_launcher()

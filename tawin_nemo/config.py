@@ -1,7 +1,8 @@
 """What a recipe may say: frozen dataclasses, one per section; every field has its default, meaning and limits here.
 
 ``recipe.py`` reads YAML into these classes; nothing else constructs them except tests. ``tawin-nemo keys [PREFIX]``
-prints all of them as a table. The sections that training a language model does not read are in ``config_verbs.py``.
+prints all of them as a table. What SFT reads is in ``config_sft.py``, the sections that training a language model does
+not read are in ``config_verbs.py``.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from tawin_nemo.config_sft import AlignConfig, SftConfig
 from tawin_nemo.config_verbs import BaselineConfig, ConvertConfig, GenerateConfig, RetrainConfig
 from tawin_nemo.options import choice, number, opt
 
@@ -88,6 +90,7 @@ class TrainerConfig:
     keep_best: bool = opt(True, "the checkpoint with the best valid metric stays as well")
     monitor: str = opt("", "that metric where valid is searched: ndcg@K, recall@K (empty = ndcg@max(eval.ks))")
     async_save: bool = opt(False, "a thread writes checkpoints while training goes on (needs CPU memory for a copy)")
+    collective_timeout: float = number(30.0, 0.1, help="minutes after which a rank gives up waiting for the others")
     threads: int = number(0, 0, help="CPU threads per process (0 = cores / processes)")
     peak_tflops: float = number(0.0, 0.0, help="one device's peak for MFU (0 = by GPU name, or a short measurement)")
     distributed_optimizer: bool = opt(True, "shard the optimizer state over data-parallel ranks")
@@ -96,50 +99,6 @@ class TrainerConfig:
     max_skipped_steps: int = number(10, 0, help="steps with a loss or gradient not finite that a stage may leave out")
     weight_decay: float = number(0.01, 0.0, help="AdamW, not on norms and biases")
     adam_beta2: float = number(0.999, 0.0, 1.0, help="AdamW, second moment")
-
-
-@dataclass(frozen=True)
-class SftConfig:
-    enabled: bool = opt(True, "run SFT before RL")
-    rows: str = choice(
-        "auto", "earlier", "fresh", "all",
-        help="rows of train: all, the earlier 1 - rl.fresh_share by time, the rest; auto = earlier when rl.rows=fresh",
-    )  # fmt: skip
-    epochs: int = number(30, 1, help="upper bound; early stopping on valid ends SFT (cosine and linear end here)")
-    global_batch_size: int = number(128, 1, help="rows per optimizer step over all ranks")
-    micro_batch_tokens: int = number(16384, 16, help="tokens per forward pass and rank (no padding)")
-    lr: float = number(1e-3, 0.0, help="peak learning rate")
-    schedule: str = choice("constant", "cosine", "linear", help="after the warm-up")
-    warmup: int = number(50, 0, help="steps of linear warm-up")
-    min_lr_ratio: float = number(0.1, 0.0, 1.0, help="floor of cosine and linear, as a share of lr")
-    watch: str = choice(
-        "loss", "ndcg",
-        help="what on valid decides when SFT stops and which checkpoint it hands on; ndcg searches max(eval.ks) beams",
-    )  # fmt: skip
-    patience: int = number(1, 1, help="checks on valid without progress before SFT stops")
-    min_delta: float = number(0.0, 0.0, help="fall of the valid loss, or rise of NDCG, that counts as progress")
-    checks_per_epoch: int = number(1, 1, help="validations per epoch")
-    loss_space: str = choice("vocab", "trie", help="normalise over the whole vocabulary or over the admissible tokens")
-
-
-@dataclass(frozen=True)
-class AlignConfig:
-    """Further tasks of SFT: a task's weight is the share of its rows that an epoch adds (0 = off, 1 = all, 2 = twice).
-
-    Needs catalog.kind=sid and a tokenizer that can write words. MiniOneRec (arXiv 2510.24431), LC-Rec (2311.09049).
-    """
-
-    title_to_sid: float = number(0.0, 0.0, help="title of an item -> its codes")
-    sid_to_title: float = number(0.0, 0.0, help="codes of an item -> its title")
-    history_to_title: float = number(0.0, 0.0, help="codes of a history -> title of the next item")
-    titles_to_sid: float = number(0.0, 0.0, help="titles of a history -> codes of the next item")
-    titles_to_title: float = number(0.0, 0.0, help="titles of a history -> title of the next item")
-    description_to_sid: float = number(0.0, 0.0, help="description of an item -> its codes (LC-Rec)")
-    sid_to_description: float = number(0.0, 0.0, help="codes of an item -> its description (LC-Rec)")
-    intention_to_sid: float = number(0.0, 0.0, help="what a customer wants -> codes (LC-Rec); see intentions")
-    intentions: str = opt("", "JSON file {item index: text}, below data.root, for intention_to_sid")
-    max_words: int = number(64, 1, help="longer descriptions and intentions are cut")
-    holdout: float = number(0.05, 0.0, 0.9, help="share of items that tasks about single items are tested on")
 
 
 @dataclass(frozen=True)
@@ -212,7 +171,13 @@ class RolloutConfig:
     length_penalty: float = number(0.0, help="final score = sum log p / len^penalty")
     temperature: float = number(1.0, 1e-6, help="of constrained sampling")
     token_budget: int = number(262144, 16, help="tokens held at once per rank: prompts once, plus what beams may run")
-    placement: str = choice("colocated", help="rollouts on the training ranks")
+    placement: str = choice(
+        "colocated", "separate", help="rollouts and evaluation on the training ranks, or on ranks that do nothing else"
+    )
+    devices: int = number(0, 0, help="placement=separate: processes, of all of them, that only search")
+    ahead: int = number(
+        0, 0, 1, help="placement=separate: 1 = the next rollout is searched during the update, by the old weights"
+    )  # fmt: skip
     tensor_model_parallel_size: int = number(0, 0, help="ranks that share each layer in searches (0 = as in training)")
     pipeline_model_parallel_size: int = number(
         0, 0, help="groups of layers in searches (0 = as in training); the ranks left over search other prompts"
@@ -280,6 +245,15 @@ class Recipe:
     convert: ConvertConfig = field(default_factory=ConvertConfig)
     retrain: RetrainConfig = field(default_factory=RetrainConfig)
     exp_manager: dict[str, Any] = opt({}, "passed to NeMo's exp_manager (TensorBoard, W&B, MLflow); empty = not used")
+
+    @property
+    def processes(self) -> int:
+        return self.trainer.num_nodes * self.trainer.devices
+
+    @property
+    def training_processes(self) -> int:
+        """Those that do not only search."""
+        return self.processes - self.rollout.devices
 
     @property
     def rollout_layout(self) -> tuple[int, int]:

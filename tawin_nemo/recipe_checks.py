@@ -12,13 +12,15 @@ def combinations(r: Recipe) -> Iterator[tuple[bool, str]]:
     """(is wrong, message) of every combination of keys that makes no sense; the message names a remedy."""
     m, t, rl = r.model, r.trainer, r.rl
     model_ranks = m.tensor_model_parallel_size * m.pipeline_model_parallel_size
-    world = t.num_nodes * t.devices
+    world = r.processes
+    yield from _placement_combinations(r)
     yield (
-        world % model_ranks != 0,
-        f"trainer.num_nodes={t.num_nodes} x trainer.devices={t.devices} = {world} processes cannot be divided into "
-        f"model.tensor_model_parallel_size={m.tensor_model_parallel_size} x "
+        r.training_processes % model_ranks != 0,
+        f"trainer.num_nodes={t.num_nodes} x trainer.devices={t.devices} = {world} processes"
+        + (f", less rollout.devices={r.rollout.devices} that only search," if r.rollout.devices else "")
+        + f" cannot be divided into model.tensor_model_parallel_size={m.tensor_model_parallel_size} x "
         f"model.pipeline_model_parallel_size={m.pipeline_model_parallel_size}; set trainer.devices to a multiple "
-        f"of {model_ranks}",
+        f"of {model_ranks}" + (" more than rollout.devices" if r.rollout.devices else ""),
     )
     yield (
         m.sequence_parallel and m.tensor_model_parallel_size == 1,
@@ -50,7 +52,7 @@ def combinations(r: Recipe) -> Iterator[tuple[bool, str]]:
     )
     rollout_tp, rollout_pp = r.rollout_layout
     yield (
-        world % model_ranks == 0 and world % (rollout_tp * rollout_pp) != 0,
+        r.rollout.devices == 0 and world % (rollout_tp * rollout_pp) != 0,
         f"rollouts with tensor_model_parallel_size={rollout_tp} x pipeline_model_parallel_size={rollout_pp} cannot be "
         f"laid out over {world} processes; set rollout.tensor_model_parallel_size and "
         "rollout.pipeline_model_parallel_size so that their product divides them, or to 0 (as in training)",
@@ -64,6 +66,55 @@ def combinations(r: Recipe) -> Iterator[tuple[bool, str]]:
     yield from _space_combinations(r)
     if rl.enabled:
         yield from _rl_combinations(r)
+        yield from _ahead_combinations(r)
+
+
+def _ahead_combinations(r: Recipe) -> Iterator[tuple[bool, str]]:
+    rl = r.rl
+    behaviour_space = r.rollout.score_space if rl.negatives == "beam" else "trie"
+    yield (
+        r.rollout.ahead > 0 and (behaviour_space != rl.policy_space or rl.ensure_target != "off"),
+        f"rollout.ahead={r.rollout.ahead} corrects for older weights with the rollout's own log-probs of every "
+        f"candidate; set rl.policy_space={behaviour_space} (what the rollout scores) and rl.ensure_target=off, or "
+        "rollout.ahead=0",
+    )
+    yield (
+        r.rollout.ahead > 0 and rl.max_refill_batches > 0,
+        f"rl.max_refill_batches={rl.max_refill_batches} rolls out again where a step's groups teach nothing, which is "
+        "known only once they are there; set it to 0, or rollout.ahead=0",
+    )
+
+
+def _placement_combinations(r: Recipe) -> Iterator[tuple[bool, str]]:
+    rollout, (tp, pp) = r.rollout, r.rollout_layout
+    apart = rollout.placement == "separate"
+    yield (
+        not apart and rollout.devices > 0,
+        f"rollout.devices={rollout.devices} processes would only search, but rollout.placement={rollout.placement}; "
+        "set rollout.placement=separate or rollout.devices=0",
+    )
+    yield (
+        not apart and rollout.ahead > 0,
+        f"rollout.ahead={rollout.ahead} searches while training goes on, which needs processes of its own; "
+        "set rollout.placement=separate and rollout.devices, or rollout.ahead=0",
+    )
+    yield (
+        apart and not 0 < rollout.devices < r.processes,
+        f"rollout.placement=separate with rollout.devices={rollout.devices} of {r.processes} processes "
+        "(trainer.num_nodes x trainer.devices); at least one must search and at least one must train: set "
+        "rollout.devices between 1 and all but one, or rollout.placement=colocated",
+    )
+    yield (
+        apart and rollout.devices % (tp * pp) != 0,
+        f"rollout.devices={rollout.devices} cannot be divided into rollout tensor_model_parallel_size={tp} x "
+        f"pipeline_model_parallel_size={pp} (rollout.*, 0 = as model.*); set rollout.devices to a multiple of "
+        f"{tp * pp} or lower these sizes",
+    )
+    yield (
+        apart and r.baseline.model != "off",
+        f"baseline.model={r.baseline.model} trains in one process and has no rollouts; set rollout.placement=colocated "
+        "and rollout.devices=0",
+    )
 
 
 def _precision_combinations(r: Recipe) -> Iterator[tuple[bool, str]]:

@@ -34,12 +34,13 @@ from tawin_nemo.models.megatron.new_tokens import freeze_others
 from tawin_nemo.models.megatron.precision import AS_MODEL, in_precision
 from tawin_nemo.models.megatron.trainable import Trainable
 from tawin_nemo.recipe import value_of
-from tawin_nemo.rollout.engine import RolloutEngine
+from tawin_nemo.rollout.engine import Engine
 from tawin_nemo.train.actor import Actor
 from tawin_nemo.train.baselines import run_baseline
 from tawin_nemo.train.mfu import peak_flops
 from tawin_nemo.train.nemo_logging import metric_sink
 from tawin_nemo.train.reference import Reference, build_reference
+from tawin_nemo.train.remote_engine import RemoteEngine
 from tawin_nemo.train.rl import train_rl
 from tawin_nemo.train.sft import train_sft
 from tawin_nemo.train.stage import MetricSink, Stage, logged_seconds
@@ -98,7 +99,7 @@ def run_pipeline(world: World) -> dict[str, Any]:
     return summary
 
 
-def write_layout(run_dir: Path, model: GPTModel, peak: float) -> None:
+def write_layout(run_dir: Path, model: GPTModel, engine: Engine, peak: float) -> None:
     """layout.json: who holds what, one entry per process, for a look when memory is short, and MFU's ``peak``."""
     device = parallel.device()
     mine = {
@@ -108,7 +109,7 @@ def write_layout(run_dir: Path, model: GPTModel, peak: float) -> None:
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         "peak_tflops": round(peak / 1e12, 4),
     }
-    ranks = parallel.gather_objects(mine)
+    ranks = parallel.gather_objects(mine) + (engine.places if isinstance(engine, RemoteEngine) else [])
     if parallel.world_rank() == 0:
         write_json(run_dir / "layout.json", ranks)
 
@@ -136,8 +137,8 @@ def run_stage(world: World, plan: Plan, sink: MetricSink | None) -> EvalResult:
         return EvalResult.read(stage.directory / "eval", splits[-1])
     stage.stop_between(plan.name)
     model = starting_model(world, plan.start, dropout=world.recipe.model.dropout if plan.kind == "sft" else 0.0)
-    write_layout(world.run_dir, model, peak_flops(world.recipe))
     engine = build_engine(world.recipe, model, world.shape, world.catalog)
+    write_layout(world.run_dir, model, engine, peak_flops(world.recipe))
     resting: Callable[[], AbstractContextManager[None]] = nullcontext
     if not stage.done:
         world = replace(world, recipe=stage_recipe(world.recipe, plan.name))
@@ -212,7 +213,7 @@ def reference_for(world: World, plan: Plan, actor_model: GPTModel) -> Reference:
     )  # fmt: skip
 
 
-def evaluate_stage(world: World, directory: Path, engine: RolloutEngine) -> EvalResult:
+def evaluate_stage(world: World, directory: Path, engine: Engine) -> EvalResult:
     """Full evaluation on ``eval.splits``, written beside the stage's checkpoints; the result on the last one."""
     results = {}
     engine.receive_weights()

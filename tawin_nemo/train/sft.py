@@ -16,7 +16,7 @@ from tawin_nemo.eval.evaluate import evaluate
 from tawin_nemo.log import get_logger
 from tawin_nemo.models.megatron import parallel
 from tawin_nemo.models.megatron.trainable import MicroBatch, Trainable
-from tawin_nemo.rollout.engine import RolloutEngine
+from tawin_nemo.rollout.engine import Engine
 from tawin_nemo.train.bad_steps import step_guard
 from tawin_nemo.train.mfu import total_peak_flops
 from tawin_nemo.train.schedule import scheduled
@@ -29,7 +29,7 @@ from tawin_nemo.types import TokenBatch
 log = get_logger(__name__)
 
 
-def train_sft(world: World, stage: Stage, trainable: Trainable, rows: np.ndarray, engine: RolloutEngine) -> None:
+def train_sft(world: World, stage: Stage, trainable: Trainable, rows: np.ndarray, engine: Engine) -> None:
     """Fit ``rows`` of train, and the tasks of section ``align``, until ``sft.watch`` on valid stops rising
     (``sft.patience`` checks) or ``sft.epochs`` end.
 
@@ -78,7 +78,7 @@ def _check(
     world: World,
     stage: Stage,
     trainable: Trainable,
-    engine: RolloutEngine,
+    engine: Engine,
     tasks: tuple[TaskSet, ...],
     done: Progress,
 ) -> None:
@@ -100,7 +100,7 @@ def _check(
     stage.save(trainable, done)
 
 
-def valid_ranking(world: World, engine: RolloutEngine, label: str) -> dict[str, float]:
+def valid_ranking(world: World, engine: Engine, label: str) -> dict[str, float]:
     """Recall and NDCG on valid with as many beams as the largest cut-off; the metric that decides comes last."""
     cfg = replace(world.recipe.eval, beams=max(world.recipe.eval.ks))
     engine.receive_weights()

@@ -16,7 +16,7 @@ from tawin_nemo.data.tasks import CODES, DESCRIPTION, TITLE, TaskRows, active_ta
 from tawin_nemo.eval.evaluate import evaluate
 from tawin_nemo.log import get_logger
 from tawin_nemo.models.megatron import parallel
-from tawin_nemo.rollout.engine import RolloutEngine
+from tawin_nemo.rollout.engine import Engine
 from tawin_nemo.train.sft_data import TaskSet, task_sets, wording_of
 from tawin_nemo.train.world import World
 from tawin_nemo.types import TokenRows
@@ -30,7 +30,7 @@ BEAMS = 10
 
 
 def evaluate_tasks(
-    world: World, directory: Path, rows: np.ndarray, build: Callable[[Catalog], RolloutEngine]
+    world: World, directory: Path, rows: np.ndarray, build: Callable[[Catalog], Engine]
 ) -> dict[str, Any]:
     """Exact match of each active task, written to ``eval/tasks.json``: {task: {held_out | trained: {rows, exact}}}.
 
@@ -43,9 +43,10 @@ def evaluate_tasks(
     sets = [part for part in task_sets(world, rows) if part.task.wanted != DESCRIPTION]
     found: dict[str, dict[str, dict[str, float]]] = {}
     for way in dict.fromkeys(part.task.wanted for part in sets):  # one engine at a time: a model's place in memory
-        engine = build(_catalogue(world, way))
+        catalog = _catalogue(world, way)
+        engine = build(catalog)
         engine.receive_weights()
-        found |= {part.task.name: _exact(world, engine, part) for part in sets if part.task.wanted == way}
+        found |= {part.task.name: _exact(world, engine, catalog, part) for part in sets if part.task.wanted == way}
     for name, facts in found.items():
         shown = ", ".join(f"{which} {value['exact']:.3f} of {value['rows']}" for which, value in facts.items())
         log.info("task %s: exact match %s", name, shown)
@@ -60,14 +61,14 @@ def task_file(directory: Path) -> Path:
     return directory / "eval" / "tasks.json"
 
 
-def _exact(world: World, engine: RolloutEngine, part: TaskSet) -> dict[str, dict[str, float]]:
+def _exact(world: World, engine: Engine, catalog: Catalog, part: TaskSet) -> dict[str, dict[str, float]]:
     places = np.unique(np.linspace(0, len(part.train) - 1, min(TESTED_ROWS, len(part.train))).astype(np.int64))
     chosen: dict[str, TaskRows] = {"held_out": part.held_out, "trained": part.train.take(places)}
     cfg = replace(world.recipe.eval, ks=[1], beams=BEAMS)
     facts = {}
     for which, rows in chosen.items():
         label = f"task {part.task.name} {which}"
-        result = evaluate(engine, rows.samples, engine.catalog, cfg, dp=engine.dp or world.dp, label=label)
+        result = evaluate(engine, rows.samples, catalog, cfg, dp=engine.dp or world.dp, label=label)
         facts[which] = {"rows": len(rows), "exact": result.means["recall@1"]}
     return facts
 

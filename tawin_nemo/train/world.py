@@ -26,7 +26,7 @@ from tawin_nemo.data.tasks import active_tasks
 from tawin_nemo.data.tokenizer import Tokenizer, build_tokenizer
 from tawin_nemo.errors import CatalogError, ConfigError, DataError
 from tawin_nemo.log import get_logger
-from tawin_nemo.models.megatron import parallel
+from tawin_nemo.models.megatron import parallel, sides
 from tawin_nemo.models.megatron.hf_config import backbone_from_hf
 from tawin_nemo.recipe import differences, to_yaml
 from tawin_nemo.types import SPLITS, DataParallel
@@ -42,7 +42,7 @@ RESUMABLE_KEYS = (
     "model.tensor_model_parallel_size", "model.pipeline_model_parallel_size", "model.sequence_parallel",
     "model.recompute", "rollout.tensor_model_parallel_size", "rollout.pipeline_model_parallel_size",
     "rollout.token_budget", "eval.token_budget", "sft.micro_batch_tokens", "rl.micro_batch_tokens",
-    "trainer.offload_optimizer",
+    "trainer.offload_optimizer", "trainer.collective_timeout", "rollout.placement", "rollout.devices",
 )  # fmt: skip
 
 
@@ -228,7 +228,7 @@ def deadline(max_time: str) -> float | None:
 def set_threads(recipe: Recipe) -> None:
     """CPU threads per process; more than the cores only makes gloo runs slower."""
     cores = max(1, len(os.sched_getaffinity(0)))
-    torch.set_num_threads(recipe.trainer.threads or max(1, cores // parallel.world_size()))
+    torch.set_num_threads(recipe.trainer.threads or max(1, cores // sides.job_size()))
 
 
 def read_json(path: Path) -> dict[str, object]:
