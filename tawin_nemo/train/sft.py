@@ -45,7 +45,7 @@ def train_sft(world: World, stage: Stage, trainable: Trainable, rows: np.ndarray
     stage.protects_best = True  # the best checkpoint is what SFT hands on
     done = stage.resume(trainable)
     if done.best_value is None:
-        _check(world, stage, trainable, engine, data.tasks, done)
+        _check(world, stage, trainable, engine, done, data.tasks)
     timers = Timers(total_peak_flops(world.recipe), world.dp)
     guard = step_guard(stage, done)
     for step in stage.steps(done.step, total):
@@ -65,7 +65,7 @@ def train_sft(world: World, stage: Stage, trainable: Trainable, rows: np.ndarray
         stage.write(done.step, {"epoch": done.step / per_epoch, **facts, "lr": lr}, timers.report())
         checked = done.step % check_every == 0
         if checked:
-            _check(world, stage, trainable, engine, data.tasks, done)
+            _check(world, stage, trainable, engine, done, data.tasks)
         elif done.step % world.recipe.trainer.save_interval == 0:
             stage.save(trainable, done)
         stage.stop_if_asked(lambda: stage.save(trainable, done), done)
@@ -79,8 +79,8 @@ def _check(
     stage: Stage,
     trainable: Trainable,
     engine: Engine,
-    tasks: tuple[TaskSet, ...],
     done: Progress,
+    tasks: tuple[TaskSet, ...] = (),
 ) -> None:
     """What ``sft.watch`` says on valid, best so far, checkpoint, written after the log line that it counts on."""
     seen = {f"valid/loss/{part.task.name}": task_loss(world, trainable, part.held_out) for part in tasks}
