@@ -82,7 +82,7 @@ class RqVaeConfig:
     epochs: int = number(100, 0, help="passes over the items")
     batch_size: int = number(1024, 1, help="items per step")
     lr: float = number(1e-3, 0.0, help="AdamW's peak learning rate; falls to 0 by a cosine")
-    weight_decay: float = number(1e-4, 0.0, help="AdamW")
+    weight_decay: float = number(1e-4, 0.0, help="AdamW, on all weights")
     commitment: float = number(0.25, 0.0, help="weight of the pull of the latents to their codes")
     update: str = choice("gradient", "ema", help="how codebooks learn: by their loss, or as moving averages")
     ema_decay: float = number(0.99, 0.0, 1.0, help="update=ema: share that a codebook keeps per step")
@@ -110,6 +110,7 @@ class SemanticIdsConfig:
     )  # fmt: skip
     duplicates: str = choice("separate", "refuse", help="items with equal vectors: told apart as collisions, an error")
     layout: str = choice("minionerec", "lcrec", help="of index.json; lcrec gives all items the same number of tokens")
+    given: str = opt("", "an index.json made elsewhere, found like catalog.index: reported, exported and grown as ours")
     grow_from: str = opt("", "an earlier output: its items keep their codes, new items get codes of its codebooks")
     text: TextConfig = field(default_factory=TextConfig)
     rqvae: RqVaeConfig = field(default_factory=RqVaeConfig)

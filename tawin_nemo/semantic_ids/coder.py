@@ -70,7 +70,7 @@ class ItemCoder:
             shape = NetworkShape(**(facts["shape"] | {"widths": tuple(facts["shape"]["widths"])}))
             network = Autoencoder(shape, books.levels, books.codes)
             network.load_state_dict(load_file(folder / WEIGHTS))
-        except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
+        except (OSError, EOFError, ValueError, KeyError, TypeError, RuntimeError) as error:
             raise DataError(f"{folder} holds no tokenizer that can be read ({error}); make it again") from error
         return cls(facts["method"], books, network.eval())
 

@@ -18,16 +18,16 @@ def grow(codes_IL: np.ndarray, coder: ItemCoder, x_ND: np.ndarray, how: str, *, 
     """
     if not len(x_ND):
         return codes_IL[:0]
+    books = coder.books
     if coder.method == "random":
-        levels = coder.books.levels
-        drawn_NL = random_codes(len(x_ND), levels=levels, codes=coder.books.codes, seed=seed, taken=codes_IL)
-        return np.pad(drawn_NL, ((0, 0), (0, codes_IL.shape[1] - levels)), constant_values=NO_TOKEN)
-    new_NL = coder.encode(x_ND)
-    if how == "keep":
-        return new_NL
-    if how == "dedup":
-        return _numbered(codes_IL, new_NL)
-    return Places(codes_IL, coder.books).give(new_NL, coder.latents(x_ND), np.arange(len(x_ND)))
+        new_NL = random_codes(len(x_ND), levels=books.levels, codes=books.codes, seed=seed, taken=codes_IL)
+    else:
+        new_NL = coder.encode(x_ND)
+        if how == "dedup":
+            new_NL = _numbered(codes_IL, new_NL)
+        elif how != "keep":
+            new_NL = Places(codes_IL, books).give(new_NL, coder.latents(x_ND), np.arange(len(x_ND)))
+    return np.pad(new_NL, ((0, 0), (0, codes_IL.shape[1] - new_NL.shape[1])), constant_values=NO_TOKEN)
 
 
 def _numbered(codes_IL: np.ndarray, new_NL: np.ndarray) -> np.ndarray:
