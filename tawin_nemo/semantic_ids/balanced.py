@@ -5,6 +5,8 @@ from __future__ import annotations
 from itertools import pairwise
 
 import numpy as np
+from scipy.sparse import csr_array
+from scipy.sparse.csgraph import dijkstra
 
 from tawin_nemo.log import progress
 from tawin_nemo.semantic_ids.codebooks import Codebooks, squared_distances
@@ -66,19 +68,14 @@ class _Flow:
         return True
 
     def _shortest_paths(self) -> tuple[np.ndarray, np.ndarray]:
-        """Bellman and Ford from all overfull columns at once."""
+        """Distance from the nearest overfull column, and the column before on that path (negative = none)."""
         reduced_KK = np.maximum(self.step_KK + self.price_K - self.price_K[:, None], 0.0)  # below 0 only by rounding
-        distance_K = np.where(self.count_K > self.sizes_K, 0.0, np.inf)
-        parent_K = np.full(len(distance_K), -1)
-        while True:
-            through_KK = distance_K[:, None] + reduced_KK
-            best_K = through_KK.argmin(axis=0)
-            shorter_K = through_KK[best_K, np.arange(len(best_K))]
-            better = shorter_K < distance_K
-            if not better.any():
-                return distance_K, parent_K
-            distance_K = np.where(better, shorter_K, distance_K)
-            parent_K = np.where(better, best_K, parent_K)
+        from_E, to_E = np.nonzero(np.isfinite(reduced_KK))
+        # sparse, since a dense graph would take steps that cost nothing for missing ones
+        graph = csr_array((reduced_KK[from_E, to_E], (from_E, to_E)), shape=reduced_KK.shape)
+        overfull = np.flatnonzero(self.count_K > self.sizes_K)
+        distance_K, parent_K, _ = dijkstra(graph, indices=overfull, min_only=True, return_predecessors=True)
+        return distance_K, parent_K
 
     def _path_to(self, target: int, parent_K: np.ndarray) -> list[int]:
         path = [target]

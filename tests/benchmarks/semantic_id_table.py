@@ -29,7 +29,7 @@ from data_prep.text_embeddings import embed, item_texts
 from tawin_nemo.config import DataConfig, PrepareConfig
 from tawin_nemo.config_verbs import RqVaeConfig, SemanticIdsConfig, TextConfig
 from tawin_nemo.data.interactions import Dataset, load_dataset
-from tawin_nemo.semantic_ids.coder import fit, settle
+from tawin_nemo.semantic_ids.coder import ItemCoder, fit, settle
 from tawin_nemo.semantic_ids.collisions import groups_of
 from tawin_nemo.semantic_ids.index_files import read_index
 from tawin_nemo.semantic_ids.measure import measure, relative_error
@@ -47,22 +47,27 @@ BASE = SemanticIdsConfig()
 METHODS = {
     "residual k-means, shared IDs": replace(BASE, collisions="keep"),
     "residual k-means": BASE,
-    "constrained": replace(BASE, method="constrained"),
+    "constrained": replace(BASE, method="constrained", kmeans_iterations=12),
     "RQ-k-means+": replace(BASE, method="rqkmeans_plus", rqvae=RqVaeConfig(widths=[512], epochs=40, batch_size=256)),
-    "RQ-VAE": replace(BASE, method="rqvae", rqvae=RqVaeConfig(epochs=300, batch_size=256)),
+    "RQ-VAE": replace(BASE, method="rqvae", rqvae=RqVaeConfig(epochs=150, batch_size=256)),
     "random codes": replace(BASE, method="random"),
 }
 OURS = "RQ-k-means+"
+#: Settings and seed -> what they gave, within one run of this program.
+FITTED: list[tuple[tuple[SemanticIdsConfig, int], tuple[ItemCoder, np.ndarray]]] = []
 
 
 def rows_of(
     name: str, cfg: SemanticIdsConfig, x_ID: np.ndarray, dataset: Dataset, words: list[frozenset[str]], seeds: list[int]
 ) -> list[dict[str, Any]]:
-    """One row per seed."""
+    """One row per seed; rows that differ in how they deal with collisions share one fit."""
     rows = []
     for seed in seeds:
         begin = time.perf_counter()
-        coder, raw_IL = fit(x_ID, cfg, seed=seed)
+        key = (replace(cfg, collisions="keep"), seed)
+        fitted = next((found for known, found in FITTED if known == key), None) or fit(x_ID, cfg, seed=seed)
+        FITTED.append((key, fitted))
+        coder, raw_IL = fitted
         codes_IL = settle(raw_IL, coder, x_ID, cfg.collisions)
         seconds = time.perf_counter() - begin
         target_N, read_ID = dataset.test.target_N, coder.decode(codes_IL)
@@ -164,6 +169,7 @@ def main() -> None:
     rows = published_rows(source, x_ID, dataset, words)
     for name in given.methods:
         rows += rows_of(name, METHODS[name], x_ID, dataset, words, given.seeds)
+        print(json.dumps(rows[-len(given.seeds) :]), file=sys.stderr, flush=True)
     print(table(shown(rows)))
     result = {
         "command": f"python -m tests.benchmarks.semantic_id_table --encoder {given.encoder}",
