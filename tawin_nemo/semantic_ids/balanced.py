@@ -12,26 +12,22 @@ from tawin_nemo.log import progress
 from tawin_nemo.semantic_ids.codebooks import Codebooks, squared_distances
 from tawin_nemo.semantic_ids.kmeans import refuse_few_different, refuse_few_items, seeds, spread_of
 
-#: More rows than this start from the prices of as many of them, drawn at random; only speed depends on it.
-PRICE_ROWS = 4096
 
-
-def balanced_assignment(
-    cost_NK: np.ndarray, sizes_K: np.ndarray, price_K: np.ndarray | None = None
-) -> tuple[np.ndarray, np.ndarray]:
+def balanced_assignment(cost_NK: np.ndarray, sizes_K: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The cheapest way to give row i one column so that column k is given ``sizes_K[k]`` times.
 
     Returns int32 codes [N] and prices [K] at which no row would gain by another column.
 
-    A transportation problem, solved exactly by successive shortest paths: every row starts at the column that is
-    cheapest at some prices, which is optimal for the counts that this gives, and rows are then moved from overfull to
+    A transportation problem, solved exactly by successive shortest paths: every row starts at its cheapest column,
+    which is optimal for the counts that this gives, and rows are then moved from overfull to
     unfilled columns along paths of least extra cost, which keeps it optimal (Ahuja, Magnanti, Orlin, Network Flows,
     Section 9.7). The graph has K nodes, so that the cost grows with the rows that have to move, not with N^3.
-    ``price_K`` near the optimal ones makes that few. Raises ValueError for sizes that do not sum to N.
+    (Starting from the prices of a similar problem is no help: at optimal prices many rows have two cheapest columns, and
+    small changes send them all to the wrong one.) Raises ValueError for sizes that do not sum to N.
     """
     if cost_NK.shape[1] != len(sizes_K) or sizes_K.sum() != len(cost_NK) or (sizes_K < 0).any():
         raise ValueError(f"{len(sizes_K)} sizes with sum {sizes_K.sum()} do not fit costs of shape {cost_NK.shape}")
-    flow = _Flow(cost_NK.astype(np.float64), sizes_K.astype(np.int64), price_K)
+    flow = _Flow(cost_NK.astype(np.float64), sizes_K.astype(np.int64))
     while flow.push():
         pass
     return flow.code_N.astype(np.int32), flow.price_K
@@ -40,10 +36,10 @@ def balanced_assignment(
 class _Flow:
     """Rows at columns, with prices at which no row would gain by moving: cost + price is least where each row is."""
 
-    def __init__(self, cost_NK: np.ndarray, sizes_K: np.ndarray, price_K: np.ndarray | None) -> None:
+    def __init__(self, cost_NK: np.ndarray, sizes_K: np.ndarray) -> None:
         self.cost_NK, self.sizes_K = cost_NK, sizes_K
-        self.price_K = np.zeros(len(sizes_K)) if price_K is None else price_K.astype(np.float64)
-        self.code_N = (cost_NK + self.price_K).argmin(axis=1)
+        self.price_K = np.zeros(len(sizes_K))
+        self.code_N = cost_NK.argmin(axis=1)
         self.count_K = np.bincount(self.code_N, minlength=len(sizes_K))
         # what it costs to move one row from column a to column b, and the row for which it costs least
         self.step_KK = np.full((len(sizes_K), len(sizes_K)), np.inf)
@@ -117,26 +113,15 @@ def balanced_kmeans(x_ND: np.ndarray, codes: int, *, iterations: int, seed: int)
     """
     centres_KD = seeds(x_ND, codes, seed)
     code_N = np.full(len(x_ND), -1, dtype=np.int32)
-    price_K = _first_prices(x_ND, centres_KD, seed)
     for _ in progress(range(iterations), what="balanced k-means"):
         cost_NK = squared_distances(x_ND, centres_KD)
-        wanted_K = np.bincount((cost_NK + price_K).argmin(axis=1), minlength=codes)
+        wanted_K = np.bincount(cost_NK.argmin(axis=1), minlength=codes)
         before = code_N
-        code_N, price_K = balanced_assignment(cost_NK, balanced_sizes(wanted_K, len(x_ND)), price_K)
+        code_N, _ = balanced_assignment(cost_NK, balanced_sizes(wanted_K, len(x_ND)))
         if np.array_equal(before, code_N):
             break
         centres_KD = _means(x_ND, code_N, codes)
     return _means(x_ND, code_N, codes), code_N
-
-
-def _first_prices(x_ND: np.ndarray, centres_KD: np.ndarray, seed: int) -> np.ndarray:
-    """Prices of a sample; 0 where the rows are no more than a sample."""
-    if len(x_ND) <= PRICE_ROWS:
-        return np.zeros(len(centres_KD))
-    sample = np.random.default_rng(seed).choice(len(x_ND), PRICE_ROWS, replace=False)
-    cost_RK = squared_distances(x_ND[np.sort(sample)], centres_KD)
-    wanted_K = np.bincount(cost_RK.argmin(axis=1), minlength=len(centres_KD))
-    return balanced_assignment(cost_RK, balanced_sizes(wanted_K, PRICE_ROWS))[1]
 
 
 def _means(x_ND: np.ndarray, code_N: np.ndarray, codes: int) -> np.ndarray:
