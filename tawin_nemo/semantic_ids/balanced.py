@@ -22,8 +22,7 @@ def balanced_assignment(cost_NK: np.ndarray, sizes_K: np.ndarray) -> tuple[np.nd
     which is optimal for the counts that this gives, and rows are then moved from overfull to
     unfilled columns along paths of least extra cost, which keeps it optimal (Ahuja, Magnanti, Orlin, Network Flows,
     Section 9.7). The graph has K nodes, so that the cost grows with the rows that have to move, not with N^3.
-    (Starting from the prices of a similar problem is no help: at optimal prices many rows have two cheapest columns, and
-    small changes send them all to the wrong one.) Raises ValueError for sizes that do not sum to N.
+    Raises ValueError for sizes that do not sum to N.
     """
     if cost_NK.shape[1] != len(sizes_K) or sizes_K.sum() != len(cost_NK) or (sizes_K < 0).any():
         raise ValueError(f"{len(sizes_K)} sizes with sum {sizes_K.sum()} do not fit costs of shape {cost_NK.shape}")
