@@ -18,7 +18,7 @@ from tawin_nemo.semantic_ids.quantiser import Autoencoder, NetworkShape, Residua
 from tawin_nemo.semantic_ids.train_quantiser import Plan, train_quantiser
 from tests.semantic_ids.vectors import blobs, relative_error
 
-TINY = RqVaeConfig(widths=[16], latent=4, epochs=12, batch_size=32, save_interval=5)
+TINY = RqVaeConfig(widths=[16], latent=4, epochs=12, batch_size=32, save_interval=5, lr=1e-2)
 PLAN = Plan(levels=2, codes=8, seed=1, kmeans_iterations=10, residual=False)
 
 
