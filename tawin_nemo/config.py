@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from tawin_nemo.config_sft import AlignConfig, SftConfig
-from tawin_nemo.config_verbs import BaselineConfig, ConvertConfig, GenerateConfig, RetrainConfig
+from tawin_nemo.config_verbs import BaselineConfig, ConvertConfig, GenerateConfig, RetrainConfig, SemanticIdsConfig
 from tawin_nemo.options import choice, number, opt
 
 #: Values of reference.precision and eval.precision.
@@ -244,6 +244,7 @@ class Recipe:
     generate: GenerateConfig = field(default_factory=GenerateConfig)
     convert: ConvertConfig = field(default_factory=ConvertConfig)
     retrain: RetrainConfig = field(default_factory=RetrainConfig)
+    semantic_ids: SemanticIdsConfig = field(default_factory=SemanticIdsConfig)
     exp_manager: dict[str, Any] = opt({}, "passed to NeMo's exp_manager (TensorBoard, W&B, MLflow); empty = not used")
 
     @property

@@ -64,6 +64,7 @@ def combinations(r: Recipe) -> Iterator[tuple[bool, str]]:
     yield from _align_combinations(r)
     yield from _precision_combinations(r)
     yield from _space_combinations(r)
+    yield from _semantic_id_combinations(r)
     if rl.enabled:
         yield from _rl_combinations(r)
         yield from _ahead_combinations(r)
@@ -242,4 +243,26 @@ def _space_combinations(r: Recipe) -> Iterator[tuple[bool, str]]:
     yield (
         bool(ks) and max(ks) > r.eval.beams,
         f"eval.beams={r.eval.beams} is below the largest of eval.ks={list(ks)}; raise eval.beams",
+    )
+
+
+def _semantic_id_combinations(r: Recipe) -> Iterator[tuple[bool, str]]:
+    ids, text = r.semantic_ids, r.semantic_ids.text
+    yield (
+        text.encoder in ("hf", "file") and not text.source and not ids.grow_from,
+        f"semantic_ids.text.encoder={text.encoder} needs semantic_ids.text.source, "
+        + ("a .npy with one row per item" if text.encoder == "file" else "a Hugging Face folder"),
+    )
+    yield (
+        bool(text.source) and text.encoder in ("tfidf", "minilm") and not ids.grow_from,
+        f"semantic_ids.text.source={text.source} is not read by semantic_ids.text.encoder={text.encoder}: empty it",
+    )
+    yield (
+        bool(ids.given and ids.grow_from),
+        f"semantic_ids.given={ids.given} and semantic_ids.grow_from={ids.grow_from} both say where codes come "
+        "from; set one of them (import first, then grow from the folder that this writes)",
+    )
+    yield (
+        any(width < 1 for width in ids.rqvae.widths),
+        f"semantic_ids.rqvae.widths={list(ids.rqvae.widths)} must hold layer sizes >= 1",
     )
