@@ -118,9 +118,13 @@ class Engine:
 
     def abort(self) -> int:
         """Give up everything that waits or runs; the number of requests."""
-        jobs = self.call(lambda: [*self._queue, *self._running.jobs]).result()
+        return self.call(self._abort).result()
+
+    def _abort(self) -> int:
+        with self._wake:
+            jobs = [*self._queue, *self._running.jobs]
         for job in jobs:
-            self.cancel(job)
+            job.cancelled = True  # they leave later in this turn
         return len(jobs)
 
     @property

@@ -65,7 +65,8 @@ class Server:
         self.engine.close("draining")
         self._drain_s = seconds
         if self._loop is not None and self._leaving is not None:
-            self._loop.call_soon_threadsafe(self._leaving.set)
+            with contextlib.suppress(RuntimeError):  # it has left already
+                self._loop.call_soon_threadsafe(self._leaving.set)
 
     def run(self, ready: Callable[[], None] = lambda: None) -> None:
         """Serve. ``ready`` is called when both planes answer.

@@ -91,12 +91,13 @@ class Scene:
         return ControlClient(self.control, token)
 
     def http(self, **options: Any) -> httpx.Client:
-        return httpx.Client(base_url=self.data, headers={"Authorization": f"Bearer {KEY}"}, timeout=30, **options)
+        headers = {"Authorization": f"Bearer {KEY}"}
+        return httpx.Client(base_url=self.data, headers=headers, timeout=30, verify=False, **options)
 
     def metric(self, name: str, **labels: str) -> float:
         return metric_in(self.engine.metrics.text().decode(), name, **labels)
 
-    def wait_until(self, what: Any, seconds: float = 20) -> None:
+    def wait_until(self, what: Any, seconds: float = 60) -> None:
         """Wait for a condition of the engine; AssertionError when it does not come."""
         waiting = threading.Event()
         for _ in range(int(seconds / 0.01)):
