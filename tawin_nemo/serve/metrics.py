@@ -9,6 +9,8 @@ REJECTIONS = (
     *("queue_full", "deadline", "disconnected", "paused", "draining", "body", "slow_body", "auth", "invalid"),
     *("stale_weights", "fault", "aborted"),
 )
+#: Of a request: waiting, in the engine, all of it. Of the engine's thread: letting in, one model call, draws.
+PHASES = ("queue", "run", "total", "admit", "step", "draw")
 _SECONDS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30, 60)
 _SHARING = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 256)
 _ROWS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
@@ -31,7 +33,7 @@ class Metrics:
         )
         self.step_rows = Histogram("tawin_rows_per_branch_step", "beams of one model call", buckets=_ROWS, registry=own)
         self.seconds = Histogram(
-            "tawin_phase_seconds", "time of a request (queue, run, reply, total) or of a step (admit, step, draw)",
+            "tawin_phase_seconds", "time of a request (queue, run, total) or of the engine's thread (admit, step, draw)",
             ["phase"], buckets=_SECONDS, registry=own,
         )  # fmt: skip
         self.tokens = Counter(
@@ -51,6 +53,8 @@ class Metrics:
             self.rejections.labels(reason)
         for kind in ("prompt", "answer", "forced"):
             self.tokens.labels(kind)
+        for phase in PHASES:
+            self.seconds.labels(phase)
 
     def text(self) -> bytes:
         """Prometheus' text format."""

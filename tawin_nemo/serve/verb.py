@@ -84,7 +84,7 @@ def serve(world: World) -> dict[str, Any]:
         settings, recipe.name, min(settings.beams or recipe.eval.beams, settings.max_beams),
         recipe.rollout.score_space, model.max_positions, model.vocab_size,
     )  # fmt: skip
-    del model  # or an update would have to keep it
+    del model, catalogue  # they may be replaced, and must not stay in memory for this frame
     server = Server(engine, terms, Secrets(keys, token), roots=roots)
     engine.start()
     server.run(lambda: _announce(server, world, folder))

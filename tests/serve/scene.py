@@ -137,6 +137,7 @@ def serving(roots: Sequence[Path] = (), **changes: Any) -> Iterator[Scene]:
     replica.models[1], replica.tries[1] = load(""), catalogue.trie
     limits = Limits(settings.max_queue, settings.token_budget, settings.row_budget)
     engine = Engine(Leader(replica, Alone()), catalogue, limits=limits, metrics=Metrics(), weights=1)
+    del catalogue  # or it would stay in memory
     terms = Terms(settings, MODEL, settings.beams, "trie", 2048, tokenizer().size)
     server = Server(engine, terms, Secrets([KEY], TOKEN), roots=list(roots))
     data, control = (f"http://127.0.0.1:{port}" for port in server.ports)
@@ -168,9 +169,9 @@ def path_scores(
     lm = TableLM(tokenizer().size, seed=seed, impossible=False)
     tokens = (catalogue.prompt(history) if prompt is None else prompt).flat.tolist()
     found = {}
-    for place, number in enumerate(catalogue.number_J.tolist()):
+    for number in catalogue.number_J.tolist():
         position, path, score = catalogue.trie.root, tokens[:], 0.0
-        for token in catalogue.trie_paths[place].tolist():
+        for token in catalogue.paths[number].tolist():
             choices, _ = catalogue.trie.children(position)
             values = lm.path_logprobs(path, choices.tolist(), space)
             score += values[choices.tolist().index(token)]

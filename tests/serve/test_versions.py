@@ -187,14 +187,16 @@ def test_swaps_in_a_loop_under_load_lose_nothing_and_mix_nothing(tmp_path: Path)
             return seen
 
         users = [pool.submit(user, number) for number in range(4)]
-        for turn in range(1, 9):
-            seeds[control.update_weights(weights(tmp_path, turn)).weight_version] = turn
-            remove = [f"N{turn - 1}"] if turn > 1 else []
-            version = control.change_items(add=[new_item(turn)], remove=remove).catalogue_version
-            catalogues[version] = scene.engine.catalogue
-            reached = scene.metric("tawin_phase_seconds_count", phase="run")
-            scene.wait_until(lambda: scene.metric("tawin_phase_seconds_count", phase="run") >= reached + 6)  # noqa: B023
-        over.set()
+        try:
+            for turn in range(1, 9):
+                seeds[control.update_weights(weights(tmp_path, turn)).weight_version] = turn
+                remove = [f"N{turn - 1}"] if turn > 1 else []
+                version = control.change_items(add=[new_item(turn)], remove=remove).catalogue_version
+                catalogues[version] = scene.engine.catalogue
+                reached = scene.metric("tawin_phase_seconds_count", phase="run") + 6
+                scene.wait_until(lambda: scene.metric("tawin_phase_seconds_count", phase="run") >= reached)  # noqa: B023
+        finally:
+            over.set()
         replies = [entry for future in users for entry in future.result(60)]
     pairs = {(reply.weight_version, reply.catalogue_version) for _, reply in replies}
     assert len(pairs) >= 8
