@@ -213,7 +213,8 @@ class Engine:
         for job in left:
             job.fail(gone)
         for _, future in calls:
-            future.set_exception(gone)
+            if future.set_running_or_notify_cancel():
+                future.set_exception(gone)
 
     def _turn(self) -> None:
         with self._wake:
@@ -231,6 +232,8 @@ class Engine:
         self._forget()
 
     def _answer(self, what: Callable[[], Any], future: Future[Any]) -> None:
+        if not future.set_running_or_notify_cancel():  # whoever asked has stopped waiting
+            return
         try:
             future.set_result(what())
         except Exception as error:

@@ -33,7 +33,7 @@ class Metrics:
         )
         self.step_rows = Histogram("tawin_rows_per_branch_step", "beams of one model call", buckets=_ROWS, registry=own)
         self.seconds = Histogram(
-            "tawin_phase_seconds", "time of a request (queue, run, total) or of the engine's thread (admit, step, draw)",
+            "tawin_phase_seconds", "time of a request (queue, run, total) and of the engine (admit, step, draw)",
             ["phase"], buckets=_SECONDS, registry=own,
         )  # fmt: skip
         self.tokens = Counter(

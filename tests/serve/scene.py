@@ -153,6 +153,7 @@ def serving(roots: Sequence[Path] = (), **changes: Any) -> Iterator[Scene]:
         server.leave(0.0)
         thread.join(30)
     assert not thread.is_alive(), "the server did not end"
+    assert engine.failed.exception(timeout=30) is None
 
 
 # -- the slow oracle ---------------------------------------------------------------------------------------------------

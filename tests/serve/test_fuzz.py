@@ -12,11 +12,13 @@ import schemathesis
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from schemathesis.checks import not_a_server_error
+from schemathesis.specs.openapi.checks import response_schema_conformance
 
 from tawin_nemo.serve import openapi
+from tawin_nemo.serve.schema import ERRORS
 from tests.serve.scene import KEY, TOKEN, Scene
 
-QUIET = settings(deadline=None, max_examples=30, suppress_health_check=list(HealthCheck))
+QUIET = settings(deadline=None, max_examples=20, suppress_health_check=list(HealthCheck))
 DATA = schemathesis.openapi.from_path(openapi.FOLDER / "openapi.json")
 CONTROL = schemathesis.openapi.from_path(openapi.FOLDER / "openapi_control.json")
 
@@ -37,10 +39,8 @@ PATHS = ("/v1/recommendations", "/v1/completions", "/v1/score")
 @QUIET
 def test_the_data_plane_keeps_to_its_document(scene: Scene, case: schemathesis.Case) -> None:
     answer = case.call(base_url=scene.data, headers={"Authorization": f"Bearer {KEY}"})
-    case.validate_response(answer, checks=[not_a_server_error])
-    assert answer.status_code < 500
-    operation = json.loads((openapi.FOLDER / "openapi.json").read_text())["paths"][case.path][case.method.lower()]
-    assert str(answer.status_code) in operation["responses"]
+    case.validate_response(answer, checks=[not_a_server_error, response_schema_conformance])
+    assert answer.status_code in {200, *ERRORS} - {500}
 
 
 @CONTROL.exclude(path_regex="shutdown|drain|pause").parametrize()
@@ -76,7 +76,7 @@ def test_bytes_that_are_no_json(scene: Scene, path: str, body: bytes) -> None:
         b'{"history": [1], "timeout_s": Infinity}', b'{"history": [1], "n": ' + b"9" * 5000 + b"}", b'{"history": {}}',
         b'{"history": [1], "min_score": "a"}', b'{"prompt": ""}', b"", b"null", b'{"history": [1.5]}',
     ],
-    ids=range,
+    ids=lambda body: repr(body[:30]),
 )  # fmt: skip
 def test_known_troublemakers(scene: Scene, body: bytes) -> None:
     with scene.http() as http:
