@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import time
 from collections.abc import Callable, Collection
 from importlib import metadata
@@ -14,16 +13,15 @@ from fastapi.responses import Response
 from starlette.concurrency import run_in_threadpool
 from starlette.middleware.cors import CORSMiddleware
 
-from tawin_nemo.log import get_logger
 from tawin_nemo.serve import replies, requests, schema
 from tawin_nemo.serve.catalogue import ServedCatalogue
 from tawin_nemo.serve.engine import Engine
+from tawin_nemo.serve.events import write_event
 from tawin_nemo.serve.jobs import Done, Rejected
 from tawin_nemo.serve.problems import Problem, handle_problems
 from tawin_nemo.serve.requests import Asked, Terms
 from tawin_nemo.serve.web import Keyed, Limited, Observed, first_of, note, until_gone, without_422
 
-log = get_logger("serve.history")
 #: Reachable without a key: they say nothing about users.
 OPEN_PATHS = ("/health", "/ready")
 
@@ -130,7 +128,7 @@ class DataPlane:
 
     def _remember(self, request: Request, body: schema.Strict) -> None:
         if self.terms.settings.log_history:
-            log.info(json.dumps({"event": "history", "id": request.state.request_id, "body": body.model_dump()}))
+            write_event("history", id=request.state.request_id, body=body.model_dump())
 
 
 def data_app(plane: DataPlane | None, *, keys: Collection[str] = ()) -> FastAPI:

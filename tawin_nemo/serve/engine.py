@@ -54,6 +54,7 @@ class Engine:
         self._on_thread = on_thread
         self._wake = threading.Condition()
         self._queue: deque[Job] = deque()
+        self._open: set[Job] = set()  # taken and not answered yet
         self._calls: deque[tuple[Callable[[], Any], Future[Any]]] = deque()
         self._running = Running(leader, metrics)
         self._installed = {catalogue.version: catalogue}
@@ -83,8 +84,10 @@ class Engine:
             if job.catalogue.version not in self._installed:
                 raise Rejected("stale_catalogue", "the catalogue was replaced while the request was read")
             self._queue.append(job)
+            self._open.add(job)
             self.metrics.queued.set(len(self._queue))
             self._wake.notify()
+        job.future.add_done_callback(lambda future: self._open.discard(job))
 
     def cancel(self, job: Job) -> None:
         """The job leaves before the next model call; its future ends with Rejected."""
@@ -92,6 +95,7 @@ class Engine:
         with self._wake:
             if job in self._queue:
                 self._queue.remove(job)
+                self.metrics.queued.set(len(self._queue))
                 job.fail(Rejected("aborted", "the request was given up"))
             self._wake.notify()
 
@@ -121,16 +125,15 @@ class Engine:
         return self.call(self._abort).result()
 
     def _abort(self) -> int:
-        with self._wake:
-            jobs = [*self._queue, *self._running.jobs]
+        jobs = list(self._open)
         for job in jobs:
             job.cancelled = True  # they leave later in this turn
         return len(jobs)
 
     @property
     def busy(self) -> int:
-        """Requests that wait or run."""
-        return len(self._queue) + len(self._running.jobs)
+        """Requests that were taken and not answered yet."""
+        return len(self._open)
 
     def call(self, what: Callable[[], T]) -> Future[T]:
         """Run something on the engine's thread, between two model calls."""
@@ -206,7 +209,7 @@ class Engine:
     def _end(self, error: Exception | None) -> None:
         with self._wake:
             self.failed.set_exception(error) if error else self.failed.set_result(None)
-            left, calls = [*self._queue, *self._running.jobs], [*self._calls]
+            left, calls = list(self._open), [*self._calls]
             self._queue.clear()
             self._calls.clear()
         gone = Rejected("fault", "the engine has stopped")

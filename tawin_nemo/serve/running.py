@@ -125,9 +125,7 @@ class Running:
 
     def advance(self) -> None:
         """One model call for every lane."""
-        self._metrics.running.set(len(self._entries))
-        self._metrics.beams.set(self.rows)
-        self._metrics.held.set(self._leader.replica.held())
+        self._show()
         for lane in list(dict.fromkeys(entry.lane for entry in self._entries.values())):
             members = [entry for entry in self._entries.values() if entry.lane == lane]
             self._metrics.sharing.observe(len(members))
@@ -144,6 +142,13 @@ class Running:
                 if len(entry.came) == len(entry.tickets):
                     self._leave(entry)
                     self._finish(entry.job, lane, [entry.came[place] for place in range(len(entry.tickets))])
+
+        self._show()
+
+    def _show(self) -> None:
+        self._metrics.running.set(len(self._entries))
+        self._metrics.beams.set(self.rows)
+        self._metrics.held.set(self._leader.replica.held())
 
     def _finish(self, job: Job, lane: Lane, prompts: list[Ran]) -> None:
         now = time.monotonic()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import hmac
-import json
 import re
 import time
 import uuid
@@ -16,11 +15,10 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from tawin_nemo.log import get_logger
+from tawin_nemo.serve.events import write_event
 from tawin_nemo.serve.metrics import Metrics
 from tawin_nemo.serve.problems import Problem
 
-log = get_logger("serve.access")
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 
 
@@ -59,13 +57,11 @@ class Observed:
         self._metrics.seconds.labels("total").observe(seconds)
         if state["reason"]:
             self._metrics.rejections.labels(state["reason"]).inc()
-        line = {
-            "event": "request", "id": state["request_id"], "plane": self._plane, "method": scope["method"],
-            "endpoint": endpoint, "status": status, "ms": round(1000 * seconds, 2), **state["note"],
-        }  # fmt: skip
-        if state["reason"]:
-            line["reason"] = state["reason"]
-        log.info(json.dumps(line))
+        reason = {"reason": state["reason"]} if state["reason"] else {}
+        write_event(
+            "request", id=state["request_id"], plane=self._plane, method=scope["method"], endpoint=endpoint,
+            status=status, ms=round(1000 * seconds, 2), **state["note"], **reason,
+        )  # fmt: skip
 
 
 class Keyed:

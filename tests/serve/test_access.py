@@ -12,6 +12,7 @@ import httpx
 import pytest
 
 from tawin_nemo.errors import ConfigError
+from tawin_nemo.serve.events import NAME
 from tawin_nemo.serve.secrets_files import control_token, read_keys
 from tests.serve.scene import IDS, KEY, TOKEN, Scene, serving
 
@@ -103,14 +104,14 @@ def test_the_log_is_structured_and_holds_histories_only_if_asked(
     wanted: bool, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO)
-    root = logging.getLogger("tawin_nemo")
+    events = logging.getLogger(NAME)
     with serving(log_history=wanted) as scene, scene.http() as http:
-        root.addHandler(caplog.handler)
+        events.addHandler(caplog.handler)
         try:
             http.post("/v1/recommendations", json={"history": [IDS[17]]}, headers={"X-Request-Id": "one"})
             http.post("/v1/recommendations", json={"history": ["nobody"]}, headers={"X-Request-Id": "two"})
         finally:
-            root.removeHandler(caplog.handler)
+            events.removeHandler(caplog.handler)
     lines = [json.loads(text) for text in caplog.messages if text.startswith("{")]
     requests = {line["id"]: line for line in lines if line["event"] == "request"}
     assert requests["one"].items() >= {
