@@ -178,10 +178,11 @@ class Engine:
     def activate(self, catalogue: ServedCatalogue) -> None:
         """Make a catalogue current for all requests that come from now on."""
         with self._swap:
-            self.call(lambda: self._put_catalogue(catalogue)).result()
+            order = PutCatalogue(catalogue.version, catalogue.trie_paths)  # here: it takes a while for many items
+            self.call(lambda: self._put_catalogue(order, catalogue)).result()
 
-    def _put_catalogue(self, catalogue: ServedCatalogue) -> None:
-        self.leader.put_catalogue(PutCatalogue(catalogue.version, catalogue.trie_paths), catalogue.trie)
+    def _put_catalogue(self, order: PutCatalogue, catalogue: ServedCatalogue) -> None:
+        self.leader.put_catalogue(order, catalogue.trie)
         with self._wake:
             self._installed[catalogue.version] = catalogue
             self.catalogue = catalogue

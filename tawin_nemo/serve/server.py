@@ -14,6 +14,7 @@ from typing import Any
 
 import uvicorn
 from fastapi import FastAPI
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from tawin_nemo.config_verbs import ServeConfig
 from tawin_nemo.errors import ConfigError, Preempted, TawinError
@@ -85,7 +86,7 @@ class Server:
         self._loop, self._leaving = asyncio.get_running_loop(), asyncio.Event()
         if self.engine.closed:  # told to leave before it came here
             self._leaving.set()
-        servers = [_Quiet(_config(self._data)), _Quiet(_config(self._control))]
+        servers = [_Quiet(_config(app, self._settings.read_timeout_s)) for app in (self._data, self._control)]
         tasks = [
             asyncio.create_task(server.serve(sockets=[place]))
             for server, place in zip(servers, (self.data_socket, self.control_socket), strict=True)
@@ -147,9 +148,24 @@ class _Quiet(uvicorn.Server):
         yield
 
 
-def _config(app: FastAPI) -> uvicorn.Config:
+def _impatient(seconds: float) -> type[H11Protocol]:
+    """Closes a connection whose first request does not have its head in time; for bodies see ``web.Limited``."""
+
+    class Impatient(H11Protocol):
+        def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+            super().connection_made(transport)
+            self.loop.call_later(seconds, self._give_up)
+
+        def _give_up(self) -> None:
+            if self.cycle is None and not self.transport.is_closing():
+                self.transport.close()
+
+    return Impatient
+
+
+def _config(app: FastAPI, seconds: float) -> uvicorn.Config:
     return uvicorn.Config(
-        app, http="h11", ws="none", lifespan="off", loop="asyncio", log_config=None, access_log=False,
+        app, http=_impatient(seconds), ws="none", lifespan="off", loop="asyncio", log_config=None, access_log=False,
         server_header=False, proxy_headers=False, timeout_keep_alive=30, timeout_graceful_shutdown=LAST_REPLIES,
     )  # fmt: skip
 

@@ -106,6 +106,15 @@ def test_slow_clients_are_given_up_and_do_not_hold_up_others() -> None:
             connection.close()
 
 
+def test_a_connection_on_which_no_request_comes_is_closed() -> None:
+    with serving(read_timeout_s=0.5) as scene, scene.http() as http:
+        host, port = scene.data.removeprefix("http://").split(":")
+        with socket.create_connection((host, int(port)), timeout=20) as idle:
+            idle.sendall(b"POST /v1/recommendations HTTP/1.1\r\nHost: x\r\n")
+            assert idle.recv(100) == b""
+        assert http.get("/health").status_code == 200
+
+
 def test_paused_is_503_for_new_requests_while_running_ones_end() -> None:
     with serving() as scene, ThreadPoolExecutor(1) as pool, scene.controller() as control, scene.http() as http:
         scene.gate.clear()
