@@ -53,10 +53,15 @@ RUN_AHEAD = 256
 
 @dataclass(frozen=True)
 class Answers:
-    """Prompts whose search is over."""
+    """Prompts whose search is over.
+
+    Without a length penalty every path that is not among the found ones scores at most the larger of ``lost_B`` and the
+    last found one, since a path's score only falls on its way: results at or above ``lost_B`` are the best there are.
+    """
 
     ticket_B: np.ndarray  # as given to ``BeamSearch.admit``
     found: Candidates
+    lost_B: np.ndarray  # best score of what was given up for want of beams, -inf if nothing was
 
     def __len__(self) -> int:
         return len(self.ticket_B)
@@ -234,12 +239,14 @@ class BeamSearch:
             done += self._step_all()
             self._release_cache()
         if not done:
-            return Answers(np.zeros(0, dtype=np.int64), no_candidates(self._width, self._trie.max_depth))
+            none = no_candidates(self._width, self._trie.max_depth)
+            return Answers(np.zeros(0, dtype=np.int64), none, np.zeros(0))
         tickets = np.concatenate([part.ticket_B.cpu().numpy() for part in done])
         found = [
             candidates_from(self._trie, part.done_leaf_BW, part.done_score_BW, part.done_logp_BWT) for part in done
         ]
-        return Answers(tickets, joined(found, np.arange(len(tickets))))
+        lost = np.concatenate([part.lost_B.double().cpu().numpy() for part in done])
+        return Answers(tickets, joined(found, np.arange(len(tickets))), lost)
 
     def _step_all(self) -> list[Beams]:
         """Step the prompts that do not wait for the model until all others do; returns those that got done."""

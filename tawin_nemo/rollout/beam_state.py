@@ -24,6 +24,7 @@ class Beams:
     prompt_B: Tensor  # the prompt's number in the model's cache, ascending
     width_B: Tensor  # beams of the prompt, at most W
     filter_B: Tensor  # row of the search's filters, -1 = every item is allowed
+    lost_B: Tensor  # best score of a path, finished or not, that the number of beams made the search give up
     depth_B: Tensor  # tokens of the path that every beam has
     node_BW: Tensor  # trie node that the beam is heading to, or stands at
     score_BW: Tensor  # sum of log-probs, -inf where empty
@@ -110,6 +111,7 @@ def first_beams(
         prompt_B=prompt_B,
         width_B=torch.full_like(prompt_B, width) if width_B is None else width_B.to(device),
         filter_B=torch.full_like(prompt_B, -1) if filter_B is None else filter_B.to(device),
+        lost_B=torch.full((len(ticket_B),), -torch.inf, dtype=like.dtype, device=device),
         depth_B=torch.full_like(prompt_B, run),
         node_BW=node_BW,
         score_BW=score_BW,

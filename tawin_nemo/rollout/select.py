@@ -76,9 +76,9 @@ def step(lm: LM, cache: Any, trie: TokenTrie, beams: Beams, rules: Rules) -> Bea
             goes_on_BK = found.real_BK & ~found.ends_BK
             if count == columns or not bool((found.real_BK[:, -1] & (goes_on_BK.sum(1) < width)).any()):
                 break
-        if bool(found.ends_BK[:, :width].any()):
-            beams = _finish(beams, found, rules)
-        return _advance(beams, found, goes_on_BK, rules)
+        beams = _finish(beams, found, rules) if bool(found.ends_BK[:, :width].any()) else beams
+        unseen_B = found.score_BK[:, -1] if count < columns else torch.full_like(beams.lost_B, -torch.inf)
+        return _advance(beams, found, goes_on_BK, unseen_B, rules)
 
 
 def to_next_choice(trie: TokenTrie, beams: Beams, rules: Rules) -> Beams:
@@ -212,10 +212,18 @@ def _merged(beams: Beams, score_BW: Tensor, leaf_BW: Tensor, logp_BWT: Tensor) -
     )
 
 
-def _advance(beams: Beams, found: _Continuations, goes_on_BK: Tensor, rules: Rules) -> Beams:
-    """The best W continuations that do not end a path, without those that can no longer enter the result."""
+def _advance(beams: Beams, found: _Continuations, goes_on_BK: Tensor, unseen_B: Tensor, rules: Rules) -> Beams:
+    """The best W continuations that do not end a path, without those that can no longer enter the result.
+
+    ``unseen_B``: no continuation that is not among the found ones scores more.
+    """
     longer = replace(beams, depth_B=beams.depth_B + 1)
     goes_on_BK = goes_on_BK & _has_hope(longer, found.score_BK, rules)
+    column_K = torch.arange(goes_on_BK.shape[1], device=goes_on_BK.device)
+    place_BK = torch.where(found.ends_BK, column_K, goes_on_BK.cumsum(1) - 1)  # ends compete with all, others not
+    over_BK = (found.ends_BK | goes_on_BK) & (place_BK >= beams.width_B[:, None])
+    lost_B = found.score_BK.masked_fill(~over_BK, -torch.inf).amax(1)
+    longer = replace(longer, lost_B=torch.maximum(torch.maximum(beams.lost_B, lost_B), unseen_B))
     order_BW = (~goes_on_BK).byte().argsort(dim=1, stable=True)[:, : beams.node_BW.shape[1]]
     goes_on_BW = goes_on_BK.gather(1, order_BW) & beams.own_BW
     parent_BW = found.parent_BK.gather(1, order_BW)

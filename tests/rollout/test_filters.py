@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
@@ -82,7 +82,7 @@ def test_each_prompt_gets_what_it_would_get_alone(
     arrivals = iter(data.draw(st.lists(st.integers(0, 2), max_size=6)))
     dropped = data.draw(st.frozensets(st.integers(0, len(asked) - 1), max_size=2))
     trie, lm = TokenTrie.from_paths(paths), TableLM(VOCAB, seed=seed)
-    running, came, answers = BeamSearch(lm, trie, 1, score_space=space), 0, {}
+    running, came, answers, lost = BeamSearch(lm, trie, 1, score_space=space), 0, {}, {}
     while came < len(asked) or running.running:
         upto = min(len(asked), came + next(arrivals, len(asked)))
         part = asked[came:upto]
@@ -97,10 +97,18 @@ def test_each_prompt_gets_what_it_would_get_alone(
         for row, ticket in enumerate(answer.ticket_B.tolist()):
             leaves, scores = answer.found.leaf_BW[row].tolist(), answer.found.scores_BW[row].tolist()
             answers[ticket] = [(leaf, score) for leaf, score in zip(leaves, scores, strict=True) if leaf >= 0]
+            lost[ticket] = float(answer.lost_B[row])
     assert running.held == 0
     assert answers.keys() == set(range(len(asked))) - dropped
     for ticket, found in answers.items():
         assert found == oracle(asked[ticket], paths, trie, lm, space)
+        everything = oracle(replace(asked[ticket], width=len(paths) + 1), paths, trie, lm, space)
+        proven = [score for _, score in found if score >= lost[ticket]]
+        assert proven == [score for _, score in everything[: len(proven)]]
+        if lost[ticket] == -math.inf:
+            assert len(found) == min(len(everything), asked[ticket].width)
+        if asked[ticket].width >= len(everything) > 0 and asked[ticket].width >= len(paths):
+            assert lost[ticket] == -math.inf
 
 
 def test_with_enough_beams_a_filter_gives_the_exact_ranking_of_what_it_allows() -> None:
