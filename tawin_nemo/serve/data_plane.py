@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from collections.abc import Callable, Collection
+from functools import partial
 from importlib import metadata
 from typing import Annotated
 
@@ -34,9 +36,17 @@ class DataPlane:
         self._created = int(time.time())
 
     async def recommendations(self, body: schema.RecommendationRequest, request: Request) -> schema.RecommendationReply:
-        asked, done = await self._answered(request, lambda here: requests.recommendation(body, here, self.terms))
+        end, wanted = time.monotonic() + (body.timeout_s or math.inf), body
+        while True:
+            ask = partial(requests.recommendation, wanted, terms=self.terms)
+            asked, done = await self._answered(request, ask)
+            again = requests.wider(wanted, asked, done, self.terms)
+            if again is None:
+                break
+            wanted = again.model_copy(update={"timeout_s": max(1e-3, min(end, asked.job.deadline) - time.monotonic())})
         self._remember(request, body)
-        return replies.recommendation(body, asked, done, request.state.request_id)
+        penalised = self.terms.length_penalty != 0
+        return replies.recommendation(body, asked, done, request.state.request_id, penalised=penalised)
 
     async def score(self, body: schema.ScoreRequest, request: Request) -> schema.ScoreReply:
         asked, done = await self._answered(request, lambda here: requests.score(body, here, self.terms))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import time
 from concurrent.futures import Future, InvalidStateError
 from dataclasses import dataclass, field
@@ -32,9 +33,14 @@ class Hit:
 
 @dataclass(frozen=True)
 class Ran:
-    """One prompt's answers, best first."""
+    """One prompt's answers, best first; ``lost``: best score of what the search gave up for want of beams."""
 
     hits: list[Hit]
+    lost: float = -math.inf
+
+    def proven(self, n: int) -> bool:
+        """The first n are the n best there are (all, if there are fewer); needs a search without length penalty."""
+        return self.lost == -math.inf or (len(self.hits) >= n and self.hits[n - 1].score >= self.lost)
 
 
 @dataclass(frozen=True)

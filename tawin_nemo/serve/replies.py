@@ -22,8 +22,9 @@ def item_of(hit: Hit, job: Job) -> int:
 
 
 def recommendation(
-    request: schema.RecommendationRequest, asked: Asked, done: Done, name: str
+    request: schema.RecommendationRequest, asked: Asked, done: Done, name: str, *, penalised: bool
 ) -> schema.RecommendationReply:
+    """``penalised``: with a length penalty nothing is proven."""
     job, catalogue = asked.job, asked.job.catalogue
     found = []
     for hit in done.prompts[0].hits[: request.n]:
@@ -39,8 +40,9 @@ def recommendation(
             )
         )  # fmt: skip
     return schema.RecommendationReply(
-        id=name, items=found, weight_version=done.weight_version, catalogue_version=done.catalogue_version
-    )
+        id=name, items=found, beams=job.width, exact=None if penalised else done.prompts[0].proven(request.n),
+        weight_version=done.weight_version, catalogue_version=done.catalogue_version,
+    )  # fmt: skip
 
 
 def score(asked: Asked, done: Done, name: str) -> schema.ScoreReply:

@@ -12,7 +12,7 @@ from tawin_nemo.errors import DataError
 from tawin_nemo.rollout.engine import draw_seed
 from tawin_nemo.rollout.filters import ItemFilter
 from tawin_nemo.serve.catalogue import ServedCatalogue
-from tawin_nemo.serve.jobs import Job
+from tawin_nemo.serve.jobs import Done, Job
 from tawin_nemo.serve.problems import Problem
 from tawin_nemo.serve.schema import CompletionRequest, Reader, RecommendationRequest, ScoreRequest
 from tawin_nemo.types import TokenRows
@@ -26,6 +26,7 @@ class Terms:
     model_id: str
     beams: int
     space: str
+    length_penalty: float
     positions: int  # tokens that the model takes
     vocab: int
 
@@ -60,6 +61,16 @@ def recommendation(request: RecommendationRequest, catalogue: ServedCatalogue, t
         given = ItemFilter.without(trie, _places(denied, catalogue))
     paths = trie.num_leaves if given is None else given.allowed_paths(trie)
     return Asked(_job(request, catalogue, prompts, terms, width=max(1, min(beams, paths)), given=given), history, [])
+
+
+def wider(request: RecommendationRequest, asked: Asked, done: Done, terms: Terms) -> RecommendationRequest | None:
+    """The request with twice the beams, when it asks for proof and there is none yet; None at the server's limit."""
+    width = asked.job.width
+    if not request.exact or terms.length_penalty or done.prompts[0].proven(request.n):
+        return None
+    if width >= terms.settings.max_beams:
+        return None
+    return request.model_copy(update={"beams": min(2 * max(width, request.n), terms.settings.max_beams)})
 
 
 def score(request: ScoreRequest, catalogue: ServedCatalogue, terms: Terms) -> Asked:

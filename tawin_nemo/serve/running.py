@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections import defaultdict
 from collections.abc import Sequence
@@ -138,7 +139,7 @@ class Running:
                 continue
             for row, ticket in enumerate(answers.ticket_B.tolist()):
                 entry = self._of_ticket[ticket]
-                entry.came[entry.tickets.index(ticket)] = _ran(answers.found, row)
+                entry.came[entry.tickets.index(ticket)] = _ran(answers.found, row, float(answers.lost_B[row]))
                 if len(entry.came) == len(entry.tickets):
                     self._leave(entry)
                     self._finish(entry.job, lane, [entry.came[place] for place in range(len(entry.tickets))])
@@ -179,12 +180,14 @@ def _lane(job: Job, weights: int) -> Lane:
     return Lane(weights, job.catalogue.version, job.space)
 
 
-def _ran(found: Candidates, row: int) -> Ran:
+def _ran(found: Candidates, row: int, lost: float = -math.inf) -> Ran:
     """The real candidates of one prompt as plain numbers."""
     leaves, lengths = found.leaf_BW[row].tolist(), found.lengths_BW[row].tolist()
     scores, tokens = found.scores_BW[row].tolist(), found.tokens_BWT[row].tolist()
     logprobs = found.logprobs_BWT[row].tolist()
-    return Ran([
+    hits = [
         Hit(leaf, scores[place], tokens[place][: lengths[place]], logprobs[place][: lengths[place]])
-        for place, leaf in enumerate(leaves) if leaf >= 0
-    ])  # fmt: skip
+        for place, leaf in enumerate(leaves)
+        if leaf >= 0
+    ]
+    return Ran(hits, lost)

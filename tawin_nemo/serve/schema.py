@@ -42,6 +42,9 @@ class RecommendationRequest(Reader):
     exclude_history: StrictBool = Field(False, description="do not recommend items of the history")
     allow: list[ItemRef] | None = Field(None, description="only these items")
     deny: list[ItemRef] = Field(default_factory=list, description="none of these items")
+    exact: StrictBool = Field(
+        False, description="search again with twice the beams, up to the server's limit, until the n best are proven"
+    )
     min_score: Finite | None = Field(None, description="leave out results that score less")
     return_tokens: StrictBool = Field(False, description="token path and log-probs of every result")
 
@@ -63,6 +66,10 @@ class Recommended(BaseModel):
 
 class RecommendationReply(Versions):
     id: str
+    beams: int = Field(description="width of the search that these items come from")
+    exact: bool | None = Field(
+        description="the items are proven to be the n best of the allowed ones; null: not known, with a length penalty"
+    )
     items: list[Recommended]
 
 

@@ -82,7 +82,7 @@ def serve(world: World) -> dict[str, Any]:
     )  # fmt: skip
     terms = Terms(
         settings, recipe.name, min(settings.beams or recipe.eval.beams, settings.max_beams),
-        recipe.rollout.score_space, model.max_positions, model.vocab_size,
+        recipe.rollout.score_space, recipe.rollout.length_penalty, model.max_positions, model.vocab_size,
     )  # fmt: skip
     del model, catalogue  # they may be replaced, and must not stay in memory for this frame
     server = Server(engine, terms, Secrets(keys, token), roots=roots)

@@ -140,7 +140,7 @@ def serving(roots: Sequence[Path] = (), **changes: Any) -> Iterator[Scene]:
     limits = Limits(settings.max_queue, settings.token_budget, settings.row_budget)
     engine = Engine(Leader(replica, Alone()), catalogue, limits=limits, metrics=Metrics(), weights=1)
     del catalogue  # or it would stay in memory
-    terms = Terms(settings, MODEL, settings.beams, "trie", 2048, tokenizer().size)
+    terms = Terms(settings, MODEL, settings.beams, "trie", 0.0, 2048, tokenizer().size)
     server = Server(engine, terms, Secrets([KEY], TOKEN), roots=list(roots))
     data, control = (f"http://127.0.0.1:{port}" for port in server.ports)
     ready = threading.Event()

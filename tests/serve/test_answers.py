@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from tawin_nemo.serve.client import ServerError
-from tests.serve.scene import IDS, MODEL, TITLES, Scene, best_scores, draws_of, first_catalogue, path_scores
+from tests.serve.scene import IDS, MODEL, TITLES, Scene, best_scores, draws_of, first_catalogue, path_scores, serving
 
 ALL = len(TITLES)
 
@@ -56,6 +56,30 @@ def test_filters_leave_exactly_the_best_of_what_is_allowed(scene: Scene, catalog
     assert {item for item, _ in found} <= allowed
     assert [score for _, score in found] == [score for score in expected if least is None or score >= least]
     assert all(score == scores[item] for item, score in found)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_exact_widens_the_search_until_the_best_are_proven(scene: Scene, catalogue, seed: int) -> None:
+    """From one beam up to the brute-force ranking; a narrow search that claims to be exact is."""
+    rng = np.random.default_rng(seed)
+    history, n = draws_of(rng), int(rng.integers(1, 6))
+    deny = rng.choice(ALL, rng.integers(0, 20), replace=False).tolist()
+    expected = best_scores(path_scores(history), sorted(set(range(ALL)) - set(deny)), catalogue, n)
+    with scene.client() as client:
+        narrow = client.recommend(history, n=n, beams=n, deny=deny)
+        wide = client.recommend(history, n=n, beams=n, deny=deny, exact=True)
+    assert wide.exact is True
+    assert [item.score for item in wide.items] == expected
+    assert narrow.beams == n <= wide.beams
+    assert (wide.beams > n) == (not narrow.exact)
+    assert not narrow.exact or [item.score for item in narrow.items] == expected
+
+
+def test_at_the_servers_limit_a_search_without_proof_says_so() -> None:
+    with serving(max_beams=2, beams=2) as limited, limited.client() as client:
+        replies = [client.recommend([item], n=2, exact=True) for item in range(6)]
+    assert {reply.beams for reply in replies} == {2}
+    assert False in {reply.exact for reply in replies}
 
 
 def test_a_denied_item_gives_its_place_to_the_one_that_is_written_alike(scene: Scene) -> None:
