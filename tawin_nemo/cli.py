@@ -17,11 +17,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from tawin_nemo.errors import ConfigError, TawinError
+from tawin_nemo.errors import REFUSED, ConfigError, TawinError
 
 EXAMPLES = """\
 examples:
   tawin-nemo prepare  --recipe recipes/quickstart.yaml
+  tawin-nemo tokenize --recipe recipes/quickstart.yaml semantic_ids.method=constrained
   tawin-nemo train    --recipe recipes/quickstart.yaml rl.tawin.target_k=5 seed=1
   tawin-nemo train    --recipe recipes/industrial_sid_cpu.yaml data.root=DIR --dry-run
   tawin-nemo evaluate --recipe recipes/quickstart.yaml checkpoint=runs/quickstart/rl eval.beams=100
@@ -41,6 +42,7 @@ message says how), 75 out of trainer.max_time, or stopped by SIGTERM or SIGUSR1 
 
 VERBS = {
     "prepare": "raw reviews -> 5-core, chronological samples in Parquet, with manifest and statistics",
+    "tokenize": "item texts -> semantic IDs: vectors, codes, index.json for catalog.index, report and picture",
     "train": "SFT, then TAWin reinforcement learning, evaluation and report.html (resumes by itself)",
     "evaluate": "Recall@K and NDCG@K of a checkpoint on valid and test",
     "generate": "recommendations for some histories, as catalogue items",
@@ -143,11 +145,15 @@ def _dispatch(arguments: argparse.Namespace, argv: list[str]) -> int:
     recipe = load_recipe(arguments.recipe or recipe_of_checkpoint(arguments.overrides), arguments.overrides)
     if arguments.verb == "prepare":
         result: dict[str, Any] = {"prepared": str(prepared_root(recipe))}
+    elif arguments.verb == "tokenize":
+        from data_prep.semantic_ids import tokenize
+
+        result = tokenize(recipe, prepared_root(recipe))
     else:
         if recipe.trainer.devices > 1 and not _launched():
             from tawin_nemo.train.launcher import launch
 
-            return launch(recipe.trainer.devices, argv)
+            return launch(recipe.trainer.devices, argv, results=[REFUSED] if arguments.verb == "retrain" else [])
         from tawin_nemo.train import launcher, verbs
 
         launcher.end_with_launcher()

@@ -1,7 +1,8 @@
 """What a recipe may say: frozen dataclasses, one per section; every field has its default, meaning and limits here.
 
 ``recipe.py`` reads YAML into these classes; nothing else constructs them except tests. ``tawin-nemo keys [PREFIX]``
-prints all of them as a table. The sections that training a language model does not read are in ``config_verbs.py``.
+prints all of them as a table. What SFT reads is in ``config_sft.py``, the sections that training a language model does
+not read are in ``config_verbs.py``.
 """
 
 from __future__ import annotations
@@ -9,7 +10,15 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from tawin_nemo.config_verbs import BaselineConfig, ConvertConfig, GenerateConfig, RetrainConfig, ServeConfig
+from tawin_nemo.config_sft import AlignConfig, SftConfig
+from tawin_nemo.config_verbs import (
+    BaselineConfig,
+    ConvertConfig,
+    GenerateConfig,
+    RetrainConfig,
+    SemanticIdsConfig,
+    ServeConfig,
+)
 from tawin_nemo.options import choice, number, opt
 
 #: Values of reference.precision and eval.precision.
@@ -57,6 +66,12 @@ class CatalogConfig:
 class ModelConfig:
     backbone: str = opt("tiny", "a name of backbones.py, e.g. qwen2.5-0.5b")
     init: str = opt("random", "random | a Hugging Face directory (config.json and safetensors)")
+    new_tokens: str = choice(
+        "mean", "text",
+        help="weights of tokens that model.init does not know: its mean row, or the mean over the words of the titles "
+        "that a code is used for; a little noise on both",
+    )  # fmt: skip
+    freeze_backbone: bool = opt(False, "SFT trains nothing but the rows of tokens that model.init does not know")
     dropout: float = number(0.0, 0.0, 0.9, help="hidden and attention dropout of SFT from scratch; RL runs without")
     tensor_model_parallel_size: int = number(1, 1, help="ranks that share each layer")
     pipeline_model_parallel_size: int = number(1, 1, help="groups of layers on different ranks")
@@ -82,6 +97,7 @@ class TrainerConfig:
     keep_best: bool = opt(True, "the checkpoint with the best valid metric stays as well")
     monitor: str = opt("", "that metric where valid is searched: ndcg@K, recall@K (empty = ndcg@max(eval.ks))")
     async_save: bool = opt(False, "a thread writes checkpoints while training goes on (needs CPU memory for a copy)")
+    collective_timeout: float = number(30.0, 0.1, help="minutes after which a rank gives up waiting for the others")
     threads: int = number(0, 0, help="CPU threads per process (0 = cores / processes)")
     peak_tflops: float = number(0.0, 0.0, help="one device's peak for MFU (0 = by GPU name, or a short measurement)")
     distributed_optimizer: bool = opt(True, "shard the optimizer state over data-parallel ranks")
@@ -90,30 +106,6 @@ class TrainerConfig:
     max_skipped_steps: int = number(10, 0, help="steps with a loss or gradient not finite that a stage may leave out")
     weight_decay: float = number(0.01, 0.0, help="AdamW, not on norms and biases")
     adam_beta2: float = number(0.999, 0.0, 1.0, help="AdamW, second moment")
-
-
-@dataclass(frozen=True)
-class SftConfig:
-    enabled: bool = opt(True, "run SFT before RL")
-    rows: str = choice(
-        "auto", "earlier", "fresh", "all",
-        help="rows of train: all, the earlier 1 - rl.fresh_share by time, the rest; auto = earlier when rl.rows=fresh",
-    )  # fmt: skip
-    epochs: int = number(30, 1, help="upper bound; early stopping on valid ends SFT (cosine and linear end here)")
-    global_batch_size: int = number(128, 1, help="rows per optimizer step over all ranks")
-    micro_batch_tokens: int = number(16384, 16, help="tokens per forward pass and rank (no padding)")
-    lr: float = number(1e-3, 0.0, help="peak learning rate")
-    schedule: str = choice("constant", "cosine", "linear", help="after the warm-up")
-    warmup: int = number(50, 0, help="steps of linear warm-up")
-    min_lr_ratio: float = number(0.1, 0.0, 1.0, help="floor of cosine and linear, as a share of lr")
-    watch: str = choice(
-        "loss", "ndcg",
-        help="what on valid decides when SFT stops and which checkpoint it hands on; ndcg searches max(eval.ks) beams",
-    )  # fmt: skip
-    patience: int = number(1, 1, help="checks on valid without progress before SFT stops")
-    min_delta: float = number(0.0, 0.0, help="fall of the valid loss, or rise of NDCG, that counts as progress")
-    checks_per_epoch: int = number(1, 1, help="validations per epoch")
-    loss_space: str = choice("vocab", "trie", help="normalise over the whole vocabulary or over the admissible tokens")
 
 
 @dataclass(frozen=True)
@@ -186,7 +178,13 @@ class RolloutConfig:
     length_penalty: float = number(0.0, help="final score = sum log p / len^penalty")
     temperature: float = number(1.0, 1e-6, help="of constrained sampling")
     token_budget: int = number(262144, 16, help="tokens held at once per rank: prompts once, plus what beams may run")
-    placement: str = choice("colocated", help="rollouts on the training ranks")
+    placement: str = choice(
+        "colocated", "separate", help="rollouts and evaluation on the training ranks, or on ranks that do nothing else"
+    )
+    devices: int = number(0, 0, help="placement=separate: processes, of all of them, that only search")
+    ahead: int = number(
+        0, 0, 1, help="placement=separate: 1 = the next rollout is searched during the update, by the old weights"
+    )  # fmt: skip
     tensor_model_parallel_size: int = number(0, 0, help="ranks that share each layer in searches (0 = as in training)")
     pipeline_model_parallel_size: int = number(
         0, 0, help="groups of layers in searches (0 = as in training); the ranks left over search other prompts"
@@ -240,6 +238,7 @@ class Recipe:
     model: ModelConfig = field(default_factory=ModelConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     sft: SftConfig = field(default_factory=SftConfig)
+    align: AlignConfig = field(default_factory=AlignConfig)
     rl: RlConfig = field(default_factory=RlConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     reference: ReferenceConfig = field(default_factory=ReferenceConfig)
@@ -253,7 +252,17 @@ class Recipe:
     convert: ConvertConfig = field(default_factory=ConvertConfig)
     retrain: RetrainConfig = field(default_factory=RetrainConfig)
     serve: ServeConfig = field(default_factory=ServeConfig)
+    semantic_ids: SemanticIdsConfig = field(default_factory=SemanticIdsConfig)
     exp_manager: dict[str, Any] = opt({}, "passed to NeMo's exp_manager (TensorBoard, W&B, MLflow); empty = not used")
+
+    @property
+    def processes(self) -> int:
+        return self.trainer.num_nodes * self.trainer.devices
+
+    @property
+    def training_processes(self) -> int:
+        """Those that do not only search."""
+        return self.processes - self.rollout.devices
 
     @property
     def rollout_layout(self) -> tuple[int, int]:

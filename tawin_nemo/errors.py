@@ -5,6 +5,9 @@ with 1 (a fault of the machine or of this software), ``Preempted`` with 75 (run 
 Messages say three things: what is wrong, the value seen, what to do.
 """
 
+#: What `retrain` ends with when the gate refused a night's model: a result, not an error.
+REFUSED = 3
+
 
 class TawinError(Exception):
     """Root of all deliberate errors."""

@@ -29,6 +29,7 @@ POINTS = (
     "prune.mid",  # a checkpoint that goes has been renamed but not removed
     "log.mid_line",  # half of a line of metrics.jsonl or timings.jsonl
     "rl.after_rollout",
+    "rollout_rank.asked",  # a rank that only searches has been given prompts
     "file.before_rename",  # any JSON, report or table that is written under a temporary name
 )
 _RULE = re.compile(r"([\w.]+)=(kill|kill:\d+|term|enospc|raise)(?:@(\d+))?(?:/(\d+))?")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import fields
 
 from tawin_nemo.config import Recipe
 
@@ -11,13 +12,15 @@ def combinations(r: Recipe) -> Iterator[tuple[bool, str]]:
     """(is wrong, message) of every combination of keys that makes no sense; the message names a remedy."""
     m, t, rl = r.model, r.trainer, r.rl
     model_ranks = m.tensor_model_parallel_size * m.pipeline_model_parallel_size
-    world = t.num_nodes * t.devices
+    world = r.processes
+    yield from _placement_combinations(r)
     yield (
-        world % model_ranks != 0,
-        f"trainer.num_nodes={t.num_nodes} x trainer.devices={t.devices} = {world} processes cannot be divided into "
-        f"model.tensor_model_parallel_size={m.tensor_model_parallel_size} x "
+        r.training_processes % model_ranks != 0,
+        f"trainer.num_nodes={t.num_nodes} x trainer.devices={t.devices} = {world} processes"
+        + (f", less rollout.devices={r.rollout.devices} that only search," if r.rollout.devices else "")
+        + f" cannot be divided into model.tensor_model_parallel_size={m.tensor_model_parallel_size} x "
         f"model.pipeline_model_parallel_size={m.pipeline_model_parallel_size}; set trainer.devices to a multiple "
-        f"of {model_ranks}",
+        f"of {model_ranks}" + (" more than rollout.devices" if r.rollout.devices else ""),
     )
     yield (
         m.sequence_parallel and m.tensor_model_parallel_size == 1,
@@ -49,7 +52,7 @@ def combinations(r: Recipe) -> Iterator[tuple[bool, str]]:
     )
     rollout_tp, rollout_pp = r.rollout_layout
     yield (
-        world % model_ranks == 0 and world % (rollout_tp * rollout_pp) != 0,
+        r.rollout.devices == 0 and world % (rollout_tp * rollout_pp) != 0,
         f"rollouts with tensor_model_parallel_size={rollout_tp} x pipeline_model_parallel_size={rollout_pp} cannot be "
         f"laid out over {world} processes; set rollout.tensor_model_parallel_size and "
         "rollout.pipeline_model_parallel_size so that their product divides them, or to 0 (as in training)",
@@ -58,10 +61,61 @@ def combinations(r: Recipe) -> Iterator[tuple[bool, str]]:
         rl.max_steps == 0 and rl.epochs == 0 and rl.enabled,
         "rl.max_steps=0 and rl.epochs=0: RL would take no step; set one of them, or rl.enabled=false",
     )
+    yield from _align_combinations(r)
     yield from _precision_combinations(r)
     yield from _space_combinations(r)
+    yield from _semantic_id_combinations(r)
     if rl.enabled:
         yield from _rl_combinations(r)
+        yield from _ahead_combinations(r)
+
+
+def _ahead_combinations(r: Recipe) -> Iterator[tuple[bool, str]]:
+    rl = r.rl
+    behaviour_space = r.rollout.score_space if rl.negatives == "beam" else "trie"
+    yield (
+        r.rollout.ahead > 0 and (behaviour_space != rl.policy_space or rl.ensure_target != "off"),
+        f"rollout.ahead={r.rollout.ahead} corrects for older weights with the rollout's own log-probs of every "
+        f"candidate; set rl.policy_space={behaviour_space} (what the rollout scores) and rl.ensure_target=off, or "
+        "rollout.ahead=0",
+    )
+    yield (
+        r.rollout.ahead > 0 and rl.max_refill_batches > 0,
+        f"rl.max_refill_batches={rl.max_refill_batches} rolls out again where a step's groups teach nothing, which is "
+        "known only once they are there; set it to 0, or rollout.ahead=0",
+    )
+
+
+def _placement_combinations(r: Recipe) -> Iterator[tuple[bool, str]]:
+    rollout, (tp, pp) = r.rollout, r.rollout_layout
+    apart = rollout.placement == "separate"
+    yield (
+        not apart and rollout.devices > 0,
+        f"rollout.devices={rollout.devices} processes would only search, but rollout.placement={rollout.placement}; "
+        "set rollout.placement=separate or rollout.devices=0",
+    )
+    yield (
+        not apart and rollout.ahead > 0,
+        f"rollout.ahead={rollout.ahead} searches while training goes on, which needs processes of its own; "
+        "set rollout.placement=separate and rollout.devices, or rollout.ahead=0",
+    )
+    yield (
+        apart and not 0 < rollout.devices < r.processes,
+        f"rollout.placement=separate with rollout.devices={rollout.devices} of {r.processes} processes "
+        "(trainer.num_nodes x trainer.devices); at least one must search and at least one must train: set "
+        "rollout.devices between 1 and all but one, or rollout.placement=colocated",
+    )
+    yield (
+        apart and rollout.devices % (tp * pp) != 0,
+        f"rollout.devices={rollout.devices} cannot be divided into rollout tensor_model_parallel_size={tp} x "
+        f"pipeline_model_parallel_size={pp} (rollout.*, 0 = as model.*); set rollout.devices to a multiple of "
+        f"{tp * pp} or lower these sizes",
+    )
+    yield (
+        apart and r.baseline.model != "off",
+        f"baseline.model={r.baseline.model} trains in one process and has no rollouts; set rollout.placement=colocated "
+        "and rollout.devices=0",
+    )
 
 
 def _precision_combinations(r: Recipe) -> Iterator[tuple[bool, str]]:
@@ -77,6 +131,35 @@ def _precision_combinations(r: Recipe) -> Iterator[tuple[bool, str]]:
         r.reference.mode == "swap" and own not in ("model", m.precision),
         f"reference.precision={own} but reference.mode=swap runs in the actor's model, which is {m.precision}; "
         "set reference.mode=copy or reference.precision=model",
+    )
+
+
+def _align_combinations(r: Recipe) -> Iterator[tuple[bool, str]]:
+    weights = {item.name: getattr(r.align, item.name) for item in fields(r.align) if "_to_" in item.name}
+    used = [f"align.{name}={weight:g}" for name, weight in weights.items() if weight > 0]
+    yield (
+        bool(used) and (r.catalog.kind != "sid" or r.data.tokenizer == "codes"),
+        f"{', '.join(used)} ties codes to words; set catalog.kind=sid and data.tokenizer=bpe (or a tokenizer's folder)",
+    )
+    yield (
+        bool(used) and r.data.tokenizer == "auto" and r.model.init == "random",
+        f"{', '.join(used)} needs words, and data.tokenizer=auto without model.init writes codes only; set "
+        "data.tokenizer=bpe",
+    )
+    yield (
+        (r.align.intention_to_sid > 0) != bool(r.align.intentions),
+        f"align.intention_to_sid={r.align.intention_to_sid:g} and align.intentions={r.align.intentions!r} belong "
+        "together; set both or none",
+    )
+    yield (
+        r.model.freeze_backbone and r.model.init == "random",
+        "model.freeze_backbone=true trains the new tokens of pretrained weights, but model.init=random; set model.init "
+        "to a Hugging Face directory, or freeze_backbone=false",
+    )
+    yield (
+        r.model.freeze_backbone and r.model.pipeline_model_parallel_size > 2,
+        f"model.freeze_backbone=true leaves the middle ones of model.pipeline_model_parallel_size="
+        f"{r.model.pipeline_model_parallel_size} stages without anything to train; use 1 or 2",
     )
 
 
@@ -160,4 +243,26 @@ def _space_combinations(r: Recipe) -> Iterator[tuple[bool, str]]:
     yield (
         bool(ks) and max(ks) > r.eval.beams,
         f"eval.beams={r.eval.beams} is below the largest of eval.ks={list(ks)}; raise eval.beams",
+    )
+
+
+def _semantic_id_combinations(r: Recipe) -> Iterator[tuple[bool, str]]:
+    ids, text = r.semantic_ids, r.semantic_ids.text
+    yield (
+        text.encoder in ("hf", "file") and not text.source and not ids.grow_from,
+        f"semantic_ids.text.encoder={text.encoder} needs semantic_ids.text.source, "
+        + ("a .npy with one row per item" if text.encoder == "file" else "a Hugging Face folder"),
+    )
+    yield (
+        bool(text.source) and text.encoder in ("tfidf", "minilm") and not ids.grow_from,
+        f"semantic_ids.text.source={text.source} is not read by semantic_ids.text.encoder={text.encoder}: empty it",
+    )
+    yield (
+        bool(ids.given and ids.grow_from),
+        f"semantic_ids.given={ids.given} and semantic_ids.grow_from={ids.grow_from} both say where codes come "
+        "from; set one of them (import first, then grow from the folder that this writes)",
+    )
+    yield (
+        any(width < 1 for width in ids.rqvae.widths),
+        f"semantic_ids.rqvae.widths={list(ids.rqvae.widths)} must hold layer sizes >= 1",
     )

@@ -56,6 +56,16 @@ class TokenRows:
         flat = np.concatenate([np.asarray(row, dtype=np.int64) for row in rows]) if rows else np.zeros(0, np.int64)
         return cls(flat, np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64))
 
+    @classmethod
+    def joined(cls, parts: list[TokenRows]) -> TokenRows:
+        """The rows of all parts, one part after another; a single part is returned as it is."""
+        if len(parts) == 1:
+            return parts[0]
+        lengths = np.concatenate([part.lengths for part in parts])
+        return cls(
+            np.concatenate([part.flat for part in parts]), np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+        )
+
     def lengths_of(self, rows: np.ndarray) -> np.ndarray:
         """Lengths of the named rows, at a cost that does not grow with the number of all rows."""
         rows = np.asarray(rows, dtype=np.int64)

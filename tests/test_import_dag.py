@@ -19,9 +19,9 @@ PRODUCT = ("tawin_nemo", "data_prep")
 #: Layer of every module and package directly below tawin_nemo. Imports go down, or stay inside one package.
 LAYERS = {
     **dict.fromkeys(("config", "types", "errors", "log", "artefacts", "backbones", "failpoints"), 0),
-    **dict.fromkeys(("recipe", "recipe_checks", "config_verbs", "options", "maths"), 0),
+    **dict.fromkeys(("recipe", "recipe_checks", "config_sft", "config_verbs", "options", "maths"), 0),
     **dict.fromkeys(("catalog", "planner"), 1),
-    "data": 2,
+    **dict.fromkeys(("data", "semantic_ids"), 2),
     **dict.fromkeys(("rollout", "models"), 3),
     "eval": 4,
     "train": 5,

@@ -40,6 +40,9 @@ def test_interpolation_and_bare_off(tmp_path):
     assert (loaded.run_dir, loaded.reference.mode, loaded.rl.ensure_target) == ("out/x", "off", "off")
 
 
+APART = "trainer.devices=4 rollout.placement=separate"
+
+
 @pytest.mark.parametrize(
     ("override", "parts"),
     [
@@ -73,6 +76,31 @@ def test_interpolation_and_bare_off(tmp_path):
         ("sft.rows=fresh", ["sft.rows=fresh", "rl.enabled=false"]),
         ("eval.splits=[train]", ["eval.splits=['train']", "valid, test"]),
         ("rl.negatives=dynamic rollout.score_space=vocab", ["rl.negatives=dynamic", "rollout.score_space=trie"]),
+        ("rollout.devices=1", ["rollout.devices=1", "rollout.placement=colocated", "rollout.placement=separate"]),
+        ("rollout.ahead=1", ["rollout.ahead=1", "rollout.placement=separate"]),
+        (f"{APART}", ["rollout.placement=separate", "rollout.devices=0 of 4 processes", "between 1 and"]),
+        (f"{APART} rollout.devices=4", ["rollout.devices=4 of 4 processes", "at least one must train"]),
+        (
+            f"{APART} rollout.devices=1 model.tensor_model_parallel_size=2",
+            ["rollout.devices=1", "tensor_model_parallel_size=2", "multiple of 2"],
+        ),
+        (
+            f"{APART} rollout.devices=1 model.tensor_model_parallel_size=2 rollout.tensor_model_parallel_size=1",
+            ["4 processes, less rollout.devices=1", "model.tensor_model_parallel_size=2", "multiple of 2 more than"],
+        ),
+        (
+            f"{APART} rollout.devices=1 rollout.ahead=1 rl.policy_space=vocab",
+            ["rollout.ahead=1", "rl.policy_space=trie"],
+        ),
+        (
+            f"{APART} rollout.devices=1 rollout.ahead=1 rl.ensure_target=replace_last",
+            ["rollout.ahead=1", "rl.ensure_target=off"],
+        ),
+        (
+            f"{APART} rollout.devices=1 rollout.ahead=1 rl.algorithm=dapo rl.max_refill_batches=1",
+            ["rl.max_refill_batches=1", "rollout.ahead=0"],
+        ),
+        (f"{APART} rollout.devices=1 baseline.model=sasrec", ["baseline.model=sasrec", "rollout.placement=colocated"]),
         (
             "trainer.devices=4 rollout.tensor_model_parallel_size=3",
             ["tensor_model_parallel_size=3", "4 processes", "rollout.pipeline_model_parallel_size"],

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from tawin_nemo.data.tasks import active_tasks
 from tawin_nemo.planner.verb import plan_recipe
 from tawin_nemo.recipe import differences, load_recipe, to_yaml
 from tests.train.runs import run
@@ -54,6 +55,8 @@ def test_two_steps(path, tmp_path, request):
             *ONE_PROCESS,
             f"catalog.index={CODES}" if recipe.catalog.kind == "sid" else "data.dataset=synthetic",
         ]
+        if active_tasks(recipe.align):
+            overrides.append("data.tokenizer=bpe")  # random weights know no words
     summary = run("--recipe", str(path), *overrides)
     assert summary["invalid_rate"] == 0.0
     assert {stage for stage in ("sft", "rl") if getattr(recipe, stage).enabled} <= summary.keys()

@@ -10,10 +10,10 @@ from typing import Any
 from tawin_nemo.errors import CatalogError, ConfigError
 
 
-def find_codes(root: Path, index: str) -> Path:
+def find_codes(root: Path, index: str, *, key: str = "catalog.index") -> Path:
     """The index file: absolute, or below ``root``; a ``*`` in its name must match exactly one file.
 
-    Raises ConfigError that names the code files there.
+    Raises ConfigError that names ``key`` and the code files there.
     """
     path = root / index  # an absolute index stays as it is
     found = sorted(path.parent.glob(path.name)) if "*" in path.name else [path][: path.is_file()]
@@ -21,7 +21,7 @@ def find_codes(root: Path, index: str) -> Path:
         return found[0]
     there = ", ".join(sorted(other.name for other in path.parent.glob("*index*.json"))) or "none"
     what = f"{len(found)} files match" if found else "no file"
-    raise ConfigError(f"catalog.index={index}: {what} {path}; code files there: {there}. Set catalog.index to one")
+    raise ConfigError(f"{key}={index}: {what} {path}; code files there: {there}. Set {key} to one")
 
 
 def load_codes(path: Path, num_items: int) -> list[list[str]]:

@@ -6,6 +6,7 @@ process computes the same order and takes its own share of it.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -38,13 +39,46 @@ class BatchStream:
         start, stop = step * self.batch_size, (step + 1) * self.batch_size
         parts = []
         for epoch in range(start // self.n, (stop - 1) // self.n + 1):
-            order, first = epoch_order(self.n, self.seed, epoch), epoch * self.n
+            order, first = self.order(epoch), epoch * self.n
             parts.append(order[max(start - first, 0) : stop - first])
         return np.concatenate(parts)
+
+    def order(self, epoch: int) -> np.ndarray:
+        """The rows of an epoch as they come."""
+        return epoch_order(self.n, self.seed, epoch)
 
     def epoch(self, step: int) -> float:
         """Passes over the data that are complete before step ``step``."""
         return step * self.batch_size / self.n
+
+
+@dataclass(frozen=True)
+class MixedStream(BatchStream):
+    """Epochs over several sources whose rows are numbered one source after another.
+
+    An epoch takes ``shares[i]`` of the ``sizes[i]`` rows of source i: all of them, or as many as come next in an
+    endless shuffled stream over that source, so that in time all its rows come equally often. Then everything is
+    shuffled.
+    """
+
+    sizes: tuple[int, ...] = ()
+    shares: tuple[int, ...] = ()
+
+    @classmethod
+    def of(cls, sizes: Sequence[int], shares: Sequence[int], batch_size: int, seed: int) -> MixedStream:
+        """Batches are as large as an epoch at most. With one source it is ``BatchStream``, row by row."""
+        n = sum(shares)
+        return cls(n, min(batch_size, n), seed, tuple(sizes), tuple(shares))
+
+    def order(self, epoch: int) -> np.ndarray:
+        parts, first = [], 0
+        for source, (size, share) in enumerate(zip(self.sizes, self.shares, strict=True)):
+            if share == size:
+                parts.append(first + np.arange(size))
+            elif share:
+                parts.append(first + BatchStream(size, share, self.seed + source).batch(epoch))
+            first += size
+        return np.concatenate(parts)[epoch_order(self.n, self.seed, epoch)]
 
 
 def micro_batches(tokens_B: np.ndarray, token_budget: int) -> list[np.ndarray]:

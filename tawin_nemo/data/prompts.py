@@ -15,12 +15,15 @@ from tawin_nemo.errors import ConfigError
 #: Marker tokens of the compact template: in front of an item (once in front of all for codes) and of the answer.
 ITEM_MARK, ANSWER_MARK = "<|item|>", "<|next|>"
 
-_ALPACA_HEAD = (
-    "The instruction below comes with an input. Write the response that carries it out.\n\n"
-    "### Instruction:\n"
+#: What stands around the instruction of the alpaca template.
+ALPACA_START = (
+    "The instruction below comes with an input. Write the response that carries it out.\n\n### Instruction:\n"
+)
+ALPACA_INPUT = "\n\n### Input:\n"
+
+_INSTRUCTION = (
     "A customer bought the items listed in the input, from oldest to newest. "
-    "Name the item that this customer will buy next.\n\n"
-    "### Input:\n"
+    "Name the item that this customer will buy next."
 )
 _ALPACA_TAIL = "\n\n### Response:\n"
 
@@ -45,7 +48,7 @@ class Template:
     @property
     def head(self) -> str:
         """What stands in front of the first item."""
-        return ITEM_MARK if self.name == "compact" else _ALPACA_HEAD
+        return ITEM_MARK if self.name == "compact" else f"{ALPACA_START}{_INSTRUCTION}{ALPACA_INPUT}"
 
     @property
     def separator(self) -> str:

@@ -90,9 +90,7 @@ def encode_split(
 
 def _replaced(rows: TokenRows, places: np.ndarray, by: TokenRows) -> TokenRows:
     """``rows`` with those at ``places`` exchanged."""
-    both = TokenRows(
-        np.concatenate([rows.flat, by.flat]), np.concatenate([rows.offsets, by.offsets[1:] + len(rows.flat)])
-    )
+    both = TokenRows.joined([rows, by])
     source = np.arange(len(rows))
     source[places] = len(rows) + np.arange(len(by))
     return both.take(source)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -11,6 +14,8 @@ from tawin_nemo.errors import DataError
 
 #: Dimensions of ``text_vectors``.
 TEXT_DIMS = 64
+#: Files of a saved TextModel.
+WORDS, MODEL = "words.json", "text_model.npy"
 
 
 def load_item_vectors(path: Path, num_items: int, *, key: str = "rl.reward_source") -> np.ndarray:
@@ -34,14 +39,18 @@ def load_item_vectors(path: Path, num_items: int, *, key: str = "rl.reward_sourc
             f"{where} has {len(vectors)} rows and the catalogue {num_items} items; "
             "write one row per item, in the order of items.parquet"
         )
-    vectors = vectors.astype(np.float32)
-    broken = np.flatnonzero(~np.isfinite(vectors).all(axis=1))
+    return usable_vectors(vectors.astype(np.float32), where)
+
+
+def usable_vectors(vectors_ID: np.ndarray, where: str) -> np.ndarray:
+    """``vectors_ID`` itself. Raises DataError, beginning with ``where``, that names items with NaN or all-zero rows."""
+    broken = np.flatnonzero(~np.isfinite(vectors_ID).all(axis=1))
     if len(broken):
         raise DataError(f"{where}: {len(broken)} rows are not finite (first: item {broken[0]}); embed them again")
-    empty = np.flatnonzero(~vectors.any(axis=1))
+    empty = np.flatnonzero(~vectors_ID.any(axis=1))
     if len(empty):
         raise DataError(f"{where}: {len(empty)} rows are all zero (first: item {empty[0]}); embed them again")
-    return vectors
+    return vectors_ID
 
 
 def text_vectors(texts: Sequence[str], *, dims: int = TEXT_DIMS, seed: int = 0) -> np.ndarray:
@@ -52,16 +61,68 @@ def text_vectors(texts: Sequence[str], *, dims: int = TEXT_DIMS, seed: int = 0) 
     lower-cased runs of letters and digits, single ones too (sizes and part numbers matter in titles).
     Raises DataError when no text has a word.
     """
-    # scikit-learn takes a second to import, and only this reward needs it
-    from sklearn.decomposition import TruncatedSVD
+    words_IW = _fitted(_tf_idf(), texts, "name a file with rl.reward_source")
+    return _unit_rows(_svd(min(dims, *words_IW.shape), seed).fit_transform(words_IW))
+
+
+@dataclass(frozen=True, eq=False)
+class TextModel:
+    """TF-IDF and SVD fitted once, for texts that come later: W words, D dimensions."""
+
+    words: list[str]
+    idf_W: np.ndarray  # float32
+    components_DW: np.ndarray  # float32
+
+    @classmethod
+    def fit(cls, texts: Sequence[str], *, dims: int, seed: int) -> TextModel:
+        """Raises DataError when no text has a word."""
+        counts = _tf_idf()
+        words_IW = _fitted(counts, texts, "give the items texts")
+        svd = _svd(min(dims, *words_IW.shape), seed).fit(words_IW)
+        return cls(
+            counts.get_feature_names_out().tolist(), counts.idf_.astype(np.float32), svd.components_.astype(np.float32)
+        )
+
+    def vectors(self, texts: Sequence[str]) -> np.ndarray:
+        """[I, D] float32, rows as those of ``text_vectors``; words that ``fit`` has not seen count for nothing."""
+        counts = _tf_idf(vocabulary=self.words)
+        counts.idf_ = self.idf_W
+        return _unit_rows(counts.transform(texts) @ self.components_DW.T)
+
+    def save(self, folder: Path) -> None:
+        (folder / WORDS).write_text(json.dumps(self.words), encoding="utf-8")
+        np.save(folder / MODEL, np.vstack([self.idf_W, self.components_DW]))
+
+    @classmethod
+    def load(cls, folder: Path) -> TextModel:
+        """Raises DataError for files that are absent or of another kind."""
+        try:
+            idf_W, *components = np.load(folder / MODEL, allow_pickle=False)
+            return cls(json.loads((folder / WORDS).read_text(encoding="utf-8")), idf_W, np.stack(components))
+        except (OSError, ValueError, EOFError) as error:
+            raise DataError(f"{folder} holds no text model that can be read ({error})") from error
+
+
+# scikit-learn takes a second to import, and few runs need it
+def _tf_idf(**options: Any) -> Any:
     from sklearn.feature_extraction.text import TfidfVectorizer
 
+    return TfidfVectorizer(token_pattern=r"(?u)\w+", sublinear_tf=True, **options)
+
+
+def _svd(dims: int, seed: int) -> Any:
+    from sklearn.decomposition import TruncatedSVD
+
+    return TruncatedSVD(dims, random_state=seed)
+
+
+def _fitted(counts: Any, texts: Sequence[str], remedy: str) -> Any:
     try:
-        counts = TfidfVectorizer(token_pattern=r"(?u)\w+", sublinear_tf=True).fit_transform(texts)
+        return counts.fit_transform(texts)
     except ValueError as error:
-        raise DataError(
-            f"none of the {len(texts)} item texts has a word ({error}); name a file with rl.reward_source"
-        ) from error
-    reduced = TruncatedSVD(min(dims, *counts.shape), random_state=seed).fit_transform(counts)
-    length = np.linalg.norm(reduced, axis=1, keepdims=True)
-    return np.where(length > 1e-9, reduced / np.maximum(length, 1e-9), 0.0).astype(np.float32)
+        raise DataError(f"none of the {len(texts)} item texts has a word ({error}); {remedy}") from error
+
+
+def _unit_rows(rows_ID: np.ndarray) -> np.ndarray:
+    length = np.linalg.norm(rows_ID, axis=1, keepdims=True)
+    return np.where(length > 1e-9, rows_ID / np.maximum(length, 1e-9), 0.0).astype(np.float32)

@@ -146,8 +146,11 @@ def build_tokenizer(
     model: ModelConfig,
     titles: Sequence[str],
     codes: Sequence[Sequence[str]] | None,
+    task_markers: Sequence[str] = (),
 ) -> Tokenizer:
     """The tokenizer that ``data.tokenizer`` asks for, able to write the template and every item as single codes.
+
+    ``task_markers`` become single tokens as well (those of alignment tasks in the compact template).
 
     ``auto`` is the folder ``model.init`` for pretrained weights, else ``codes`` for semantic IDs and ``bpe`` for
     titles. The same input gives the same ids. Raises ConfigError for combinations that cannot work, CatalogError for
@@ -162,7 +165,7 @@ def build_tokenizer(
         tokenizer = Tokenizer(_train_bpe(template, titles, data.bpe_vocab_size))
     else:
         tokenizer = Tokenizer.load(Path(kind).expanduser())
-    _add_tokens(tokenizer, [*template.markers, *code_words])
+    _add_tokens(tokenizer, [*template.markers, *task_markers, *code_words])
     if codes is not None:
         _check_codes(tokenizer, codes)
     return tokenizer

@@ -91,13 +91,14 @@ def other_files(recipe: Recipe) -> Check:
 @check("layout")
 def layout(recipe: Recipe) -> Check:
     """Sizes of the model that tensor and pipeline parallelism must divide, in training and in rollouts."""
-    m, world = recipe.model, recipe.trainer.num_nodes * recipe.trainer.devices
+    m, training, apart = recipe.model, recipe.training_processes, recipe.rollout.devices
     tp, pp = m.tensor_model_parallel_size, m.pipeline_model_parallel_size
-    found = f"{world} processes = TP {tp} x PP {pp} x DP {world // (tp * pp)}"
+    found = f"{training} processes{' train' if apart else ''} = TP {tp} x PP {pp} x DP {training // (tp * pp)}"
     sections = {"model": (tp, pp)}
-    if recipe.rollout_layout != (tp, pp):
+    if apart or recipe.rollout_layout != (tp, pp):
         sections["rollout"] = tp, pp = recipe.rollout_layout
-        found += f"; rollouts TP {tp} x PP {pp} x DP {world // (tp * pp)}"
+        where = f"{apart} processes only search =" if apart else "rollouts"
+        found += f"; {where} TP {tp} x PP {pp} x DP {(apart or training) // (tp * pp)}"
     for section, sizes in sections.items():
         wrong = _undivided(shape_of(recipe), section, *sizes)
         if wrong is not None:
@@ -181,7 +182,7 @@ def _cpu_flags() -> list[str]:
 
 
 def least_training_bytes(recipe: Recipe, count: int) -> float:
-    """Bytes that one process cannot do without: weights, float32 gradients, and its share of the Adam state.
+    """Bytes that one process that trains cannot do without: weights, float32 gradients, its share of the Adam state.
 
     float32: 4 + 4 + 8 bytes per parameter; bf16 and FP8: 2 + 4, and 12 with the float32 copy of the weights. The last
     term is shared over data-parallel ranks by the distributed optimizer. Activations, caches, the reference and the
@@ -189,16 +190,24 @@ def least_training_bytes(recipe: Recipe, count: int) -> float:
     """
     m, t = recipe.model, recipe.trainer
     ranks = m.tensor_model_parallel_size * m.pipeline_model_parallel_size
-    replicas = max(1, t.num_nodes * t.devices // ranks) if t.distributed_optimizer else 1
+    replicas = max(1, recipe.training_processes // ranks) if t.distributed_optimizer else 1
     kept, shared = (8, 8) if m.precision == "fp32" else (6, 12)
     return count / ranks * (kept + shared / replicas)
+
+
+def least_machine_bytes(recipe: Recipe, count: int) -> float:
+    """The same of all processes of one machine together, on average; ranks that only search hold weights alone."""
+    tp, pp = recipe.rollout_layout
+    searching = count / (tp * pp) * (4 if recipe.model.precision == "fp32" else 2)
+    job = recipe.training_processes * least_training_bytes(recipe, count) + recipe.rollout.devices * searching
+    return job / recipe.trainer.num_nodes
 
 
 @check("memory for the model")
 def model_memory(recipe: Recipe, found: Found, host_bytes: int) -> Check:
     """A lower bound against the smallest GPU, or against this machine's memory for all its processes together."""
     count, gpus = parameters(shape_of(recipe)), found.torch.gpus
-    least = least_training_bytes(recipe, count) * (1 if gpus else recipe.trainer.devices)
+    least = least_training_bytes(recipe, count) if gpus else least_machine_bytes(recipe, count)
     there = min((gpu.memory_bytes for gpu in gpus), default=host_bytes)
     value = f"{count / 1e6:.1f} M parameters: at least {gib(least)} of {gib(there)} per {'GPU' if gpus else 'machine'}"
     remedy = "more devices, a larger model.tensor_model_parallel_size, or a smaller model: see tawin-nemo plan"

@@ -26,10 +26,10 @@ from tawin_nemo.eval.intervals import normal_interval
 from tawin_nemo.eval.result import EvalResult
 from tawin_nemo.log import progress
 from tawin_nemo.maths.ranking import ndcg_at_k, recall_at_k
-from tawin_nemo.rollout.engine import RolloutEngine
+from tawin_nemo.rollout.engine import Engine
 from tawin_nemo.types import NO_ITEM, Candidates, DataParallel
 
-#: Prompts whose candidates are held in memory at once.
+#: Prompts whose candidates a replica holds in memory at once.
 CHUNK_ROWS = 512
 #: Places of each list that count for coverage.
 COVERAGE_K = 10
@@ -47,7 +47,7 @@ class _Found:
 
 
 def evaluate(
-    engine: RolloutEngine,
+    engine: Engine,
     samples: Samples,
     catalog: Catalog,
     cfg: EvalConfig,
@@ -157,18 +157,17 @@ def check_candidates(found: Candidates, catalog: Catalog) -> tuple[np.ndarray, n
 
 
 def _search(
-    engine: RolloutEngine, samples: Samples, catalog: Catalog, cfg: EvalConfig, rows: np.ndarray, label: str
+    engine: Engine, samples: Samples, catalog: Catalog, cfg: EvalConfig, rows: np.ndarray, label: str
 ) -> _Found:
     """Longest prompts first, so that a chunk too large for the memory fails at once; results in the rows' order."""
     by_length = np.argsort(-samples.prompts.lengths[rows], kind="stable")
-    chunks = [by_length[start : start + CHUNK_ROWS] for start in range(0, len(rows), CHUNK_ROWS)]
+    size = CHUNK_ROWS * engine.spread
+    chunks = [by_length[start : start + size] for start in range(0, len(rows), size)]
     parts = [_search_chunk(engine, samples, catalog, cfg, rows[chunk]) for chunk in progress(chunks, what=label)]
     return _join(parts, by_length.argsort(kind="stable"), _kept_places(cfg))
 
 
-def _search_chunk(
-    engine: RolloutEngine, samples: Samples, catalog: Catalog, cfg: EvalConfig, rows: np.ndarray
-) -> _Found:
+def _search_chunk(engine: Engine, samples: Samples, catalog: Catalog, cfg: EvalConfig, rows: np.ndarray) -> _Found:
     width = min(cfg.beams, catalog.trie.num_leaves)  # so many beams rank the whole catalogue, more could not do better
     found = engine.search(samples.prompts.take(rows), width, token_budget=cfg.token_budget)
     returned_BW, invalid_BW = check_candidates(found, catalog)

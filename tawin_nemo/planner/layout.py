@@ -61,20 +61,25 @@ def problems(shape: Backbone, layout: Layout, gpus: int) -> list[str]:
 
 
 def rollout_layout(recipe: Recipe, training: Layout) -> Layout:
-    """The layout of searches on the GPUs of ``training``; the same object where the recipe asks for no other."""
+    """The layout of searches, on the GPUs of ``training`` or on ``rollout.devices`` others; the same object where the
+    recipe asks for no other."""
     tp = recipe.rollout.tensor_model_parallel_size or training.tp
     pp = recipe.rollout.pipeline_model_parallel_size or training.pp
+    if recipe.rollout.devices:
+        return layout_on(recipe.rollout.devices, tp, pp, sequence_parallel=False)
     if (tp, pp) == (training.tp, training.pp):
         return training
     return layout_on(training.model_ranks * training.dp, tp, pp, sequence_parallel=False)
 
 
 def rollout_problems(shape: Backbone, recipe: Recipe, training: Layout, gpus: int) -> list[str]:
-    """Why searches cannot have the layout that the recipe gives them; empty = they can."""
+    """Why searches cannot have the layout that the recipe gives them; empty = they can. ``gpus`` are those of
+    training."""
     searching = rollout_layout(recipe, training)
     if searching is training:
         return []
-    return [text.replace("model.", "rollout.") for text in problems(shape, searching, gpus)]
+    found = problems(shape, searching, recipe.rollout.devices or gpus)
+    return [text.replace("model.", "rollout.") for text in found]
 
 
 def possible(shape: Backbone, gpus: int) -> Iterator[Layout]:

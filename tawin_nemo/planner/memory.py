@@ -8,7 +8,7 @@ the data-parallel ranks by the distributed optimizer.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 from tawin_nemo.backbones import Backbone, stage_layers
 from tawin_nemo.config import Recipe
@@ -43,11 +43,15 @@ class Parts:
 
 @dataclass(frozen=True)
 class Peak:
-    """The fullest moment of ``phase`` and the pipeline stage (from 0) where it happens."""
+    """The fullest moment of ``phase`` and the pipeline stage (from 0) where it happens.
+
+    ``ranks``: all, or with ``rollout.placement=separate`` those that train or those that search.
+    """
 
     phase: str
     stage: int
     parts: Parts
+    ranks: str = "all"
 
 
 def stage_parameters(shape: Backbone, layout: Layout, stage: int) -> int:
@@ -117,13 +121,11 @@ def search_parts(
     return Parts(kv_cache=per_token * budget, working=max(0.0, working - logits), logits=logits)
 
 
-def phases(shape: Backbone, recipe: Recipe, layout: Layout, numbers: Numbers, lengths: Lengths, stage: int) -> Iterator[
-    tuple[str, Parts]
-]:  # fmt: skip
-    """What each phase that the recipe runs adds on a stage; of a search in another layout, its last stage."""
+def updates(shape: Backbone, recipe: Recipe, layout: Layout, numbers: Numbers, lengths: Lengths, stage: int) -> (
+    Iterator[tuple[str, Parts]]
+):  # fmt: skip
+    """What each kind of update that the recipe runs adds on a stage."""
     recompute, rl = recipe.model.recompute, recipe.rl
-    searching = rollout_layout(recipe, layout)
-    search_stage = stage if searching is layout else searching.pp - 1
     if recipe.sft.enabled or recipe.compare.sft_all:
         rows = -(-recipe.sft.global_batch_size // layout.dp)
         work = sft_pass(recipe, lengths)
@@ -139,20 +141,29 @@ def phases(shape: Backbone, recipe: Recipe, layout: Layout, numbers: Numbers, le
             shape, layout, plain, work, recompute=recompute, stage=stage,
             micro_batches=micro_batches(rows, work.keys, work.tokens),
         )  # fmt: skip
+
+
+def searches(shape: Backbone, recipe: Recipe, layout: Layout, numbers: Numbers, lengths: Lengths, stage: int) -> (
+    Iterator[tuple[str, Parts]]
+):  # fmt: skip
+    """What rollouts and evaluation add on a stage of the layout that searches."""
+    if recipe.rl.enabled:
+        plain = Numbers(numbers.bytes, numbers.fp8, numbers.device)  # RL runs without dropout
         yield "rollout", search_parts(
-            shape, searching, plain, lengths, budget=recipe.rollout.token_budget,
-            width=recipe.rollout.width or rl.group_size, space=search_space(recipe), stage=search_stage,
+            shape, layout, plain, lengths, budget=recipe.rollout.token_budget,
+            width=recipe.rollout.width or recipe.rl.group_size, space=search_space(recipe), stage=stage,
         )  # fmt: skip
     yield "evaluation", search_parts(
-        shape, searching, numbers, lengths, budget=recipe.eval.token_budget, width=recipe.eval.beams,
-        space=recipe.rollout.score_space, stage=search_stage,
+        shape, layout, numbers, lengths, budget=recipe.eval.token_budget, width=recipe.eval.beams,
+        space=recipe.rollout.score_space, stage=stage,
     )  # fmt: skip
 
 
 def rollout_weights(shape: Backbone, recipe: Recipe, layout: Layout, numbers: Numbers) -> float:
-    """Bytes of the second set of weights, of the fullest stage, where searches have another layout than training."""
+    """Bytes of the second set of weights, of the fullest stage, where searches have another layout on the ranks of
+    training."""
     searching = rollout_layout(recipe, layout)
-    if searching is layout:
+    if searching is layout or recipe.rollout.devices:
         return 0.0
     count = max(stage_parameters(shape, searching, stage) for stage in range(searching.pp))
     return float(count * (numbers.bytes + (2 if numbers.fp8 else 0)))
@@ -165,13 +176,18 @@ def micro_batches(rows: int, tokens_per_row: int, budget: int) -> int:
 
 def peaks(shape: Backbone, recipe: Recipe, layout: Layout, lengths: Lengths, *, device: str = "cuda") -> list[Peak]:
     """The fullest stage of every phase. The reference lies on the device in RL only, and not with mode=swap, which
-    keeps it in CPU memory."""
+    keeps it in CPU memory. Of searches in another layout on the ranks of training, the last stage counts."""
     numbers = Numbers.of(recipe.model.precision, device=device, dropout=recipe.model.dropout)
     fullest: dict[str, Peak] = {}
+    apart, searching = recipe.rollout.devices > 0, rollout_layout(recipe, layout)
     for stage in range(layout.pp):
         base = resident(shape, recipe, layout, numbers, stage)
         copied = uses_reference(recipe) and recipe.reference.mode == "copy"
-        for phase, extra in phases(shape, recipe, layout, numbers, lengths, stage):
+        phases = list(updates(shape, recipe, layout, numbers, lengths, stage))
+        if not apart:
+            search_stage = stage if searching is layout else searching.pp - 1
+            phases += searches(shape, recipe, searching, numbers, lengths, search_stage)
+        for phase, extra in phases:
             reference = base.weights if copied and phase != "SFT update" else 0.0
             trains = 0.0 if recipe.trainer.offload_optimizer and phase in ("rollout", "evaluation") else 1.0
             parts = Parts(
@@ -182,8 +198,24 @@ def peaks(shape: Backbone, recipe: Recipe, layout: Layout, lengths: Lengths, *, 
                 kv_cache=extra.kv_cache,
             )  # fmt: skip
             if phase not in fullest or parts.total > fullest[phase].parts.total:
-                fullest[phase] = Peak(phase, stage, parts)
+                fullest[phase] = Peak(phase, stage, parts, "training" if apart else "all")
+    if apart:
+        fullest |= _peaks_apart(shape, recipe, searching, numbers, lengths)
     return list(fullest.values())
+
+
+def _peaks_apart(
+    shape: Backbone, recipe: Recipe, layout: Layout, numbers: Numbers, lengths: Lengths
+) -> dict[str, Peak]:
+    """The fullest stage of every search on ranks that hold nothing but the weights that search."""
+    fullest: dict[str, Peak] = {}
+    for stage in range(layout.pp):
+        base = resident(shape, recipe, layout, numbers, stage)
+        for phase, extra in searches(shape, recipe, layout, numbers, lengths, stage):
+            parts = replace(extra, weights=base.weights, context=base.context)
+            if phase not in fullest or parts.total > fullest[phase].parts.total:
+                fullest[phase] = Peak(phase, stage, parts, "rollout")
+    return fullest
 
 
 def swap_bytes(shape: Backbone, recipe: Recipe, layout: Layout) -> float:

@@ -37,6 +37,11 @@ class Question:
     lengths: Lengths
     mfu: float
 
+    @property
+    def training_gpus(self) -> int:
+        """Those that do not only search."""
+        return self.gpus - self.recipe.rollout.devices
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -69,7 +74,7 @@ def recipe_layout(question: Question) -> Layout:
     """The layout that the recipe asks for, on the given GPUs."""
     model = question.recipe.model
     return layout_on(
-        question.gpus, model.tensor_model_parallel_size, model.pipeline_model_parallel_size,
+        question.training_gpus, model.tensor_model_parallel_size, model.pipeline_model_parallel_size,
         sequence_parallel=model.sequence_parallel,
     )  # fmt: skip
 
@@ -91,7 +96,7 @@ def fits(question: Question, layout: Layout) -> bool:
 
 def fitting(question: Question) -> list[Layout]:
     """Possible layouts that fit, best first (fewest model-parallel ranks: most replicas, least communication)."""
-    shape, recipe, gpus = question.shape, question.recipe, question.gpus
+    shape, recipe, gpus = question.shape, question.recipe, question.training_gpus
     usable = (layout for layout in possible(shape, gpus) if not rollout_problems(shape, recipe, layout, gpus))
     return [layout for layout in usable if fits(question, layout)]
 
@@ -105,8 +110,8 @@ def make_plan(question: Question) -> Plan:
     question.gpu.peak_flops(question.recipe.model.precision)
     layout = recipe_layout(question)
     good = fitting(question)
-    wrong = problems(question.shape, layout, question.gpus)
-    wrong += rollout_problems(question.shape, question.recipe, layout, question.gpus)
+    wrong = problems(question.shape, layout, question.training_gpus)
+    wrong += rollout_problems(question.shape, question.recipe, layout, question.training_gpus)
     if wrong:
         raise ConfigError(f"{layout} is not possible: {'; '.join(wrong)}. {remedy(question, layout, good)}")
     found = peaks(question.shape, question.recipe, layout, question.lengths)
@@ -145,13 +150,13 @@ def remedy(question: Question, layout: Layout, good: list[Layout]) -> str:
     if good:
         near = min(good, key=lambda other: distance(layout, other))
         return f"The nearest layout that fits: {near} ({overrides(near)})"
-    possible_ones = list(possible(question.shape, question.gpus))
+    possible_ones = list(possible(question.shape, question.training_gpus))
     if not possible_ones:
-        return f"No layout is possible on {question.gpus} GPUs"
+        return f"No layout is possible on {question.training_gpus} GPUs"
     least = min(possible_ones, key=lambda other: needed(question, other).parts.total)
     peak = needed(question, least)
     return (
-        f"No layout fits on {question.gpus} x {question.gpu.name}; {least} comes nearest with "
+        f"No layout fits on {question.training_gpus} x {question.gpu.name}; {least} comes nearest with "
         f"{peak.parts.total / GIB:.1f} GiB in {peak.phase} ({largest(peak)}). {SAVINGS[peak.phase]}"
     )
 
@@ -185,7 +190,12 @@ def notes(question: Question, layout: Layout) -> list[str]:
             f"{layout.dp - recipe.rl.prompts_per_step} of them idle in RL"
         )
     searching = rollout_layout(recipe, layout)
-    if searching is not layout:
+    if recipe.rollout.devices:
+        found.append(
+            f"{question.training_gpus} GPUs train; {recipe.rollout.devices} others only roll out and evaluate, under "
+            f"{searching}; {'both work at once' if recipe.rollout.ahead else 'either waits while the others work'}"
+        )
+    elif searching is not layout:
         found.append(f"rollouts and evaluation run under {searching}, with weights of their own")
     if recipe.rl.enabled and searching.pp > 1:
         found.append(

@@ -7,7 +7,7 @@ from typing import Any
 
 from tawin_nemo.backbones import Backbone, stage_layers
 from tawin_nemo.planner.gpus import NODE
-from tawin_nemo.planner.layout import Layout, padded_vocab
+from tawin_nemo.planner.layout import Layout, padded_vocab, rollout_layout
 from tawin_nemo.planner.memory import GIB, Parts
 from tawin_nemo.planner.plan import Plan, limit_bytes, overrides
 from tawin_nemo.planner.timing import StepTime
@@ -47,12 +47,19 @@ def _layers(shape: Backbone, layout: Layout) -> str:
 
 def _memory(plan: Plan) -> list[str]:
     names = [item.name for item in fields(Parts)]
+    apart = any(peak.ranks != "all" for peak in plan.peaks)
     columns = [[peak.phase, *(_gib(getattr(peak.parts, name)) for name in names)] for peak in plan.peaks]
     columns = [
-        [*column, f"{peak.parts.total / GIB:.2f}", str(peak.stage)]
+        [*column, f"{peak.parts.total / GIB:.2f}", str(peak.stage), *([peak.ranks] if apart else [])]
         for column, peak in zip(columns, plan.peaks, strict=True)
     ]
-    first = ["GiB per GPU", *(name.replace("_", " ") for name in names), "total", "on pipeline stage"]
+    first = [
+        "GiB per GPU",
+        *(name.replace("_", " ") for name in names),
+        "total",
+        "on pipeline stage",
+        *(["on ranks of"] if apart else []),
+    ]
     widths = [max(len(cell) for cell in column) for column in columns]
     rows = [
         f"{label:18}" + "".join(f"  {column[i]:>{width}}" for column, width in zip(columns, widths, strict=True))
@@ -88,12 +95,13 @@ def plan_facts(plan: Plan) -> dict[str, Any]:
         "gpu": question.gpu.name,
         "gpu_memory_gib": question.gpu.memory_gib,
         "layout": _layout_facts(plan.layout),
+        "rollout_layout": _layout_facts(rollout_layout(question.recipe, plan.layout)),
         "best": _layout_facts(plan.best) if plan.best else None,
         "parameters": plan.parameters,
         "parameters_per_rank": plan.parameters_per_rank,
         "memory_bytes": {
             peak.phase: {**{name: round(value) for name, value in asdict(peak.parts).items()},
-                         "total": round(peak.parts.total), "stage": peak.stage}
+                         "total": round(peak.parts.total), "stage": peak.stage, "ranks": peak.ranks}
             for peak in plan.peaks
         },
         "peak_gib": round(plan.fullest.parts.total / GIB, 2),

@@ -84,7 +84,8 @@ def sft_step(recipe: Recipe, lengths: Lengths, rates: Rates) -> StepTime:
 
 
 def rl_step(recipe: Recipe, lengths: Lengths, rates: Rates) -> StepTime:
-    """One RL step; the replica with most prompts decides. Exchanging a swapped reference is not counted."""
+    """One RL step; the replica with most prompts decides. Exchanging a swapped reference, and sending weights to the
+    ranks that search, are not counted. With ``rollout.ahead`` only what a rollout takes beyond the rest is a phase."""
     prompts = recipe.rl.prompts_per_step
     total = rl_step_work(recipe, lengths, rates.shape.vocab, prompts)
     mine = rl_step_work(recipe, lengths, rates.shape.vocab, -(-prompts // rates.layout.dp))
@@ -101,6 +102,9 @@ def rl_step(recipe: Recipe, lengths: Lengths, rates: Rates) -> StepTime:
         "update": mine.updates * rates.training(mine.update, micro),
         "exchange": mine.updates * rates.exchange(),
     }
+    if recipe.rollout.ahead:
+        rest = sum(value for phase, value in seconds.items() if phase != "rollout")
+        seconds["rollout"] = max(0.0, seconds["rollout"] - rest)
     return StepTime(flops, _counted(seconds))
 
 

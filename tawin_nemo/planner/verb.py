@@ -83,6 +83,11 @@ def plan_recipe(path: str | Path | None, words: Sequence[str], read_shape: ReadS
             f"{(gpus // NODE + 1) * NODE}"
         )
     check(_without_layout(recipe))
+    if recipe.rollout.devices >= gpus:
+        raise ConfigError(
+            f"rollout.devices={recipe.rollout.devices} of {gpus} GPUs would only search: none is left to train; lower "
+            "rollout.devices or raise gpus="
+        )
     shape = recipe_shape(recipe, read_shape)
     usual = default_lengths(recipe)
     lengths = replace(
@@ -95,14 +100,15 @@ def plan_recipe(path: str | Path | None, words: Sequence[str], read_shape: ReadS
 
 
 def _without_layout(recipe: Recipe) -> Recipe:
-    """The recipe on one process: whether its layout is right is the planner's to say."""
+    """The recipe on one process, or one per side: whether its layout is right is the planner's to say."""
+    apart = min(1, recipe.rollout.devices)
     return replace(
         recipe,
         model=replace(
             recipe.model, tensor_model_parallel_size=1, pipeline_model_parallel_size=1, sequence_parallel=False
         ),
-        trainer=replace(recipe.trainer, num_nodes=1, devices=1),
-        rollout=replace(recipe.rollout, tensor_model_parallel_size=0),
+        trainer=replace(recipe.trainer, num_nodes=1, devices=1 + apart),
+        rollout=replace(recipe.rollout, tensor_model_parallel_size=0, pipeline_model_parallel_size=0, devices=apart),
     )
 
 

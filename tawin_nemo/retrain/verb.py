@@ -15,22 +15,21 @@ from typing import Any
 from tawin_nemo.artefacts import write_json
 from tawin_nemo.config import Recipe
 from tawin_nemo.config_verbs import RetrainConfig
-from tawin_nemo.errors import ConfigError, TawinError
+from tawin_nemo.errors import REFUSED, ConfigError, TawinError
 from tawin_nemo.eval.result import EvalResult
 from tawin_nemo.log import get_logger
-from tawin_nemo.models.megatron import parallel
+from tawin_nemo.models.megatron import parallel, sides
 from tawin_nemo.retrain.gate import Decision, decide
 from tawin_nemo.retrain.nights import EXPORT, GATE_FILE, Night, Place, checked_date
 from tawin_nemo.train import signals
 from tawin_nemo.train.failures import attempt_logs
 from tawin_nemo.train.pipeline import evaluate_stage, run_pipeline
+from tawin_nemo.train.rollout_ranks import serve
 from tawin_nemo.train.verbs import codes_path, convert, engine_of, started
 from tawin_nemo.train.world import build_world, open_run_dir
 
 log = get_logger(__name__)
 
-#: Exit code of a night whose model the gate refused: `latest` is unchanged.
-REFUSED = 3
 SPLIT = "valid"
 FindData = Callable[[Recipe], Path]
 
@@ -42,6 +41,9 @@ def run_retrain(recipe: Recipe, find_data: FindData) -> tuple[dict[str, Any], in
     """
     day, place = check_recipe(recipe), Place(Path(recipe.retrain.root))
     with started(recipe), contextlib.ExitStack() as stack:
+        if sides.searches_only():
+            serve()
+            return {}, 0
         result = on_rank_0(lambda: finished(place, day))
         if result is None:
             night = on_rank_0(lambda: place.night(day, data_of(recipe, day, find_data), warm=recipe.retrain.warm_start))

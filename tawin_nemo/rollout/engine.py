@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from typing import Protocol
 
 import numpy as np
 import torch
 
+from tawin_nemo.backbones import Work
 from tawin_nemo.catalog.items import Catalog
 from tawin_nemo.config import RolloutConfig
 from tawin_nemo.errors import ConfigError, DataError
 from tawin_nemo.rollout.beam import Answers, BeamSearch, collected
 from tawin_nemo.rollout.dynamic import distinct_first, draws_for
 from tawin_nemo.rollout.lm import LM
+from tawin_nemo.rollout.metered import MeteredLM
 from tawin_nemo.rollout.sampling import constrained_sample
 from tawin_nemo.rollout.scoring import SCORE_SPACES, best, check_prompts, joined
 from tawin_nemo.types import Candidates, DataParallel, PromptBatch, Rollout, TokenRows
@@ -22,6 +25,38 @@ Progress = Callable[[int], None]
 
 #: New prompts join a running search when this share of the token budget is free: fewer would be run inefficiently.
 JOIN_SHARE = 0.25
+
+
+class Engine(Protocol):
+    """Who searches for training and evaluation: this process's own ``RolloutEngine``, or ranks elsewhere.
+
+    ``weight_version`` says which weights are searched with; whoever changes them sets it, and every rollout carries it.
+    ``dp``: this process's place among the model's replicas, None where they are those of training. ``spread``: among
+    how many replicas one call divides its prompts.
+    """
+
+    weight_version: int
+
+    @property
+    def dp(self) -> DataParallel | None: ...
+
+    @property
+    def spread(self) -> int: ...
+
+    def receive_weights(self) -> None:
+        """Bring the weights that are searched with up to date."""
+
+    def search(self, prompts: TokenRows, width: int, *, token_budget: int | None = None) -> Candidates:
+        """As ``RolloutEngine.search``."""
+
+    def generate(
+        self, prompts: PromptBatch, group_size: int, *, negatives: str, policy_space: str, step: int,
+        oversample: float = 1.5,
+    ) -> Rollout:  # fmt: skip
+        """As ``RolloutEngine.generate``."""
+
+    def take_work(self) -> Work:
+        """What the model ran since the last time: this replica's, or all that one call is spread among."""
 
 
 class RolloutEngine:
@@ -49,6 +84,11 @@ class RolloutEngine:
         self.cfg = cfg
         self.seed = seed
         self.weight_version = 0
+        self.spread = 1
+
+    def take_work(self) -> Work:
+        """What the model ran since the last call; nothing if nobody counts."""
+        return self.lm.take() if isinstance(self.lm, MeteredLM) else Work()
 
     def search(
         self,

@@ -15,6 +15,7 @@ from tawin_nemo.artefacts import write_json
 from tawin_nemo.errors import ConfigError
 from tawin_nemo.log import get_logger
 from tawin_nemo.models.megatron import parallel
+from tawin_nemo.rollout.engine import RolloutEngine
 from tawin_nemo.rollout.lm import LM
 from tawin_nemo.serve.catalogue import ServedCatalogue, Writing, read_items
 from tawin_nemo.serve.engine import Engine, Limits
@@ -120,7 +121,13 @@ def loader(world: World) -> Callable[[str], LM]:
             recipe = replace(recipe, checkpoint="", start="", model=replace(recipe.model, init=path))
         elif path:
             recipe = replace(recipe, checkpoint=path)
-        return engine_of(replace(world, recipe=recipe)).lm
+        engine = engine_of(replace(world, recipe=recipe))
+        if not isinstance(engine, RolloutEngine):
+            raise ConfigError(
+                f"rollout.placement={recipe.rollout.placement} keeps some processes for training, and serve has none; "
+                "set rollout.placement=colocated"
+            )
+        return engine.lm
 
     return load
 

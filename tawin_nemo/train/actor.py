@@ -124,7 +124,7 @@ class Actor:
         """``rl.inner_updates`` optimizer steps on one rollout; returns the statistics of the last one.
 
         ``mismatch_kl`` and ``mismatch_prob_error`` compare the training forward pass with the rollout's before
-        anything is learned (``token_stats``).
+        anything is learned (``token_stats``); of a rollout searched ahead the step in between is part of it.
         """
         terms = self._terms(rollout, packed, advantages_BG, omega_BG, reference)
         lengths_BG = self._path_lengths(rollout, packed).view(rollout.items_BG.shape)

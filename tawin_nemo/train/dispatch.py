@@ -9,16 +9,17 @@ and keeps what is theirs.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import fields
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
+from tawin_nemo.config import RlConfig
 from tawin_nemo.data.batches import balanced_shard
+from tawin_nemo.rollout.engine import Engine
 from tawin_nemo.rollout.groups import join_groups, take_groups
-from tawin_nemo.types import DataParallel, PromptBatch, Rollout, TokenRows
+from tawin_nemo.rollout.scoring import joined
+from tawin_nemo.types import Candidates, DataParallel, PromptBatch, Rollout, TokenRows, moved
 
 
 def dispatched(
@@ -35,11 +36,32 @@ def dispatched(
     mine = balanced_shard(rows, everything.prompts.lengths, rollout)
     here = generate(take_prompts(everything, mine))
     device = here.items_BG.device
-    parts = rollout.gather((mine, _moved(here, torch.device("cpu"))))
+    parts = rollout.gather((mine, here.to("cpu")))
     order = np.concatenate([places for places, _ in parts]).argsort(kind="stable")
     first = sum(len(share) for share in shares[: training.rank])
     own = torch.from_numpy(order[first : first + len(prompts)])
-    return _moved(take_groups(join_groups([part for _, part in parts]), own), device)
+    return take_groups(join_groups([part for _, part in parts]), own).to(device)
+
+
+def dispatched_search(engine: Engine, prompts: TokenRows, width: int, token_budget: int | None) -> Candidates:
+    """``engine.search`` with the prompts divided among its replicas, which all hold all prompts and get all results."""
+    assert engine.dp is not None
+    mine = balanced_shard(np.arange(len(prompts)), prompts.lengths, engine.dp)
+    here: Candidates = moved(engine.search(prompts.take(mine), width, token_budget=token_budget), "cpu")
+    parts = engine.dp.gather((mine, here))
+    order = np.concatenate([places for places, _ in parts]).argsort(kind="stable")
+    return joined([part for _, part in parts], order)
+
+
+def generating(rl: RlConfig, step: int) -> dict[str, Any]:
+    """The keywords of ``Engine.generate`` that a recipe and a step decide."""
+    return {
+        "group_size": rl.group_size,
+        "negatives": rl.negatives,
+        "oversample": rl.oversample,
+        "policy_space": rl.policy_space,
+        "step": step,
+    }
 
 
 def take_prompts(prompts: PromptBatch, rows: np.ndarray) -> PromptBatch:
@@ -56,9 +78,3 @@ def join_prompts(parts: Sequence[PromptBatch]) -> PromptBatch:
         TokenRows.from_lists(flat),
         torch.cat([part.target_B for part in parts]),
     )
-
-
-def _moved(rollout: Rollout, device: torch.device) -> Rollout:
-    values: dict[str, Any] = {item.name: getattr(rollout, item.name) for item in fields(rollout)}
-    moved = {name: value.to(device) for name, value in values.items() if isinstance(value, Tensor)}
-    return Rollout(**(values | moved))

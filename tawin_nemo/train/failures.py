@@ -13,13 +13,14 @@ import os
 import re
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 from torch.distributed.elastic.multiprocessing.errors import ErrorHandler
 
 from tawin_nemo.errors import Preempted
 from tawin_nemo.log import get_logger
-from tawin_nemo.models.megatron import parallel
+from tawin_nemo.models.megatron import parallel, sides
 
 log = get_logger(__name__)
 
@@ -64,18 +65,35 @@ def recorded() -> Iterator[None]:
         raise
     except Exception as error:
         handler.record_exception(error)
-        if parallel.world_size() > 1 and is_symptom(str(error)):
+        if sides.job_size() > 1 and is_symptom(str(error)):
             log.warning("rank %d lost another rank (%s)", parallel.world_rank(), str(error).splitlines()[0])
             time.sleep(PATIENCE)
         raise
 
 
+@dataclass(frozen=True)
+class LogInto:
+    """Where the ranks of an attempt write their log files; the rollout ranks are told so."""
+
+    folder: Path
+    number: int
+
+
 @contextlib.contextmanager
 def attempt_logs(run_dir: Path) -> Iterator[None]:
     """Log into ``RUN_DIR/logs/attempt_N/rank_R.log`` while inside; N counts the attempts of this run from 1."""
-    rank = parallel.world_rank()
-    number = parallel.broadcast_object(_next_attempt(run_dir) if rank == 0 else None)
-    folder = run_dir / "logs" / f"attempt_{number}"
+    number = parallel.broadcast_object(_next_attempt(run_dir) if parallel.world_rank() == 0 else None)
+    into = LogInto(run_dir / "logs" / f"attempt_{number}", number)
+    if sides.divided():
+        sides.line().ask(into)
+    with logging_into(into):
+        yield
+
+
+@contextlib.contextmanager
+def logging_into(into: LogInto) -> Iterator[None]:
+    """Write this rank's log file while inside, with how it ended."""
+    rank, folder = parallel.world_rank(), into.folder
     folder.mkdir(parents=True, exist_ok=True)
     os.environ.setdefault(ERROR_FILE, str(folder / f"rank_{rank}.error.json"))
     root, file = logging.getLogger("tawin_nemo"), logging.FileHandler(folder / f"rank_{rank}.log", encoding="utf-8")
@@ -86,7 +104,7 @@ def attempt_logs(run_dir: Path) -> Iterator[None]:
     root.addHandler(file)
     root.setLevel(logging.INFO)
     try:
-        log.info("attempt %d, rank %d of %d, process %d", number, rank, parallel.world_size(), os.getpid())
+        log.info("attempt %d, rank %d of %d, process %d", into.number, rank, sides.job_size(), os.getpid())
         yield
         file.handle(_record(logging.INFO, "finished"))
     except Preempted as state:

@@ -12,7 +12,7 @@ import signal
 import socket
 import sys
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import psutil
@@ -26,8 +26,11 @@ GRACE = 10
 _PR_SET_PDEATHSIG = 1
 
 
-def launch(processes: int, argv: Sequence[str]) -> int:
-    """Start one process per device; exit code of the first failure, 1 when that was a kill, 75 after a signal."""
+def launch(processes: int, argv: Sequence[str], *, results: Collection[int] = ()) -> int:
+    """Start one process per device; exit code of the first failure, 1 when that was a kill, 75 after a signal.
+
+    ``results``: exit codes with which a rank says what has come out, and not that it failed.
+    """
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
@@ -48,7 +51,8 @@ def launch(processes: int, argv: Sequence[str]) -> int:
     try:
         elastic_launch(config, sys.executable)("-m", "tawin_nemo", *argv)
     except ChildFailedError as error:
-        return _told(error.failures, asked)
+        rank, failure = first_failure(error.failures)
+        return int(failure.exitcode) if failure.exitcode in results else _told(rank, failure, asked)
     except SignalException as error:  # torch's launcher has handed it on and waited for the processes
         print(f"tawin-nemo: {error.sigval.name}; the same command continues from the last checkpoint", file=sys.stderr)
         return 128 + int(error.sigval)
@@ -67,9 +71,8 @@ def end_with_launcher() -> None:
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
 
 
-def _told(failures: Mapping[int, Any], asked: Sequence[int]) -> int:
+def _told(rank: int, failure: Any, asked: Sequence[int]) -> int:
     """Say on stderr what went wrong first; the exit code."""
-    rank, failure = first_failure(failures)
     if failure.exitcode == Preempted.exit_code or (asked and -failure.exitcode in asked):
         return Preempted.exit_code
     ended = f"was killed by {failure.signal_name()}" if failure.exitcode < 0 else f"ended with {failure.exitcode}"

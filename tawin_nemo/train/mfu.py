@@ -10,7 +10,7 @@ import torch
 
 from tawin_nemo.backbones import Backbone, Work
 from tawin_nemo.config import Recipe
-from tawin_nemo.models.megatron import parallel
+from tawin_nemo.models.megatron import parallel, sides
 from tawin_nemo.planner.gpus import known_peak
 from tawin_nemo.types import TokenBatch
 
@@ -38,7 +38,7 @@ def peak_flops(recipe: Recipe) -> float:
 
 def total_peak_flops(recipe: Recipe) -> float:
     """Peak of all processes together, which are taken to be alike."""
-    return peak_flops(recipe) * parallel.world_size()
+    return peak_flops(recipe) * sides.job_size()
 
 
 @cache

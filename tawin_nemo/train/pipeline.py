@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from megatron.core.models.gpt import GPTModel
 
 from tawin_nemo.artefacts import write_json
 from tawin_nemo.config import Recipe
+from tawin_nemo.data.tasks import active_tasks
 from tawin_nemo.errors import ConfigError
 from tawin_nemo.eval.bias import item_counts
 from tawin_nemo.eval.evaluate import EvalResult, evaluate
@@ -28,18 +30,22 @@ from tawin_nemo.log import get_logger
 from tawin_nemo.models.megatron import checkpoint, parallel
 from tawin_nemo.models.megatron.build import build_model
 from tawin_nemo.models.megatron.hf_io import load_hf
+from tawin_nemo.models.megatron.new_tokens import freeze_others
 from tawin_nemo.models.megatron.precision import AS_MODEL, in_precision
 from tawin_nemo.models.megatron.trainable import Trainable
 from tawin_nemo.recipe import value_of
-from tawin_nemo.rollout.engine import RolloutEngine
+from tawin_nemo.rollout.engine import Engine
 from tawin_nemo.train.actor import Actor
 from tawin_nemo.train.baselines import run_baseline
 from tawin_nemo.train.mfu import peak_flops
 from tawin_nemo.train.nemo_logging import metric_sink
 from tawin_nemo.train.reference import Reference, build_reference
+from tawin_nemo.train.remote_engine import RemoteEngine
 from tawin_nemo.train.rl import train_rl
 from tawin_nemo.train.sft import train_sft
 from tawin_nemo.train.stage import MetricSink, Stage, logged_seconds
+from tawin_nemo.train.task_eval import evaluate_tasks, task_file
+from tawin_nemo.train.vocabulary import new_tokens, only_new_tokens
 from tawin_nemo.train.weight_sync import build_engine
 from tawin_nemo.train.world import World, read_json
 
@@ -93,7 +99,7 @@ def run_pipeline(world: World) -> dict[str, Any]:
     return summary
 
 
-def write_layout(run_dir: Path, model: GPTModel, peak: float) -> None:
+def write_layout(run_dir: Path, model: GPTModel, engine: Engine, peak: float) -> None:
     """layout.json: who holds what, one entry per process, for a look when memory is short, and MFU's ``peak``."""
     device = parallel.device()
     mine = {
@@ -103,7 +109,7 @@ def write_layout(run_dir: Path, model: GPTModel, peak: float) -> None:
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         "peak_tflops": round(peak / 1e12, 4),
     }
-    ranks = parallel.gather_objects(mine)
+    ranks = parallel.gather_objects(mine) + (engine.places if isinstance(engine, RemoteEngine) else [])
     if parallel.world_rank() == 0:
         write_json(run_dir / "layout.json", ranks)
 
@@ -123,17 +129,22 @@ def run_stage(world: World, plan: Plan, sink: MetricSink | None) -> EvalResult:
         deadline=world.deadline, sink=sink, profile=world.recipe.profile,
     )  # fmt: skip
     splits = world.recipe.eval.splits
-    if stage.done and all((stage.directory / "eval" / f"{split}.json").is_file() for split in splits):
+    expected = [stage.directory / "eval" / f"{split}.json" for split in splits]
+    if plan.kind == "sft" and active_tasks(world.recipe.align):
+        expected.append(task_file(stage.directory))
+    if stage.done and all(file.is_file() for file in expected):
         log.info("%s is done", plan.name)
         return EvalResult.read(stage.directory / "eval", splits[-1])
     stage.stop_between(plan.name)
     model = starting_model(world, plan.start, dropout=world.recipe.model.dropout if plan.kind == "sft" else 0.0)
-    write_layout(world.run_dir, model, peak_flops(world.recipe))
     engine = build_engine(world.recipe, model, world.shape, world.catalog)
+    write_layout(world.run_dir, model, engine, peak_flops(world.recipe))
     resting: Callable[[], AbstractContextManager[None]] = nullcontext
     if not stage.done:
         world = replace(world, recipe=stage_recipe(world.recipe, plan.name))
         lr = world.recipe.rl.lr if plan.kind == "rl" else world.recipe.sft.lr
+        if world.recipe.model.freeze_backbone and plan.kind == "sft":
+            freeze_others(model, only_new_tokens(world))
         trainable = Trainable(model, world.shape, world.recipe.trainer, lr=lr)
         resting = trainable.resting
         log.info("%s: %d rows of train", plan.name, len(plan.rows))
@@ -149,7 +160,11 @@ def run_stage(world: World, plan: Plan, sink: MetricSink | None) -> EvalResult:
         engine = build_engine(replace(world.recipe, model=cfg), model, world.shape, world.catalog)
     checkpoint.load_checkpoint(stage.chosen_checkpoint, model=model)
     with resting():
-        return evaluate_stage(world, stage.directory, engine)
+        result = evaluate_stage(world, stage.directory, engine)
+        if plan.kind == "sft":
+            build = partial(build_engine, replace(world.recipe, model=cfg), model, world.shape)
+            evaluate_tasks(world, stage.directory, plan.rows, build)
+    return result
 
 
 def stage_recipe(recipe: Recipe, name: str) -> Recipe:
@@ -174,7 +189,7 @@ def starting_model(world: World, start: str | None, *, dropout: float = 0.0, pre
     elif recipe.start:
         checkpoint.load_checkpoint(named_checkpoint(recipe, "start"), model=model)
     elif recipe.model.init != "random":
-        load_hf(model, world.shape, Path(recipe.model.init))
+        load_hf(model, world.shape, Path(recipe.model.init), new_tokens(world))
     return model
 
 
@@ -198,7 +213,7 @@ def reference_for(world: World, plan: Plan, actor_model: GPTModel) -> Reference:
     )  # fmt: skip
 
 
-def evaluate_stage(world: World, directory: Path, engine: RolloutEngine) -> EvalResult:
+def evaluate_stage(world: World, directory: Path, engine: Engine) -> EvalResult:
     """Full evaluation on ``eval.splits``, written beside the stage's checkpoints; the result on the last one."""
     results = {}
     engine.receive_weights()

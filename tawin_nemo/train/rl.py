@@ -8,7 +8,7 @@ weights to the rollout engine.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 
 import torch
@@ -22,16 +22,17 @@ from tawin_nemo.eval.evaluate import evaluate
 from tawin_nemo.maths.advantages import group_advantages
 from tawin_nemo.maths.tawin import tawin_weights
 from tawin_nemo.models.megatron import parallel
-from tawin_nemo.rollout.engine import RolloutEngine
+from tawin_nemo.rollout.engine import Engine
 from tawin_nemo.rollout.ensure_target import ensure_target
 from tawin_nemo.train.actor import Actor, weighted_groups
+from tawin_nemo.train.ahead import RolloutAhead
 from tawin_nemo.train.bad_steps import Guard, step_guard, unguarded
-from tawin_nemo.train.dispatch import dispatched
+from tawin_nemo.train.dispatch import dispatched, generating
 from tawin_nemo.train.mfu import total_peak_flops
 from tawin_nemo.train.reference import Reference, Refresh
 from tawin_nemo.train.refill import refilled
 from tawin_nemo.train.rewards import Reward, build_reward
-from tawin_nemo.train.rl_facts import count_work, prefixed, rollout_facts, take_search_work
+from tawin_nemo.train.rl_facts import count_work, prefixed, rollout_facts
 from tawin_nemo.train.schedule import scheduled
 from tawin_nemo.train.stage import Progress, Stage, monitored
 from tawin_nemo.train.timers import Timers
@@ -43,7 +44,7 @@ NextPrompts = Callable[[], PromptBatch]
 
 
 def train_rl(
-    world: World, stage: Stage, actor: Actor, build_reference: Callable[[], Reference], engine: RolloutEngine
+    world: World, stage: Stage, actor: Actor, build_reference: Callable[[], Reference], engine: Engine
 ) -> None:
     """Run ``rl.max_steps`` steps (or ``rl.epochs`` passes) over the RL rows, resuming where a killed run stopped."""
     rl, trainer, rows = world.recipe.rl, world.recipe.trainer, world.train_rows_for_rl
@@ -52,11 +53,14 @@ def train_rl(
     refresh = Refresh(world.recipe.reference.refresh, world.recipe.reference.refresh_steps,
                       world.recipe.reference.refresh_decay)  # fmt: skip
     reference = resumed_reference(build_reference(), refresh, stage, done)
-    roles = Roles(rl, world.catalog, engine, actor, reference, build_reward(rl, world), step_guard(stage, done))
+    ahead = RolloutAhead(engine, rl, world.dp, total) if world.recipe.rollout.ahead else RolloutAhead()
+    ahead.restore(done.facts, prompts_of(world, max(0, done.batches - 1)))
+    guard = step_guard(stage, done)
+    roles = Roles(rl, world.catalog, engine, actor, reference, build_reward(rl, world), guard, ahead)
     timers = Timers(total_peak_flops(world.recipe), world.dp)
     sync_weights(engine, version=done.step)
     for step in stage.steps(done.step, total):
-        if rl.max_steps == 0 and done.batches >= total:  # refills have used up the prompts
+        if rl.max_refill_batches and rl.max_steps == 0 and done.batches >= total:  # refills have used up the prompts
             break
         parallel.seed_step(world.recipe.seed, step)
         lr = scheduled(rl, step, total)
@@ -69,8 +73,8 @@ def train_rl(
             with actor.trainable.resting():
                 validated = validate(world, stage, engine, done)
         if validated or due(done.step, trainer.save_interval) or done.step == total:
-            save(stage, actor, reference, refresh, done)
-        stage.stop_if_asked(lambda: save(stage, actor, reference, refresh, done), done)
+            save(stage, roles, refresh, done)
+        stage.stop_if_asked(lambda: save(stage, roles, refresh, done), done)
     best = done.best_step if trainer.keep_best and done.best_step >= 0 else done.step
     stage.finish(done, chosen_step=best)
 
@@ -81,17 +85,18 @@ class Roles:
 
     rl: RlConfig
     catalog: Catalog
-    engine: RolloutEngine
+    engine: Engine
     actor: Actor
     reference: Reference
     reward: Reward
     guard: Guard = unguarded
+    ahead: RolloutAhead = field(default_factory=RolloutAhead)
 
 
 def rl_step(roles: Roles, prompts: NextPrompts, timers: Timers, *, step: int, lr: float) -> dict[str, float]:
     """One step with weights of version ``step``, which leaves version ``step + 1``; returns what is logged."""
     rl, engine, actor = roles.rl, roles.engine, roles.actor
-    take_search_work(engine)  # a validation may have searched since the last step
+    engine.take_work()  # a validation may have searched since the last step
     with actor.trainable.resting():
         rollout, rewards_BG, facts, path_tokens = rewarded_groups(roles, prompts, timers, step=step)
     with timers("reward"):
@@ -101,10 +106,11 @@ def rl_step(roles: Roles, prompts: NextPrompts, timers: Timers, *, step: int, lr
     with timers("data"):
         packed = actor.pack(rollout, adv_BG, omega_BG)
         batches = [part.batch for part in packed]
-    with timers("reference"):
-        ref = roles.reference.logprobs(batches)
-    with timers("update"):
-        stats = roles.guard(partial(actor.update, rollout, packed, adv_BG, omega_BG, ref, lr=lr), batches)
+    with roles.ahead.searching(prompts, timers, step=step + 1):  # rollout.ahead=1: the next rollout, meanwhile
+        with timers("reference"):
+            ref = roles.reference.logprobs(batches)
+        with timers("update"):
+            stats = roles.guard(partial(actor.update, rollout, packed, adv_BG, omega_BG, ref, lr=lr), batches)
     with timers("sync"):
         sync_weights(engine, version=step + 1)
     count_work(timers, engine, actor.dp, actor.trainable.shape, batches,
@@ -119,16 +125,20 @@ def rewarded_groups(
     rl, dp = roles.rl, roles.actor.dp
 
     def rolled_out() -> tuple[Rollout, Tensor]:
-        with timers("data"):
-            batch = prompts()
         with timers("generate"):
-            rollout = roll_out(rl, roles.engine, batch, step, roles.catalog, dp)
+            rollout = roles.ahead.take(step)  # with rollout.ahead it was searched during the last update
+        if rollout is None:
+            with timers("data"):
+                batch = prompts()
+            with timers("generate"):
+                rollout = roll_out(rl, roles.engine, batch, step, roles.catalog, dp)
         with timers("reward"):
             return rollout, roles.reward(rollout)
 
     rollout, rewards_BG = rolled_out()
     failpoints.reach("rl.after_rollout")
-    facts, path_tokens = rollout_facts(rollout, rewards_BG, dp), int(rollout.lengths_BG.sum())
+    facts = rollout_facts(rollout, rewards_BG, dp) | roles.ahead.facts(rollout, step=step)
+    path_tokens = int(rollout.lengths_BG.sum())
     if rl.max_refill_batches:
         rollout, rewards_BG, added = refilled(
             rollout, rewards_BG, rolled_out, wanted=rl.prompts_per_step, most=rl.max_refill_batches, dp=dp
@@ -138,17 +148,13 @@ def rewarded_groups(
 
 
 def roll_out(
-    rl: RlConfig, engine: RolloutEngine, prompts: PromptBatch, step: int, catalog: Catalog, dp: DataParallel
+    rl: RlConfig, engine: Engine, prompts: PromptBatch, step: int, catalog: Catalog, dp: DataParallel
 ) -> Rollout:
     """G candidates per prompt from the weights of exactly this step; ``dp`` are the replicas of training."""
-    generate = partial(
-        engine.generate,
-        group_size=rl.group_size,
-        negatives=rl.negatives,
-        oversample=rl.oversample,
-        policy_space=rl.policy_space,
-        step=step,
-    )
+
+    def generate(prompts: PromptBatch) -> Rollout:
+        return engine.generate(prompts, **generating(rl, step))
+
     rollout = generate(prompts) if engine.dp is None else dispatched(generate, prompts, dp, engine.dp)
     rollout = rollout.to("cpu")  # rewards, advantages and packing are a few numbers per candidate
     check_version(rollout, expected=step)
@@ -157,10 +163,15 @@ def roll_out(
 
 def next_prompts(world: World, done: Progress) -> PromptBatch:
     """This replica's share of the next batch; ``done.batches`` remembers how far the stream was read."""
+    done.batches += 1
+    return prompts_of(world, done.batches - 1)
+
+
+def prompts_of(world: World, batch: int) -> PromptBatch:
+    """This replica's share of a batch, counted from 0."""
     samples, rows = world.samples["train"], world.train_rows_for_rl
     stream = BatchStream(len(rows), min(world.recipe.rl.prompts_per_step, len(rows)), seed=world.recipe.seed)
-    picked = rows[stream.batch(done.batches)]
-    done.batches += 1
+    picked = rows[stream.batch(batch)]
     return samples.prompt_batch(balanced_shard(picked, samples.prompts.lengths[picked], world.dp))
 
 
@@ -171,11 +182,12 @@ def resumed_reference(reference: Reference, refresh: Refresh, stage: Stage, done
     return reference
 
 
-def save(stage: Stage, actor: Actor, reference: Reference, refresh: Refresh, done: Progress) -> None:
+def save(stage: Stage, roles: Roles, refresh: Refresh, done: Progress) -> None:
     """The reference first: a checkpoint of the actor must find the reference of its step."""
     if refresh.kind != "off":
-        stage.save_beside("reference", reference.save, done)
-    stage.save(actor.trainable, done)
+        stage.save_beside("reference", roles.reference.save, done)
+    done.facts = roles.ahead.state()
+    stage.save(roles.actor.trainable, done)
 
 
 def due(step: int, interval: int) -> bool:
@@ -199,7 +211,7 @@ def candidate_weights(rl: RlConfig, rollout: Rollout) -> Tensor:
     )  # fmt: skip
 
 
-def validate(world: World, stage: Stage, engine: RolloutEngine, done: Progress) -> bool:
+def validate(world: World, stage: Stage, engine: Engine, done: Progress) -> bool:
     """What ``trainer.monitor`` says on valid decides which checkpoint the stage hands on."""
     cfg, dp, label = world.recipe.eval, engine.dp or world.dp, f"{stage.name} valid"
     result = evaluate(engine, world.samples["valid"], world.catalog, cfg, dp=dp, label=label)

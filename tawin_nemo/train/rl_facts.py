@@ -8,11 +8,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tawin_nemo.backbones import Backbone, Work
+from tawin_nemo.backbones import Backbone
 from tawin_nemo.maths.advantages import zero_std_groups
-from tawin_nemo.rollout.engine import RolloutEngine
+from tawin_nemo.rollout.engine import Engine
 from tawin_nemo.rollout.group_facts import GroupFacts
-from tawin_nemo.rollout.metered import MeteredLM
 from tawin_nemo.train.mfu import batch_work
 from tawin_nemo.train.timers import Timers, count_update
 from tawin_nemo.types import DataParallel, Rollout, TokenBatch
@@ -43,7 +42,7 @@ def prefixed(stats: dict[str, float]) -> dict[str, float]:
 
 def count_work(
     timers: Timers,
-    engine: RolloutEngine,
+    engine: Engine,
     dp: DataParallel,
     shape: Backbone,
     batches: Sequence[TokenBatch],
@@ -57,7 +56,7 @@ def count_work(
     ``dp`` are the replicas of training, whose counts the timers add up: where the engine has other ones, each counts
     the mean share of all that they ran.
     """
-    ran = take_search_work(engine)
+    ran = engine.take_work()
     rows, flops = float(ran.tokens), ran.forward_flops(shape)
     if engine.dp is not None:
         rows, flops = np.sum(engine.dp.gather((rows, flops)), axis=0) / dp.size
@@ -66,8 +65,3 @@ def count_work(
         once, tokens = batch_work(batches, shape.vocab), sum(len(batch.target_N) for batch in batches)
         timers.count("reference", tokens=tokens, rows=once.tokens, flops=once.forward_flops(shape))
     count_update(timers, batches, shape, passes=passes)
-
-
-def take_search_work(engine: RolloutEngine) -> Work:
-    """What the engine's model ran since the last call; nothing if nobody counts."""
-    return engine.lm.take() if isinstance(engine.lm, MeteredLM) else Work()

@@ -10,18 +10,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tawin_nemo.config import SftConfig
-from tawin_nemo.data.batches import BatchStream, balanced_shard, shard
-from tawin_nemo.data.samples import Samples
-from tawin_nemo.data.trees import tree_batches
+from tawin_nemo.data.batches import balanced_shard, shard
+from tawin_nemo.data.tasks import TaskRows
 from tawin_nemo.eval.evaluate import evaluate
 from tawin_nemo.log import get_logger
 from tawin_nemo.models.megatron import parallel
 from tawin_nemo.models.megatron.trainable import MicroBatch, Trainable
-from tawin_nemo.rollout.engine import RolloutEngine
+from tawin_nemo.rollout.engine import Engine
 from tawin_nemo.train.bad_steps import step_guard
 from tawin_nemo.train.mfu import total_peak_flops
 from tawin_nemo.train.schedule import scheduled
+from tawin_nemo.train.sft_data import TaskSet, item_batches, sft_data, task_batches
 from tawin_nemo.train.stage import Progress, Stage, monitored
 from tawin_nemo.train.timers import Timers, count_update
 from tawin_nemo.train.world import World
@@ -30,25 +29,23 @@ from tawin_nemo.types import TokenBatch
 log = get_logger(__name__)
 
 
-def train_sft(world: World, stage: Stage, trainable: Trainable, rows: np.ndarray, engine: RolloutEngine) -> None:
-    """Fit ``rows`` of train until ``sft.watch`` on valid stops rising (``sft.patience`` checks) or ``sft.epochs`` end.
+def train_sft(world: World, stage: Stage, trainable: Trainable, rows: np.ndarray, engine: Engine) -> None:
+    """Fit ``rows`` of train, and the tasks of section ``align``, until ``sft.watch`` on valid stops rising
+    (``sft.patience`` checks) or ``sft.epochs`` end.
 
     The checkpoint that was best by it is what the stage hands on. ``engine`` searches with the weights in training.
     Order, dropout and learning rate are pure functions of seed and step, so a killed run continues bit for bit from
     its newest checkpoint.
     """
     cfg, seed = world.recipe.sft, world.recipe.seed
-    batch_size = min(cfg.global_batch_size, len(rows))
-    stream = BatchStream(len(rows), batch_size, seed=seed)
-    per_epoch = -(-len(rows) // batch_size)
+    data = sft_data(world, rows)
+    per_epoch = -(-data.stream.n // data.stream.batch_size)
     total = cfg.epochs * per_epoch
-    train = world.samples["train"]
-    lengths_N = train.prompts.lengths + world.catalog.paths.lengths[train.target_N]
     check_every = max(1, per_epoch // cfg.checks_per_epoch)
     stage.protects_best = True  # the best checkpoint is what SFT hands on
     done = stage.resume(trainable)
     if done.best_value is None:
-        _check(world, stage, trainable, engine, done)
+        _check(world, stage, trainable, engine, done, data.tasks)
     timers = Timers(total_peak_flops(world.recipe), world.dp)
     guard = step_guard(stage, done)
     for step in stage.steps(done.step, total):
@@ -57,11 +54,10 @@ def train_sft(world: World, stage: Stage, trainable: Trainable, rows: np.ndarray
         parallel.seed_step(seed, step)
         lr = scheduled(cfg, step, total)
         with timers("data"):
-            picked = rows[stream.batch(step)]
-            mine = train.take(balanced_shard(picked, lengths_N[picked], world.dp))
-            work = sft_micro_batches(world, mine)
+            picked = data.picked(step)
+            batches = data.batches(world, balanced_shard(picked, data.lengths_N[picked], world.dp))
+            work = sft_micro_batches(world, batches)
         with timers("update"):
-            batches = [micro.batch for micro in work]
             stats = guard(partial(trainable.update, work, lr=lr), batches)
         done.step = step + 1
         count_update(timers, batches, trainable.shape)
@@ -69,7 +65,7 @@ def train_sft(world: World, stage: Stage, trainable: Trainable, rows: np.ndarray
         stage.write(done.step, {"epoch": done.step / per_epoch, **facts, "lr": lr}, timers.report())
         checked = done.step % check_every == 0
         if checked:
-            _check(world, stage, trainable, engine, done)
+            _check(world, stage, trainable, engine, done, data.tasks)
         elif done.step % world.recipe.trainer.save_interval == 0:
             stage.save(trainable, done)
         stage.stop_if_asked(lambda: stage.save(trainable, done), done)
@@ -78,9 +74,17 @@ def train_sft(world: World, stage: Stage, trainable: Trainable, rows: np.ndarray
     stage.finish(done, chosen_step=done.best_step)
 
 
-def _check(world: World, stage: Stage, trainable: Trainable, engine: RolloutEngine, done: Progress) -> None:
+def _check(
+    world: World,
+    stage: Stage,
+    trainable: Trainable,
+    engine: Engine,
+    done: Progress,
+    tasks: tuple[TaskSet, ...] = (),
+) -> None:
     """What ``sft.watch`` says on valid, best so far, checkpoint, written after the log line that it counts on."""
-    seen = {"valid/loss": valid_loss(world, trainable)}
+    seen = {f"valid/loss/{part.task.name}": task_loss(world, trainable, part.held_out) for part in tasks}
+    seen["valid/loss"] = valid_loss(world, trainable)
     if world.recipe.sft.watch == "ndcg":
         with trainable.resting():
             seen |= valid_ranking(world, engine, f"{stage.name} step {done.step} valid")
@@ -96,7 +100,7 @@ def _check(world: World, stage: Stage, trainable: Trainable, engine: RolloutEngi
     stage.save(trainable, done)
 
 
-def valid_ranking(world: World, engine: RolloutEngine, label: str) -> dict[str, float]:
+def valid_ranking(world: World, engine: Engine, label: str) -> dict[str, float]:
     """Recall and NDCG on valid with as many beams as the largest cut-off; the metric that decides comes last."""
     cfg = replace(world.recipe.eval, beams=max(world.recipe.eval.ks))
     engine.receive_weights()
@@ -106,19 +110,10 @@ def valid_ranking(world: World, engine: RolloutEngine, label: str) -> dict[str, 
     return {f"valid/{name}": means[name] for name in [*(name for name in means if name != watched), watched]}
 
 
-def sft_micro_batches(world: World, samples: Samples) -> list[MicroBatch]:
+def sft_micro_batches(world: World, batches: list[TokenBatch]) -> list[MicroBatch]:
     """Cross-entropy on the answer tokens: local sum / global number of scored tokens."""
-    batches = answer_batches(world, samples, world.recipe.sft)
     tokens = sum(world.dp.gather(sum(len(batch.target_N) for batch in batches)))
     return [MicroBatch(batch, partial(cross_entropy, total_tokens=tokens)) for batch in batches]
-
-
-def answer_batches(world: World, samples: Samples, cfg: SftConfig) -> list[TokenBatch]:
-    """Each row is its prompt followed by its target's token path; rows are packed under the token budget."""
-    answers = world.catalog.paths.take(samples.target_N)
-    trie = world.catalog.trie if cfg.loss_space == "trie" else None
-    parts = tree_batches(samples.prompts, answers, np.arange(len(samples)), trie, cfg.micro_batch_tokens)
-    return [batch for batch, _, _ in parts]
 
 
 def cross_entropy(logp_N: Tensor, *, total_tokens: int) -> tuple[Tensor, dict[str, Tensor]]:
@@ -131,7 +126,16 @@ def valid_loss(world: World, trainable: Trainable) -> float:
     """Mean loss per scored token on valid, over all data-parallel ranks; summed in float64 in row order."""
     samples = world.samples["valid"]
     mine = samples.take(shard(np.arange(len(samples)), world.dp))
-    logp = trainable.score(answer_batches(world, mine, world.recipe.sft))
+    return _mean_loss(world, trainable.score(item_batches(world, mine)))
+
+
+def task_loss(world: World, trainable: Trainable, rows: TaskRows) -> float:
+    """The same over the questions of a task."""
+    mine = rows.take(shard(np.arange(len(rows)), world.dp))
+    return _mean_loss(world, trainable.score(task_batches(world, mine)))
+
+
+def _mean_loss(world: World, logp: list[Tensor]) -> float:
     total = torch.cat(logp).double().sum().item() if logp else 0.0
     count = sum(len(part) for part in logp)
     sums = world.dp.gather((total, count))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -12,20 +13,23 @@ import numpy as np
 
 from tawin_nemo.catalog.semantic_ids import find_codes
 from tawin_nemo.config import Recipe
-from tawin_nemo.errors import ConfigError
+from tawin_nemo.errors import ConfigError, Preempted, UserError
 from tawin_nemo.eval.bias import item_counts
 from tawin_nemo.eval.evaluate import evaluate as run_evaluation
 from tawin_nemo.log import get_logger
-from tawin_nemo.models.megatron import async_save, checkpoint, parallel, precision
+from tawin_nemo.models.megatron import async_save, checkpoint, parallel, precision, sides
 from tawin_nemo.models.megatron.build import build_model
 from tawin_nemo.models.megatron.hf_io import save_hf
 from tawin_nemo.models.megatron.precision import AS_MODEL, in_precision
-from tawin_nemo.rollout.engine import RolloutEngine
+from tawin_nemo.models.megatron.sides import Apart
+from tawin_nemo.rollout.engine import Engine
 from tawin_nemo.train import signals
 from tawin_nemo.train.failures import attempt_logs, recorded
 from tawin_nemo.train.pipeline import named_checkpoint, plans, run_pipeline, starting_model
 from tawin_nemo.train.profile import check_profile
+from tawin_nemo.train.remote_engine import Stop
 from tawin_nemo.train.rl import total_steps
+from tawin_nemo.train.rollout_ranks import serve
 from tawin_nemo.train.weight_sync import build_engine
 from tawin_nemo.train.world import World, build_world, open_run_dir, set_threads
 from tawin_nemo.types import NO_ITEM, TokenRows
@@ -37,6 +41,9 @@ log = get_logger(__name__)
 def run(recipe: Recipe, verb: Verb, find_data: Callable[[Recipe], Path], **options: Any) -> dict[str, Any]:
     """Start the process group, open the run, prepare the data on rank 0, build the world, call ``verb``."""
     with started(recipe, computes=not options.get("dry_run")), contextlib.ExitStack() as stack:
+        if sides.searches_only():
+            serve()
+            return {}
         check_profile(recipe.profile)
         run_dir = open_run_dir(recipe, same_recipe=verb is train)
         if verb is train:
@@ -59,16 +66,27 @@ def started(recipe: Recipe, *, computes: bool = True) -> Iterator[None]:
         stack.callback(parallel.shutdown)
         stack.callback(async_save.drain)
         stack.enter_context(recorded())
-        parallel.initialize(recipe.model, seed=recipe.seed)
+        limit = timedelta(minutes=recipe.trainer.collective_timeout)
+        apart = Apart(recipe.rollout.devices, *recipe.rollout_layout) if recipe.rollout.devices else None
         check_processes(recipe)
+        parallel.initialize(recipe.model, seed=recipe.seed, limit=limit, apart=apart)
         check_precision(recipe, runs=computes)
         set_threads(recipe)
+        if sides.divided():
+            stack.push(dismiss)
         yield
+
+
+def dismiss(kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+    """Tell the rollout ranks that this run is over; after an error that other ranks may not know of, all just end."""
+    line = sides.line()
+    if not sides.searches_only() and not line.owed and isinstance(error, None | Preempted | UserError):
+        line.ask(Stop())
 
 
 def check_processes(recipe: Recipe) -> None:
     """Raises ConfigError when the launcher started another number of processes than the recipe speaks of."""
-    nodes, devices, started = recipe.trainer.num_nodes, recipe.trainer.devices, parallel.world_size()
+    nodes, devices, started = recipe.trainer.num_nodes, recipe.trainer.devices, parallel.read_launch().world_size
     if nodes * devices != started:
         raise ConfigError(
             f"trainer.num_nodes={nodes} x trainer.devices={devices} = {nodes * devices} processes, but the launcher "
@@ -178,7 +196,7 @@ def convert(world: World) -> dict[str, Any]:
     return {"exported": options.output, "checkpoint": world.recipe.checkpoint}
 
 
-def engine_of(world: World) -> RolloutEngine:
+def engine_of(world: World) -> Engine:
     cfg = in_precision(world.recipe.model, world.recipe.eval.precision)
     model = checkpoint_model(world, world.recipe.eval.precision)
     engine = build_engine(replace(world.recipe, model=cfg), model, world.shape, world.catalog)

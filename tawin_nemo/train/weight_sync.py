@@ -1,9 +1,10 @@
 """Give the rollout engine the actor's newest weights, and say which version they are.
 
 Where rollouts have the training layout they read the actor's own parameters: nothing is copied, only the version is
-raised. Where they have their own (``rollout.tensor_model_parallel_size``, ``rollout.pipeline_model_parallel_size``)
-the engine has a model of its own, into which the weights are resharded in memory. The engine stamps every rollout with
-the version, and the actor refuses a rollout of another one, so that stale weights cannot go unnoticed.
+raised. Where they have their own (``rollout.tensor_model_parallel_size``, ``rollout.pipeline_model_parallel_size``) or
+their own ranks (``rollout.placement: separate``) the engine has a model of its own, into which the weights are
+resharded in memory. The engine stamps every rollout with the version, and the actor refuses a rollout of another one
+than it expects, so that stale weights cannot go unnoticed.
 """
 
 from __future__ import annotations
@@ -15,36 +16,49 @@ from tawin_nemo.catalog.items import Catalog
 from tawin_nemo.config import Recipe
 from tawin_nemo.errors import TawinError
 from tawin_nemo.log import get_logger
+from tawin_nemo.models.megatron import sides
 from tawin_nemo.models.megatron.build import build_rollout_model
 from tawin_nemo.models.megatron.groups import rollout_replicas
 from tawin_nemo.models.megatron.lm import MegatronLM
 from tawin_nemo.models.megatron.refit import Refit
-from tawin_nemo.rollout.engine import RolloutEngine
+from tawin_nemo.rollout.engine import Engine, RolloutEngine
 from tawin_nemo.rollout.metered import MeteredLM
+from tawin_nemo.train.remote_engine import RemoteEngine
 from tawin_nemo.types import Rollout
 
 log = get_logger(__name__)
 
 
-def build_engine(recipe: Recipe, model: GPTModel, shape: Backbone, catalog: Catalog) -> RolloutEngine:
-    """An engine that searches with the weights of ``model``: in place, or under the rollout layout of the recipe.
+def build_engine(recipe: Recipe, model: GPTModel, shape: Backbone, catalog: Catalog) -> Engine:
+    """An engine that searches with the weights of ``model``: in place, under the rollout layout of the recipe, or on
+    the rollout ranks.
 
-    In the second case the engine's weights are undefined until its first ``receive_weights``. Raises ConfigError when
-    the model's shape cannot be divided that way.
+    But in the first case the engine's weights are undefined until its first ``receive_weights``. Raises ConfigError
+    when the model's shape cannot be divided that way.
     """
-    settings, trained = recipe.rollout, recipe.model
+    if sides.divided():
+        return RemoteEngine(recipe, model, shape, catalog)
+    trained = recipe.model
+    if recipe.rollout_layout == (trained.tensor_model_parallel_size, trained.pipeline_model_parallel_size):
+        return RolloutEngine(MeteredLM(MegatronLM(model, shape)), catalog, recipe.rollout, seed=recipe.seed)
+    engine, _ = engine_with_own_model(recipe, model, shape, catalog)
+    return engine
+
+
+def engine_with_own_model(
+    recipe: Recipe, source: GPTModel | None, shape: Backbone, catalog: Catalog
+) -> tuple[RolloutEngine, GPTModel]:
+    """An engine under the rollout layout, and its model, whose weights are to come from ``source`` (None: from the
+    training ranks)."""
     layout = recipe.rollout_layout
-    if layout == (trained.tensor_model_parallel_size, trained.pipeline_model_parallel_size):
-        return RolloutEngine(MeteredLM(MegatronLM(model, shape)), catalog, settings, seed=recipe.seed)
-    searching, dp = build_rollout_model(shape, trained, *layout), rollout_replicas(*layout)
+    searching, dp = build_rollout_model(shape, recipe.model, *layout), rollout_replicas(*layout)
     log.info("rollouts and evaluation under TP %d x PP %d x DP %d, with weights of their own", *layout, dp.size)
-    return RolloutEngine(
-        MeteredLM(MegatronLM(searching, shape)), catalog, settings, seed=recipe.seed,
-        dp=dp, receive_weights=Refit(model, searching),
-    )  # fmt: skip
+    lm = MeteredLM(MegatronLM(searching, shape))
+    refit = Refit(source, searching)
+    return RolloutEngine(lm, catalog, recipe.rollout, seed=recipe.seed, dp=dp, receive_weights=refit), searching
 
 
-def sync_weights(engine: RolloutEngine, *, version: int) -> None:
+def sync_weights(engine: Engine, *, version: int) -> None:
     """Bring the engine's weights up to date, as ``version``. Raises TawinError when the version would go backwards."""
     if version < engine.weight_version:
         raise TawinError(f"weight version {version} is older than the rollout engine's {engine.weight_version}")
@@ -52,13 +66,16 @@ def sync_weights(engine: RolloutEngine, *, version: int) -> None:
     engine.weight_version = version
 
 
-def check_equal(engine: RolloutEngine) -> None:
+def check_equal(engine: Engine) -> None:
     """Raises TawinError unless the engine's weights are, tensor by tensor, the actor's; every rank calls it."""
-    if isinstance(engine.receive_weights, Refit):
+    if isinstance(engine, RemoteEngine):
+        engine.check_equal()
+    elif isinstance(engine.receive_weights, Refit):
         engine.receive_weights.check_equal()
 
 
 def check_version(rollout: Rollout, expected: int) -> None:
-    """Raises TawinError when a rollout was made with other weights than the actor's."""
+    """Raises TawinError when a rollout was made with other weights than those it has to come from: the actor's, or
+    with ``rollout.ahead`` the ones before."""
     if rollout.weight_version != expected:
-        raise TawinError(f"rollout of weight version {rollout.weight_version} reached an actor at version {expected}")
+        raise TawinError(f"rollout of weight version {rollout.weight_version} where version {expected} is due")

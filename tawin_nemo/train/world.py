@@ -22,10 +22,11 @@ from tawin_nemo.data.catalogue import build_catalog
 from tawin_nemo.data.interactions import Dataset, Split, load_dataset
 from tawin_nemo.data.prompts import Template
 from tawin_nemo.data.samples import Samples, encode_split
+from tawin_nemo.data.tasks import active_tasks
 from tawin_nemo.data.tokenizer import Tokenizer, build_tokenizer
 from tawin_nemo.errors import CatalogError, ConfigError, DataError
 from tawin_nemo.log import get_logger
-from tawin_nemo.models.megatron import parallel
+from tawin_nemo.models.megatron import parallel, sides
 from tawin_nemo.models.megatron.hf_config import backbone_from_hf
 from tawin_nemo.recipe import differences, to_yaml
 from tawin_nemo.types import SPLITS, DataParallel
@@ -41,7 +42,7 @@ RESUMABLE_KEYS = (
     "model.tensor_model_parallel_size", "model.pipeline_model_parallel_size", "model.sequence_parallel",
     "model.recompute", "rollout.tensor_model_parallel_size", "rollout.pipeline_model_parallel_size",
     "rollout.token_budget", "eval.token_budget", "sft.micro_batch_tokens", "rl.micro_batch_tokens",
-    "trainer.offload_optimizer",
+    "trainer.offload_optimizer", "trainer.collective_timeout", "rollout.placement", "rollout.devices",
 )  # fmt: skip
 
 
@@ -168,7 +169,9 @@ def _tokenizer(recipe: Recipe, run_dir: Path, dataset: Dataset, codes: list[list
     directory = run_dir / "tokenizer"
     if (directory / "tokenizer.json").is_file():
         return Tokenizer.load(directory)
-    tokenizer = build_tokenizer(recipe.data, recipe.catalog, recipe.model, dataset.items.titles, codes)
+    compact = recipe.data.template == "compact"
+    markers = [task.marker for task in active_tasks(recipe.align)] if compact else []
+    tokenizer = build_tokenizer(recipe.data, recipe.catalog, recipe.model, dataset.items.titles, codes, markers)
     if parallel.world_rank() == 0:
         tokenizer.save(directory)
     return tokenizer
@@ -225,7 +228,7 @@ def deadline(max_time: str) -> float | None:
 def set_threads(recipe: Recipe) -> None:
     """CPU threads per process; more than the cores only makes gloo runs slower."""
     cores = max(1, len(os.sched_getaffinity(0)))
-    torch.set_num_threads(recipe.trainer.threads or max(1, cores // parallel.world_size()))
+    torch.set_num_threads(recipe.trainer.threads or max(1, cores // sides.job_size()))
 
 
 def read_json(path: Path) -> dict[str, object]:

@@ -13,8 +13,9 @@ import torch
 from tawin_nemo.backbones import Backbone
 from tawin_nemo.models.megatron.head import head_weight_VD
 from tawin_nemo.rollout import select
+from tawin_nemo.semantic_ids.measure import relative_error
 from tawin_nemo.types import TokenRows
-from tests.benchmarks import harness, select_step, summary
+from tests.benchmarks import harness, select_step, semantic_ids, summary
 from tests.benchmarks.baselines import PrefixTable, backward, completion_logps, repeated_batches
 from tests.benchmarks.setting import qwen_shape, transformers_model
 
@@ -120,3 +121,22 @@ def test_the_groups_gradient_does_not_depend_on_the_micro_batch(small_shape: Bac
         gradients.append(model.model.norm.weight.grad)
     assert gradients[0].abs().max() > 1e-4
     torch.testing.assert_close(*gradients, atol=1e-7, rtol=1e-4)
+
+
+# -- item tokenizer ------------------------------------------------------------------------------------------------
+def test_the_sides_of_residual_kmeans_reach_the_same_error() -> None:
+    x_ID = semantic_ids.vectors(600, 12)
+    errors = {
+        name: relative_error(x_ID, side(x_ID, levels=2, codes=16, iterations=15))
+        for name, side in semantic_ids.sides().items()
+    }
+    assert errors["ours"] < 0.9
+    for name, error in errors.items():
+        assert error == pytest.approx(errors["ours"], rel=0.05), name
+
+
+def test_assignment_of_a_file_agrees_with_a_second_one(tmp_path: Path) -> None:
+    np.save(tmp_path / "v.npy", semantic_ids.vectors(500, 8))
+    found = semantic_ids.assign_file(tmp_path / "v.npy", levels=2, codes=4)
+    assert found["agree"] == 1
+    assert min(found["peak_mib"], found["before_mib"]) > 20

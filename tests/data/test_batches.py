@@ -4,10 +4,10 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tawin_nemo.data.batches import BatchStream, balanced_shard, epoch_order, micro_batches, shard
+from tawin_nemo.data.batches import BatchStream, MixedStream, balanced_shard, epoch_order, micro_batches, shard
 from tawin_nemo.types import DataParallel
 
 
@@ -34,6 +34,31 @@ def test_a_batch_depends_on_seed_and_step_only():
 
 def test_epochs_are_counted_in_passes():
     assert BatchStream(100, 30, seed=0).epoch(5) == 5 * 30 / 100
+
+
+def test_a_mixture_of_one_source_is_the_plain_stream():
+    mixed, plain = MixedStream.of([50], [50], 8, 3), BatchStream(50, 8, seed=3)
+    for step in range(20):
+        np.testing.assert_array_equal(mixed.batch(step), plain.batch(step))
+    assert MixedStream.of([5], [5], 8, 3).batch_size == 5
+
+
+@settings(deadline=None)
+@given(st.integers(1, 20), st.integers(1, 20), st.integers(0, 40), st.integers(0, 3))
+def test_a_mixture_takes_its_shares_of_every_epoch_and_all_rows_equally_often(first, second, share, seed):
+    stream = MixedStream.of([first, second], [first, share], 7, seed)
+    counts = np.zeros(first + second, dtype=int)
+    for epoch in range(6):
+        rows = stream.order(epoch)
+        assert sorted(rows[rows < first]) == list(range(first))
+        assert len(rows) == first + share
+        counts += np.bincount(rows, minlength=len(counts))
+    assert set(counts[:first]) == {6}
+    assert counts[first:].max() - counts[first:].min() <= 1
+    steps = 6 * stream.n // stream.batch_size
+    drawn = np.concatenate([stream.batch(step) for step in range(steps)])
+    epochs = np.concatenate([stream.order(epoch) for epoch in range(6)])
+    np.testing.assert_array_equal(drawn, epochs[: len(drawn)])
 
 
 @pytest.mark.parametrize(("n", "batch_size"), [(0, 1), (1, 0)])

@@ -13,7 +13,7 @@ from pathlib import Path
 LIMIT = 240
 
 
-def _free_port() -> int:
+def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
@@ -21,7 +21,7 @@ def _free_port() -> int:
 
 def launch(worker: Path, processes: int, *arguments: str, folder: Path, limit: float = LIMIT) -> None:
     """Run ``python worker arguments`` on each rank; AssertionError with the first failing rank's output otherwise."""
-    env = dict(os.environ, MASTER_ADDR="127.0.0.1", MASTER_PORT=str(_free_port()), WORLD_SIZE=str(processes))
+    env = dict(os.environ, MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()), WORLD_SIZE=str(processes))
     root = worker.parents[2]  # this checkout, whichever one is installed
     env.update(OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="", PYTHONPATH=f"{root}{os.pathsep}{worker.parent}")
     folder.mkdir(parents=True, exist_ok=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -12,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from megatron.core.models.gpt import GPTModel
 from safetensors.torch import load_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -21,16 +23,20 @@ from tawin_nemo.catalog.trie import TokenTrie
 from tawin_nemo.config import ModelConfig, Recipe, ReferenceConfig, RlConfig, RolloutConfig, TrainerConfig
 from tawin_nemo.data.batches import balanced_shard
 from tawin_nemo.errors import TawinError
-from tawin_nemo.models.megatron import parallel, refit
+from tawin_nemo.models.megatron import parallel, refit, sides
 from tawin_nemo.models.megatron.build import build_model, full_shape, sharded_axis
 from tawin_nemo.models.megatron.hf_io import save_hf
+from tawin_nemo.models.megatron.sides import Apart
 from tawin_nemo.models.megatron.trainable import Trainable
-from tawin_nemo.rollout.engine import RolloutEngine
+from tawin_nemo.rollout.engine import Engine, RolloutEngine
 from tawin_nemo.train.actor import Actor
+from tawin_nemo.train.ahead import RolloutAhead
 from tawin_nemo.train.dispatch import take_prompts
 from tawin_nemo.train.reference import build_reference
+from tawin_nemo.train.remote_engine import RemoteEngine, Stop
 from tawin_nemo.train.rewards import RankingReward
 from tawin_nemo.train.rl import Roles, rl_step, roll_out
+from tawin_nemo.train.rollout_ranks import serve
 from tawin_nemo.train.timers import Timers
 from tawin_nemo.train.weight_sync import build_engine, check_equal, sync_weights
 from tawin_nemo.types import DataParallel, PromptBatch, Rollout, TokenRows
@@ -40,11 +46,14 @@ from tawin_nemo.types import DataParallel, PromptBatch, Rollout, TokenRows
 SHAPE = Backbone("qwen2", hidden=32, layers=3, heads=4, kv_heads=2, ffn=48, vocab=51, rope_theta=1e4, max_position=256)
 STEPS, PROMPTS, LR = 3, 7, 1e-3
 ALPHABET, EOS = (3, 11, 24, 25, 27, 43, 50), 1
+RL = RlConfig(group_size=4, beta=0.01, ensure_target="replace_last", prompts_per_step=PROMPTS)
+#: A rollout searched ahead must know all its log-probs, so no target is put in; larger groups find some.
+RL_AHEAD = RlConfig(group_size=12, beta=0.01, prompts_per_step=PROMPTS)
 
 
 @dataclass(frozen=True)
 class Pair:
-    """A layout of training and one of rollouts (TP, PP; 0 = as in training)."""
+    """A layout of training and one of rollouts (TP, PP; 0 = as in training), on ``searching`` ranks apart unless 0."""
 
     tp: int = 1
     pp: int = 1
@@ -52,11 +61,18 @@ class Pair:
     rollout_tp: int = 0
     rollout_pp: int = 0
     tied: bool = True
+    searching: int = 0
+    ahead: int = 0
 
     @property
     def name(self) -> str:
         training = f"tp{self.tp}-pp{self.pp}{'-sp' if self.sequence_parallel else ''}"
-        return f"{training}, rollout tp{self.rollout_tp}-pp{self.rollout_pp}{'' if self.tied else ', untied'}"
+        apart = f" on {self.searching} ranks apart, ahead {self.ahead}" if self.searching else ""
+        return f"{training}, rollout tp{self.rollout_tp}-pp{self.rollout_pp}{apart}{'' if self.tied else ', untied'}"
+
+    @property
+    def apart(self) -> Apart | None:
+        return Apart(self.searching, *self.recipe.rollout_layout) if self.searching else None
 
     @property
     def recipe(self) -> Recipe:
@@ -68,9 +84,13 @@ class Pair:
                 sequence_parallel=self.sequence_parallel,
             ),
             rollout=RolloutConfig(
-                tensor_model_parallel_size=self.rollout_tp, pipeline_model_parallel_size=self.rollout_pp
+                tensor_model_parallel_size=self.rollout_tp,
+                pipeline_model_parallel_size=self.rollout_pp,
+                placement="separate" if self.searching else "colocated",
+                devices=self.searching,
+                ahead=self.ahead,
             ),
-            rl=RlConfig(group_size=4, beta=0.01, ensure_target="replace_last", prompts_per_step=PROMPTS),
+            rl=RL_AHEAD if self.ahead else RL,
             reference=ReferenceConfig(mode="swap"),
         )
 
@@ -110,8 +130,12 @@ class Largest(TorchDispatchMode):
         return result
 
 
-def check_sync(engine: RolloutEngine, pair: Pair, actor: Actor) -> None:
+def check_sync(engine: Engine, pair: Pair, actor: Actor) -> None:
     """The weights are shared, or equal tensor by tensor; damage is found; nothing larger than a shard is made."""
+    if isinstance(engine, RemoteEngine):
+        check_remote(engine, pair, actor.trainable.model)
+        return
+    assert isinstance(engine, RolloutEngine)
     searching, training = engine.lm.lm.model, actor.trainable.model
     if pair.recipe.rollout_layout == (pair.tp, pair.pp):
         assert searching is training
@@ -137,6 +161,24 @@ def check_sync(engine: RolloutEngine, pair: Pair, actor: Actor) -> None:
         assert 0 < seen.elements < whole, (seen.elements, whole)
 
 
+def check_remote(engine: RemoteEngine, pair: Pair, training: GPTModel) -> None:
+    """The weights on the rollout ranks are equal; a change that was not sent is found."""
+    ranks = parallel.world_size()
+    assert [place["rank"] for place in engine.places] == list(range(ranks, ranks + pair.searching))
+    assert {(place["tp_size"], place["pp_size"]) for place in engine.places} == {pair.recipe.rollout_layout}
+    check_equal(engine)
+    bias = next(p for name, p in training.named_parameters() if name.endswith("linear_qkv.bias"))
+    before = bias.data.clone()
+    if parallel.world_rank() == ranks - 1:
+        bias.data[-1] += 1.0
+    with pytest.raises(
+        TawinError, match=r"differ in 1 tensors: decoder\.layers\.\d+\.self_attention\.linear_qkv\.bias"
+    ):
+        check_equal(engine)
+    bias.data.copy_(before)
+    check_equal(engine)
+
+
 def facts(rollout: Rollout, dp: DataParallel) -> dict[str, list[Any]]:
     """Items and scores of all replicas' groups in the order of the prompts."""
     mine = [
@@ -149,9 +191,14 @@ def facts(rollout: Rollout, dp: DataParallel) -> dict[str, list[Any]]:
 
 
 def train(pair: Pair, folder: Path) -> dict[str, Any]:
-    """Three steps of RL; what was logged, rolled out and learned, the weights as ``folder``/model.safetensors."""
+    """Three steps of RL; what was logged, rolled out and learned, the weights as ``folder``/model.safetensors.
+
+    A rollout rank serves and returns nothing."""
     recipe, shape, catalog = pair.recipe, pair.shape, catalogue()
-    parallel.initialize(recipe.model, seed=1)
+    parallel.initialize(recipe.model, seed=1, apart=pair.apart)
+    if sides.searches_only():
+        serve()
+        return {}
     build = partial(build_model, shape, recipe.model, seed=3, rollout_tp=recipe.rollout_layout[0])
     dp, model = parallel.data_parallel(), build()
     engine = build_engine(recipe, model, shape, catalog)
@@ -163,26 +210,42 @@ def train(pair: Pair, folder: Path) -> dict[str, Any]:
         seen.append(rollout)
         return RankingReward()(rollout)
 
-    roles, timers = Roles(recipe.rl, catalog, engine, actor, reference, reward), Timers(1e12, dp)
+    ahead = RolloutAhead(engine, recipe.rl, dp, STEPS) if pair.ahead and pair.searching else RolloutAhead()
+    roles, timers = Roles(recipe.rl, catalog, engine, actor, reference, reward, ahead=ahead), Timers(1e12, dp)
     sync_weights(engine, version=0)
     check_sync(engine, pair, actor)
-    stats = [rl_step(roles, partial(prompts, step, dp), timers, step=step, lr=LR) for step in range(STEPS)]
+    stream = iter(range(STEPS))
+    stats = [rl_step(roles, lambda: prompts(next(stream), dp), timers, step=step, lr=LR) for step in range(STEPS)]
     check_equal(engine)
     assert engine.weight_version == STEPS
     drawn = roll_out(replace(recipe.rl, negatives="dynamic"), engine, prompts(9, dp), STEPS, catalog, dp)
+    listed = engine.search(prompts(9, DataParallel()).prompts, 5)  # as evaluation does
     save_hf(model, shape, folder)
     rows = timers.report()["rows/generate"]
-    return {"stats": stats, "rollouts": [facts(rollout, dp) for rollout in [*seen, drawn]], "searched": rows}
+    if sides.divided():
+        sides.line().ask(Stop())
+    return {
+        "stats": stats,
+        "rollouts": [
+            *(facts(rollout, dp) for rollout in [*seen, drawn]),
+            {"items": listed.items_BW.tolist(), "scores": listed.scores_BW.tolist()},
+        ],
+        "searched": rows,
+    }
 
 
 def main() -> None:
     root = Path(sys.argv[2])
     refit._AT_ONCE = 2**13  # the small model would travel at once; its largest matrix alone is more
     for number, options in enumerate(json.loads(sys.argv[1])):
+        if len(sys.argv) > 3:  # processes that are divided anew must meet anew
+            parallel.shutdown()
+            os.environ["MASTER_PORT"] = sys.argv[3 + number]
         result = train(Pair(**options), root / str(number))
-        if parallel.world_rank() == 0:
-            (root / f"{number}.json").write_text(json.dumps(result))
-        parallel.barrier()
+        if not sides.searches_only():
+            if parallel.world_rank() == 0:
+                (root / f"{number}.json").write_text(json.dumps(result))
+            parallel.barrier()
     parallel.shutdown()
 
 

@@ -120,6 +120,20 @@ def test_the_layout_of_rollouts_divides_the_model_too():
     assert seen.remedy == "use one of 1, 2, 4"
 
 
+def test_ranks_that_only_search_are_counted_apart():
+    apart = recipe(
+        "model.backbone=qwen2.5-0.5b", "model.tensor_model_parallel_size=2", "trainer.devices=8",
+        "rollout.placement=separate", "rollout.devices=4", "rollout.tensor_model_parallel_size=1",
+    )  # fmt: skip
+    seen = recipe_here.layout(apart)
+    assert seen.value == "4 processes train = TP 2 x PP 1 x DP 2; 4 processes only search = TP 1 x PP 1 x DP 4"
+    # float32: weights and gradients of half the model, its Adam state shared by two; or all weights and nothing else
+    assert recipe_here.least_training_bytes(apart, 1000) == 500 * (8 + 8 / 2)
+    assert recipe_here.least_machine_bytes(apart, 1000) == 4 * 500 * (8 + 8 / 2) + 4 * 1000 * 4
+    together = recipe("model.backbone=qwen2.5-0.5b", "model.tensor_model_parallel_size=2", "trainer.devices=8")
+    assert recipe_here.least_machine_bytes(together, 1000) == 8 * 500 * (8 + 8 / 4)
+
+
 def test_the_job_has_the_devices_that_the_recipe_wants(monkeypatch):
     for name in ("SLURM_JOB_NUM_NODES", "SLURM_NNODES", "RANK"):
         monkeypatch.delenv(name, raising=False)

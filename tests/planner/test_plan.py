@@ -146,6 +146,36 @@ def test_rollouts_of_their_own_layout_cost_weights_and_save_pipeline_time():
         plan("gpus=24", "rollout.tensor_model_parallel_size=3")
 
 
+def test_rollouts_on_ranks_of_their_own_are_planned_apart():
+    words = ("gpus=32", "rollout.placement=separate", "rollout.devices=8", "rollout.tensor_model_parallel_size=1")
+    apart, shared = plan(*words), plan("gpus=32")
+    shape = apart.question.shape
+    assert apart.layout == Layout(2, 1, 12, True)
+    peaks = {peak.phase: peak for peak in apart.peaks}
+    assert {phase: peak.ranks for phase, peak in peaks.items()} == {
+        "RL update": "training", "rollout": "rollout", "evaluation": "rollout"
+    }  # fmt: skip
+    searching = peaks["rollout"].parts
+    assert searching.weights == 2 * stage_parameters(shape, Layout(), 0)
+    assert searching.gradients == searching.optimizer == searching.reference == searching.rollout_weights == 0.0
+    assert searching.kv_cache > 0
+    training, before = peaks["RL update"].parts, {peak.phase: peak.parts for peak in shared.peaks}["RL update"]
+    assert training.rollout_weights == 0.0
+    assert training.optimizer == pytest.approx(before.optimizer * 16 / 12)  # shared by fewer replicas
+    facts, table = plan_facts(apart), plan_table(apart)
+    assert facts["rollout_layout"] == {"tp": 1, "pp": 1, "dp": 8, "sequence_parallel": False}
+    assert facts["memory_bytes"]["rollout"]["ranks"] == "rollout"
+    assert "24 GPUs train; 8 others only roll out and evaluate, under TP 1 x PP 1 x DP 8" in table
+    assert "on ranks of" in table
+    ahead = plan(*words, "rollout.ahead=1")
+    rest = sum(seconds for phase, seconds in apart.rl.seconds.items() if phase != "rollout")
+    assert ahead.rl.total == pytest.approx(max(rest, apart.rl.seconds["rollout"]))
+    with pytest.raises(ConfigError, match=r"rollout\.devices=8 of 8 GPUs would only search"):
+        plan(*words, "gpus=8")
+    with pytest.raises(ConfigError, match=r"TP 3 .*do not divide 8 GPUs|rollout\.tensor_model_parallel_size=3"):
+        plan(*words, "rollout.tensor_model_parallel_size=3")
+
+
 @pytest.mark.parametrize(
     ("words", "parts"),
     [

@@ -18,6 +18,7 @@ from tawin_nemo.models.megatron.head import full_logits_NV
 from tawin_nemo.models.megatron.trainable import Trainable
 from tawin_nemo.train import sft
 from tawin_nemo.train.pipeline import stage_recipe
+from tawin_nemo.train.sft_data import item_batches
 from tawin_nemo.train.stage import Progress
 from tawin_nemo.types import DataParallel, TokenRows
 
@@ -129,7 +130,7 @@ def test_packed_rows_have_the_loss_of_single_ones(space, budget):
     trainable = Trainable(build_model(SHAPE, ModelConfig(), seed=3), SHAPE, TrainerConfig(), lr=1e-3)
     losses = slow_losses(surroundings, trainable, space)
     assert sft.valid_loss(surroundings, trainable) == pytest.approx(np.mean(losses), rel=1e-5)
-    micro = sft.sft_micro_batches(surroundings, surroundings.samples["valid"])
+    micro = sft.sft_micro_batches(surroundings, item_batches(surroundings, surroundings.samples["valid"]))
     assert (len(micro) > 4) == (budget == 16)
     stats = trainable.update(micro, lr=0.0)
     assert stats["loss"] == pytest.approx(np.mean(losses), rel=1e-5)

@@ -24,6 +24,7 @@ from megatron.core.models.gpt import GPTModel
 from tawin_nemo.errors import CheckpointError
 from tawin_nemo.models.megatron.checkpoint import begin_save
 from tawin_nemo.models.megatron.checkpoint_files import Ranks
+from tawin_nemo.models.megatron.groups import time_limit
 from tawin_nemo.models.megatron.sharded_state import HasOptimizer
 
 _savers: weakref.WeakSet[AsyncSaver] = weakref.WeakSet()
@@ -33,7 +34,7 @@ class AsyncSaver:
     """Every rank makes one and calls ``save`` at the same steps; making it is collective."""
 
     def __init__(self) -> None:
-        group = dist.new_group(backend="gloo") if dist.is_initialized() else None
+        group = dist.new_group(backend="gloo", timeout=time_limit()) if dist.is_initialized() else None
         self._ranks = Ranks(group)
         self._thread = ThreadPoolExecutor(
             1, thread_name_prefix="checkpoint", initializer=_on_device, initargs=_device()

@@ -156,13 +156,21 @@ def build_rollout_model(shape: Backbone, cfg: ModelConfig, tp: int, pp: int) -> 
     ``cfg`` describes the model in training, which was built with ``rollout_tp=tp``. Raises ConfigError as
     ``build_model``.
     """
-    own = replace(
+    config = model_config(shape, _searching(cfg, tp, pp), section="rollout")
+    rows = padded_vocab(shape, cfg.tensor_model_parallel_size, tp)
+    return _empty_model(shape, config, rows, rollout_groups(tp, pp)).eval().requires_grad_(False)
+
+
+def check_rollout_model(shape: Backbone, cfg: ModelConfig, tp: int, pp: int) -> None:
+    """Raises what ``build_rollout_model`` would raise, on a rank that does not build."""
+    _check(shape, _searching(cfg, tp, pp), "rollout")
+
+
+def _searching(cfg: ModelConfig, tp: int, pp: int) -> ModelConfig:
+    return replace(
         cfg, tensor_model_parallel_size=tp, pipeline_model_parallel_size=pp, sequence_parallel=False,
         dropout=0.0, recompute="none",
     )  # fmt: skip
-    config = model_config(shape, own, section="rollout")
-    rows = padded_vocab(shape, cfg.tensor_model_parallel_size, tp)
-    return _empty_model(shape, config, rows, rollout_groups(tp, pp)).eval().requires_grad_(False)
 
 
 def _empty_model(

@@ -44,13 +44,13 @@ class Ranks:
         """Every rank's value, on every rank."""
         if not dist.is_initialized():
             return [value]
-        values: list[Any] = [None] * dist.get_world_size()
+        values: list[Any] = [None] * dist.get_world_size(self.group)
         dist.all_gather_object(values, value, group=self.group)
         return values
 
     def share(self, names: list[str]) -> list[str]:
         """The names that this rank looks after."""
-        return names[self.rank :: dist.get_world_size()] if dist.is_initialized() else names
+        return names[self.rank :: dist.get_world_size(self.group)] if dist.is_initialized() else names
 
     def agree(self, part: Callable[[], T]) -> list[T]:
         """Every rank runs ``part``; what each returned. Raises CheckpointError everywhere when one rank's fails."""

@@ -10,14 +10,32 @@ from datetime import timedelta
 from functools import cache
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.resharding.copy_services.base import CopyService
+from megatron.core.resharding.copy_services.gloo_copy_service import GlooCopyService
+from megatron.core.resharding.copy_services.nccl_copy_service import NCCLCopyService
 
 from tawin_nemo.types import DataParallel
 
 #: A rank that waits longer than this for another one gives up with an error instead of hanging for ever.
 TIMEOUT = timedelta(minutes=30)
+_limit = TIMEOUT
+#: The ranks that search, where these are not all.
+_searching: range | None = None
+
+
+def time_limit() -> timedelta:
+    """How long a rank waits for the others in groups that are made from now on (``trainer.collective_timeout``)."""
+    return _limit
+
+
+def set_time_limit(limit: timedelta) -> None:
+    """Every process sets the same one, before it makes groups."""
+    global _limit
+    _limit = limit
 
 
 def training_groups() -> ProcessGroupCollection:
@@ -25,30 +43,46 @@ def training_groups() -> ProcessGroupCollection:
     return ProcessGroupCollection.use_mpu_process_groups()
 
 
+def search_on(ranks: range) -> None:
+    """Rollout groups are made over these ranks only (``sides.divide``); the other processes still call for them."""
+    global _searching
+    _searching = ranks
+
+
 @cache
 def rollout_groups(tp: int, pp: int) -> ProcessGroupCollection:
     """Groups of TP ``tp`` x PP ``pp`` x as many replicas as fit, over all processes, which call this alike.
 
     Ranks are numbered as in training (tensor-parallel neighbours next to each other, pipeline stages farthest apart).
-    Only decoding runs in them: there is no group that ties the gradients of embedding and head.
+    Only decoding runs in them: there is no group that ties the gradients of embedding and head. A process that does
+    not search gets a collection without groups.
     """
-    sizes = {"tp": tp, "pp": pp, "dp": dist.get_world_size() // (tp * pp), "cp": 1}
-    ranks = parallel_state.RankGenerator(**sizes, ep=1, order="tp-cp-ep-dp-pp")
-    made = {name: _own(ranks.get_ranks(name)) for name in sizes}
+    ranks = _rollout_ranks(tp, pp)
+    made = {name: _own(ranks.get_ranks(name)) for name in ("tp", "pp", "dp", "cp")}
     return ProcessGroupCollection(**made, embd=None, pos_embd=None)
 
 
+def _rollout_ranks(tp: int, pp: int) -> parallel_state.RankGenerator:
+    ranks = _searching or range(dist.get_world_size())
+    return parallel_state.RankGenerator(
+        tp=tp, pp=pp, dp=len(ranks) // (tp * pp), cp=1, ep=1, order="tp-cp-ep-dp-pp", rank_offset=ranks.start
+    )
+
+
 def _own(ranks: list[list[int]], backend: str | None = None) -> dist.ProcessGroup:
-    group, _ = dist.new_subgroups_by_enumeration(ranks, timeout=TIMEOUT, backend=backend)
+    group, _ = dist.new_subgroups_by_enumeration(ranks, timeout=time_limit(), backend=backend)
     return group
 
 
 @cache
+def rollout_gather_group(tp: int, pp: int) -> dist.ProcessGroup:
+    """The replicas of a rollout layout over gloo."""
+    return _own(_rollout_ranks(tp, pp).get_ranks("dp"), "gloo")
+
+
 def rollout_replicas(tp: int, pp: int) -> DataParallel:
     """This process's place among the replicas of a rollout layout; ``gather`` sends Python objects over gloo."""
-    sizes = {"tp": tp, "pp": pp, "dp": dist.get_world_size() // (tp * pp)}
-    ranks = parallel_state.RankGenerator(**sizes, cp=1, ep=1, order="tp-cp-ep-dp-pp").get_ranks("dp")
-    return replicas(_own(ranks, "gloo"))
+    return replicas(rollout_gather_group(tp, pp))
 
 
 def replicas(group: dist.ProcessGroup) -> DataParallel:
@@ -62,7 +96,20 @@ def replicas(group: dist.ProcessGroup) -> DataParallel:
     return DataParallel(group.rank(), group.size(), gather)
 
 
+@cache
+def copy_service() -> CopyService:
+    """What carries weights between ranks, one for all models: over NCCL, or over gloo in a group of its own."""
+    if torch.cuda.is_available():
+        return NCCLCopyService()
+    service = GlooCopyService()
+    parallel_state.update_pg_timeout(time_limit(), service.gloo_pg)  # megatron makes it with torch's own limit
+    return service
+
+
 def forget() -> None:
     """Called when the processes part or training is laid out anew."""
+    global _searching
+    _searching = None
+    copy_service.cache_clear()
     rollout_groups.cache_clear()
-    rollout_replicas.cache_clear()
+    rollout_gather_group.cache_clear()

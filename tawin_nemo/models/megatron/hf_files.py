@@ -13,7 +13,8 @@ from torch import Tensor
 from tawin_nemo.errors import CheckpointError
 
 SINGLE_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
-_ROWS_AT_ONCE = 8192
+#: Rows of a matrix that are read at a time where a second copy of it must not be held.
+ROWS_AT_ONCE = 8192
 
 
 class HfWeights:
@@ -63,6 +64,6 @@ class HfWeights:
         """Mean over the rows, in float64, the same on every rank that asks."""
         rows, columns = self.shape(name)
         total = torch.zeros(columns, dtype=torch.float64)
-        for start in range(0, rows, _ROWS_AT_ONCE):
-            total += self.read(name, 0, start, min(start + _ROWS_AT_ONCE, rows)).double().sum(0)
+        for start in range(0, rows, ROWS_AT_ONCE):
+            total += self.read(name, 0, start, min(start + ROWS_AT_ONCE, rows)).double().sum(0)
         return total / rows

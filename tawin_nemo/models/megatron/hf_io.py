@@ -15,6 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
@@ -27,7 +28,7 @@ from tawin_nemo.backbones import Backbone
 from tawin_nemo.errors import CheckpointError, ConfigError
 from tawin_nemo.models.megatron import parallel
 from tawin_nemo.models.megatron.hf_config import hf_config
-from tawin_nemo.models.megatron.hf_files import INDEX_FILE, SINGLE_FILE, HfWeights
+from tawin_nemo.models.megatron.hf_files import INDEX_FILE, ROWS_AT_ONCE, SINGLE_FILE, HfWeights
 from tawin_nemo.models.megatron.hf_gather import Export, Row
 from tawin_nemo.models.megatron.hf_map import (
     Entry,
@@ -39,12 +40,12 @@ from tawin_nemo.models.megatron.hf_map import (
     shard_segments,
     table,
 )
+from tawin_nemo.models.megatron.new_tokens import NewTokens, starting_rows
 
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
     "merges.txt", "tokenizer.model", "chat_template.jinja", "generation_config.json",
 )  # fmt: skip
-_ROWS_AT_ONCE = 8192
 
 
 def _check_names(weights: HfWeights, shape: Backbone) -> None:
@@ -73,21 +74,25 @@ def _check_shapes(weights: HfWeights, entry: Entry, layer: int | None, shape: Ba
             )
 
 
-def _fill_new_rows(parameter: Tensor, first_row: int, known: int, vocab: int, mean_row: Tensor) -> None:
-    """Rows ``known:vocab`` of the model become mean + their drawn values; rows from ``vocab`` on become 0."""
-    new, padding = max(known - first_row, 0), max(vocab - first_row, 0)
-    parameter[new:padding] += mean_row.to(parameter)
-    parameter[padding:] = 0
+def _fill_new_rows(
+    parameter: Tensor, drawn: Tensor, first_row: int, vocab: int, weights: HfWeights, name: str, new: NewTokens
+) -> None:
+    """Rows of new tokens: what they begin with, plus the values ``drawn`` for them; rows from ``vocab`` on become 0."""
+    here = new.local(first_row, len(parameter))
+    if len(here):
+        places = torch.from_numpy(new.local_rows(first_row, len(parameter)))
+        parameter[places] = (starting_rows(new, weights, name, here).to(drawn.device) + drawn.double()).to(parameter)
+    parameter[max(vocab - first_row, 0) :] = 0
 
 
 @torch.no_grad()
-def load_hf(model: GPTModel, shape: Backbone, directory: str | Path) -> None:
+def load_hf(model: GPTModel, shape: Backbone, directory: str | Path, new: NewTokens | None = None) -> None:
     """Fill a freshly built ``model`` (this rank's shard) from the safetensors files in ``directory``.
 
-    When the model has more vocabulary rows than the file (new item tokens), each new row of the embedding and of an
-    untied LM head becomes the mean of the file's rows plus the values that ``build_model`` drew for it: the tokens
-    start at a plausible logit and yet differ from each other (Hewitt 2021, "Initializing New Word Embeddings"). Rows
-    that only pad the vocabulary for tensor parallelism become zero. Values are rounded to the model's number format.
+    New tokens (``new``, without it the rows that the file does not have) get rows of their own in the embedding and
+    in an untied LM head: what ``NewTokens`` says plus the values that ``build_model`` drew, so that they start at a
+    plausible logit and yet differ from each other. Rows that only pad the vocabulary for tensor parallelism become
+    zero. Values are rounded to the model's number format.
 
     Call it before an optimizer copies the weights. Raises CheckpointError naming the tensors that are missing,
     unexpected or of another shape, or the file that is corrupt.
@@ -101,6 +106,12 @@ def load_hf(model: GPTModel, shape: Backbone, directory: str | Path) -> None:
         in_file = replace(shape, vocab=weights.shape(names[0])[0]) if entry.kind is Kind.VOCAB else shape
         rows = parameter.shape[0]
         offset = 0
+        first_row = tp_rank * rows
+        if entry.kind is Kind.VOCAB:
+            lacking = NewTokens(np.arange(in_file.vocab, shape.vocab)) if new is None else new
+            drawn = parameter.detach()[
+                torch.from_numpy(lacking.ids[lacking.local(first_row, rows)] - first_row)
+            ].clone()
         for whole in shard_segments(entry, in_file, tp_rank, tp_size, padded_vocab=rows * tp_size):
             for segment in _parts(whole):
                 part = weights.read(names[segment.source], entry.axis, segment.start, segment.stop)
@@ -109,9 +120,7 @@ def load_hf(model: GPTModel, shape: Backbone, directory: str | Path) -> None:
                     _check_tied(weights, segment, part)
                 offset += part.shape[entry.axis]
         if entry.kind is Kind.VOCAB:
-            grows = in_file.vocab < min(shape.vocab, (tp_rank + 1) * rows)
-            mean_row = weights.mean_row(names[0]) if grows else torch.zeros(parameter.shape[1])
-            _fill_new_rows(parameter, tp_rank * rows, in_file.vocab, shape.vocab, mean_row)
+            _fill_new_rows(parameter, drawn, first_row, shape.vocab, weights, names[0], lacking)
         elif offset != parameter.shape[entry.axis]:
             raise CheckpointError(
                 f"the model's shard of {names} has {parameter.shape[entry.axis]} rows, {offset} were read"
@@ -120,8 +129,8 @@ def load_hf(model: GPTModel, shape: Backbone, directory: str | Path) -> None:
 
 def _parts(segment: Segment) -> Iterator[Segment]:
     """The segment in parts that are small beside a shard, so that reading takes no second copy of an embedding."""
-    for start in range(segment.start, segment.stop, _ROWS_AT_ONCE):
-        yield replace(segment, start=start, stop=min(start + _ROWS_AT_ONCE, segment.stop))
+    for start in range(segment.start, segment.stop, ROWS_AT_ONCE):
+        yield replace(segment, start=start, stop=min(start + ROWS_AT_ONCE, segment.stop))
 
 
 def _check_tied(weights: HfWeights, segment: Segment, embedding: Tensor) -> None:

@@ -10,6 +10,7 @@ import hashlib
 import os
 import re
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -20,8 +21,9 @@ from torch import Tensor
 from tawin_nemo.config import ModelConfig
 from tawin_nemo.errors import ConfigError
 from tawin_nemo.log import get_logger
-from tawin_nemo.models.megatron import groups, shim
-from tawin_nemo.models.megatron.groups import TIMEOUT
+from tawin_nemo.models.megatron import groups, shim, sides
+from tawin_nemo.models.megatron.groups import TIMEOUT, time_limit
+from tawin_nemo.models.megatron.sides import Apart
 from tawin_nemo.types import DataParallel
 
 _log = get_logger(__name__)
@@ -62,7 +64,7 @@ def _rendezvous(env: dict[str, str]) -> tuple[str, int]:
 
 def _start_process_group(launch: Launch) -> None:
     backend = "nccl" if torch.cuda.is_available() else "gloo"
-    place: dict[str, Any] = {"rank": launch.rank, "world_size": launch.world_size, "timeout": TIMEOUT}
+    place: dict[str, Any] = {"rank": launch.rank, "world_size": launch.world_size, "timeout": time_limit()}
     if launch.world_size == 1:
         dist.init_process_group(backend, store=dist.HashStore(), **place)
         return
@@ -70,24 +72,32 @@ def _start_process_group(launch: Launch) -> None:
     dist.init_process_group(backend, init_method=f"tcp://{address}:{port}", **place)
 
 
-def initialize(cfg: ModelConfig, *, seed: int) -> None:
+def initialize(cfg: ModelConfig, *, seed: int, limit: timedelta = TIMEOUT, apart: Apart | None = None) -> None:
     """Start (or re-use) the process group, lay out TP x PP x DP and seed every generator.
 
-    A second call with the same layout only seeds again; with another layout it lays the groups out anew.
-    Raises ConfigError when the number of processes is not a multiple of TP x PP.
+    A second call with the same layout only seeds again; with another layout it lays the groups out anew. ``limit``:
+    how long a rank waits for the others in the groups that are made. With ``apart`` the last ranks only search, and
+    the world, in everything that this module says, is that of training (``sides``); a second call cannot change it.
+    Raises ConfigError when the number of processes that train is not a multiple of TP x PP.
     """
     if torch.cuda.is_available():
         torch.cuda.set_device(read_launch().local_rank % torch.cuda.device_count())
     else:
         shim.install()
+    groups.set_time_limit(limit)
     tp, pp = cfg.tensor_model_parallel_size, cfg.pipeline_model_parallel_size
-    if world_size() % (tp * pp):
+    ranks = world_size() - (apart.ranks if apart and not sides.divided() else 0)
+    if ranks < 1 or (ranks % (tp * pp) and not sides.searches_only()):
         raise ConfigError(
             f"model.tensor_model_parallel_size={tp} x model.pipeline_model_parallel_size={pp} = {tp * pp} does not "
-            f"divide the number of processes, {world_size()}: start a multiple of {tp * pp} or lower these sizes"
+            f"divide the number of processes, {ranks}: start a multiple of {tp * pp} or lower these sizes"
         )
     if not dist.is_initialized():
         _start_process_group(read_launch())
+    if apart and not sides.divided():
+        sides.divide(apart)
+    if sides.searches_only():
+        return
     if parallel_state.model_parallel_is_initialized() and _layout() != (tp, pp):
         _forget_layout()
     if not parallel_state.model_parallel_is_initialized():
@@ -95,8 +105,10 @@ def initialize(cfg: ModelConfig, *, seed: int) -> None:
             tensor_model_parallel_size=tp,
             pipeline_model_parallel_size=pp,
             create_gloo_process_groups=True,
-            distributed_timeout_minutes=int(TIMEOUT.total_seconds() // 60),
+            distributed_timeout_minutes=time_limit().total_seconds() / 60,
         )
+        # the one group that megatron 0.16 makes with torch's own limit
+        parallel_state.update_pg_timeout(time_limit(), parallel_state.get_expert_data_parallel_group_gloo())
         sizes = (world_size(), tp, pp, world_size() // (tp * pp))
         _log.info("parallel layout: %d processes = TP %d x PP %d x DP %d", *sizes)
     seed_step(seed, 0)
@@ -126,13 +138,16 @@ def seed_step(seed: int, step: int) -> None:
 
 def _forget_layout() -> None:
     parallel_state.destroy_model_parallel()
-    groups.forget()
+    if not sides.divided():  # else they were made for good, over both sides
+        groups.forget()
 
 
 def shutdown() -> None:
     """Leave the process groups; safe to call when none were made."""
     if parallel_state.model_parallel_is_initialized():
-        _forget_layout()
+        parallel_state.destroy_model_parallel()
+    groups.forget()
+    sides.forget()
     if dist.is_initialized():
         dist.destroy_process_group()
 

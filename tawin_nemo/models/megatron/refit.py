@@ -12,15 +12,15 @@ from collections.abc import Iterator
 
 import torch
 from megatron.core.models.gpt import GPTModel
+from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.resharding import ReshardPlan, build_centralized_reshard_plan, execute_reshard_plan
-from megatron.core.resharding.copy_services.base import CopyService
-from megatron.core.resharding.copy_services.gloo_copy_service import GlooCopyService
-from megatron.core.resharding.copy_services.nccl_copy_service import NCCLCopyService
 from torch import Tensor
 
 from tawin_nemo.errors import TawinError
 from tawin_nemo.models.megatron import parallel
 from tawin_nemo.models.megatron.build import full_shape, global_name, own_shard, sharded_axis
+from tawin_nemo.models.megatron.groups import copy_service
+from tawin_nemo.models.megatron.sides import whole_job
 
 #: Bytes of parameters that arrive on a rank at a time; a single larger parameter travels alone.
 _AT_ONCE = 256 * 2**20
@@ -29,11 +29,12 @@ _FACTOR_SEED = 20_260_101
 
 
 class _Named:
-    """What megatron's planner asks of a module, with the parameters' names in the whole model."""
+    """What megatron's planner asks of a module, with the parameters' names in the whole model; of None nothing."""
 
-    def __init__(self, model: GPTModel) -> None:
-        self.pg_collection = model.pg_collection
-        self._parameters = {global_name(model, name): value for name, value in model.named_parameters()}
+    def __init__(self, model: GPTModel | None) -> None:
+        self.pg_collection = ProcessGroupCollection() if model is None else model.pg_collection
+        named = () if model is None else model.named_parameters()
+        self._parameters = {global_name(model, name): value for name, value in named}
 
     def named_parameters(self, recurse: bool = True) -> Iterator[tuple[str, Tensor]]:
         yield from self._parameters.items()
@@ -44,23 +45,26 @@ class _Named:
 
 
 class Refit:
-    """Carries the weights of ``source`` to ``target``: one shape and precision, two layouts of the same processes.
+    """Carries the weights of ``source`` to ``target``: one shape and precision, two layouts.
 
-    Every process makes one and calls it; vocabularies must be padded alike.
+    Every process makes one and calls it; vocabularies must be padded alike. Both models may lie on the same processes;
+    in a divided job (``sides``) a training rank has no target and a rollout rank no source: None.
     """
 
-    def __init__(self, source: GPTModel, target: GPTModel) -> None:
+    def __init__(self, source: GPTModel | None, target: GPTModel | None) -> None:
         self._source, self._target = source, target
         self._sides = _Named(source), _Named(target)
-        self._service: CopyService = NCCLCopyService() if torch.cuda.is_available() else GlooCopyService()
-        whole = build_centralized_reshard_plan(*self._sides)
-        self._plans = [_only(whole, names) for names in _portions(self._sides[1])]
+        self._service = copy_service()
+        with whole_job():
+            whole = build_centralized_reshard_plan(*self._sides)
+            self._plans = [_only(whole, names) for names in _portions(self._sides[1])]
 
     @torch.no_grad()
     def __call__(self) -> None:
         """Bring the target's weights up to date."""
-        for plan in self._plans:
-            execute_reshard_plan(plan, *self._sides, self._service)
+        with whole_job():
+            for plan in self._plans:
+                execute_reshard_plan(plan, *self._sides, self._service)
 
     def check_equal(self) -> None:
         """Raises TawinError, on every rank, naming the tensors in which a row or column of the target differs.
@@ -69,7 +73,8 @@ class Refit:
         numbers, with fixed odd factors; only the sums travel. Equal sums of unequal rows are possible, at odds of
         about 2^-62.
         """
-        sums = parallel.gather_objects((_sums(self._source), _sums(self._target)))
+        with whole_job():
+            sums = parallel.gather_objects((_sums(self._source), _sums(self._target)))
         expected = {name: value for source, _ in sums for name, value in source.items()}
         wrong = {
             name
@@ -111,10 +116,10 @@ def _only(plan: ReshardPlan, names: set[str]) -> ReshardPlan:
 
 
 @torch.no_grad()
-def _sums(model: GPTModel) -> dict[tuple[str, int], int]:
+def _sums(model: GPTModel | None) -> dict[tuple[str, int], int]:
     """Per parameter (by its name in the whole model) and place along its sharded axis: the sum over that place."""
     sums: dict[tuple[str, int], int] = {}
-    for name, parameter in model.named_parameters():
+    for name, parameter in () if model is None else model.named_parameters():
         axis = sharded_axis(parameter) or 0
         bits = _bits(parameter.detach().movedim(axis, 0).reshape(parameter.shape[axis], -1))
         generator = torch.Generator().manual_seed(_FACTOR_SEED)

@@ -27,6 +27,7 @@ from tawin_nemo.errors import NonFiniteStep
 from tawin_nemo.models.megatron import parallel
 from tawin_nemo.models.megatron.forward import batch_logprobs, hidden_states, logit_dtype, modes
 from tawin_nemo.models.megatron.fused import fuse
+from tawin_nemo.models.megatron.new_tokens import drop_frozen_gradients, frozen_parameters
 from tawin_nemo.models.megatron.offload import OptimizerOffload
 from tawin_nemo.types import TokenBatch
 
@@ -137,6 +138,7 @@ class Trainable:
             [self.ddp],
         )
         fuse(model, self.optimizer)
+        self._frozen = frozen_parameters(model)
         self._offload = OptimizerOffload(self.ddp, self.optimizer) if trainer.offload_optimizer else None
         self.config.finalize_model_grads_func = _sum_gradients
         if parallel.data_parallel().size == 1 and self.config.fp8 is None:  # FP8 weights are requantised in the gather
@@ -174,6 +176,7 @@ class Trainable:
 
     def step(self, lr: float) -> float:
         """AdamW on the accumulated gradients; returns their norm before clipping."""
+        drop_frozen_gradients(self._frozen)
         self.optimizer.prepare_grads()
         grad_norm = float(self.optimizer.get_grad_norm())
         if not math.isfinite(grad_norm):
@@ -181,7 +184,8 @@ class Trainable:
         self._clip(grad_norm)
         for group in self.optimizer.param_groups:  # what megatron's own schedule object would set
             group["lr"] = lr
-            group["weight_decay"] = self._weight_decay * group["wd_mult"]
+            decay = 0.0 if self._frozen else self._weight_decay  # it would move rows that are not trained
+            group["weight_decay"] = decay * group["wd_mult"]
         self.optimizer.step_with_ready_grads()
         return grad_norm
 

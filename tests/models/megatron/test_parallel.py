@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from datetime import timedelta
+
 import pytest
 import torch
+import torch.distributed as dist
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
 
 from tawin_nemo.config import ModelConfig
 from tawin_nemo.errors import ConfigError
-from tawin_nemo.models.megatron import parallel
+from tawin_nemo.models.megatron import groups, parallel
+from tawin_nemo.models.megatron.async_save import AsyncSaver
 from tawin_nemo.models.megatron.parallel import Launch
 
 
@@ -70,3 +74,19 @@ def test_seeds_depend_on_seed_and_step_only() -> None:
     assert not torch.equal(draws(7, 4), first)
     assert not torch.equal(draws(8, 3), first)
     assert not torch.equal(first[:4], first[4:])  # tensor-parallel regions draw from a generator of their own
+
+
+def test_every_group_has_the_time_limit_that_is_asked_for() -> None:
+    limit = timedelta(minutes=7.5)
+    parallel.shutdown()
+    try:
+        parallel.initialize(ModelConfig(), seed=1, limit=limit)
+        groups.copy_service(), groups.rollout_groups(1, 1), groups.rollout_replicas(1, 1), AsyncSaver()
+        made = list(dist.distributed_c10d._world.pg_map)
+        limits = [group._get_backend(torch.device("cpu")).options._timeout for group in made]
+        assert len(limits) > 20
+        assert set(limits) == {limit}
+    finally:
+        parallel.shutdown()
+    parallel.initialize(ModelConfig(), seed=1)
+    assert groups.time_limit() == groups.TIMEOUT

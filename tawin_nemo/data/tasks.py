@@ -1,0 +1,175 @@
+"""Alignment tasks: what SFT may learn beside the next item, so that codes and words come to mean the same.
+
+The tasks are those of MiniOneRec (arXiv 2510.24431: codes of a history -> codes, title <-> codes, codes of a history ->
+title, titles of a history -> codes) and of LC-Rec (arXiv 2311.09049: description <-> codes, intention -> codes). A task
+is written by the template of all prompts with words of its own: an instruction (alpaca) or a marker token (compact).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from tawin_nemo.config import AlignConfig, DataConfig
+from tawin_nemo.data.catalogue import answer_paths
+from tawin_nemo.data.interactions import Split
+from tawin_nemo.data.prompts import ALPACA_INPUT, ALPACA_START, Template
+from tawin_nemo.data.samples import Samples, encode_split
+from tawin_nemo.data.tokenizer import Tokenizer
+from tawin_nemo.errors import ConfigError
+from tawin_nemo.types import TokenRows
+
+#: What an item can be written as; all but the codes are words.
+CODES, TITLE, DESCRIPTION, INTENTION = "codes", "title", "description", "intention"
+
+
+@dataclass(frozen=True)
+class Task:
+    """One way of asking: ``given`` and ``wanted`` say how items are written in the question and in the answer."""
+
+    name: str  # the key of section ``align``
+    given: str
+    wanted: str
+    of_history: bool  # the question shows a history and wants the item after it; else both are the same item
+    instruction: str
+
+    @property
+    def marker(self) -> str:
+        """Its token in the compact template."""
+        return f"<|{self.name}|>"
+
+
+TASKS = (
+    Task("title_to_sid", TITLE, CODES, False, "Name the item that has the title in the input."),
+    Task("sid_to_title", CODES, TITLE, False, "Write the title of the item in the input."),
+    Task(
+        "history_to_title", CODES, TITLE, True,
+        "A customer bought the items listed in the input, from oldest to newest. Write the title of the item that this "
+        "customer will buy next.",
+    ),
+    Task(
+        "titles_to_sid", TITLE, CODES, True,
+        "A customer bought the items whose titles are listed in the input, from oldest to newest. Name the item that "
+        "this customer will buy next.",
+    ),
+    Task(
+        "titles_to_title", TITLE, TITLE, True,
+        "A customer bought the items whose titles are listed in the input, from oldest to newest. Write the title of "
+        "the item that this customer will buy next.",
+    ),
+    Task("description_to_sid", DESCRIPTION, CODES, False, "Name the item that the input describes."),
+    Task("sid_to_description", CODES, DESCRIPTION, False, "Describe the item in the input."),
+    Task("intention_to_sid", INTENTION, CODES, False, "Name the item for a customer who wants what the input says."),
+)  # fmt: skip
+
+
+def active_tasks(align: AlignConfig) -> tuple[Task, ...]:
+    """The tasks whose weight is above 0, in the table's order."""
+    return tuple(task for task in TASKS if getattr(align, task.name) > 0)
+
+
+@dataclass(frozen=True)
+class TaskTemplate(Template):
+    """``Template`` with the words of a task in front; ``kind`` is how the question writes items."""
+
+    task: Task = TASKS[0]
+
+    @property
+    def head(self) -> str:
+        if self.name == "compact":
+            return self.task.marker
+        return f"{ALPACA_START}{self.task.instruction}{ALPACA_INPUT}"
+
+
+@dataclass(frozen=True)
+class TaskRows:
+    """N questions of a task with their answers, EOS included."""
+
+    task: Task
+    samples: Samples  # ``target_N`` is the item that the answer is about
+    answers: TokenRows
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def take(self, rows: np.ndarray) -> TaskRows:
+        """The named rows, in that order."""
+        return replace(self, samples=self.samples.take(rows), answers=self.answers.take(rows))
+
+
+@dataclass(frozen=True)
+class Wording:
+    """How items are written: ``texts[way][item]``, with an empty text where an item has none."""
+
+    texts: Mapping[str, Sequence[str]]
+    tokenizer: Tokenizer
+    template: Template  # of the run
+    data: DataConfig
+
+    def rows(self, task: Task, split: Split) -> TaskRows:
+        """The rows of ``split`` as questions of ``task``; those whose question or answer has no text are left out.
+
+        Raises ConfigError when no row is left, CatalogError and DataError as ``answer_paths`` and ``encode_split``.
+        """
+        given, wanted = self.texts[task.given], self.texts[task.wanted]
+        has_given, has_wanted = (np.array([bool(text) for text in texts], dtype=bool) for texts in (given, wanted))
+        rows = np.flatnonzero(self._asked(task, split, has_given) & has_wanted[split.target_N])
+        if len(rows) == 0:
+            raise ConfigError(
+                f"align.{task.name} has no rows: no item of these has a {task.given} and a {task.wanted}; set "
+                f"align.{task.name}=0"
+            )
+        asked = Split(split.user_N[rows], split.history.take(rows), split.target_N[rows], split.time_N[rows])
+        template = TaskTemplate(self.template.name, _kind(task.given), task)
+        samples = encode_split(asked, given, self.tokenizer, template, self.data)
+        return TaskRows(task, samples, self.paths(task.wanted).take(samples.target_N))
+
+    def paths(self, way: str) -> TokenRows:
+        """Every item written that way as an answer, EOS included; an item without such a text is EOS alone."""
+        template = Template(self.template.name, _kind(way))
+        texts = self.texts[way]
+        known = [item for item, text in enumerate(texts) if text]
+        paths = answer_paths([texts[item] for item in known], self.tokenizer, template)
+        place_I = np.full(len(texts), len(known))
+        place_I[known] = np.arange(len(known))
+        nothing = np.array([self.tokenizer.eos_id])
+        both = TokenRows(np.concatenate([paths.flat, nothing]), np.append(paths.offsets, len(paths.flat) + 1))
+        return both.take(place_I)
+
+    @staticmethod
+    def _asked(task: Task, split: Split, has_given: np.ndarray) -> np.ndarray:
+        """Whether all items of a row's question have a text."""
+        if not task.of_history:
+            return has_given[split.target_N]
+        lacking = np.concatenate([[0], np.cumsum(~has_given[split.history.flat])])
+        return np.asarray(np.diff(lacking[split.history.offsets]) == 0)
+
+
+def _kind(way: str) -> str:
+    """The template's word for it: codes are joined, words are put between marks."""
+    return "sid" if way == CODES else "title"
+
+
+def items_as_split(items: np.ndarray) -> Split:
+    """One row per item, whose history is that item itself: the questions about single items."""
+    items = np.asarray(items, dtype=np.int64)
+    none = np.zeros(len(items), dtype=np.int64)
+    return Split(none, TokenRows(items, np.arange(len(items) + 1)), items, none)
+
+
+def held_out_items(num_items: int, share: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Items that the tasks about single items train on, and those that they are tested on; both ascending."""
+    order = np.random.default_rng([seed, 5]).permutation(num_items)
+    held = round(share * num_items)
+    return np.sort(order[held:]), np.sort(order[:held])
+
+
+def first_words(text: str, most: int) -> str:
+    """At most ``most`` words, with single spaces.
+
+    >>> first_words("a  long\\n story", 2)
+    'a long'
+    """
+    return " ".join(text.split()[:most])

@@ -1,0 +1,1 @@
+"""Item vectors -> a few codes per item: quantisers, collisions, index files, growth, and what an index is worth."""

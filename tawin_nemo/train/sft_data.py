@@ -1,0 +1,193 @@
+"""What SFT trains on: the item after every history and, beside it, the alignment tasks, mixed by weight."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+
+from tawin_nemo.config import SftConfig
+from tawin_nemo.data.batches import BatchStream, MixedStream
+from tawin_nemo.data.interactions import Split
+from tawin_nemo.data.samples import Samples
+from tawin_nemo.data.tasks import (
+    CODES,
+    DESCRIPTION,
+    INTENTION,
+    TITLE,
+    Task,
+    TaskRows,
+    Wording,
+    active_tasks,
+    first_words,
+    held_out_items,
+    items_as_split,
+)
+from tawin_nemo.data.trees import tree_batches
+from tawin_nemo.errors import ConfigError
+from tawin_nemo.log import get_logger
+from tawin_nemo.train.world import World, read_json
+from tawin_nemo.types import TokenBatch, TokenRows
+
+log = get_logger(__name__)
+
+#: Rows of valid on which a task about histories is tested.
+TESTED_ROWS = 512
+
+
+@dataclass(frozen=True)
+class TaskSet:
+    """A task with the rows it learns from and those it is tested on (items held out, or histories of valid)."""
+
+    train: TaskRows
+    held_out: TaskRows
+
+    @property
+    def task(self) -> Task:
+        return self.train.task
+
+
+@dataclass(frozen=True)
+class SftData:
+    """N questions with their answers: the rows of train, then those of the tasks. Without tasks nothing is copied."""
+
+    prompts: TokenRows
+    answers: TokenRows  # the paths of the catalogue's items first
+    answer_N: np.ndarray  # which of the answers each prompt has
+    num_items: int
+    row_of: np.ndarray  # what the stream's numbers mean: places among the N
+    stream: BatchStream
+    tasks: tuple[TaskSet, ...]
+
+    def picked(self, step: int) -> np.ndarray:
+        """The questions of a step."""
+        return self.row_of[self.stream.batch(step)]
+
+    @cached_property
+    def lengths_N(self) -> np.ndarray:
+        """Tokens of each question with its answer."""
+        return self.prompts.lengths + self.answers.lengths[self.answer_N]
+
+    def batches(self, world: World, rows: np.ndarray) -> list[TokenBatch]:
+        """Those questions and answers under the token budget of ``sft``."""
+        answer_R = self.answer_N[rows]
+        return answer_batches(
+            world, self.prompts.take(rows), self.answers.take(answer_R), answer_R < self.num_items, world.recipe.sft
+        )
+
+
+def sft_data(world: World, rows: np.ndarray) -> SftData:
+    """``rows`` of train with the tasks of section ``align``. Raises ConfigError for a task without rows."""
+    train, paths = world.samples["train"], world.catalog.paths
+    tasks = tuple(task_sets(world, rows))
+    answers, answer_N, first = [paths], [train.target_N.astype(np.int64)], len(paths)
+    for part in (task.train for task in tasks):
+        if part.task.wanted == CODES:
+            answer_N.append(part.samples.target_N.astype(np.int64))
+        else:
+            answer_N.append(first + np.arange(len(part)))
+            answers.append(part.answers)
+            first += len(part)
+    counts = [len(part.train) for part in tasks]
+    shares = [round(getattr(world.recipe.align, part.task.name) * len(part.train)) for part in tasks]
+    return SftData(
+        prompts=TokenRows.joined([train.prompts, *(part.train.samples.prompts for part in tasks)]),
+        answers=TokenRows.joined(answers),
+        answer_N=np.concatenate(answer_N),
+        num_items=len(paths),
+        row_of=np.concatenate([rows, len(train) + np.arange(sum(counts))]).astype(np.int64),
+        stream=MixedStream.of(
+            [len(rows), *counts], [len(rows), *shares], world.recipe.sft.global_batch_size, world.recipe.seed
+        ),
+        tasks=tasks,
+    )
+
+
+def answer_batches(
+    world: World, prompts: TokenRows, answers: TokenRows, is_item_N: np.ndarray, cfg: SftConfig
+) -> list[TokenBatch]:
+    """Each prompt followed by its answer, packed under the token budget.
+
+    In trie space an answer that is no path of the catalogue (a title beside codes) is scored over the vocabulary.
+    """
+    trie = world.catalog.trie if cfg.loss_space == "trie" else None
+    groups = [np.arange(len(prompts))] if trie is None else [np.flatnonzero(is_item_N), np.flatnonzero(~is_item_N)]
+    batches = []
+    for rows, space in zip(groups, (trie, None), strict=False):
+        if len(rows):
+            parts = tree_batches(
+                prompts.take(rows), answers.take(rows), np.arange(len(rows)), space, cfg.micro_batch_tokens
+            )
+            batches += [batch for batch, _, _ in parts]
+    return batches
+
+
+def item_batches(world: World, samples: Samples) -> list[TokenBatch]:
+    """The item after each history of ``samples``."""
+    answers = world.catalog.paths.take(samples.target_N)
+    return answer_batches(world, samples.prompts, answers, np.ones(len(samples), dtype=bool), world.recipe.sft)
+
+
+def task_batches(world: World, rows: TaskRows) -> list[TokenBatch]:
+    """The questions of one task."""
+    is_item_N = np.full(len(rows), rows.task.wanted == CODES)
+    return answer_batches(world, rows.samples.prompts, rows.answers, is_item_N, world.recipe.sft)
+
+
+def task_sets(world: World, rows: np.ndarray) -> Iterator[TaskSet]:
+    """The active tasks: questions about histories from ``rows`` of train, those about single items from all items
+    but the held-out ones."""
+    align = world.recipe.align
+    tasks = active_tasks(align)
+    if not tasks:
+        return
+    wording = wording_of(world)
+    items = held_out_items(len(world.catalog), align.holdout, world.recipe.seed)
+    valid = world.samples["valid"]
+    tested = np.unique(np.linspace(0, len(valid) - 1, min(TESTED_ROWS, len(valid))).astype(np.int64))
+    histories = _as_split(world.samples["train"].take(rows)), _as_split(valid.take(tested))
+    for task in tasks:
+        learnt, held = histories if task.of_history else map(items_as_split, items)
+        found = TaskSet(wording.rows(task, learnt), wording.rows(task, held))
+        log.info("task %s: %d rows, tested on %d", task.name, len(found.train), len(found.held_out))
+        yield found
+
+
+def wording_of(world: World) -> Wording:
+    """How the items of the catalogue are written in the tasks."""
+    align, items = world.recipe.align, world.dataset.items
+    texts = {
+        CODES: world.item_texts,
+        TITLE: items.titles,
+        DESCRIPTION: [first_words(text, align.max_words) for text in items.descriptions],
+    }
+    if align.intentions:
+        texts[INTENTION] = _intentions(
+            Path(world.recipe.data.root) / align.intentions, len(items.titles), align.max_words
+        )
+    return Wording(texts, world.tokenizer, world.template, world.recipe.data)
+
+
+def _intentions(path: Path, num_items: int, max_words: int) -> list[str]:
+    """Texts by item from a JSON file {item index: text}; items without one get an empty text."""
+    if not path.is_file():
+        raise ConfigError(f"align.intentions: there is no file {path}; write one JSON object {{item index: text}}")
+    try:
+        told = read_json(path)
+    except ValueError as error:
+        raise ConfigError(f"align.intentions: {path} is not a JSON object ({error})") from error
+    known = {str(item) for item in range(num_items)}
+    wrong = [key for key, text in told.items() if key not in known or not isinstance(text, str)]
+    if wrong:
+        raise ConfigError(
+            f"align.intentions: {path} has {len(wrong)} entries that are not an item of 0 .. {num_items - 1} with a "
+            f"text: {', '.join(map(repr, wrong[:5]))}"
+        )
+    return [first_words(str(told.get(str(item), "")), max_words) for item in range(num_items)]
+
+
+def _as_split(samples: Samples) -> Split:
+    return Split(samples.user_N, samples.history, samples.target_N, np.zeros(len(samples), dtype=np.int64))

@@ -1,0 +1,83 @@
+"""How well the alignment tasks are learnt: loss and exact match, on what they trained on and on what was held out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tawin_nemo.artefacts import write_json
+from tawin_nemo.catalog.items import Catalog
+from tawin_nemo.catalog.trie import TokenTrie
+from tawin_nemo.data.tasks import CODES, DESCRIPTION, TITLE, TaskRows, active_tasks
+from tawin_nemo.eval.evaluate import evaluate
+from tawin_nemo.log import get_logger
+from tawin_nemo.models.megatron import parallel
+from tawin_nemo.rollout.engine import Engine
+from tawin_nemo.train.sft_data import TaskSet, task_sets, wording_of
+from tawin_nemo.train.world import World
+from tawin_nemo.types import TokenRows
+
+log = get_logger(__name__)
+
+#: Rows that a task is tested on among those it was trained on.
+TESTED_ROWS = 512
+#: Beams of the search for an answer.
+BEAMS = 10
+
+
+def evaluate_tasks(
+    world: World, directory: Path, rows: np.ndarray, build: Callable[[Catalog], Engine]
+) -> dict[str, Any]:
+    """Exact match of each active task, written to ``eval/tasks.json``: {task: {held_out | trained: {rows, exact}}}.
+
+    An answer is searched among all codes or all titles of the catalogue with ``BEAMS`` beams, and the best one must be
+    the item's own; where several items are written alike a hit counts 1 / their number. Descriptions are not searched.
+    ``build`` makes an engine over a catalogue with the weights of the stage; ``rows`` are the stage's rows of train.
+    """
+    if not active_tasks(world.recipe.align):
+        return {}
+    sets = [part for part in task_sets(world, rows) if part.task.wanted != DESCRIPTION]
+    found: dict[str, dict[str, dict[str, float]]] = {}
+    for way in dict.fromkeys(part.task.wanted for part in sets):  # one engine at a time: a model's place in memory
+        catalog = _catalogue(world, way)
+        engine = build(catalog)
+        engine.receive_weights()
+        found |= {part.task.name: _exact(world, engine, catalog, part) for part in sets if part.task.wanted == way}
+    for name, facts in found.items():
+        shown = ", ".join(f"{which} {value['exact']:.3f} of {value['rows']}" for which, value in facts.items())
+        log.info("task %s: exact match %s", name, shown)
+    if parallel.world_rank() == 0:
+        write_json(task_file(directory), found)
+    parallel.barrier()
+    return found
+
+
+def task_file(directory: Path) -> Path:
+    """Where a stage's evaluation of the tasks lies."""
+    return directory / "eval" / "tasks.json"
+
+
+def _exact(world: World, engine: Engine, catalog: Catalog, part: TaskSet) -> dict[str, dict[str, float]]:
+    places = np.unique(np.linspace(0, len(part.train) - 1, min(TESTED_ROWS, len(part.train))).astype(np.int64))
+    chosen: dict[str, TaskRows] = {"held_out": part.held_out, "trained": part.train.take(places)}
+    cfg = replace(world.recipe.eval, ks=[1], beams=BEAMS)
+    facts = {}
+    for which, rows in chosen.items():
+        label = f"task {part.task.name} {which}"
+        result = evaluate(engine, rows.samples, catalog, cfg, dp=engine.dp or world.dp, label=label)
+        facts[which] = {"rows": len(rows), "exact": result.means["recall@1"]}
+    return facts
+
+
+def _catalogue(world: World, way: str) -> Catalog:
+    """The items as the answers of a task write them."""
+    if way == CODES:
+        return world.catalog
+    assert way == TITLE
+    items = world.dataset.items
+    paths: TokenRows = wording_of(world).paths(TITLE)
+    return Catalog(items.titles, items.external_ids, "title", paths, TokenTrie.from_paths(paths, names=items.titles))

@@ -1,0 +1,94 @@
+"""SFT with alignment tasks, and of new tokens alone: whole runs over semantic IDs written by a BPE that knows words."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
+
+from tawin_nemo.config import CatalogConfig, DataConfig, ModelConfig
+from tawin_nemo.data.interactions import load_dataset
+from tawin_nemo.data.tokenizer import build_tokenizer
+from tests.train.runs import SMALL, metrics, run
+
+ALIGNED = [
+    *SMALL, "catalog.kind=sid", "data.tokenizer=bpe", "rl.enabled=false", "sft.lr=5e-3", "sft.warmup=5",
+]  # fmt: skip
+TASKS = ("title_to_sid", "sid_to_title", "history_to_title", "titles_to_sid")
+
+
+@pytest.fixture(scope="module")
+def index(small_dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Codes of every item: by the first word of its title, by the last one, and at random."""
+    titles = load_dataset(small_dataset).items.titles
+    firsts, lasts = (sorted({title.split()[place] for title in titles}) for place in (0, -1))
+    third = np.random.default_rng(0).integers(8, size=len(titles))
+    codes = {
+        str(item): [f"<a_{firsts.index(title.split()[0])}>", f"<b_{lasts.index(title.split()[-1])}>", f"<c_{last}>"]
+        for item, (title, last) in enumerate(zip(titles, third, strict=True))
+    }
+    path = tmp_path_factory.mktemp("index") / "toy.index.json"
+    path.write_text(json.dumps(codes))
+    return path
+
+
+@pytest.mark.parametrize(("space", "falls_to"), [("vocab", 0.5), ("trie", 0.93)])
+def test_every_task_is_learnt(small_dataset: Path, index: Path, tmp_path: Path, space: str, falls_to: float) -> None:
+    weights = [f"align.{name}=1" for name in TASKS]
+    run(
+        *ALIGNED, *weights, f"data.root={small_dataset}", f"catalog.index={index}", f"run_dir={tmp_path}",
+        f"sft.loss_space={space}", "sft.epochs=9", "sft.patience=20", "trainer.save_interval=100",
+    )  # fmt: skip
+    logged = [line for line in metrics(tmp_path, "sft") if "valid/loss" in line]
+    assert len(logged) == 10
+    for name in TASKS:
+        losses = [line[f"valid/loss/{name}"] for line in logged]
+        assert min(losses) < falls_to * losses[0], name
+    exact = json.loads((tmp_path / "sft" / "eval" / "tasks.json").read_text())
+    assert set(exact) == set(TASKS)
+    for name, facts in exact.items():
+        assert set(facts) == {"held_out", "trained"}
+        assert all(0.0 <= value["exact"] <= 1.0 for value in facts.values()), name
+    assert exact["title_to_sid"]["trained"]["exact"] > 0.05
+    assert exact["title_to_sid"]["held_out"]["rows"] == round(0.05 * len(load_dataset(small_dataset).items))
+
+
+@pytest.fixture(scope="module")
+def pretrained(small_dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Hugging Face folder with a tokenizer that knows no codes, and spare rows behind its last token."""
+    folder = tmp_path_factory.mktemp("pretrained")
+    titles = load_dataset(small_dataset).items.titles
+    data = DataConfig(tokenizer="bpe", bpe_vocab_size=320)
+    tokenizer = build_tokenizer(data, CatalogConfig(), ModelConfig(), titles, None)
+    tokenizer.save(folder)
+    torch.manual_seed(5)
+    shape = Qwen2Config(
+        vocab_size=tokenizer.size + 7, hidden_size=16, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, intermediate_size=24, max_position_embeddings=256, tie_word_embeddings=True,
+    )  # fmt: skip
+    Qwen2ForCausalLM(shape).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("layout", ["", "trainer.devices=2 model.tensor_model_parallel_size=2"], ids=["one", "TP2"])
+def test_a_frozen_backbone_keeps_every_bit(
+    small_dataset: Path, index: Path, pretrained: Path, tmp_path: Path, layout: str
+) -> None:
+    run(
+        *ALIGNED, f"data.root={small_dataset}", f"catalog.index={index}", f"run_dir={tmp_path}/run", *layout.split(),
+        "data.tokenizer=auto", f"model.init={pretrained}", "model.freeze_backbone=true", "model.new_tokens=text",
+        "align.title_to_sid=1", "sft.epochs=2",
+    )  # fmt: skip
+    run(f"checkpoint={tmp_path}/run/sft", f"convert.output={tmp_path}/hf", verb="convert")
+    before, after = (load_file(folder / "model.safetensors") for folder in (pretrained, tmp_path / "hf"))
+    known = len(AutoTokenizer.from_pretrained(pretrained))
+    whole = AutoTokenizer.from_pretrained(tmp_path / "hf")
+    table, name = after.pop("model.embed_tokens.weight"), "model.embed_tokens.weight"
+    assert torch.equal(table[:known], before.pop(name)[:known])
+    assert len(table) == len(whole) > known + 7  # new tokens took the spare rows and some more
+    assert all(torch.equal(after[other], value) for other, value in before.items())
+    logged = [line["valid/loss"] for line in metrics(tmp_path / "run", "sft") if "valid/loss" in line]
+    assert logged[-1] < logged[0]
