@@ -61,7 +61,7 @@ launch() {
   trap : USR1                 # Slurm tells the tasks itself; this script has to wait for them
   trap 'CANCELLED=yes' TERM
   if [ "${TAWIN_PREFLIGHT:-1}" = 1 ]; then
-    preflight "${words[@]}"
+    preflight "$verb" "${words[@]}"
   fi
   step "$verb" "${words[@]}"
   dry_run || say "done"
@@ -105,13 +105,17 @@ step() {
   if [ "$code" != 0 ]; then fail "$verb" "$code"; fi
 }
 
-# What is wrong should be told in a minute, not by 32 tracebacks.
+# What is wrong should be told in a minute, not by 32 tracebacks. preflight VERB [key=value ...]
 preflight() {
-  SRUN_OPTIONS=(--nodes=1 --ntasks=1)
-  step plan "$@" --gpus "$((SLURM_NNODES * TASKS))" --gpu "${TAWIN_GPU:-h800}"
-  SRUN_OPTIONS=()
-  step doctor "$@"
-  dry_run || say "preflight: plan and doctor have no objection"
+  local asked="doctor has"
+  if [ "$1" != serve ]; then # plan counts what training needs
+    asked="plan and doctor have"
+    SRUN_OPTIONS=(--nodes=1 --ntasks=1)
+    step plan "${@:2}" --gpus "$((SLURM_NNODES * TASKS))" --gpu "${TAWIN_GPU:-h800}"
+    SRUN_OPTIONS=()
+  fi
+  step doctor "${@:2}"
+  dry_run || say "preflight: $asked no objection"
 }
 
 again() {

@@ -30,6 +30,7 @@ examples:
   tawin-nemo convert  --recipe recipes/quickstart.yaml checkpoint=runs/quickstart/rl convert.output=export
   tawin-nemo retrain  --recipe recipes/quickstart.yaml retrain.root=production retrain.date=2018-06-30
   tawin-nemo study    --recipe recipes/studies/smoke.yaml --dry-run
+  tawin-nemo serve    --recipe recipes/quickstart.yaml checkpoint=runs/quickstart/rl serve.port=8000
   tawin-nemo doctor   --recipe recipes/quickstart.yaml
   tawin-nemo plan     --recipe recipes/tawin_qwen7b.yaml --gpus 32 --gpu h800
   tawin-nemo keys rl.tawin        every recipe key below rl.tawin with its meaning, limits and default
@@ -47,6 +48,7 @@ VERBS = {
     "generate": "recommendations for some histories, as catalogue items",
     "convert": "a checkpoint -> Hugging Face directory (import: model.init=DIR)",
     "retrain": "a night: prepare, train from the published model, export, gate on valid, publish (retrain.root=DIR)",
+    "serve": "recommendations over HTTP: a data plane for users, a control plane for weights and catalogue",
     "study": "arms x seeds of one recipe, one process per run, then paired tests, tables and plots (study --help)",
     "plan": "memory per GPU, step time and the best TP/PP/DP of a recipe on a cluster, without one (plan --help)",
     "simulate": "which WPAUC window goes with Recall@K: Figure 3 as PNG and JSON (trials= seed= output=, no recipe)",
@@ -157,7 +159,9 @@ def _dispatch(arguments: argparse.Namespace, argv: list[str]) -> int:
         launcher.end_with_launcher()
         if arguments.verb == "retrain":
             return retrain(recipe)
-        verb: Callable[..., dict[str, Any]] = getattr(verbs, arguments.verb)
+        verb: Callable[..., dict[str, Any]] = (
+            serve_verb() if arguments.verb == "serve" else getattr(verbs, arguments.verb)
+        )
         options = {"dry_run": arguments.dry_run} if arguments.verb == "train" else {}
         result = verbs.run(recipe, verb, prepared_root, **options)
     if int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))) == 0:
@@ -200,6 +204,13 @@ def retrain(recipe: Any) -> int:
     if int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))) == 0:
         print(json.dumps(result), flush=True)
     return code
+
+
+def serve_verb() -> Callable[..., dict[str, Any]]:
+    """Imported only by those who serve."""
+    from tawin_nemo.serve.verb import serve
+
+    return serve
 
 
 def study(arguments: argparse.Namespace) -> int:

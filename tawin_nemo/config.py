@@ -11,7 +11,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from tawin_nemo.config_sft import AlignConfig, SftConfig
-from tawin_nemo.config_verbs import BaselineConfig, ConvertConfig, GenerateConfig, RetrainConfig, SemanticIdsConfig
+from tawin_nemo.config_verbs import (
+    BaselineConfig,
+    ConvertConfig,
+    GenerateConfig,
+    RetrainConfig,
+    SemanticIdsConfig,
+    ServeConfig,
+)
 from tawin_nemo.options import choice, number, opt
 
 #: Values of reference.precision and eval.precision.
@@ -240,10 +247,11 @@ class Recipe:
     baseline: BaselineConfig = field(default_factory=BaselineConfig)
     start: str = opt("", "a finished stage (RUN_DIR/sft) or step_N whose weights take the place of model.init")
     profile: str = choice("off", "torch", "nsys", help="profile steps 2-4 of each stage: torch writes STAGE/profile/")
-    checkpoint: str = opt("", "evaluate, generate, convert: a stage of a run (RUN_DIR/rl) or one of its step_N")
+    checkpoint: str = opt("", "evaluate, generate, convert, serve: a stage of a run (RUN_DIR/rl) or one of its step_N")
     generate: GenerateConfig = field(default_factory=GenerateConfig)
     convert: ConvertConfig = field(default_factory=ConvertConfig)
     retrain: RetrainConfig = field(default_factory=RetrainConfig)
+    serve: ServeConfig = field(default_factory=ServeConfig)
     semantic_ids: SemanticIdsConfig = field(default_factory=SemanticIdsConfig)
     exp_manager: dict[str, Any] = opt({}, "passed to NeMo's exp_manager (TensorBoard, W&B, MLflow); empty = not used")
 

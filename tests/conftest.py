@@ -44,7 +44,7 @@ def qwen_tokenizer(shared_data: Path) -> Path:
 
 
 #: Folders whose tests start processes. They go first, so that no worker is left alone with one of them at the end.
-SLOW_FOLDERS = ("train", "distributed")
+SLOW_FOLDERS = ("train", "distributed", "serve")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from tawin_nemo.catalog.trie_build import TrieArrays, build_arrays
 from tawin_nemo.catalog.trie_files import load_arrays, save_arrays
+from tawin_nemo.catalog.trie_spans import Spans
 from tawin_nemo.types import TokenRows
 
 
@@ -121,6 +122,11 @@ class TokenTrie:
         sharing_I = np.empty(self.num_items, dtype=np.int64)
         sharing_I[self._order_I] = np.repeat(self._group_size_D, self._group_size_D)
         return sharing_I
+
+    @cached_property
+    def spans(self) -> Spans:
+        """The items below and the choices above every node; made at the first use."""
+        return Spans.of(self.arrays)
 
     def shared_leaves(self) -> np.ndarray:
         """Leaves of two or more items, ascending."""

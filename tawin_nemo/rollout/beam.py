@@ -19,7 +19,7 @@ without a choice are skipped, tokens without a choice are run together, and thos
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -31,6 +31,7 @@ from tawin_nemo.catalog.trie import TokenTrie
 from tawin_nemo.errors import ConfigError
 from tawin_nemo.rollout.beam_state import Beams, first_beams
 from tawin_nemo.rollout.chains import run_chains, waiting, with_first_token
+from tawin_nemo.rollout.filters import Filters, ItemFilter
 from tawin_nemo.rollout.lm import LM
 from tawin_nemo.rollout.scoring import (
     SCORE_SPACES,
@@ -52,10 +53,15 @@ RUN_AHEAD = 256
 
 @dataclass(frozen=True)
 class Answers:
-    """Prompts whose search is over."""
+    """Prompts whose search is over.
+
+    Without a length penalty every path that is not among the found ones scores at most the larger of ``lost_B`` and the
+    last found one, since a path's score only falls on its way: results at or above ``lost_B`` are the best there are.
+    """
 
     ticket_B: np.ndarray  # as given to ``BeamSearch.admit``
     found: Candidates
+    lost_B: np.ndarray  # best score of what was given up for want of beams, -inf if nothing was
 
     def __len__(self) -> int:
         return len(self.ticket_B)
@@ -134,40 +140,93 @@ class BeamSearch:
         """Tokens of the model's cache, counting for each of its prompts what its beams may still come to."""
         return int(self._held_P.sum())
 
-    def tokens_of(self, lengths_B: np.ndarray) -> np.ndarray:
-        """Tokens of the cache that prompts of these lengths come to with their beams, at most.
+    def tokens_of(self, lengths_B: np.ndarray, widths_B: Sequence[int] | np.ndarray | None = None) -> np.ndarray:
+        """Tokens of the cache that prompts of these lengths come to with their beams (default W each), at most.
 
-        No more than W beams have a token at any depth that is run; chains run ahead can add a little.
+        No more than that many beams have a token at any depth that is run; chains run ahead can add a little.
         """
         depth = self._trie.decision_depth if self._space == "trie" else self._trie.max_depth - 1
-        return lengths_B + self._width * depth
+        return lengths_B + np.asarray(self._width if widths_B is None else widths_B, dtype=np.int64) * depth
 
     @torch.no_grad()
-    def admit(self, prompts: TokenRows, tickets: Sequence[int] | np.ndarray) -> None:
-        """Run B prompts and let them join; ``tickets`` are the caller's numbers for them."""
+    def admit(
+        self,
+        prompts: TokenRows,
+        tickets: Sequence[int] | np.ndarray,
+        *,
+        widths: Sequence[int] | None = None,
+        filters: Sequence[ItemFilter | None] | None = None,
+    ) -> None:
+        """Run B prompts and let them join; ``tickets`` are the caller's numbers for them.
+
+        ``widths``: beams of each prompt instead of W; ``filters``: what each may be answered with. Answers have as many
+        places as the widest prompt that runs beside them. Raises ConfigError for a width below 1.
+        """
         check_prompts(self._lm, prompts, self._trie)
         if len(prompts) == 0:
             return
+        if widths is not None:
+            check_search(self._lm, self._trie, min(widths))
         extended, run = with_root_path(prompts, self._trie) if self._space == "trie" else (prompts, 0)
         cache = self._lm.prefill(extended)
         if self._rules is None:
             like = one_logprob(self._lm, cache, self._trie, self._space)
-            self._rules = Rules.of(self._trie, self._width, self._space, self._length_penalty, like)
+            self._rules = Rules.of(self._trie, self._space, self._length_penalty, like)
         ticket_B = torch.as_tensor(np.asarray(tickets, dtype=np.int64))
         logprobs = self._trie.decision_depth + 1 if self._space == "trie" else self._trie.max_depth
         beams = first_beams(
-            ticket_B, torch.arange(len(prompts)), width=self._width, run=run, logprobs=logprobs, like=self._rules.norm_T
-        )
+            ticket_B, torch.arange(len(prompts)), width=max(widths or [self._width]), run=run, logprobs=logprobs,
+            like=self._rules.norm_T, width_B=None if widths is None else torch.as_tensor(np.asarray(widths)),
+        )  # fmt: skip
         if self._space == "vocab":
             beams = with_first_token(self._lm, cache, self._trie, beams)
+        if filters is not None:
+            beams = self._filtered(beams, filters)
         if self._beams is None:
             self._cache, self._beams = cache, beams
         else:
-            old, cached = self._beams, len(self._held_P)
+            widest = max(self._beams.node_BW.shape[1], beams.node_BW.shape[1])
+            old, cached, beams = self._beams.resized(widest), len(self._held_P), beams.resized(widest)
             self._cache, new_row_old, new_row = self._lm.join(self._cache, cache)
             beams = replace(beams, prompt_B=beams.prompt_B + cached)
             self._beams = _renumbered(old, new_row_old).with_prompts(_renumbered(beams, new_row))
-        self._held_P = np.concatenate([self._held_P, self.tokens_of(prompts.lengths)])
+        self._held_P = np.concatenate([self._held_P, self.tokens_of(prompts.lengths, widths)])
+
+    def _filtered(self, beams: Beams, filters: Sequence[ItemFilter | None]) -> Beams:
+        """New prompts with their filters; those of prompts that are gone are forgotten."""
+        assert self._rules is not None
+        kept: list[ItemFilter] = []
+        if self._rules.filters is not None and self._beams is not None:
+            used_B = self._beams.filter_B
+            rows = used_B[used_B >= 0].tolist()
+            kept = [self._rules.filters.filters[row] for row in rows]
+            filter_B = torch.full_like(used_B, -1)
+            filter_B[used_B >= 0] = torch.arange(len(rows), device=used_B.device)
+            self._beams = replace(self._beams, filter_B=filter_B)
+        row_B = [-1] * len(beams)
+        for place, item in enumerate(filters):
+            if item is not None:
+                row_B[place] = len(kept)
+                kept.append(item)
+        if not kept:
+            self._rules = replace(self._rules, filters=None)
+            return beams
+        device = beams.node_BW.device
+        asked = Filters(self._trie, kept, device)
+        self._rules = replace(self._rules, filters=asked)
+        filter_B, root_B = torch.tensor(row_B, device=device), beams.node_BW[:, 0]
+        nothing_B = asked.blocked(filter_B, root_B)  # such a prompt is over before it begins
+        node_BW = beams.node_BW.masked_fill(nothing_B[:, None], -1)
+        return replace(beams, filter_B=filter_B, node_BW=node_BW)
+
+    def drop(self, tickets: Collection[int]) -> None:
+        """Prompts that nobody wants answered any more leave at once."""
+        if self._beams is None:
+            return
+        gone_B = torch.isin(self._beams.ticket_B.cpu(), torch.tensor(list(tickets), dtype=torch.long))
+        if bool(gone_B.any()):
+            self._leave(self._beams, gone_B.to(self._beams.ticket_B.device))
+            self._release_cache()
 
     @torch.no_grad()
     def advance(self) -> Answers:
@@ -180,12 +239,14 @@ class BeamSearch:
             done += self._step_all()
             self._release_cache()
         if not done:
-            return Answers(np.zeros(0, dtype=np.int64), no_candidates(self._width, self._trie.max_depth))
+            none = no_candidates(self._width, self._trie.max_depth)
+            return Answers(np.zeros(0, dtype=np.int64), none, np.zeros(0))
         tickets = np.concatenate([part.ticket_B.cpu().numpy() for part in done])
         found = [
             candidates_from(self._trie, part.done_leaf_BW, part.done_score_BW, part.done_logp_BWT) for part in done
         ]
-        return Answers(tickets, joined(found, np.arange(len(tickets))))
+        lost = np.concatenate([part.lost_B.double().cpu().numpy() for part in done])
+        return Answers(tickets, joined(found, np.arange(len(tickets))), lost)
 
     def _step_all(self) -> list[Beams]:
         """Step the prompts that do not wait for the model until all others do; returns those that got done."""
@@ -223,6 +284,7 @@ class BeamSearch:
         beams = self._beams
         if beams is None or 2 * len(beams) > len(self._held_P):
             return
+        beams = beams.resized(int(beams.width_B.max()))
         self._cache, new_row = self._lm.keep(self._cache, beams.prompt_B)
         self._held_P = self._held_P[beams.prompt_B.cpu().numpy()]
         beams = replace(beams, prompt_B=torch.arange(len(beams), device=beams.prompt_B.device))

@@ -1,4 +1,7 @@
-"""The state of a beam search: W beams and the W best finished paths of each of B prompts, as dense tensors."""
+"""The state of a beam search: W beams and the W best finished paths of each of B prompts, as dense tensors.
+
+Prompts may have fewer beams than W; the places behind their own stay empty.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,7 @@ from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 
 @dataclass(frozen=True)
@@ -18,6 +22,9 @@ class Beams:
 
     ticket_B: Tensor  # the caller's number of the prompt
     prompt_B: Tensor  # the prompt's number in the model's cache, ascending
+    width_B: Tensor  # beams of the prompt, at most W
+    filter_B: Tensor  # row of the search's filters, -1 = every item is allowed
+    lost_B: Tensor  # best score of a path, finished or not, that the number of beams made the search give up
     depth_B: Tensor  # tokens of the path that every beam has
     node_BW: Tensor  # trie node that the beam is heading to, or stands at
     score_BW: Tensor  # sum of log-probs, -inf where empty
@@ -34,6 +41,25 @@ class Beams:
     @property
     def live_BW(self) -> Tensor:
         return self.node_BW >= 0
+
+    @property
+    def own_BW(self) -> Tensor:
+        """bool: a place that belongs to the prompt."""
+        return torch.arange(self.node_BW.shape[1], device=self.width_B.device) < self.width_B[:, None]
+
+    def resized(self, width: int) -> Beams:
+        """The state with another W, at least that of its widest prompt."""
+        extra = width - self.node_BW.shape[1]
+        empty = {"node_BW": -1, "done_leaf_BW": -1, "score_BW": -torch.inf, "done_score_BW": -torch.inf}
+
+        def sized(name: str) -> Tensor:
+            tensor: Tensor = getattr(self, name)
+            if "_BW" not in name:
+                return tensor
+            behind = (0, 0, 0, extra) if name.endswith("_BWT") else (0, extra)
+            return pad(tensor, behind, value=empty.get(name, 0))
+
+        return Beams(*(sized(field.name) for field in fields(self)))
 
     def take(self, rows_M: Tensor) -> Beams:
         """M of the prompts."""
@@ -55,10 +81,21 @@ def _combined(combine: Callable[[Tensor, Tensor], Tensor], first: Beams, second:
     return Beams(*(combine(getattr(first, field.name), getattr(second, field.name)) for field in fields(first)))
 
 
-def first_beams(ticket_B: Tensor, prompt_B: Tensor, *, width: int, run: int, logprobs: int, like: Tensor) -> Beams:
+def first_beams(
+    ticket_B: Tensor,
+    prompt_B: Tensor,
+    *,
+    width: int,
+    run: int,
+    logprobs: int,
+    like: Tensor,
+    width_B: Tensor | None = None,
+    filter_B: Tensor | None = None,
+) -> Beams:
     """One beam per prompt, heading to the trie's root (node 0), ``run`` tokens of the way being run with the prompt.
 
-    Log-probs for up to ``logprobs`` tokens; device and floating type are those of ``like``.
+    Log-probs for up to ``logprobs`` tokens; device and floating type are those of ``like``. All prompts have ``width``
+    beams unless ``width_B`` says less, and no filter without ``filter_B``.
     """
     device = like.device
     shape = (len(ticket_B), width)
@@ -72,6 +109,9 @@ def first_beams(ticket_B: Tensor, prompt_B: Tensor, *, width: int, run: int, log
     return Beams(
         ticket_B=ticket_B.to(device),
         prompt_B=prompt_B,
+        width_B=torch.full_like(prompt_B, width) if width_B is None else width_B.to(device),
+        filter_B=torch.full_like(prompt_B, -1) if filter_B is None else filter_B.to(device),
+        lost_B=torch.full((len(ticket_B),), -torch.inf, dtype=like.dtype, device=device),
         depth_B=torch.full_like(prompt_B, run),
         node_BW=node_BW,
         score_BW=score_BW,

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from tawin_nemo.catalog.trie import TokenTrie
 from tawin_nemo.rollout.beam_state import Beams
+from tawin_nemo.rollout.filters import Filters
 from tawin_nemo.rollout.lm import LM
 from tawin_nemo.rollout.scoring import without_nan
 
@@ -22,17 +23,17 @@ from tawin_nemo.rollout.scoring import without_nan
 class Rules:
     """What a search was asked for; ``norm_T`` and ``best_norm_T`` are indexed by a path's tokens so far."""
 
-    width: int
     space: str  # trie | vocab
     norm_T: Tensor  # length ** length_penalty
     best_norm_T: Tensor  # the largest norm that a path which ends behind this token can still be divided by
+    filters: Filters | None = None  # what ``Beams.filter_B`` points into
 
     @classmethod
-    def of(cls, trie: TokenTrie, width: int, space: str, length_penalty: float, like: Tensor) -> Rules:
+    def of(cls, trie: TokenTrie, space: str, length_penalty: float, like: Tensor) -> Rules:
         norms = [max(1, length) ** length_penalty for length in range(trie.max_depth + 1)]  # no path has length 0
         norm_T = torch.tensor(norms, dtype=torch.float64)
         best_norm_T = norm_T[-1:].expand_as(norm_T) if length_penalty > 0 else torch.cat([norm_T[1:], norm_T[-1:]])
-        return cls(width, space, norm_T.to(like), best_norm_T.to(like))
+        return cls(space, norm_T.to(like), best_norm_T.to(like))
 
 
 @dataclass(frozen=True)
@@ -67,17 +68,17 @@ def step(lm: LM, cache: Any, trie: TokenTrie, beams: Beams, rules: Rules) -> Bea
     # needs none of it) would cost as much as the work itself.
     with torch._C.DisableTorchFunction():
         table = _continuations(lm, cache, trie, beams, rules)
-        columns = table.score_BC.shape[1]
+        columns, width = table.score_BC.shape[1], beams.node_BW.shape[1]
         # At most one token ends a path at each beam where paths end with an own token (EOS): 2 W are enough. Elsewhere
         # more paths can end within the best ones, and the W best that go on may lie behind all of them.
-        for count in (min(2 * rules.width, columns), columns):
+        for count in (min(2 * width, columns), columns):
             found = _ranked(trie, beams, table, count)
             goes_on_BK = found.real_BK & ~found.ends_BK
-            if count == columns or not bool((found.real_BK[:, -1] & (goes_on_BK.sum(1) < rules.width)).any()):
+            if count == columns or not bool((found.real_BK[:, -1] & (goes_on_BK.sum(1) < width)).any()):
                 break
-        if bool(found.ends_BK[:, : rules.width].any()):
-            beams = _finish(beams, found, rules)
-        return _advance(beams, found, goes_on_BK, rules)
+        beams = _finish(beams, found, rules) if bool(found.ends_BK[:, :width].any()) else beams
+        unseen_B = found.score_BK[:, -1] if count < columns else torch.full_like(beams.lost_B, -torch.inf)
+        return _advance(beams, found, goes_on_BK, unseen_B, rules)
 
 
 def to_next_choice(trie: TokenTrie, beams: Beams, rules: Rules) -> Beams:
@@ -115,7 +116,7 @@ def _has_hope(beams: Beams, score_BM: Tensor, rules: Rules) -> Tensor:
     the rank of any of them.
     """
     best_BM = score_BM / rules.best_norm_T[beams.depth_B][:, None]
-    return best_BM > beams.done_score_BW[:, -1:]  # -inf while a place is free
+    return best_BM > beams.done_score_BW.gather(1, beams.width_B[:, None] - 1)  # -inf while a place is free
 
 
 def _continuations(lm: LM, cache: Any, trie: TokenTrie, beams: Beams, rules: Rules) -> _Table:
@@ -129,6 +130,9 @@ def _continuations(lm: LM, cache: Any, trie: TokenTrie, beams: Beams, rules: Rul
     if len(beam_N):
         row_N = beams.row_BW.flatten()[beam_N]
         logp_E = without_nan(lm.logprobs(cache, row_N, position_E, token_E, rules.space))
+        if rules.filters is not None:
+            filter_E = beams.filter_B.index_select(0, beam_N // width).index_select(0, position_E)
+            logp_E = logp_E.masked_fill(rules.filters.blocked(filter_E, child_E), -torch.inf)
 
     degree_N = torch.bincount(position_E, minlength=len(beam_N))
     count_BW = forced_BW.long()
@@ -187,9 +191,9 @@ def best_columns(score_BC: Tensor, count: int) -> Tensor:
 
 def _finish(beams: Beams, found: _Continuations, rules: Rules) -> Beams:
     """Merge the paths that end within the best W continuations into the finished ones."""
-    width = rules.width
+    width = beams.node_BW.shape[1]
     norm_B1 = rules.norm_T[beams.depth_B + 1][:, None]
-    score_BW = torch.where(found.ends_BK[:, :width], found.score_BK[:, :width] / norm_B1, -torch.inf)
+    score_BW = torch.where(found.ends_BK[:, :width] & beams.own_BW, found.score_BK[:, :width] / norm_B1, -torch.inf)
     logp_BWT = _longer(beams, found.parent_BK[:, :width], found.logp_BK[:, :width])
     return _merged(beams, score_BW, found.node_BK[:, :width], logp_BWT)
 
@@ -198,7 +202,7 @@ def _merged(beams: Beams, score_BW: Tensor, leaf_BW: Tensor, logp_BWT: Tensor) -
     """The best W of the finished paths so far and the given ones; an equal score does not displace an earlier one."""
     width = beams.node_BW.shape[1]
     score_BX, order_BX = torch.cat([beams.done_score_BW, score_BW], dim=1).sort(dim=1, descending=True, stable=True)
-    score_BW, order_BW = score_BX[:, :width], order_BX[:, :width]
+    score_BW, order_BW = score_BX[:, :width].masked_fill(~beams.own_BW, -torch.inf), order_BX[:, :width]
     leaf_BW = torch.cat([beams.done_leaf_BW, leaf_BW], dim=1).gather(1, order_BW)
     return replace(
         beams,
@@ -208,12 +212,20 @@ def _merged(beams: Beams, score_BW: Tensor, leaf_BW: Tensor, logp_BWT: Tensor) -
     )
 
 
-def _advance(beams: Beams, found: _Continuations, goes_on_BK: Tensor, rules: Rules) -> Beams:
-    """The best W continuations that do not end a path, without those that can no longer enter the result."""
+def _advance(beams: Beams, found: _Continuations, goes_on_BK: Tensor, unseen_B: Tensor, rules: Rules) -> Beams:
+    """The best W continuations that do not end a path, without those that can no longer enter the result.
+
+    ``unseen_B``: no continuation that is not among the found ones scores more.
+    """
     longer = replace(beams, depth_B=beams.depth_B + 1)
     goes_on_BK = goes_on_BK & _has_hope(longer, found.score_BK, rules)
-    order_BW = (~goes_on_BK).byte().argsort(dim=1, stable=True)[:, : rules.width]
-    goes_on_BW = goes_on_BK.gather(1, order_BW)
+    column_K = torch.arange(goes_on_BK.shape[1], device=goes_on_BK.device)
+    place_BK = torch.where(found.ends_BK, column_K, goes_on_BK.cumsum(1) - 1)  # ends compete with all, others not
+    over_BK = (found.ends_BK | goes_on_BK) & (place_BK >= beams.width_B[:, None])
+    lost_B = found.score_BK.masked_fill(~over_BK, -torch.inf).amax(1)
+    longer = replace(longer, lost_B=torch.maximum(torch.maximum(beams.lost_B, lost_B), unseen_B))
+    order_BW = (~goes_on_BK).byte().argsort(dim=1, stable=True)[:, : beams.node_BW.shape[1]]
+    goes_on_BW = goes_on_BK.gather(1, order_BW) & beams.own_BW
     parent_BW = found.parent_BK.gather(1, order_BW)
     return replace(
         longer,

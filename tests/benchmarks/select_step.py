@@ -94,7 +94,7 @@ def make_case(items: int, codes: int, prompts: int, beams: int, vocab: int) -> C
     scores = -torch.rand(shape, generator=torch.Generator().manual_seed(2)).mul(5).cumsum(1)
     rows = prompts + torch.arange(wanted).view(shape)
     state = replace(state, node_BW=node_R[chosen].view(shape), score_BW=scores, row_BW=rows)
-    return Case(trie, state, select.Rules.of(trie, beams, "trie", 0.0, like), prefix_RT[chosen])
+    return Case(trie, state, select.Rules.of(trie, "trie", 0.0, like), prefix_RT[chosen])
 
 
 def model_with_hidden(shape: Backbone, prompts: int, beams: int) -> tuple[MegatronLM, Any, Tensor]:

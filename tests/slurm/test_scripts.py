@@ -49,7 +49,7 @@ def test_shellcheck_finds_nothing():
 
 
 def test_there_is_a_script_for_each_of_the_named_jobs():
-    assert {"tawin_qwen7b.sh", "tawin_qwen0.5b.sh", "sft_qwen7b.sh", "retrain_nightly.sh"} <= {
+    assert {"tawin_qwen7b.sh", "tawin_qwen0.5b.sh", "sft_qwen7b.sh", "retrain_nightly.sh", "serve.sh"} <= {
         path.name for path in BATCH
     }
 
@@ -58,8 +58,11 @@ def test_there_is_a_script_for_each_of_the_named_jobs():
 def test_a_script_asks_for_what_its_recipe_plans(script):
     """Nodes and tasks agree with the recipe; the signal comes before the limit, and the job may be requeued."""
     asked = options_of(script)
-    (train,) = [words for words in dry_run(script) if "train" in words or "retrain" in words]
-    recipe = load_recipe(REPOSITORY / train[train.index("--recipe") + 1])
+    (train,) = [words for words in dry_run(script) if {"train", "retrain", "serve"} & set(words)]
+    place = train.index("--recipe")
+    # a server runs on another part of the cluster than the training that its recipe is for, and says so itself
+    own = [word for word in train[place + 2 :] if word.startswith(("trainer.", "model.")) and script.stem == "serve"]
+    recipe = load_recipe(REPOSITORY / train[place + 1], own)
     assert (int(asked["nodes"]), int(asked["ntasks-per-node"])) == (recipe.trainer.num_nodes, recipe.trainer.devices)
     assert asked["gpus-per-node"] == asked["ntasks-per-node"]
     assert asked["job-name"] == script.stem
@@ -80,6 +83,18 @@ def test_one_srun_task_per_gpu_after_plan_and_doctor():
     assert "--kill-on-bad-exit=1" in train
     assert "--output=/nowhere/logs/tawin_qwen7b.0/attempt0.train.rank%t.log" in train
     assert not any(word.startswith("--container") for word in train)
+
+
+@pytest.mark.parametrize("tasks", [4, 1])
+def test_a_server_is_one_model_over_the_tasks_of_a_node(tasks):
+    doctor, serve = dry_run(REPOSITORY / "slurm" / "serve.sh", "checkpoint=run/rl", SLURM_NTASKS_PER_NODE=str(tasks))
+    assert "doctor" in doctor  # plan counts what training needs
+    told = serve[serve.index("serve") + 3 :]
+    recipe = load_recipe(REPOSITORY / "recipes" / "tawin_qwen7b.yaml", [*told, "serve.port=8100"])
+    assert recipe.rollout_layout == (tasks, 1)
+    assert recipe.trainer.num_nodes * recipe.trainer.devices == tasks
+    assert (recipe.serve.host, recipe.serve.control_host) == ("0.0.0.0", "127.0.0.1")
+    assert "checkpoint=run/rl" in told
 
 
 def test_everything_can_be_told_by_the_environment():

@@ -227,6 +227,20 @@ def broadcast_object(value: Any) -> Any:
     return box[0]
 
 
+def broadcast_bytes(data: bytes | None) -> bytes:
+    """World rank 0's bytes, on every rank; the others pass None."""
+    size = torch.tensor([0 if data is None else len(data)], device=device())
+    dist.broadcast(size, src=0)
+    box = (
+        torch.empty(int(size), dtype=torch.uint8)
+        if data is None
+        else torch.frombuffer(bytearray(data), dtype=torch.uint8)
+    )
+    box = box.to(device())
+    dist.broadcast(box, src=0)
+    return box.cpu().numpy().tobytes()
+
+
 def gather_objects(value: Any) -> list[Any]:
     """Every process's Python object, in world-rank order, on every rank."""
     if world_size() == 1:

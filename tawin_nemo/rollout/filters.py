@@ -1,0 +1,74 @@
+"""Searches over a part of the catalogue: an edge below which nothing is allowed is never taken.
+
+Log-probs stay those of the whole catalogue (trie space is not normalised anew), so that scores of filtered and
+unfiltered searches can be compared. A filtered search is the search that one would see if the model gave every path
+without an allowed item probability 0: no allowed item is crowded out by forbidden ones, and with at least as many
+beams as there are allowed paths the result is the exact ranking of the allowed items.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tawin_nemo.catalog.trie import TokenTrie
+
+
+@dataclass(frozen=True, eq=False)
+class ItemFilter:
+    """``only`` the listed items may be answered, or all ``except`` them; of items on one path any allowed one does."""
+
+    kind: str  # only | except
+    place_M: np.ndarray  # sorted distinct places (``catalog.trie_spans``)
+
+    @classmethod
+    def only(cls, trie: TokenTrie, items: Collection[int]) -> ItemFilter:
+        return cls("only", _places(trie, items))
+
+    @classmethod
+    def without(cls, trie: TokenTrie, items: Collection[int]) -> ItemFilter:
+        return cls("except", _places(trie, items))
+
+    def allowed_paths(self, trie: TokenTrie) -> int:
+        """Distinct paths that at least one allowed item has."""
+        ends_D = np.append(np.flatnonzero(trie.arrays.node_depth[trie.num_inner :]), trie.num_items)
+        listed_D = np.diff(np.searchsorted(self.place_M, ends_D))
+        if self.kind == "only":
+            return int((listed_D > 0).sum())
+        return int((listed_D < np.diff(ends_D)).sum())
+
+    def first_allowed(self, trie: TokenTrie, leaf: int) -> int:
+        """The lowest allowed item of a leaf that this filter lets through."""
+        items = trie.items(leaf)
+        listed = np.isin(trie.spans.place_I[items], self.place_M)
+        return int(items[listed if self.kind == "only" else ~listed][0])
+
+
+def _places(trie: TokenTrie, items: Collection[int]) -> np.ndarray:
+    return np.unique(trie.spans.place_I[np.fromiter(items, dtype=np.int64, count=len(items))])
+
+
+class Filters:
+    """The filters of some prompts, asked together; row r is the r-th filter and row -1 lets everything through."""
+
+    def __init__(self, trie: TokenTrie, filters: Sequence[ItemFilter], device: torch.device) -> None:
+        self.filters, self._trie = list(filters), trie
+        self._stride = trie.num_items + 1
+        keys = [row * self._stride + item.place_M for row, item in enumerate(self.filters)]
+        self._key_X = torch.from_numpy(np.concatenate([np.zeros(0, dtype=np.int64), *keys])).to(device)
+        self._only_R = torch.tensor([item.kind == "only" for item in self.filters], device=device)
+        spans = trie.spans.tensors(device)
+        self._first_V, self._end_V = spans["first_V"], spans["end_V"]
+
+    def blocked(self, row_E: Tensor, node_E: Tensor) -> Tensor:
+        """Bool [E]: no item below the node is allowed by the row's filter."""
+        filter_E = row_E.clamp(min=0)
+        first_E, end_E = self._first_V.index_select(0, node_E), self._end_V.index_select(0, node_E)
+        base_E = filter_E * self._stride
+        listed_E = torch.searchsorted(self._key_X, base_E + end_E) - torch.searchsorted(self._key_X, base_E + first_E)
+        none_E = torch.where(self._only_R.index_select(0, filter_E), listed_E == 0, listed_E == end_E - first_E)
+        return none_E & (row_E >= 0)

@@ -1,0 +1,82 @@
+"""Rank 0 tells the others each order before it carries it out itself; they follow until they are told to stop."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+from tawin_nemo.catalog.trie import TokenTrie
+from tawin_nemo.errors import TawinError
+from tawin_nemo.serve.orders import LoadWeights, Order, Probe, PutCatalogue, Stop, decode, encode
+from tawin_nemo.serve.replica import Replica
+
+
+class Ranks(Protocol):
+    """The processes that share one model."""
+
+    size: int
+
+    def send(self, data: bytes) -> None:
+        """From rank 0 to all others; raises when one of them is gone."""
+        ...
+
+    def receive(self) -> bytes: ...
+
+    def meet(self) -> None:
+        """Returns when all of them are here; raises when one of them is gone."""
+        ...
+
+
+class Alone:
+    """One process."""
+
+    size = 1
+
+    def send(self, data: bytes) -> None:
+        pass
+
+    def receive(self) -> bytes:
+        raise RuntimeError("a process without others has nobody to follow")
+
+    def meet(self) -> None:
+        pass
+
+
+class Leader:
+    """Rank 0's way to the model: every order goes to all ranks."""
+
+    def __init__(self, replica: Replica, ranks: Ranks) -> None:
+        self.replica, self.ranks = replica, ranks
+
+    def apply(self, order: Order) -> Any:
+        """What rank 0 itself gets out of the order."""
+        self._send(order)
+        if isinstance(order, Probe):
+            self.ranks.meet()
+        return self.replica.apply(order)
+
+    def put_catalogue(self, order: PutCatalogue, trie: TokenTrie) -> None:
+        """As ``apply``, with a trie that rank 0 has built already."""
+        self._send(order)
+        self.replica.tries[order.version] = trie
+
+    def _send(self, order: Order) -> None:
+        if self.ranks.size > 1:
+            self.ranks.send(encode(order))
+
+
+def follow(replica: Replica, ranks: Ranks) -> None:
+    """Carry out rank 0's orders until ``Stop``. Errors end this rank, and with it all.
+
+    The exception are weights that cannot be loaded: every rank finds that alike and goes on with those it has.
+    """
+    while True:
+        order = decode(ranks.receive())
+        if isinstance(order, Stop):
+            return
+        if isinstance(order, Probe):
+            ranks.meet()
+        try:
+            replica.apply(order)
+        except TawinError:
+            if not isinstance(order, LoadWeights):
+                raise

@@ -1,0 +1,138 @@
+"""``tawin-nemo serve``: from a recipe and a checkpoint to a server that runs until it is told to leave."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tawin_nemo.artefacts import write_json
+from tawin_nemo.errors import ConfigError
+from tawin_nemo.log import get_logger
+from tawin_nemo.models.megatron import parallel
+from tawin_nemo.rollout.engine import RolloutEngine
+from tawin_nemo.rollout.lm import LM
+from tawin_nemo.serve.catalogue import ServedCatalogue, Writing, read_items
+from tawin_nemo.serve.engine import Engine, Limits
+from tawin_nemo.serve.metrics import Metrics
+from tawin_nemo.serve.ranks import Alone, Leader, Ranks, follow
+from tawin_nemo.serve.replica import Replica
+from tawin_nemo.serve.requests import Terms
+from tawin_nemo.serve.secrets_files import control_token, read_keys
+from tawin_nemo.serve.server import Secrets, Server, settings_of
+from tawin_nemo.train.verbs import engine_of
+from tawin_nemo.train.world import World
+
+log = get_logger(__name__)
+FIRST = 1  # version of the weights and of the catalogue that a server starts with
+
+
+class Together:
+    """All processes of the job; what is sent is bytes, whatever the backend."""
+
+    def __init__(self) -> None:
+        self.size = parallel.world_size()
+
+    def send(self, data: bytes) -> None:
+        parallel.broadcast_bytes(data)
+
+    def receive(self) -> bytes:
+        return parallel.broadcast_bytes(None)
+
+    def meet(self) -> None:
+        parallel.any_rank(False)
+
+
+def serve(world: World) -> dict[str, Any]:
+    """Serve ``checkpoint`` until SIGTERM or /shutdown. Rank 0 speaks HTTP, the others follow it.
+
+    Raises ConfigError (layout, ports, keys), CatalogError (``serve.catalogue``), TawinError when the engine breaks.
+    """
+    recipe, settings = world.recipe, world.recipe.serve
+    tp, pp = recipe.rollout_layout
+    if tp * pp != parallel.world_size():
+        raise ConfigError(
+            f"serve runs one model: trainer.num_nodes x trainer.devices = {parallel.world_size()} must be TP {tp} x "
+            f"PP {pp} of rollouts; start several servers for several replicas"
+        )
+    replica = Replica(loader(world), length_penalty=recipe.rollout.length_penalty)
+    catalogue = first_catalogue(world)
+    replica.models[FIRST] = replica.load("")
+    replica.tries[FIRST] = catalogue.trie
+    ranks: Ranks = Together() if parallel.world_size() > 1 else Alone()
+    if parallel.world_rank() > 0:
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+            signal.signal(number, signal.SIG_IGN)  # rank 0 drains, then lets this one go
+        follow(replica, ranks)
+        return {}
+    model = replica.models[FIRST]
+    catalogue.validate(vocab=model.vocab_size, positions=model.max_positions)
+    catalogue.warm()
+    roots, folder = settings_of(settings, world.run_dir)
+    keys = read_keys(settings.api_keys_file)
+    token = control_token(settings.control_token_file, folder / "control_token", keys)
+    metrics = Metrics()
+    engine = Engine(
+        Leader(replica, ranks), catalogue, metrics=metrics, weights=FIRST, on_thread=use_device,
+        limits=Limits(settings.max_queue, settings.token_budget, settings.row_budget),
+    )  # fmt: skip
+    terms = Terms(
+        settings, recipe.name, min(settings.beams or recipe.eval.beams, settings.max_beams),
+        recipe.rollout.score_space, recipe.rollout.length_penalty, model.max_positions, model.vocab_size,
+    )  # fmt: skip
+    del model, catalogue  # they may be replaced, and must not stay in memory for this frame
+    server = Server(engine, terms, Secrets(keys, token), roots=roots)
+    engine.start()
+    server.run(lambda: _announce(server, world, folder))
+    return {"served": True, "weight_version": engine.weights, "catalogue_version": engine.catalogue.version}
+
+
+def _announce(server: Server, world: World, folder: Path) -> None:
+    settings, (data, control) = world.recipe.serve, server.ports
+    place = {
+        "data": f"http://{settings.host}:{data}", "control": f"http://{settings.control_host}:{control}",
+        "pid": os.getpid(),
+    }  # fmt: skip
+    write_json(folder / "address.json", place)
+    log.info("serving %s on %s, control plane on %s", world.recipe.name, place["data"], place["control"])
+
+
+def first_catalogue(world: World) -> ServedCatalogue:
+    """The data set's catalogue, or that of ``serve.catalogue``, as version 1."""
+    data = world.recipe.data
+    writing = Writing(world.tokenizer, world.template, data.max_history, data.max_prompt_tokens)
+    known = ServedCatalogue.of(world.catalog, world.item_texts, writing)
+    file = world.recipe.serve.catalogue
+    return known.replaced(read_items(Path(file)), FIRST) if file else known
+
+
+def loader(world: World) -> Callable[[str], LM]:
+    """Makes a model with the weights of a stage, a step or a Hugging Face folder; of the recipe for an empty path."""
+
+    def load(path: str) -> LM:
+        use_device()
+        recipe = world.recipe
+        if (Path(path) / "config.json").is_file() and path:
+            recipe = replace(recipe, checkpoint="", start="", model=replace(recipe.model, init=path))
+        elif path:
+            recipe = replace(recipe, checkpoint=path)
+        engine = engine_of(replace(world, recipe=recipe))
+        if not isinstance(engine, RolloutEngine):
+            raise ConfigError(
+                f"rollout.placement={recipe.rollout.placement} keeps some processes for training, and serve has none; "
+                "set rollout.placement=colocated"
+            )
+        return engine.lm
+
+    return load
+
+
+def use_device() -> None:
+    """The current CUDA device belongs to a thread; every thread that computes has to name this process's."""
+    if torch.cuda.is_available():
+        torch.cuda.set_device(parallel.read_launch().local_rank % torch.cuda.device_count())

@@ -1,0 +1,154 @@
+"""Parts of the server alone: orders on the wire, ranks that follow, the OpenAPI documents."""
+
+from __future__ import annotations
+
+import json
+import queue
+import threading
+
+import numpy as np
+import pytest
+
+from tawin_nemo.errors import CheckpointError, DataError
+from tawin_nemo.rollout.filters import ItemFilter
+from tawin_nemo.serve import openapi
+from tawin_nemo.serve.jobs import Job
+from tawin_nemo.serve.metrics import Metrics
+from tawin_nemo.serve.orders import (
+    Admit,
+    Advance,
+    Draw,
+    Drop,
+    Forget,
+    Lane,
+    LoadWeights,
+    Order,
+    Probe,
+    PutCatalogue,
+    Stop,
+    decode,
+    encode,
+)
+from tawin_nemo.serve.ranks import Leader, follow
+from tawin_nemo.serve.replica import Replica
+from tawin_nemo.serve.running import Running
+from tawin_nemo.types import TokenRows
+from tests.rollout.sequence_lm import TableLM
+from tests.serve.scene import first_catalogue, tokenizer
+
+LANE = Lane(1, 2, "vocab")
+ROWS = TokenRows.from_lists([[1, 2, 3], [], [4]])
+NUMBERS = np.array([5, -1, 2**62], dtype=np.int64)
+
+
+@pytest.mark.parametrize(
+    "order",
+    [
+        Admit(LANE, ROWS, NUMBERS, NUMBERS + 1, NUMBERS * 0, ROWS),
+        Advance(LANE),
+        Drop(LANE, NUMBERS),
+        Drop(LANE, None),
+        Draw(LANE, ROWS, NUMBERS, 3, 0.5),
+        LoadWeights(7, "/models/a b/ü"),
+        PutCatalogue(3, ROWS),
+        Forget([1, 2], []),
+        Probe(),
+        Stop(),
+    ],
+    ids=lambda order: type(order).__name__,
+)
+def test_orders_survive_the_wire(order: Order) -> None:
+    again = decode(encode(order))
+    assert type(again) is type(order)
+    assert plain(again) == plain(order)
+
+
+def plain(value):
+    if isinstance(value, np.ndarray):
+        return value.tolist()
+    return {name: plain(item) for name, item in vars(value).items()} if hasattr(value, "__dict__") else value
+
+
+class Wire:
+    """Two ranks as two threads."""
+
+    size = 2
+
+    def __init__(self) -> None:
+        self.sent: queue.Queue[bytes] = queue.Queue()
+        self.met = threading.Barrier(2)
+
+    def send(self, data: bytes) -> None:
+        self.sent.put(data)
+
+    def receive(self) -> bytes:
+        return self.sent.get(timeout=30)
+
+    def meet(self) -> None:
+        self.met.wait(30)
+
+
+def replica(catalogue) -> Replica:
+    def load(path: str) -> TableLM:
+        if path == "broken":
+            raise CheckpointError("broken")
+        return TableLM(tokenizer().size, seed=len(path), impossible=False)
+
+    made = Replica(load)
+    made.models[1], made.tries[1] = load(""), catalogue.trie
+    return made
+
+
+def test_a_follower_calls_its_model_exactly_as_the_leader_does() -> None:
+    catalogue = first_catalogue()
+    wire, first, second = Wire(), replica(catalogue), replica(catalogue)
+    leader = Leader(first, wire)
+    follower = threading.Thread(target=follow, args=(second, wire))
+    follower.start()
+    running, jobs = Running(leader, Metrics()), []
+    for weights, width in ((1, 3), (1, 8), (2, 5)):
+        if weights == 2:
+            leader.apply(LoadWeights(2, "xx"))
+        given = ItemFilter.only(catalogue.trie, range(width, 30))
+        jobs.append(Job(catalogue, catalogue.prompt([width]), 1e18, width=width, filter=given, space="vocab"))
+        running.begin(jobs[-1:], weights)
+        running.advance()
+    with pytest.raises(CheckpointError):
+        leader.apply(LoadWeights(3, "broken"))
+    jobs[1].cancelled = True
+    running.drop_unwanted()
+    while running.jobs:
+        running.advance()
+    draws = Job(catalogue, catalogue.prompt([9]), 1e18, draws=4, seeds=[3])
+    running.begin([draws], 2)
+    leader.put_catalogue(PutCatalogue(2, catalogue.trie_paths), catalogue.trie)
+    leader.apply(Forget([1], [1]))
+    leader.apply(Probe())
+    leader.apply(Stop())
+    follower.join(30)
+    assert not follower.is_alive()
+    assert [len(job.future.result().prompts[0].hits) for job in (jobs[0], jobs[2], draws)] == [3, 5, 4]
+    assert first.models.keys() == second.models.keys() == {2}
+    assert first.tries.keys() == second.tries.keys() == {2}
+    assert second.models[2].ran == first.models[2].ran != []
+    assert second.models[2].prefilled == first.models[2].prefilled
+    assert second.searches == {}
+
+
+def test_a_follower_ends_with_an_error_that_the_ranks_may_not_share() -> None:
+    wire = Wire()
+    broken = replica(first_catalogue())
+    wire.send(encode(Admit(Lane(1, 1, "trie"), ROWS, NUMBERS, NUMBERS * 0 + 1, NUMBERS * 0, ROWS)))
+    with pytest.raises(DataError, match="has no tokens"):
+        follow(broken, wire)
+
+
+@pytest.mark.parametrize("name", openapi.documents())
+def test_the_exported_document_is_up_to_date(name: str) -> None:
+    """``python -m tawin_nemo.serve.openapi`` writes it anew."""
+    stored = (openapi.FOLDER / name).read_text(encoding="utf-8")
+    assert stored == openapi.documents()[name]
+    document = json.loads(stored)
+    assert "422" not in {
+        code for methods in document["paths"].values() for one in methods.values() for code in one["responses"]
+    }
