@@ -20,12 +20,13 @@ from tawin_nemo.serve.catalogue import ServedCatalogue
 from tawin_nemo.serve.engine import Engine
 from tawin_nemo.serve.events import write_event
 from tawin_nemo.serve.jobs import Done, Rejected
+from tawin_nemo.serve.playground import playground
 from tawin_nemo.serve.problems import Problem, handle_problems
 from tawin_nemo.serve.requests import Asked, Terms
 from tawin_nemo.serve.web import Keyed, Limited, Observed, first_of, note, until_gone, without_422
 
 #: Reachable without a key: they say nothing about users.
-OPEN_PATHS = ("/health", "/ready")
+OPEN_PATHS = ("/", "/health", "/ready")
 
 
 class DataPlane:
@@ -157,6 +158,7 @@ def data_app(plane: DataPlane | None, *, keys: Collection[str] = ()) -> FastAPI:
     app.add_api_route("/health", routes.health, **get)  # type: ignore[arg-type]
     app.add_api_route("/ready", routes.ready, **get)  # type: ignore[arg-type]
     app.add_api_route("/metrics", routes.metrics, response_class=Response, **get)  # type: ignore[arg-type]
+    app.add_api_route("/", playground, include_in_schema=False)
     handle_problems(app)
     app.openapi = without_422(app.openapi)  # type: ignore[method-assign]
     if plane is not None:

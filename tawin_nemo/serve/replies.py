@@ -36,6 +36,7 @@ def recommendation(
                 item=item, external_id=catalogue.external_ids[item], title=catalogue.titles[item], score=hit.score,
                 probability=math.exp(math.fsum(hit.logprobs)),
                 tokens=hit.tokens if request.return_tokens else None,
+                token_texts=_texts(hit, catalogue) if request.return_tokens else None,
                 logprobs=hit.logprobs if request.return_tokens else None,
             )
         )  # fmt: skip
@@ -88,8 +89,12 @@ def completion(request: schema.CompletionRequest, asked: Asked, done: Done, name
 
 
 def _logprobs(hit: Hit, catalogue: ServedCatalogue) -> schema.CompletionLogprobs:
-    words = [catalogue.writing.tokenizer.decode([token]) for token in hit.tokens]
+    words = _texts(hit, catalogue)
     offsets = [0]
     for word in words[:-1]:
         offsets.append(offsets[-1] + len(word))
     return schema.CompletionLogprobs(tokens=words, token_logprobs=hit.logprobs, text_offset=offsets)
+
+
+def _texts(hit: Hit, catalogue: ServedCatalogue) -> list[str]:
+    return [catalogue.writing.tokenizer.decode([token]) for token in hit.tokens]

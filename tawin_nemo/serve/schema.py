@@ -61,7 +61,8 @@ class Recommended(BaseModel):
     score: float = Field(description="summed log-probs, divided by length ** rollout.length_penalty")
     probability: float = Field(description="of the item's path, in the score space")
     tokens: list[int] | None = None
-    logprobs: list[float] | None = None
+    token_texts: list[str] | None = None
+    logprobs: list[float] | None = Field(None, description="of each token; 0 where there is no alternative")
 
 
 class RecommendationReply(Versions):
