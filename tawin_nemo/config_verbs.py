@@ -12,7 +12,10 @@ class BaselineConfig:
     """A classic recommender, trained and evaluated instead of the language model."""
 
     model: str = choice("off", "gru4rec", "caser", "sasrec", "tiger", help="which one; off = the language model")
-    loss: str = choice("softmax", "bce", help="all items as negatives, or sampled ones (not tiger)")
+    loss: str = choice(
+        "softmax", "bce", "trie",
+        help="all items (tiger: all codes) as negatives; sampled ones (not tiger); codes that lead to items (tiger)",
+    )  # fmt: skip
     negatives: int = number(1, 1, help="loss=bce: sampled negatives per positive")
     rows: str = choice("all", "earlier", help="rows of train: all, or the earlier 1 - rl.fresh_share (for a reward)")
     hidden: int = number(64, 4, help="width of embeddings and layers")
@@ -23,6 +26,9 @@ class BaselineConfig:
     epochs: int = number(200, 1, help="upper bound")
     patience: int = number(10, 1, help="epochs on valid without progress before training stops")
     lr: float = number(1e-3, 0.0, help="Adam's learning rate")
+    schedule: str = choice("constant", "cosine", "linear", help="after the warm-up, over all baseline.epochs")
+    warmup: int = number(0, 0, help="steps of linear warm-up")
+    min_lr_ratio: float = number(0.1, 0.0, 1.0, help="floor of cosine and linear, as a share of lr")
     weight_decay: float = number(0.0, 0.0, help="Adam's L2 penalty")
 
 

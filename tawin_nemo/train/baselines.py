@@ -24,6 +24,7 @@ from tawin_nemo.models.seqrec.losses import sample_negatives
 from tawin_nemo.models.seqrec.protocol import SequentialRecommender, left_padded
 from tawin_nemo.train.baseline_eval import evaluate_baseline, valid_metrics
 from tawin_nemo.train.baseline_stage import BaselineStage
+from tawin_nemo.train.schedule import scheduled
 from tawin_nemo.train.stage import MetricSink, Progress, monitored
 from tawin_nemo.train.world import World
 
@@ -94,9 +95,10 @@ def train_baseline(world: World, stage: BaselineStage, model: SequentialRecommen
         if done.bad_checks >= cfg.patience:
             break
         parallel.seed_step(recipe.seed, step + 1)
-        facts = fit(world, fitting, train.take(stream.batch(step)))
+        lr = scheduled(cfg, step, cfg.epochs * per_epoch)
+        facts = fit(world, fitting, train.take(stream.batch(step)), lr=lr)
         done.step = step + 1
-        stage.write(done.step, {"epoch": done.step / per_epoch, **facts})
+        stage.write(done.step, {"epoch": done.step / per_epoch, **facts, "lr": lr})
         if done.step % per_epoch == 0:
             _check(world, stage, fitting, done)
         elif done.step % recipe.trainer.save_interval == 0:
@@ -109,8 +111,10 @@ def train_baseline(world: World, stage: BaselineStage, model: SequentialRecommen
     stage.finish(done, chosen_step=done.best_step)
 
 
-def fit(world: World, fitting: Fitting, samples: Samples) -> dict[str, float]:
+def fit(world: World, fitting: Fitting, samples: Samples, *, lr: float) -> dict[str, float]:
     """One optimizer step on the mean loss of ``samples``; the loss and the gradient norm before clipping."""
+    for group in fitting.optimizer.param_groups:
+        group["lr"] = lr
     model, clip = fitting.model, world.recipe.trainer.clip_grad
     model.train()
     fitting.optimizer.zero_grad(set_to_none=True)

@@ -132,7 +132,7 @@ def test_no_rows_are_an_error():
 
 # -- the loop -------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize(
-    ("model", "loss"), [*((name, "softmax") for name in MODELS), ("sasrec", "bce"), ("caser", "bce")]
+    ("model", "loss"), [*((name, "softmax") for name in MODELS), ("sasrec", "bce"), ("caser", "bce"), ("tiger", "trie")]
 )
 def test_each_learns_and_leaves_the_files_of_a_stage(world, model, loss):
     options = {"dropout": 0.0, "epochs": 30, "patience": 10} if model == "tiger" else {}
@@ -170,10 +170,10 @@ def test_an_interrupted_run_continues_bit_for_bit(world, monkeypatch, tmp_path, 
     for stops in (2, 3, 4):  # counted from where the attempt before left off: steps 2, 3 (saved), 4 .. of 12
         left = iter(range(stops))
 
-        def dying(*arguments, left=left):
+        def dying(*arguments, left=left, **options):
             if next(left, None) is None:
                 raise KeyboardInterrupt
-            return fit(*arguments)
+            return fit(*arguments, **options)
 
         monkeypatch.setattr(baselines, "fit", dying)
         with pytest.raises(KeyboardInterrupt):
@@ -240,6 +240,7 @@ def test_a_diverging_loss_names_the_remedy(world):
     [
         ({"model": "tiger"}, "title", "catalog.kind=sid"),
         ({"model": "tiger", "loss": "bce"}, "sid", "baseline.loss=bce"),
+        ({"model": "sasrec", "loss": "trie"}, "sid", "baseline.loss=trie"),
         ({"model": "sasrec", "heads": 3}, "sid", "baseline.heads=3"),
     ],
 )
@@ -255,9 +256,9 @@ def test_earlier_rows_are_all_that_a_reward_model_sees(world, monkeypatch):
     seen = set()
     fit = baselines.fit
 
-    def watched(world, fitting, samples):
+    def watched(world, fitting, samples, **options):
         seen.update(samples.row_N.tolist())
-        return fit(world, fitting, samples)
+        return fit(world, fitting, samples, **options)
 
     monkeypatch.setattr(baselines, "fit", watched)
     small = with_baseline(world, model="gru4rec", rows="earlier", epochs=2)
@@ -274,7 +275,7 @@ def test_micro_batches_do_not_change_the_step(world, monkeypatch):
         parallel.seed_step(1, 0)
         model = baselines.build_recommender(baselines.blueprint_of(small))
         fitting = baselines.Fitting(model, torch.optim.Adam(model.parameters()))
-        facts.append(baselines.fit(small, fitting, small.samples["train"].take(np.arange(20))))
+        facts.append(baselines.fit(small, fitting, small.samples["train"].take(np.arange(20)), lr=1e-3))
     for other in facts[1:]:
         assert other == pytest.approx(facts[0], rel=1e-5)
 

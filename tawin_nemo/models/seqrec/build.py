@@ -42,6 +42,8 @@ def check_config(cfg: BaselineConfig, *, semantic_ids: bool) -> None:
         raise ConfigError(
             "baseline.loss=bce: tiger writes codes and has no sampled negatives; set baseline.loss=softmax"
         )
+    if cfg.model != "tiger" and cfg.loss == "trie":
+        raise ConfigError(f"baseline.loss=trie: {cfg.model} ranks items, not codes; set baseline.loss=softmax or bce")
     if cfg.model == "tiger" and not semantic_ids:
         raise ConfigError("baseline.model=tiger reads semantic IDs; set catalog.kind=sid and catalog.index")
     if cfg.model in ("sasrec", "tiger") and cfg.hidden % cfg.heads:
@@ -66,5 +68,5 @@ def build_recommender(blueprint: Blueprint) -> SequentialRecommender:
         from tawin_nemo.models.seqrec.tiger import Tiger  # transformers takes seconds to import
 
         assert blueprint.paths is not None
-        return Tiger(blueprint.paths, **block)
+        return Tiger(blueprint.paths, loss_space="trie" if cfg.loss == "trie" else "vocab", **block)
     raise ConfigError(f"baseline.model={cfg.model} is not a model; choose gru4rec, caser, sasrec or tiger")

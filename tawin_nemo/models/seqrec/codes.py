@@ -10,10 +10,12 @@ import torch
 from torch import Tensor
 
 from tawin_nemo.catalog.trie import TokenTrie
-from tawin_nemo.types import TokenRows
+from tawin_nemo.types import NO_ITEM, TokenRows
 
 #: The first two entries of the vocabulary (T5's own numbers).
 PAD, END = 0, 1
+#: Where ``CodeTree.states_of`` has no state: nothing is left to choose there.
+NO_STATE = -1
 
 
 @dataclass(frozen=True)
@@ -87,6 +89,20 @@ class CodeTree:
         exists_NC = edge_NC < stop_N.unsqueeze(1)
         edge_NC = edge_NC.clamp(max=len(self.child_token) - 1)
         return self.child_token[edge_NC], self.child_state[edge_NC], exists_NC
+
+    def states_of(self, codes_IC: Tensor) -> Tensor:
+        """The state in which each code of a row is chosen [I, C], NO_STATE from the row's final state on.
+
+        ``codes_IC``: rows of this tree, padded behind their end.
+        """
+        state_I, columns = torch.zeros(len(codes_IC), dtype=torch.long), []
+        for code_I in codes_IC.T:
+            open_I = self.item_N[state_I] == NO_ITEM
+            columns.append(state_I.masked_fill(~open_I, NO_STATE))
+            token_IC, next_IC, exists_IC = self.children(state_I)
+            taken_I = (exists_IC & (token_IC == code_I.unsqueeze(1))).int().argmax(dim=1, keepdim=True)
+            state_I = torch.where(open_I, next_IC.gather(1, taken_I).squeeze(1), state_I)
+        return torch.stack(columns, dim=1)
 
     def to(self, device: torch.device) -> CodeTree:
         tensors: dict[str, Any] = {

@@ -14,7 +14,7 @@ from transformers import T5Config, T5ForConditionalGeneration
 from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 from transformers.modeling_outputs import BaseModelOutput
 
-from tawin_nemo.models.seqrec.codes import END, PAD, CodeBook, CodeTree
+from tawin_nemo.models.seqrec.codes import END, NO_STATE, PAD, CodeBook, CodeTree
 from tawin_nemo.models.seqrec.protocol import SequentialRecommender
 from tawin_nemo.types import NO_ITEM, TokenRows
 
@@ -27,14 +27,19 @@ BEAMS = 50
 class Tiger(SequentialRecommender):
     """``paths`` are the items' token paths, end of text last; items on one path share their place in the ranking."""
 
-    def __init__(self, paths: TokenRows, *, hidden: int, layers: int, heads: int, dropout: float) -> None:
+    def __init__(
+        self, paths: TokenRows, *, hidden: int, layers: int, heads: int, dropout: float, loss_space: str = "vocab"
+    ) -> None:
         super().__init__(len(paths))
+        self.loss_space = loss_space
         book = CodeBook.from_paths(paths)
         self.tree = CodeTree.from_rows(book.rows)
         self.carrier_I = self.tree.carrier_I
         codes_IC, _ = book.rows.padded(PAD)
         self.register_buffer("codes_IC", torch.cat([torch.full_like(codes_IC[:1], PAD), codes_IC]), persistent=False)
         self.codes_IC: Tensor  # row i + 1 holds item i's codes and END, row 0 is padding
+        self.register_buffer("states_IC", self.tree.states_of(codes_IC), persistent=False)
+        self.states_IC: Tensor  # where in the tree each code of an item is chosen
         self.t5 = T5ForConditionalGeneration(
             T5Config(
                 vocab_size=book.vocab,
@@ -49,15 +54,34 @@ class Tiger(SequentialRecommender):
         )
 
     def loss(self, history_BL: Tensor, target_B: Tensor, negatives_BN: Tensor | None = None) -> Tensor:
-        """``-log p(codes of the target)``, summed over its codes and END, each over the whole vocabulary."""
+        """``-log p(codes of the target)``, summed over its codes and END.
+
+        ``loss_space``: each over the whole vocabulary, or (``trie``) over the codes that lead to items, as the search
+        ranks them; steps without a choice cost nothing then.
+        """
         if negatives_BN is not None:
             raise ValueError("TIGER has no loss with sampled negatives; call it without negatives_BN")
         tokens_BS, mask_BS = self.encoder_input(history_BL)
         codes_BT = self.codes_IC[target_B + 1]
         before_BT = F.pad(codes_BT[:, :-1], (1, 0), value=PAD)  # T5 begins with the padding token
         logits_BTV = self.t5(input_ids=tokens_BS, attention_mask=mask_BS, decoder_input_ids=before_BT).logits
+        if self.loss_space == "trie":
+            return self._admissible_loss(logits_BTV, codes_BT, self.states_IC[target_B]).sum(dim=1)
         loss_BT = F.cross_entropy(logits_BTV.transpose(1, 2), codes_BT, ignore_index=PAD, reduction="none")
         return loss_BT.sum(dim=1)
+
+    def _admissible_loss(self, logits_BTV: Tensor, codes_BT: Tensor, states_BT: Tensor) -> Tensor:
+        """``-log p`` of each code among those that its state admits, 0 where nothing is left to choose. [B, T]"""
+        self._tree_on(logits_BTV.device)
+        token_NC, _, exists_NC = self.tree.children(states_BT.clamp(min=0).flatten())
+        logits_NV, code_N1 = logits_BTV.flatten(0, 1), codes_BT.reshape(-1, 1)
+        logit_NC = logits_NV.gather(1, token_NC).masked_fill(~exists_NC, float("-inf"))
+        loss_N = logit_NC.logsumexp(dim=1) - logits_NV.gather(1, code_N1).squeeze(1)
+        return loss_N.view_as(states_BT).masked_fill(states_BT == NO_STATE, 0.0)
+
+    def _tree_on(self, device: torch.device) -> None:
+        if self.tree.offsets.device != device:
+            self.tree = self.tree.to(device)
 
     def encoder_input(self, history_BL: Tensor) -> tuple[Tensor, Tensor]:
         """Codes of the items one after another without gaps, then END: ``tokens_BS`` and ``mask_BS`` (1 = a token).
@@ -88,8 +112,7 @@ class Tiger(SequentialRecommender):
 
     def search(self, history_BL: Tensor, width: int) -> tuple[Tensor, Tensor]:
         """The best ``width`` rows of codes: first item of each and its score, best first; NO_ITEM with -inf."""
-        if self.tree.offsets.device != history_BL.device:
-            self.tree = self.tree.to(history_BL.device)
+        self._tree_on(history_BL.device)
         tokens_BS, mask_BS = self.encoder_input(history_BL)
         read_BSD = self.t5.encoder(input_ids=tokens_BS, attention_mask=mask_BS).last_hidden_state
         memory = EncoderDecoderCache(DynamicCache(), DynamicCache())

@@ -129,6 +129,17 @@ def test_the_loss_is_t5s_own(model):
         assert loss_B[row].item() == pytest.approx(own.item() * len(rows[target]), rel=1e-4)
 
 
+def test_the_loss_over_admissible_codes_is_what_the_search_ranks_by(model):
+    rows, history = rows_of(PATHS), [4, 10, 6]
+    expected = slow_logprobs(model, history, rows)
+    over_tree = model_of("tiger", seed=3, loss="trie").eval()
+    over_tree.load_state_dict(model.state_dict())
+    loss_B = over_tree.loss(torch.tensor([history] * ITEMS), torch.arange(ITEMS))
+    torch.testing.assert_close(loss_B, -torch.tensor([expected[tuple(row)] for row in rows]), rtol=1e-4, atol=1e-4)
+    (-loss_B).exp().sum().backward()  # a constant, 1: no direction changes the sum of all probabilities
+    assert all(weight.grad.abs().max() < 1e-5 for weight in over_tree.t5.parameters())
+
+
 def test_sampled_negatives_are_refused(model):
     with pytest.raises(ValueError, match="negatives_BN"):
         model.loss(torch.tensor([[1]]), torch.tensor([2]), torch.tensor([[3]]))
