@@ -8,7 +8,7 @@ that lead to items, so that steps without a choice cost nothing.
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import T5Config, T5ForConditionalGeneration
 from transformers.cache_utils import DynamicCache, EncoderDecoderCache
@@ -22,6 +22,9 @@ from tawin_nemo.types import NO_ITEM, TokenRows
 SEARCH_ROWS = 32
 #: Beams when the caller names no width.
 BEAMS = 50
+#: Standard deviation of fresh embeddings. T5's own 1 goes with Adafactor, whose steps are in proportion to the weights;
+#: Adam's steps have the size of the learning rate and would move a weight of 1 by a few thousandths only.
+EMBEDDING_STD = 0.1
 
 
 class Tiger(SequentialRecommender):
@@ -52,6 +55,7 @@ class Tiger(SequentialRecommender):
                 decoder_start_token_id=PAD,
             )
         )
+        nn.init.normal_(self.t5.shared.weight, std=EMBEDDING_STD)
 
     def loss(self, history_BL: Tensor, target_B: Tensor, negatives_BN: Tensor | None = None) -> Tensor:
         """``-log p(codes of the target)``, summed over its codes and END.
