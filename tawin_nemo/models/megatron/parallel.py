@@ -241,6 +241,13 @@ def broadcast_bytes(data: bytes | None) -> bytes:
     return box.cpu().numpy().tobytes()
 
 
+def broadcast_tensor(tensor: Tensor | None, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """World rank 0's tensor (of this shape and dtype), on every rank, in CPU memory; the others pass None."""
+    box = torch.empty(shape, dtype=dtype, device=device()) if tensor is None else tensor.to(device()).contiguous()
+    dist.broadcast(box, src=0)
+    return box.cpu()
+
+
 def gather_objects(value: Any) -> list[Any]:
     """Every process's Python object, in world-rank order, on every rank."""
     if world_size() == 1:
