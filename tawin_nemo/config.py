@@ -188,7 +188,7 @@ class RolloutConfig:
     )  # fmt: skip
     servers: list[str] = opt(
         [],
-        "placement=server: the address.json of every server (RUN_DIR/serve/address.json; read anew when it restarts)",
+        "placement=server: the address.json of every server (RUN_DIR/serve/address.json; read again when it is lost)",
     )
     api_key_file: str = opt("", "placement=server: file with a key of their data planes (empty = none is asked for)")
     control_token_file: str = opt(

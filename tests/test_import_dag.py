@@ -30,7 +30,7 @@ LAYERS = {
     **dict.fromkeys(("cli", "__main__", "serve", "study", "doctor", "retrain"), 6),
 }
 #: What a client of a server needs lies beside the server and is imported from below: requests, replies, HTTP.
-LOW = dict.fromkeys(("serve.schema", "serve.control_schema", "serve.arrays", "serve.client"), 1)
+LOW = dict.fromkeys((f"serve.{name}" for name in ("schema", "control_schema", "arrays", "client", "secrets_files")), 1)
 #: What maths may import: torch, math and the shared names; no I/O, no distributed.
 MATHS_MAY_IMPORT = (
     *("__future__", "math", "typing", "collections", "dataclasses", "enum", "torch"),

@@ -23,7 +23,7 @@ _INTEGERS = ("items", "tokens", "lengths")
 class RolloutReply:
     """W candidates for each of B prompts, best score first, with where they come from."""
 
-    items_BW: Tensor  # item number in the catalogue; -1 where fewer than W exist
+    items_BW: Tensor  # place among the items that the fingerprint counts; -1 where fewer than W exist
     tokens_BWT: Tensor  # token paths, padded with 0
     lengths_BW: Tensor  # tokens of each path; 0 for -1
     scores_BW: Tensor  # -inf for -1

@@ -19,6 +19,8 @@ from tawin_nemo.serve import control_schema, schema
 from tawin_nemo.serve.arrays import RolloutReply
 
 Reply = TypeVar("Reply", bound=BaseModel)
+#: Seconds that making a connection may take.
+CONNECT_S = 10.0
 
 
 class ServerError(TawinError):
@@ -34,7 +36,8 @@ class _Caller:
 
     def __init__(self, url: str, key: str = "", *, timeout_s: float = 60.0) -> None:
         headers = {"Authorization": f"Bearer {key}"} if key else {}
-        self._http = httpx.Client(base_url=url, headers=headers, timeout=timeout_s)
+        limit = httpx.Timeout(timeout_s, connect=min(timeout_s, CONNECT_S))
+        self._http = httpx.Client(base_url=url, headers=headers, timeout=limit)
 
     def __enter__(self) -> Self:
         return self

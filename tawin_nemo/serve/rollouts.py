@@ -60,11 +60,9 @@ def reply(asked: Asked, done: Done, terms: Terms) -> bytes:
     rows = [ran.found for ran in done.prompts if ran.found is not None]
     found: Candidates = joined(rows, np.arange(len(rows)))
     longest = int(found.lengths_BW.max())
-    catalogue = asked.job.catalogue
-    items_BW = np.append(catalogue.number_J, -1)[found.items_BW.numpy()]  # the trie's -1 stays -1
     return RolloutReply(
-        found.items_BW.new_tensor(items_BW), found.tokens_BWT[..., :longest], found.lengths_BW, found.scores_BW,
-        found.logprobs_BWT[..., :longest], terms.instance, catalogue.fingerprint, done.weight_version,
+        found.items_BW, found.tokens_BWT[..., :longest], found.lengths_BW, found.scores_BW,
+        found.logprobs_BWT[..., :longest], terms.instance, asked.job.catalogue.fingerprint, done.weight_version,
         done.catalogue_version,
     ).encoded()  # fmt: skip
 

@@ -92,7 +92,7 @@ def serve(world: World) -> dict[str, Any]:
     token = control_token(settings.control_token_file, folder / "control_token", keys)
     metrics = Metrics()
     engine = Engine(
-        Leader(replica, ranks), catalogue, metrics=metrics, weights=FIRST, on_thread=use_device,
+        Leader(replica, ranks), catalogue, metrics=metrics, weights=FIRST, on_thread=parallel.use_device,
         limits=Limits(settings.max_queue, settings.token_budget, settings.row_budget),
     )  # fmt: skip
     terms = Terms(
@@ -137,7 +137,7 @@ def loader(world: World) -> Callable[[str], LM]:
     """Makes a model with the weights of a stage, a step or a Hugging Face folder; of the recipe for an empty path."""
 
     def load(path: str) -> LM:
-        use_device()
+        parallel.use_device()
         recipe = world.recipe
         if (Path(path) / "config.json").is_file() and path:
             recipe = replace(recipe, checkpoint="", start="", model=replace(recipe.model, init=path))
@@ -159,7 +159,7 @@ def from_tensors(world: World) -> FromTensors:
     cfg, layout = model_in(world.recipe), world.recipe.rollout_layout
 
     def build(rows: Iterable[Mapping[str, Tensor]]) -> LM:
-        use_device()
+        parallel.use_device()
         model = build_rollout_model(world.shape, cfg, *layout)
         fill_from_rows(model, world.shape, rows)
         return MeteredLM(MegatronLM(model, world.shape))
@@ -171,9 +171,3 @@ def from_tensors(world: World) -> FromTensors:
 def model_in(recipe: Recipe) -> ModelConfig:
     """The model as searches run it."""
     return in_precision(recipe.model, recipe.eval.precision)
-
-
-def use_device() -> None:
-    """The current CUDA device belongs to a thread; every thread that computes has to name this process's."""
-    if torch.cuda.is_available():
-        torch.cuda.set_device(parallel.read_launch().local_rank % torch.cuda.device_count())

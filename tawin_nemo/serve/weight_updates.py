@@ -48,7 +48,7 @@ class WeightUpdates:
             raise Problem(400, "backend=nccl needs a GPU and this server has none; use gloo", param="backend")
         with self._alone():
             if self._group is not None:
-                log.warning("weight group %s takes the place of %s", body.group_name, self._group.name)
+                log.info("weight group %s takes the place of %s", body.group_name, self._group.name)
             self._drop()
             try:
                 self._group = WeightGroup.join(

@@ -196,6 +196,12 @@ def device() -> torch.device:
     return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
 
 
+def use_device() -> None:
+    """The current CUDA device belongs to a thread; every thread that computes has to name this process's."""
+    if torch.cuda.is_available():
+        torch.cuda.set_device(read_launch().local_rank % torch.cuda.device_count())
+
+
 def barrier() -> None:
     """Wait for all ranks."""
     if dist.get_world_size() > 1:

@@ -27,9 +27,9 @@ class TransferError(TawinError):
     """Weights could not be sent, or did not arrive whole."""
 
 
-def host_store(address: str, limit: timedelta) -> dist.TCPStore:
-    """Where groups meet; it lives in the process that sends. ``store.port`` is its port."""
-    return dist.TCPStore(address, 0, is_master=True, wait_for_workers=False, timeout=limit)
+def host_store(limit: timedelta) -> dist.TCPStore:
+    """Where groups meet; it lives in the process that sends. ``store.port`` is its port, on all its addresses."""
+    return dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=limit)
 
 
 class WeightGroup:
@@ -40,10 +40,12 @@ class WeightGroup:
     """
 
     def __init__(
-        self, store: dist.Store, name: str, rank: int, size: int, *, backend: str, limit: timedelta
+        self, store: dist.Store, name: str, rank: int, size: int, *, backend: str, limit: timedelta,
+        given_up: Callable[[], bool] = lambda: False,
     ) -> None:  # fmt: skip
         self.name, self.rank, self.size, self.backend = name, rank, size, backend
         self._store, self._limit, self._updates = dist.PrefixStore(name, store), limit, 0
+        self._say_or_wait("here", given_up)
         try:
             self._group: Any = _connected(self._store, rank, size, backend, limit)
         except RuntimeError as error:
@@ -66,24 +68,14 @@ class WeightGroup:
         Raises TransferError when a rank is lost, refuses, or is not ready within the limit.
         """
         self._updates += 1
-        end = time.monotonic() + self._limit.total_seconds()
-        keys = [self._ready(rank) for rank in range(1, self.size)]
-        while not self._store.check(keys):
-            if given_up():
-                raise TransferError("the weights were refused")
-            if time.monotonic() > end:
-                raise TransferError(f"no answer within {self._limit.total_seconds():g} s")
-            time.sleep(_LOOK)
+        self._say_or_wait(f"ready/{self._updates}", given_up)
         self._carry(tensor.to(self._device).contiguous() for tensor in tensors)
 
     def receive(self, sizes: Mapping[str, tuple[int, ...]], dtype: torch.dtype) -> dict[str, Tensor]:
         """The named tensors, in the order in which rank 0 sends them, in CPU memory. Raises TransferError."""
         self._updates += 1
         found: dict[str, Tensor] = {}
-        try:
-            self._store.set(self._ready(self.rank), "1")
-        except RuntimeError as error:
-            raise TransferError(f"the sender of group {self.name} is gone ({_first_line(error)})") from error
+        self._say_or_wait(f"ready/{self._updates}", lambda: False)
         for name, size in sizes.items():
             box = torch.empty(size, dtype=dtype, device=self._device)
             self._carry([box])
@@ -98,10 +90,26 @@ class WeightGroup:
     def _device(self) -> torch.device:
         return parallel.device() if self.backend == "nccl" else torch.device("cpu")
 
-    def _ready(self, rank: int) -> str:
-        return f"ready/{self._updates}/{rank}"
+    def _say_or_wait(self, word: str, given_up: Callable[[], bool]) -> None:
+        """All ranks but the first say a word in the store, for which the first one waits."""
+        try:
+            if self.rank:
+                self._store.set(f"{word}/{self.rank}", "1")
+                return
+            keys = [f"{word}/{rank}" for rank in range(1, self.size)]
+            end = time.monotonic() + self._limit.total_seconds()
+            while not self._store.check(keys):
+                if given_up():
+                    raise TransferError(f"the other side of group {self.name} has refused")
+                if time.monotonic() > end:
+                    raise TransferError(f"no {word} from group {self.name} within {self._limit.total_seconds():g} s")
+                time.sleep(_LOOK)
+        except RuntimeError as error:
+            raise TransferError(f"the store of group {self.name} is gone ({_first_line(error)})") from error
 
     def _carry(self, boxes: Iterable[Tensor]) -> None:
+        if self.backend == "nccl":
+            parallel.use_device()
         options = dist.BroadcastOptions()
         options.rootRank, options.rootTensor, options.timeout = 0, 0, self._limit
         for box in boxes:
@@ -116,6 +124,7 @@ class WeightGroup:
 def _connected(store: dist.Store, rank: int, size: int, backend: str, limit: timedelta) -> Any:
     if backend == "gloo":
         return dist.ProcessGroupGloo(store, rank, size, limit)
+    parallel.use_device()
     options = dist.ProcessGroupNCCL.Options()
     options._timeout = limit
     return dist.ProcessGroupNCCL(store, rank, size, options)
