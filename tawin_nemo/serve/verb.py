@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from tawin_nemo.artefacts import write_json
+from tawin_nemo.backbones import Backbone
 from tawin_nemo.config import ModelConfig, Recipe
 from tawin_nemo.errors import ConfigError
 from tawin_nemo.log import get_logger
@@ -74,7 +75,8 @@ def serve(world: World) -> dict[str, Any]:
             f"serve runs one model: trainer.num_nodes x trainer.devices = {parallel.world_size()} must be TP {tp} x "
             f"PP {pp} of rollouts; start several servers for several replicas"
         )
-    replica = Replica(loader(world), length_penalty=recipe.rollout.length_penalty, from_tensors=from_tensors(world))
+    made_of = from_tensors(world.shape, model_in(recipe), recipe.rollout_layout)
+    replica = Replica(loader(world), length_penalty=recipe.rollout.length_penalty, from_tensors=made_of)
     catalogue = first_catalogue(world)
     replica.models[FIRST] = replica.load("")
     replica.tries[FIRST] = catalogue.trie
@@ -154,18 +156,17 @@ def loader(world: World) -> Callable[[str], LM]:
     return load
 
 
-def from_tensors(world: World) -> FromTensors:
-    """How a training job's tensors become a model under the layout and in the number format of searches."""
-    cfg, layout = model_in(world.recipe), world.recipe.rollout_layout
+def from_tensors(shape: Backbone, cfg: ModelConfig, layout: tuple[int, int]) -> FromTensors:
+    """How a training job's tensors become a model under ``layout`` (TP, PP), in the number format of ``cfg``."""
 
     def build(rows: Iterable[Mapping[str, Tensor]]) -> LM:
         parallel.use_device()
-        model = build_rollout_model(world.shape, cfg, *layout)
-        fill_from_rows(model, world.shape, rows)
-        return MeteredLM(MegatronLM(model, world.shape))
+        model = build_rollout_model(shape, cfg, *layout)
+        fill_from_rows(model, shape, rows)
+        return MeteredLM(MegatronLM(model, shape))
 
     dtype = torch.float32 if cfg.precision == "fp32" else torch.bfloat16
-    return FromTensors(rows_of(world.shape), dtype, build)
+    return FromTensors(rows_of(shape), dtype, build)
 
 
 def model_in(recipe: Recipe) -> ModelConfig:
