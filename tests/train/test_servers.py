@@ -18,7 +18,7 @@ def failed(*overrides: str) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.distributed
-def test_a_run_on_a_server_writes_the_same_bytes_and_without_it_ends_with_1(
+def test_on_a_server_a_run_writes_the_same_bytes_and_without_it_ends_with_1(
     small_dataset: Path, tmp_path: Path
 ) -> None:
     words = [*SMALL, *SHORT, f"data.root={small_dataset}"]
