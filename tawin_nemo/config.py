@@ -179,12 +179,24 @@ class RolloutConfig:
     temperature: float = number(1.0, 1e-6, help="of constrained sampling")
     token_budget: int = number(262144, 16, help="tokens held at once per rank: prompts once, plus what beams may run")
     placement: str = choice(
-        "colocated", "separate", help="rollouts and evaluation on the training ranks, or on ranks that do nothing else"
-    )
+        "colocated", "separate", "server",
+        help="rollouts and evaluation on the training ranks, on ranks that do nothing else, or on generation servers",
+    )  # fmt: skip
     devices: int = number(0, 0, help="placement=separate: processes, of all of them, that only search")
     ahead: int = number(
         0, 0, 1, help="placement=separate: 1 = the next rollout is searched during the update, by the old weights"
     )  # fmt: skip
+    servers: list[str] = opt(
+        [],
+        "placement=server: the address.json of every server (RUN_DIR/serve/address.json; read again when it is lost)",
+    )
+    api_key_file: str = opt("", "placement=server: file with a key of their data planes (empty = none is asked for)")
+    control_token_file: str = opt(
+        "", "placement=server: file with the token of their control planes (empty = control_token beside address.json)"
+    )
+    server_timeout_s: float = number(600.0, 0.1, help="placement=server: seconds for a rollout or for new weights")
+    server_tries: int = number(4, 1, help="placement=server: times that a part of a rollout is sent, to one or another")
+    weights_backend: str = choice("auto", "gloo", "nccl", help="placement=server: carries weights (auto = as training)")
     tensor_model_parallel_size: int = number(0, 0, help="ranks that share each layer in searches (0 = as in training)")
     pipeline_model_parallel_size: int = number(
         0, 0, help="groups of layers in searches (0 = as in training); the ranks left over search other prompts"

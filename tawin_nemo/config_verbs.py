@@ -85,6 +85,7 @@ class ServeConfig:
     token_budget: int = number(262144, 16, help="tokens held at once: prompts once, plus what their beams may run")
     row_budget: int = number(8192, 1, help="beams running at once, over all requests")
     deadline_s: float = number(30.0, 0.01, help="seconds after which a request is given up (504); clients may ask less")
+    rollout_deadline_s: float = number(600.0, 0.01, help="as deadline_s, for the batches of a training job")
     read_timeout_s: float = number(10.0, 0.01, help="seconds that a client may take to send a request (408)")
     probe_s: float = number(2.0, 0.01, help="seconds in which the engine has to answer /ready")
     drain_s: float = number(60.0, 0.0, help="seconds that running requests get after SIGTERM")

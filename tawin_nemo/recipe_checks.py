@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import fields
 
 from tawin_nemo.config import Recipe
+from tawin_nemo.recipe_placement import ahead_combinations, aligned, placement_combinations
 
 
 def combinations(r: Recipe) -> Iterator[tuple[bool, str]]:
@@ -13,7 +13,7 @@ def combinations(r: Recipe) -> Iterator[tuple[bool, str]]:
     m, t, rl = r.model, r.trainer, r.rl
     model_ranks = m.tensor_model_parallel_size * m.pipeline_model_parallel_size
     world = r.processes
-    yield from _placement_combinations(r)
+    yield from placement_combinations(r)
     yield (
         r.training_processes % model_ranks != 0,
         f"trainer.num_nodes={t.num_nodes} x trainer.devices={t.devices} = {world} processes"
@@ -67,55 +67,7 @@ def combinations(r: Recipe) -> Iterator[tuple[bool, str]]:
     yield from _semantic_id_combinations(r)
     if rl.enabled:
         yield from _rl_combinations(r)
-        yield from _ahead_combinations(r)
-
-
-def _ahead_combinations(r: Recipe) -> Iterator[tuple[bool, str]]:
-    rl = r.rl
-    behaviour_space = r.rollout.score_space if rl.negatives == "beam" else "trie"
-    yield (
-        r.rollout.ahead > 0 and (behaviour_space != rl.policy_space or rl.ensure_target != "off"),
-        f"rollout.ahead={r.rollout.ahead} corrects for older weights with the rollout's own log-probs of every "
-        f"candidate; set rl.policy_space={behaviour_space} (what the rollout scores) and rl.ensure_target=off, or "
-        "rollout.ahead=0",
-    )
-    yield (
-        r.rollout.ahead > 0 and rl.max_refill_batches > 0,
-        f"rl.max_refill_batches={rl.max_refill_batches} rolls out again where a step's groups teach nothing, which is "
-        "known only once they are there; set it to 0, or rollout.ahead=0",
-    )
-
-
-def _placement_combinations(r: Recipe) -> Iterator[tuple[bool, str]]:
-    rollout, (tp, pp) = r.rollout, r.rollout_layout
-    apart = rollout.placement == "separate"
-    yield (
-        not apart and rollout.devices > 0,
-        f"rollout.devices={rollout.devices} processes would only search, but rollout.placement={rollout.placement}; "
-        "set rollout.placement=separate or rollout.devices=0",
-    )
-    yield (
-        not apart and rollout.ahead > 0,
-        f"rollout.ahead={rollout.ahead} searches while training goes on, which needs processes of its own; "
-        "set rollout.placement=separate and rollout.devices, or rollout.ahead=0",
-    )
-    yield (
-        apart and not 0 < rollout.devices < r.processes,
-        f"rollout.placement=separate with rollout.devices={rollout.devices} of {r.processes} processes "
-        "(trainer.num_nodes x trainer.devices); at least one must search and at least one must train: set "
-        "rollout.devices between 1 and all but one, or rollout.placement=colocated",
-    )
-    yield (
-        apart and rollout.devices % (tp * pp) != 0,
-        f"rollout.devices={rollout.devices} cannot be divided into rollout tensor_model_parallel_size={tp} x "
-        f"pipeline_model_parallel_size={pp} (rollout.*, 0 = as model.*); set rollout.devices to a multiple of "
-        f"{tp * pp} or lower these sizes",
-    )
-    yield (
-        apart and r.baseline.model != "off",
-        f"baseline.model={r.baseline.model} trains in one process and has no rollouts; set rollout.placement=colocated "
-        "and rollout.devices=0",
-    )
+        yield from ahead_combinations(r)
 
 
 def _precision_combinations(r: Recipe) -> Iterator[tuple[bool, str]]:
@@ -135,8 +87,7 @@ def _precision_combinations(r: Recipe) -> Iterator[tuple[bool, str]]:
 
 
 def _align_combinations(r: Recipe) -> Iterator[tuple[bool, str]]:
-    weights = {item.name: getattr(r.align, item.name) for item in fields(r.align) if "_to_" in item.name}
-    used = [f"align.{name}={weight:g}" for name, weight in weights.items() if weight > 0]
+    used = aligned(r)
     yield (
         bool(used) and (r.catalog.kind != "sid" or r.data.tokenizer == "codes"),
         f"{', '.join(used)} ties codes to words; set catalog.kind=sid and data.tokenizer=bpe (or a tokenizer's folder)",

@@ -40,6 +40,7 @@ def test_interpolation_and_bare_off(tmp_path):
     assert (loaded.run_dir, loaded.reference.mode, loaded.rl.ensure_target) == ("out/x", "off", "off")
 
 
+SERVED = "rollout.placement=server rollout.servers=[a]"
 APART = "trainer.devices=4 rollout.placement=separate"
 
 
@@ -101,6 +102,17 @@ APART = "trainer.devices=4 rollout.placement=separate"
             ["rl.max_refill_batches=1", "rollout.ahead=0"],
         ),
         (f"{APART} rollout.devices=1 baseline.model=sasrec", ["baseline.model=sasrec", "rollout.placement=colocated"]),
+        ("rollout.placement=server", ["rollout.placement=server needs rollout.servers", "address.json"]),
+        ("rollout.servers=[a]", ["rollout.servers=['a']", "rollout.placement=server"]),
+        (f"{SERVED[:-1]},a]", ["rollout.servers=['a', 'a'] names a server twice"]),
+        (f"{SERVED} rollout.ahead=1", ["rollout.ahead=1", "rollout.placement=separate"]),
+        (f"{SERVED} rollout.tensor_model_parallel_size=1", ["tensor_model_parallel_size=1", "set both to 0"]),
+        (f"{SERVED} baseline.model=sasrec", ["baseline.model=sasrec", "rollout.servers=[]"]),
+        (f"{SERVED} eval.precision=bf16", ["eval.precision=bf16", "model.precision=fp32", "eval.precision=model"]),
+        (
+            f"{SERVED} catalog.kind=sid catalog.index=x data.tokenizer=bpe align.title_to_sid=1",
+            ["align.title_to_sid=1", "start=RUN_DIR/sft"],
+        ),
         (
             "trainer.devices=4 rollout.tensor_model_parallel_size=3",
             ["tensor_model_parallel_size=3", "4 processes", "rollout.pipeline_model_parallel_size"],

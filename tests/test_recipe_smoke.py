@@ -57,6 +57,8 @@ def test_two_steps(path, tmp_path, request):
         ]
         if active_tasks(recipe.align):
             overrides.append("data.tokenizer=bpe")  # random weights know no words
+    if recipe.rollout.placement == "server":  # with servers: tests/train/test_servers.py
+        overrides += ["rollout.placement=colocated", "rollout.servers=[]"]
     summary = run("--recipe", str(path), *overrides)
     assert summary["invalid_rate"] == 0.0
     assert {stage for stage in ("sft", "rl") if getattr(recipe, stage).enabled} <= summary.keys()

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
@@ -48,6 +52,11 @@ class Catalog:
         """Items on the same token path, the item itself included (1 = unique)."""
         return self.trie.sharing_I
 
+    @cached_property
+    def fingerprint(self) -> str:
+        """As the function of this name says of all items."""
+        return fingerprint(self.external_ids, self.titles, self.paths)
+
     def duplicates(self) -> list[tuple[int, ...]]:
         """Groups of items that share a token path, in order of their first item."""
         return sorted(tuple(self.trie.items(int(leaf)).tolist()) for leaf in self.trie.shared_leaves())
@@ -61,3 +70,12 @@ class Catalog:
             f"{lengths.mean():.1f} tokens per path (max {int(lengths.max())}), "
             f"{self.trie.num_inner} trie nodes with a choice"
         )
+
+
+def fingerprint(external_ids: Sequence[str], titles: Sequence[str], paths: TokenRows) -> str:
+    """SHA-256 over ids, titles and token paths of items in their order: equal where two processes number them alike."""
+    digest = hashlib.sha256()
+    for names in zip(external_ids, titles, strict=True):
+        digest.update(json.dumps(names).encode())
+    digest.update(paths.flat.tobytes())
+    return digest.hexdigest()

@@ -184,7 +184,7 @@ def peaks(shape: Backbone, recipe: Recipe, layout: Layout, lengths: Lengths, *, 
         base = resident(shape, recipe, layout, numbers, stage)
         copied = uses_reference(recipe) and recipe.reference.mode == "copy"
         phases = list(updates(shape, recipe, layout, numbers, lengths, stage))
-        if not apart:
+        if not apart and recipe.rollout.placement != "server":
             search_stage = stage if searching is layout else searching.pp - 1
             phases += searches(shape, recipe, searching, numbers, lengths, search_stage)
         for phase, extra in phases:

@@ -195,6 +195,11 @@ def notes(question: Question, layout: Layout) -> list[str]:
             f"{question.training_gpus} GPUs train; {recipe.rollout.devices} others only roll out and evaluate, under "
             f"{searching}; {'both work at once' if recipe.rollout.ahead else 'either waits while the others work'}"
         )
+    elif recipe.rollout.placement == "server":
+        found.append(
+            "rollouts and evaluation run on generation servers, whose memory is not counted; the time of a rollout is "
+            "that of as many GPUs as train"
+        )
     elif searching is not layout:
         found.append(f"rollouts and evaluation run under {searching}, with weights of their own")
     if recipe.rl.enabled and searching.pp > 1:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol
 
@@ -59,10 +60,96 @@ class Engine(Protocol):
         """What the model ran since the last time: this replica's, or all that one call is spread among."""
 
 
-class RolloutEngine:
+class Generator(ABC):
+    """Rollouts out of searches and draws over one catalogue, wherever these are made.
+
+    ``weight_version`` says which weights are searched with; whoever changes them sets it, and every rollout carries it.
+    """
+
+    def __init__(self, catalog: Catalog, cfg: RolloutConfig, *, seed: int) -> None:
+        self.catalog, self.cfg, self.seed = catalog, cfg, seed
+        self.weight_version = 0
+
+    @abstractmethod
+    def search(self, prompts: TokenRows, width: int, *, token_budget: int | None = None) -> Candidates:
+        """Beam search for N prompts, results in their order."""
+
+    @abstractmethod
+    def sample(self, prompts: TokenRows, draws: int, seeds: Sequence[int]) -> Candidates:
+        """Independent draws for N prompts, results in their order; one seed per prompt."""
+
+    def generate(
+        self,
+        prompts: PromptBatch,
+        group_size: int,
+        *,
+        negatives: str,
+        policy_space: str,
+        step: int,
+        oversample: float = 1.5,
+    ) -> Rollout:
+        """G = ``group_size`` candidates for each of B prompts, best score first.
+
+        ``negatives``: ``beam`` searches with ``cfg.width`` beams (0 = G) and keeps the best G; ``sample`` draws G items
+        with replacement; ``dynamic`` draws ``ceil(oversample * G)`` and keeps distinct ones (``distinct_first``; the
+        kept group is then no sample of the policy). Draws come from a seed that depends on nothing but (seed, step,
+        ``row_B``). A candidate is a hit if it ends at the target's leaf, that is, also if it is another item written
+        alike. ``logprobs_BGT`` is None if the searched space is not ``policy_space``: the actor has to score the
+        candidates itself.
+        Raises ConfigError (names, ``cfg.width`` below G, more beams than paths, ``oversample`` below 1) and DataError
+        (a target that is no item, prompts as in ``constrained_beam_search``).
+        """
+        if policy_space not in SCORE_SPACES:
+            raise ConfigError(f"rl.policy_space={policy_space!r} is not known; use one of {', '.join(SCORE_SPACES)}")
+        target_B = prompts.target_B.cpu().numpy()
+        if len(target_B) and not (target_B.min() >= 0 and target_B.max() < len(self.catalog)):
+            raise DataError(
+                f"targets must be items 0 .. {len(self.catalog) - 1}; got {target_B.min()} .. {target_B.max()}"
+            )
+        target_leaf_B = torch.from_numpy(self.catalog.leaf_I[target_B])
+        space = "trie"  # what draws are made in
+        if negatives == "beam":
+            found, space = self._best_beams(prompts.prompts, group_size), self.cfg.score_space
+        elif negatives == "sample":
+            found = self._draw(prompts, group_size, step)
+        elif negatives == "dynamic":
+            found = self._draw(prompts, draws_for(group_size, oversample), step)
+            found = distinct_first(found, target_leaf_B.to(found.leaf_BW.device), group_size)
+        else:
+            raise ConfigError(f"rl.negatives={negatives!r} is not known; use one of beam, sample, dynamic")
+        return Rollout(
+            prompts=prompts,
+            items_BG=found.items_BW,
+            tokens_BGT=found.tokens_BWT,
+            lengths_BG=found.lengths_BW,
+            scores_BG=found.scores_BW,
+            logprobs_BGT=found.logprobs_BWT if space == policy_space else None,
+            is_target_BG=found.leaf_BW == target_leaf_B.to(found.leaf_BW.device)[:, None],
+            weight_version=self.weight_version,
+        )
+
+    def _best_beams(self, prompts: TokenRows, count: int) -> Candidates:
+        width = self.cfg.width or count
+        if width < count:
+            raise ConfigError(f"rollout.width={width} is below rl.group_size={count}; use 0 or at least that")
+        self._check_width(width, "rollout.width" if self.cfg.width else "rl.group_size")
+        return best(self.search(prompts, width), count)
+
+    def _draw(self, prompts: PromptBatch, draws: int, step: int) -> Candidates:
+        return self.sample(prompts.prompts, draws, [draw_seed(self.seed, step, int(row)) for row in prompts.row_B])
+
+    def _check_width(self, width: int, key: str = "the width (rollout.width, rl.group_size or eval.beams)") -> None:
+        paths = self.catalog.trie.num_leaves
+        if width > paths:
+            raise ConfigError(
+                f"{key}={width} asks for more beams than the catalogue has distinct token paths ({paths}); "
+                f"use at most {paths}"
+            )
+
+
+class RolloutEngine(Generator):
     """Beam search and sampling of one model over one catalogue.
 
-    ``weight_version`` says which weights the model holds; whoever changes them sets it, and every rollout carries it.
     ``receive_weights`` brings a model that is not the one in training up to date. ``dp``: this process's place among
     the model's replicas, None where they are those of training.
     """
@@ -77,13 +164,10 @@ class RolloutEngine:
         dp: DataParallel | None = None,
         receive_weights: Callable[[], None] = lambda: None,
     ) -> None:
+        super().__init__(catalog, cfg, seed=seed)
         self.lm = lm
         self.dp = dp
         self.receive_weights = receive_weights
-        self.catalog = catalog
-        self.cfg = cfg
-        self.seed = seed
-        self.weight_version = 0
         self.spread = 1
 
     def take_work(self) -> Work:
@@ -159,74 +243,6 @@ class RolloutEngine:
             )  # fmt: skip
             start = upto
         return joined(parts, order_N.argsort())
-
-    def generate(
-        self,
-        prompts: PromptBatch,
-        group_size: int,
-        *,
-        negatives: str,
-        policy_space: str,
-        step: int,
-        oversample: float = 1.5,
-    ) -> Rollout:
-        """G = ``group_size`` candidates for each of B prompts, best score first.
-
-        ``negatives``: ``beam`` searches with ``cfg.width`` beams (0 = G) and keeps the best G; ``sample`` draws G items
-        with replacement; ``dynamic`` draws ``ceil(oversample * G)`` and keeps distinct ones (``distinct_first``; the
-        kept group is then no sample of the policy). Draws come from a seed that depends on nothing but (seed, step,
-        ``row_B``). A candidate is a hit if it ends at the target's leaf, that is, also if it is another item written
-        alike. ``logprobs_BGT`` is None if the searched space is not ``policy_space``: the actor has to score the
-        candidates itself.
-        Raises ConfigError (names, ``cfg.width`` below G, more beams than paths, ``oversample`` below 1) and DataError
-        (a target that is no item, prompts as in ``constrained_beam_search``).
-        """
-        if policy_space not in SCORE_SPACES:
-            raise ConfigError(f"rl.policy_space={policy_space!r} is not known; use one of {', '.join(SCORE_SPACES)}")
-        target_B = prompts.target_B.cpu().numpy()
-        if len(target_B) and not (target_B.min() >= 0 and target_B.max() < len(self.catalog)):
-            raise DataError(
-                f"targets must be items 0 .. {len(self.catalog) - 1}; got {target_B.min()} .. {target_B.max()}"
-            )
-        target_leaf_B = torch.from_numpy(self.catalog.leaf_I[target_B])
-        space = "trie"  # what draws are made in
-        if negatives == "beam":
-            found, space = self._best_beams(prompts.prompts, group_size), self.cfg.score_space
-        elif negatives == "sample":
-            found = self._draw(prompts, group_size, step)
-        elif negatives == "dynamic":
-            found = self._draw(prompts, draws_for(group_size, oversample), step)
-            found = distinct_first(found, target_leaf_B.to(found.leaf_BW.device), group_size)
-        else:
-            raise ConfigError(f"rl.negatives={negatives!r} is not known; use one of beam, sample, dynamic")
-        return Rollout(
-            prompts=prompts,
-            items_BG=found.items_BW,
-            tokens_BGT=found.tokens_BWT,
-            lengths_BG=found.lengths_BW,
-            scores_BG=found.scores_BW,
-            logprobs_BGT=found.logprobs_BWT if space == policy_space else None,
-            is_target_BG=found.leaf_BW == target_leaf_B.to(found.leaf_BW.device)[:, None],
-            weight_version=self.weight_version,
-        )
-
-    def _best_beams(self, prompts: TokenRows, count: int) -> Candidates:
-        width = self.cfg.width or count
-        if width < count:
-            raise ConfigError(f"rollout.width={width} is below rl.group_size={count}; use 0 or at least that")
-        self._check_width(width, "rollout.width" if self.cfg.width else "rl.group_size")
-        return best(self.search(prompts, width), count)
-
-    def _draw(self, prompts: PromptBatch, draws: int, step: int) -> Candidates:
-        return self.sample(prompts.prompts, draws, [draw_seed(self.seed, step, int(row)) for row in prompts.row_B])
-
-    def _check_width(self, width: int, key: str = "the width (rollout.width, rl.group_size or eval.beams)") -> None:
-        paths = self.catalog.trie.num_leaves
-        if width > paths:
-            raise ConfigError(
-                f"{key}={width} asks for more beams than the catalogue has distinct token paths ({paths}); "
-                f"use at most {paths}"
-            )
 
 
 def _fitting(ends_N: np.ndarray, start: int, room: int, *, at_least: bool) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import fields
 from typing import Any
 
 import numpy as np
@@ -144,3 +145,8 @@ def best(found: Candidates, count: int) -> Candidates:
         scores_BW=found.scores_BW[:, :count],
         logprobs_BWT=found.logprobs_BWT[:, :count],
     )
+
+
+def one_prompt(found: Candidates, row: int) -> Candidates:
+    """The list of one prompt."""
+    return Candidates(**{item.name: getattr(found, item.name)[row : row + 1] for item in fields(Candidates)})

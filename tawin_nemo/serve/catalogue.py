@@ -7,7 +7,6 @@ version; the old one goes on serving the requests that began with it.
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections import Counter
 from collections.abc import Sequence
@@ -17,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from tawin_nemo.catalog.items import Catalog
+from tawin_nemo.catalog.items import Catalog, fingerprint
 from tawin_nemo.catalog.trie import TokenTrie
 from tawin_nemo.data.catalogue import answer_paths
 from tawin_nemo.data.prompts import Template
@@ -173,11 +172,9 @@ class ServedCatalogue:
     @cached_property
     def fingerprint(self) -> str:
         """SHA-256 over ids, titles and token paths of the live items."""
-        digest = hashlib.sha256()
-        for number in self.number_J.tolist():
-            digest.update(json.dumps([self.external_ids[number], self.titles[number]]).encode())
-        digest.update(self.trie_paths.flat.tobytes())
-        return digest.hexdigest()
+        live = self.number_J.tolist()
+        ids, titles = ([names[number] for number in live] for names in (self.external_ids, self.titles))
+        return fingerprint(ids, titles, self.trie_paths)
 
     def prompt(self, history: Sequence[int]) -> TokenRows:
         """The prompt of a history of item numbers, oldest first, shortened as ``data.samples.encode_split`` does.

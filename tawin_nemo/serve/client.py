@@ -16,8 +16,11 @@ from pydantic import BaseModel
 
 from tawin_nemo.errors import TawinError
 from tawin_nemo.serve import control_schema, schema
+from tawin_nemo.serve.arrays import RolloutReply
 
 Reply = TypeVar("Reply", bound=BaseModel)
+#: Seconds that making a connection may take.
+CONNECT_S = 10.0
 
 
 class ServerError(TawinError):
@@ -33,7 +36,8 @@ class _Caller:
 
     def __init__(self, url: str, key: str = "", *, timeout_s: float = 60.0) -> None:
         headers = {"Authorization": f"Bearer {key}"} if key else {}
-        self._http = httpx.Client(base_url=url, headers=headers, timeout=timeout_s)
+        limit = httpx.Timeout(timeout_s, connect=min(timeout_s, CONNECT_S))
+        self._http = httpx.Client(base_url=url, headers=headers, timeout=limit)
 
     def __enter__(self) -> Self:
         return self
@@ -47,11 +51,14 @@ class _Caller:
         self._http.close()
 
     def _call(self, kind: type[Reply], method: str, path: str, **options: Any) -> Reply:
+        return kind.model_validate_json(self._answer(method, path, **options).content)
+
+    def _answer(self, method: str, path: str, **options: Any) -> httpx.Response:
         answer = self._http.request(method, path, **options)
         if answer.status_code >= 400:
             after = answer.headers.get("retry-after", "")
             raise ServerError(answer.status_code, _error_in(answer), float(after) if after.isdigit() else None)
-        return kind.model_validate_json(answer.content)
+        return answer
 
     def _post(self, kind: type[Reply], path: str, body: BaseModel) -> Reply:
         return self._call(kind, "POST", path, json=body.model_dump(exclude_unset=True))
@@ -79,6 +86,16 @@ class Client(_Caller):
         body = schema.CompletionRequest(model=model, prompt=prompt, **fields)
         return self._post(schema.CompletionReply, "/v1/completions", body)
 
+    def rollout_terms(self) -> schema.RolloutTerms:
+        return self._call(schema.RolloutTerms, "GET", "/v1/rollouts")
+
+    def rollouts(self, prompts: Sequence[Sequence[int]], **fields: Any) -> RolloutReply:
+        """Candidates of token prompts (``beams=``, or ``draws=`` and ``seeds=``). Raises TawinError for a reply that is
+        none."""
+        body = schema.RolloutRequest(prompts=[list(row) for row in prompts], **fields)
+        answer = self._answer("POST", "/v1/rollouts", json=body.model_dump(exclude_unset=True))
+        return RolloutReply.decoded(answer.content)
+
     def search_items(self, q: str = "", *, limit: int = 20, offset: int = 0) -> schema.ItemsReply:
         params = {"q": q, "limit": limit, "offset": offset}
         return self._call(schema.ItemsReply, "GET", "/v1/items/search", params=params)
@@ -97,6 +114,19 @@ class ControlClient(_Caller):
         given = {} if weight_version is None else {"weight_version": weight_version}
         body = control_schema.UpdateWeights(model_path=model_path, **given)
         return self._post(control_schema.Reply, "/update_weights_from_disk", body)
+
+    def init_weights_group(self, **fields: Any) -> control_schema.Reply:
+        """Returns when the server has met the group; the caller makes its rank 0 meanwhile."""
+        return self._post(control_schema.Reply, "/init_weights_update_group", control_schema.InitGroup(**fields))
+
+    def update_weights_from_distributed(self, **fields: Any) -> control_schema.Reply:
+        """Returns when the weights, which the caller broadcasts meanwhile, are in use."""
+        body = control_schema.UpdateFromDistributed(**fields)
+        return self._post(control_schema.Reply, "/update_weights_from_distributed", body)
+
+    def destroy_weights_group(self, group_name: str) -> control_schema.Reply:
+        body = control_schema.DestroyGroup(group_name=group_name)
+        return self._post(control_schema.Reply, "/destroy_weights_update_group", body)
 
     def pause(self, *, wait_s: float = 0.0, abort: bool = False) -> control_schema.Reply:
         body = control_schema.Pause(wait_s=wait_s, abort=abort)

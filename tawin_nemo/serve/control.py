@@ -21,6 +21,8 @@ from tawin_nemo.serve.problems import Problem, handle_problems
 from tawin_nemo.serve.requests import Terms
 from tawin_nemo.serve.schema import ERRORS, Health
 from tawin_nemo.serve.web import Keyed, Limited, Observed, without_422
+from tawin_nemo.serve.weight_sources import FromDisk
+from tawin_nemo.serve.weight_updates import WeightUpdates
 
 
 class ControlPlane:
@@ -32,6 +34,7 @@ class ControlPlane:
     def __init__(self, engine: Engine, terms: Terms, *, roots: Sequence[Path], leave: Callable[[float], None]) -> None:
         self.engine, self.terms = engine, terms
         self._roots, self._leave = [root.resolve() for root in roots], leave
+        self.updates = WeightUpdates(engine)
         self._building = threading.Lock()
         self._candidates: dict[int, tuple[ServedCatalogue, int]] = {}  # by version, with the version it was built on
         self._valid: set[int] = set()
@@ -41,10 +44,21 @@ class ControlPlane:
     def update_weights_from_disk(self, body: schema.UpdateWeights) -> schema.Reply:
         path = self._confined(body.model_path)
         try:
-            version = self.engine.update_weights(str(path), body.weight_version)
+            version = self.engine.update_weights(FromDisk(str(path)), body.weight_version)
         except CheckpointError as error:  # those in use stay
             raise Problem(400, str(error), param="model_path", code="checkpoint_unusable") from error
         return self._reply(f"weights of {path.name} are version {version}")
+
+    def init_weights_update_group(self, body: schema.InitGroup) -> schema.Reply:
+        """Meet a training job in a process group of its own; returns when all ranks are there."""
+        return self._reply(self.updates.init(body))
+
+    def update_weights_from_distributed(self, body: schema.UpdateFromDistributed) -> schema.Reply:
+        """Receive all weights through the group, check them, and use them for requests that come from then on."""
+        return self._reply(f"weights of {body.group_name} are version {self.updates.update(body)}")
+
+    def destroy_weights_update_group(self, body: schema.DestroyGroup) -> schema.Reply:
+        return self._reply(self.updates.destroy(body))
 
     def pause_generation(self, body: schema.Pause) -> schema.Reply:
         self.engine.close("paused")
@@ -163,6 +177,7 @@ class ControlPlane:
             state=self.engine.closed or "serving", requests=self.engine.busy, candidates=sorted(self._candidates),
             weights_in_memory=sorted(replica.models), catalogues_in_memory=sorted(replica.tries),
             weight_version=self.engine.weights, catalogue_version=self.engine.catalogue.version,
+            weight_update_group=self.updates.group_name,
         )  # fmt: skip
 
     def health(self) -> Health:
@@ -196,7 +211,10 @@ def control_app(plane: ControlPlane | None, *, token: str = "") -> FastAPI:
     )  # fmt: skip
     routes = plane if plane is not None else ControlPlane.__new__(ControlPlane)
     errors = {**ERRORS, 403: {**ERRORS[404], "description": "a path outside of serve.roots"}}
-    names = ("update_weights_from_disk", "pause_generation", "continue_generation", "flush_cache", "drain", "shutdown")
+    names = (
+        "update_weights_from_disk", "init_weights_update_group", "update_weights_from_distributed",
+        "destroy_weights_update_group", "pause_generation", "continue_generation", "flush_cache", "drain", "shutdown",
+    )  # fmt: skip
     for name in names:
         app.add_api_route(f"/{name}", getattr(routes, name), methods=["POST"], responses=errors)
     for name in ("build", "validate", "activate", "items"):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import Field, StrictBool, StrictInt, StrictStr
 
@@ -15,6 +15,31 @@ Seconds = Annotated[float, Field(ge=0, le=3600, allow_inf_nan=False)]
 class UpdateWeights(Strict):
     model_path: Name = Field(description="a stage (RUN_DIR/rl), a step_N, or a Hugging Face folder, below serve.roots")
     weight_version: Annotated[StrictInt, Field(ge=1)] | None = Field(None, description="default: one more than now")
+
+
+class InitGroup(Strict):
+    master_address: Name = Field(description="host of the sender's TCPStore")
+    master_port: Annotated[StrictInt, Field(ge=1, le=65535)]
+    rank_offset: Annotated[StrictInt, Field(ge=1)] = Field(1, description="this server's rank; the sender is rank 0")
+    world_size: Annotated[StrictInt, Field(ge=2)] = Field(2, description="the sender and one rank for every server")
+    group_name: Name = Field("weight_update_group", description="prefix of the group's keys in the store")
+    backend: Literal["nccl", "gloo"] = "nccl"
+    timeout_s: Annotated[float, Field(gt=0, le=3600, allow_inf_nan=False)] = Field(
+        300.0, description="how long to wait for the others, then and in every update"
+    )
+
+
+class UpdateFromDistributed(Strict):
+    names: list[Name] = Field(min_length=1, description="Hugging Face names, in the order in which they are broadcast")
+    dtypes: list[Name] = Field(description="bfloat16, float32, ...; one per name")
+    shapes: list[list[Annotated[StrictInt, Field(ge=0)]]] = Field(description="one per name")
+    group_name: Name = "weight_update_group"
+    weight_version: Annotated[StrictInt, Field(ge=1)] | None = Field(None, description="default: one more than now")
+    flush_cache: StrictBool = Field(True, description="as SGLang's; no answer is ever taken from a cache here")
+
+
+class DestroyGroup(Strict):
+    group_name: Name = "weight_update_group"
 
 
 class Pause(Strict):
@@ -66,3 +91,4 @@ class StatusReply(Versions):
     candidates: list[int]
     weights_in_memory: list[int]
     catalogues_in_memory: list[int]
+    weight_update_group: str | None = Field(None, description="that new weights may come through")

@@ -15,7 +15,8 @@ from fastapi.responses import Response
 from starlette.concurrency import run_in_threadpool
 from starlette.middleware.cors import CORSMiddleware
 
-from tawin_nemo.serve import replies, requests, schema
+from tawin_nemo.serve import replies, requests, rollouts, schema
+from tawin_nemo.serve.arrays import MEDIA_TYPE
 from tawin_nemo.serve.catalogue import ServedCatalogue
 from tawin_nemo.serve.engine import Engine
 from tawin_nemo.serve.events import write_event
@@ -58,6 +59,16 @@ class DataPlane:
         asked, done = await self._answered(request, lambda here: requests.completion(body, here, self.terms))
         self._remember(request, body)
         return replies.completion(body, asked, done, f"cmpl-{request.state.request_id}")
+
+    async def rollouts(self, body: schema.RolloutRequest, request: Request) -> Response:
+        """Candidates of a batch of token prompts, best first, as a safetensors file: items, lengths and scores [B, W],
+        tokens and logprobs [B, W, T]; its metadata hold instance, catalogue, weight_version, catalogue_version."""
+        asked, done = await self._answered(request, lambda here: rollouts.asked(body, here, self.terms))
+        data = await run_in_threadpool(rollouts.reply, asked, done, self.terms)
+        return Response(data, media_type=MEDIA_TYPE)
+
+    def rollout_terms(self) -> schema.RolloutTerms:
+        return rollouts.terms_of(self.engine, self.terms)
 
     def items(
         self,
@@ -153,6 +164,9 @@ def data_app(plane: DataPlane | None, *, keys: Collection[str] = ()) -> FastAPI:
     app.add_api_route("/v1/recommendations", routes.recommendations, **post)  # type: ignore[arg-type]
     app.add_api_route("/v1/completions", routes.completions, **post)  # type: ignore[arg-type]
     app.add_api_route("/v1/score", routes.score, **post)  # type: ignore[arg-type]
+    arrays = {**schema.ERRORS, 200: {"content": {MEDIA_TYPE: {"schema": {"type": "string", "format": "binary"}}}}}
+    app.add_api_route("/v1/rollouts", routes.rollouts, methods=["POST"], response_class=Response, responses=arrays)
+    app.add_api_route("/v1/rollouts", routes.rollout_terms, **get)  # type: ignore[arg-type]
     app.add_api_route("/v1/items/search", routes.items, **get)  # type: ignore[arg-type]
     app.add_api_route("/v1/models", routes.models, **get)  # type: ignore[arg-type]
     app.add_api_route("/health", routes.health, **get)  # type: ignore[arg-type]

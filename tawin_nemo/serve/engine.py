@@ -19,11 +19,12 @@ from tawin_nemo.errors import TawinError
 from tawin_nemo.log import get_logger
 from tawin_nemo.rollout.lm import LM
 from tawin_nemo.serve.catalogue import ServedCatalogue
-from tawin_nemo.serve.jobs import Job, Rejected
+from tawin_nemo.serve.jobs import Job, Rejected, job_over
 from tawin_nemo.serve.metrics import Metrics
-from tawin_nemo.serve.orders import Forget, LoadWeights, Probe, PutCatalogue, Stop
+from tawin_nemo.serve.orders import Forget, Probe, PutCatalogue, Stop
 from tawin_nemo.serve.ranks import Leader
 from tawin_nemo.serve.running import Running
+from tawin_nemo.serve.weight_sources import Source
 
 T = TypeVar("T")
 log = get_logger(__name__)
@@ -150,26 +151,28 @@ class Engine:
         """Ends well when every rank has answered."""
         return self.call(lambda: self.leader.apply(Probe()))
 
-    def update_weights(self, path: str, version: int | None = None) -> int:
-        """Load weights beside those in use and make them current; the new version (default: one more).
+    def next_weights(self, version: int | None) -> int:
+        """What new weights will be called (default: one more). Raises Rejected for a version that is not newer."""
+        new = self.weights + 1 if version is None else version
+        if new <= self.weights:
+            raise Rejected("invalid", f"weight_version {new} is not newer than {self.weights}, the one in use")
+        return new
+
+    def update_weights(self, source: Source, version: int | None = None) -> int:
+        """Load weights beside those in use and make them current; the new version as ``next_weights``.
 
         A process alone reads them in the caller's thread while requests go on; ranks that share a model read them
         together between two model calls. Raises TawinError as loading does, Rejected for a version that is not newer.
         """
         with self._swap:
-            new = self.weights + 1 if version is None else version
-            if new <= self.weights:
-                raise Rejected("invalid", f"weight_version {new} is not newer than {self.weights}, the one in use")
-            if self.leader.ranks.size == 1:
-                model = self.leader.replica.load(path)
-                self.call(lambda: self._put_weights(new, model)).result()
-            else:
-                self.call(lambda: self._put_weights(new, None, path)).result()
+            new, leader = self.next_weights(version), self.leader
+            model = source.alone(leader.replica) if leader.ranks.size == 1 else None
+            self.call(lambda: self._put_weights(new, source, model)).result()
             return new
 
-    def _put_weights(self, version: int, model: LM | None, path: str = "") -> None:
+    def _put_weights(self, version: int, source: Source, model: LM | None) -> None:
         if model is None:
-            self.leader.apply(LoadWeights(version, path))
+            source.together(self.leader, version)
         else:
             self.leader.replica.models[version] = model
         self.weights = version
@@ -287,14 +290,3 @@ class Engine:
         self.metrics.items.set(self.catalogue.trie.num_items)
         self.metrics.versions.labels("weights").set(len(self.leader.replica.models))
         self.metrics.versions.labels("catalogues").set(len(self.leader.replica.tries))
-
-
-def job_over(job: Job, now: float, weights: int) -> Rejected | None:
-    """Why a job need not be run, if so."""
-    if job.cancelled:
-        return Rejected("aborted", "the request was given up")
-    if now >= job.deadline:
-        return Rejected("deadline", "the deadline passed while the request was waiting")
-    if job.weights is not None and job.weights != weights:
-        return Rejected("stale_weights", f"weight version {job.weights} was asked for; version {weights} is in use")
-    return None

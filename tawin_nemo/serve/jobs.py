@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 from tawin_nemo.rollout.filters import ItemFilter
 from tawin_nemo.serve.catalogue import ServedCatalogue
-from tawin_nemo.types import TokenRows
+from tawin_nemo.types import Candidates, TokenRows
 
 
 class Rejected(Exception):
@@ -33,10 +33,14 @@ class Hit:
 
 @dataclass(frozen=True)
 class Ran:
-    """One prompt's answers, best first; ``lost``: best score of what the search gave up for want of beams."""
+    """One prompt's answers, best first; ``lost``: best score of what the search gave up for want of beams.
+
+    ``found``: as the search gave them, one row, where the job asks for arrays; there are no hits then.
+    """
 
     hits: list[Hit]
     lost: float = -math.inf
+    found: Candidates | None = None
 
     def proven(self, n: int) -> bool:
         """The first n are the n best there are (all, if there are fewer); needs a search without length penalty."""
@@ -59,7 +63,8 @@ class Job:
     """B prompts that are answered together, with one pair of versions.
 
     ``draws`` 0 is a search with ``width`` beams; otherwise so many independent draws are made, one seed per prompt.
-    ``weights`` asks for one weight version. ``deadline`` is a reading of ``time.monotonic``.
+    ``weights`` asks for one weight version, ``arrays`` for answers as arrays. ``deadline`` is a reading of
+    ``time.monotonic``.
     """
 
     catalogue: ServedCatalogue
@@ -72,6 +77,7 @@ class Job:
     draws: int = 0
     temperature: float = 1.0
     seeds: list[int] = field(default_factory=list)
+    arrays: bool = False
     future: Future[Done] = field(default_factory=Future)
     arrived: float = field(default_factory=time.monotonic)
     started: float = 0.0
@@ -91,3 +97,14 @@ class Job:
         """As ``fail``, with the answers."""
         with contextlib.suppress(InvalidStateError):
             self.future.set_result(done)
+
+
+def job_over(job: Job, now: float, weights: int) -> Rejected | None:
+    """Why a job need not be run, if so."""
+    if job.cancelled:
+        return Rejected("aborted", "the request was given up")
+    if now >= job.deadline:
+        return Rejected("deadline", "the deadline passed while the request was waiting")
+    if job.weights is not None and job.weights != weights:
+        return Rejected("stale_weights", f"weight version {job.weights} was asked for; version {weights} is in use")
+    return None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 
@@ -67,6 +67,13 @@ class LoadWeights:
 
 
 @dataclass(frozen=True)
+class TakeWeights:
+    """Weights follow, tensor by tensor, and become a new version; running requests keep theirs."""
+
+    version: int
+
+
+@dataclass(frozen=True)
 class PutCatalogue:
     """A catalogue's token paths under a new version."""
 
@@ -92,8 +99,8 @@ class Stop:
     """The ranks part."""
 
 
-Order = Admit | Advance | Drop | Draw | LoadWeights | PutCatalogue | Forget | Probe | Stop
-_KINDS = {kind.__name__: kind for kind in (Admit, Advance, Drop, Draw, LoadWeights, PutCatalogue, Forget, Probe, Stop)}
+Order = Admit | Advance | Drop | Draw | LoadWeights | TakeWeights | PutCatalogue | Forget | Probe | Stop
+_KINDS: dict[str, Any] = {kind.__name__: kind for kind in get_args(Order)}
 
 
 def encode(order: Order) -> bytes:

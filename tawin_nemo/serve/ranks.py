@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Protocol
+
+import torch
+from torch import Tensor
 
 from tawin_nemo.catalog.trie import TokenTrie
 from tawin_nemo.errors import TawinError
-from tawin_nemo.serve.orders import LoadWeights, Order, Probe, PutCatalogue, Stop, decode, encode
+from tawin_nemo.serve.orders import LoadWeights, Order, Probe, PutCatalogue, Stop, TakeWeights, decode, encode
 from tawin_nemo.serve.replica import Replica
 
 
@@ -25,6 +29,10 @@ class Ranks(Protocol):
         """Returns when all of them are here; raises when one of them is gone."""
         ...
 
+    def share(self, tensor: Tensor | None, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """Rank 0's tensor, on every rank, in CPU memory; the others pass None."""
+        ...
+
 
 class Alone:
     """One process."""
@@ -39,6 +47,10 @@ class Alone:
 
     def meet(self) -> None:
         pass
+
+    def share(self, tensor: Tensor | None, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        assert tensor is not None
+        return tensor
 
 
 class Leader:
@@ -59,6 +71,16 @@ class Leader:
         self._send(order)
         self.replica.tries[order.version] = trie
 
+    def take_weights(self, version: int, tensors: Mapping[str, Tensor]) -> None:
+        """All tensors of a model, from rank 0's memory to all ranks, as a new version."""
+        self._send(TakeWeights(version))
+        try:
+            self.replica.models[version] = self.replica.made_of(
+                lambda name, shape, dtype: self.ranks.share(tensors[name], shape, dtype)
+            )
+        except TawinError as error:  # the others wait for the rest
+            raise RuntimeError("the ranks stopped in the middle of new weights") from error
+
     def _send(self, order: Order) -> None:
         if self.ranks.size > 1:
             self.ranks.send(encode(order))
@@ -75,6 +97,9 @@ def follow(replica: Replica, ranks: Ranks) -> None:
             return
         if isinstance(order, Probe):
             ranks.meet()
+        if isinstance(order, TakeWeights):
+            model = replica.made_of(lambda name, shape, dtype: ranks.share(None, shape, dtype))
+            replica.models[order.version] = model
         try:
             replica.apply(order)
         except TawinError:

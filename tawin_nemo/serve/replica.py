@@ -5,11 +5,14 @@ Every rank of a model gets the same orders in the same order (``ranks``), so tha
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from tawin_nemo.catalog.trie import TokenTrie
 from tawin_nemo.rollout.beam import Answers, BeamSearch
@@ -28,17 +31,37 @@ from tawin_nemo.serve.orders import (
     Probe,
     PutCatalogue,
     Stop,
+    TakeWeights,
 )
 from tawin_nemo.types import Candidates
 
 FILTER_KINDS = ("", "only", "except")
 
 
+@dataclass(frozen=True)
+class FromTensors:
+    """How a model is made of whole tensors under their Hugging Face names.
+
+    ``rows``: names and shapes of tensors that are needed together, in the order in which ``build`` takes them.
+    """
+
+    rows: Sequence[dict[str, tuple[int, ...]]]
+    dtype: torch.dtype
+    build: Callable[[Iterable[Mapping[str, Tensor]]], LM]
+
+    @cached_property
+    def sizes(self) -> dict[str, tuple[int, ...]]:
+        """Name -> shape."""
+        return {name: size for row in self.rows for name, size in row.items()}
+
+
 class Replica:
     """``load`` makes a model with the weights of a path; ``length_penalty`` is that of all searches."""
 
-    def __init__(self, load: Callable[[str], LM], *, length_penalty: float = 0.0) -> None:
-        self.load = load
+    def __init__(
+        self, load: Callable[[str], LM], *, length_penalty: float = 0.0, from_tensors: FromTensors | None = None
+    ) -> None:  # fmt: skip
+        self.load, self.from_tensors = load, from_tensors
         self.models: dict[int, LM] = {}
         self.tries: dict[int, TokenTrie] = {}
         self.searches: dict[Lane, BeamSearch] = {}
@@ -64,9 +87,16 @@ class Replica:
                     del self.models[version]
                 for version in order.catalogues:
                     del self.tries[version]
-            case Probe() | Stop():
+            case Probe() | Stop() | TakeWeights():  # what belongs to the last one is ``made_of``
                 pass
         return None
+
+    def made_of(self, tensor_of: Callable[[str, tuple[int, ...], torch.dtype], Tensor]) -> LM:
+        """A model whose tensors are ``tensor_of(name, shape, dtype)``, called in the order of the rows."""
+        parts = self.from_tensors
+        assert parts is not None
+        rows = ({name: tensor_of(name, size, parts.dtype) for name, size in row.items()} for row in parts.rows)
+        return parts.build(rows)
 
     def held(self) -> int:
         """Tokens of the models' caches, as ``BeamSearch.held``."""

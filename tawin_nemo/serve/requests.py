@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import secrets
 import time
+import uuid
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from tawin_nemo.config_verbs import ServeConfig
 from tawin_nemo.errors import DataError
@@ -29,6 +30,9 @@ class Terms:
     length_penalty: float
     positions: int  # tokens that the model takes
     vocab: int
+    tokenizer: str = ""  # fingerprint
+    precision: str = "fp32"
+    instance: str = field(default_factory=lambda: uuid.uuid4().hex)  # of this start of the server
 
 
 @dataclass(frozen=True)

@@ -11,12 +11,13 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from tawin_nemo.log import get_logger
+from tawin_nemo.rollout.scoring import best, one_prompt
 from tawin_nemo.serve.jobs import Done, Hit, Job, Ran, Rejected
 from tawin_nemo.serve.metrics import Metrics
 from tawin_nemo.serve.orders import Admit, Advance, Draw, Drop, Lane
 from tawin_nemo.serve.ranks import Leader
 from tawin_nemo.serve.replica import FILTER_KINDS, no_places
-from tawin_nemo.types import Candidates, TokenRows
+from tawin_nemo.types import Candidates, TokenRows, moved
 
 log = get_logger(__name__)
 
@@ -122,7 +123,7 @@ class Running:
             log.exception("draws failed")
             job.fail(Rejected("fault", f"the engine failed: {type(error).__name__}"))
             return
-        self._finish(job, lane, [_ran(found, row) for row in range(len(job.prompts))])
+        self._finish(job, lane, [_ran(job, found, row) for row in range(len(job.prompts))])
 
     def advance(self) -> None:
         """One model call for every lane."""
@@ -139,7 +140,9 @@ class Running:
                 continue
             for row, ticket in enumerate(answers.ticket_B.tolist()):
                 entry = self._of_ticket[ticket]
-                entry.came[entry.tickets.index(ticket)] = _ran(answers.found, row, float(answers.lost_B[row]))
+                entry.came[entry.tickets.index(ticket)] = _ran(
+                    entry.job, answers.found, row, float(answers.lost_B[row])
+                )
                 if len(entry.came) == len(entry.tickets):
                     self._leave(entry)
                     self._finish(entry.job, lane, [entry.came[place] for place in range(len(entry.tickets))])
@@ -155,9 +158,13 @@ class Running:
         now = time.monotonic()
         self._metrics.seconds.labels("run").observe(now - job.started)
         choices_V = job.catalogue.trie.spans.choices_V
-        for hit in (hit for ran in prompts for hit in ran.hits):
-            self._metrics.tokens.labels("answer").inc(len(hit.tokens))
-            self._metrics.tokens.labels("forced").inc(len(hit.tokens) - int(choices_V[hit.leaf]))
+        for ran in prompts:
+            tokens = sum(len(hit.tokens) for hit in ran.hits)
+            leaf_N = np.array([hit.leaf for hit in ran.hits], dtype=np.int64)
+            if ran.found is not None:
+                tokens, leaf_N = int(ran.found.lengths_BW.sum()), ran.found.leaf_BW[ran.found.leaf_BW >= 0].numpy()
+            self._metrics.tokens.labels("answer").inc(tokens)
+            self._metrics.tokens.labels("forced").inc(tokens - int(choices_V[leaf_N].sum()))
         job.finish(Done(prompts, lane.weights, lane.catalogue, job.started - job.arrived, now - job.started))
 
     def _leave(self, entry: _Entry) -> None:
@@ -180,8 +187,11 @@ def _lane(job: Job, weights: int) -> Lane:
     return Lane(weights, job.catalogue.version, job.space)
 
 
-def _ran(found: Candidates, row: int, lost: float = -math.inf) -> Ran:
-    """The real candidates of one prompt as plain numbers."""
+def _ran(job: Job, found: Candidates, row: int, lost: float = -math.inf) -> Ran:
+    """The real candidates of one prompt as plain numbers, or its row as it is."""
+    if job.arrays:
+        places = job.draws or job.width  # the rest are those of wider prompts beside it
+        return Ran([], lost, moved(best(one_prompt(found, row), places), "cpu"))
     leaves, lengths = found.leaf_BW[row].tolist(), found.lengths_BW[row].tolist()
     scores, tokens = found.scores_BW[row].tolist(), found.tokens_BWT[row].tolist()
     logprobs = found.logprobs_BWT[row].tolist()

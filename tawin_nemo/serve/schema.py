@@ -137,6 +137,37 @@ class CompletionReply(Versions):
     usage: Usage
 
 
+class RolloutRequest(Strict):
+    """A batch of prompts for a training job: ``beams`` searches, ``draws`` draws with a seed for every prompt."""
+
+    prompts: list[list[Annotated[StrictInt, Field(ge=0, lt=2**31)]]] = Field(min_length=1, description="token ids")
+    beams: Count | None = Field(None, description="search with so many beams; all that they find is returned")
+    draws: Count | None = Field(None, description="instead: so many independent draws in trie space")
+    seeds: list[Annotated[StrictInt, Field(ge=0, lt=2**63)]] | None = Field(None, description="draws: one per prompt")
+    temperature: Annotated[float, Field(ge=1e-6, le=1e6, allow_inf_nan=False)] = Field(1.0, description="of draws")
+    score_space: Space | None = Field(None, description="what beams are ranked by (default: the server's)")
+    weight_version: Annotated[StrictInt, Field(ge=0)] | None = Field(
+        None, description="answer with these weights or not at all (409)"
+    )
+    timeout_s: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = Field(
+        None, description="give up after so many seconds (504); at most serve.rollout_deadline_s"
+    )
+
+
+class RolloutTerms(Versions):
+    """What a training job has to agree with before it takes rollouts from here, and how much it may ask at once."""
+
+    instance: str = Field(description="of this start of the server")
+    catalogue: str = Field(description="fingerprint of the catalogue: ids, titles, token paths in their order")
+    tokenizer: str = Field(description="fingerprint of the tokenizer")
+    precision: str = Field(description="number format that searches run in")
+    length_penalty: float
+    max_beams: int
+    max_body_kb: int
+    token_budget: int
+    row_budget: int
+
+
 class Item(BaseModel):
     item: int
     external_id: str

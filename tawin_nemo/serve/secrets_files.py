@@ -11,14 +11,22 @@ from tawin_nemo.errors import ConfigError
 SHORTEST = 16
 
 
-def read_keys(file: str) -> list[str]:
-    """The keys of ``serve.api_keys_file``; none without a file. Raises ConfigError for short or missing keys."""
+def read_keys(file: str, option: str = "serve.api_keys_file") -> list[str]:
+    """The keys of a file that ``option`` names; none without a file. Raises ConfigError for short or missing keys."""
     if not file:
         return []
-    keys = _words(Path(file), "serve.api_keys_file")
+    keys = _words(Path(file), option)
     if not keys:
-        raise ConfigError(f"serve.api_keys_file={file} holds no keys; write one a line, or leave the option out")
+        raise ConfigError(f"{option}={file} holds no keys; write one a line, or leave the option out")
     return keys
+
+
+def read_token(file: str, option: str) -> str:
+    """The one token of a file that ``option`` names. Raises ConfigError for a file that does not hold exactly one."""
+    tokens = _words(Path(file), option)
+    if len(tokens) != 1:
+        raise ConfigError(f"{option}={file} holds {len(tokens)} tokens; write exactly one")
+    return tokens[0]
 
 
 def control_token(file: str, made: Path, keys: list[str]) -> str:
@@ -27,10 +35,7 @@ def control_token(file: str, made: Path, keys: list[str]) -> str:
     Raises ConfigError for a file that does not hold exactly one, and for a token that is also a user's key.
     """
     if file:
-        tokens = _words(Path(file), "serve.control_token_file")
-        if len(tokens) != 1:
-            raise ConfigError(f"serve.control_token_file={file} holds {len(tokens)} tokens; write exactly one")
-        token = tokens[0]
+        token = read_token(file, "serve.control_token_file")
     else:
         token = secrets.token_urlsafe(32)
         made.parent.mkdir(parents=True, exist_ok=True)

@@ -4,24 +4,33 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Callable
+import socket
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from tawin_nemo.artefacts import write_json
+from tawin_nemo.backbones import Backbone
+from tawin_nemo.config import ModelConfig, Recipe
 from tawin_nemo.errors import ConfigError
 from tawin_nemo.log import get_logger
 from tawin_nemo.models.megatron import parallel
+from tawin_nemo.models.megatron.build import build_rollout_model
+from tawin_nemo.models.megatron.hf_memory import fill_from_rows, rows_of
+from tawin_nemo.models.megatron.lm import MegatronLM
+from tawin_nemo.models.megatron.precision import in_precision
 from tawin_nemo.rollout.engine import RolloutEngine
 from tawin_nemo.rollout.lm import LM
+from tawin_nemo.rollout.metered import MeteredLM
 from tawin_nemo.serve.catalogue import ServedCatalogue, Writing, read_items
 from tawin_nemo.serve.engine import Engine, Limits
 from tawin_nemo.serve.metrics import Metrics
 from tawin_nemo.serve.ranks import Alone, Leader, Ranks, follow
-from tawin_nemo.serve.replica import Replica
+from tawin_nemo.serve.replica import FromTensors, Replica
 from tawin_nemo.serve.requests import Terms
 from tawin_nemo.serve.secrets_files import control_token, read_keys
 from tawin_nemo.serve.server import Secrets, Server, settings_of
@@ -47,12 +56,18 @@ class Together:
     def meet(self) -> None:
         parallel.any_rank(False)
 
+    def share(self, tensor: Tensor | None, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        return parallel.broadcast_tensor(tensor, shape, dtype)
+
 
 def serve(world: World) -> dict[str, Any]:
     """Serve ``checkpoint`` until SIGTERM or /shutdown. Rank 0 speaks HTTP, the others follow it.
 
     Raises ConfigError (layout, ports, keys), CatalogError (``serve.catalogue``), TawinError when the engine breaks.
     """
+    if world.recipe.rollout.placement == "server":  # the recipe of the job that this server works for
+        rollout = replace(world.recipe.rollout, placement="colocated")
+        world = replace(world, recipe=replace(world.recipe, rollout=rollout))
     recipe, settings = world.recipe, world.recipe.serve
     tp, pp = recipe.rollout_layout
     if tp * pp != parallel.world_size():
@@ -60,7 +75,8 @@ def serve(world: World) -> dict[str, Any]:
             f"serve runs one model: trainer.num_nodes x trainer.devices = {parallel.world_size()} must be TP {tp} x "
             f"PP {pp} of rollouts; start several servers for several replicas"
         )
-    replica = Replica(loader(world), length_penalty=recipe.rollout.length_penalty)
+    made_of = from_tensors(world.shape, model_in(recipe), recipe.rollout_layout)
+    replica = Replica(loader(world), length_penalty=recipe.rollout.length_penalty, from_tensors=made_of)
     catalogue = first_catalogue(world)
     replica.models[FIRST] = replica.load("")
     replica.tries[FIRST] = catalogue.trie
@@ -78,12 +94,13 @@ def serve(world: World) -> dict[str, Any]:
     token = control_token(settings.control_token_file, folder / "control_token", keys)
     metrics = Metrics()
     engine = Engine(
-        Leader(replica, ranks), catalogue, metrics=metrics, weights=FIRST, on_thread=use_device,
+        Leader(replica, ranks), catalogue, metrics=metrics, weights=FIRST, on_thread=parallel.use_device,
         limits=Limits(settings.max_queue, settings.token_budget, settings.row_budget),
     )  # fmt: skip
     terms = Terms(
         settings, recipe.name, min(settings.beams or recipe.eval.beams, settings.max_beams),
         recipe.rollout.score_space, recipe.rollout.length_penalty, model.max_positions, model.vocab_size,
+        world.tokenizer.fingerprint, model_in(recipe).precision,
     )  # fmt: skip
     del model, catalogue  # they may be replaced, and must not stay in memory for this frame
     server = Server(engine, terms, Secrets(keys, token), roots=roots)
@@ -95,11 +112,18 @@ def serve(world: World) -> dict[str, Any]:
 def _announce(server: Server, world: World, folder: Path) -> None:
     settings, (data, control) = world.recipe.serve, server.ports
     place = {
-        "data": f"http://{settings.host}:{data}", "control": f"http://{settings.control_host}:{control}",
+        "data": f"http://{reachable(settings.host)}:{data}",
+        "control": f"http://{reachable(settings.control_host)}:{control}",
         "pid": os.getpid(),
     }  # fmt: skip
     write_json(folder / "address.json", place)
     log.info("serving %s on %s, control plane on %s", world.recipe.name, place["data"], place["control"])
+
+
+def reachable(host: str) -> str:
+    """What others call an address that is listened on."""
+    name = socket.gethostname() if host in ("0.0.0.0", "::") else host
+    return f"[{name}]" if ":" in name else name
 
 
 def first_catalogue(world: World) -> ServedCatalogue:
@@ -115,7 +139,7 @@ def loader(world: World) -> Callable[[str], LM]:
     """Makes a model with the weights of a stage, a step or a Hugging Face folder; of the recipe for an empty path."""
 
     def load(path: str) -> LM:
-        use_device()
+        parallel.use_device()
         recipe = world.recipe
         if (Path(path) / "config.json").is_file() and path:
             recipe = replace(recipe, checkpoint="", start="", model=replace(recipe.model, init=path))
@@ -132,7 +156,19 @@ def loader(world: World) -> Callable[[str], LM]:
     return load
 
 
-def use_device() -> None:
-    """The current CUDA device belongs to a thread; every thread that computes has to name this process's."""
-    if torch.cuda.is_available():
-        torch.cuda.set_device(parallel.read_launch().local_rank % torch.cuda.device_count())
+def from_tensors(shape: Backbone, cfg: ModelConfig, layout: tuple[int, int]) -> FromTensors:
+    """How a training job's tensors become a model under ``layout`` (TP, PP), in the number format of ``cfg``."""
+
+    def build(rows: Iterable[Mapping[str, Tensor]]) -> LM:
+        parallel.use_device()
+        model = build_rollout_model(shape, cfg, *layout)
+        fill_from_rows(model, shape, rows)
+        return MeteredLM(MegatronLM(model, shape))
+
+    dtype = torch.float32 if cfg.precision == "fp32" else torch.bfloat16
+    return FromTensors(rows_of(shape), dtype, build)
+
+
+def model_in(recipe: Recipe) -> ModelConfig:
+    """The model as searches run it."""
+    return in_precision(recipe.model, recipe.eval.precision)

@@ -137,7 +137,8 @@ def run_stage(world: World, plan: Plan, sink: MetricSink | None) -> EvalResult:
         return EvalResult.read(stage.directory / "eval", splits[-1])
     stage.stop_between(plan.name)
     model = starting_model(world, plan.start, dropout=world.recipe.model.dropout if plan.kind == "sft" else 0.0)
-    engine = build_engine(world.recipe, model, world.shape, world.catalog)
+    known = world.tokenizer.fingerprint
+    engine = build_engine(world.recipe, model, world.shape, world.catalog, tokenizer=known)
     write_layout(world.run_dir, model, engine, peak_flops(world.recipe))
     resting: Callable[[], AbstractContextManager[None]] = nullcontext
     if not stage.done:
@@ -157,7 +158,8 @@ def run_stage(world: World, plan: Plan, sink: MetricSink | None) -> EvalResult:
     cfg = in_precision(world.recipe.model, world.recipe.eval.precision)
     if cfg != world.recipe.model:
         model = build_model(world.shape, cfg, seed=world.recipe.seed, rollout_tp=world.recipe.rollout_layout[0])
-        engine = build_engine(replace(world.recipe, model=cfg), model, world.shape, world.catalog)
+        recipe = replace(world.recipe, model=cfg)
+        engine = build_engine(recipe, model, world.shape, world.catalog, tokenizer=known)
     checkpoint.load_checkpoint(stage.chosen_checkpoint, model=model)
     with resting():
         result = evaluate_stage(world, stage.directory, engine)

@@ -199,7 +199,8 @@ def convert(world: World) -> dict[str, Any]:
 def engine_of(world: World) -> Engine:
     cfg = in_precision(world.recipe.model, world.recipe.eval.precision)
     model = checkpoint_model(world, world.recipe.eval.precision)
-    engine = build_engine(replace(world.recipe, model=cfg), model, world.shape, world.catalog)
+    recipe, known = replace(world.recipe, model=cfg), world.tokenizer.fingerprint
+    engine = build_engine(recipe, model, world.shape, world.catalog, tokenizer=known)
     engine.receive_weights()
     return engine
 

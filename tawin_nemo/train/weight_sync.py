@@ -3,8 +3,9 @@
 Where rollouts have the training layout they read the actor's own parameters: nothing is copied, only the version is
 raised. Where they have their own (``rollout.tensor_model_parallel_size``, ``rollout.pipeline_model_parallel_size``) or
 their own ranks (``rollout.placement: separate``) the engine has a model of its own, into which the weights are
-resharded in memory. The engine stamps every rollout with the version, and the actor refuses a rollout of another one
-than it expects, so that stale weights cannot go unnoticed.
+resharded in memory. Generation servers (``rollout.placement: server``) get them whole, through a process group. The
+engine stamps every rollout with the version, and the actor refuses a rollout of another one than it expects, so that
+stale weights cannot go unnoticed.
 """
 
 from __future__ import annotations
@@ -24,18 +25,23 @@ from tawin_nemo.models.megatron.refit import Refit
 from tawin_nemo.rollout.engine import Engine, RolloutEngine
 from tawin_nemo.rollout.metered import MeteredLM
 from tawin_nemo.train.remote_engine import RemoteEngine
+from tawin_nemo.train.server_engine import ServerEngine
 from tawin_nemo.types import Rollout
 
 log = get_logger(__name__)
 
 
-def build_engine(recipe: Recipe, model: GPTModel, shape: Backbone, catalog: Catalog) -> Engine:
-    """An engine that searches with the weights of ``model``: in place, under the rollout layout of the recipe, or on
-    the rollout ranks.
+def build_engine(
+    recipe: Recipe, model: GPTModel, shape: Backbone, catalog: Catalog, *, tokenizer: str = ""
+) -> Engine:  # fmt: skip
+    """An engine that searches with the weights of ``model``: in place, under the rollout layout of the recipe, on the
+    rollout ranks, or on generation servers, whose tokenizer then has to have the fingerprint ``tokenizer``.
 
     But in the first case the engine's weights are undefined until its first ``receive_weights``. Raises ConfigError
-    when the model's shape cannot be divided that way.
+    when the model's shape cannot be divided that way or a server does not fit, ServersLost when there is none.
     """
+    if recipe.rollout.placement == "server":
+        return ServerEngine(recipe, model, shape, catalog, tokenizer=tokenizer)
     if sides.divided():
         return RemoteEngine(recipe, model, shape, catalog)
     trained = recipe.model

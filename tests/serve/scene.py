@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cache
@@ -13,6 +13,7 @@ from typing import Any
 
 import httpx
 import numpy as np
+import torch
 from prometheus_client.parser import text_string_to_metric_families
 from torch import Tensor
 
@@ -27,7 +28,7 @@ from tawin_nemo.serve.client import Client, ControlClient
 from tawin_nemo.serve.engine import Engine, Limits
 from tawin_nemo.serve.metrics import Metrics
 from tawin_nemo.serve.ranks import Alone, Leader
-from tawin_nemo.serve.replica import Replica
+from tawin_nemo.serve.replica import FromTensors, Replica
 from tawin_nemo.serve.requests import Terms
 from tawin_nemo.serve.server import Secrets, Server
 from tawin_nemo.types import TokenRows
@@ -41,6 +42,8 @@ TITLES = [
     *dict.fromkeys(" ".join(WORDS[i // p % 8] for p in (1, 8, 3)[: 1 + i % 3]) for i in range(0, 1000, 7)),
 ][:38]
 TITLES += TITLES[:2]
+#: What the weights of the table model consist of.
+TENSORS = [{"tens": (1,)}, {"ones": (2, 3)}]
 IDS = [f"B{number:04}" for number in range(len(TITLES))]
 
 
@@ -134,7 +137,15 @@ def serving(roots: Sequence[Path] = (), **changes: Any) -> Iterator[Scene]:
         made[seed] = GateLM(tokenizer().size, seed=seed, gate=gate)
         return made[seed]
 
-    catalogue, replica = first_catalogue(), Replica(load)
+    def made_of(rows: Iterable[Mapping[str, Tensor]]) -> GateLM:
+        """The model of a seed, which comes as two tensors: its tens and its ones."""
+        tensors = {name: value for row in rows for name, value in row.items()}
+        seed = int(10 * tensors["tens"].item() + tensors["ones"].sum().item())
+        made[seed] = GateLM(tokenizer().size, seed=seed, gate=gate)
+        return made[seed]
+
+    parts = FromTensors(TENSORS, torch.float32, made_of)
+    catalogue, replica = first_catalogue(), Replica(load, from_tensors=parts)
     catalogue.warm()
     replica.models[1], replica.tries[1] = load(""), catalogue.trie
     limits = Limits(settings.max_queue, settings.token_budget, settings.row_budget)

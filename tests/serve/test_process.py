@@ -9,7 +9,7 @@ import subprocess
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -53,27 +53,29 @@ def stage(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory / "sft"
 
 
+def process(stage: Path, *overrides: str) -> AbstractContextManager[Served]:
+    """A server of a stage's weights."""
+    keys = f"serve.api_keys_file={stage.parent / 'keys'}"
+    return process_of(stage.parent / "serve" / "address.json", f"checkpoint={stage}", keys, *overrides)
+
+
 @contextmanager
-def process(stage: Path, *overrides: str) -> Iterator[Served]:
-    folder = stage.parent / "serve"
-    (folder / "address.json").unlink(missing_ok=True)
-    words = [
-        f"checkpoint={stage}",
-        "serve.port=0",
-        "serve.control_port=0",
-        f"serve.api_keys_file={stage.parent / 'keys'}",
-    ]
+def process_of(file: Path, *overrides: str) -> Iterator[Served]:
+    """A server that writes ``file`` when it is ready."""
+    folder = file.parent
+    file.unlink(missing_ok=True)
+    words = ["serve.port=0", "serve.control_port=0"]
     started = subprocess.Popen(
         command(*words, *overrides, verb="serve"), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         env=environment(),
     )  # fmt: skip
     try:
         end = time.monotonic() + LIMIT
-        while not (folder / "address.json").is_file():
+        while not file.is_file():
             assert started.poll() is None, started.communicate()[1][-4000:]
             assert time.monotonic() < end, "the server did not start"
             time.sleep(0.1)
-        place = json.loads((folder / "address.json").read_text())
+        place = json.loads(file.read_text())
         yield Served(started, place["data"], place["control"], (folder / "control_token").read_text().strip())
     finally:
         if started.poll() is None:

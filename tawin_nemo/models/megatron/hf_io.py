@@ -99,32 +99,39 @@ def load_hf(model: GPTModel, shape: Backbone, directory: str | Path, new: NewTok
     """
     weights = HfWeights(Path(directory))
     _check_names(weights, shape)
+    for row, parameter in local_parameters(model, shape).items():
+        fill_row(model, shape, row, parameter, weights, new)
+
+
+@torch.no_grad()
+def fill_row(
+    model: GPTModel, shape: Backbone, row: Row, parameter: Tensor, weights: HfWeights, new: NewTokens | None = None
+) -> None:
+    """This rank's shard of one row of the table, from a source that has at least the row's tensors; as ``load_hf``."""
+    entry, layer = row
     tp_rank, tp_size = model.tp_group.rank(), model.tp_group.size()
-    for (entry, layer), parameter in local_parameters(model, shape).items():
-        _check_shapes(weights, entry, layer, shape)
-        names = hf_names(entry, layer)
-        in_file = replace(shape, vocab=weights.shape(names[0])[0]) if entry.kind is Kind.VOCAB else shape
-        rows = parameter.shape[0]
-        offset = 0
-        first_row = tp_rank * rows
-        if entry.kind is Kind.VOCAB:
-            lacking = NewTokens(np.arange(in_file.vocab, shape.vocab)) if new is None else new
-            drawn = parameter.detach()[
-                torch.from_numpy(lacking.ids[lacking.local(first_row, rows)] - first_row)
-            ].clone()
-        for whole in shard_segments(entry, in_file, tp_rank, tp_size, padded_vocab=rows * tp_size):
-            for segment in _parts(whole):
-                part = weights.read(names[segment.source], entry.axis, segment.start, segment.stop)
-                parameter.narrow(entry.axis, offset, part.shape[entry.axis]).copy_(part)
-                if shape.tied and entry.kind is Kind.VOCAB:
-                    _check_tied(weights, segment, part)
-                offset += part.shape[entry.axis]
-        if entry.kind is Kind.VOCAB:
-            _fill_new_rows(parameter, drawn, first_row, shape.vocab, weights, names[0], lacking)
-        elif offset != parameter.shape[entry.axis]:
-            raise CheckpointError(
-                f"the model's shard of {names} has {parameter.shape[entry.axis]} rows, {offset} were read"
-            )
+    _check_shapes(weights, entry, layer, shape)
+    names = hf_names(entry, layer)
+    in_file = replace(shape, vocab=weights.shape(names[0])[0]) if entry.kind is Kind.VOCAB else shape
+    rows = parameter.shape[0]
+    offset = 0
+    first_row = tp_rank * rows
+    if entry.kind is Kind.VOCAB:
+        lacking = NewTokens(np.arange(in_file.vocab, shape.vocab)) if new is None else new
+        drawn = parameter.detach()[torch.from_numpy(lacking.ids[lacking.local(first_row, rows)] - first_row)].clone()
+    for whole in shard_segments(entry, in_file, tp_rank, tp_size, padded_vocab=rows * tp_size):
+        for segment in _parts(whole):
+            part = weights.read(names[segment.source], entry.axis, segment.start, segment.stop)
+            parameter.narrow(entry.axis, offset, part.shape[entry.axis]).copy_(part)
+            if shape.tied and entry.kind is Kind.VOCAB:
+                _check_tied(weights, segment, part)
+            offset += part.shape[entry.axis]
+    if entry.kind is Kind.VOCAB:
+        _fill_new_rows(parameter, drawn, first_row, shape.vocab, weights, names[0], lacking)
+    elif offset != parameter.shape[entry.axis]:
+        raise CheckpointError(
+            f"the model's shard of {names} has {parameter.shape[entry.axis]} rows, {offset} were read"
+        )
 
 
 def _parts(segment: Segment) -> Iterator[Segment]:
@@ -160,7 +167,7 @@ def _files(shape: Backbone, dtype: torch.dtype, max_shard_bytes: int) -> dict[st
     return {f"model-{n:05d}-of-{len(groups):05d}.safetensors": group for n, group in enumerate(groups, 1)}
 
 
-def _owners(model: GPTModel, shape: Backbone, local: Mapping[Row, Tensor]) -> dict[Row, int]:
+def owners(model: GPTModel, shape: Backbone, local: Mapping[Row, Tensor]) -> dict[Row, int]:
     rows = list(table(shape))
     held: list[Any] = [None] * model.pp_group.size()
     dist.all_gather_object(held, [n for n, row in enumerate(rows) if row in local], group=model.pp_group)
@@ -193,7 +200,7 @@ def save_hf(
     if parallel_state.get_data_parallel_rank(with_context_parallel=True) == 0:
         local = local_parameters(model, shape)
         dtype = dtype or model.config.params_dtype
-        export = Export(model, shape, dtype, local, _owners(model, shape, local))
+        export = Export(model, shape, dtype, local, owners(model, shape, local))
         writer = dist.get_rank() == 0
         with atomic_directory(Path(directory)) if writer else nullcontext() as folder:
             weight_map: dict[str, str] = {}

@@ -196,6 +196,12 @@ def device() -> torch.device:
     return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
 
 
+def use_device() -> None:
+    """The current CUDA device belongs to a thread; every thread that computes has to name this process's."""
+    if torch.cuda.is_available():
+        torch.cuda.set_device(read_launch().local_rank % torch.cuda.device_count())
+
+
 def barrier() -> None:
     """Wait for all ranks."""
     if dist.get_world_size() > 1:
@@ -239,6 +245,13 @@ def broadcast_bytes(data: bytes | None) -> bytes:
     box = box.to(device())
     dist.broadcast(box, src=0)
     return box.cpu().numpy().tobytes()
+
+
+def broadcast_tensor(tensor: Tensor | None, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """World rank 0's tensor (of this shape and dtype), on every rank, in CPU memory; the others pass None."""
+    box = torch.empty(shape, dtype=dtype, device=device()) if tensor is None else tensor.to(device()).contiguous()
+    dist.broadcast(box, src=0)
+    return box.cpu()
 
 
 def gather_objects(value: Any) -> list[Any]:

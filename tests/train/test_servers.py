@@ -1,0 +1,51 @@
+"""Runs on generation servers through the command line: the same bytes as in one process, and the exit codes of a run
+without a server that fits."""
+
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from tests.serve.scene import KEY, TOKEN, serving
+from tests.serve.test_process import process_of
+from tests.train.runs import SMALL, command, environment, run
+
+SHORT = ("compare.sft_continued=false", "sft.epochs=1")
+
+
+def failed(*overrides: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(command(*overrides), capture_output=True, text=True, env=environment(), timeout=500)
+
+
+@pytest.mark.distributed
+def test_on_a_server_a_run_writes_the_same_bytes_and_without_it_ends_with_1(
+    small_dataset: Path, tmp_path: Path
+) -> None:
+    words = [*SMALL, *SHORT, f"data.root={small_dataset}"]
+    run(*words, f"run_dir={tmp_path / 'here'}")
+    file = tmp_path / "server" / "serve" / "address.json"
+    there = (*words, "rollout.placement=server", f"rollout.servers=[{file}]")
+    with process_of(file, *there, f"run_dir={tmp_path / 'server'}"):
+        run(*there, f"run_dir={tmp_path / 'there'}")
+    for name in ("sft/metrics.jsonl", "rl/metrics.jsonl", "rl/eval/test.per_user.parquet", "sft/eval/test.json"):
+        assert (tmp_path / "there" / name).read_bytes() == (tmp_path / "here" / name).read_bytes(), name
+    alone = failed(*there, f"run_dir={tmp_path / 'alone'}")
+    assert alone.returncode == 1, alone.stderr[-3000:]
+    assert f"no generation server is left ({file}: ConnectError" in alone.stderr.splitlines()[-1]
+
+
+@pytest.mark.distributed
+def test_a_server_of_another_catalogue_ends_with_2(small_dataset: Path, tmp_path: Path) -> None:
+    with serving() as scene:
+        file = tmp_path / "address.json"
+        file.write_text(f'{{"data": "{scene.data}", "control": "{scene.control}"}}')
+        (tmp_path / "control_token").write_text(TOKEN)
+        (tmp_path / "key").write_text(KEY)
+        done = failed(
+            *SMALL, f"data.root={small_dataset}", f"run_dir={tmp_path / 'run'}", "rollout.placement=server",
+            f"rollout.servers=[{file}]", f"rollout.api_key_file={tmp_path / 'key'}",
+        )  # fmt: skip
+    assert done.returncode == 2, done.stderr[-3000:]
+    last = done.stderr.splitlines()[-1]
+    assert "serves another catalogue" in last
+    assert "start it from this run's recipe" in last
