@@ -10,6 +10,7 @@ if [ "${1:-}" = --full ]; then
   shift
 fi
 source recipes/install.sh
+bash tests/browser/install.sh
 ruff check .
 ruff format --check .
 mypy
