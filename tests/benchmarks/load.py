@@ -34,7 +34,7 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 
 @dataclass(frozen=True)
 class Spec:
-    """``bodies`` are asked for in turn, from ``first`` on; ``rate`` 0 is a closed loop; ``warm`` seconds do not count."""
+    """``bodies`` are asked for in turn, from ``first`` on; ``rate`` 0: a closed loop; ``warm`` seconds do not count."""
 
     url: str
     bodies: list[dict[str, Any]]
@@ -64,11 +64,13 @@ class Reply:
 
 @dataclass(frozen=True)
 class Load:
-    """What one run of the load found. ``core``: share of one core that the load's own process took."""
+    """What one run of the load found. ``core``: share of one core that the load's own process took; ``warm``: requests
+    that did not count."""
 
     replies: list[Reply]
     seconds: float
     core: float
+    warm: int = 0
 
     @property
     def failed(self) -> int:
@@ -93,7 +95,7 @@ class Load:
 
 
 class Running:
-    """A load in its process; ``result`` waits for its end. Times of both processes are of one clock (CLOCK_MONOTONIC)."""
+    """A load in its process; ``result`` waits for its end. Both processes read one clock (CLOCK_MONOTONIC)."""
 
     def __init__(self, spec: Spec) -> None:
         self._folder = tempfile.TemporaryDirectory(prefix="tawin_load_")
@@ -117,7 +119,7 @@ class Running:
         *lines, last = self._result.read_text(encoding="utf-8").splitlines()
         about = json.loads(last)
         self._folder.cleanup()
-        return Load([Reply(**json.loads(line)) for line in lines], about["seconds"], about["core"])
+        return Load([Reply(**json.loads(line)) for line in lines], about["seconds"], about["core"], about["warm"])
 
 
 def load(spec: Spec) -> Load:
@@ -189,7 +191,7 @@ async def _run(spec: Spec, result: Path) -> None:
             shown = json.loads(content) if spec.keep and status == 200 else None
             file.write(json.dumps({"body": body, "due": due, "end": ended, "status": status, "content": shown}) + "\n")
         seconds = spec.seconds if spec.rate else stopped - counted  # a closed loop waits for its last requests
-        file.write(json.dumps({"seconds": seconds, "core": core}) + "\n")
+        file.write(json.dumps({"seconds": seconds, "core": core, "warm": len(caller.replies) - len(kept)}) + "\n")
 
 
 def _cpu_seconds() -> float:

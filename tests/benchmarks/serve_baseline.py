@@ -4,8 +4,8 @@
 
 ``FOLDER`` is what ``write_parts`` left. With ``--batch 1`` requests are answered one by one behind a lock, with more
 the model takes what waits, up to so many prompts at once, padded on their left. The constraint is one dictionary
-look-up per beam and step (``baselines.PrefixTable``), made before the first request; prompts are written by the same code
-as ours.
+look-up per beam and step (``baselines.PrefixTable``), made before the first request; prompts are written by the code
+that ours uses.
 """
 
 from __future__ import annotations
@@ -154,9 +154,7 @@ def application(catalogue: ServedCatalogue, weights: Path, batch: int) -> FastAP
         else:
             async with lock:
                 (items,) = await asyncio.to_thread(generator.best, [prompt], asked.beams, asked.n)
-        return Reply(
-            items=[Found(item=item, title=catalogue.titles[item], score=score) for item, score in items]
-        )
+        return Reply(items=[Found(item=item, title=catalogue.titles[item], score=score) for item, score in items])
 
     return app
 

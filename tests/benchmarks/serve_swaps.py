@@ -8,6 +8,7 @@ import re
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,13 @@ import torch
 
 from tawin_nemo.serve.catalogue import ServedCatalogue
 from tawin_nemo.serve.control_schema import ItemToAdd
+from tests.benchmarks import harness
 from tests.benchmarks.load import Load, Reply, Running, Spec
 from tests.benchmarks.serve_baseline import Generator
 from tests.benchmarks.serve_oracle import SCORE_TOLERANCE
 from tests.benchmarks.serving import Served, Setting
 
+PAUSE_GOAL = 50.0  # ms
 #: Seconds behind a swap that still belong to it.
 AFTER = 0.25
 REMOVED = 40
@@ -74,8 +77,7 @@ def rankings(catalogue: ServedCatalogue, weights: Path, bodies: Sequence[dict[st
 def differing(first: Sequence[Ranking], second: Sequence[Ranking]) -> float:
     """Share of the bodies whose right answers tell two states apart."""
     apart = [
-        len(one) != len(two)
-        or any(abs(a - b) > SCORE_TOLERANCE for (_, a), (_, b) in zip(one, two, strict=True))
+        len(one) != len(two) or any(abs(a - b) > SCORE_TOLERANCE for (_, a), (_, b) in zip(one, two, strict=True))
         for one, two in zip(first, second, strict=True)
     ]
     return float(np.mean(apart))
@@ -148,6 +150,57 @@ def as_item(catalogue: ServedCatalogue, number: int) -> ItemToAdd:
 
 def codes_in(text: str) -> list[str]:
     return re.findall(r"<[^<>]+>", text)
+
+
+# -- in the benchmark
+def swaps(report: harness.Report, served: Served, setting: Setting, bodies: list[dict[str, Any]], count: int) -> None:
+    """Weights, then the catalogue, swapped under a closed loop of 8."""
+    catalogue, compute = setting.catalogue, partial(rankings, bodies=bodies)
+    expected = {name: compute(catalogue, setting.weights[place]) for place, name in enumerate(("first", "second"))}
+    names = removed_items(expected["first"])
+    fewer = catalogue.changed([], names, 2)
+    expected["fewer"] = compute(fewer, setting.weights[0])
+    every = 1.5
+    spec = Spec(served.data, bodies, every * count + 1, 8)
+    calm, _ = watched(spec, 0, None, every)
+    changes = {
+        "weights": (weight_swap(served, setting), ("second", "first")),
+        "catalogue": (catalogue_swap(served, catalogue, names), ("fewer", "first")),
+    }
+    failed, mixed, replies = calm.failed, 0, 0
+    for kind, (swap, states) in changes.items():
+        before = served.client().models()
+        found, made = watched(spec, count, swap, every)
+        right = Answers(expected, {(before.weight_version, before.catalogue_version): "first"})
+        right.state_of |= {(m.weight_version, m.catalogue_version): states[n % 2] for n, m in enumerate(made)}
+        row = pauses(calm, found, made)
+        wrong = sum(right.wrong(reply) for reply in found.replies if reply.status == 200)
+        report.rows.append({"side": f"swap of the {kind}", "failed": found.failed, "mixed": wrong} | shown(row))
+        added = max(row["added gap ms"], row["added latency ms"])
+        report.targets[f"added pause ms, {kind}"] = harness.Target.at_most(PAUSE_GOAL, added)
+        failed, mixed, replies = failed + found.failed, mixed + wrong, replies + len(found.replies)
+    report.checks["swaps"] = {
+        "replies compared": replies,
+        "bodies that tell the weights apart": differing(expected["first"], expected["second"]),
+        "bodies that tell the catalogues apart": differing(expected["first"], expected["fewer"]),
+    }
+    report.targets["failed under swaps"] = harness.Target.at_most(0, failed)
+    report.targets["wrong for their versions"] = harness.Target.at_most(0, mixed)
+
+
+def growth(report: harness.Report, served: Served, setting: Setting, bodies: list[dict[str, Any]], items: int) -> None:
+    """A catalogue of a million items, built, validated and activated under a closed loop of 8."""
+    path = setting.run_dir / "items.jsonl"
+    write_items(setting.catalogue, path, items)
+    found, phases = activation(served, path, Spec(served.data, bodies, 900, 8, keep=False))
+    row = activation_row(found, phases)
+    report.rows.append({"side": f"catalogue of {items:,} items", "failed": found.failed} | shown(row))
+    added = row["activate, slowest ms"] - max(row["calm, slowest ms"], row["between, slowest ms"])
+    report.targets[f"added latency ms, activation of {items:,}"] = harness.Target.at_most(PAUSE_GOAL, added)
+
+
+def shown(row: dict[str, Any]) -> dict[str, Any]:
+    return {name: harness.rounded(value) if isinstance(value, float) else value for name, value in row.items()}
 
 
 # -- a catalogue of a million items ------------------------------------------------------------------------------------

@@ -30,7 +30,7 @@ from tawin_nemo.serve.verb import first_catalogue
 from tawin_nemo.train.verbs import run
 from tawin_nemo.train.world import World
 from tests.benchmarks.harness import REPOSITORY
-from tests.benchmarks.setting import shared_folder, transformers_model
+from tests.benchmarks.setting import qwen_shape, shared_folder, transformers_model
 from tests.train.runs import SMALL, prepare_dataset
 
 #: Seconds for a server to come up on a busy machine.
@@ -64,18 +64,29 @@ def industrial(folder: Path, *, weights: int = 2) -> Setting:
     return _setting("industrial_sid", folder, (*told, "data.train_limit=64", "data.eval_limit=512"), weights)
 
 
+def titles(folder: Path, *, layers: int, weights: int = 2) -> Setting:
+    """The model benchmarks' setting: Industrial titles in Qwen's tokens, width and vocabulary of Qwen2.5-0.5B."""
+    data, words = shared_folder("amazon18_industrial"), shared_folder("qwen_tokenizer")
+    told = ("--recipe", str(REPOSITORY / "recipes" / "industrial_title_cpu.yaml"), f"data.root={data}")
+    told += (f"data.tokenizer={words}", "data.template=alpaca", "data.train_limit=64", "data.eval_limit=512")
+    return _setting("industrial_titles", folder, told, weights, qwen_shape(layers))
+
+
 def generated(folder: Path, *, weights: int = 2) -> Setting:
     """150 generated items by title and the nano backbone; needs no data."""
     data = prepare_dataset(folder / "dataset")
     return _setting("generated_titles", folder, (*SMALL, f"data.root={data}"), weights)
 
 
-def _setting(name: str, folder: Path, told: tuple[str, ...], weights: int) -> Setting:
+def _setting(
+    name: str, folder: Path, told: tuple[str, ...], weights: int, shape: Backbone | None = None
+) -> Setting:  # fmt: skip
+    """``shape``: of the model, if not the recipe's."""
     words, file = list(told), None
     if words[0] == "--recipe":
         _, file, *words = words
     world = _world(file, [*words, f"run_dir={folder / 'run'}"])
-    shape = replace(world.shape, init_std=LOGITS / world.shape.hidden**0.5)
+    shape = shape or replace(world.shape, init_std=LOGITS / world.shape.hidden**0.5)
     made = []
     for seed in range(weights):
         made.append(folder / "run" / f"weights_{seed}")
@@ -120,6 +131,12 @@ class Served:
     @property
     def resident_mib(self) -> float:
         return psutil.Process(self.pid).memory_info().rss / 2**20
+
+
+def cpu_seconds(pid: int) -> float:
+    """That a process has used so far, in all its threads."""
+    used = psutil.Process(pid).cpu_times()
+    return float(used.user + used.system)
 
 
 @contextmanager

@@ -2,10 +2,10 @@
 
     python -m tests.benchmarks.soak [--minutes 10] [--json recipes/results/serve_soak.json]
 
-The server and its clients (``soak_load``) are processes of their own; this one swaps weights and catalogues and watches the
-server's memory. Afterwards every item of every answer is looked up in the catalogue version that the answer names, and a
-sample of the answers is computed again under the versions that they name (``serve_oracle``: transformers, no trie). One
-JSON object to stdout; exit code 1 when a goal is missed.
+The server and its clients (``soak_load``) are processes of their own; this one swaps weights and catalogues and watches
+the server's memory. Afterwards every item of every answer is looked up in the catalogue version that the answer names,
+and a sample of the answers is computed again under the versions that they name (``serve_oracle``: transformers, no
+trie). One JSON object to stdout; exit code 1 when a goal is missed.
 """
 
 from __future__ import annotations
@@ -135,14 +135,18 @@ class Operator:
         others = sorted(world.item_of.keys() - world.fixed)
         live = set(world.fixed) | set(self._rng.sample(others, len(others) * 3 // 4))
         path = world.setting.run_dir / "catalogue.jsonl"
-        path.write_text("".join(world.item_of[name].model_dump_json() + "\n" for name in sorted(live)), encoding="utf-8")
+        path.write_text(
+            "".join(world.item_of[name].model_dump_json() + "\n" for name in sorted(live)), encoding="utf-8"
+        )
         version = self._control.build_catalogue(str(path)).candidate
         self._control.validate_catalogue(version)
         reply = self._control.activate_catalogue(version)
         world.changed(reply.catalogue_version, live)
 
 
-def soak(served: Served, world: World, seconds: float, pause: float) -> tuple[list[dict[str, Any]], Operator, list[float]]:
+def soak(
+    served: Served, world: World, seconds: float, pause: float
+) -> tuple[list[dict[str, Any]], Operator, list[float]]:
     """Load and swaps together; all lines of the load, the operator, and the memory of every second in MiB."""
     setting, folder = world.setting, world.setting.folder
     names = setting.catalogue.external_ids
@@ -176,7 +180,13 @@ def judged(lines: Sequence[dict[str, Any]], world: World, sample: int) -> dict[s
     chosen = set(random.Random(0).sample(scored, min(sample, len(scored))))
     live, version = set(catalogue.external_ids), 1
     histories = [history for history in world.setting.histories if history]
-    result = {"invalid_items": 0, "unknown_versions": 0, "recomputed": 0, "mixed_versions": 0, "largest_difference": 0.0}
+    result = {
+        "invalid_items": 0,
+        "unknown_versions": 0,
+        "recomputed": 0,
+        "mixed_versions": 0,
+        "largest_difference": 0.0,
+    }
     for place in sorted(range(len(given)), key=lambda place: given[place]["catalogue"]):
         line = given[place]
         while version < line["catalogue"]:
@@ -232,7 +242,9 @@ def report(lines: Sequence[dict[str, Any]], operator: Operator, found: dict[str,
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.benchmarks.soak", description=__doc__.splitlines()[0])
     parser.add_argument("--minutes", type=float, default=10.0)
-    parser.add_argument("--generated", action="store_true", help="generated titles, which need no data; default: Industrial")
+    parser.add_argument(
+        "--generated", action="store_true", help="generated titles, which need no data; default: Industrial"
+    )
     parser.add_argument("--threads", type=int, default=1, help="of the server")
     parser.add_argument("--pause", type=float, default=0.2, help="seconds between two changes")
     parser.add_argument("--sample", type=int, default=SAMPLE, help="answers that are computed again")

@@ -2,8 +2,8 @@
 
     python -m tests.benchmarks.soak_load SPEC.json RESULT.jsonl
 
-One line per request: what was asked, the status, and of an answer the versions and items. ``ok`` says whether the status is
-the one that such a request has to get; a client that leaves early expects none.
+One line per request: what was asked, the status, and of an answer the versions and items. ``ok``: the status is the one
+that such a request has to get; a client that leaves early expects none.
 """
 
 from __future__ import annotations

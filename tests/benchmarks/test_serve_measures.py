@@ -93,7 +93,12 @@ def test_the_soak_finds_replies_that_are_not_of_their_versions(setting: Setting)
     world.weights[2] = 1
     good = [line(setting, weights, row) for weights in (0, 1) for row in range(3)]
     found = soak.judged(good, world, 100)
-    assert (found["recomputed"], found["mixed_versions"], found["unknown_versions"], found["invalid_items"]) == (6, 0, 0, 0)
+    assert (found["recomputed"], found["mixed_versions"], found["unknown_versions"], found["invalid_items"]) == (
+        6,
+        0,
+        0,
+        0,
+    )
     gone = good[0]["items"][0][0]
     world.changed(2, world.live - {gone})
     assert soak.judged([line(setting, 0, 0, weights=2)], world, 100)["mixed_versions"] == 1

@@ -1,4 +1,4 @@
-"""Debian's Chromium driven by Playwright: offline, with a profile of its own, watched for errors and foreign requests."""
+"""Debian's Chromium driven by Playwright: a profile of its own, watched for errors and requests to other hosts."""
 
 from __future__ import annotations
 

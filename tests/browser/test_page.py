@@ -20,7 +20,7 @@ from tests.serve.scene import Scene
 
 pytestmark = pytest.mark.skipif(bool(missing()), reason=missing())
 PICTURES = os.environ.get("TAWIN_SCREENSHOTS", "")
-WIDE, NARROW = {"width": 1280, "height": 1010}, {"width": 390, "height": 844}
+WIDE, NARROW = {"width": 1180, "height": 900}, {"width": 390, "height": 844}
 
 
 @pytest.fixture(scope="module")
@@ -203,7 +203,7 @@ def test_an_error_is_readable_and_goes_away(scene: Scene, tmp_path: Path) -> Non
 
 def test_dark_and_narrow(scene: Scene, tmp_path: Path) -> None:
     """Nothing sticks out of a telephone's screen, and the dark theme is dark."""
-    with browser(tmp_path / "profile", viewport=NARROW, color_scheme="dark", device_scale_factor=2) as found:
+    with browser(tmp_path / "profile", viewport=NARROW, color_scheme="dark", device_scale_factor=1.5) as found:
         found.page.goto(scene.data)
         search(found, "sleeping", number_of("sleeping"))
         found.page.locator("#found button").first.click()
@@ -225,7 +225,19 @@ def test_texts_have_enough_contrast(scene: Scene, tmp_path: Path, scheme: str) -
         found.page.locator("#found button").first.click()
         ranked(found, 10)
         found.page.locator("#pin").click()
-        for selector in ("h1", "h2", ".quiet", ".pill", "#ranked .name", "#found .name", "#tree .name", ".move", "kbd"):
+        for selector in (
+            "h1",
+            "h2",
+            ".quiet",
+            ".pill",
+            "#ranked .name",
+            "#found .name",
+            "#tree .name",
+            ".move",
+            "kbd",
+            ".which",
+            "#now-title .which",
+        ):
             assert contrast(found, selector) > 4.5, selector
 
 

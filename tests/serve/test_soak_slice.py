@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from tests.benchmarks import soak, soak_load
+from tests.benchmarks import soak_load
 from tests.train.runs import environment
 
 
