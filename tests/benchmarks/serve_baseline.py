@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import pickle
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -117,13 +116,9 @@ class Batches:
     async def run(self) -> None:
         while True:
             taken = [await self._waiting.get()]
-            end = time.monotonic() + GATHER
-            while len(taken) < self._limit:
-                try:
-                    left = end - time.monotonic()
-                    taken.append(await asyncio.wait_for(self._waiting.get(), max(left, 0.0)))
-                except TimeoutError:
-                    break
+            await asyncio.sleep(GATHER)
+            while len(taken) < self._limit and not self._waiting.empty():
+                taken.append(self._waiting.get_nowait())
             prompts, asked = [prompt for prompt, _, _ in taken], [ask for _, ask, _ in taken]
             beams, n = max(ask.beams for ask in asked), max(ask.n for ask in asked)
             try:

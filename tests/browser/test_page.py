@@ -20,7 +20,7 @@ from tests.serve.scene import Scene
 
 pytestmark = pytest.mark.skipif(bool(missing()), reason=missing())
 PICTURES = os.environ.get("TAWIN_SCREENSHOTS", "")
-WIDE, NARROW = {"width": 1180, "height": 900}, {"width": 390, "height": 844}
+WIDE, NARROW = {"width": 1240, "height": 880}, {"width": 390, "height": 844}
 
 
 @pytest.fixture(scope="module")
