@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Everything a change must pass: lint, format, types, tests. Installs into .venv on a bare machine.
+# Everything a change must pass: lint, format, types, tests. Installs into .venv on a bare machine, and as root on Debian
+# Chromium for tests/browser.
 #   bash tests/run.sh            all of it, with 2- and 4-process gloo tests
 #   bash tests/run.sh --full     and what takes many minutes: a real Slurm of two nodes (installed as root where missing)
 #   bash tests/run.sh -k trie    further arguments go to pytest
@@ -10,6 +11,7 @@ if [ "${1:-}" = --full ]; then
   shift
 fi
 source recipes/install.sh
+bash tests/browser/install.sh
 ruff check .
 ruff format --check .
 mypy

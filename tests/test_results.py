@@ -13,8 +13,9 @@ FILES = sorted((RECIPES / "results").glob("*.json"))
 BENCHMARKS = [path for path in FILES if path.name.startswith("bench_")]
 #: Its own test makes it again: tests/eval/test_simulate.py.
 FIGURES = [path for path in FILES if path.name == "figure3.json"]
-#: Their own tests read them: tests/train/test_crash_slice.py, tests/distributed/test_hf_round_trip.py.
-MEASURED = [path for path in FILES if path.name in ("crash_matrix.json", "hf_round_trip.json")]
+#: Their own tests read them (tests/train/test_crash_slice.py, tests/distributed/test_hf_round_trip.py), or make a slice
+#: of them again (tests/serve/test_soak_slice.py).
+MEASURED = [path for path in FILES if path.name in ("crash_matrix.json", "hf_round_trip.json", "serve_soak.json")]
 #: Written by tests/gpu/run.sh.
 GPU_RUNS = [path for path in FILES if path.name.startswith("gpu_")]
 RUNS = [path for path in FILES if path not in [*BENCHMARKS, *FIGURES, *MEASURED, *GPU_RUNS]]

@@ -78,7 +78,7 @@ class ServedCatalogue:
         return made
 
     def replaced(self, items: Sequence[NewItem], version: int) -> ServedCatalogue:
-        """The catalogue of these items and no others; those that are live and unchanged keep their numbers."""
+        """The catalogue of these items and no others; unchanged ones keep their numbers, or get them back."""
         wanted = {item.external_id: item for item in items}
         if len(wanted) < len(items):
             raise CatalogError(f"items are named twice: {_few(_repeated([item.external_id for item in items]))}")
@@ -94,8 +94,9 @@ class ServedCatalogue:
     def changed(self, add: Sequence[NewItem], remove: Sequence[str], version: int) -> ServedCatalogue:
         """The catalogue with items added and others (external ids) taken out.
 
-        An external id that was removed before may come back; it then gets a new number. Raises CatalogError for an id
-        that is live already, an id to remove that is not, and as ``answer_paths`` and ``TokenTrie`` do.
+        An item that was removed before and comes back as it was has its number again, so that a catalogue whose items
+        come and go does not grow; written differently it gets a new one. Raises CatalogError for an id that is live
+        already, an id to remove that is not, an id named twice, and as ``answer_paths`` and ``TokenTrie`` do.
         """
         live_I = self.live_I.copy()
         unknown = [name for name in remove if not self._is_live(name)]
@@ -106,12 +107,15 @@ class ServedCatalogue:
         there = [item.external_id for item in add if self._is_live(item.external_id) and item.external_id not in gone]
         if there:
             raise CatalogError(f"items are in the catalogue already: {_few(there)}; remove them in the same call")
-        return self._with(add, live_I, version)
+        names = [item.external_id for item in add]
+        if len(set(names)) < len(names):
+            raise CatalogError(f"items are named twice: {_few(_repeated(names))}")
+        back = {item.external_id for item in add if item.external_id in self.number_of and self._is_written_so(item)}
+        live_I[[self.number_of[name] for name in back]] = True
+        return self._with([item for item in add if item.external_id not in back], live_I, version)
 
     def _with(self, add: Sequence[NewItem], live_I: np.ndarray, version: int) -> ServedCatalogue:
         names, writing, paths = [item.external_id for item in add], self.writing, self.paths
-        if len(set(names)) < len(names):
-            raise CatalogError(f"items are named twice: {_few(_repeated(names))}")
         texts = [writing.text_of(item) for item in add]
         if add:
             try:

@@ -19,6 +19,8 @@ from tawin_nemo.serve.events import write_event
 from tawin_nemo.serve.metrics import Metrics
 from tawin_nemo.serve.problems import Problem
 
+#: Bodies up to so many times the limit are read to their end before they are refused.
+DISCARDED = 8
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 
 
@@ -124,9 +126,13 @@ class Limited:
         await self._app(scope, replay, send)
 
     async def _read(self, headers: Headers, receive: Receive) -> bytes | None:
+        """The body, None when the client has gone. What is too large is read as well, within limits, and forgotten: a
+        connection that is closed with bytes unread is reset, and the client never sees why."""
         too_large = Problem(413, f"the body is larger than {self._max} bytes", reason="body", code="body_too_large")
         length = headers.get("content-length", "")
-        if length.isdigit() and int(length) > self._max:
+        announced = int(length) if length.isdigit() else 0
+        asks_first = headers.get("expect", "").lower() == "100-continue"
+        if announced > (self._max if asks_first else DISCARDED * self._max):
             raise too_large
         parts, size = [], 0
         try:
@@ -135,13 +141,16 @@ class Limited:
                     message = await receive()
                     if message["type"] == "http.disconnect":
                         return None
-                    parts.append(message.get("body", b""))
-                    size += len(parts[-1])
-                    if size > self._max:
+                    size += len(message.get("body", b""))
+                    if max(size, announced) <= self._max:
+                        parts.append(message.get("body", b""))
+                    elif size > DISCARDED * self._max or not message.get("more_body", False):
                         raise too_large
                     if not message.get("more_body", False):
                         return b"".join(parts)
         except TimeoutError:
+            if max(size, announced) > self._max:
+                raise too_large from None
             text = f"the body did not come within {self._seconds:g} s"
             raise Problem(408, text, reason="slow_body", code="slow_body") from None
 

@@ -122,7 +122,10 @@ def metric_in(text: str, name: str, **labels: str) -> float:
 
 
 @contextmanager
-def serving(roots: Sequence[Path] = (), **changes: Any) -> Iterator[Scene]:
+def serving(
+    roots: Sequence[Path] = (), *, catalogue: ServedCatalogue | None = None, keys: Sequence[str] = (KEY,),
+    kind: type[GateLM] = GateLM, **changes: Any,
+) -> Iterator[Scene]:  # fmt: skip
     """A server with these ``serve`` settings; the model's weights are the number in a file, and its gate is open."""
     settings = replace(ServeConfig(port=0, control_port=0, beams=6, max_beams=64, drain_s=5), **changes)
     gate = threading.Event()
@@ -134,25 +137,26 @@ def serving(roots: Sequence[Path] = (), **changes: Any) -> Iterator[Scene]:
             seed = int(Path(path).read_text()) if path else 0
         except ValueError as error:
             raise CheckpointError(f"{path} holds no weights") from error
-        made[seed] = GateLM(tokenizer().size, seed=seed, gate=gate)
+        made[seed] = kind(vocab, seed=seed, gate=gate)
         return made[seed]
 
     def made_of(rows: Iterable[Mapping[str, Tensor]]) -> GateLM:
         """The model of a seed, which comes as two tensors: its tens and its ones."""
         tensors = {name: value for row in rows for name, value in row.items()}
         seed = int(10 * tensors["tens"].item() + tensors["ones"].sum().item())
-        made[seed] = GateLM(tokenizer().size, seed=seed, gate=gate)
+        made[seed] = kind(vocab, seed=seed, gate=gate)
         return made[seed]
 
     parts = FromTensors(TENSORS, torch.float32, made_of)
-    catalogue, replica = first_catalogue(), Replica(load, from_tensors=parts)
+    catalogue, replica = catalogue or first_catalogue(), Replica(load, from_tensors=parts)
+    vocab = catalogue.writing.tokenizer.size
     catalogue.warm()
     replica.models[1], replica.tries[1] = load(""), catalogue.trie
     limits = Limits(settings.max_queue, settings.token_budget, settings.row_budget)
     engine = Engine(Leader(replica, Alone()), catalogue, limits=limits, metrics=Metrics(), weights=1)
     del catalogue  # or it would stay in memory
-    terms = Terms(settings, MODEL, settings.beams, "trie", 0.0, 2048, tokenizer().size)
-    server = Server(engine, terms, Secrets([KEY], TOKEN), roots=list(roots))
+    terms = Terms(settings, MODEL, settings.beams, "trie", 0.0, 2048, vocab)
+    server = Server(engine, terms, Secrets(list(keys), TOKEN), roots=list(roots))
     data, control = (f"http://127.0.0.1:{port}" for port in server.ports)
     ready = threading.Event()
     thread = threading.Thread(target=server.run, args=(ready.set,), daemon=True)

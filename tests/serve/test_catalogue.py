@@ -43,6 +43,23 @@ def test_items_of_codes_come_and_go(coded: ServedCatalogue) -> None:
     assert coded.trie.num_items == 3  # the old one is as it was
 
 
+def test_an_item_that_comes_back_has_its_number_again_unless_it_changed(coded: ServedCatalogue) -> None:
+    """Otherwise a catalogue whose items come and go for months would grow without end."""
+    same, other = NewItem("x", "x", ("<a_1>", "<b_1>")), NewItem("x", "another title", ("<a_1>", "<b_1>"))
+    gone = coded.changed([], ["x"], 2)
+    for version in range(3, 7):
+        back = gone.changed([same], [], version)
+        assert (len(back.titles), back.number_J.tolist()) == (3, [0, 1, 2])
+        assert back.fingerprint == coded.fingerprint
+        gone = back.changed([], ["x"], version)
+    changed = gone.changed([other], [], 8)
+    assert changed.number_J.tolist() == [1, 2, 3]
+    assert changed.changed([same], ["x"], 9).number_J.tolist() == [1, 2, 4]  # the newest one counts
+    assert coded.replaced([same, NewItem("y", "y", ("<a_1>", "<b_2>"))], 2).number_J.tolist() == [0, 1]
+    with pytest.raises(CatalogError, match="named twice: 'x'"):
+        gone.changed([same, same], [], 9)
+
+
 def test_codes_that_the_model_never_saw_and_items_without_codes_are_refused(coded: ServedCatalogue) -> None:
     with pytest.raises(CatalogError, match="no tokens for"):
         coded.changed([NewItem("new", "a lamp", ("<a_9>",))], [], 2)

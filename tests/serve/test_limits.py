@@ -95,6 +95,24 @@ def test_large_bodies_are_413_announced_or_not() -> None:
         assert scene.metric("tawin_rejections_total", reason="body") == 2
 
 
+def test_who_sends_too_much_reads_why() -> None:
+    """The body is taken in to its end: closing with bytes unread would reset the connection and lose the reply."""
+    with serving(max_body_kb=256) as scene, scene.http() as http:
+        for _ in range(8):
+            answer = http.post("/v1/recommendations", content=b" " * 1_500_000)
+            assert answer.status_code == 413
+        assert http.post("/v1/recommendations", json=ONE).status_code == 200
+
+
+def test_who_asks_first_whether_to_send_too_much_is_told_at_once() -> None:
+    with serving(max_body_kb=1) as scene:
+        place = httpx.URL(scene.data)
+        with socket.create_connection((place.host, place.port), timeout=30) as connection:
+            head = f"POST /v1/recommendations HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {KEY}\r\n"
+            connection.sendall(f"{head}Content-Length: 2000\r\nExpect: 100-continue\r\n\r\n".encode())
+            assert connection.recv(64).startswith(b"HTTP/1.1 413 ")
+
+
 def test_slow_clients_are_given_up_and_do_not_hold_up_others() -> None:
     with serving(read_timeout_s=2.0) as scene, scene.http() as http:
         slow = [raw(scene, body=b'{"history"', length=500) for _ in range(20)]
