@@ -36,6 +36,8 @@ TERMS = 5
 #: Seconds in which a job of two processes must be over after one was killed; a few on an idle machine.
 RANK_LIMIT = 40.0
 LAYOUT = "model.tensor_model_parallel_size=2"  # every rank writes a shard of its own
+#: The second rank of two only searches.
+APART = ("rollout.placement=separate", "rollout.devices=1")
 
 
 @dataclass(frozen=True)
@@ -152,7 +154,10 @@ def _tmpfs(folder: Path) -> Iterator[object]:
 
 
 def truncated(world: Setting, name: str, *more: str) -> Outcome:
-    """The newest checkpoint lost its second half: the one before it is used, and a warning names both."""
+    """The newest checkpoint lost its second half: the one before it is used, and a warning names both.
+
+    The step is then saved again over the damaged one: a kill in the middle of that, too.
+    """
     overrides = world.overrides(name, *more)
     first = attempt(overrides, rules="save.after_rename=kill@4")
     newest, before = _newest(world.folder / name / "sft", 0), _newest(world.folder / name / "sft", 1)
@@ -160,7 +165,11 @@ def truncated(world: Setting, name: str, *more: str) -> Outcome:
     second = attempt(overrides, rules="save.before_write=kill")
     warned = all(f"{path} " in second.said for path in (newest, before)) and "continuing from" in second.said
     problem = "" if warned and second.code == -signal.SIGKILL else f"no warning of both: {second.last_words}"
-    return _finished(world, name, overrides, [first, second], ["truncated newest checkpoint"], problem)
+    third = attempt(overrides, rules="save.replacing=kill")
+    if third.code != -signal.SIGKILL:
+        problem = problem or f"save.replacing: exit {third.code} instead of a kill: {third.last_words}"
+    points = ["save.after_rename", "truncated newest checkpoint", "save.before_write", "save.replacing"]
+    return _finished(world, name, overrides, [first, second, third], points, problem)
 
 
 def all_truncated(world: Setting, name: str) -> Outcome:
@@ -175,7 +184,11 @@ def all_truncated(world: Setting, name: str) -> Outcome:
     clear = second.code == 1 and "is whole" in second.said.strip().splitlines()[-1]
     problem = "" if clear and fingerprint(world.folder / name) == before else f"{second.code}: {second.last_words}"
     return Outcome(
-        name, ("every checkpoint truncated",), (first.code, second.code), problem, first.seconds + second.seconds
+        name,
+        ("save.after_rename", "every checkpoint truncated"),
+        (first.code, second.code),
+        problem,
+        first.seconds + second.seconds,
     )
 
 
@@ -206,7 +219,8 @@ def rank_killed(world: Setting, name: str, rules: tuple[str, ...], *more: str) -
         problem = problem or f"SIGTERM to the launcher: exit {attempts[-1].code}: {attempts[-1].last_words}"
     attempts.append(launched(overrides))
     problem = problem or difference(world.folder / name, fingerprint(world.folder / reference))
-    points = [*["one rank of two killed"] * len(rules), "SIGTERM to the launcher"]
+    points = [rule.split("=")[0] for rule in rules]
+    points += [*["one rank of two killed"] * len(rules), "SIGTERM to the launcher"]
     ends = tuple(round(run.seconds_after, 1) for run in attempts[: len(rules)])
     return replace(_outcome(name, points, attempts, problem), seconds_to_end=ends)
 
