@@ -31,7 +31,7 @@ CHAINS = (
         "file.before_rename=kill@3", "log.mid_line=kill@9", "save.after_rename=kill@3", "save.before_write=kill@2",
         "save.before_write=kill:MS@2",
     ),
-    # the reference of a step has been saved, its checkpoint has not; the reference is then saved again over the first one
+    # the reference of a step was saved, its checkpoint was not: the reference is saved a second time, over the first
     ("rl.after_rollout=kill@2", "save.before_write=kill@2", "save.replacing=kill"),
 )  # fmt: skip
 TERMS = 5
