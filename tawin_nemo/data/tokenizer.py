@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
 from tokenizers import Tokenizer as Backend
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 from tawin_nemo.artefacts import atomic_path
 from tawin_nemo.config import CatalogConfig, DataConfig, ModelConfig
@@ -118,6 +118,8 @@ class Tokenizer:
             raise ConfigError(f"no tokenizer.json in {directory}; set data.tokenizer to a folder that has one")
         try:
             if (directory / "tokenizer_config.json").is_file():
+                from transformers import AutoTokenizer  # brings generation and scikit-learn: a tenth of a start
+
                 fast = AutoTokenizer.from_pretrained(directory, local_files_only=True, use_fast=True)
             else:
                 fast = PreTrainedTokenizerFast(tokenizer_file=str(directory / "tokenizer.json"))

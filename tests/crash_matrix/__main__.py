@@ -23,12 +23,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from tawin_nemo.failpoints import POINTS
 from tests.crash_matrix import cases
 from tests.crash_matrix.attempts import warm_up
 from tests.crash_matrix.cases import Outcome, Setting
 from tests.train.runs import prepare_dataset
 
 RANK_RULES = ("save.mid_shard=kill@2/1", "rl.after_rollout=kill@2/1")
+SEARCHING_RULES = ("rollout_rank.asked=kill@4/1",)  # in RL, behind its first checkpoint
 ASYNC = "trainer.async_save=true"
 SLICE = ("save.before_write=kill@2", "save.mid_shard=kill@2", "save.before_rename=kill", "save.after_rename=kill@2")
 
@@ -62,6 +64,7 @@ def plan(*, full: bool) -> dict[str, Case]:
         "truncated": cases.truncated,
         "all-truncated": cases.all_truncated,
         "ranks": lambda world, name: cases.rank_killed(world, name, RANK_RULES, cases.LAYOUT),
+        "ranks-apart": lambda world, name: cases.rank_killed(world, name, SEARCHING_RULES, *cases.APART),
     }
 
 
@@ -100,9 +103,6 @@ def row(outcome: Outcome) -> str:
 def report(found: list[Outcome], options: str, seconds: float) -> dict[str, Any]:
     """What is committed: command, date, hardware, counts per point, cases."""
     counts = Counter(point for outcome in found for point in outcome.points)
-    wanted = {
-        place.split("=")[0] for places in cases.CHAINS for place in places if "=kill" in place and "MS" not in place
-    }
     return {
         "command": f"python -m tests.crash_matrix {options}".strip(),
         "date": time.strftime("%Y-%m-%d"),
@@ -114,7 +114,7 @@ def report(found: list[Outcome], options: str, seconds: float) -> dict[str, Any]
         "sigkills": sum(code == -9 for outcome in found for code in outcome.codes),
         "sigterms": counts["SIGTERM"],
         "events_per_point": dict(sorted(counts.items())),
-        "points_never_reached": sorted(wanted - counts.keys()) if options == "--full" else [],
+        "points_never_reached": sorted(set(POINTS) - counts.keys()) if options == "--full" else [],
         "outcomes": [
             {
                 "case": o.case,

@@ -31,11 +31,15 @@ CHAINS = (
         "file.before_rename=kill@3", "log.mid_line=kill@9", "save.after_rename=kill@3", "save.before_write=kill@2",
         "save.before_write=kill:MS@2",
     ),
+    # the reference of a step was saved, its checkpoint was not: the reference is saved a second time, over the first
+    ("rl.after_rollout=kill@2", "save.before_write=kill@2", "save.replacing=kill"),
 )  # fmt: skip
 TERMS = 5
 #: Seconds in which a job of two processes must be over after one was killed; a few on an idle machine.
 RANK_LIMIT = 40.0
 LAYOUT = "model.tensor_model_parallel_size=2"  # every rank writes a shard of its own
+#: The second rank of two only searches.
+APART = ("rollout.placement=separate", "rollout.devices=1")
 
 
 @dataclass(frozen=True)
@@ -160,7 +164,8 @@ def truncated(world: Setting, name: str, *more: str) -> Outcome:
     second = attempt(overrides, rules="save.before_write=kill")
     warned = all(f"{path} " in second.said for path in (newest, before)) and "continuing from" in second.said
     problem = "" if warned and second.code == -signal.SIGKILL else f"no warning of both: {second.last_words}"
-    return _finished(world, name, overrides, [first, second], ["truncated newest checkpoint"], problem)
+    points = ["save.after_rename", "truncated newest checkpoint", "save.before_write"]
+    return _finished(world, name, overrides, [first, second], points, problem)
 
 
 def all_truncated(world: Setting, name: str) -> Outcome:
@@ -175,7 +180,11 @@ def all_truncated(world: Setting, name: str) -> Outcome:
     clear = second.code == 1 and "is whole" in second.said.strip().splitlines()[-1]
     problem = "" if clear and fingerprint(world.folder / name) == before else f"{second.code}: {second.last_words}"
     return Outcome(
-        name, ("every checkpoint truncated",), (first.code, second.code), problem, first.seconds + second.seconds
+        name,
+        ("save.after_rename", "every checkpoint truncated"),
+        (first.code, second.code),
+        problem,
+        first.seconds + second.seconds,
     )
 
 
@@ -206,7 +215,8 @@ def rank_killed(world: Setting, name: str, rules: tuple[str, ...], *more: str) -
         problem = problem or f"SIGTERM to the launcher: exit {attempts[-1].code}: {attempts[-1].last_words}"
     attempts.append(launched(overrides))
     problem = problem or difference(world.folder / name, fingerprint(world.folder / reference))
-    points = [*["one rank of two killed"] * len(rules), "SIGTERM to the launcher"]
+    points = [rule.split("=")[0] for rule in rules]
+    points += [*["one rank of two killed"] * len(rules), "SIGTERM to the launcher"]
     ends = tuple(round(run.seconds_after, 1) for run in attempts[: len(rules)])
     return replace(_outcome(name, points, attempts, problem), seconds_to_end=ends)
 

@@ -1,15 +1,15 @@
-"""Starts N processes of a worker script as torchrun would, and shows the failing rank's own traceback."""
+"""Starts N processes of a worker script with the environment that torchrun gives them, forked from one that has
+imported everything (``tests.forked``), and shows the failing rank's own traceback."""
 
 from __future__ import annotations
 
 import os
 import socket
-import subprocess
-import sys
-import time
 from pathlib import Path
 
-#: Seconds until a launch counts as hung; starting a process takes about 10 s here.
+from tests import forked
+
+#: Seconds until a launch counts as hung.
 LIMIT = 240
 
 
@@ -26,29 +26,14 @@ def launch(worker: Path, processes: int, *arguments: str, folder: Path, limit: f
     env.update(OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="", PYTHONPATH=f"{root}{os.pathsep}{worker.parent}")
     folder.mkdir(parents=True, exist_ok=True)
     logs = [folder / f"rank{rank}.log" for rank in range(processes)]
-    started = []
-    for rank, log in enumerate(logs):
-        command = [sys.executable, str(worker), *arguments]
-        with log.open("wb") as out:
-            place = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-            started.append(subprocess.Popen(command, env={**env, **place}, stdout=out, stderr=subprocess.STDOUT))
-    deadline = time.monotonic() + limit
-    try:
-        while any(process.poll() is None for process in started):
-            failed = [rank for rank, process in enumerate(started) if process.poll() not in (None, 0)]
-            if failed or time.monotonic() > deadline:
-                break
-            time.sleep(0.1)
-        failed = [rank for rank, process in enumerate(started) if process.poll() not in (None, 0)]
-        hung = [rank for rank, process in enumerate(started) if process.poll() is None]
-    finally:
-        for process in started:
-            if process.poll() is None:
-                process.kill()
-            process.wait()
+    started = [
+        forked.start(forked.script, [str(worker), *arguments], {**env, "RANK": rank, "LOCAL_RANK": rank}, log)
+        for rank, log in zip(map(str, range(processes)), logs, strict=True)
+    ]
+    failed, hung = forked.finish(started, limit)
     if failed:
         tail = logs[failed[0]].read_text(errors="replace")[-4000:]
-        raise AssertionError(f"rank {failed[0]} of {processes} ended with {started[failed[0]].returncode}:\n{tail}")
+        raise AssertionError(f"rank {failed[0]} of {processes} ended with {started[failed[0]].exitcode}:\n{tail}")
     if hung:
         tail = logs[hung[0]].read_text(errors="replace")[-2000:]
         raise AssertionError(f"ranks {hung} of {processes} still ran after {limit:.0f} s; rank {hung[0]} said:\n{tail}")

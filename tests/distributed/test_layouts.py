@@ -39,6 +39,9 @@ def one_process() -> dict[str, Any]:
         pytest.param(2, True, {}, id="dp2-distributed-optimizer"),
         pytest.param(4, True, {**TP2, **PP2, **SP}, id="tp2-pp2-sp-distributed-optimizer"),
         pytest.param(4, True, PP2, id="dp2-pp2-distributed-optimizer", marks=pytest.mark.slow),
+        pytest.param(4, True, TP2, id="dp2-tp2-distributed-optimizer"),
+        pytest.param(4, False, {**TP2, **SP}, id="dp2-tp2-sp"),
+        pytest.param(4, False, {**TP2, **PP2}, id="tp2-pp2"),
     ],
 )
 def test_layout_equals_one_process(

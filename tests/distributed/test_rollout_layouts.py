@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,22 @@ REST = [
     *pairs(4, (1, 1, False), (2, 2, False), (2, 1, True)),
     Pair(1, 1, False, 2, 2, tied=False),
 ]
+
+
+def test_no_pair_of_layouts_is_missing() -> None:
+    """TP, PP, DP and sequence parallelism (which needs TP) in {1, 2} on 2 to 4 processes, with every rollout layout."""
+    wanted = set()
+    for tp, pp, dp, sp, rollout in product((1, 2), (1, 2), (1, 2), (False, True), ROLLOUTS):
+        processes = tp * pp * dp
+        possible = 2 <= processes <= 4 and tp >= 1 + sp and math.prod(rollout) <= processes
+        if possible and rollout != (tp, pp):  # which is (0, 0)
+            wanted.add((processes, tp, pp, sp, rollout))
+    tested = {
+        (processes, pair.tp, pair.pp, pair.sequence_parallel, (pair.rollout_tp, pair.rollout_pp))
+        for processes, chosen in ((2, TWO), (4, FOUR + REST))
+        for pair in chosen
+    }
+    assert wanted <= tested, wanted - tested
 
 
 @pytest.fixture(scope="module")

@@ -56,22 +56,46 @@ def apart(ahead: int, searching: int, **layout: Any) -> Pair:
 JOBS = {
     2: [apart(0, 1), apart(1, 1)],
     3: [
+        apart(0, 1),  # two replicas train
         apart(0, 1, tp=2),
         apart(1, 1, tp=2, sequence_parallel=True),
+        apart(0, 2),
         apart(0, 2, rollout_tp=2),
         apart(1, 2, rollout_tp=2),
+        apart(0, 2, rollout_pp=2),
         apart(0, 1, pp=2, tied=False),
     ],
     4: [
-        apart(0, 2, tp=2),
+        apart(1, 2),  # two replicas train in the first three
         apart(1, 2, rollout_tp=2),
-        apart(0, 2, pp=2, rollout_tp=2),
-        apart(1, 2, pp=2),
         apart(0, 2, rollout_pp=2),
+        apart(0, 2, tp=2),
+        apart(0, 2, tp=2, rollout_tp=2),
+        apart(1, 2, tp=2, rollout_pp=2),
+        apart(0, 2, tp=2, sequence_parallel=True),
+        apart(1, 2, tp=2, sequence_parallel=True, rollout_tp=2),
+        apart(0, 2, tp=2, sequence_parallel=True, rollout_pp=2),
+        apart(1, 2, pp=2),
+        apart(0, 2, pp=2, rollout_tp=2),
+        apart(1, 2, pp=2, rollout_pp=2),
     ],
 }
 
 Result = tuple[Path, dict[str, Any]]
+
+
+def test_no_pair_of_layouts_is_missing() -> None:
+    """One process or TP, PP, DP of two (and sequence parallelism) trains, one or two search, in every layout."""
+    trainings = [(1, 1, 1, False), (1, 1, 2, False), (2, 1, 1, False), (2, 1, 1, True), (1, 2, 1, False)]
+    searches = [(1, 1, 1), (1, 1, 2), (2, 1, 1), (1, 2, 1)]
+    wanted = {(training, search) for training in trainings for search in searches}
+    tested = set()
+    for processes, jobs in JOBS.items():
+        for pair in jobs:
+            replicas = (processes - pair.searching) // (pair.tp * pair.pp)
+            search = pair.rollout_tp, pair.rollout_pp, pair.searching // (pair.rollout_tp * pair.rollout_pp)
+            tested.add(((pair.tp, pair.pp, replicas, pair.sequence_parallel), search))
+    assert tested == wanted
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
 import time
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,8 @@ from typing import Any
 import pytest
 
 from tawin_nemo.cli import main
-from tests.train.runs import command, environment
+from tests import forked
+from tests.train.runs import environment
 
 REFUSED = 3
 FIRST, SECOND, THIRD, FOURTH = "2018-03-31", "2018-05-31", "2018-07-31", "2018-09-30"
@@ -108,18 +108,17 @@ def test_a_refused_night_can_be_judged_again_without_training(root, capsys):
     assert time.monotonic() - begun < 60
 
 
-def test_a_night_that_is_killed_continues_with_the_same_command(root):
+def test_a_night_that_is_killed_continues_with_the_same_command(root, tmp_path):
     """SIGKILL inside RL; until the end the published model stays what it was."""
     words = [f"retrain.root={root}", f"retrain.date={FOURTH}", *NIGHT, "retrain.margin=1.0"]
     log = root / "runs" / FOURTH / "rl" / "metrics.jsonl"
-    process = subprocess.Popen(
-        command(*words, verb="retrain"), env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
+    process = forked.start(forked.verb, ["retrain", *words], environment(), tmp_path / "screen")
     give_up = time.monotonic() + 400
-    while not log.is_file() and process.poll() is None and time.monotonic() < give_up:
+    while not log.is_file() and process.exitcode is None and time.monotonic() < give_up:
         time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
+    process.kill()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
     assert published(root) == SECOND
     assert not (root / "runs" / FOURTH / "export").exists()
     assert main(["retrain", *words]) == 0

@@ -21,7 +21,7 @@ import pytest
 from tawin_nemo.serve.client import Client, ControlClient
 from tests.rollout.rankings import SCORE_TOLERANCE, assert_same_ranking
 from tests.serve.scene import KEY, metric_in
-from tests.train.runs import SMALL, command, environment, prepare_dataset, run
+from tests.train.runs import SMALL, called, command, environment, prepare_dataset, run
 
 LIMIT = 240  # seconds for a start on a machine that is busy
 
@@ -179,10 +179,7 @@ def test_sigusr1_drains_and_asks_to_be_started_again(stage: Path) -> None:
 
 def test_a_port_that_is_taken_is_a_mistake_of_the_user(served: Served, stage: Path) -> None:
     port = served.data.rsplit(":", 1)[1]
-    done = subprocess.run(
-        command(f"checkpoint={stage}", f"serve.port={port}", verb="serve"), capture_output=True, text=True,
-        env=environment(), timeout=LIMIT,
-    )  # fmt: skip
+    done = called(f"checkpoint={stage}", f"serve.port={port}", verb="serve", timeout=LIMIT)
     assert done.returncode == 2, done.stderr[-2000:]
     assert f"serve.port={port}" in done.stderr
 

@@ -1,8 +1,6 @@
 """One real study through the command line: SFT and RL that starts from it, two seeds, on generated data."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -10,7 +8,7 @@ import yaml
 
 from tawin_nemo.recipe import load_recipe
 from tawin_nemo.study.record import RunRecord
-from tests.train.runs import SMALL, environment, prepare_dataset
+from tests.train.runs import SMALL, called, prepare_dataset
 
 STUDY = {
     "study": "tiny",
@@ -41,8 +39,7 @@ def folder(tmp_path_factory) -> Path:
 
 
 def study(folder: Path, *arguments: str) -> tuple[dict, str]:
-    command = [sys.executable, "-m", "tawin_nemo", "study", "--recipe", str(folder / "tiny.yaml"), *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=550, env=environment())
+    done = called("--recipe", str(folder / "tiny.yaml"), *arguments, verb="study", timeout=550)
     assert done.returncode == 0, f"exit {done.returncode}\n{done.stdout[-3000:]}\n{done.stderr[-6000:]}"
     return json.loads(done.stdout.strip().splitlines()[-1]), done.stderr
 
@@ -106,16 +103,7 @@ def test_the_same_command_runs_nothing_and_a_lost_file_is_made_again(folder):
 
 @pytest.mark.usefixtures("first")
 def test_a_changed_recipe_is_refused(folder):
-    command = [
-        sys.executable,
-        "-m",
-        "tawin_nemo",
-        "study",
-        "--recipe",
-        str(folder / "tiny.yaml"),
-        "arms.tawin.rl.lr=0.5",
-    ]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment())
+    done = called("--recipe", str(folder / "tiny.yaml"), "arms.tawin.rl.lr=0.5", verb="study")
     assert done.returncode == 2
     assert "rl.lr: 0.001 -> 0.5" in done.stderr
     assert "tawin.seed1.json" in done.stderr

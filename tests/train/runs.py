@@ -1,4 +1,8 @@
-"""Small real runs of the command line for tests: a generated dataset made once, nano models, any layout."""
+"""Small real runs of the command line for tests: a generated dataset made once, nano models, any layout.
+
+They are forked (``tests.forked``), the ranks of one that asks for several devices too: as srun starts them, without
+torchrun, whose part is tested in test_launcher.py, test_separate.py and by the crash matrix.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +12,9 @@ import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+
+from tests import forked
+from tests.distributed.launch import free_port
 
 #: A complete run of a few seconds: SFT with early stopping, SFT continued, RL with TAWin and a reference, evaluation.
 SMALL = (
@@ -26,11 +33,21 @@ def command(*overrides: str, verb: str = "train") -> list[str]:
     return [sys.executable, "-m", "tawin_nemo", verb, *overrides]
 
 
+def called(*overrides: str, verb: str = "train", timeout: float = 500) -> subprocess.CompletedProcess[str]:
+    """Run the verb to its end; its exit code and what it said (that of rank 0, or of the rank that failed)."""
+    devices = [int(word.split("=")[1]) for word in overrides if word.startswith("trainer.devices=")]
+    ranks = devices[-1] if devices else 1
+    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(ranks)} if ranks > 1 else {}
+    environments = [
+        {**environment(), **place, **({"RANK": str(rank), "LOCAL_RANK": str(rank)} if place else {})}
+        for rank in range(ranks)
+    ]
+    return forked.call([verb, *overrides], environments, timeout)
+
+
 def run(*overrides: str, verb: str = "train", timeout: float = 500) -> dict[str, Any]:
     """Run the verb to its end and return its last line; fails with both streams when it does not exit with 0."""
-    done = subprocess.run(
-        command(*overrides, verb=verb), capture_output=True, text=True, timeout=timeout, env=environment()
-    )
+    done = called(*overrides, verb=verb, timeout=timeout)
     assert done.returncode == 0, f"exit {done.returncode}\n{done.stdout[-3000:]}\n{done.stderr[-6000:]}"
     return json.loads(done.stdout.strip().splitlines()[-1])
 

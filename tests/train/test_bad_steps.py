@@ -1,7 +1,5 @@
 """Steps that are not finite: left out and kept for a look, too many of them end the run."""
 
-import subprocess
-
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -10,7 +8,7 @@ from tawin_nemo.errors import NonFiniteStep, TawinError
 from tawin_nemo.train.bad_steps import guarded
 from tawin_nemo.train.stage import Progress
 from tawin_nemo.types import TokenBatch
-from tests.train.runs import SMALL, command, environment, metrics
+from tests.train.runs import SMALL, called, metrics
 
 
 def batch(first: int) -> TokenBatch:
@@ -50,7 +48,7 @@ def test_a_bad_step_is_left_out_and_its_batches_are_kept(tmp_path):
 def test_a_learning_rate_that_destroys_the_model_ends_the_run(small_dataset, tmp_path):
     arguments = [*SMALL, f"data.root={small_dataset}", f"run_dir={tmp_path}", "sft.lr=1e30", "sft.warmup=0"]
     arguments += ["trainer.max_skipped_steps=1"]
-    done = subprocess.run(command(*arguments), capture_output=True, text=True, env=environment(), timeout=300)
+    done = called(*arguments)
     assert done.returncode == 1, done.stderr[-2000:]
     assert "trainer.max_skipped_steps=1" in done.stderr.splitlines()[-1]
     steps = [line for line in metrics(tmp_path, "sft") if "lr" in line]

@@ -2,21 +2,17 @@
 
 import json
 import math
-import subprocess
 
 import pytest
 
-from tests.train.runs import SMALL, command, environment, metrics, run
+from tests.train.runs import SMALL, called, metrics, run
 from tests.train.test_layouts import LOSS_RTOL
 
 
 @pytest.mark.distributed
 def test_one_process_then_two(small_dataset, finished_run, tmp_path):
     arguments = [*SMALL, f"data.root={small_dataset}", f"run_dir={tmp_path}"]
-    stopped = subprocess.run(
-        command(*arguments, "trainer.max_time=00:00:00:00"),
-        capture_output=True, text=True, env=environment(), timeout=500,
-    )  # fmt: skip
+    stopped = called(*arguments, "trainer.max_time=00:00:00:00")
     assert stopped.returncode == 75, stopped.stderr[-3000:]
     begun = len(metrics(tmp_path, "sft"))
     assert begun < len(metrics(finished_run, "sft"))

@@ -1,15 +1,16 @@
 """SIGKILL at a random step, the same command again: the same metrics and the same weights, bit for bit."""
 
 import json
+import os
 import random
 import signal
-import subprocess
 import time
 from pathlib import Path
 
 import pytest
 
-from tests.train.runs import SMALL, command, environment, metrics, run
+from tests import forked
+from tests.train.runs import SMALL, called, environment, metrics, run
 
 #: Stage and optimizer step after which the process is killed; the steps are drawn once, with a seed.
 DRAW = random.Random(20261121)
@@ -26,19 +27,21 @@ def uninterrupted(small_dataset, tmp_path_factory):
 
 def signal_after(arguments: list[str], log: Path, lines: int, number: signal.Signals) -> tuple[int, str]:
     """Start a run and send it a signal as soon as ``log`` has that many lines; its exit code and its last words."""
-    process = subprocess.Popen(
-        command(*arguments), env=environment(), stderr=subprocess.PIPE, stdout=subprocess.DEVNULL
-    )
+    screen = log.parents[1].with_suffix(".screen")
+    process = forked.start(forked.verb, ["train", *arguments], environment(), screen)
     give_up = time.monotonic() + 300
-    while time.monotonic() < give_up and process.poll() is None:
+    while time.monotonic() < give_up and process.exitcode is None:
         if log.is_file() and len(log.read_bytes().splitlines()) >= lines:
             break
         time.sleep(0.002)
-    alive = process.poll() is None
-    process.send_signal(number)
-    _, errors = process.communicate(timeout=300)
-    assert alive, f"the run ended before the signal:\n{errors.decode()[-3000:]}"
-    return process.returncode, errors.decode()[-3000:]
+    alive = process.exitcode is None
+    if alive:
+        os.kill(process.pid, number)
+    _, hung = forked.finish([process], 300)
+    words = screen.read_text(encoding="utf-8", errors="replace")[-3000:]
+    assert alive, f"the run ended before the signal:\n{words}"
+    assert not hung, f"the run went on for 300 s after {number.name}:\n{words}"
+    return process.exitcode, words
 
 
 def exported(run_dir: Path, stage: str, target: Path) -> bytes:
@@ -69,7 +72,7 @@ def test_killed_and_restarted_equals_uninterrupted(small_dataset, uninterrupted,
 
 def test_another_recipe_in_the_same_run_directory_is_refused(small_dataset, uninterrupted):
     arguments = [*DROPOUT, f"data.root={small_dataset}", f"run_dir={uninterrupted}", "rl.lr=2e-3"]
-    done = subprocess.run(command(*arguments), capture_output=True, text=True, env=environment(), timeout=300)
+    done = called(*arguments)
     assert done.returncode == 2
     assert "rl.lr: 0.001 -> 0.002" in done.stderr
 
@@ -91,13 +94,7 @@ def test_signals_end_the_step_save_and_exit_75(small_dataset, uninterrupted, tmp
 
 def test_out_of_time_saves_exits_75_and_continues(small_dataset, uninterrupted, tmp_path):
     arguments = [*DROPOUT, f"data.root={small_dataset}", f"run_dir={tmp_path}"]
-    stopped = subprocess.run(
-        command(*arguments, "trainer.max_time=00:00:00:00"),
-        capture_output=True,
-        text=True,
-        env=environment(),
-        timeout=300,
-    )
+    stopped = called(*arguments, "trainer.max_time=00:00:00:00")
     assert stopped.returncode == 75, stopped.stderr[-3000:]
     run(*arguments)
     assert (tmp_path / "rl" / "metrics.jsonl").read_bytes() == (uninterrupted / "rl" / "metrics.jsonl").read_bytes()

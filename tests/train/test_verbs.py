@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from tests.train.runs import SMALL, command, environment, run
+from tests.train.runs import SMALL, called, environment, run
 
 
 def test_evaluate_repeats_the_numbers_of_the_run(finished_run):
@@ -33,8 +33,7 @@ def test_generate_answers_with_ranked_catalogue_items(finished_run):
 
 
 def test_generate_names_an_unknown_item(finished_run):
-    arguments = command(f"checkpoint={finished_run / 'rl'}", "generate.history=[3,99999]", verb="generate")
-    done = subprocess.run(arguments, capture_output=True, text=True, env=environment(), timeout=300)
+    done = called(f"checkpoint={finished_run / 'rl'}", "generate.history=[3,99999]", verb="generate")
     assert done.returncode == 2
     assert "99999" in done.stderr
     assert "Traceback" not in done.stderr
@@ -87,7 +86,6 @@ def test_tensorboard_through_nemos_exp_manager(small_dataset, tmp_path):
 
 
 def test_nemo_refuses_an_unknown_exp_manager_key(small_dataset, tmp_path):
-    arguments = command(*SMALL, f"data.root={small_dataset}", f"run_dir={tmp_path}", "exp_manager.create_tensorbored=1")
-    done = subprocess.run(arguments, capture_output=True, text=True, env=environment(), timeout=300)
+    done = called(*SMALL, f"data.root={small_dataset}", f"run_dir={tmp_path}", "exp_manager.create_tensorbored=1")
     assert done.returncode == 2
     assert "create_tensorbored" in done.stderr
