@@ -40,10 +40,11 @@ from tawin_nemo.semantic_ids.coder import random_codes
 from tawin_nemo.semantic_ids.index_files import read_index, write_index
 from tawin_nemo.study.config import read_study
 from tawin_nemo.study.plan import as_override
+from tawin_nemo.study.provenance import code_version, hardware
 from tawin_nemo.train.verbs import engine_of, started
 from tawin_nemo.train.world import World, build_world
 from tawin_nemo.types import ITEM, SPLITS, TokenRows
-from tests.benchmarks.harness import REPOSITORY, _git, rounded, table
+from tests.benchmarks.harness import REPOSITORY, rounded, table
 from tests.benchmarks.setting import shared_folder
 
 RECIPE = REPOSITORY / "recipes" / "industrial_sid_cpu.yaml"
@@ -227,8 +228,9 @@ def main() -> None:
         "command": " ".join(["python -m tests.benchmarks.new_items", *given.keys]),
         "settings": {"share": given.share, "seed": given.seed, "sft": budget,
                      "semantic_ids": asdict(load_recipe(RECIPE, words).semantic_ids)},
-        "commit": _git("rev-parse", "--short", "HEAD") + ("+" if _git("status", "--porcelain") else ""),
+        "commit": code_version(),
         "date": time.strftime("%Y-%m-%d"),
+        "hardware": hardware(),
     }  # fmt: skip
     if given.json:
         given.json.parent.mkdir(parents=True, exist_ok=True)
