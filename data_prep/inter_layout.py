@@ -104,8 +104,15 @@ def _read_items(path: Path) -> pl.DataFrame:
         entries = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise DataError(f"{path} cannot be read as JSON: {error}") from error
-    if not isinstance(entries, dict) or set(entries) != {str(item) for item in range(len(entries))}:
-        raise DataError(f"{path} must be an object with the keys 0..{len(entries) - 1}")
+    if not isinstance(entries, dict):
+        raise DataError(f"{path} must be an object {{item number: {{title, ...}}}}")
+    names = [str(item) for item in range(len(entries))]
+    if set(entries) != set(names):
+        lacking, odd = [name for name in names if name not in entries], sorted(set(entries) - set(names))
+        raise DataError(
+            f"{path} must be an object with the keys 0..{len(entries) - 1} for its {len(entries)} items; "
+            f"{_shown(lacking)} missing, {_shown(odd)} not among them"
+        )
     rows = [entries[str(item)] for item in range(len(entries))]
     if wrong := [item for item, row in enumerate(rows) if not _has_title(row)]:
         raise DataError(f"{path}: {len(wrong)} items have no title, e.g. {wrong[:5]}; every item needs one")
@@ -113,6 +120,10 @@ def _read_items(path: Path) -> pl.DataFrame:
     columns = {ours: [_text(row.get(theirs)) for row in rows] for ours, theirs in texts.items()}
     identity = {ITEM: range(len(rows)), EXTERNAL_ID: [str(item) for item in range(len(rows))]}
     return pl.DataFrame(identity | columns, schema_overrides={ITEM: pl.Int64, **dict.fromkeys(texts, pl.String)})
+
+
+def _shown(names: list[str]) -> str:
+    return ", ".join(map(repr, names[:5])) + (" ..." if len(names) > 5 else "")
 
 
 def _has_title(row: Any) -> bool:

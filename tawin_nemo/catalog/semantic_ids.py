@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from pathlib import Path
+from statistics import median_low
 from typing import Any
 
 from tawin_nemo.errors import CatalogError, ConfigError
@@ -25,10 +26,10 @@ def find_codes(root: Path, index: str, *, key: str = "catalog.index") -> Path:
 
 
 def load_codes(path: Path, num_items: int) -> list[list[str]]:
-    """Codes of items 0 .. num_items - 1; items may have different numbers of codes, and share all of them.
+    """Codes of items 0 .. num_items - 1; some items may have one code more or less than most, and items may share all.
 
-    Raises CatalogError that lists items without codes, keys that are no item, items named twice, and items whose
-    codes are not a list of non-empty strings without white space.
+    Raises CatalogError that lists items without codes, keys that are no item, items named twice, items whose codes are
+    not a list of non-empty strings without white space, and items with far more or fewer codes than the others.
     """
     try:
         pairs = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=list)
@@ -38,11 +39,16 @@ def load_codes(path: Path, num_items: int) -> list[list[str]]:
         raise CatalogError(f"{path} must hold one JSON object {{item: [codes]}}")
     names = [str(item) for item in range(num_items)]
     known, seen = set(names), Counter(key for key, _ in pairs)
+    depth = {key: len(codes) for key, codes in pairs if _well_formed(codes)}
+    usual = median_low(depth.values()) if depth else 0
     problems = {
         "have no codes": [name for name in names if name not in seen],
         f"are not items of 0 .. {num_items - 1}": [key for key in seen if key not in known],
         "are named twice": [key for key, count in seen.items() if count > 1],
         "have codes that are not a list of words": [key for key, codes in pairs if not _well_formed(codes)],
+        f"have another number of codes than {usual}, or one more or less": [
+            key for key, codes in depth.items() if abs(codes - usual) > 1
+        ],
     }
     found = [f"{len(keys)} {problem}: {_shorten(keys)}" for problem, keys in problems.items() if keys]
     if found:

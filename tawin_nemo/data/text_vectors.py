@@ -44,12 +44,11 @@ def load_item_vectors(path: Path, num_items: int, *, key: str = "rl.reward_sourc
 
 def usable_vectors(vectors_ID: np.ndarray, where: str) -> np.ndarray:
     """``vectors_ID`` itself. Raises DataError, beginning with ``where``, that names items with NaN or all-zero rows."""
-    broken = np.flatnonzero(~np.isfinite(vectors_ID).all(axis=1))
-    if len(broken):
-        raise DataError(f"{where}: {len(broken)} rows are not finite (first: item {broken[0]}); embed them again")
-    empty = np.flatnonzero(~vectors_ID.any(axis=1))
-    if len(empty):
-        raise DataError(f"{where}: {len(empty)} rows are all zero (first: item {empty[0]}); embed them again")
+    for wrong_I, what in ((~np.isfinite(vectors_ID).all(axis=1), "not finite"), (~vectors_ID.any(axis=1), "all zero")):
+        if wrong_I.any():
+            items = np.flatnonzero(wrong_I).tolist()
+            shown = ", ".join(map(str, items[:5])) + (" ..." if len(items) > 5 else "")
+            raise DataError(f"{where}: {len(items)} rows are {what} (items {shown}); embed them again")
     return vectors_ID
 
 

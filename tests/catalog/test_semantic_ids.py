@@ -36,6 +36,17 @@ def test_ill_formed_codes_are_listed(tmp_path: Path, codes: object) -> None:
         load_codes(written(tmp_path, {"0": ["<a_1>"], "1": codes}), 2)
 
 
+@pytest.mark.parametrize("codes", [["<a_1>"], ["<a_1>", "<b_1>", "<c_1>", "<d_1>", "<e_1>"]])
+def test_another_depth_is_listed(tmp_path: Path, codes: list[str]) -> None:
+    """One code more tells apart items with equal codes; anything else is a damaged index."""
+    index = {str(item): ["<a_1>", "<b_1>", f"<c_{item}>"] for item in range(5)} | {"3": codes}
+    message = "1 have another number of codes than 3, or one more or less: '3'"
+    with pytest.raises(CatalogError, match=message):
+        load_codes(written(tmp_path, index), 5)
+    index["3"] = [*codes, "<b_1>"] if len(codes) == 1 else codes[:4]
+    assert load_codes(written(tmp_path, index), 5)[3] == index["3"]
+
+
 def test_an_item_named_twice_is_refused(tmp_path: Path) -> None:
     with pytest.raises(CatalogError, match="1 are named twice: '0'"):
         load_codes(written(tmp_path, '{"0": ["<a_1>"], "0": ["<a_2>"]}'), 1)

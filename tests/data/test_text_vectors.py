@@ -42,9 +42,9 @@ def wrong(name: str, rows: np.ndarray) -> np.ndarray:
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("nan", "1 rows are not finite .first: item 3"),
-        ("infinite", "1 rows are not finite .first: item 2"),
-        ("zero", "1 rows are all zero .first: item 4"),
+        ("nan", "1 rows are not finite .items 3."),
+        ("infinite", "1 rows are not finite .items 2."),
+        ("zero", "1 rows are all zero .items 4."),
         ("rows", "4 rows and the catalogue 5 items"),
         ("flat", r"shape \(5,\)"),
         ("text", "array of numbers"),

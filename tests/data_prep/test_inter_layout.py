@@ -60,7 +60,7 @@ def test_other_faults_are_named(tmp_path: Path) -> None:
         load(tmp_path, tmp_path / "out")
     write(tmp_path)
     (tmp_path / "Tiny_Set.item.json").write_text(json.dumps({"0": {"title": "a"}, "2": {"title": "b"}}))
-    with pytest.raises(DataError, match=r"keys 0\.\.1"):
+    with pytest.raises(DataError, match=r"keys 0\.\.1 for its 2 items; '1' missing, '2' not among them"):
         load(tmp_path, tmp_path / "out")
     (tmp_path / "Tiny_Set.test.inter").unlink()
     with pytest.raises(DataError, match=r"lacks Tiny_Set\.test\.inter"):

@@ -81,7 +81,7 @@ def test_vectors_from_a_file_and_its_faults(tmp_path: Path) -> None:
     np.testing.assert_array_equal(embed(TEXTS, cfg, tmp_path / "out", seed=0).vectors_ID, rows.astype(np.float32))
     rows[7] = np.nan
     np.save(tmp_path / "v.npy", rows)
-    with pytest.raises(DataError, match=r"1 rows are not finite \(first: item 7\)"):
+    with pytest.raises(DataError, match=r"1 rows are not finite \(items 7\)"):
         embed(TEXTS, cfg, tmp_path / "out", seed=0)
     assert not list(tmp_path.glob(".out*"))  # nothing half-made stays
 

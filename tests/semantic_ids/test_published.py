@@ -8,6 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from tawin_nemo.semantic_ids.coder import random_codes
+from tawin_nemo.semantic_ids.collisions import shared_rows
 from tawin_nemo.semantic_ids.index_files import read_index, words_of
 from tawin_nemo.semantic_ids.measure import measure
 from tests.benchmarks import semantic_id_table as benchmark
@@ -15,6 +17,8 @@ from tests.benchmarks import semantic_id_table as benchmark
 ITEMS = 3_686
 RESULTS = Path(__file__).parents[2] / "recipes" / "results" / "semantic_ids"
 COMMITTED = sorted(RESULTS.glob("industrial.*.json"))
+#: Indexes of ours that studies use; the commands are in RESULTS / README.md.
+INDEXES = sorted(RESULTS.glob("*.index.json"))
 
 
 def report_of(industrial: Path, file: str):
@@ -69,3 +73,17 @@ def test_the_goals_see_a_miss() -> None:
     assert [goal["met"] for goal in good.values()] == [True, True, True, True]
     bad = benchmark.goals([plain, row(benchmark.OURS, 249, 9, 0.316)])
     assert [goal["met"] for goal in bad.values()] == [False, True, False, False]
+
+
+@pytest.mark.parametrize("path", INDEXES, ids=lambda path: path.name.split(".")[0])
+def test_a_committed_index_tells_all_items_apart_with_three_codes(path: Path) -> None:
+    found = read_index(path, ITEMS, levels=3, codes=256)
+    assert found.codes_IL.shape == (ITEMS, 3)
+    assert not shared_rows(found.codes_IL).any()
+    assert all(len(np.unique(column)) == 256 for column in found.codes_IL.T)
+    assert path.name in (RESULTS / "README.md").read_text(encoding="utf-8")
+
+
+def test_the_committed_random_codes_are_those_of_the_recipes_seed() -> None:
+    found = read_index(RESULTS / "random.index.json", ITEMS)
+    np.testing.assert_array_equal(found.codes_IL, random_codes(ITEMS, levels=3, codes=256, seed=42))
