@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -12,8 +14,10 @@ from tawin_nemo.catalog.semantic_ids import load_codes
 from tawin_nemo.data.interactions import Split, load_dataset
 from tawin_nemo.types import TokenRows
 from tests.benchmarks import new_items
+from tests.benchmarks.harness import REPOSITORY
 from tests.data_prep.catalogue import prepared, titles
 
+COMMITTED = REPOSITORY / "recipes" / "results" / "semantic_ids" / "new_items.json"
 ITEMS = 60
 TINY = [
     "model.backbone=nano", "catalog.kind=sid", "catalog.index=made later", "data.template=compact",
@@ -47,6 +51,21 @@ def test_held_out_is_a_share_and_depends_on_the_seed() -> None:
     assert (first != other).any()
 
 
+def test_the_committed_measurement_is_quoted_correctly() -> None:
+    if not COMMITTED.is_file():
+        pytest.skip(f"{COMMITTED.relative_to(REPOSITORY)} has not been measured yet")
+    result = json.loads(COMMITTED.read_text(encoding="utf-8"))
+    text = (REPOSITORY / "recipes" / "RESULTS.md").read_text(encoding="utf-8")
+    assert {"command", "commit", "date", "hardware", "settings"} <= result.keys()
+    assert "results/semantic_ids/new_items.json" in text
+    assert result["command"] in text
+    assert set(result["reached"].values()) == {result["new"]}
+    for line in result["rows"]:
+        for metric in ("recall@3", "recall@10", "recall@50"):
+            assert f"{line[metric][0]:.4f}".lstrip("0") in text, (line, metric)
+
+
+@pytest.mark.slow
 def test_every_new_item_is_reached_with_codes_of_frozen_codebooks(tmp_path: Path) -> None:
     """Codebooks and model see 57 of 60 items; the search over the grown index then finds all 60."""
     new_I = np.isin(np.arange(ITEMS), (26, 28, 40))  # 26 is a target of valid, 28 one of test
