@@ -143,7 +143,7 @@ def serving(
     def made_of(rows: Iterable[Mapping[str, Tensor]]) -> GateLM:
         """The model of a seed, which comes as two tensors: its tens and its ones."""
         tensors = {name: value for row in rows for name, value in row.items()}
-        seed = int(10 * tensors["tens"].item() + tensors["ones"].sum().item())
+        seed = int(10 * tensors["tens"].item() + tensors["ones"].mean().item())
         made[seed] = kind(vocab, seed=seed, gate=gate)
         return made[seed]
 

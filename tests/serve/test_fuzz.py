@@ -43,9 +43,8 @@ def test_the_data_plane_keeps_to_its_document(scene: Scene, case: schemathesis.C
     assert answer.status_code in {200, *ERRORS} - {500}
 
 
-@CONTROL.exclude(
-    path_regex="shutdown|drain|pause|init_weights"
-)  # the last one waits for whom it is told to meet.parametrize()
+#: Draining ends the scene, and a group waits for whomever it is told to meet.
+@CONTROL.exclude(path_regex="shutdown|drain|pause|init_weights").parametrize()
 @QUIET
 def test_the_control_plane_has_no_faults(scene: Scene, case: schemathesis.Case) -> None:
     answer = case.call(base_url=scene.control, headers={"Authorization": f"Bearer {TOKEN}"})

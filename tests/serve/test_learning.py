@@ -28,7 +28,7 @@ from tests.serve.learning import Learned, learn, recipe, serving
 
 #: Prompts that are searched in other company: sums of a matrix product come in another order.
 SCORES, STATISTICS, WEIGHTS = 2e-5, 2e-3, 2e-4
-LIMIT = 300  # seconds for a start on a machine that is busy
+LIMIT = 600  # seconds for a start on a machine that is busy
 
 
 @pytest.fixture(scope="module")

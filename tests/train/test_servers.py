@@ -1,11 +1,13 @@
 """Runs on generation servers through the command line: the same bytes as in one process, and the exit codes of a run
 without a server that fits."""
 
+import json
 import subprocess
 from pathlib import Path
 
 import pytest
 
+from tests.distributed.launch import free_port
 from tests.serve.scene import KEY, TOKEN, serving
 from tests.serve.test_process import process_of
 from tests.train.runs import SMALL, command, environment, run
@@ -18,9 +20,8 @@ def failed(*overrides: str) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.distributed
-def test_on_a_server_a_run_writes_the_same_bytes_and_without_it_ends_with_1(
-    small_dataset: Path, tmp_path: Path
-) -> None:
+@pytest.mark.timeout(1800)  # three starts: minutes each on a busy machine
+def test_on_a_server_a_run_writes_the_same_bytes(small_dataset: Path, tmp_path: Path) -> None:
     words = [*SMALL, *SHORT, f"data.root={small_dataset}"]
     run(*words, f"run_dir={tmp_path / 'here'}")
     file = tmp_path / "server" / "serve" / "address.json"
@@ -29,16 +30,25 @@ def test_on_a_server_a_run_writes_the_same_bytes_and_without_it_ends_with_1(
         run(*there, f"run_dir={tmp_path / 'there'}")
     for name in ("sft/metrics.jsonl", "rl/metrics.jsonl", "rl/eval/test.per_user.parquet", "sft/eval/test.json"):
         assert (tmp_path / "there" / name).read_bytes() == (tmp_path / "here" / name).read_bytes(), name
-    alone = failed(*there, f"run_dir={tmp_path / 'alone'}")
-    assert alone.returncode == 1, alone.stderr[-3000:]
-    assert f"no generation server is left ({file}: ConnectError" in alone.stderr.splitlines()[-1]
+
+
+def test_without_a_server_a_run_ends_with_1(small_dataset: Path, tmp_path: Path) -> None:
+    file, gone = tmp_path / "address.json", f"http://127.0.0.1:{free_port()}"
+    file.write_text(json.dumps({"data": gone, "control": gone}))
+    (tmp_path / "control_token").write_text(TOKEN)
+    done = failed(
+        *SMALL, f"data.root={small_dataset}", f"run_dir={tmp_path / 'run'}", "rollout.placement=server",
+        f"rollout.servers=[{file}]",
+    )  # fmt: skip
+    assert done.returncode == 1, done.stderr[-3000:]
+    assert f"no generation server is left ({file}: ConnectError" in done.stderr.splitlines()[-1]
 
 
 @pytest.mark.distributed
 def test_a_server_of_another_catalogue_ends_with_2(small_dataset: Path, tmp_path: Path) -> None:
     with serving() as scene:
         file = tmp_path / "address.json"
-        file.write_text(f'{{"data": "{scene.data}", "control": "{scene.control}"}}')
+        file.write_text(json.dumps({"data": scene.data, "control": scene.control}))
         (tmp_path / "control_token").write_text(TOKEN)
         (tmp_path / "key").write_text(KEY)
         done = failed(
