@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import time
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -17,6 +18,7 @@ from megatron.core.models.gpt import GPTModel
 from safetensors.torch import load_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from tawin_nemo.artefacts import atomic_path
 from tawin_nemo.backbones import Backbone
 from tawin_nemo.catalog.items import Catalog
 from tawin_nemo.catalog.trie import TokenTrie
@@ -40,6 +42,7 @@ from tawin_nemo.train.rollout_ranks import serve
 from tawin_nemo.train.timers import Timers
 from tawin_nemo.train.weight_sync import build_engine, check_equal, sync_weights
 from tawin_nemo.types import DataParallel, PromptBatch, Rollout, TokenRows
+from tests.distributed.launch import LIMIT, free_port
 
 #: 51 vocabulary rows: TP 2 needs one of padding, on both sides of a change between TP 1 and TP 2. 3 layers: PP 2 holds
 #: 2 + 1 of them.
@@ -234,13 +237,28 @@ def train(pair: Pair, folder: Path) -> dict[str, Any]:
     }
 
 
+def meet_anew(agreed: Path) -> None:
+    """Another port for the next process group, which rank 0 names in a file.
+
+    Taken only now: one reserved long before may meanwhile be the near end of some connection.
+    """
+    if os.environ["RANK"] == "0":
+        with atomic_path(agreed) as path:
+            path.write_text(str(free_port()), encoding="utf-8")
+    give_up = time.monotonic() + LIMIT
+    while not agreed.exists():
+        assert time.monotonic() < give_up, f"rank 0 has not named a port in {LIMIT} s"
+        time.sleep(0.01)
+    os.environ["MASTER_PORT"] = agreed.read_text(encoding="utf-8")
+
+
 def main() -> None:
     root = Path(sys.argv[2])
     refit._AT_ONCE = 2**13  # the small model would travel at once; its largest matrix alone is more
     for number, options in enumerate(json.loads(sys.argv[1])):
-        if len(sys.argv) > 3:  # processes that are divided anew must meet anew
+        if sys.argv[3:] == ["anew"] and number:  # processes that are divided anew must meet anew
             parallel.shutdown()
-            os.environ["MASTER_PORT"] = sys.argv[3 + number]
+            meet_anew(root / f"port_{number}")
         result = train(Pair(**options), root / str(number))
         if not sides.searches_only():
             if parallel.world_rank() == 0:

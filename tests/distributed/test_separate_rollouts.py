@@ -24,7 +24,7 @@ from tawin_nemo.train.reference import build_reference
 from tawin_nemo.train.rewards import RankingReward
 from tawin_nemo.train.rl import candidate_weights
 from tawin_nemo.types import DataParallel
-from tests.distributed.launch import free_port, launch
+from tests.distributed.launch import launch
 from tests.distributed.rollout_worker import (
     LR,
     RL_AHEAD,
@@ -141,8 +141,7 @@ def test_separate_rollouts_equal_one_process(
     processes: int, one_process: dict[bool, Result], one_version_behind: Result, tmp_path: Path
 ) -> None:
     jobs = JOBS[processes]
-    ports = [str(free_port()) for _ in jobs]
-    launch(WORKER, processes, options_of(jobs), str(tmp_path), *ports, folder=tmp_path, limit=500)
+    launch(WORKER, processes, options_of(jobs), str(tmp_path), "anew", folder=tmp_path, limit=500)
     for number, pair in enumerate(jobs):
         got = json.loads((tmp_path / f"{number}.json").read_text())
         folder, expected = one_version_behind if pair.ahead else one_process[pair.tied]
