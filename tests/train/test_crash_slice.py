@@ -10,6 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+from tawin_nemo.failpoints import POINTS
 from tests.crash_matrix import cases
 from tests.train.runs import environment
 
@@ -36,3 +37,4 @@ def test_the_committed_matrix_is_whole():
     assert found["sigkills"] >= 20
     assert found["sigterms"] >= cases.TERMS
     assert min(found["events_per_point"].values()) >= 1
+    assert set(POINTS) <= found["events_per_point"].keys()
