@@ -148,6 +148,15 @@ def options() -> Any:
     return result
 
 
+def timed_rqvae(x_ID: np.ndarray, given: argparse.Namespace) -> tuple[float, ItemCoder]:
+    """Seconds of training, and what was trained."""
+    cfg = replace(USUAL.rqvae, epochs=given.epochs, batch_size=given.batch)
+    plan = Plan(given.levels, given.codes, seed=0, kmeans_iterations=given.iterations, residual=False)
+    trained: list[Autoencoder] = []
+    seconds = harness.seconds_of(lambda: trained.append(train_quantiser(x_ID, cfg, plan)))
+    return seconds, ItemCoder("rqvae", Codebooks(trained[0].quantiser.vectors_LKD.detach().numpy()), trained[0])
+
+
 def main() -> None:
     given = options().parse_args()
     torch.set_num_threads(given.threads)
@@ -167,11 +176,7 @@ def main() -> None:
         return run
 
     timed = harness.in_turn({name: runner(name, side) for name, side in compared.items()}, repeats=given.repeats)
-    cfg = replace(USUAL.rqvae, epochs=given.epochs, batch_size=given.batch)
-    plan = Plan(given.levels, given.codes, seed=0, kmeans_iterations=given.iterations, residual=False)
-    trained: list[Autoencoder] = []
-    rqvae = harness.seconds_of(lambda: trained.append(train_quantiser(x_ID, cfg, plan)))
-    coder = ItemCoder("rqvae", Codebooks(trained[0].quantiser.vectors_LKD.detach().numpy()), trained[0])
+    rqvae, coder = timed_rqvae(x_ID, given)
     alone = assignment(given.assigned, given.dims, given.levels, given.codes, given.threads)
 
     report = harness.Report(
