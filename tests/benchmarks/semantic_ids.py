@@ -11,6 +11,7 @@ plain codebooks. Vectors are drawn around 2,000 centres and have length 1. With 
 
 from __future__ import annotations
 
+import argparse
 import json
 import resource
 import sys
