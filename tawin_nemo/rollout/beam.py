@@ -33,6 +33,7 @@ from tawin_nemo.rollout.beam_state import Beams, first_beams
 from tawin_nemo.rollout.chains import run_chains, waiting, with_first_token
 from tawin_nemo.rollout.filters import Filters, ItemFilter
 from tawin_nemo.rollout.lm import LM
+from tawin_nemo.rollout.plain_calls import plain_calls
 from tawin_nemo.rollout.scoring import (
     SCORE_SPACES,
     candidates_from,
@@ -67,7 +68,6 @@ class Answers:
         return len(self.ticket_B)
 
 
-@torch.no_grad()
 def constrained_beam_search(
     lm: LM,
     prompts: TokenRows,
@@ -148,7 +148,7 @@ class BeamSearch:
         depth = self._trie.decision_depth if self._space == "trie" else self._trie.max_depth - 1
         return lengths_B + np.asarray(self._width if widths_B is None else widths_B, dtype=np.int64) * depth
 
-    @torch.no_grad()
+    @plain_calls
     def admit(
         self,
         prompts: TokenRows,
@@ -228,7 +228,7 @@ class BeamSearch:
             self._leave(self._beams, gone_B.to(self._beams.ticket_B.device))
             self._release_cache()
 
-    @torch.no_grad()
+    @plain_calls
     def advance(self) -> Answers:
         """Step until every prompt waits for the model, call it once, and step again; prompts that got done."""
         done = self._step_all() if self._beams is not None else []

@@ -12,6 +12,7 @@ from tawin_nemo.catalog.trie import TokenTrie
 from tawin_nemo.errors import ConfigError
 from tawin_nemo.maths.segments import segment_log_softmax
 from tawin_nemo.rollout.lm import LM
+from tawin_nemo.rollout.plain_calls import plain_calls
 from tawin_nemo.rollout.scoring import (
     candidates_from,
     check_prompts,
@@ -25,7 +26,7 @@ from tawin_nemo.rollout.scoring import (
 from tawin_nemo.types import Candidates, TokenRows
 
 
-@torch.no_grad()
+@plain_calls
 def constrained_sample(
     lm: LM,
     prompts: TokenRows,

@@ -64,21 +64,18 @@ def step(lm: LM, cache: Any, trie: TokenTrie, beams: Beams, rules: Rules) -> Bea
 
     Raises TawinError if the model returns NaN.
     """
-    # A step is some 300 small calls of torch; a mode that looks at each (the CPU shim below megatron is one, and this
-    # needs none of it) would cost as much as the work itself.
-    with torch._C.DisableTorchFunction():
-        table = _continuations(lm, cache, trie, beams, rules)
-        columns, width = table.score_BC.shape[1], beams.node_BW.shape[1]
-        # At most one token ends a path at each beam where paths end with an own token (EOS): 2 W are enough. Elsewhere
-        # more paths can end within the best ones, and the W best that go on may lie behind all of them.
-        for count in (min(2 * width, columns), columns):
-            found = _ranked(trie, beams, table, count)
-            goes_on_BK = found.real_BK & ~found.ends_BK
-            if count == columns or not bool((found.real_BK[:, -1] & (goes_on_BK.sum(1) < width)).any()):
-                break
-        beams = _finish(beams, found, rules) if bool(found.ends_BK[:, :width].any()) else beams
-        unseen_B = found.score_BK[:, -1] if count < columns else torch.full_like(beams.lost_B, -torch.inf)
-        return _advance(beams, found, goes_on_BK, unseen_B, rules)
+    table = _continuations(lm, cache, trie, beams, rules)
+    columns, width = table.score_BC.shape[1], beams.node_BW.shape[1]
+    # At most one token ends a path at each beam where paths end with an own token (EOS): 2 W are enough. Elsewhere
+    # more paths can end within the best ones, and the W best that go on may lie behind all of them.
+    for count in (min(2 * width, columns), columns):
+        found = _ranked(trie, beams, table, count)
+        goes_on_BK = found.real_BK & ~found.ends_BK
+        if count == columns or not bool((found.real_BK[:, -1] & (goes_on_BK.sum(1) < width)).any()):
+            break
+    beams = _finish(beams, found, rules) if bool(found.ends_BK[:, :width].any()) else beams
+    unseen_B = found.score_BK[:, -1] if count < columns else torch.full_like(beams.lost_B, -torch.inf)
+    return _advance(beams, found, goes_on_BK, unseen_B, rules)
 
 
 def to_next_choice(trie: TokenTrie, beams: Beams, rules: Rules) -> Beams:

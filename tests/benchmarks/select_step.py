@@ -32,6 +32,7 @@ from tawin_nemo.models.megatron.head import head_weight_VD
 from tawin_nemo.models.megatron.lm import MegatronLM
 from tawin_nemo.rollout import select
 from tawin_nemo.rollout.beam_state import Beams, first_beams
+from tawin_nemo.rollout.plain_calls import plain_calls
 from tawin_nemo.types import TokenRows
 from tests.benchmarks import harness
 from tests.benchmarks.baselines import StringKeyProcessor, best_continuations
@@ -195,6 +196,7 @@ def main() -> None:
         for items, codes in plans
     }
 
+    @plain_calls
     def ours(case: Case) -> Beams:
         return select.step(lm, cache, case.trie, case.beams, case.rules)
 

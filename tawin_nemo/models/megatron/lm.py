@@ -17,7 +17,7 @@ from torch import Tensor
 
 from tawin_nemo.backbones import Backbone
 from tawin_nemo.maths.segments import segment_log_softmax
-from tawin_nemo.models.megatron import parallel
+from tawin_nemo.models.megatron import lean, parallel
 from tawin_nemo.models.megatron.attention import AttentionPlan
 from tawin_nemo.models.megatron.decode_plan import ExtendPlan, PrefillPlan, place_within
 from tawin_nemo.models.megatron.forward import logit_dtype, modes, padding
@@ -54,10 +54,13 @@ class MegatronLM:
     It runs in the model's own process groups, which need not be those of training.
     """
 
-    def __init__(self, model: GPTModel, shape: Backbone) -> None:
+    def __init__(self, model: GPTModel, shape: Backbone, *, lean_forward: bool = True) -> None:
+        """``lean_forward=False`` runs megatron's modules themselves: the same numbers, slower (``lean``)."""
         self.model, self.shape = model, shape
         self._stages: dist.ProcessGroup = model.pg_collection.pp
         self._stage, self._last_stage = self._stages.rank(), self._stages.size() - 1
+        self._lean = lean_forward and lean.supported(model)
+        self._drops = model.config.attention_dropout > 0
 
     @property
     def vocab_size(self) -> int:
@@ -192,20 +195,30 @@ class MegatronLM:
     def _run(self, tokens_S: Tensor, extra: int, plan: AttentionPlan) -> Tensor | None:
         """Hidden states [S, D] of the real tokens on the last stage, None on the others, through all stages."""
         real = len(tokens_S)
-        tokens_BS = torch.nn.functional.pad(tokens_S.to(parallel.device()), (0, extra))[None]
+        tokens_S = torch.nn.functional.pad(tokens_S.to(parallel.device()), (0, extra))
+        arriving_SBD = None
+        if self._stage > 0:
+            arriving_SBD = next(self.model.parameters()).new_empty(real + extra, 1, self.shape.hidden)
+            before = dist.get_global_rank(self._stages, self._stage - 1)
+            dist.recv(arriving_SBD, src=before, group=self._stages)
+        hidden_SD = self._stage_output(tokens_S, arriving_SBD, plan)
+        if self._stage < self._last_stage:
+            following = dist.get_global_rank(self._stages, self._stage + 1)
+            dist.send(hidden_SD.contiguous(), dst=following, group=self._stages)
+            return None
+        return hidden_SD[:real]
+
+    def _stage_output(self, tokens_S: Tensor, arriving_SBD: Tensor | None, plan: AttentionPlan) -> Tensor:
+        if self._lean:
+            arriving_SD = None if arriving_SBD is None else arriving_SBD[:, 0]
+            with modes(self.model, training=False) if self._drops else contextlib.nullcontext():
+                return lean.stage_output(self.model, tokens_S, arriving_SD, plan)
         with _without_sequence_parallel(self.model), modes(self.model, training=False):
-            if self._stage > 0:
-                arriving = next(self.model.parameters()).new_empty(real + extra, 1, self.shape.hidden)
-                before = dist.get_global_rank(self._stages, self._stage - 1)
-                dist.recv(arriving, src=before, group=self._stages)
-                self.model.set_input_tensor(arriving)
-            hidden_SBD = self.model(tokens_BS, None, None, packed_seq_params=plan)
+            if arriving_SBD is not None:
+                self.model.set_input_tensor(arriving_SBD)
+            hidden_SBD = self.model(tokens_S[None], None, None, packed_seq_params=plan)
             self.model.set_input_tensor(None)
-            if self._stage < self._last_stage:
-                following = dist.get_global_rank(self._stages, self._stage + 1)
-                dist.send(hidden_SBD.contiguous(), dst=following, group=self._stages)
-                return None
-        return hidden_SBD[:real, 0]
+        return hidden_SBD[:, 0]
 
 
 def _chains(rows: TokenRows) -> TokenBatch:
