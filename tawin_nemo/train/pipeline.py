@@ -184,7 +184,10 @@ def starting_model(world: World, start: str | None, *, dropout: float = 0.0, pre
     """
     recipe: Recipe = world.recipe
     cfg = in_precision(replace(recipe.model, dropout=dropout), precision)
-    model = build_model(world.shape, cfg, seed=recipe.seed, rollout_tp=recipe.rollout_layout[0])
+    loads = start is not None or bool(recipe.start) or recipe.model.init != "random"
+    model = build_model(
+        world.shape, cfg, seed=recipe.seed, rollout_tp=recipe.rollout_layout[0], to_be_loaded=loads
+    )  # fmt: skip
     if start is not None:
         earlier = Stage(world.run_dir / start, recipe.trainer)
         checkpoint.load_checkpoint(earlier.chosen_checkpoint, model=model)

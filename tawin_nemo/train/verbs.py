@@ -211,6 +211,8 @@ def checkpoint_model(world: World, in_format: str = AS_MODEL) -> Any:
         return starting_model(world, None, precision=in_format)
     recipe = world.recipe
     cfg = in_precision(recipe.model, in_format)
-    model = build_model(world.shape, cfg, seed=recipe.seed, rollout_tp=recipe.rollout_layout[0])
+    model = build_model(
+        world.shape, cfg, seed=recipe.seed, rollout_tp=recipe.rollout_layout[0], to_be_loaded=True
+    )  # fmt: skip
     checkpoint.load_checkpoint(named_checkpoint(world.recipe, "checkpoint"), model=model)
     return model

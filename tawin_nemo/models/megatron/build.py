@@ -136,17 +136,20 @@ def _block_spec(config: TransformerConfig, stage: int) -> TransformerBlockSubmod
     return TransformerBlockSubmodules(layer_specs=layers, layer_norm=RMSNorm)
 
 
-def build_model(shape: Backbone, cfg: ModelConfig, *, seed: int, rollout_tp: int = 1) -> HiddenGPT:
+def build_model(
+    shape: Backbone, cfg: ModelConfig, *, seed: int, rollout_tp: int = 1, to_be_loaded: bool = False
+) -> HiddenGPT:
     """This rank's pipeline stage, on this rank's device, in float32 (or bf16 for bf16 and fp8 precisions).
 
-    Initial weights are a function of ``seed`` and the shape only, whatever the layout. The vocabulary is padded so
-    that TP ``rollout_tp`` can divide it as well. ``parallel.initialize`` must have run. Raises ConfigError when the
-    layout does not fit the shape or the precision the machine.
+    Initial weights are a function of ``seed`` and the shape only, whatever the layout. With ``to_be_loaded`` only those
+    of the vocabulary are drawn, some of which new tokens keep; the others are undefined until a file has filled them.
+    The vocabulary is padded so that TP ``rollout_tp`` can divide it as well. ``parallel.initialize`` must have run.
+    Raises ConfigError when the layout does not fit the shape or the precision the machine.
     """
     config = model_config(shape, cfg)
     rows = padded_vocab(shape, cfg.tensor_model_parallel_size, rollout_tp)
     model = _empty_model(shape, config, rows, training_groups())
-    init_weights(model, shape, seed=seed)
+    init_weights(model, shape, seed=seed, vocabulary_only=to_be_loaded)
     return model
 
 
@@ -207,7 +210,7 @@ def global_name(model: GPTModel, name: str) -> str:
 
 
 @torch.no_grad()
-def init_weights(model: GPTModel, shape: Backbone, *, seed: int) -> None:
+def init_weights(model: GPTModel, shape: Backbone, *, seed: int, vocabulary_only: bool = False) -> None:
     """Draw every whole matrix from a generator seeded by (seed, global name), keeping only this rank's shard of it.
 
     Normal(0, init_std); the projections that write into the residual stream are divided by sqrt(2 * layers); biases
@@ -218,6 +221,8 @@ def init_weights(model: GPTModel, shape: Backbone, *, seed: int) -> None:
             parameter.fill_(0.0 if name.endswith("bias") else 1.0)
             continue
         key, rank = global_name(model, name), model.pg_collection.tp.rank()
+        if vocabulary_only and key not in _VOCABULARY:
+            continue
         rows, columns = full_shape(model, parameter)
         std = shape.init_std
         if key.endswith(("linear_proj.weight", "linear_fc2.weight")):

@@ -18,7 +18,7 @@ from transformers import (
 from tawin_nemo.backbones import with_vocab
 from tawin_nemo.config import ModelConfig
 from tawin_nemo.errors import CheckpointError, ConfigError
-from tawin_nemo.models.megatron import parallel
+from tawin_nemo.models.megatron import build, parallel
 from tawin_nemo.models.megatron.build import build_model
 from tawin_nemo.models.megatron.hf_config import backbone_from_hf
 from tawin_nemo.models.megatron.hf_io import load_hf, save_hf
@@ -69,6 +69,28 @@ def imported(folder: Path, *, vocab: int = 0):
     model = build_model(shape, ModelConfig(), seed=3)
     load_hf(model, shape, folder)
     return shape, model.eval()
+
+
+@pytest.mark.parametrize("vocab", [0, VOCAB + 5])
+def test_a_model_that_is_to_be_loaded_needs_no_initial_weights(
+    source: tuple[Path, PreTrainedModel], vocab: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever its memory held: here not-a-number. New tokens begin as they do in a model drawn as a whole."""
+    folder, _ = source
+    shape, whole = imported(folder, vocab=vocab)
+    drawn = build.init_weights
+
+    def over_garbage(model, *arguments, **named):
+        for parameter in model.parameters():
+            parameter.data.fill_(torch.nan)
+        drawn(model, *arguments, **named)
+
+    monkeypatch.setattr(build, "init_weights", over_garbage)
+    model = build_model(shape, ModelConfig(), seed=3, to_be_loaded=True)
+    assert any(bool(parameter.isnan().any()) for parameter in model.parameters())
+    load_hf(model, shape, folder)
+    for (name, one), (_, other) in zip(whole.named_parameters(), model.named_parameters(), strict=True):
+        assert torch.equal(one, other), name
 
 
 def test_logits_equal_those_of_transformers(source: tuple[Path, PreTrainedModel]) -> None:
