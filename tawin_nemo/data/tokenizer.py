@@ -130,6 +130,23 @@ class Tokenizer:
         return cls(fast)
 
 
+def words_of(directory: Path) -> dict[str, int]:
+    """The words that the tokenizer of a folder knows, with their numbers, without the rest of it: a fifth of the time.
+
+    Raises ConfigError as ``Tokenizer.load``.
+    """
+    file = Path(directory) / "tokenizer.json"
+    if not file.is_file():
+        raise ConfigError(f"no tokenizer.json in {directory}; set data.tokenizer to a folder that has one")
+    told = directory / "tokenizer_config.json"
+    try:
+        words = dict(Backend.from_file(str(file)).get_vocab(with_added_tokens=True))
+        added = json.loads(told.read_text(encoding="utf-8")).get("added_tokens_decoder", {}) if told.is_file() else {}
+        return words | {token["content"]: int(number) for number, token in added.items()}
+    except Exception as error:  # tokenizers raises nothing narrower
+        raise ConfigError(f"the tokenizer in {directory} cannot be read: {error}") from error
+
+
 def _eos_of_folder(directory: Path, fast: PreTrainedTokenizerFast) -> str | None:
     """The model config's end-of-text token, or else the first known one that the vocabulary holds."""
     config = directory / "config.json"

@@ -129,6 +129,7 @@ class BeamSearch:
         self._beams: Beams | None = None
         self._cache: Any = None
         self._held_P = np.zeros(0, dtype=np.int64)
+        self._stepped = True  # no prompt can step before the model has run
 
     @property
     def running(self) -> int:
@@ -191,6 +192,7 @@ class BeamSearch:
             beams = replace(beams, prompt_B=beams.prompt_B + cached)
             self._beams = _renumbered(old, new_row_old).with_prompts(_renumbered(beams, new_row))
         self._held_P = np.concatenate([self._held_P, self.tokens_of(prompts.lengths, widths)])
+        self._stepped = False
 
     def _filtered(self, beams: Beams, filters: Sequence[ItemFilter | None]) -> Beams:
         """New prompts with their filters; those of prompts that are gone are forgotten."""
@@ -231,13 +233,14 @@ class BeamSearch:
     @plain_calls
     def advance(self) -> Answers:
         """Step until every prompt waits for the model, call it once, and step again; prompts that got done."""
-        done = self._step_all() if self._beams is not None else []
+        done = [] if self._stepped else self._step_all()
         if self._beams is not None:
             self._cache, self._beams = run_chains(
                 self._lm, self._cache, self._trie, self._beams, self._space, self._run_ahead
             )
             done += self._step_all()
             self._release_cache()
+        self._stepped = True
         if not done:
             none = no_candidates(self._width, self._trie.max_depth)
             return Answers(np.zeros(0, dtype=np.int64), none, np.zeros(0))

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from tawin_nemo.catalog.items import Catalog
-from tawin_nemo.data.tokenizer import Tokenizer
+from tawin_nemo.data.tokenizer import words_of
 from tawin_nemo.errors import ConfigError
 from tawin_nemo.models.megatron.new_tokens import NewTokens
 from tawin_nemo.train.world import World
@@ -20,7 +20,7 @@ def new_tokens(world: World) -> NewTokens:
     folder = Path(recipe.model.init)
     if not (folder / "tokenizer.json").is_file():
         folder = Path(recipe.data.tokenizer)
-    known = Tokenizer.load(folder).fast.get_vocab()
+    known = words_of(folder)
     own = world.tokenizer.fast.get_vocab()
     ids = np.sort(np.array([token for word, token in own.items() if word not in known], dtype=np.int64))
     if recipe.model.new_tokens == "mean":
