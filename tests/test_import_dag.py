@@ -18,7 +18,7 @@ PRODUCT = ("tawin_nemo", "data_prep")
 
 #: Layer of every module and package directly below tawin_nemo. Imports go down, or stay inside one package.
 LAYERS = {
-    **dict.fromkeys(("config", "types", "errors", "log", "artefacts", "backbones", "failpoints"), 0),
+    **dict.fromkeys(("config", "types", "errors", "log", "artefacts", "backbones", "failpoints", "plain_calls"), 0),
     **dict.fromkeys(
         ("recipe", "recipe_checks", "recipe_placement", "config_sft", "config_verbs", "options", "maths"), 0
     ),

@@ -29,11 +29,11 @@ from torch import Tensor
 
 from tawin_nemo.catalog.trie import TokenTrie
 from tawin_nemo.errors import ConfigError
+from tawin_nemo.plain_calls import plain_calls
 from tawin_nemo.rollout.beam_state import Beams, first_beams
 from tawin_nemo.rollout.chains import run_chains, waiting, with_first_token
 from tawin_nemo.rollout.filters import Filters, ItemFilter
 from tawin_nemo.rollout.lm import LM
-from tawin_nemo.rollout.plain_calls import plain_calls
 from tawin_nemo.rollout.scoring import (
     SCORE_SPACES,
     candidates_from,

@@ -11,8 +11,8 @@ from torch import Tensor
 from tawin_nemo.catalog.trie import TokenTrie
 from tawin_nemo.errors import ConfigError
 from tawin_nemo.maths.segments import segment_log_softmax
+from tawin_nemo.plain_calls import plain_calls
 from tawin_nemo.rollout.lm import LM
-from tawin_nemo.rollout.plain_calls import plain_calls
 from tawin_nemo.rollout.scoring import (
     candidates_from,
     check_prompts,

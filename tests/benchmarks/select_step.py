@@ -30,9 +30,9 @@ from tawin_nemo.models.megatron import parallel
 from tawin_nemo.models.megatron.build import build_model
 from tawin_nemo.models.megatron.head import head_weight_VD
 from tawin_nemo.models.megatron.lm import MegatronLM
+from tawin_nemo.plain_calls import plain_calls
 from tawin_nemo.rollout import select
 from tawin_nemo.rollout.beam_state import Beams, first_beams
-from tawin_nemo.rollout.plain_calls import plain_calls
 from tawin_nemo.types import TokenRows
 from tests.benchmarks import harness
 from tests.benchmarks.baselines import StringKeyProcessor, best_continuations

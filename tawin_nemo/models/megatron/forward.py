@@ -16,6 +16,7 @@ from tawin_nemo.models.megatron import parallel
 from tawin_nemo.models.megatron.head import child_logprobs, select_rows, token_logprobs
 from tawin_nemo.models.megatron.precision import row_multiple
 from tawin_nemo.models.megatron.tree_plan import TreePlan
+from tawin_nemo.plain_calls import without_modes
 from tawin_nemo.types import Children, TokenBatch
 
 
@@ -33,7 +34,8 @@ def hidden_states(model: torch.nn.Module, batch: TokenBatch) -> Tensor:
     extra = padding(len(batch.tokens_S), unwrap_model(model).config)
     tokens_BS = F.pad(batch.tokens_S.to(parallel.device()), (0, extra))[None]
     plan = TreePlan(batch, parallel.device(), padding=extra)
-    return model(tokens_BS, None, None, packed_seq_params=plan)
+    with without_modes():
+        return model(tokens_BS, None, None, packed_seq_params=plan)
 
 
 def batch_logprobs(model: torch.nn.Module, batch: TokenBatch, hidden_SBD: Tensor) -> Tensor:

@@ -29,6 +29,7 @@ from tawin_nemo.models.megatron.forward import batch_logprobs, hidden_states, lo
 from tawin_nemo.models.megatron.fused import fuse
 from tawin_nemo.models.megatron.new_tokens import drop_frozen_gradients, frozen_parameters
 from tawin_nemo.models.megatron.offload import OptimizerOffload
+from tawin_nemo.plain_calls import without_modes
 from tawin_nemo.types import TokenBatch
 
 Loss = Callable[[Tensor], tuple[Tensor, dict[str, Tensor]]]
@@ -60,8 +61,9 @@ def _forward_step(step: Iterator[MicroBatch], model: torch.nn.Module) -> tuple[T
     micro = next(step)
 
     def loss_of(hidden_SBD: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        logp_N = batch_logprobs(model, micro.batch, hidden_SBD)
-        loss, stats = micro.loss(logp_N)
+        with without_modes():
+            logp_N = batch_logprobs(model, micro.batch, hidden_SBD)
+            loss, stats = micro.loss(logp_N)
         if not loss.requires_grad:  # every stage must get a gradient, or the pipeline would wait for ever
             loss = loss + 0.0 * logp_N.sum()
         count = torch.ones((), dtype=torch.int, device=loss.device)  # unused: the finaliser below does not rescale
@@ -84,7 +86,8 @@ def score(model: GPTModel, batches: list[TokenBatch]) -> list[Tensor]:
         batch = next(step)
 
         def keep(hidden_SBD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-            logp_N = batch_logprobs(model, batch, hidden_SBD)
+            with without_modes():
+                logp_N = batch_logprobs(model, batch, hidden_SBD)
             zero = torch.zeros((), device=logp_N.device)
             return zero, zero.int(), logp_N
 
