@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import socket
@@ -69,6 +70,7 @@ def serve(world: World) -> dict[str, Any]:
         rollout = replace(world.recipe.rollout, placement="colocated")
         world = replace(world, recipe=replace(world.recipe, rollout=rollout))
     recipe, settings = world.recipe, world.recipe.serve
+    gc.freeze()  # what was imported and read so far stays; looking it through now and then would stop every request
     tp, pp = recipe.rollout_layout
     if tp * pp != parallel.world_size():
         raise ConfigError(

@@ -22,9 +22,9 @@ from tawin_nemo.types import NO_ITEM, TokenRows
 SEARCH_ROWS = 32
 #: Beams when the caller names no width.
 BEAMS = 50
-#: Standard deviation of fresh embeddings. T5's own 1 goes with Adafactor, whose steps are in proportion to the weights;
-#: Adam's steps have the size of the learning rate and would move a weight of 1 by a few thousandths only.
-EMBEDDING_STD = 0.1
+#: Spread of a fresh output layer. It is one of its own, as in T5 1.1: shared with the embeddings it is scaled down by
+#: sqrt(hidden), and under Adam, whose steps have the size of the learning rate, logits need thousands of steps to grow.
+HEAD_STD = 0.05
 
 
 class Tiger(SequentialRecommender):
@@ -53,9 +53,10 @@ class Tiger(SequentialRecommender):
                 num_heads=heads,
                 dropout_rate=dropout,
                 decoder_start_token_id=PAD,
+                tie_word_embeddings=False,
             )
         )
-        nn.init.normal_(self.t5.shared.weight, std=EMBEDDING_STD)
+        nn.init.normal_(self.t5.lm_head.weight, std=HEAD_STD)
 
     def loss(self, history_BL: Tensor, target_B: Tensor, negatives_BN: Tensor | None = None) -> Tensor:
         """``-log p(codes of the target)``, summed over its codes and END.
