@@ -1,4 +1,4 @@
-"""The load of a server from a process of its own: asyncio and httpx, closed or open loop.
+"""The load of a server from a process of its own: asyncio and aiohttp, closed or open loop.
 
     python -m tests.benchmarks.load SPEC.json RESULT.jsonl
 
@@ -25,7 +25,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import httpx
+import aiohttp
 import numpy as np
 
 #: Nothing here imports torch: the load's process has to start quickly and stay small.
@@ -130,7 +130,7 @@ def load(spec: Spec) -> Load:
 
 # -- the process -----------------------------------------------------------------------------------------------------
 class _Caller:
-    def __init__(self, spec: Spec, http: httpx.AsyncClient) -> None:
+    def __init__(self, spec: Spec, http: aiohttp.ClientSession) -> None:
         self._spec, self._http = spec, http
         self._bodies = [json.dumps(body).encode() for body in spec.bodies]
         self._next = itertools.count(spec.first)
@@ -143,11 +143,11 @@ class _Caller:
     async def ask(self, due: float) -> None:
         body = next(self._next) % len(self._bodies)
         try:
-            reply = await self._http.post(
-                "/v1/recommendations", content=self._bodies[body], headers={"Content-Type": "application/json"}
-            )
-            status, content = reply.status_code, reply.content
-        except httpx.HTTPError:
+            async with self._http.post(
+                "/v1/recommendations", data=self._bodies[body], headers={"Content-Type": "application/json"}
+            ) as reply:
+                status, content = reply.status, await reply.read()
+        except (aiohttp.ClientError, TimeoutError):
             status, content = 0, b""
         self.replies.append((body, due, time.monotonic(), status, content))
 
@@ -174,8 +174,9 @@ class _Caller:
 
 
 async def _run(spec: Spec, result: Path) -> None:
-    limits = httpx.Limits(max_connections=spec.concurrency, max_keepalive_connections=spec.concurrency)
-    async with httpx.AsyncClient(base_url=spec.url, timeout=LONGEST, limits=limits, headers=spec.headers) as http:
+    # httpx looks through all its connections at every request: with 64 of them it would take a core for itself
+    places, limit = aiohttp.TCPConnector(limit=spec.concurrency), aiohttp.ClientTimeout(total=LONGEST)
+    async with aiohttp.ClientSession(spec.url, timeout=limit, connector=places, headers=spec.headers) as http:
         caller = _Caller(spec, http)
         asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, caller.stop)
         begin = time.monotonic()
