@@ -1,7 +1,8 @@
 """TIGER (arXiv 2305.05065): a T5 reads the semantic-ID codes of the history and writes those of the next item.
 
 Left out: the paper's hashed user-id token, so that rows are told apart by their history alone, as for the other
-models. Ranking: beam search over the catalogue's codes only; a code's log-probability is normalised over the codes
+models. Added: each code of the history carries an embedding of how many codes ago it was, where T5 knows distances
+between codes only. Ranking: beam search over the catalogue's codes only; a code's log-probability is normalised over the codes
 that lead to items, so that steps without a choice cost nothing.
 """
 
@@ -22,9 +23,11 @@ from tawin_nemo.types import NO_ITEM, TokenRows
 SEARCH_ROWS = 32
 #: Beams when the caller names no width.
 BEAMS = 50
-#: Spread of a fresh output layer. It is one of its own, as in T5 1.1: shared with the embeddings it is scaled down by
-#: sqrt(hidden), and under Adam, whose steps have the size of the learning rate, logits need thousands of steps to grow.
-HEAD_STD = 0.05
+#: Fresh weights, as a share of T5's own: those go with Adafactor, whose steps are in proportion to the weights. Adam's have
+#: the size of the learning rate, under which embeddings of size 1 stay the random directions that they begin with.
+INITIAL = 0.1
+#: Places from the newest code backwards that are told apart; older ones share the last.
+PLACES = 64
 
 
 class Tiger(SequentialRecommender):
@@ -53,10 +56,13 @@ class Tiger(SequentialRecommender):
                 num_heads=heads,
                 dropout_rate=dropout,
                 decoder_start_token_id=PAD,
+                initializer_factor=INITIAL,
                 tie_word_embeddings=False,
             )
         )
-        nn.init.normal_(self.t5.lm_head.weight, std=HEAD_STD)
+        self.t5.lm_head.weight = self.t5.shared.weight  # without the factor of 1 / sqrt(hidden) that T5's option brings
+        self.place = nn.Embedding(PLACES, hidden)
+        nn.init.normal_(self.place.weight, std=INITIAL)
 
     def loss(self, history_BL: Tensor, target_B: Tensor, negatives_BN: Tensor | None = None) -> Tensor:
         """``-log p(codes of the target)``, summed over its codes and END.
@@ -69,7 +75,11 @@ class Tiger(SequentialRecommender):
         tokens_BS, mask_BS = self.encoder_input(history_BL)
         codes_BT = self.codes_IC[target_B + 1]
         before_BT = F.pad(codes_BT[:, :-1], (1, 0), value=PAD)  # T5 begins with the padding token
-        logits_BTV = self.t5(input_ids=tokens_BS, attention_mask=mask_BS, decoder_input_ids=before_BT).logits
+        read_BSD = self.read(tokens_BS, mask_BS)
+        logits_BTV = self.t5(
+            encoder_outputs=BaseModelOutput(last_hidden_state=read_BSD), attention_mask=mask_BS,
+            decoder_input_ids=before_BT,
+        ).logits  # fmt: skip
         if self.loss_space == "trie":
             return self._admissible_loss(logits_BTV, codes_BT, self.states_IC[target_B]).sum(dim=1)
         loss_BT = F.cross_entropy(logits_BTV.transpose(1, 2), codes_BT, ignore_index=PAD, reduction="none")
@@ -89,10 +99,7 @@ class Tiger(SequentialRecommender):
             self.tree = self.tree.to(device)
 
     def encoder_input(self, history_BL: Tensor) -> tuple[Tensor, Tensor]:
-        """Codes of the items one after another without gaps, then END: ``tokens_BS`` and ``mask_BS`` (1 = a token).
-
-        T5 knows distances only; END is what tells it which item is the newest.
-        """
+        """Codes of the items one after another without gaps, then END: ``tokens_BS`` and ``mask_BS`` (1 = a token)."""
         codes_BS = self.codes_IC[:, :-1][history_BL + 1].flatten(1)  # the last column holds END or padding only
         codes_BS = codes_BS.masked_fill(codes_BS == END, PAD)
         used_BS = codes_BS != PAD
@@ -101,6 +108,13 @@ class Tiger(SequentialRecommender):
         tokens_BS = F.pad(codes_BS.gather(1, order_BS), (0, 1), value=PAD).scatter(1, length_B1, END)
         tokens_BS = tokens_BS[:, : int(length_B1.max()) + 1]
         return tokens_BS, (tokens_BS != PAD).long()
+
+    def read(self, tokens_BS: Tensor, mask_BS: Tensor) -> Tensor:
+        """The encoder's states [B, S, D]; each code is told how many codes ago it was, see the module's text."""
+        place_BS = (mask_BS.sum(dim=1, keepdim=True) - mask_BS.cumsum(dim=1)).clamp(0, PLACES - 1)
+        embedded_BSD = self.t5.shared(tokens_BS) + self.place(place_BS)
+        encoded: Tensor = self.t5.encoder(inputs_embeds=embedded_BSD, attention_mask=mask_BS).last_hidden_state
+        return encoded
 
     @torch.no_grad()
     def scores(self, history_BL: Tensor, width: int | None = None) -> Tensor:
@@ -119,7 +133,7 @@ class Tiger(SequentialRecommender):
         """The best ``width`` rows of codes: first item of each and its score, best first; NO_ITEM with -inf."""
         self._tree_on(history_BL.device)
         tokens_BS, mask_BS = self.encoder_input(history_BL)
-        read_BSD = self.t5.encoder(input_ids=tokens_BS, attention_mask=mask_BS).last_hidden_state
+        read_BSD = self.read(tokens_BS, mask_BS)
         memory = EncoderDecoderCache(DynamicCache(), DynamicCache())
         batch, device = len(history_BL), history_BL.device
         state_BW = torch.zeros(batch, 1, dtype=torch.long, device=device)

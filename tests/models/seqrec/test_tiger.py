@@ -5,7 +5,7 @@ import torch
 
 from tawin_nemo.models.seqrec.codes import END, PAD, CodeBook, CodeTree
 from tawin_nemo.models.seqrec.protocol import left_padded
-from tawin_nemo.models.seqrec.tiger import Tiger
+from tawin_nemo.models.seqrec.tiger import PLACES, Tiger
 from tawin_nemo.types import NO_ITEM, TokenRows
 from tests.models.seqrec.patterns import ITEMS, PATHS, histories, model_of
 
@@ -13,9 +13,9 @@ from tests.models.seqrec.patterns import ITEMS, PATHS, histories, model_of
 @pytest.fixture(scope="module")
 def model() -> Tiger:
     model = model_of("tiger", seed=3).eval()
-    with torch.no_grad():  # fresh T5 weights make nearly uniform predictions
-        for weight in model.t5.parameters():
-            weight.mul_(2.0)
+    with torch.no_grad():  # fresh weights make nearly uniform predictions
+        for weight in model.parameters():
+            weight.mul_(2.0 if weight.dim() == 1 else 15.0)
     return model
 
 
@@ -27,11 +27,13 @@ def rows_of(paths: TokenRows) -> list[list[int]]:
 def slow_logprobs(model: Tiger, history: list[int], rows: list[list[int]]) -> dict[tuple[int, ...], float]:
     """Log-probability of every row, each choice normalised over what the catalogue admits there."""
     tokens = torch.tensor([[code for item in history for code in rows[item][:-1]] + [END]])
+    ago = torch.tensor([list(range(tokens.shape[1]))[::-1]])
+    embedded = model.t5.shared.weight[tokens] + model.place.weight[ago]
     result = {}
     for row in rows:
         total, read = 0.0, [PAD]
         for place, token in enumerate(row):
-            logits_V = model.t5(input_ids=tokens, decoder_input_ids=torch.tensor([read])).logits[0, -1]
+            logits_V = model.t5(inputs_embeds=embedded, decoder_input_ids=torch.tensor([read])).logits[0, -1]
             admitted = sorted({other[place] for other in rows if other[:place] == row[:place]})
             total += float(logits_V[token] - logits_V[admitted].logsumexp(0))
             read.append(token)
@@ -118,6 +120,13 @@ def test_the_encoder_reads_the_codes_without_gaps_and_end(model):
     assert mask_BS.tolist() == [[1] * len(first), [1] * len(second) + [0] * (len(first) - len(second))]
 
 
+def test_older_codes_share_a_place_when_the_history_is_long(model):
+    history_BL = torch.arange(60)[None] % ITEMS
+    tokens_BS, mask_BS = model.encoder_input(history_BL)
+    assert tokens_BS.shape[1] > PLACES
+    assert model.read(tokens_BS, mask_BS).isfinite().all()
+
+
 def test_the_loss_is_t5s_own(model):
     rows = rows_of(PATHS)
     history_BL, target_B = left_padded(histories(5, seed=8)), torch.tensor([0, 1, 2, 3, 4])
@@ -125,7 +134,11 @@ def test_the_loss_is_t5s_own(model):
     for row, target in enumerate(target_B.tolist()):
         tokens_BS, mask_BS = model.encoder_input(history_BL[row : row + 1])
         labels = torch.tensor([rows[target]])
-        own = model.t5(input_ids=tokens_BS, attention_mask=mask_BS, labels=labels).loss
+        embedded = (
+            model.t5.shared.weight[tokens_BS]
+            + model.place.weight[tokens_BS.shape[1] - 1 - torch.arange(tokens_BS.shape[1])]
+        )
+        own = model.t5(inputs_embeds=embedded, attention_mask=mask_BS, labels=labels).loss
         assert loss_B[row].item() == pytest.approx(own.item() * len(rows[target]), rel=1e-4)
 
 
@@ -137,7 +150,7 @@ def test_the_loss_over_admissible_codes_is_what_the_search_ranks_by(model):
     loss_B = over_tree.loss(torch.tensor([history] * ITEMS), torch.arange(ITEMS))
     torch.testing.assert_close(loss_B, -torch.tensor([expected[tuple(row)] for row in rows]), rtol=1e-4, atol=1e-4)
     (-loss_B).exp().sum().backward()  # a constant, 1: no direction changes the sum of all probabilities
-    assert all(weight.grad.abs().max() < 1e-5 for weight in over_tree.t5.parameters())
+    assert all(weight.grad.abs().max() < 1e-5 for weight in over_tree.parameters())
 
 
 def test_sampled_negatives_are_refused(model):
