@@ -2,8 +2,8 @@
 
 Left out: the paper's hashed user-id token, so that rows are told apart by their history alone, as for the other
 models. Added: each code of the history carries an embedding of how many codes ago it was, where T5 knows distances
-between codes only. Ranking: beam search over the catalogue's codes only; a code's log-probability is normalised over the codes
-that lead to items, so that steps without a choice cost nothing.
+between codes only. Ranking: beam search over the catalogue's codes only; a code's log-probability is normalised over
+the codes that lead to items, so that steps without a choice cost nothing.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from tawin_nemo.types import NO_ITEM, TokenRows
 SEARCH_ROWS = 32
 #: Beams when the caller names no width.
 BEAMS = 50
-#: Fresh weights, as a share of T5's own: those go with Adafactor, whose steps are in proportion to the weights. Adam's have
-#: the size of the learning rate, under which embeddings of size 1 stay the random directions that they begin with.
+#: Fresh weights, as a share of T5's own, which go with Adafactor: its steps are in proportion to the weights. Adam's have
+#: the size of the learning rate; embeddings of size 1 stay the random directions under them that they begin with.
 INITIAL = 0.1
 #: Places from the newest code backwards that are told apart; older ones share the last.
 PLACES = 64

@@ -134,10 +134,8 @@ def test_the_loss_is_t5s_own(model):
     for row, target in enumerate(target_B.tolist()):
         tokens_BS, mask_BS = model.encoder_input(history_BL[row : row + 1])
         labels = torch.tensor([rows[target]])
-        embedded = (
-            model.t5.shared.weight[tokens_BS]
-            + model.place.weight[tokens_BS.shape[1] - 1 - torch.arange(tokens_BS.shape[1])]
-        )
+        ago = torch.arange(tokens_BS.shape[1]).flip(0)
+        embedded = model.t5.shared.weight[tokens_BS] + model.place.weight[ago]
         own = model.t5(inputs_embeds=embedded, attention_mask=mask_BS, labels=labels).loss
         assert loss_B[row].item() == pytest.approx(own.item() * len(rows[target]), rel=1e-4)
 
