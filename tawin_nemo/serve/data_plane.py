@@ -12,6 +12,7 @@ from typing import Annotated
 
 from fastapi import FastAPI, Query, Request
 from fastapi.responses import Response
+from pydantic import BaseModel
 from starlette.concurrency import run_in_threadpool
 from starlette.middleware.cors import CORSMiddleware
 
@@ -37,7 +38,7 @@ class DataPlane:
         self.engine, self.terms = engine, terms
         self._created = int(time.time())
 
-    async def recommendations(self, body: schema.RecommendationRequest, request: Request) -> schema.RecommendationReply:
+    async def recommendations(self, body: schema.RecommendationRequest, request: Request) -> Response:
         end, wanted = time.monotonic() + (body.timeout_s or math.inf), body
         while True:
             ask = partial(requests.recommendation, wanted, terms=self.terms)
@@ -48,17 +49,17 @@ class DataPlane:
             wanted = again.model_copy(update={"timeout_s": max(1e-3, min(end, asked.job.deadline) - time.monotonic())})
         self._remember(request, body)
         penalised = self.terms.length_penalty != 0
-        return replies.recommendation(body, asked, done, request.state.request_id, penalised=penalised)
+        return _as_json(replies.recommendation(body, asked, done, request.state.request_id, penalised=penalised))
 
-    async def score(self, body: schema.ScoreRequest, request: Request) -> schema.ScoreReply:
+    async def score(self, body: schema.ScoreRequest, request: Request) -> Response:
         asked, done = await self._answered(request, lambda here: requests.score(body, here, self.terms))
         self._remember(request, body)
-        return replies.score(asked, done, request.state.request_id)
+        return _as_json(replies.score(asked, done, request.state.request_id))
 
-    async def completions(self, body: schema.CompletionRequest, request: Request) -> schema.CompletionReply:
+    async def completions(self, body: schema.CompletionRequest, request: Request) -> Response:
         asked, done = await self._answered(request, lambda here: requests.completion(body, here, self.terms))
         self._remember(request, body)
-        return replies.completion(body, asked, done, f"cmpl-{request.state.request_id}")
+        return _as_json(replies.completion(body, asked, done, f"cmpl-{request.state.request_id}"))
 
     async def rollouts(self, body: schema.RolloutRequest, request: Request) -> Response:
         """Candidates of a batch of token prompts, best first, as a safetensors file: items, lengths and scores [B, W],
@@ -153,6 +154,11 @@ class DataPlane:
             write_event("history", id=request.state.request_id, body=body.model_dump())
 
 
+def _as_json(reply: BaseModel) -> Response:
+    """Replies are checked as they are made: FastAPI would check them once more."""
+    return Response(reply.model_dump_json(), media_type="application/json")
+
+
 def data_app(plane: DataPlane | None, *, keys: Collection[str] = ()) -> FastAPI:
     """The data plane's application; without a plane only its OpenAPI document can be had."""
     app = FastAPI(
@@ -161,9 +167,12 @@ def data_app(plane: DataPlane | None, *, keys: Collection[str] = ()) -> FastAPI:
     )  # fmt: skip
     routes = plane if plane is not None else DataPlane.__new__(DataPlane)
     post, get = {"methods": ["POST"], "responses": schema.ERRORS}, {"methods": ["GET"], "responses": schema.ERRORS}
-    app.add_api_route("/v1/recommendations", routes.recommendations, **post)  # type: ignore[arg-type]
-    app.add_api_route("/v1/completions", routes.completions, **post)  # type: ignore[arg-type]
-    app.add_api_route("/v1/score", routes.score, **post)  # type: ignore[arg-type]
+    for path, handler, reply in (
+        ("/v1/recommendations", routes.recommendations, schema.RecommendationReply),
+        ("/v1/completions", routes.completions, schema.CompletionReply),
+        ("/v1/score", routes.score, schema.ScoreReply),
+    ):
+        app.add_api_route(path, handler, response_model=reply, **post)  # type: ignore[arg-type]
     arrays = {**schema.ERRORS, 200: {"content": {MEDIA_TYPE: {"schema": {"type": "string", "format": "binary"}}}}}
     app.add_api_route("/v1/rollouts", routes.rollouts, methods=["POST"], response_class=Response, responses=arrays)
     app.add_api_route("/v1/rollouts", routes.rollout_terms, **get)  # type: ignore[arg-type]

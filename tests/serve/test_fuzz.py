@@ -39,7 +39,13 @@ PATHS = ("/v1/recommendations", "/v1/completions", "/v1/score")
 @QUIET
 def test_the_data_plane_keeps_to_its_document(scene: Scene, case: schemathesis.Case) -> None:
     answer = case.call(base_url=scene.data, headers={"Authorization": f"Bearer {KEY}"})
-    case.validate_response(answer, checks=[not_a_server_error, response_schema_conformance])
+    checks = [response_schema_conformance]
+    if answer.status_code == 504:  # what a body asks for that gives the server next to no time
+        assert answer.json()["error"]["code"] == "deadline"
+        assert case.body["timeout_s"] < 60
+    else:
+        checks.append(not_a_server_error)
+    case.validate_response(answer, checks=checks)
     assert answer.status_code in {200, *ERRORS} - {500}
 
 

@@ -23,8 +23,8 @@ from tawin_nemo.types import NO_ITEM, TokenRows
 SEARCH_ROWS = 32
 #: Beams when the caller names no width.
 BEAMS = 50
-#: Fresh weights, as a share of T5's own, which go with Adafactor: its steps are in proportion to the weights. Adam's have
-#: the size of the learning rate; embeddings of size 1 stay the random directions under them that they begin with.
+#: Fresh weights, as a share of T5's own, which go with Adafactor: its steps are in proportion to the weights. Adam's
+#: have the size of the learning rate; embeddings of size 1 stay the random directions that they begin with under them.
 INITIAL = 0.1
 #: Places from the newest code backwards that are told apart; older ones share the last.
 PLACES = 64
