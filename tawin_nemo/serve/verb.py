@@ -6,6 +6,7 @@ import gc
 import os
 import signal
 import socket
+import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -39,6 +40,7 @@ from tawin_nemo.train.verbs import engine_of
 from tawin_nemo.train.world import World
 
 log = get_logger(__name__)
+SWITCH = 1e-4  # seconds
 FIRST = 1  # version of the weights and of the catalogue that a server starts with
 
 
@@ -70,6 +72,9 @@ def serve(world: World) -> dict[str, Any]:
         rollout = replace(world.recipe.rollout, placement="colocated")
         world = replace(world, recipe=replace(world.recipe, rollout=rollout))
     recipe, settings = world.recipe, world.recipe.serve
+    # The engine lets go of the interpreter's lock at every call of torch, thousands of times a step. A thread that takes
+    # it, to build a catalogue say, may keep it so long each time; by default 5 ms: requests would take seconds.
+    sys.setswitchinterval(SWITCH)
     gc.freeze()  # what was imported and read so far stays; looking it through now and then would stop every request
     tp, pp = recipe.rollout_layout
     if tp * pp != parallel.world_size():
