@@ -72,8 +72,8 @@ def serve(world: World) -> dict[str, Any]:
         rollout = replace(world.recipe.rollout, placement="colocated")
         world = replace(world, recipe=replace(world.recipe, rollout=rollout))
     recipe, settings = world.recipe, world.recipe.serve
-    # The engine lets go of the interpreter's lock at every call of torch, thousands of times a step. A thread that takes
-    # it, to build a catalogue say, may keep it so long each time; by default 5 ms: requests would take seconds.
+    # The engine lets go of the interpreter's lock at every call of torch, thousands of times a step. A thread that
+    # takes it, to build a catalogue say, may keep it so long each time; by default 5 ms: requests would take seconds.
     sys.setswitchinterval(SWITCH)
     gc.freeze()  # what was imported and read so far stays; looking it through now and then would stop every request
     tp, pp = recipe.rollout_layout
