@@ -11,7 +11,8 @@ import hashlib
 import json
 import shutil
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain
@@ -114,17 +115,13 @@ class Tokenizer:
     def load(cls, directory: Path) -> Tokenizer:
         """Read a folder with ``tokenizer.json``. Raises ConfigError when it is missing or unreadable."""
         directory = Path(directory)
-        if not (directory / "tokenizer.json").is_file():
-            raise ConfigError(f"no tokenizer.json in {directory}; set data.tokenizer to a folder that has one")
-        try:
+        with _reading(directory):
             if (directory / "tokenizer_config.json").is_file():
                 from transformers import AutoTokenizer  # brings generation and scikit-learn: a tenth of a start
 
                 fast = AutoTokenizer.from_pretrained(directory, local_files_only=True, use_fast=True)
             else:
                 fast = PreTrainedTokenizerFast(tokenizer_file=str(directory / "tokenizer.json"))
-        except Exception as error:  # the libraries raise many types for a broken file
-            raise ConfigError(f"the tokenizer in {directory} cannot be read: {error}") from error
         if fast.eos_token is None:
             fast.eos_token = _eos_of_folder(directory, fast)
         return cls(fast)
@@ -135,15 +132,22 @@ def words_of(directory: Path) -> dict[str, int]:
 
     Raises ConfigError as ``Tokenizer.load``.
     """
-    file = Path(directory) / "tokenizer.json"
-    if not file.is_file():
-        raise ConfigError(f"no tokenizer.json in {directory}; set data.tokenizer to a folder that has one")
+    directory = Path(directory)
     told = directory / "tokenizer_config.json"
-    try:
-        words = dict(Backend.from_file(str(file)).get_vocab(with_added_tokens=True))
+    with _reading(directory):
+        words = dict(Backend.from_file(str(directory / "tokenizer.json")).get_vocab(with_added_tokens=True))
         added = json.loads(told.read_text(encoding="utf-8")).get("added_tokens_decoder", {}) if told.is_file() else {}
         return words | {token["content"]: int(number) for number, token in added.items()}
-    except Exception as error:  # tokenizers raises nothing narrower
+
+
+@contextmanager
+def _reading(directory: Path) -> Iterator[None]:
+    """Raises ConfigError for a folder without a tokenizer and for whatever is wrong with the one that is there."""
+    if not (directory / "tokenizer.json").is_file():
+        raise ConfigError(f"no tokenizer.json in {directory}; set data.tokenizer to a folder that has one")
+    try:
+        yield
+    except Exception as error:  # the libraries raise many types for a broken file
         raise ConfigError(f"the tokenizer in {directory} cannot be read: {error}") from error
 
 

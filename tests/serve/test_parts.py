@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import queue
+import socket
 import threading
 
 import numpy as np
@@ -32,6 +34,7 @@ from tawin_nemo.serve.orders import (
 from tawin_nemo.serve.ranks import Leader, follow
 from tawin_nemo.serve.replica import Replica
 from tawin_nemo.serve.running import Running
+from tawin_nemo.serve.server import bound
 from tawin_nemo.types import TokenRows
 from tests.rollout.sequence_lm import TableLM
 from tests.serve.scene import first_catalogue, tokenizer
@@ -141,6 +144,27 @@ def test_a_follower_ends_with_an_error_that_the_ranks_may_not_share() -> None:
     wire.send(encode(Admit(Lane(1, 1, "trie"), ROWS, NUMBERS, NUMBERS * 0 + 1, NUMBERS * 0, ROWS)))
     with pytest.raises(DataError, match="has no tokens"):
         follow(broken, wire)
+
+
+def test_replies_do_not_wait_for_the_client_to_acknowledge_their_head() -> None:
+    """Nagle's algorithm is off on what a listening socket of ours accepts: a reply is written in two pieces."""
+
+    async def options() -> list[int]:
+        accepted: list[int] = []
+
+        def came(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            accepted.append(writer.get_extra_info("socket").getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY))
+            writer.close()
+
+        with bound("127.0.0.1", 0, "serve.port") as place:
+            server = await asyncio.start_server(came, sock=place)
+            async with server:
+                reader, writer = await asyncio.open_connection(*place.getsockname())
+                await reader.read()
+                writer.close()
+        return accepted
+
+    assert asyncio.run(options()) == [1]
 
 
 @pytest.mark.parametrize("name", openapi.documents())

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from tawin_nemo.serve.catalogue import NewItem
+from tawin_nemo.serve.catalogue import NewItem, read_items
 from tawin_nemo.serve.client import ServerError
 from tawin_nemo.serve.control_schema import ItemToAdd
 from tests.serve.scene import IDS, TITLES, first_catalogue, path_scores, serving
@@ -145,6 +145,22 @@ def test_a_catalogue_is_built_then_validated_then_activated(tmp_path: Path) -> N
         file.write_text('{"external_id": "A"}\n')
         with pytest.raises(ServerError, match="line 1: KeyError"):
             control.build_catalogue(str(file))
+
+
+def test_no_garbage_is_looked_for_while_a_catalogue_is_built(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Over a million new items a collection takes seconds, in which no request gets on."""
+    file, seen = tmp_path / "items.jsonl", []
+    file.write_text(json.dumps({"external_id": "N1", "title": "a lamp"}) + "\n")
+
+    def reading(path: Path) -> list[NewItem]:
+        seen.append(gc.isenabled())
+        return read_items(path)
+
+    monkeypatch.setattr("tawin_nemo.serve.control.read_items", reading)
+    with serving(roots=[tmp_path]) as scene, scene.controller() as control:
+        assert control.build_catalogue(str(file)).items == 1
+    assert seen == [False]
+    assert gc.isenabled()
 
 
 def test_a_catalogue_of_the_same_items_is_the_same() -> None:

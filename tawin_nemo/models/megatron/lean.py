@@ -42,10 +42,10 @@ def stage_output(model: GPTModel, tokens_S: Tensor, arriving_SD: Tensor | None, 
         query_SHD, key_SGD, value_SGD = _heads(attention, normed_SD)
         query_SHD, key_SGD = (_rotated(x, cos_S1D, sin_S1D) for x in (query_SHD, key_SGD))
         mixed_SHD = plan.attend(attention.core_attention, query_SHD, key_SGD, value_SGD)
-        hidden_SD = hidden_SD + _reduced(attention.linear_proj, mixed_SHD.flatten(1), group)
+        hidden_SD = hidden_SD + _summed(_product(attention.linear_proj, mixed_SHD.flatten(1)), group)
         normed_SD = layer.pre_mlp_layernorm.forward(hidden_SD)
         gated_SF = _swiglu(_product(mlp.linear_fc1, normed_SD), fused=model.config.bias_activation_fusion)
-        hidden_SD = hidden_SD + _reduced(mlp.linear_fc2, gated_SF, group)
+        hidden_SD = hidden_SD + _summed(_product(mlp.linear_fc2, gated_SF), group)
     norm = model.decoder.final_layernorm
     return hidden_SD if norm is None else norm.forward(hidden_SD)
 
@@ -56,9 +56,8 @@ def _embedded(model: GPTModel, tokens_S: Tensor) -> Tensor:
         return table.weight.index_select(0, tokens_S)
     local_S = tokens_S - table.vocab_start_index
     here_S = (local_S >= 0) & (local_S < table.weight.shape[0])
-    rows_SD = table.weight.index_select(0, torch.where(here_S, local_S, 0)).masked_fill_(~here_S[:, None], 0)
-    dist.all_reduce(rows_SD, group=group)
-    return rows_SD
+    rows_SD = table.weight.index_select(0, torch.where(here_S, local_S, 0))
+    return _summed(rows_SD.masked_fill_(~here_S[:, None], 0), group)
 
 
 def _product(linear: Any, input_SD: Tensor) -> Tensor:
@@ -67,12 +66,11 @@ def _product(linear: Any, input_SD: Tensor) -> Tensor:
     return output if linear.bias is None else output + linear.bias
 
 
-def _reduced(linear: Any, input_SD: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """The product of a row-parallel layer, summed over the TP ranks."""
-    output = torch.matmul(input_SD, linear.weight.t())
+def _summed(part_SD: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """The sum of what the TP ranks hold."""
     if group.size() > 1:
-        dist.all_reduce(output, group=group)
-    return output
+        dist.all_reduce(part_SD, group=group)
+    return part_SD
 
 
 def _heads(attention: Any, normed_SD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
