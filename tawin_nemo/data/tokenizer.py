@@ -198,6 +198,11 @@ def _resolve_kind(data: DataConfig, catalog: CatalogConfig, model: ModelConfig) 
     kind = data.tokenizer
     if kind == "auto":
         if model.init != "random":
+            if not Path(model.init).expanduser().is_dir():
+                raise ConfigError(
+                    f"model.init={model.init} is not a folder; name one with pretrained weights and their tokenizer, or "
+                    "set model.init=random"
+                )
             return model.init
         return "codes" if catalog.kind == "sid" else "bpe"
     if kind == "codes" and catalog.kind != "sid":

@@ -145,6 +145,7 @@ def test_codes_that_cannot_be_told_apart_when_joined_are_refused():
         (DataConfig(tokenizer="bpe"), TITLE, ModelConfig(init="some/folder"), "data.tokenizer=bpe"),
         (DataConfig(tokenizer="no/such/folder"), TITLE, RANDOM, "no tokenizer.json in no/such/folder"),
         (DataConfig(), TITLE, ModelConfig(init="no/such/folder"), "no tokenizer.json in no/such/folder"),
+        (DataConfig(), TITLE, ModelConfig(init="/no/such/folder"), "model.init=/no/such/folder is not a folder"),
     ],
 )
 def test_impossible_choices_are_refused_by_key(data, catalog, model, message: str):
