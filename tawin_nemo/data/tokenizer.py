@@ -200,8 +200,8 @@ def _resolve_kind(data: DataConfig, catalog: CatalogConfig, model: ModelConfig) 
         if model.init != "random":
             if not Path(model.init).expanduser().is_dir():
                 raise ConfigError(
-                    f"model.init={model.init} is not a folder; name one with pretrained weights and their tokenizer, or "
-                    "set model.init=random"
+                    f"no tokenizer.json in {model.init}: model.init={model.init} is not a folder; name one with "
+                    "pretrained weights and their tokenizer, or set model.init=random"
                 )
             return model.init
         return "codes" if catalog.kind == "sid" else "bpe"
