@@ -28,7 +28,7 @@ def plain_calls(function: Callable[P, R]) -> Callable[P, R]:
 
     @wraps(function)
     def plain(*args: P.args, **kwargs: P.kwargs) -> R:
-        with torch.no_grad(), without_modes():
+        with without_modes(), torch.no_grad():  # in this order: no_grad itself is a call that a mode sees
             return function(*args, **kwargs)
 
     return plain

@@ -22,9 +22,10 @@ def seconds(value: float) -> str:
 
 
 def lines(name: str, result: dict[str, Any]) -> list[str]:
-    """One line per target (one for a benchmark without any); ``name`` is the file's."""
+    """One line per target (one for a benchmark without any); ``name`` is the file's, ``bench_NAME[.VARIANT].json``."""
+    title = name.removeprefix("bench_").removesuffix(".json").replace(".", ", ")
     head = (
-        f"| [{result['benchmark']}](results/{name}) | {seconds(result['ours_median_seconds'])} | "
+        f"| [{title}](results/{name}) | {seconds(result['ours_median_seconds'])} | "
         f"{seconds(result['baseline_median_seconds'])} | {number(result['floor_ratio'])} |"
     )
     targets = result["targets"] or {"": {"goal": "", "value": result["ratio"], "met": None}}

@@ -106,13 +106,13 @@ def test_the_log_is_structured_and_holds_histories_only_if_asked(
 ) -> None:
     caplog.set_level(logging.INFO)
     events = logging.getLogger(NAME)
-    with serving(log_history=wanted) as scene, scene.http() as http:
-        events.addHandler(caplog.handler)
-        try:
+    events.addHandler(caplog.handler)
+    try:  # until the server has stopped: it writes a line after its reply
+        with serving(log_history=wanted) as scene, scene.http() as http:
             http.post("/v1/recommendations", json={"history": [IDS[17]]}, headers={"X-Request-Id": "one"})
             http.post("/v1/recommendations", json={"history": ["nobody"]}, headers={"X-Request-Id": "two"})
-        finally:
-            events.removeHandler(caplog.handler)
+    finally:
+        events.removeHandler(caplog.handler)
     lines = [json.loads(text) for text in caplog.messages if text.startswith("{")]
     requests = {line["id"]: line for line in lines if line["event"] == "request"}
     assert requests["one"].items() >= {
