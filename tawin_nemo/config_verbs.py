@@ -84,6 +84,8 @@ class ServeConfig:
     max_queue: int = number(256, 1, help="requests that may wait for the engine (429 above)")
     token_budget: int = number(262144, 16, help="tokens held at once: prompts once, plus what their beams may run")
     row_budget: int = number(8192, 1, help="beams running at once, over all requests")
+    join_after: int = number(1, 0, help="model calls that pass a waiting request by, so that more can join with it")
+    gather_ms: float = number(10.0, 0.0, 1000.0, help="longest wait of an idle engine for as many requests as before")
     deadline_s: float = number(30.0, 0.01, help="seconds after which a request is given up (504); clients may ask less")
     rollout_deadline_s: float = number(600.0, 0.01, help="as deadline_s, for the batches of a training job")
     read_timeout_s: float = number(10.0, 0.01, help="seconds that a client may take to send a request (408)")

@@ -12,12 +12,12 @@ import time
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
-from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from tawin_nemo.errors import TawinError
 from tawin_nemo.log import get_logger
 from tawin_nemo.rollout.lm import LM
+from tawin_nemo.serve.admission import Gate, Limits
 from tawin_nemo.serve.catalogue import ServedCatalogue
 from tawin_nemo.serve.jobs import Job, Rejected, job_over
 from tawin_nemo.serve.metrics import Metrics
@@ -31,15 +31,6 @@ log = get_logger(__name__)
 
 #: Seconds between signs of life to the other ranks while nothing is to do.
 HEARTBEAT = 0.5
-
-
-@dataclass(frozen=True)
-class Limits:
-    """What may wait and what may run at once."""
-
-    queue: int
-    tokens: int
-    rows: int
 
 
 class Engine:
@@ -57,7 +48,7 @@ class Engine:
         self._queue: deque[Job] = deque()
         self._open: set[Job] = set()  # taken and not answered yet
         self._calls: deque[tuple[Callable[[], Any], Future[Any]]] = deque()
-        self._running = Running(leader, metrics)
+        self._running, self._gate = Running(leader, metrics), Gate(limits)
         self._installed = {catalogue.version: catalogue}
         self._closed, self._stopping = "", False
         self._swap = threading.Lock()
@@ -229,14 +220,25 @@ class Engine:
                 waited = self._wake.wait(HEARTBEAT if self.leader.ranks.size > 1 else None)
                 if not waited:
                     self.leader.apply(Probe())
+            self._gather()
             calls = [*self._calls]
             self._calls.clear()
         for what, future in calls:
             self._answer(what, future)
         self._running.drop_unwanted()
-        self._running.begin(self._next_jobs(), self.weights)
+        if self._gate.opens(len(self._queue), ran := len(self._running.jobs)):
+            self._running.begin(self._next_jobs(), self.weights)
+            ran = len(self._running.jobs)
         self._running.advance()
+        self._gate.called(ran, len(self._running.jobs), len(self._queue))
         self._forget()
+
+    def _gather(self) -> None:
+        """With nothing to run, wait for the requests that are likely to come together; under ``_wake``."""
+        while not (self._running.jobs or self._calls or self._stopping):
+            if (seconds := self._gate.seconds(len(self._queue))) <= 0:
+                return
+            self._wake.wait(seconds)
 
     def _answer(self, what: Callable[[], Any], future: Future[Any]) -> None:
         if not future.set_running_or_notify_cancel():  # whoever asked has stopped waiting

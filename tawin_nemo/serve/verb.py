@@ -28,8 +28,9 @@ from tawin_nemo.models.megatron.precision import in_precision
 from tawin_nemo.rollout.engine import RolloutEngine
 from tawin_nemo.rollout.lm import LM
 from tawin_nemo.rollout.metered import MeteredLM
+from tawin_nemo.serve.admission import Limits
 from tawin_nemo.serve.catalogue import ServedCatalogue, Writing, read_items
-from tawin_nemo.serve.engine import Engine, Limits
+from tawin_nemo.serve.engine import Engine
 from tawin_nemo.serve.metrics import Metrics
 from tawin_nemo.serve.ranks import Alone, Leader, Ranks, follow
 from tawin_nemo.serve.replica import FromTensors, Replica
@@ -102,7 +103,7 @@ def serve(world: World) -> dict[str, Any]:
     metrics = Metrics()
     engine = Engine(
         Leader(replica, ranks), catalogue, metrics=metrics, weights=FIRST, on_thread=parallel.use_device,
-        limits=Limits(settings.max_queue, settings.token_budget, settings.row_budget),
+        limits=Limits.of(settings),
     )  # fmt: skip
     terms = Terms(
         settings, recipe.name, min(settings.beams or recipe.eval.beams, settings.max_beams),

@@ -24,8 +24,9 @@ from tawin_nemo.models.megatron.build import build_model
 from tawin_nemo.models.megatron.lm import MegatronLM
 from tawin_nemo.models.megatron.trainable import Trainable
 from tawin_nemo.rollout.engine import Engine as Searches
+from tawin_nemo.serve.admission import Limits
 from tawin_nemo.serve.catalogue import ServedCatalogue
-from tawin_nemo.serve.engine import Engine, Limits
+from tawin_nemo.serve.engine import Engine
 from tawin_nemo.serve.metrics import Metrics
 from tawin_nemo.serve.ranks import Alone, Leader, follow
 from tawin_nemo.serve.replica import Replica
@@ -71,8 +72,7 @@ def made(tp: int, catalog: Catalog, settings: ServeConfig) -> Engine | None:
         return None
     served = ServedCatalogue.of(catalog, catalog.titles, writing())
     served.warm()
-    limits = Limits(settings.max_queue, settings.token_budget, settings.row_budget)
-    return Engine(Leader(replica, ranks), served, limits=limits, metrics=Metrics(), weights=1)
+    return Engine(Leader(replica, ranks), served, limits=Limits.of(settings), metrics=Metrics(), weights=1)
 
 
 def server_of(engine: Engine, settings: ServeConfig, folder: Path) -> tuple[Server, Path]:

@@ -23,9 +23,10 @@ from tawin_nemo.data.catalogue import build_catalog
 from tawin_nemo.data.prompts import Template
 from tawin_nemo.data.tokenizer import Tokenizer, build_tokenizer
 from tawin_nemo.errors import CheckpointError
+from tawin_nemo.serve.admission import Limits
 from tawin_nemo.serve.catalogue import ServedCatalogue, Writing
 from tawin_nemo.serve.client import Client, ControlClient
-from tawin_nemo.serve.engine import Engine, Limits
+from tawin_nemo.serve.engine import Engine
 from tawin_nemo.serve.metrics import Metrics
 from tawin_nemo.serve.ranks import Alone, Leader
 from tawin_nemo.serve.replica import FromTensors, Replica
@@ -152,8 +153,7 @@ def serving(
     vocab = catalogue.writing.tokenizer.size
     catalogue.warm()
     replica.models[1], replica.tries[1] = load(""), catalogue.trie
-    limits = Limits(settings.max_queue, settings.token_budget, settings.row_budget)
-    engine = Engine(Leader(replica, Alone()), catalogue, limits=limits, metrics=Metrics(), weights=1)
+    engine = Engine(Leader(replica, Alone()), catalogue, limits=Limits.of(settings), metrics=Metrics(), weights=1)
     del catalogue  # or it would stay in memory
     terms = Terms(settings, MODEL, settings.beams, "trie", 0.0, 2048, vocab)
     server = Server(engine, terms, Secrets(list(keys), TOKEN), roots=list(roots))

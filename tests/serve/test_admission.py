@@ -1,0 +1,112 @@
+"""Waiting requests join those that run together, and none waits long for it."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+
+import pytest
+
+from tawin_nemo.config_verbs import ServeConfig
+from tawin_nemo.serve import admission
+from tawin_nemo.serve.admission import Gate, Limits
+from tests.serve.scene import Scene, serving
+from tests.serve.test_batching import together
+
+LIMITS = Limits(queue=8, tokens=1000, rows=100, join_after=2, gather_s=0.5)
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    now = [100.0]
+    monkeypatch.setattr(admission.time, "monotonic", lambda: now[0])
+    return now
+
+
+def test_a_single_client_never_waits(clock: list[float]) -> None:
+    gate = Gate(LIMITS)
+    for _ in range(3):
+        assert gate.opens(waiting=1, running=0)
+        gate.called(ran=1, left=0, waiting=0)
+        assert gate.seconds(1) == 0
+
+
+def test_an_idle_engine_waits_for_as_many_as_were_there_and_no_longer_than_told(clock: list[float]) -> None:
+    gate = Gate(LIMITS)
+    gate.called(ran=3, left=3, waiting=1)  # four at once
+    gate.called(ran=3, left=0, waiting=0)
+    assert not gate.opens(waiting=3, running=0)
+    assert gate.seconds(3) == 0.5
+    assert gate.opens(waiting=4, running=0)
+    clock[0] += 0.25
+    assert gate.seconds(1) == 0.25
+    clock[0] += 0.25
+    assert gate.opens(waiting=1, running=0)
+    gate.called(ran=1, left=0, waiting=0)  # now it is a group of one
+    assert gate.opens(waiting=1, running=0)
+
+
+def test_turns_in_which_nothing_ran_say_nothing_about_the_group(clock: list[float]) -> None:
+    gate = Gate(LIMITS)
+    gate.called(ran=4, left=0, waiting=0)
+    clock[0] += 0.1
+    gate.called(ran=0, left=0, waiting=0)  # a probe
+    assert gate.seconds(1) == pytest.approx(0.4)
+
+
+def test_those_that_wait_join_when_they_are_more_or_after_so_many_calls(clock: list[float]) -> None:
+    gate = Gate(LIMITS)
+    assert gate.opens(waiting=3, running=2)
+    assert not gate.opens(waiting=2, running=2)
+    assert not gate.opens(waiting=2, running=2)
+    assert gate.opens(waiting=2, running=2)
+    assert not gate.opens(waiting=1, running=4)  # the next one counts its own calls
+    assert not gate.opens(waiting=0, running=4)
+
+
+def test_without_any_wait_whoever_comes_joins_at_once(clock: list[float]) -> None:
+    gate = Gate(replace(LIMITS, join_after=0, gather_s=0.0))
+    gate.called(ran=8, left=0, waiting=0)
+    assert gate.opens(waiting=1, running=0)
+    assert gate.opens(waiting=1, running=8)
+
+
+def test_the_limits_are_those_of_the_recipe() -> None:
+    asked = ServeConfig(max_queue=3, token_budget=17, row_budget=5, join_after=7, gather_ms=20.0)
+    assert Limits.of(asked) == Limits(queue=3, tokens=17, rows=5, join_after=7, gather_s=0.02)
+
+
+@pytest.mark.parametrize(("join_after", "together_in_second"), [(0, 2), (1, 1)])
+def test_a_request_that_comes_late_joins_after_so_many_calls(join_after: int, together_in_second: int) -> None:
+    ran = []
+    with serving(join_after=join_after) as scene, scene.http() as http, ThreadPoolExecutor(2) as pool:
+        advance = scene.engine._running.advance
+
+        def watched() -> None:
+            ran.append(len(scene.engine._running.jobs))
+            advance()
+
+        scene.engine._running.advance = watched  # type: ignore[method-assign]
+        scene.gate.clear()
+        body = {"score_space": "vocab"}  # has two calls at least
+        first = pool.submit(http.post, "/v1/recommendations", json={"history": [1], **body})
+        scene.wait_until(lambda: scene.engine.busy == 1 and not scene.engine._queue)
+        late = pool.submit(http.post, "/v1/recommendations", json={"history": [2], **body})
+        scene.wait_until(lambda: scene.engine.busy == 2)
+        scene.gate.set()
+        assert first.result(30).status_code == late.result(30).status_code == 200
+    assert ran[:2] == [1, together_in_second]
+
+
+def test_the_first_of_a_group_waits_for_the_others_and_a_single_client_does_not() -> None:
+    def waited(scene: Scene, item: int) -> float:
+        before = scene.metric("tawin_phase_seconds_sum", phase="queue")
+        with scene.http() as http:
+            assert http.post("/v1/recommendations", json={"history": [item]}).status_code == 200
+        return scene.metric("tawin_phase_seconds_sum", phase="queue") - before
+
+    with serving(gather_ms=1000.0) as scene:
+        assert waited(scene, 1) < 0.5
+        together(scene, [{"history": [item]} for item in range(3)])
+        assert waited(scene, 4) > 0.5
+        assert waited(scene, 5) < 0.5
