@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
@@ -11,7 +12,6 @@ from tawin_nemo.config_verbs import ServeConfig
 from tawin_nemo.serve import admission
 from tawin_nemo.serve.admission import Gate, Limits
 from tests.serve.scene import Scene, serving
-from tests.serve.test_batching import together
 
 LIMITS = Limits(queue=8, tokens=1000, rows=100, join_after=2, gather_s=0.5)
 
@@ -98,15 +98,20 @@ def test_a_request_that_comes_late_joins_after_so_many_calls(join_after: int, to
     assert ran[:2] == [1, together_in_second]
 
 
-def test_the_first_of_a_group_waits_for_the_others_and_a_single_client_does_not() -> None:
-    def waited(scene: Scene, item: int) -> float:
-        before = scene.metric("tawin_phase_seconds_sum", phase="queue")
+def test_an_idle_server_holds_the_first_of_a_group_until_the_others_are_there() -> None:
+    def one(scene: Scene, item: int) -> None:
         with scene.http() as http:
             assert http.post("/v1/recommendations", json={"history": [item]}).status_code == 200
-        return scene.metric("tawin_phase_seconds_sum", phase="queue") - before
 
-    with serving(gather_ms=1000.0) as scene:
-        assert waited(scene, 1) < 0.5
-        together(scene, [{"history": [item]} for item in range(3)])
-        assert waited(scene, 4) > 0.5
-        assert waited(scene, 5) < 0.5
+    with serving() as scene, ThreadPoolExecutor(3) as pool:
+        one(scene, 1)
+        gate = Gate(replace(scene.engine.limits, gather_s=60.0))
+        gate.called(ran=3, left=0, waiting=0)
+        scene.engine._gate = gate
+        first = pool.submit(one, scene, 4)
+        scene.wait_until(lambda: len(scene.engine._queue) == 1)
+        time.sleep(0.3)
+        assert len(scene.engine._queue) == 1  # nothing runs, and yet it waits
+        rest = [pool.submit(one, scene, item) for item in (5, 6)]
+        for future in (first, *rest):
+            future.result(30)

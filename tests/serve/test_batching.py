@@ -56,7 +56,7 @@ def test_requests_share_branch_steps_and_get_what_they_get_alone() -> None:
 
 def test_a_request_joins_others_that_are_running() -> None:
     """The second request is admitted between two model calls of the first, not behind its end."""
-    with serving() as scene, ThreadPoolExecutor(2) as pool:
+    with serving(join_after=0) as scene, ThreadPoolExecutor(2) as pool:
         scene.gate.clear()
 
         def post(item: int) -> dict:
