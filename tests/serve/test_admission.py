@@ -104,7 +104,6 @@ def test_an_idle_server_holds_the_first_of_a_group_until_the_others_are_there() 
             assert http.post("/v1/recommendations", json={"history": [item]}).status_code == 200
 
     with serving() as scene, ThreadPoolExecutor(3) as pool:
-        one(scene, 1)
         gate = Gate(replace(scene.engine.limits, gather_s=60.0))
         gate.called(ran=3, left=0, waiting=0)
         scene.engine._gate = gate
