@@ -99,6 +99,13 @@ class Results:
         values = self.values(name, split, metric)
         return hierarchical_interval(values.values_SB) if values else None
 
+    def full_credit(self, name: str, split: str, metric: str) -> Interval | None:
+        """The mean when shared paths count in full; None when no target of the arm shares its path."""
+        found = list(self.evaluated(name, split).values())
+        if not any(part.shares_credit for parts in found for part in parts):
+            return None
+        return hierarchical_interval(np.stack([np.concatenate([part.matches(metric) for part in p]) for p in found]))
+
     def fact(self, name: str, split: str, fact: str) -> float | None:
         """Mean over seeds of another number of the evaluation files; None on the pooled split."""
         found = [parts[0].facts.get(fact) for parts in self.evaluated(name, split).values() if len(parts) == 1]

@@ -12,7 +12,7 @@ import hashlib
 import json
 import zlib
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -51,7 +51,16 @@ class SplitResult:
         k = parse_metric(metric)[1]
         if k > self.beams:
             raise DataError(f"{metric} needs a list of {k} items, but eval.beams was {self.beams}; run with more beams")
-        return metric_values(metric, self.rank_B, self.sharing_B if self.collision == "fractional" else None)
+        return metric_values(metric, self.rank_B, self.sharing_B if self.shares_credit else None)
+
+    def matches(self, metric: str) -> np.ndarray:
+        """As ``values``, but a hit on a path that items share counts in full, as MiniOneRec's evaluation counts."""
+        return replace(self, sharing_B=None).values(metric)
+
+    @property
+    def shares_credit(self) -> bool:
+        """Whether some hit is worth less than 1 because its path leads to several items."""
+        return self.sharing_B is not None and self.collision == "fractional"
 
 
 @dataclass(frozen=True)

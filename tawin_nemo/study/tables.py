@@ -66,7 +66,7 @@ def _title(results: Results, split: str) -> str:
 
 
 def arms_table(results: Results, split: str) -> str:
-    """Arms x metrics; an arm without a finished run has its line as well."""
+    """Arms x metrics; an arm without a finished run has its line as well, one whose items share paths has two."""
     file = results.study.file
     facts = [] if split == POOLED else file.facts
     head = ["arm", "seeds", *map(short, file.metrics), *facts, "min"]
@@ -79,6 +79,9 @@ def arms_table(results: Results, split: str) -> str:
         minutes = f"{sum(seconds) / len(seconds) / 60:.1f}" if seconds else "–"
         cells = [_mean(mean) for mean in means] + ["–" if fact is None else f"{fact:.4g}" for fact in others]
         rows.append([f"`{arm.name}`", _seeds(results, arm.name, len(arm.seeds), len(runs)), *cells, minutes])
+        full = [results.full_credit(arm.name, split, metric) for metric in file.metrics]
+        if any(full):
+            rows.append([f"`{arm.name}`, shared IDs in full", "", *map(_mean, full), *[""] * len(facts), ""])
     return _table(head, rows)
 
 

@@ -98,6 +98,8 @@ def test_hits_on_shared_paths_count_as_the_evaluation_says(tmp_path):
     split = record(tmp_path, sharing=sharing).splits["valid"]
     assert split.values("recall@3").max() == 0.25
     assert replace(split, collision="optimistic").values("recall@3").max() == 1.0
+    assert split.shares_credit
+    assert split.matches("recall@3").max() == 1.0  # as MiniOneRec counts
 
 
 def test_a_cut_off_beyond_the_list_is_refused(tmp_path):
@@ -131,3 +133,9 @@ def test_a_failed_run_is_listed_until_it_succeeds(tmp_path):
     record(tmp_path).write(tmp_path / "r" / "a.x=1.seed3.json")
     finished, failed = read_folder(tmp_path / "r")
     assert (list(finished), failed) == ([("a[x=1]", 3)], {})
+
+
+def test_without_shared_paths_there_is_no_other_count(tmp_path):
+    split = record(tmp_path).splits["valid"]
+    assert not split.shares_credit
+    assert split.matches("ndcg@3").tolist() == split.values("ndcg@3").tolist()

@@ -2,6 +2,8 @@
 
 import json
 import re
+import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,6 +12,7 @@ from tawin_nemo.errors import DataError
 from tawin_nemo.eval.paired import hierarchical_interval, holm, metric_values, paired_test
 from tawin_nemo.study.analysis import Line, Values, _line, likely_best, load_results, pair_rows, sweep_lines
 from tawin_nemo.study.plots import write_plots
+from tawin_nemo.study.record import RunRecord
 from tawin_nemo.study.tables import page, plain, signed
 from tawin_nemo.study.verb import run_study, write_page
 from tests.study.files import ARMS, FakeTraining, some_ranks, study_of, write_study
@@ -82,6 +85,25 @@ def test_means_and_intervals_are_those_of_the_ranks(text):
     assert row.startswith("| `more` | 2 of 3 |")
     assert expected in row
     assert row.endswith("| 0.5 | 0.5 |")  # coverage, minutes
+
+
+def test_an_arm_with_shared_ids_is_shown_with_full_credit_as_well(folder, tmp_path, text):
+    study = study_of(tmp_path, **KEYS)
+    shutil.copytree(folder / "results/probe", tmp_path / "results/probe", dirs_exist_ok=True)
+    sharing = np.where(np.arange(200) % 3 == 0, 2, 1)
+    for path in (tmp_path / "results/probe").glob("more.seed?.json"):
+        record = RunRecord.read(path)
+        parts = {name: replace(part, sharing_B=sharing) for name, part in record.splits.items()}
+        parts = {n: replace(p, means={m: float(p.values(m).mean()) for m in p.means}) for n, p in parts.items()}
+        replace(record, splits=parts).write(path)
+    lines = section(page(load_results(study), []), "test: 200 rows").splitlines()
+    place = next(number for number, line in enumerate(lines) if line.startswith("| `more` |"))
+    full = hierarchical_interval(values("more", "test", "recall@3"))
+    part = hierarchical_interval(values("more", "test", "recall@3") / sharing)
+    assert f" {plain(part.mean)} [" in lines[place]
+    assert lines[place + 1].startswith("| `more`, shared IDs in full |")
+    assert f"{plain(full.mean)} [{plain(full.low)}, {plain(full.high)}]" in lines[place + 1]
+    assert "shared IDs in full" not in text
 
 
 def test_both_ends_of_training_are_shown(text):
