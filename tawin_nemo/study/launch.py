@@ -101,22 +101,25 @@ def start_process(run: Run, command: list[str]) -> Process:
     """Start the command with its output in ``RUN/attempt.N.log``.
 
     The process inherits a lock on the run directory and keeps it as long as it lives, even if this program is killed:
-    nobody else can start the same run meanwhile. Raises Busy when somebody holds it.
+    nobody else can start the same run meanwhile. Raises Busy when somebody holds it; the lock file names the process.
     """
     run.run_dir.mkdir(parents=True, exist_ok=True)
     number = len(list(run.run_dir.glob("attempt.*.log"))) + 1
     log = run.run_dir / f"attempt.{number}.log"
-    with (run.run_dir / "lock").open("w") as lock:
+    with (run.run_dir / "lock").open("a+") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise Busy(f"another process works in {run.run_dir}; wait for it, or end it") from None
+            lock.seek(0)
+            raise Busy(f"process {lock.read() or 'of unknown number'} works in {run.run_dir}") from None
         with log.open("wb") as output:
             popen = subprocess.Popen(
                 command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT,
                 env=os.environ | ENVIRONMENT, pass_fds=(lock.fileno(),),
                 start_new_session=True,  # Ctrl-C reaches this program only, which ends its children itself
             )  # fmt: skip
+        lock.truncate(0)
+        lock.write(str(popen.pid))
     shown = shown_command(command, run.recipe.data.root)
     return Process(run, popen, log, command, shown, provenance.code_version(), time.monotonic())
 
@@ -144,7 +147,7 @@ def stop(processes: list[Process]) -> None:
 def _wait_for_lock(run_dir: Path) -> None:
     """Children of a process that was killed may outlive it for a moment, and hold its lock as long."""
     give_up = time.monotonic() + KILLED
-    with (run_dir / "lock").open("w") as lock:
+    with (run_dir / "lock").open("a") as lock:
         while time.monotonic() < give_up:
             with contextlib.suppress(BlockingIOError):
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -47,6 +47,7 @@ class Runner:
         self._queue = list(plan.waiting)
         self._open = {run.key for run in self._queue}  # neither finished nor failed
         self._running: list[Process] = []
+        self._elsewhere: set[tuple[str, int]] = set()  # a process that an earlier, killed call has left works on them
         self._interrupts = Interrupts()
 
     def run(self) -> Outcome:
@@ -66,8 +67,6 @@ class Runner:
         """One line for each run as it ends."""
         while self._queue or self._running:
             yield from self._start_ready()
-            if not self._running:
-                continue
             time.sleep(self._poll)
             for process in [process for process in self._running if process.popen.poll() is not None]:
                 self._running.remove(process)
@@ -83,8 +82,7 @@ class Runner:
                 self._open.discard(run.key)
                 self.outcome.blocked.append(run.name)
                 yield f"{run.name} is not run: {parent[0]}.seed{parent[1]} failed"
-            elif len(self._running) < self.workers:
-                self._queue.remove(run)
+            elif len(self._running) + len(self._elsewhere - {run.key}) < self.workers:
                 text = self._start(run)
                 if text:
                     yield text
@@ -94,7 +92,7 @@ class Runner:
         return name in self.outcome.failed or name in self.outcome.blocked
 
     def _start(self, run: Run) -> str | None:
-        """None when the process runs, else what went wrong."""
+        """What went wrong; None when the process runs, or when another one has to end first: then the run stays."""
         try:
             start = final_stage(run.parent_dir) if run.parent_dir else None
             if run.parent_dir and start is None:
@@ -102,11 +100,22 @@ class Runner:
             command = self._command(run, self._find_data(run), start)
             with self._interrupts.held():
                 self._running.append(launch.start_process(run, command))
-        except (Busy, TawinError) as error:
+        except Busy as busy:
+            if run.key not in self._elsewhere:
+                log.info("%s waits: %s (kill it to go on from its last checkpoint at once)", run.name, busy)
+            self._elsewhere.add(run.key)
+            return None
+        except TawinError as error:
+            self._leave(run)
             self._open.discard(run.key)
             self.outcome.failed.append(run.name)
             return f"{run.name} cannot start: {error}"
+        self._leave(run)
         return None
+
+    def _leave(self, run: Run) -> None:
+        self._queue.remove(run)
+        self._elsewhere.discard(run.key)
 
     def _end(self, process: Process) -> str:
         run, code = process.run, process.popen.returncode

@@ -8,10 +8,12 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
+from tawin_nemo.log import get_logger
 from tawin_nemo.study import launch, provenance
 from tawin_nemo.study.launch import Busy, data_finder, shown_command, start_process, train_command
 from tawin_nemo.study.plan import make_plan
@@ -45,8 +47,9 @@ def test_each_run_starts_from_the_final_stage_of_its_parent(tmp_path, fake):
 def test_a_failed_run_stops_only_its_dependants(tmp_path, fake, caplog):
     fake.failing = {"b.seed1"}
     study = study_of(tmp_path, arms=CHAIN)
-    with caplog.at_level("INFO", logger="tawin_nemo"):
-        logger_propagates(fake, study, caplog)
+    with caplog.at_level("INFO", logger="tawin_nemo"), caplogged(caplog):
+        outcome = fake.run(study)
+    assert (outcome.failed, outcome.blocked) == (["b.seed1"], ["c.seed1"])
     finished, failed = read_folder(tmp_path / "results" / "probe")
     assert sorted(finished) == [("a", 1), ("a", 2), ("b", 2), ("c", 2), ("d", 1), ("d", 2)]
     (lost,) = failed.values()
@@ -66,18 +69,15 @@ def test_a_failed_run_stops_only_its_dependants(tmp_path, fake, caplog):
     ]  # fmt: skip
 
 
-def logger_propagates(fake, study, caplog) -> None:
+@contextmanager
+def caplogged(caplog):
     """The package's logger has a handler of its own; hand its lines to the test as well."""
-    from tawin_nemo.log import get_logger
-
     root = get_logger("tawin_nemo")
     root.addHandler(caplog.handler)
     try:
-        outcome = fake.run(study)
+        yield
     finally:
         root.removeHandler(caplog.handler)
-    assert outcome.failed == ["b.seed1"]
-    assert outcome.blocked == ["c.seed1"]
 
 
 def test_a_run_that_leaves_no_summary_has_failed(tmp_path, fake):
@@ -128,18 +128,35 @@ def test_no_more_processes_than_workers(tmp_path, fake):
     assert max(seen) == 1  # one beside the one that starts
 
 
-def test_two_programs_never_work_on_the_same_run(tmp_path, fake):
-    plan = make_plan(study_of(tmp_path, arms={"a": {}, "b": {}}, seeds=[1]))
-    busy = start_process(plan.runs[0], ["sleep", "30"])
-    try:
-        with pytest.raises(Busy, match=r"a\.seed1; wait for it"):
-            start_process(plan.runs[0], ["true"])
+def test_a_run_that_another_process_works_on_is_waited_for(tmp_path, fake, caplog):
+    """A study that was killed leaves its runs going; the next call neither fails them nor works beside them."""
+    plan = make_plan(study_of(tmp_path, arms={"a": {}, "b": {}, "c": {"after": "a"}}, seeds=[1]))
+    left = start_process(plan.runs[0], ["sleep", "30"])
+    with pytest.raises(Busy, match=rf"process {left.popen.pid} works in .*a\.seed1"):
+        start_process(plan.runs[0], ["true"])
+    ended: list[str] = []
+
+    def end_it_after_b() -> None:
+        wait_for(tmp_path / "results" / "probe" / "b.seed1.json")
+        ended.extend(path.name for path in (tmp_path / "results" / "probe").glob("*"))
+        launch.stop([left])
+
+    timer = threading.Thread(target=end_it_after_b)
+    timer.start()
+    with caplog.at_level("INFO", logger="tawin_nemo"), caplogged(caplog):
         outcome = fake.run(plan.study, plan=plan)
-        assert (outcome.failed, outcome.finished) == (["a.seed1"], ["b.seed1"])
-        assert not plan.runs[0].failed_file.exists()  # it is not known to fail
-    finally:
-        launch.stop([busy])
-    assert fake.run(plan.study).finished == ["a.seed1"]  # the lock went with the process
+    timer.join()
+    assert ended == ["b.seed1.json"]  # the other worker went on
+    assert (outcome.finished, outcome.failed, outcome.blocked) == (["b.seed1", "a.seed1", "c.seed1"], [], [])
+    assert caplog.text.count(f"a.seed1 waits: process {left.popen.pid} works in") == 1
+
+
+def test_with_one_worker_nothing_runs_beside_a_process_that_was_left(tmp_path, fake):
+    plan = make_plan(study_of(tmp_path, arms={"a": {}, "b": {}}, seeds=[1]))
+    left = start_process(plan.runs[0], ["sleep", "0.5"])
+    outcome = fake.run(plan.study, plan=plan, workers=1)
+    assert left.popen.poll() == 0
+    assert outcome.finished == ["a.seed1", "b.seed1"]
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
