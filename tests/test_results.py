@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.benchmarks import summary
+from tests.benchmarks import shared_ids, summary
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 FILES = sorted((RECIPES / "results").glob("*.json"))
@@ -65,3 +65,9 @@ def test_a_gpu_file_is_complete_and_was_measured(path):
     assert run["dry_run"] is False
     assert run["machine"]["gpus"]
     assert all(part["status"] in ("passed", "failed", "skipped") for part in run["parts"].values())
+
+
+def test_the_rows_of_shared_ids_are_quoted_as_the_run_files_give_them():
+    text = (RECIPES / "RESULTS.md").read_text(encoding="utf-8")
+    for line in shared_ids.lines():
+        assert line in text, "paste what `python -m tests.benchmarks.shared_ids` prints"
