@@ -24,6 +24,7 @@ from tawin_nemo.semantic_ids.codebooks import mean_codebooks
 from tawin_nemo.semantic_ids.coder import WITH_NETWORK, ItemCoder, fit, settle
 from tawin_nemo.semantic_ids.collisions import listed
 from tawin_nemo.semantic_ids.index_files import read_index, write_index, write_info
+from tawin_nemo.semantic_ids.kmeans import refuse_few_items
 from tawin_nemo.semantic_ids.measure import IndexReport, measure, words_of_texts
 from tawin_nemo.semantic_ids.plot import draw
 
@@ -44,6 +45,8 @@ def tokenize(recipe: Recipe, root: Path) -> dict[str, Any]:
     if earlier:
         cfg = earlier.settings(cfg)
     seed = earlier.seed if earlier else recipe.seed
+    if not (earlier or cfg.given or cfg.method == "random"):
+        refuse_few_items(len(dataset.items.titles), cfg.codes)  # before the texts are embedded, which may take hours
     texts = item_texts(dataset.items.titles, dataset.items.descriptions, cfg.text.fields)
     embeddings = embed(texts, cfg.text, vectors, seed=seed, like=earlier.folder if earlier else None)
     request = _request(cfg, seed, dataset, embeddings.manifest, earlier, root)

@@ -136,7 +136,7 @@ def balanced_residual_kmeans(
 
     The codes are the balanced ones, not always the nearest. Raises as ``residual_kmeans``.
     """
-    refuse_few_items(x_ID, codes)
+    refuse_few_items(len(x_ID), codes)
     spread = spread_of(x_ID)
     rest = np.array(x_ID, dtype=np.float32)
     centres_LKD, codes_LI = [], []

@@ -39,7 +39,7 @@ def residual_kmeans(
 
     Raises DataError for fewer items than codes, or a level that has fewer different residuals than codes.
     """
-    refuse_few_items(x_ID, codes)
+    refuse_few_items(len(x_ID), codes)
     spread = spread_of(x_ID)
     rest = np.array(x_ID, dtype=np.float32)
     centres_LKD, codes_LI = [], []
@@ -58,11 +58,11 @@ def spread_of(x_ID: np.ndarray) -> float:
     return float(np.sqrt(x_ID.var(axis=0, dtype=np.float64).sum()))
 
 
-def refuse_few_items(x_ID: np.ndarray, codes: int) -> None:
-    if len(x_ID) < codes:
+def refuse_few_items(items: int, codes: int) -> None:
+    if items < codes:
         raise DataError(
-            f"{len(x_ID)} items cannot fill semantic_ids.codes={codes} codes of one level; "
-            f"set semantic_ids.codes to {len(x_ID)} or less"
+            f"{items} items cannot fill semantic_ids.codes={codes} codes of one level; "
+            f"set semantic_ids.codes to {items} or less"
         )
 
 
@@ -70,14 +70,17 @@ def refuse_few_different(rest_ID: np.ndarray, codes: int, level: int, spread: fl
     """A level with fewer different rows than codes would leave codes without a meaning."""
     # a random direction tells different rows apart (almost surely) at the cost of one product
     direction_D = np.random.default_rng(0).normal(size=rest_ID.shape[1])
-    place_I = np.round((rest_ID @ direction_D) / max(spread * SAME, np.finfo(np.float64).tiny))
+    places_I = rest_ID @ direction_D
+    place_I = np.round(places_I / (spread * SAME)) if spread > np.finfo(np.float32).tiny else np.zeros(len(rest_ID))
     different, first_I, count_I = np.unique(place_I, return_index=True, return_counts=True)
     if len(different) >= codes:
         return
     most = int(count_I.argmax())
     alike = np.flatnonzero(place_I == place_I[first_I[most]])[:5].tolist()
+    remedies = [f"set semantic_ids.codes to {len(different)} or less"] if len(different) > 1 else []
+    remedies += [f"set semantic_ids.levels to {level}"] if level > 1 else []
+    remedies += ["give the items different texts"]
     raise DataError(
         f"level {level + 1} has {len(different)} different vectors for semantic_ids.codes={codes} codes (equal there: "
-        f"items {', '.join(map(str, alike))}{' ...' if count_I[most] > 5 else ''}); set semantic_ids.codes to "
-        f"{len(different)} or less, fewer semantic_ids.levels, or give the items different texts"
+        f"items {', '.join(map(str, alike))}{' ...' if count_I[most] > 5 else ''}); {', or '.join(remedies)}"
     )

@@ -50,7 +50,7 @@ def train_quantiser(
     settings goes on from it with the same result as one that was never stopped. Raises DataError for fewer items, or
     fewer different ones, than codes.
     """
-    refuse_few_items(x_ID, plan.codes)
+    refuse_few_items(len(x_ID), plan.codes)
     refuse_few_different(x_ID, plan.codes, 0, spread_of(x_ID))
     run = _Training(x_ID, cfg, plan)
     begin = run.restore(checkpoint) if checkpoint else 0
