@@ -224,8 +224,13 @@ def main() -> None:
     words = [*budget, "trainer.threads=1", f"seed={given.seed}", *given.keys]
     result = compare(work, new_I, words, RECIPE)
     print(table(result["rows"]), file=sys.stderr)
+    options_given = [
+        f"--{name} {getattr(given, name)}"
+        for name in ("share", "seed")
+        if getattr(given, name) != options.get_default(name)
+    ]
     result |= {
-        "command": " ".join(["python -m tests.benchmarks.new_items", *given.keys]),
+        "command": " ".join(["python -m tests.benchmarks.new_items", *options_given, *given.keys]),
         "settings": {"share": given.share, "seed": given.seed, "sft": budget,
                      "semantic_ids": asdict(load_recipe(RECIPE, words).semantic_ids)},
         "commit": code_version(),
