@@ -71,3 +71,14 @@ def test_the_rows_of_shared_ids_are_quoted_as_the_run_files_give_them():
     text = (RECIPES / "RESULTS.md").read_text(encoding="utf-8")
     for line in shared_ids.lines():
         assert line in text, "paste what `python -m tests.benchmarks.shared_ids` prints"
+
+
+def test_the_alignment_run_is_quoted_as_it_was_measured():
+    result = json.loads((RECIPES / "results" / "semantic_ids" / "alignment.json").read_text(encoding="utf-8"))
+    lines = (RECIPES / "RESULTS.md").read_text(encoding="utf-8").splitlines()
+    assert any(result["command"] in line for line in lines)
+    for task, exact in result["tasks"].items():
+        (line,) = [line for line in lines if line.startswith(f"| `{task}` |")]
+        losses = [f"{result['valid'][f'valid/loss/{task}'][place][1]:.2f}" for place in (0, 1, -1)]
+        shares = [f"{part['exact']:.4f}".lstrip("0") for part in (exact["held_out"], exact["trained"])]
+        assert re.findall(r"\d*\.\d+", line) == [*losses, *shares]
