@@ -70,8 +70,8 @@ def refuse_few_different(rest_ID: np.ndarray, codes: int, level: int, spread: fl
     """A level with fewer different rows than codes would leave codes without a meaning."""
     # a random direction tells different rows apart (almost surely) at the cost of one product
     direction_D = np.random.default_rng(0).normal(size=rest_ID.shape[1])
-    places_I = rest_ID @ direction_D
-    place_I = np.round(places_I / (spread * SAME)) if spread > np.finfo(np.float32).tiny else np.zeros(len(rest_ID))
+    along_I = rest_ID @ direction_D
+    place_I = np.round(along_I / (spread * SAME)) if spread > np.finfo(np.float32).tiny else np.zeros(len(rest_ID))
     different, first_I, count_I = np.unique(place_I, return_index=True, return_counts=True)
     if len(different) >= codes:
         return

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
@@ -18,6 +18,8 @@ from tawin_nemo.study.record import FailedRun, RunRecord, SplitResult, read_fold
 
 #: The rows of both splits, for claims on which nothing was selected.
 POOLED = "valid+test"
+#: How hits on shared paths count: ``SplitResult.values`` or ``SplitResult.matches``.
+Count = Callable[[SplitResult, str], np.ndarray]
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,7 +86,7 @@ class Results:
             if all(part in record.splits for part in parts)
         }
 
-    def values(self, name: str, split: str, metric: str) -> Values | None:
+    def values(self, name: str, split: str, metric: str, count: Count = SplitResult.values) -> Values | None:
         """None when no run of the arm was evaluated on the split. Raises DataError when its seeds differ in rows."""
         found = self.evaluated(name, split)
         if not found:
@@ -92,19 +94,16 @@ class Results:
         rows = {tuple(part.rows_sha256 for part in parts) for parts in found.values()}
         if len(rows) > 1:
             raise DataError(f"the seeds of {name} were evaluated on different {split} rows; delete the odd run files")
-        values = [np.concatenate([part.values(metric) for part in parts]) for parts in found.values()]
+        values = [np.concatenate([count(part, metric) for part in parts]) for parts in found.values()]
         return Values(tuple(found), np.stack(values))
 
-    def mean(self, name: str, split: str, metric: str) -> Interval | None:
-        values = self.values(name, split, metric)
+    def mean(self, name: str, split: str, metric: str, count: Count = SplitResult.values) -> Interval | None:
+        values = self.values(name, split, metric, count)
         return hierarchical_interval(values.values_SB) if values else None
 
-    def full_credit(self, name: str, split: str, metric: str) -> Interval | None:
-        """The mean when shared paths count in full; None when no target of the arm shares its path."""
-        found = list(self.evaluated(name, split).values())
-        if not any(part.shares_credit for parts in found for part in parts):
-            return None
-        return hierarchical_interval(np.stack([np.concatenate([part.matches(metric) for part in p]) for p in found]))
+    def shares_credit(self, name: str, split: str) -> bool:
+        """Whether some hit of the arm is worth less than 1, so that counting in full makes a difference."""
+        return any(part.shares_credit for parts in self.evaluated(name, split).values() for part in parts)
 
     def fact(self, name: str, split: str, fact: str) -> float | None:
         """Mean over seeds of another number of the evaluation files; None on the pooled split."""

@@ -112,13 +112,13 @@ def start_process(run: Run, command: list[str]) -> Process:
         except BlockingIOError:
             lock.seek(0)
             raise Busy(f"process {lock.read() or 'of unknown number'} works in {run.run_dir}") from None
+        lock.truncate(0)  # what stands there names the attempt before
         with log.open("wb") as output:
             popen = subprocess.Popen(
                 command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT,
                 env=os.environ | ENVIRONMENT, pass_fds=(lock.fileno(),),
                 start_new_session=True,  # Ctrl-C reaches this program only, which ends its children itself
             )  # fmt: skip
-        lock.truncate(0)
         lock.write(str(popen.pid))
     shown = shown_command(command, run.recipe.data.root)
     return Process(run, popen, log, command, shown, provenance.code_version(), time.monotonic())

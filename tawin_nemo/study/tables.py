@@ -20,6 +20,7 @@ from tawin_nemo.study.analysis import (
     stray,
     sweep_lines,
 )
+from tawin_nemo.study.record import SplitResult
 
 HOW_TO_READ = """\
 A mean is over seeds and users; brackets hold its 95 % interval when seeds and users are resampled (10,000 times, the
@@ -79,8 +80,8 @@ def arms_table(results: Results, split: str) -> str:
         minutes = f"{sum(seconds) / len(seconds) / 60:.1f}" if seconds else "–"
         cells = [_mean(mean) for mean in means] + ["–" if fact is None else f"{fact:.4g}" for fact in others]
         rows.append([f"`{arm.name}`", _seeds(results, arm.name, len(arm.seeds), len(runs)), *cells, minutes])
-        full = [results.full_credit(arm.name, split, metric) for metric in file.metrics]
-        if any(full):
+        if results.shares_credit(arm.name, split):
+            full = [results.mean(arm.name, split, metric, SplitResult.matches) for metric in file.metrics]
             rows.append([f"`{arm.name}`, shared IDs in full", "", *map(_mean, full), *[""] * len(facts), ""])
     return _table(head, rows)
 

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from tawin_nemo.eval.paired import hierarchical_interval, paired_test
-from tawin_nemo.study.record import RunRecord, SplitResult, read_folder
-from tawin_nemo.study.tables import plain, signed
+from tawin_nemo.eval.paired import paired_test
+from tawin_nemo.study.record import RunRecord, read_folder
+from tawin_nemo.study.tables import plain, short, signed
 from tests.benchmarks.harness import REPOSITORY
 
 FOLDER = REPOSITORY / "recipes" / "results" / "indexes"
@@ -19,35 +19,31 @@ ARMS = ("ours", "published", "minionerec", "random")
 METRICS = ("recall@1", "recall@3")
 
 
-def tests_of(records: dict[tuple[str, int], RunRecord], arm: str) -> list[SplitResult]:
-    return [record.splits["test"] for (name, _), record in sorted(records.items()) if name == arm]
+def hits_of(records: dict[tuple[str, int], RunRecord], arm: str, metric: str) -> np.ndarray:
+    """[seeds, rows]"""
+    return np.stack([one.splits["test"].matches(metric) for (name, _), one in sorted(records.items()) if name == arm])
 
 
-def cells(ours_SB: np.ndarray, arm_SB: np.ndarray, shared_B: np.ndarray) -> list[str]:
+def cells(arm_SB: np.ndarray, ours_SB: np.ndarray, shared_B: np.ndarray) -> list[str]:
     """Share of the hits that lie on shared rows, mean on the others, and the arm minus ours there."""
-    mean = hierarchical_interval(arm_SB[:, ~shared_B])
-    test = paired_test(arm_SB[:, ~shared_B], ours_SB[:, ~shared_B]).difference
-    text = f"{signed(test.mean)} [{signed(test.low)}, {signed(test.high)}]" if arm_SB is not ours_SB else ""
     share = arm_SB[:, shared_B].sum() / arm_SB.sum()
-    return [f"{share:.0%}", plain(mean.mean), f"**{text}**" if text and test.excludes_zero else text]
+    test = paired_test(arm_SB[:, ~shared_B], ours_SB[:, ~shared_B]).difference
+    text = f"{signed(test.mean)} [{signed(test.low)}, {signed(test.high)}]"
+    return [f"{share:.0%}", plain(arm_SB[:, ~shared_B].mean()), f"**{text}**" if test.excludes_zero else text]
 
 
 def lines() -> list[str]:
     records, _ = read_folder(FOLDER)
-    shared_B = tests_of(records, "minionerec")[0].sharing_B
-    if shared_B is None:
-        raise ValueError(f"no target of {FOLDER}/minionerec.*.json shares its ID")
-    shared_B = shared_B > 1
-    head = [f"R@{metric[-1]}: {text}" for metric in METRICS for text in ("hits there", "other rows", "minus ours")]
+    sharing_B = records["minionerec", 1].splits["test"].sharing_B
+    if sharing_B is None:
+        raise ValueError(f"no target of {FOLDER}/minionerec.seed1.json shares its ID")
+    shared_B = sharing_B > 1
+    head = [f"{short(metric)}: {text}" for metric in METRICS for text in ("hits there", "other rows", "minus ours")]
     rows = [["index", *head], ["---"] * (1 + len(head))]
+    ours = {metric: hits_of(records, "ours", metric) for metric in METRICS}
     for arm in ARMS:
-        row = [f"`{arm}`"]
-        for metric in METRICS:
-            ours_SB, arm_SB = (
-                np.stack([one.matches(metric) for one in tests_of(records, name)]) for name in ("ours", arm)
-            )
-            row += cells(arm_SB if arm == "ours" else ours_SB, arm_SB, shared_B)
-        rows.append(row)
+        found = [cells(hits_of(records, arm, metric), ours[metric], shared_B) for metric in METRICS]
+        rows.append([f"`{arm}`", *(cell for three in found for cell in (three if arm != "ours" else [*three[:2], ""]))])
     title = f"{shared_B.sum()} of {len(shared_B):,} test rows have a target that shares its ID in MiniOneRec's index."
     return [title, *(f"| {' | '.join(row)} |" for row in rows)]
 

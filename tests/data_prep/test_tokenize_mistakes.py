@@ -107,6 +107,8 @@ def test_fewer_items_than_codes(tmp_path: Path, capsys: pytest.CaptureFixture[st
     words = ["tokenize", *SMALL, f"data.root={shop(tmp_path / 'data')}", f"run_dir={tmp_path / 'run'}"]
     named = "40 items cannot fill semantic_ids.codes=41" if method != "random" else "40 items, but semantic_ids.codes=6"
     assert named in refused(capsys, *words, f"semantic_ids.method={method}", *size)
+    if method != "random":  # refused before any text was embedded
+        assert not list((tmp_path / "run").glob("semantic_ids*"))
 
 
 # -- an index of another catalogue -----------------------------------------------------------------------------------

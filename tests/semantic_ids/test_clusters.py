@@ -108,6 +108,7 @@ def test_equal_seeds_give_equal_codes_and_others_do_not() -> None:
     assert not np.array_equal(first, residual_kmeans(x_ID, **(SMALL | {"seed": 9}))[1])
 
 
+@pytest.mark.filterwarnings("error::RuntimeWarning")
 @pytest.mark.parametrize("method", [residual_kmeans, balanced_residual_kmeans])
 def test_too_few_items_or_different_ones_are_named(method) -> None:
     with pytest.raises(DataError, match=r"5 items cannot fill semantic_ids\.codes=8"):
