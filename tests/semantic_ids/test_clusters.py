@@ -117,3 +117,5 @@ def test_too_few_items_or_different_ones_are_named(method) -> None:
     alike[3:37] = alike[3]
     with pytest.raises(DataError, match=r"level 1 has 7 different vectors .*items 3, 4, 5, 6, 7 \.\.\."):
         method(alike, **SMALL)
+    with pytest.raises(DataError, match=r"level 1 has 1 different .*\.\.\.\); give the items different texts$"):
+        method(np.ones((40, 4), np.float32), **SMALL)  # no remedy by codes or levels, and no division by zero
