@@ -10,11 +10,11 @@ import numpy as np
 import polars as pl
 import pyarrow as pa
 
-from data_prep.leaks import LeakReport, leak_check
-from tawin_nemo.artefacts import atomic_directory, sha256, write_json
 from tawin_nemo.data.interactions import FORMAT, ITEMS_FILE, MANIFEST, Split
-from tawin_nemo.errors import DataError
+from tawin_nemo.data_prep.leaks import LeakReport, leak_check
 from tawin_nemo.types import HISTORY, SPLITS, TARGET, TIME, USER
+from tawin_nemo.util.errors import DataError
+from tawin_nemo.util.files import atomic_directory, sha256, write_json
 
 STATISTICS = "statistics.md"
 

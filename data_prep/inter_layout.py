@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 import polars as pl
 
-from data_prep.dataset import Prepared, Step
 from tawin_nemo.data.interactions import BRAND, CATEGORY, DESCRIPTION, Split
-from tawin_nemo.errors import DataError
+from tawin_nemo.data_prep.dataset import Prepared, Step
 from tawin_nemo.types import EXTERNAL_ID, HISTORY, ITEM, SPLITS, TARGET, TITLE, USER, TokenRows
+from tawin_nemo.util.errors import DataError
 
 HEADER = {"user_id:token": USER, "item_id_list:token_seq": HISTORY, "item_id:token": TARGET}
 

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from tawin_nemo.data.interactions import Split
-from tawin_nemo.errors import DataError
 from tawin_nemo.types import SPLITS, TokenRows
+from tawin_nemo.util.errors import DataError
 
 
 @dataclass(frozen=True)

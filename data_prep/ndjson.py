@@ -20,8 +20,8 @@ from typing import Any, BinaryIO, Literal
 import polars as pl
 from tqdm import tqdm
 
-from tawin_nemo.errors import DataError
-from tawin_nemo.log import rank, say
+from tawin_nemo.util.errors import DataError
+from tawin_nemo.util.log import rank, say
 
 CHUNK_BYTES = 16 << 20
 #: Line numbers that are kept per kind of problem.

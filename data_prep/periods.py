@@ -7,7 +7,7 @@ import re
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
-from tawin_nemo.errors import ConfigError
+from tawin_nemo.util.errors import ConfigError
 
 #: Name in a file name -> first and last month, inclusive (arXiv 2604.22504, Appendix G.1).
 PUBLISHED = {

@@ -8,13 +8,13 @@ from typing import Any
 import numpy as np
 import polars as pl
 
-from data_prep.dataset import Prepared, Step
-from data_prep.kcore import k_core
-from data_prep.raw import ITEM_TEXTS, RawData
-from data_prep.titles import title_faults
-from data_prep.windows import sliding_windows, split_by_time
-from tawin_nemo.errors import DataError
+from tawin_nemo.data_prep.dataset import Prepared, Step
+from tawin_nemo.data_prep.kcore import k_core
+from tawin_nemo.data_prep.raw import ITEM_TEXTS, RawData
+from tawin_nemo.data_prep.titles import title_faults
+from tawin_nemo.data_prep.windows import sliding_windows, split_by_time
 from tawin_nemo.types import EXTERNAL_ID, ITEM, SPLITS, TIME, TITLE, USER
+from tawin_nemo.util.errors import DataError
 
 
 def build(raw: RawData, *, k: int, max_title_words: int, max_history: int) -> Prepared:

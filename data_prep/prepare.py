@@ -1,4 +1,4 @@
-"""Prepare a data set: ``python -m data_prep.prepare --help``, or ``prepare()`` from other programs."""
+"""Prepare a data set: ``python -m tawin_nemo.data_prep.prepare --help``, or ``prepare()`` from other programs."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
-from data_prep import amazon, inter_layout, synthetic, yelp
-from data_prep.dataset import STATISTICS, Prepared, write_dataset
-from data_prep.periods import PUBLISHED, Period, period
-from data_prep.pipeline import build
-from tawin_nemo.artefacts import sha256
-from tawin_nemo.config import DataConfig, PrepareConfig
+from tawin_nemo.config.schema import DataConfig, PrepareConfig
 from tawin_nemo.data.interactions import MANIFEST, read_manifest, verify_files
-from tawin_nemo.errors import DataError, UserError
-from tawin_nemo.log import say
+from tawin_nemo.data_prep import amazon, inter_layout, synthetic, yelp
+from tawin_nemo.data_prep.dataset import STATISTICS, Prepared, write_dataset
+from tawin_nemo.data_prep.periods import PUBLISHED, Period, period
+from tawin_nemo.data_prep.pipeline import build
+from tawin_nemo.util.errors import DataError, UserError
+from tawin_nemo.util.files import sha256
+from tawin_nemo.util.log import say
 
 SOURCES = ("synthetic", "amazon", "yelp", "inter")
 
@@ -176,7 +176,7 @@ def _read_synthetic(prepare: PrepareConfig, window: Period, limits: dict[str, in
 
 def main(arguments: list[str] | None = None) -> int:
     """Command line; 2 on a UserError, with its message on stderr."""
-    parser = argparse.ArgumentParser(prog="python -m data_prep.prepare", description="Prepare a data set.")
+    parser = argparse.ArgumentParser(prog="python -m tawin_nemo.data_prep.prepare", description="Prepare a data set.")
     parser.add_argument("--source", default="auto", choices=("auto", *SOURCES), help="what lies in --root")
     parser.add_argument("--root", type=Path, default=Path("."), help="folder with the raw files")
     parser.add_argument("--out", type=Path, required=True, help="folder to write")

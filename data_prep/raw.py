@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 import polars as pl
 
-from data_prep.ndjson import Problems
-from data_prep.periods import Period
 from tawin_nemo.data.interactions import BRAND, CATEGORY, DESCRIPTION
+from tawin_nemo.data_prep.ndjson import Problems
+from tawin_nemo.data_prep.periods import Period
 from tawin_nemo.types import EXTERNAL_ID, ITEM, TIME, TITLE, USER
 
 ITEM_TEXTS = (TITLE, DESCRIPTION, BRAND, CATEGORY)

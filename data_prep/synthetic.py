@@ -11,8 +11,8 @@ from pathlib import Path
 
 import numpy as np
 
-from data_prep.synthetic_catalogue import SUCCESSORS, Catalogue, make_catalogue
-from data_prep.synthetic_raw import write_metadata, write_reviews
+from tawin_nemo.data_prep.synthetic_catalogue import SUCCESSORS, Catalogue, make_catalogue
+from tawin_nemo.data_prep.synthetic_raw import write_metadata, write_reviews
 
 #: Probability that the next item is a successor of the current one, and that it is drawn near the user's taste.
 P_SUCCESSOR, P_TASTE = 0.64, 0.22

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import polars as pl
 
-from data_prep.synthetic_catalogue import Catalogue
-from tawin_nemo.artefacts import atomic_path
+from tawin_nemo.data_prep.synthetic_catalogue import Catalogue
+from tawin_nemo.util.files import atomic_path
 
 #: Shares of the items whose metadata is spoiled in one way each; the last four make the item unusable.
 ITEM_DIRT = {"html": 0.02, "copied": 0.005, "empty": 0.004, "script": 0.003, "long": 0.003, "absent": 0.003}

@@ -14,10 +14,11 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from tawin_nemo.errors import REFUSED, ConfigError, TawinError
+from tawin_nemo.util.errors import REFUSED, ConfigError, TawinError
 
 EXAMPLES = """\
 examples:
@@ -88,7 +89,7 @@ def _answering(verb: str) -> contextlib.AbstractContextManager[None]:
     """A training run answers SIGTERM and SIGUSR1 from its first moment."""
     if verb not in ("train", "retrain"):
         return contextlib.nullcontext()
-    from tawin_nemo.train import signals
+    from tawin_nemo.run import signals
 
     return signals.leaving()
 
@@ -114,11 +115,11 @@ def _parser(words: Sequence[str] = ()) -> argparse.ArgumentParser:
 def _epilog(words: Sequence[str]) -> str:
     """The help of one verb where it has its own, else examples of all."""
     if "study" in words:
-        from tawin_nemo.study.help import HELP as STUDY_HELP
+        from tawin_nemo.tools.study.help import HELP as STUDY_HELP
 
         return STUDY_HELP
     if "plan" in words and {"-h", "--help"} & set(words):
-        from tawin_nemo.planner.verb import HELP as PLAN_HELP
+        from tawin_nemo.tools.plan.verb import HELP as PLAN_HELP
 
         return PLAN_HELP
     return EXAMPLES
@@ -140,30 +141,31 @@ def _dispatch(arguments: argparse.Namespace, argv: list[str]) -> int:
         return doctor(arguments)
     if arguments.verb == "plan":
         return plan(arguments)
-    from tawin_nemo.recipe import load_recipe
+    from tawin_nemo.config.load import load_recipe
 
     recipe = load_recipe(arguments.recipe or recipe_of_checkpoint(arguments.overrides), arguments.overrides)
     if arguments.verb == "prepare":
         result: dict[str, Any] = {"prepared": str(prepared_root(recipe))}
     elif arguments.verb == "tokenize":
-        from data_prep.semantic_ids import tokenize
+        from tawin_nemo.commands.tokenize import tokenize
 
         result = tokenize(recipe, prepared_root(recipe))
     else:
         if recipe.trainer.devices > 1 and not _launched():
-            from tawin_nemo.train.launcher import launch
+            from tawin_nemo.run.launcher import launch
 
             return launch(recipe.trainer.devices, argv, results=[REFUSED] if arguments.verb == "retrain" else [])
-        from tawin_nemo.train import launcher, verbs
+        from tawin_nemo.commands.session import run
+        from tawin_nemo.run.launcher import end_with_launcher
 
-        launcher.end_with_launcher()
+        end_with_launcher()
         if arguments.verb == "retrain":
             return retrain(recipe)
-        verb: Callable[..., dict[str, Any]] = (
-            serve_verb() if arguments.verb == "serve" else getattr(verbs, arguments.verb)
+        verb: Callable[..., dict[str, Any]] = getattr(
+            import_module(f"tawin_nemo.commands.{arguments.verb}"), arguments.verb
         )
         options = {"dry_run": arguments.dry_run} if arguments.verb == "train" else {}
-        result = verbs.run(recipe, verb, prepared_root, **options)
+        result = run(recipe, verb, prepared_root, **options)
     if int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))) == 0:
         print(json.dumps(result), flush=True)
     return 0
@@ -171,7 +173,7 @@ def _dispatch(arguments: argparse.Namespace, argv: list[str]) -> int:
 
 def simulate(arguments: argparse.Namespace) -> int:
     """The one verb without data, model or recipe."""
-    from tawin_nemo.eval.simulate import run
+    from tawin_nemo.tools.simulate.simulate import run
 
     if arguments.recipe:
         raise ConfigError(f"--recipe {arguments.recipe}: simulate takes no recipe, only trials=, seed= and output=")
@@ -181,11 +183,11 @@ def simulate(arguments: argparse.Namespace) -> int:
 
 def plan(arguments: argparse.Namespace) -> int:
     """What a recipe needs on a cluster; no torch, no GPU."""
-    from tawin_nemo.planner.table import plan_facts, plan_table
-    from tawin_nemo.planner.verb import plan_recipe
+    from tawin_nemo.tools.plan.table import plan_facts, plan_table
+    from tawin_nemo.tools.plan.verb import plan_recipe
 
     def read_shape(folder: Path) -> Any:
-        from tawin_nemo.models.megatron.hf_config import backbone_from_hf
+        from tawin_nemo.models.megatron.hf.config import backbone_from_hf
 
         return backbone_from_hf(folder)
 
@@ -198,7 +200,7 @@ def plan(arguments: argparse.Namespace) -> int:
 
 def retrain(recipe: Any) -> int:
     """A night; exit code 3 when its model was refused."""
-    from tawin_nemo.retrain.verb import run_retrain
+    from tawin_nemo.tools.retrain.verb import run_retrain
 
     result, code = run_retrain(recipe, prepared_root)
     if int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))) == 0:
@@ -206,16 +208,9 @@ def retrain(recipe: Any) -> int:
     return code
 
 
-def serve_verb() -> Callable[..., dict[str, Any]]:
-    """Imported only by those who serve."""
-    from tawin_nemo.serve.verb import serve
-
-    return serve
-
-
 def study(arguments: argparse.Namespace) -> int:
     """Many runs of `train`; exit code 1 when one of them failed."""
-    from tawin_nemo.study.verb import run_study
+    from tawin_nemo.tools.study.verb import run_study
 
     result, code = run_study(arguments.recipe, arguments.overrides, find_data=prepared_root, dry_run=arguments.dry_run)
     print(json.dumps(result), flush=True)
@@ -224,7 +219,7 @@ def study(arguments: argparse.Namespace) -> int:
 
 def doctor(arguments: argparse.Namespace) -> int:
     """Checks of this machine; exit code 2 when one fails."""
-    from tawin_nemo.doctor.verb import run_doctor
+    from tawin_nemo.tools.doctor.verb import run_doctor
 
     result, code = run_doctor(
         arguments.recipe, arguments.overrides, kind_of_data=kind_of_data, launched=_launched(), quick=arguments.quick
@@ -236,7 +231,7 @@ def doctor(arguments: argparse.Namespace) -> int:
 
 def kind_of_data(root: Path) -> str:
     """What lies in a data folder: prepared, inter, amazon or yelp. Raises DataError."""
-    from data_prep.prepare import detect
+    from tawin_nemo.data_prep.prepare import detect
 
     return detect(root)
 
@@ -250,7 +245,7 @@ def recipe_of_checkpoint(overrides: Sequence[str]) -> Path | None:
 
 def prepared_root(recipe: Any) -> Path:
     """The prepared dataset that a recipe means; raw data is prepared into RUN_DIR/data first."""
-    from data_prep.prepare import detect, prepare
+    from tawin_nemo.data_prep.prepare import detect, prepare
 
     source = recipe.data.dataset
     if not recipe.data.root and source != "synthetic":
@@ -273,8 +268,8 @@ def _launched() -> bool:
 
 def print_keys(prefix: str) -> None:
     """Every recipe key that starts with ``prefix``: default, limits, meaning."""
-    from tawin_nemo.config import Recipe
-    from tawin_nemo.recipe import leaf_fields, value_of
+    from tawin_nemo.config.load import leaf_fields, value_of
+    from tawin_nemo.config.schema import Recipe
 
     defaults = Recipe()
     for key, item in leaf_fields(Recipe):

@@ -43,8 +43,26 @@ def qwen_tokenizer(shared_data: Path) -> Path:
     return _folder(shared_data, "qwen_tokenizer")
 
 
+@pytest.fixture(scope="session")
+def small_dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A generated data set that tests of whole runs share."""
+    from tests.train.runs import prepare_dataset
+
+    return prepare_dataset(tmp_path_factory.mktemp("dataset"))
+
+
+@pytest.fixture(scope="session")
+def finished_run(small_dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One process, never interrupted; its recipe is ``tests.train.runs.SMALL``."""
+    from tests.train.runs import SMALL, run
+
+    directory = tmp_path_factory.mktemp("finished_run")
+    run(*SMALL, f"data.root={small_dataset}", f"run_dir={directory}")
+    return directory
+
+
 #: Folders whose tests start processes. They go first, so that no worker is left alone with one of them at the end.
-SLOW_FOLDERS = ("train", "distributed", "serve")
+SLOW_FOLDERS = ("train", "run", "placement", "baselines", "distributed", "serve")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -4,8 +4,8 @@ imports.
 One such server per pytest worker (Python's own ``forkserver``), started at the first use; it imports and does nothing
 else, so that no thread, process group or random generator is handed on. Every process is one of its own otherwise: with
 its environment, working directory, standard streams, exit code, and open to signals. What must be true of a start from
-nothing (imports, entry points, the launcher) is tested without this, in tests/test_cli.py, tests/train/test_launcher.py
-and wherever ``subprocess`` is used.
+nothing (imports, entry points, the launcher) is tested without this, in tests/commands/test_cli.py,
+tests/run/test_launcher.py and wherever ``subprocess`` is used.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def _child(
         os.dup2(os.open(path, flags, 0o644), stream)
     for text in (sys.stdout, sys.stderr):
         text.reconfigure(line_buffering=True)
-    from tawin_nemo import failpoints
+    from tawin_nemo.util import failpoints
 
     failpoints.arm(environment.get(failpoints.VARIABLE, ""))  # read at import where there is one
     sys.exit(main(words))

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from tawin_nemo.config.load import differences, load_recipe, to_yaml
 from tawin_nemo.data.tasks import active_tasks
-from tawin_nemo.planner.verb import plan_recipe
-from tawin_nemo.recipe import differences, load_recipe, to_yaml
+from tawin_nemo.tools.plan.verb import plan_recipe
 from tests.train.runs import run
 
 RECIPES = sorted((Path(__file__).parents[1] / "recipes").glob("*.yaml"))
@@ -57,7 +57,7 @@ def test_two_steps(path, tmp_path, request):
         ]
         if active_tasks(recipe.align):
             overrides.append("data.tokenizer=bpe")  # random weights know no words
-    if recipe.rollout.placement == "server":  # with servers: tests/train/test_servers.py
+    if recipe.rollout.placement == "server":  # with servers: tests/placement/test_servers.py
         overrides += ["rollout.placement=colocated", "rollout.servers=[]"]
     summary = run("--recipe", str(path), *overrides)
     assert summary["invalid_rate"] == 0.0

@@ -11,9 +11,9 @@ from tests.benchmarks import shared_ids, summary
 RECIPES = Path(__file__).parents[1] / "recipes"
 FILES = sorted((RECIPES / "results").glob("*.json"))
 BENCHMARKS = [path for path in FILES if path.name.startswith("bench_")]
-#: Its own test makes it again: tests/eval/test_simulate.py.
+#: Its own test makes it again: tests/tools/simulate/test_simulate.py.
 FIGURES = [path for path in FILES if path.name == "figure3.json"]
-#: Their own tests read them (tests/train/test_crash_slice.py, tests/distributed/test_hf_round_trip.py), or make a slice
+#: Their own tests read them (tests/run/test_crash_slice.py, tests/distributed/test_hf_round_trip.py), or make a slice
 #: of them again (tests/serve/test_soak_slice.py).
 MEASURED = [path for path in FILES if path.name in ("crash_matrix.json", "hf_round_trip.json", "serve_soak.json")]
 #: Written by tests/gpu/run.sh.

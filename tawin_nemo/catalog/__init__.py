@@ -1,0 +1,1 @@
+"""Items, their token paths, and the trie over them."""

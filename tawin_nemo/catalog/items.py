@@ -11,8 +11,8 @@ from functools import cached_property
 import numpy as np
 
 from tawin_nemo.catalog.trie import TokenTrie
-from tawin_nemo.errors import CatalogError
 from tawin_nemo.types import TokenRows
+from tawin_nemo.util.errors import CatalogError
 
 
 @dataclass(frozen=True, eq=False)

@@ -8,7 +8,7 @@ from pathlib import Path
 from statistics import median_low
 from typing import Any
 
-from tawin_nemo.errors import CatalogError, ConfigError
+from tawin_nemo.util.errors import CatalogError, ConfigError
 
 
 def find_codes(root: Path, index: str, *, key: str = "catalog.index") -> Path:

@@ -12,9 +12,166 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from tawin_nemo.catalog.path_sort import SortedPaths, narrow_index, sort_paths
-from tawin_nemo.errors import CatalogError
 from tawin_nemo.types import TokenRows
+from tawin_nemo.util.errors import CatalogError
+
+# -- Lexicographic order of many token paths, and how many tokens each shares with the one before it.
+# As many columns of tokens as fit are packed into the high bits of a 64-bit word, the row number into the low bits, and
+# the words are sorted: one sort of plain integers (SIMD in numpy), stable, without an index array beside it. Rows that
+# are still alike go another round with their next columns.
+
+#: Numbers below this fit 32 bits; a name so that tests can lower it.
+INT32_LIMIT = 2**31
+WORD_BITS = 64
+
+
+def narrow_index(limit: int) -> type[np.signedinteger]:
+    """The narrowest integer type for indices below ``limit`` that torch can gather with."""
+    return np.int32 if limit <= INT32_LIMIT else np.int64
+
+
+@dataclass(frozen=True)
+class SortedPaths:
+    """I paths as a pool in item order, and their sorted order; equal paths stay in item order."""
+
+    tokens: np.ndarray  # [sum of lengths] int32
+    offsets: np.ndarray  # [I + 1]
+    order_I: np.ndarray  # item at each place of the sorted order
+    length_I: np.ndarray  # by place
+    shared_I: np.ndarray  # by place: leading tokens in common with the place before; 0 at place 0
+    is_first_I: np.ndarray  # by place: the path differs from that of the place before
+
+
+def sort_paths(rows: TokenRows) -> SortedPaths:
+    """Sort non-empty paths of tokens in 0 .. 2^31 - 1."""
+    longest = int(rows.lengths.max())
+    depth_type = np.uint8 if longest < 2**8 else np.int16 if longest < 2**15 else np.int32
+    sorter = _Sorter(
+        rows.flat.astype(np.int32, copy=False),
+        rows.offsets.astype(narrow_index(len(rows.flat) + 1), copy=False),
+        rows.lengths.astype(depth_type),
+    )
+    stack: list[_Alike | None] = [None]
+    while stack:
+        stack.extend(sorter.sort_further(stack.pop()))
+    order_I = sorter.order_I
+    return SortedPaths(
+        sorter.tokens, sorter.offsets, order_I, sorter.length_I[order_I], sorter.shared_I, sorter.is_first_I
+    )
+
+
+@dataclass(frozen=True)
+class _Alike:
+    """A places whose rows share their first ``column`` tokens within a group; groups are runs of neighbours."""
+
+    places_A: np.ndarray
+    rows_A: np.ndarray
+    head_A: np.ndarray  # bool: first of its group
+    column: int
+
+
+class _Sorter:
+    """The arrays that all rounds of one sort share; ``length_I`` by item, the others as in SortedPaths."""
+
+    def __init__(self, tokens: np.ndarray, offsets: np.ndarray, length_I: np.ndarray) -> None:
+        self.tokens, self.offsets, self.length_I = tokens, offsets, length_I
+        self.order_I = np.empty(len(length_I), dtype=narrow_index(len(length_I)))
+        self.shared_I = np.zeros(len(length_I), dtype=length_I.dtype)
+        self.is_first_I = np.ones(len(length_I), dtype=bool)
+
+    def sort_further(self, alike: _Alike | None) -> list[_Alike]:
+        """Sort by as many further columns as fit a word; what is still alike, or did not fit at all, comes back.
+
+        None: all rows in item order, as one group.
+        """
+        size = len(self.length_I) if alike is None else len(alike.rows_A)
+        row_bits = (size - 1).bit_length()
+        column = 0 if alike is None else alike.column
+        word_A, bits = self._packed(alike, size, WORD_BITS - row_bits)
+        if not bits:
+            assert alike is not None  # one group needs at most 31 bits for its rows and 32 for a column
+            return _halves(alike)
+        word_A <<= np.uint64(row_bits)
+        word_A |= np.arange(size, dtype=np.uint32)
+        word_A.sort()
+        differs_A = word_A[1:] ^ word_A[:-1]
+        word_A &= np.uint64(2**row_bits - 1)
+        if alike is None:
+            rows_A = self.order_I
+            rows_A[:] = word_A
+        else:
+            rows_A = alike.rows_A[word_A.view(np.int64)]
+            self.order_I[alike.places_A] = rows_A
+        del word_A
+
+        shared_A = np.full(size - 1, column, dtype=self.shared_I.dtype)
+        limit = row_bits + sum(bits)  # words of one group differ only below this bit
+        for width in bits:
+            limit -= width
+            shared_A += differs_A <= np.uint64(2**limit - 1)
+        same_A = np.concatenate([[False], differs_A <= np.uint64(2**row_bits - 1), [False]])
+        del differs_A
+        left_A = np.flatnonzero(same_A[1:] | same_A[:-1])
+        if alike is None:
+            self.shared_I[1:] = shared_A
+            places_A = left_A
+        else:
+            inside_A = ~alike.head_A[1:]
+            self.shared_I[alike.places_A[1:][inside_A]] = shared_A[inside_A]
+            places_A = alike.places_A[left_A]
+        if not len(left_A):
+            return []
+        return self._unfinished(_Alike(places_A, rows_A[left_A], ~same_A[left_A], column + len(bits)))
+
+    def _packed(self, alike: _Alike | None, size: int, room: int) -> tuple[np.ndarray, list[int]]:
+        """Words of group number and the next columns, and the bits of each column; no bits if none has room."""
+        if alike is None:
+            start_A, length_A, word_A = self.offsets[:-1], self.length_I, np.zeros(size, dtype=np.uint64)
+        else:
+            start_A, length_A = self.offsets[alike.rows_A], self.length_I[alike.rows_A]
+            word_A = np.cumsum(alike.head_A, dtype=np.uint64)
+            word_A -= np.uint64(1)
+            room -= int(word_A[-1]).bit_length()
+        shortest, longest, last = int(length_A.min()), int(length_A.max()), len(self.tokens) - 1
+        bits: list[int] = []
+        for column in range(0 if alike is None else alike.column, longest):
+            if column < shortest:
+                value_A = self.tokens[start_A + column]
+            else:  # a path that has ended sorts before one that goes on
+                value_A = np.where(length_A > column, self.tokens[np.minimum(start_A + column, last)], np.int32(-1))
+            least = int(value_A.min())
+            width = (int(value_A.max()) - least).bit_length()
+            if width > room:
+                break
+            room -= width
+            bits.append(width)
+            if width:
+                value_A -= np.int32(least)  # -1 .. 2^31 - 1 may wrap to 2^31, which is right once seen as unsigned
+                word_A <<= np.uint64(width)
+                word_A |= value_A.view(np.uint32)
+        return word_A, bits
+
+    def _unfinished(self, alike: _Alike) -> list[_Alike]:
+        """Drop the groups of equal, complete paths, noting that they are equal."""
+        length_A = self.length_I[alike.rows_A]
+        head_G = np.flatnonzero(alike.head_A)
+        ended_G = np.logical_and.reduceat(length_A <= alike.column, head_G)
+        ended_A = np.repeat(ended_G, np.diff(np.append(head_G, len(length_A))))
+        again_A = ended_A & ~alike.head_A
+        self.shared_I[alike.places_A[again_A]] = length_A[again_A]
+        self.is_first_I[alike.places_A[again_A]] = False
+        return [] if ended_G.all() else [_part(alike, ~ended_A)]
+
+
+def _halves(alike: _Alike) -> list[_Alike]:
+    """The same as two, cut between groups near the middle; fewer rows and groups leave more bits for tokens."""
+    head_G = np.flatnonzero(alike.head_A)
+    cut = int(head_G[min(int(np.searchsorted(head_G, len(alike.head_A) // 2)), len(head_G) - 1)])
+    return [_part(alike, slice(0, cut)), _part(alike, slice(cut, None))]
+
+
+def _part(alike: _Alike, which: np.ndarray | slice) -> _Alike:
+    return _Alike(alike.places_A[which], alike.rows_A[which], alike.head_A[which], alike.column)
 
 
 @dataclass(frozen=True)

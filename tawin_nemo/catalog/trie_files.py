@@ -8,9 +8,9 @@ from pathlib import Path
 
 import numpy as np
 
-from tawin_nemo.artefacts import atomic_directory, sha256, write_json
 from tawin_nemo.catalog.trie_build import TrieArrays
-from tawin_nemo.errors import CatalogError
+from tawin_nemo.util.errors import CatalogError
+from tawin_nemo.util.files import atomic_directory, sha256, write_json
 
 _FORMAT = "tawin_nemo.token_trie/2"
 

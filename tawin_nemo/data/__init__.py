@@ -1,0 +1,1 @@
+"""Interactions, prompts, tokens, and token trees: what a model reads."""

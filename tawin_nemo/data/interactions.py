@@ -16,9 +16,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from tawin_nemo.artefacts import sha256
-from tawin_nemo.errors import DataError
 from tawin_nemo.types import EXTERNAL_ID, HISTORY, ITEM, SPLITS, TARGET, TIME, TITLE, USER, TokenRows
+from tawin_nemo.util.errors import DataError
+from tawin_nemo.util.files import sha256
 
 FORMAT = "tawin_nemo.prepared.v1"
 MANIFEST = "manifest.json"

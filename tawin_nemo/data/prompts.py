@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from tawin_nemo.errors import ConfigError
+from tawin_nemo.util.errors import ConfigError
 
 #: Marker tokens of the compact template: in front of an item (once in front of all for codes) and of the answer.
 ITEM_MARK, ANSWER_MARK = "<|item|>", "<|next|>"

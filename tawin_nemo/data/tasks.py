@@ -12,14 +12,14 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from tawin_nemo.config import AlignConfig, DataConfig
-from tawin_nemo.data.catalogue import answer_paths
+from tawin_nemo.config.schema import AlignConfig, DataConfig
+from tawin_nemo.data.catalog_builder import answer_paths
 from tawin_nemo.data.interactions import Split
 from tawin_nemo.data.prompts import ALPACA_INPUT, ALPACA_START, Template
 from tawin_nemo.data.samples import Samples, encode_split
 from tawin_nemo.data.tokenizer import Tokenizer
-from tawin_nemo.errors import ConfigError
 from tawin_nemo.types import TokenRows
+from tawin_nemo.util.errors import ConfigError
 
 #: What an item can be written as; all but the codes are words.
 CODES, TITLE, DESCRIPTION, INTENTION = "codes", "title", "description", "intention"

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from tawin_nemo.errors import DataError
+from tawin_nemo.util.errors import DataError
 
 #: Dimensions of ``text_vectors``.
 TEXT_DIMS = 64

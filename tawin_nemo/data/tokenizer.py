@@ -23,11 +23,11 @@ from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
 from tokenizers import Tokenizer as Backend
 from transformers import PreTrainedTokenizerFast
 
-from tawin_nemo.artefacts import atomic_path
-from tawin_nemo.config import CatalogConfig, DataConfig, ModelConfig
+from tawin_nemo.config.schema import CatalogConfig, DataConfig, ModelConfig
 from tawin_nemo.data.prompts import Template
-from tawin_nemo.errors import CatalogError, ConfigError, DataError
 from tawin_nemo.types import TokenRows
+from tawin_nemo.util.errors import CatalogError, ConfigError, DataError
+from tawin_nemo.util.files import atomic_path
 
 PAD, EOS = "<|pad|>", "<|endoftext|>"
 #: End-of-text tokens of base models, tried in this order where a folder does not name its own.

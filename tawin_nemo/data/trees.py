@@ -19,8 +19,8 @@ from torch import Tensor
 
 from tawin_nemo.catalog.trie import TokenTrie
 from tawin_nemo.data.batches import micro_batches
-from tawin_nemo.errors import CatalogError
 from tawin_nemo.types import Children, TokenBatch, TokenRows
+from tawin_nemo.util.errors import CatalogError
 
 
 @dataclass(frozen=True)

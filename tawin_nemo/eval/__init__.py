@@ -1,0 +1,1 @@
+"""Evaluation over the full catalog, intervals, paired tests and the report."""

@@ -18,16 +18,16 @@ import torch
 from torch import Tensor
 
 from tawin_nemo.catalog.items import Catalog
-from tawin_nemo.config import EvalConfig
+from tawin_nemo.config.schema import EvalConfig
 from tawin_nemo.data.samples import Samples
-from tawin_nemo.errors import ConfigError, DataError
 from tawin_nemo.eval.bias import beyond_accuracy
 from tawin_nemo.eval.intervals import normal_interval
 from tawin_nemo.eval.result import EvalResult
-from tawin_nemo.log import progress
 from tawin_nemo.maths.ranking import ndcg_at_k, recall_at_k
 from tawin_nemo.rollout.engine import Engine
 from tawin_nemo.types import NO_ITEM, Candidates, DataParallel
+from tawin_nemo.util.errors import ConfigError, DataError
+from tawin_nemo.util.log import progress
 
 #: Prompts whose candidates a replica holds in memory at once.
 CHUNK_ROWS = 512

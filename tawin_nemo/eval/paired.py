@@ -24,9 +24,9 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from tawin_nemo.errors import ConfigError, DataError
 from tawin_nemo.eval.intervals import Interval, bootstrap_interval, minimal_detectable_effect
 from tawin_nemo.maths.ranking import ndcg_at_k, recall_at_k
+from tawin_nemo.util.errors import ConfigError, DataError
 
 #: Bootstrap counts held in memory at once.
 _CHUNK = 4_000_000

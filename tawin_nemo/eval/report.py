@@ -13,12 +13,12 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from tawin_nemo.artefacts import atomic_path
-from tawin_nemo.errors import DataError
 from tawin_nemo.eval import figures
 from tawin_nemo.eval.result import Comparison, EvalResult, compare
 from tawin_nemo.eval.run_files import LAST_STAGE, ReportInput, StageRecord, load_report
 from tawin_nemo.maths.tawin import weight_profile
+from tawin_nemo.util.errors import DataError
+from tawin_nemo.util.files import atomic_path
 
 #: What a stage is compared with, row by row.
 BASELINES = ("sft", "sft_continued")

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import yaml
 
-from tawin_nemo.errors import DataError
 from tawin_nemo.eval.result import EvalResult
+from tawin_nemo.util.errors import DataError
 
 #: Stages in the order in which a report lists them; other stage directories follow before rl.
 STAGES = ("sft", "sft_continued", "sft_all")

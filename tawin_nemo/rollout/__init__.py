@@ -1,0 +1,1 @@
+"""Constrained search and sampling over any language model: model-agnostic."""

@@ -28,10 +28,7 @@ import torch
 from torch import Tensor
 
 from tawin_nemo.catalog.trie import TokenTrie
-from tawin_nemo.errors import ConfigError
-from tawin_nemo.plain_calls import plain_calls
-from tawin_nemo.rollout.beam_state import Beams, first_beams
-from tawin_nemo.rollout.chains import run_chains, waiting, with_first_token
+from tawin_nemo.rollout.beam_state import Beams, first_beams, run_chains, waiting, with_first_token
 from tawin_nemo.rollout.filters import Filters, ItemFilter
 from tawin_nemo.rollout.lm import LM
 from tawin_nemo.rollout.scoring import (
@@ -46,6 +43,8 @@ from tawin_nemo.rollout.scoring import (
 )
 from tawin_nemo.rollout.select import Rules, step, to_next_choice
 from tawin_nemo.types import Candidates, TokenRows
+from tawin_nemo.util.errors import ConfigError
+from tawin_nemo.util.torch_modes import plain_calls
 
 #: Tokens that one call of the model is filled up to with chains that are needed only later: about as many as a GPU runs
 #: in the time in which it reads the weights. On titles some 5 % more tokens are run, in two thirds of the calls.

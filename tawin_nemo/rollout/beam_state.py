@@ -6,11 +6,16 @@ Prompts may have fewer beams than W; the places behind their own stay empty.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
+
+from tawin_nemo.catalog.trie import TokenTrie
+from tawin_nemo.rollout.lm import LM
+from tawin_nemo.rollout.scoring import token_rows, without_nan
 
 
 @dataclass(frozen=True)
@@ -122,3 +127,93 @@ def first_beams(
         done_leaf_BW=torch.full_like(node_BW, -1),
         done_logp_BWT=logp_BWT,
     )
+
+
+# -- Which tokens of a beam search the model has to run, and running them.
+#
+# Beams are heading to nodes of a path-compressed trie: all tokens up to the node are known beforehand. In trie space
+# they cost nothing, so the model is needed only at the node, and runs the whole way there in one chain; the way to a
+# leaf is never run. In vocab space every token costs, and a chain runs a limited number of tokens ahead.
+
+
+#: Tokens that a beam runs in one go in vocab space; the beam may be dropped before it gets to the last one.
+VOCAB_CHAIN = 8
+
+
+def waiting(trie: TokenTrie, beams: Beams, space: str) -> Tensor:
+    """bool [B, W]: the next token's log-probs are not known yet."""
+    behind_BW = beams.live_BW & (beams.run_BW < beams.depth_B[:, None])
+    return behind_BW if space == "vocab" else behind_BW & (_choice_depth(trie, beams) == beams.depth_B[:, None])
+
+
+def run_chains(lm: LM, cache: Any, trie: TokenTrie, beams: Beams, space: str, run_ahead: int) -> tuple[Any, Beams]:
+    """Run the chains of all waiting beams in one call of the model.
+
+    As long as these are fewer than ``run_ahead`` tokens, the chains of other beams that will need theirs later fill the
+    call up in trie space: a few tokens more cost next to nothing, and the result does not depend on them.
+    """
+    width = beams.node_BW.shape[1]
+    waits_BW = waiting(trie, beams, space)
+    stop_BW = _chain_ends(trie, beams, space)
+    beam_R = waits_BW.flatten().nonzero()[:, 0]
+    tokens = int((stop_BW - beams.run_BW).flatten()[beam_R].sum())
+    if space == "trie" and tokens < run_ahead:
+        later_BW = beams.live_BW & ~waits_BW & (stop_BW > beams.run_BW)
+        rank_M, prompt_M = later_BW.T.nonzero().unbind(1)  # better beams first
+        later_M = prompt_M * width + rank_M
+        fits_M = (stop_BW - beams.run_BW).flatten()[later_M].cumsum(0) <= run_ahead - tokens
+        beam_R = torch.cat([beam_R, later_M[fits_M]])
+    start_R, stop_R = beams.run_BW.flatten()[beam_R], stop_BW.flatten()[beam_R]
+    node_R, length_R = beams.node_BW.flatten()[beam_R], stop_R - start_R
+    first_row = lm.rows(cache)
+    tokens_S = trie.labels(node_R, start_R, stop_R)
+    cache = lm.extend(cache, beams.row_BW.flatten()[beam_R], token_rows(tokens_S, length_R))
+    row_BW, run_BW = beams.row_BW.clone(), beams.run_BW.clone()
+    row_BW.view(-1)[beam_R] = first_row - 1 + length_R.cumsum(0)
+    run_BW.view(-1)[beam_R] = stop_R
+    beams = replace(beams, row_BW=row_BW, run_BW=run_BW)
+    if space == "vocab":
+        beams = _with_known_tokens(lm, cache, trie, beams, beam_R, start_R, first_row)
+    return cache, beams
+
+
+def with_first_token(lm: LM, cache: Any, trie: TokenTrie, beams: Beams) -> Beams:
+    """Vocab space: the log-prob of the first token after the prompts, if all paths begin with the same."""
+    if int(trie.depth_of(beams.node_BW[:1, 0])) == 0:
+        return beams
+    beam_B = torch.arange(len(beams), device=beams.node_BW.device) * beams.node_BW.shape[1]
+    start_B = torch.full_like(beam_B, -1)  # the last token of the prompt is the one before the path's first
+    return _with_known_tokens(lm, cache, trie, beams, beam_B, start_B, 0)
+
+
+def _with_known_tokens(
+    lm: LM, cache: Any, trie: TokenTrie, beams: Beams, beam_R: Tensor, start_R: Tensor, first_row: int
+) -> Beams:
+    """Enter the log-probs of the tokens behind R chains just run; ``start_R``: place of a chain's first token."""
+    node_R, length_R = beams.node_BW.flatten()[beam_R], beams.run_BW.flatten()[beam_R] - start_R
+    stop_R = torch.minimum(start_R + 1 + length_R, trie.depth_of(node_R))  # behind a node several tokens are possible
+    known_R = stop_R - start_R - 1
+    chain_M = torch.repeat_interleave(known_R)
+    place_M = torch.arange(len(chain_M), device=chain_M.device) - (known_R.cumsum(0) - known_R)[chain_M]
+    row_M = first_row + (length_R.cumsum(0) - length_R)[chain_M] + place_M
+    if not len(row_M):
+        return beams
+    token_M = trie.labels(node_R, start_R + 1, stop_R)
+    logp_M = without_nan(lm.logprobs(cache, row_M, torch.arange(len(row_M), device=row_M.device), token_M, "vocab"))
+    logp_NT = beams.logp_BWT.flatten(0, 1).clone()
+    logp_NT[beam_R[chain_M], start_R[chain_M] + 1 + place_M] = logp_M
+    return replace(beams, logp_BWT=logp_NT.view_as(beams.logp_BWT))
+
+
+def _chain_ends(trie: TokenTrie, beams: Beams, space: str) -> Tensor:
+    """[B, W] tokens of its path that a beam will have run after its next chain."""
+    if space == "trie":
+        return _choice_depth(trie, beams)
+    stop_BW = trie.depth_of(beams.node_BW) - trie.is_leaf(beams.node_BW).long()  # what ends a path is never run
+    return torch.minimum(stop_BW, beams.run_BW + VOCAB_CHAIN)
+
+
+def _choice_depth(trie: TokenTrie, beams: Beams) -> Tensor:
+    """[B, W] tokens before the next choice on the beam's path, -1 if there is none."""
+    none_BW = trie.is_leaf(beams.node_BW) | ~beams.live_BW
+    return trie.depth_of(beams.node_BW).masked_fill(none_BW, -1)

@@ -9,17 +9,16 @@ from typing import Protocol
 import numpy as np
 import torch
 
-from tawin_nemo.backbones import Work
 from tawin_nemo.catalog.items import Catalog
-from tawin_nemo.config import RolloutConfig
-from tawin_nemo.errors import ConfigError, DataError
+from tawin_nemo.config.backbones import Work
+from tawin_nemo.config.schema import RolloutConfig
 from tawin_nemo.rollout.beam import Answers, BeamSearch, collected
-from tawin_nemo.rollout.dynamic import distinct_first, draws_for
-from tawin_nemo.rollout.lm import LM
-from tawin_nemo.rollout.metered import MeteredLM
+from tawin_nemo.rollout.lm import LM, MeteredLM
+from tawin_nemo.rollout.negatives import distinct_first, draws_for
 from tawin_nemo.rollout.sampling import constrained_sample
 from tawin_nemo.rollout.scoring import SCORE_SPACES, best, check_prompts, joined
 from tawin_nemo.types import Candidates, DataParallel, PromptBatch, Rollout, TokenRows
+from tawin_nemo.util.errors import ConfigError, DataError
 
 #: Called with the number of prompts that just got done.
 Progress = Callable[[int], None]

@@ -9,9 +9,7 @@ import torch
 from torch import Tensor
 
 from tawin_nemo.catalog.trie import TokenTrie
-from tawin_nemo.errors import ConfigError
 from tawin_nemo.maths.segments import segment_log_softmax
-from tawin_nemo.plain_calls import plain_calls
 from tawin_nemo.rollout.lm import LM
 from tawin_nemo.rollout.scoring import (
     candidates_from,
@@ -24,6 +22,8 @@ from tawin_nemo.rollout.scoring import (
     without_nan,
 )
 from tawin_nemo.types import Candidates, TokenRows
+from tawin_nemo.util.errors import ConfigError
+from tawin_nemo.util.torch_modes import plain_calls
 
 
 @plain_calls

@@ -12,9 +12,9 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from tawin_nemo.catalog.trie import TokenTrie
-from tawin_nemo.errors import CatalogError, ConfigError, DataError, TawinError
 from tawin_nemo.rollout.lm import LM
 from tawin_nemo.types import NO_ITEM, Candidates, TokenRows
+from tawin_nemo.util.errors import CatalogError, ConfigError, DataError, TawinError
 
 SCORE_SPACES = ("trie", "vocab")
 

@@ -8,9 +8,9 @@ import numpy as np
 from scipy.sparse import csr_array
 from scipy.sparse.csgraph import dijkstra
 
-from tawin_nemo.log import progress
 from tawin_nemo.semantic_ids.codebooks import Codebooks, squared_distances
 from tawin_nemo.semantic_ids.kmeans import refuse_few_different, refuse_few_items, seeds, spread_of
+from tawin_nemo.util.log import progress
 
 
 def balanced_assignment(cost_NK: np.ndarray, sizes_K: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

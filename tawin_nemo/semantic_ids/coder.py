@@ -12,14 +12,14 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 
-from tawin_nemo.config_verbs import SemanticIdsConfig
-from tawin_nemo.errors import ConfigError, DataError
+from tawin_nemo.config.schema import SemanticIdsConfig
 from tawin_nemo.semantic_ids import collisions
 from tawin_nemo.semantic_ids.balanced import balanced_residual_kmeans
 from tawin_nemo.semantic_ids.codebooks import CHUNK_ROWS, Codebooks, mean_codebooks
 from tawin_nemo.semantic_ids.kmeans import residual_kmeans
 from tawin_nemo.semantic_ids.quantiser import Autoencoder, NetworkShape
 from tawin_nemo.semantic_ids.train_quantiser import Plan, Watcher, train_quantiser
+from tawin_nemo.util.errors import ConfigError, DataError
 
 CODEBOOKS, WEIGHTS, NETWORK = "codebooks.npy", "network.safetensors", "network.json"
 #: Methods whose codebooks lie in the latent space of networks.

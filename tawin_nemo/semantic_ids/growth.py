@@ -2,10 +2,20 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
 import numpy as np
 
+from tawin_nemo.config.schema import SemanticIdsConfig, TextConfig
+from tawin_nemo.data.interactions import MANIFEST
 from tawin_nemo.semantic_ids.coder import ItemCoder, random_codes
 from tawin_nemo.semantic_ids.collisions import NO_TOKEN, Places, groups_of
+from tawin_nemo.util.errors import DataError
+from tawin_nemo.util.files import sha256
+from tawin_nemo.util.log import say
 
 
 def grow(codes_IL: np.ndarray, coder: ItemCoder, x_ND: np.ndarray, how: str, *, seed: int = 0) -> np.ndarray:
@@ -45,3 +55,114 @@ def _numbered(codes_IL: np.ndarray, new_NL: np.ndarray) -> np.ndarray:
             token_N[item] = following.get(key, 0)
             following[key] = int(token_N[item]) + 1
     return np.column_stack([new_NL, token_N]).astype(codes_IL.dtype)
+
+
+# -- An index folder that is there already: verified, read, and grown by the items that are new.
+
+
+FORMAT = "tawin_nemo.semantic_ids.v1"
+CODES, ITEMS = "codes.npy", "items.json"
+#: Where vectors are found and how fast they are made may change while an index grows.
+_OWN_KEYS = ("source", "processes", "shard_items", "batch_size")
+
+
+@dataclass(frozen=True, eq=False)
+class Tokenized:
+    """Codes [I, L or more] of all items, the coder behind them, and how many of the items had theirs before."""
+
+    codes_IL: np.ndarray
+    coder: ItemCoder
+    kept: int = 0
+
+
+@dataclass(frozen=True, eq=False)
+class Earlier:
+    """What ``tokenize`` wrote before: item ``i`` has the external id ``external_ids[i]`` and the codes of row i."""
+
+    folder: Path
+    manifest: dict[str, Any]
+    external_ids: list[str]
+    codes_IL: np.ndarray
+    coder: ItemCoder
+
+    @classmethod
+    def read(cls, folder: Path) -> Earlier:
+        """Raises DataError for a folder that is no index, or whose files are absent, altered or do not fit together."""
+        manifest = read_manifest(folder)
+        _verify(folder, manifest)
+        external_ids = json.loads((folder / ITEMS).read_text(encoding="utf-8"))
+        codes_IL = np.load(folder / CODES, allow_pickle=False)
+        if len(codes_IL) != len(external_ids):
+            raise DataError(f"{folder} has codes for {len(codes_IL)} items and {len(external_ids)} names; make it anew")
+        return cls(folder, manifest, external_ids, codes_IL, ItemCoder.load(folder))
+
+    @property
+    def seed(self) -> int:
+        return int(self.manifest["request"]["seed"])
+
+    def settings(self, cfg: SemanticIdsConfig) -> SemanticIdsConfig:
+        """``cfg`` with everything that was decided when the index was made: method, sizes, collisions, encoder."""
+        settings = {key: value for key, value in self.manifest["request"]["settings"].items() if key != "rqvae"}
+        own = {key: getattr(cfg.text, key) for key in _OWN_KEYS}
+        text = TextConfig(**(self.manifest["text"] | own))
+        if not cfg.text.source:
+            text = replace(text, source=self.manifest["text"]["source"])
+        return replace(cfg, **settings, text=text)
+
+    def grown(self, external_ids: list[str], x_ID: np.ndarray) -> Tokenized:
+        """Codes of a newer catalogue: items are the same if their external ids are.
+
+        Codes of items that have left are not given to others. Raises as ``growth.grow``, with the external ids of the
+        first new items.
+        """
+        place = {name: item for item, name in enumerate(self.external_ids)}
+        before_I = np.array([place.get(name, -1) for name in external_ids])
+        new_N = np.flatnonzero(before_I < 0)
+        gone = len(self.external_ids) - (len(external_ids) - len(new_N))
+        say(f"{len(external_ids) - len(new_N)} items keep their codes, {len(new_N)} are new, {gone} have left")
+        how = self.manifest["request"]["settings"]["collisions"]
+        try:
+            fresh_NL = grow(self.codes_IL, self.coder, x_ID[new_N], how, seed=self.seed + len(self.codes_IL))
+        except DataError as error:
+            names = ", ".join(external_ids[item] for item in new_N[:5])
+            raise DataError(f"{error} (counting new items from 0; the first are {names})") from error
+        codes_IL = np.empty((len(external_ids), self.codes_IL.shape[1]), dtype=self.codes_IL.dtype)
+        codes_IL[before_I >= 0] = self.codes_IL[before_I[before_I >= 0]]
+        codes_IL[new_N] = fresh_NL
+        return Tokenized(codes_IL, self.coder, len(external_ids) - len(new_N))
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest of an index folder. Raises DataError."""
+    path = folder / MANIFEST
+    try:
+        manifest: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise DataError(f"{folder} is not an index folder of `tawin-nemo tokenize` ({error})") from error
+    if manifest.get("format") != FORMAT:
+        raise DataError(f"{path} has format {manifest.get('format')!r}, expected {FORMAT!r}; tokenize again")
+    return manifest
+
+
+def _verify(folder: Path, manifest: dict[str, Any]) -> None:
+    for name, expected in manifest["files"].items():
+        if not (folder / name).is_file():
+            raise DataError(f"{folder / name} is missing although {MANIFEST} lists it; tokenize again")
+        if sha256(folder / name) != expected:
+            raise DataError(f"{folder / name} is damaged or was edited; tokenize again")
+
+
+def is_finished(folder: Path, request: dict[str, Any]) -> bool:
+    """Whether the folder holds the result of exactly this request, unaltered."""
+    if not (folder / MANIFEST).is_file():
+        return False
+    try:
+        manifest = read_manifest(folder)
+        # through JSON, where tuples are lists
+        if manifest["request"] != json.loads(json.dumps(request)):
+            return False
+        _verify(folder, manifest)
+    except DataError as error:
+        say(f"tokenizing again: {error}")
+        return False
+    return True

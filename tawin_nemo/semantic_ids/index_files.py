@@ -16,10 +16,10 @@ from string import ascii_lowercase
 
 import numpy as np
 
-from tawin_nemo.artefacts import atomic_path
 from tawin_nemo.catalog.semantic_ids import load_codes
-from tawin_nemo.errors import CatalogError
 from tawin_nemo.semantic_ids.collisions import NO_TOKEN, listed
+from tawin_nemo.util.errors import CatalogError
+from tawin_nemo.util.files import atomic_path
 
 _WORD = re.compile(r"<([a-z])_(\d{1,9})>")
 

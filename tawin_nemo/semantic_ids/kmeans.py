@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from tawin_nemo.errors import DataError
-from tawin_nemo.log import progress
 from tawin_nemo.semantic_ids.codebooks import Codebooks, nearest
+from tawin_nemo.util.errors import DataError
+from tawin_nemo.util.log import progress
 
 #: k-means++ looks at this many rows per code; it is sequential, and more rows hardly change its choice.
 SEEDING_ROWS_PER_CODE = 32

@@ -8,7 +8,7 @@ import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from tawin_nemo.artefacts import atomic_path
+from tawin_nemo.util.files import atomic_path
 
 #: More items than this would only paint over each other.
 POINTS = 20_000

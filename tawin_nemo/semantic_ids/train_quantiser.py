@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from tawin_nemo.artefacts import atomic_path
-from tawin_nemo.config_verbs import RqVaeConfig
-from tawin_nemo.log import progress, say
+from tawin_nemo.config.schema import RqVaeConfig
 from tawin_nemo.semantic_ids.kmeans import refuse_few_different, refuse_few_items, residual_kmeans, spread_of
 from tawin_nemo.semantic_ids.quantiser import Autoencoder, NetworkShape, Quantised
+from tawin_nemo.util.files import atomic_path
+from tawin_nemo.util.log import progress, say
 
 #: Rows of latents that a codebook's k-means starts from, per code.
 INIT_ROWS_PER_CODE = 64

@@ -1,0 +1,1 @@
+"""Training: SFT, reinforcement learning, actor, reference, rewards, and the pipeline of stages."""

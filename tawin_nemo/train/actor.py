@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 
 from tawin_nemo.catalog.items import Catalog
-from tawin_nemo.config import RlConfig
+from tawin_nemo.config.schema import RlConfig
 from tawin_nemo.data.trees import tree_batches
 from tawin_nemo.maths.dapo import dapo_loss
 from tawin_nemo.maths.grpo import grpo_loss
 from tawin_nemo.maths.gspo import gspo_loss
 from tawin_nemo.maths.policy_loss import Counts, Objective, PolicyTerms, candidate_sums, mean_stats
-from tawin_nemo.models.megatron.trainable import MicroBatch, Trainable
+from tawin_nemo.models.megatron.optim.trainable import MicroBatch, Trainable
 from tawin_nemo.types import DataParallel, Rollout, TokenBatch, TokenRows
 
 LOSSES = {"grpo": grpo_loss, "dapo": dapo_loss, "gspo": gspo_loss}

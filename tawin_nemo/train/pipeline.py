@@ -18,36 +18,37 @@ import numpy as np
 import torch
 from megatron.core.models.gpt import GPTModel
 
-from tawin_nemo.artefacts import write_json
-from tawin_nemo.config import Recipe
+from tawin_nemo.baselines.train import run_baseline
+from tawin_nemo.config.load import value_of
+from tawin_nemo.config.schema import Recipe
 from tawin_nemo.data.tasks import active_tasks
-from tawin_nemo.errors import ConfigError
 from tawin_nemo.eval.bias import item_counts
 from tawin_nemo.eval.evaluate import EvalResult, evaluate
 from tawin_nemo.eval.report import write_report
-from tawin_nemo.eval.summary import results_table
-from tawin_nemo.log import get_logger
-from tawin_nemo.models.megatron import checkpoint, parallel
-from tawin_nemo.models.megatron.build import build_model
-from tawin_nemo.models.megatron.hf_io import load_hf
-from tawin_nemo.models.megatron.new_tokens import freeze_others
-from tawin_nemo.models.megatron.precision import AS_MODEL, in_precision
-from tawin_nemo.models.megatron.trainable import Trainable
-from tawin_nemo.recipe import value_of
+from tawin_nemo.eval.result import results_table
+from tawin_nemo.models.megatron.checkpoint import checkpoint
+from tawin_nemo.models.megatron.hf.io import load_hf
+from tawin_nemo.models.megatron.hf.new_tokens import freeze_others
+from tawin_nemo.models.megatron.model.build import build_model
+from tawin_nemo.models.megatron.model.precision import AS_MODEL, in_precision
+from tawin_nemo.models.megatron.optim.trainable import Trainable
+from tawin_nemo.models.megatron.parallel import runtime
+from tawin_nemo.placement.remote_engine import RemoteEngine
+from tawin_nemo.placement.weight_sync import build_engine
 from tawin_nemo.rollout.engine import Engine
+from tawin_nemo.run.logging import metric_sink
+from tawin_nemo.run.mfu import peak_flops
+from tawin_nemo.run.stage import MetricSink, Stage, logged_seconds
+from tawin_nemo.run.world import World, read_json
 from tawin_nemo.train.actor import Actor
-from tawin_nemo.train.baselines import run_baseline
-from tawin_nemo.train.mfu import peak_flops
-from tawin_nemo.train.nemo_logging import metric_sink
 from tawin_nemo.train.reference import Reference, build_reference
-from tawin_nemo.train.remote_engine import RemoteEngine
 from tawin_nemo.train.rl import train_rl
 from tawin_nemo.train.sft import train_sft
-from tawin_nemo.train.stage import MetricSink, Stage, logged_seconds
 from tawin_nemo.train.task_eval import evaluate_tasks, task_file
 from tawin_nemo.train.vocabulary import new_tokens, only_new_tokens
-from tawin_nemo.train.weight_sync import build_engine
-from tawin_nemo.train.world import World, read_json
+from tawin_nemo.util.errors import ConfigError
+from tawin_nemo.util.files import write_json
+from tawin_nemo.util.log import get_logger
 
 log = get_logger(__name__)
 
@@ -90,27 +91,27 @@ def run_pipeline(world: World) -> dict[str, Any]:
     wall = earlier + time.monotonic() - start
     summary |= {"invalid_rate": invalid, "wall_s": round(wall, 1), "run_dir": str(world.run_dir)}
     summary["final_stage"] = list(results)[-1]
-    if parallel.world_rank() == 0:
+    if runtime.world_rank() == 0:
         write_json(world.run_dir / "summary.json", summary)
         split = world.recipe.eval.splits[-1]
         log.info("results on %s, 95 %% intervals\n%s", split, results_table(results, world.recipe.eval.ks, split))
         log.info("report: %s", write_report(world.run_dir))
-    parallel.barrier()
+    runtime.barrier()
     return summary
 
 
 def write_layout(run_dir: Path, model: GPTModel, engine: Engine, peak: float) -> None:
     """layout.json: who holds what, one entry per process, for a look when memory is short, and MFU's ``peak``."""
-    device = parallel.device()
+    device = runtime.device()
     mine = {
-        **parallel.place(),
+        **runtime.place(),
         "layers": len(model.decoder.layers),
         "parameters": sum(p.numel() for p in model.parameters()),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         "peak_tflops": round(peak / 1e12, 4),
     }
-    ranks = parallel.gather_objects(mine) + (engine.places if isinstance(engine, RemoteEngine) else [])
-    if parallel.world_rank() == 0:
+    ranks = runtime.gather_objects(mine) + (engine.places if isinstance(engine, RemoteEngine) else [])
+    if runtime.world_rank() == 0:
         write_json(run_dir / "layout.json", ranks)
 
 
@@ -228,7 +229,7 @@ def evaluate_stage(world: World, directory: Path, engine: Engine) -> EvalResult:
             engine, samples, world.catalog, world.recipe.eval,
             dp=engine.dp or world.dp, label=label, popularity_I=item_counts(world.samples["train"], len(world.catalog)),
         )  # fmt: skip
-        if parallel.world_rank() == 0:
+        if runtime.world_rank() == 0:
             results[split].write(directory / "eval", split)
-    parallel.barrier()
+    runtime.barrier()
     return results[world.recipe.eval.splits[-1]]

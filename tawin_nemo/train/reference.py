@@ -16,8 +16,8 @@ import torch
 from megatron.core.models.gpt import GPTModel
 from torch import Tensor
 
-from tawin_nemo.models.megatron import checkpoint
-from tawin_nemo.models.megatron.trainable import score
+from tawin_nemo.models.megatron.checkpoint import checkpoint
+from tawin_nemo.models.megatron.optim.trainable import score
 from tawin_nemo.types import TokenBatch
 
 

@@ -14,31 +14,31 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from tawin_nemo import failpoints
 from tawin_nemo.catalog.items import Catalog
-from tawin_nemo.config import RlConfig
+from tawin_nemo.config.schema import RlConfig
 from tawin_nemo.data.batches import BatchStream, balanced_shard
 from tawin_nemo.eval.evaluate import evaluate
 from tawin_nemo.maths.advantages import group_advantages
 from tawin_nemo.maths.tawin import tawin_weights
-from tawin_nemo.models.megatron import parallel
+from tawin_nemo.models.megatron.parallel import runtime
+from tawin_nemo.placement.ahead import RolloutAhead
+from tawin_nemo.placement.dispatch import dispatched, generating
+from tawin_nemo.placement.weight_sync import check_version, sync_weights
 from tawin_nemo.rollout.engine import Engine
-from tawin_nemo.rollout.ensure_target import ensure_target
+from tawin_nemo.rollout.negatives import ensure_target
+from tawin_nemo.run.bad_steps import Guard, step_guard, unguarded
+from tawin_nemo.run.mfu import total_peak_flops
+from tawin_nemo.run.schedule import scheduled
+from tawin_nemo.run.stage import Progress, Stage, monitored
+from tawin_nemo.run.timers import Timers
+from tawin_nemo.run.world import World
 from tawin_nemo.train.actor import Actor, weighted_groups
-from tawin_nemo.train.ahead import RolloutAhead
-from tawin_nemo.train.bad_steps import Guard, step_guard, unguarded
-from tawin_nemo.train.dispatch import dispatched, generating
-from tawin_nemo.train.mfu import total_peak_flops
 from tawin_nemo.train.reference import Reference, Refresh
 from tawin_nemo.train.refill import refilled
 from tawin_nemo.train.rewards import Reward, build_reward
-from tawin_nemo.train.rl_facts import count_work, prefixed, rollout_facts
-from tawin_nemo.train.schedule import scheduled
-from tawin_nemo.train.stage import Progress, Stage, monitored
-from tawin_nemo.train.timers import Timers
-from tawin_nemo.train.weight_sync import check_version, sync_weights
-from tawin_nemo.train.world import World
+from tawin_nemo.train.rl_metrics import count_work, prefixed, rollout_facts
 from tawin_nemo.types import DataParallel, PromptBatch, Rollout
+from tawin_nemo.util import failpoints
 
 NextPrompts = Callable[[], PromptBatch]
 
@@ -62,7 +62,7 @@ def train_rl(
     for step in stage.steps(done.step, total):
         if rl.max_refill_batches and rl.max_steps == 0 and done.batches >= total:  # refills have used up the prompts
             break
-        parallel.seed_step(world.recipe.seed, step)
+        runtime.seed_step(world.recipe.seed, step)
         lr = scheduled(rl, step, total)
         facts = rl_step(roles, lambda: next_prompts(world, done), timers, step=step, lr=lr)
         done.step = step + 1

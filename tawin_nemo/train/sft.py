@@ -13,18 +13,18 @@ from torch import Tensor
 from tawin_nemo.data.batches import balanced_shard, shard
 from tawin_nemo.data.tasks import TaskRows
 from tawin_nemo.eval.evaluate import evaluate
-from tawin_nemo.log import get_logger
-from tawin_nemo.models.megatron import parallel
-from tawin_nemo.models.megatron.trainable import MicroBatch, Trainable
+from tawin_nemo.models.megatron.optim.trainable import MicroBatch, Trainable
+from tawin_nemo.models.megatron.parallel import runtime
 from tawin_nemo.rollout.engine import Engine
-from tawin_nemo.train.bad_steps import step_guard
-from tawin_nemo.train.mfu import total_peak_flops
-from tawin_nemo.train.schedule import scheduled
+from tawin_nemo.run.bad_steps import step_guard
+from tawin_nemo.run.mfu import total_peak_flops
+from tawin_nemo.run.schedule import scheduled
+from tawin_nemo.run.stage import Progress, Stage, monitored
+from tawin_nemo.run.timers import Timers, count_update
+from tawin_nemo.run.world import World
 from tawin_nemo.train.sft_data import TaskSet, item_batches, sft_data, task_batches
-from tawin_nemo.train.stage import Progress, Stage, monitored
-from tawin_nemo.train.timers import Timers, count_update
-from tawin_nemo.train.world import World
 from tawin_nemo.types import TokenBatch
+from tawin_nemo.util.log import get_logger
 
 log = get_logger(__name__)
 
@@ -51,7 +51,7 @@ def train_sft(world: World, stage: Stage, trainable: Trainable, rows: np.ndarray
     for step in stage.steps(done.step, total):
         if done.bad_checks >= cfg.patience:
             break
-        parallel.seed_step(seed, step)
+        runtime.seed_step(seed, step)
         lr = scheduled(cfg, step, total)
         with timers("data"):
             picked = data.picked(step)

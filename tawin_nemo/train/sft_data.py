@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from tawin_nemo.config import SftConfig
+from tawin_nemo.config.schema import SftConfig
 from tawin_nemo.data.batches import BatchStream, MixedStream
 from tawin_nemo.data.interactions import Split
 from tawin_nemo.data.samples import Samples
@@ -27,10 +27,10 @@ from tawin_nemo.data.tasks import (
     items_as_split,
 )
 from tawin_nemo.data.trees import tree_batches
-from tawin_nemo.errors import ConfigError
-from tawin_nemo.log import get_logger
-from tawin_nemo.train.world import World, read_json
+from tawin_nemo.run.world import World, read_json
 from tawin_nemo.types import TokenBatch, TokenRows
+from tawin_nemo.util.errors import ConfigError
+from tawin_nemo.util.log import get_logger
 
 log = get_logger(__name__)
 

@@ -9,17 +9,17 @@ from typing import Any
 
 import numpy as np
 
-from tawin_nemo.artefacts import write_json
 from tawin_nemo.catalog.items import Catalog
 from tawin_nemo.catalog.trie import TokenTrie
 from tawin_nemo.data.tasks import CODES, DESCRIPTION, TITLE, TaskRows, active_tasks
 from tawin_nemo.eval.evaluate import evaluate
-from tawin_nemo.log import get_logger
-from tawin_nemo.models.megatron import parallel
+from tawin_nemo.models.megatron.parallel import runtime
 from tawin_nemo.rollout.engine import Engine
+from tawin_nemo.run.world import World
 from tawin_nemo.train.sft_data import TaskSet, task_sets, wording_of
-from tawin_nemo.train.world import World
 from tawin_nemo.types import TokenRows
+from tawin_nemo.util.files import write_json
+from tawin_nemo.util.log import get_logger
 
 log = get_logger(__name__)
 
@@ -50,9 +50,9 @@ def evaluate_tasks(
     for name, facts in found.items():
         shown = ", ".join(f"{which} {value['exact']:.3f} of {value['rows']}" for which, value in facts.items())
         log.info("task %s: exact match %s", name, shown)
-    if parallel.world_rank() == 0:
+    if runtime.world_rank() == 0:
         write_json(task_file(directory), found)
-    parallel.barrier()
+    runtime.barrier()
     return found
 
 

@@ -8,10 +8,10 @@ import numpy as np
 
 from tawin_nemo.catalog.items import Catalog
 from tawin_nemo.data.tokenizer import words_of
-from tawin_nemo.errors import ConfigError
-from tawin_nemo.models.megatron.new_tokens import NewTokens
-from tawin_nemo.train.world import World
+from tawin_nemo.models.megatron.hf.new_tokens import NewTokens
+from tawin_nemo.run.world import World
 from tawin_nemo.types import TokenRows
+from tawin_nemo.util.errors import ConfigError
 
 
 def new_tokens(world: World) -> NewTokens:

@@ -17,14 +17,14 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from tawin_nemo.backbones import Backbone
-from tawin_nemo.config import ModelConfig, TrainerConfig
+from tawin_nemo.config.backbones import Backbone
+from tawin_nemo.config.schema import ModelConfig, TrainerConfig
 from tawin_nemo.data.trees import tree_batch
-from tawin_nemo.models.megatron import parallel
-from tawin_nemo.models.megatron.async_save import AsyncSaver
-from tawin_nemo.models.megatron.build import build_model
-from tawin_nemo.models.megatron.checkpoint import save_checkpoint
-from tawin_nemo.models.megatron.trainable import MicroBatch, Trainable
+from tawin_nemo.models.megatron.checkpoint.async_save import AsyncSaver
+from tawin_nemo.models.megatron.checkpoint.checkpoint import save_checkpoint
+from tawin_nemo.models.megatron.model.build import build_model
+from tawin_nemo.models.megatron.optim.trainable import MicroBatch, Trainable
+from tawin_nemo.models.megatron.parallel import runtime
 from tawin_nemo.types import TokenRows
 from tests.benchmarks import harness
 
@@ -75,7 +75,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--tokens", type=int, default=256)
     given: argparse.Namespace = parser.parse_args()
-    parallel.initialize(ModelConfig(), seed=1)
+    runtime.initialize(ModelConfig(), seed=1)
     torch.set_num_threads(given.threads)
     shape = Backbone(
         "qwen2", given.hidden, given.layers, 6, 2, 4 * given.hidden, 8192, rope_theta=1e4, max_position=2048

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessor, PreTrainedModel
 
-from tawin_nemo.backbones import Work
+from tawin_nemo.config.backbones import Work
 from tawin_nemo.types import TokenRows
 
 

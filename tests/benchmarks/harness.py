@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from tawin_nemo.train.mfu import matmul_tflops
+from tawin_nemo.run.mfu import matmul_tflops
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}

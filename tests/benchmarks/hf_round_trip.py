@@ -46,18 +46,18 @@ def worker(arguments: argparse.Namespace) -> None:
     """One rank: import the files, export them again."""
     import torch
 
-    from tawin_nemo.config import ModelConfig
-    from tawin_nemo.models.megatron import parallel
-    from tawin_nemo.models.megatron.build import build_model
-    from tawin_nemo.models.megatron.hf_config import backbone_from_hf
-    from tawin_nemo.models.megatron.hf_io import load_hf, save_hf
+    from tawin_nemo.config.schema import ModelConfig
+    from tawin_nemo.models.megatron.hf.config import backbone_from_hf
+    from tawin_nemo.models.megatron.hf.io import load_hf, save_hf
+    from tawin_nemo.models.megatron.model.build import build_model
+    from tawin_nemo.models.megatron.parallel import runtime
 
     imported = anonymous_bytes("self")
     folder, rank = arguments.folder, int(os.environ["RANK"])
     source = folder / "source"
     (tp, pp) = LAYOUT
     cfg = ModelConfig(tensor_model_parallel_size=tp, pipeline_model_parallel_size=pp, precision="bf16")
-    parallel.initialize(cfg, seed=1)
+    runtime.initialize(cfg, seed=1)
     torch.set_num_threads(1)
     shape = backbone_from_hf(source)
     times = [time.monotonic()]
@@ -70,8 +70,8 @@ def worker(arguments: argparse.Namespace) -> None:
     shard = sum(parameter.nbytes for parameter in model.parameters())
     facts = {"rank": rank, "imported": imported, "shard": shard, "seconds": times}
     (folder / f"rank_{rank}.json").write_text(json.dumps(facts), encoding="utf-8")
-    parallel.barrier()
-    parallel.shutdown()
+    runtime.barrier()
+    runtime.shutdown()
 
 
 def make_source(folder: Path, backbone: str, vocab: int, shard_mb: int) -> int:
@@ -79,13 +79,13 @@ def make_source(folder: Path, backbone: str, vocab: int, shard_mb: int) -> int:
     import torch
     from safetensors.torch import save_file
 
-    from tawin_nemo.artefacts import write_json
-    from tawin_nemo.backbones import backbone as shape_of
-    from tawin_nemo.backbones import with_vocab
-    from tawin_nemo.models.megatron.hf_config import hf_config
-    from tawin_nemo.models.megatron.hf_files import INDEX_FILE
-    from tawin_nemo.models.megatron.hf_io import _files
-    from tawin_nemo.models.megatron.hf_map import hf_names, hf_shapes
+    from tawin_nemo.config.backbones import backbone as shape_of
+    from tawin_nemo.config.backbones import with_vocab
+    from tawin_nemo.models.megatron.hf.config import hf_config
+    from tawin_nemo.models.megatron.hf.files import INDEX_FILE
+    from tawin_nemo.models.megatron.hf.io import _files
+    from tawin_nemo.models.megatron.hf.map import hf_names, hf_shapes
+    from tawin_nemo.util.files import write_json
 
     shape = with_vocab(shape_of(backbone), vocab)
     folder.mkdir(parents=True)
@@ -125,7 +125,7 @@ def differences(source: Path, export: Path) -> list[str]:
     import torch
     from transformers import AutoTokenizer
 
-    from tawin_nemo.models.megatron.hf_files import HfWeights
+    from tawin_nemo.models.megatron.hf.files import HfWeights
 
     one, other = HfWeights(source), HfWeights(export)
     wrong = sorted(set(one.files) ^ set(other.files))

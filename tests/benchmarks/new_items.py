@@ -27,22 +27,23 @@ from typing import Any
 import numpy as np
 import polars as pl
 
-from data_prep.dataset import Prepared, Step, write_dataset
-from data_prep.prepare import prepare
-from data_prep.semantic_ids import tokenize
-from tawin_nemo.config import DataConfig, PrepareConfig
+from tawin_nemo.commands.from_checkpoint import engine_of
+from tawin_nemo.commands.session import started
+from tawin_nemo.commands.tokenize import tokenize
+from tawin_nemo.config.load import load_recipe
+from tawin_nemo.config.schema import DataConfig, PrepareConfig
 from tawin_nemo.data.interactions import ITEMS_FILE, Split, load_dataset
+from tawin_nemo.data_prep.dataset import Prepared, Step, write_dataset
+from tawin_nemo.data_prep.prepare import prepare
 from tawin_nemo.eval.evaluate import evaluate
 from tawin_nemo.eval.intervals import normal_interval
 from tawin_nemo.eval.paired import metric_values, paired_test
-from tawin_nemo.recipe import load_recipe
+from tawin_nemo.run.world import World, build_world
 from tawin_nemo.semantic_ids.coder import random_codes
 from tawin_nemo.semantic_ids.index_files import read_index, write_index
-from tawin_nemo.study.config import read_study
-from tawin_nemo.study.plan import as_override
-from tawin_nemo.study.provenance import code_version, hardware
-from tawin_nemo.train.verbs import engine_of, started
-from tawin_nemo.train.world import World, build_world
+from tawin_nemo.tools.study.config import read_study
+from tawin_nemo.tools.study.plan import as_override
+from tawin_nemo.tools.study.provenance import code_version, hardware
 from tawin_nemo.types import ITEM, SPLITS, TokenRows
 from tests.benchmarks.harness import REPOSITORY, rounded, table
 from tests.benchmarks.setting import shared_folder

@@ -23,15 +23,15 @@ from typing import Any
 import numpy as np
 import torch
 
-from tawin_nemo.backbones import Backbone
-from tawin_nemo.config import ModelConfig, Recipe, TrainerConfig
+from tawin_nemo.config.backbones import Backbone
+from tawin_nemo.config.schema import ModelConfig, Recipe, TrainerConfig
 from tawin_nemo.data.trees import tree_batch
-from tawin_nemo.models.megatron import parallel
-from tawin_nemo.models.megatron.build import build_model
-from tawin_nemo.models.megatron.trainable import MicroBatch, Trainable
-from tawin_nemo.planner.activations import Numbers, Pass
-from tawin_nemo.planner.layout import Layout
-from tawin_nemo.planner.memory import Parts, resident, stage_parameters, update_parts
+from tawin_nemo.models.megatron.model.build import build_model
+from tawin_nemo.models.megatron.optim.trainable import MicroBatch, Trainable
+from tawin_nemo.models.megatron.parallel import runtime
+from tawin_nemo.tools.plan.activations import Numbers, Pass
+from tawin_nemo.tools.plan.layout import Layout
+from tawin_nemo.tools.plan.memory import Parts, resident, stage_parameters, update_parts
 from tawin_nemo.types import TokenBatch, TokenRows
 from tests.benchmarks.harness import peak_above
 
@@ -112,7 +112,7 @@ def train(shape: Backbone, cfg: ModelConfig) -> Trainable:
 def measure(case: str) -> Measured:
     """One rank of a case, in this process."""
     cfg = CASES[case]
-    parallel.initialize(cfg, seed=1)
+    runtime.initialize(cfg, seed=1)
     torch.set_num_threads(1)
     train(SMALL, cfg)
     kept: list[Trainable] = []

@@ -16,10 +16,10 @@ import tempfile
 import time
 from pathlib import Path
 
-from data_prep import synthetic
-from data_prep.prepare import prepare
-from tawin_nemo.config import DataConfig, PrepareConfig
+from tawin_nemo.config.schema import DataConfig, PrepareConfig
 from tawin_nemo.data.interactions import read_manifest
+from tawin_nemo.data_prep import synthetic
+from tawin_nemo.data_prep.prepare import prepare
 
 
 def measure(folder: Path) -> dict[str, float]:

@@ -19,19 +19,19 @@ import numpy as np
 import torch
 from transformers import Qwen2ForCausalLM
 
-from tawin_nemo.backbones import Backbone
-from tawin_nemo.config import RlConfig, RolloutConfig, TrainerConfig
+from tawin_nemo.config.backbones import Backbone
+from tawin_nemo.config.schema import RlConfig, RolloutConfig, TrainerConfig
 from tawin_nemo.maths.advantages import group_advantages
-from tawin_nemo.models.megatron.lm import MegatronLM
-from tawin_nemo.models.megatron.trainable import Trainable
+from tawin_nemo.models.megatron.decode.lm import MegatronLM
+from tawin_nemo.models.megatron.optim.trainable import Trainable
 from tawin_nemo.rollout.engine import RolloutEngine
-from tawin_nemo.rollout.metered import MeteredLM
+from tawin_nemo.rollout.lm import MeteredLM
+from tawin_nemo.run.mfu import batch_work
+from tawin_nemo.run.timers import Timers
 from tawin_nemo.train.actor import Actor
-from tawin_nemo.train.mfu import batch_work
 from tawin_nemo.train.reference import CopiedReference
 from tawin_nemo.train.rewards import RuleReward
 from tawin_nemo.train.rl import Roles, rl_step
-from tawin_nemo.train.timers import Timers
 from tawin_nemo.types import DataParallel, PromptBatch, TokenRows
 from tests.benchmarks import harness
 from tests.benchmarks.baselines import PrefixTable, adamw, backward, generate_beams, reference_logps, repeated_batches

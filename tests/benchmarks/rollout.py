@@ -19,11 +19,11 @@ from typing import Any
 import torch
 from transformers import Qwen2ForCausalLM
 
-from tawin_nemo.backbones import Backbone
-from tawin_nemo.config import RolloutConfig
-from tawin_nemo.models.megatron.lm import MegatronLM
+from tawin_nemo.config.backbones import Backbone
+from tawin_nemo.config.schema import RolloutConfig
+from tawin_nemo.models.megatron.decode.lm import MegatronLM
 from tawin_nemo.rollout.engine import RolloutEngine
-from tawin_nemo.rollout.metered import MeteredLM
+from tawin_nemo.rollout.lm import MeteredLM
 from tawin_nemo.types import Candidates, TokenRows
 from tests.benchmarks import harness
 from tests.benchmarks.baselines import PrefixTable, generate_beams

@@ -19,21 +19,21 @@ from typing import Any
 import numpy as np
 import torch
 
-from tawin_nemo.backbones import Backbone
 from tawin_nemo.catalog.items import Catalog
 from tawin_nemo.catalog.trie import TokenTrie
-from tawin_nemo.config import ModelConfig, RlConfig, RolloutConfig, TrainerConfig
-from tawin_nemo.models.megatron import parallel
-from tawin_nemo.models.megatron.build import build_model
-from tawin_nemo.models.megatron.lm import MegatronLM
-from tawin_nemo.models.megatron.trainable import Trainable
+from tawin_nemo.config.backbones import Backbone
+from tawin_nemo.config.schema import ModelConfig, RlConfig, RolloutConfig, TrainerConfig
+from tawin_nemo.models.megatron.decode.lm import MegatronLM
+from tawin_nemo.models.megatron.model.build import build_model
+from tawin_nemo.models.megatron.optim.trainable import Trainable
+from tawin_nemo.models.megatron.parallel import runtime
 from tawin_nemo.rollout.engine import RolloutEngine
-from tawin_nemo.rollout.metered import MeteredLM
+from tawin_nemo.rollout.lm import MeteredLM
+from tawin_nemo.run.timers import Timers
 from tawin_nemo.train.actor import Actor
 from tawin_nemo.train.reference import CopiedReference
 from tawin_nemo.train.rewards import RuleReward
 from tawin_nemo.train.rl import Roles, rl_step
-from tawin_nemo.train.timers import Timers
 from tawin_nemo.types import DataParallel, PromptBatch, TokenRows
 from tests.benchmarks import harness
 from tests.benchmarks.select_step import CHILDREN, LEVELS, random_codes
@@ -63,7 +63,7 @@ class System:
 
     def __init__(self, shape: Backbone, precision: str) -> None:
         cfg = ModelConfig(precision=precision)
-        parallel.initialize(cfg, seed=0)
+        runtime.initialize(cfg, seed=0)
         self.shape = shape
         self.trainable = Trainable(build_model(shape, cfg, seed=0), shape, TrainerConfig(), lr=1e-6)
         self.reference = CopiedReference(build_model(shape, cfg, seed=0))

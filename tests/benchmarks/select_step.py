@@ -23,17 +23,17 @@ import torch
 from torch import Tensor
 from transformers.generation.logits_process import LogitNormalization, PrefixConstrainedLogitsProcessor
 
-from tawin_nemo.backbones import Backbone
 from tawin_nemo.catalog.trie import TokenTrie
-from tawin_nemo.config import ModelConfig
-from tawin_nemo.models.megatron import parallel
-from tawin_nemo.models.megatron.build import build_model
-from tawin_nemo.models.megatron.head import head_weight_VD
-from tawin_nemo.models.megatron.lm import MegatronLM
-from tawin_nemo.plain_calls import plain_calls
+from tawin_nemo.config.backbones import Backbone
+from tawin_nemo.config.schema import ModelConfig
+from tawin_nemo.models.megatron.decode.lm import MegatronLM
+from tawin_nemo.models.megatron.model.build import build_model
+from tawin_nemo.models.megatron.model.head import head_weight_VD
+from tawin_nemo.models.megatron.parallel import runtime
 from tawin_nemo.rollout import select
 from tawin_nemo.rollout.beam_state import Beams, first_beams
 from tawin_nemo.types import TokenRows
+from tawin_nemo.util.torch_modes import plain_calls
 from tests.benchmarks import harness
 from tests.benchmarks.baselines import StringKeyProcessor, best_continuations
 from tests.benchmarks.setting import qwen_shape, start
@@ -101,7 +101,7 @@ def make_case(items: int, codes: int, prompts: int, beams: int, vocab: int) -> C
 def model_with_hidden(shape: Backbone, prompts: int, beams: int) -> tuple[MegatronLM, Any, Tensor]:
     """A model, a cache of it in which every beam has a row, and the hidden states [R, D] of the beams' rows."""
     cfg = ModelConfig()
-    parallel.initialize(cfg, seed=0)
+    runtime.initialize(cfg, seed=0)
     lm = MegatronLM(build_model(shape, cfg, seed=0), shape)
     cache = lm.prefill(TokenRows.from_lists([[1]] * prompts))
     parent_R = torch.arange(prompts).repeat_interleave(beams)

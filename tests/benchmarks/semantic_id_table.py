@@ -23,16 +23,15 @@ from typing import Any
 
 import numpy as np
 
-from data_prep.prepare import prepare
-from data_prep.semantic_ids import brand_and_category_words
-from data_prep.text_embeddings import embed, item_texts
-from tawin_nemo.config import DataConfig, PrepareConfig
-from tawin_nemo.config_verbs import RqVaeConfig, SemanticIdsConfig, TextConfig
+from tawin_nemo.commands.tokenize import brand_and_category_words
+from tawin_nemo.config.schema import DataConfig, PrepareConfig, RqVaeConfig, SemanticIdsConfig, TextConfig
 from tawin_nemo.data.interactions import Dataset, load_dataset
+from tawin_nemo.data_prep.prepare import prepare
 from tawin_nemo.semantic_ids.coder import ItemCoder, fit, settle
 from tawin_nemo.semantic_ids.collisions import groups_of
+from tawin_nemo.semantic_ids.encoders import embed, item_texts
 from tawin_nemo.semantic_ids.index_files import read_index
-from tawin_nemo.semantic_ids.measure import measure, relative_error
+from tawin_nemo.semantic_ids.report import measure, relative_error
 from tests.benchmarks.harness import _git, rounded, table
 from tests.benchmarks.setting import shared_folder
 

@@ -27,12 +27,12 @@ import numpy as np
 import torch
 from threadpoolctl import threadpool_limits
 
-from tawin_nemo.config_verbs import SemanticIdsConfig
+from tawin_nemo.config.schema import SemanticIdsConfig
 from tawin_nemo.semantic_ids.codebooks import Codebooks, nearest
 from tawin_nemo.semantic_ids.coder import ItemCoder
 from tawin_nemo.semantic_ids.kmeans import residual_kmeans
-from tawin_nemo.semantic_ids.measure import relative_error
 from tawin_nemo.semantic_ids.quantiser import Autoencoder
+from tawin_nemo.semantic_ids.report import relative_error
 from tawin_nemo.semantic_ids.train_quantiser import Plan, train_quantiser
 from tests.benchmarks import harness
 

@@ -24,9 +24,9 @@ from typing import Any
 import httpx
 import numpy as np
 
-from tawin_nemo.models.megatron.lm import MegatronLM
+from tawin_nemo.models.megatron.decode.lm import MegatronLM
 from tawin_nemo.rollout.beam import constrained_beam_search
-from tawin_nemo.rollout.metered import MeteredLM
+from tawin_nemo.rollout.lm import MeteredLM
 from tawin_nemo.types import TokenRows
 from tests.benchmarks import harness, serve_swaps
 from tests.benchmarks.load import Load, Spec, load

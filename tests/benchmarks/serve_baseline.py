@@ -24,7 +24,7 @@ from fastapi import FastAPI
 from pydantic import BaseModel
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from tawin_nemo.serve.catalogue import ServedCatalogue
+from tawin_nemo.serve.engine.catalog import ServedCatalogue
 from tests.benchmarks.baselines import PrefixTable
 from tests.benchmarks.setting import start
 

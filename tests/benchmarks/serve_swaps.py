@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from tawin_nemo.serve.catalogue import ServedCatalogue
-from tawin_nemo.serve.control_schema import ItemToAdd
+from tawin_nemo.api.control_schema import ItemToAdd
+from tawin_nemo.serve.engine.catalog import ServedCatalogue
 from tests.benchmarks import harness
 from tests.benchmarks.load import Load, Reply, Running, Spec
 from tests.benchmarks.serve_baseline import Generator

@@ -21,14 +21,14 @@ from typing import Any
 import httpx
 import psutil
 
-from tawin_nemo.backbones import Backbone
+from tawin_nemo.api.client import Client, ControlClient
 from tawin_nemo.cli import prepared_root
-from tawin_nemo.recipe import load_recipe
-from tawin_nemo.serve.catalogue import ServedCatalogue
-from tawin_nemo.serve.client import Client, ControlClient
-from tawin_nemo.serve.verb import first_catalogue
-from tawin_nemo.train.verbs import run
-from tawin_nemo.train.world import World
+from tawin_nemo.commands.serve import first_catalogue
+from tawin_nemo.commands.session import run
+from tawin_nemo.config.backbones import Backbone
+from tawin_nemo.config.load import load_recipe
+from tawin_nemo.run.world import World
+from tawin_nemo.serve.engine.catalog import ServedCatalogue
 from tests.benchmarks.harness import REPOSITORY
 from tests.benchmarks.setting import qwen_shape, shared_folder, transformers_model
 from tests.train.runs import SMALL, prepare_dataset

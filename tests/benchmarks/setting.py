@@ -19,18 +19,18 @@ import torch
 from megatron.core.models.gpt.gpt_model import GPTModel
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from data_prep import inter_layout
-from tawin_nemo.backbones import BACKBONES, Backbone
 from tawin_nemo.catalog.items import Catalog
-from tawin_nemo.config import ModelConfig
-from tawin_nemo.data.catalogue import build_catalog
+from tawin_nemo.config.backbones import BACKBONES, Backbone
+from tawin_nemo.config.schema import ModelConfig
+from tawin_nemo.data.catalog_builder import build_catalog
 from tawin_nemo.data.interactions import Split
 from tawin_nemo.data.prompts import Template
 from tawin_nemo.data.tokenizer import Tokenizer
-from tawin_nemo.models.megatron import parallel
-from tawin_nemo.models.megatron.build import build_model
-from tawin_nemo.models.megatron.hf_config import hf_config
-from tawin_nemo.models.megatron.hf_io import load_hf
+from tawin_nemo.data_prep import inter_layout
+from tawin_nemo.models.megatron.hf.config import hf_config
+from tawin_nemo.models.megatron.hf.io import load_hf
+from tawin_nemo.models.megatron.model.build import build_model
+from tawin_nemo.models.megatron.parallel import runtime
 from tawin_nemo.types import EXTERNAL_ID, TITLE, TokenRows
 from tests.benchmarks.harness import DTYPES, REPOSITORY, parser
 
@@ -63,7 +63,7 @@ def transformers_model(shape: Backbone, precision: str = "fp32", seed: int = 0) 
 def megatron_model(shape: Backbone, theirs: Qwen2ForCausalLM, precision: str = "fp32") -> GPTModel:
     """The same weights in the model that this package trains, through a temporary folder."""
     cfg = ModelConfig(precision=precision)
-    parallel.initialize(cfg, seed=0)
+    runtime.initialize(cfg, seed=0)
     model = build_model(shape, cfg, seed=0)
     with tempfile.TemporaryDirectory() as folder:
         theirs.save_pretrained(folder)

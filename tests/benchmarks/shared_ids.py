@@ -10,8 +10,8 @@ from __future__ import annotations
 import numpy as np
 
 from tawin_nemo.eval.paired import paired_test
-from tawin_nemo.study.record import RunRecord, read_folder
-from tawin_nemo.study.tables import plain, short, signed
+from tawin_nemo.tools.study.record import RunRecord, read_folder
+from tawin_nemo.tools.study.tables import plain, short, signed
 from tests.benchmarks.harness import REPOSITORY
 
 FOLDER = REPOSITORY / "recipes" / "results" / "indexes"

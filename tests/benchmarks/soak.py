@@ -27,10 +27,10 @@ from typing import Any
 import httpx
 import numpy as np
 
-from tawin_nemo.data.catalogue import answer_paths
-from tawin_nemo.errors import TawinError
-from tawin_nemo.serve.client import ControlClient
-from tawin_nemo.serve.control_schema import ItemToAdd
+from tawin_nemo.api.client import ControlClient
+from tawin_nemo.api.control_schema import ItemToAdd
+from tawin_nemo.data.catalog_builder import answer_paths
+from tawin_nemo.util.errors import TawinError
 from tests.benchmarks import serving, soak_load
 from tests.benchmarks.harness import REPOSITORY, _git, _shown_arguments, rounded
 from tests.benchmarks.serve_oracle import SCORE_TOLERANCE, Oracle, admissible

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 import torch
 
-from tawin_nemo.backbones import Backbone
-from tawin_nemo.models.megatron.head import head_weight_VD
+from tawin_nemo.config.backbones import Backbone
+from tawin_nemo.models.megatron.model.head import head_weight_VD
 from tawin_nemo.rollout import select
-from tawin_nemo.semantic_ids.measure import relative_error
+from tawin_nemo.semantic_ids.report import relative_error
 from tawin_nemo.types import TokenRows
 from tests.benchmarks import harness, select_step, semantic_ids, summary
 from tests.benchmarks.baselines import PrefixTable, backward, completion_logps, repeated_batches

@@ -25,11 +25,11 @@ import torch
 from torch import Tensor
 from transformers import Qwen2ForCausalLM
 
-from tawin_nemo.backbones import Backbone
-from tawin_nemo.config import RlConfig, TrainerConfig
-from tawin_nemo.models.megatron.trainable import MicroBatch, Trainable
+from tawin_nemo.config.backbones import Backbone
+from tawin_nemo.config.schema import RlConfig, TrainerConfig
+from tawin_nemo.models.megatron.optim.trainable import MicroBatch, Trainable
+from tawin_nemo.run.mfu import training_flops
 from tawin_nemo.train.actor import Actor
-from tawin_nemo.train.mfu import training_flops
 from tawin_nemo.types import DataParallel, PromptBatch, Rollout
 from tests.benchmarks import harness, trl_rows
 from tests.benchmarks.baselines import allocate_gradients, backward, repeated_batches, repeated_work

@@ -9,11 +9,11 @@ from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 
-from tawin_nemo.config import CatalogConfig, DataConfig, ModelConfig
-from tawin_nemo.data.catalogue import build_catalog
+from tawin_nemo.config.schema import CatalogConfig, DataConfig, ModelConfig
+from tawin_nemo.data.catalog_builder import build_catalog
 from tawin_nemo.data.prompts import Template
 from tawin_nemo.data.tokenizer import build_tokenizer
-from tawin_nemo.serve.catalogue import ServedCatalogue, Writing
+from tawin_nemo.serve.engine.catalog import ServedCatalogue, Writing
 from tests.serve.scene import GateLM, Scene, serving
 
 KINDS = {

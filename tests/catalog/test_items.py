@@ -6,8 +6,8 @@ import pytest
 
 from tawin_nemo.catalog.items import Catalog
 from tawin_nemo.catalog.trie import TokenTrie
-from tawin_nemo.errors import CatalogError
 from tawin_nemo.types import TokenRows
+from tawin_nemo.util.errors import CatalogError
 
 EOS = 0
 PATHS = TokenRows.from_lists([[5, EOS], [7, 8, EOS], [5, EOS], [7, 8, EOS], [9, EOS], [5, EOS]])

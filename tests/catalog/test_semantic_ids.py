@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tawin_nemo.catalog.semantic_ids import find_codes, load_codes
-from tawin_nemo.errors import CatalogError, ConfigError
+from tawin_nemo.util.errors import CatalogError, ConfigError
 
 
 def written(folder: Path, text: object) -> Path:

@@ -11,11 +11,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tawin_nemo.catalog import path_sort
+from tawin_nemo.catalog import trie_build
 from tawin_nemo.catalog.trie import TokenTrie
 from tawin_nemo.catalog.trie_build import TrieArrays
-from tawin_nemo.errors import CatalogError
 from tawin_nemo.types import TokenRows
+from tawin_nemo.util.errors import CatalogError
 
 EOS = 0
 LARGEST_TOKEN = 2**31 - 1
@@ -186,8 +186,8 @@ def test_wide_indices_narrow_words_and_other_integer_types_change_nothing(
         paths = [path for path in paths if 2**15 - 1 not in path[:-1]] or [[1]]
     rows = TokenRows.from_lists(paths)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(path_sort, "INT32_LIMIT", limit)
-        patch.setattr(path_sort, "WORD_BITS", 40)  # groups of rows are cut in two until one column fits
+        patch.setattr(trie_build, "INT32_LIMIT", limit)
+        patch.setattr(trie_build, "WORD_BITS", 40)  # groups of rows are cut in two until one column fits
         wide = TokenTrie.from_paths(TokenRows(rows.flat.astype(dtype), rows.offsets))
     assert len(paths) <= limit or wide.arrays.node_item.dtype == np.int64
     plain = TokenTrie.from_paths(rows)

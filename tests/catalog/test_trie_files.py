@@ -12,7 +12,7 @@ import torch
 
 from tawin_nemo.catalog.trie import TokenTrie
 from tawin_nemo.catalog.trie_build import TrieArrays
-from tawin_nemo.errors import CatalogError
+from tawin_nemo.util.errors import CatalogError
 
 EOS = 0
 PATHS = [[3, 7, EOS], [3, 7, 4, EOS], [3, 7, EOS], [3, 9, EOS]]

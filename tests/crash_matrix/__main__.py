@@ -23,7 +23,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from tawin_nemo.failpoints import POINTS
+from tawin_nemo.util.failpoints import POINTS
 from tests.crash_matrix import cases
 from tests.crash_matrix.attempts import warm_up
 from tests.crash_matrix.cases import Outcome, Setting

@@ -18,7 +18,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from tawin_nemo import failpoints
+from tawin_nemo.util import failpoints
 from tests.train.runs import SMALL, command, environment
 
 #: Seconds after which an attempt counts as hung.
@@ -47,8 +47,8 @@ class Attempt:
 
 def warm_up() -> None:
     """Import what an attempt needs, so that forked ones need not."""
-    import tawin_nemo.models.megatron.checkpoint
-    import tawin_nemo.train.verbs  # noqa: F401
+    import tawin_nemo.commands.session
+    import tawin_nemo.models.megatron.checkpoint.checkpoint  # noqa: F401
 
 
 def attempt(

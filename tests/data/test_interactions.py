@@ -8,12 +8,12 @@ from pathlib import Path
 import polars as pl
 import pytest
 
-from data_prep.prepare import prepare
-from tawin_nemo.artefacts import sha256
-from tawin_nemo.config import DataConfig, PrepareConfig
+from tawin_nemo.config.schema import DataConfig, PrepareConfig
 from tawin_nemo.data.interactions import ITEMS_FILE, MANIFEST, load_dataset
-from tawin_nemo.errors import DataError
+from tawin_nemo.data_prep.prepare import prepare
 from tawin_nemo.types import EXTERNAL_ID, HISTORY, ITEM, SPLITS, TARGET, TIME, TITLE, USER
+from tawin_nemo.util.errors import DataError
+from tawin_nemo.util.files import sha256
 
 
 @pytest.fixture(scope="module")

@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tawin_nemo.config import CatalogConfig, DataConfig, ModelConfig
-from tawin_nemo.data.prompt_tokens import PromptEncoder
+from tawin_nemo.config.schema import CatalogConfig, DataConfig, ModelConfig
 from tawin_nemo.data.prompts import Template
+from tawin_nemo.data.samples import PromptEncoder
 from tawin_nemo.data.tokenizer import Tokenizer, build_tokenizer
 from tawin_nemo.types import TokenRows
 

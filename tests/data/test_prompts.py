@@ -4,9 +4,9 @@ import dataclasses
 
 import pytest
 
-from tawin_nemo.config import CatalogConfig, DataConfig
+from tawin_nemo.config.schema import CatalogConfig, DataConfig
 from tawin_nemo.data.prompts import ANSWER_MARK, ITEM_MARK, Template
-from tawin_nemo.errors import ConfigError
+from tawin_nemo.util.errors import ConfigError
 
 ALL = [Template(name, kind=kind) for name in ("compact", "alpaca") for kind in ("title", "sid")]
 

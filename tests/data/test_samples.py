@@ -7,13 +7,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tawin_nemo.config import CatalogConfig, DataConfig, ModelConfig
+from tawin_nemo.config.schema import CatalogConfig, DataConfig, ModelConfig
 from tawin_nemo.data.interactions import Split
 from tawin_nemo.data.prompts import Template
 from tawin_nemo.data.samples import Samples, encode_split
 from tawin_nemo.data.tokenizer import build_tokenizer
-from tawin_nemo.errors import DataError
 from tawin_nemo.types import TokenRows
+from tawin_nemo.util.errors import DataError
 
 TITLES = ["bolt", "steel washer", "a much longer title of a hose, 3/4 inch", "nut", "tape", "glue for wood", "saw"]
 DATA = DataConfig(max_history=4, max_prompt_tokens=300, bpe_vocab_size=400)

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from tawin_nemo.config import AlignConfig, CatalogConfig, DataConfig, ModelConfig
+from tawin_nemo.config.schema import AlignConfig, CatalogConfig, DataConfig, ModelConfig
 from tawin_nemo.data.interactions import Split
 from tawin_nemo.data.prompts import ANSWER_MARK, ITEM_MARK, Template
 from tawin_nemo.data.tasks import (
@@ -18,8 +18,8 @@ from tawin_nemo.data.tasks import (
     items_as_split,
 )
 from tawin_nemo.data.tokenizer import EOS, build_tokenizer
-from tawin_nemo.errors import ConfigError
 from tawin_nemo.types import TokenRows
+from tawin_nemo.util.errors import ConfigError
 
 CODE_LISTS = [["<a_0>", f"<b_{item}>"] for item in range(5)]
 TEXTS = {

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from tawin_nemo.data.text_vectors import load_item_vectors, text_vectors
-from tawin_nemo.errors import DataError
+from tawin_nemo.util.errors import DataError
 
 
 def test_a_good_file_is_read_as_float32(tmp_path: Path) -> None:

@@ -8,11 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
-from tawin_nemo.artefacts import sha256
-from tawin_nemo.config import CatalogConfig, DataConfig, ModelConfig
+from tawin_nemo.config.schema import CatalogConfig, DataConfig, ModelConfig
 from tawin_nemo.data.prompts import ANSWER_MARK, ITEM_MARK, Template
 from tawin_nemo.data.tokenizer import EOS, PAD, Tokenizer, build_tokenizer, words_of
-from tawin_nemo.errors import CatalogError, ConfigError, DataError
+from tawin_nemo.util.errors import CatalogError, ConfigError, DataError
+from tawin_nemo.util.files import sha256
 
 TITLES = [f"Acme {size} inch steel {part}" for size in (1, 2, 10) for part in ("bolt", "washer", 'hose 3/4"')]
 CODES = [[f"<a_{i % 3}>", f"<b_{i}>"] for i in range(6)]

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 from tawin_nemo.catalog.trie import TokenTrie
 from tawin_nemo.data.trees import tree_batch, tree_batches, tree_sizes
-from tawin_nemo.errors import CatalogError
 from tawin_nemo.types import TokenBatch, TokenRows
+from tawin_nemo.util.errors import CatalogError
 from tests.data.tree_oracle import dense_places, expected_prefixes, expected_scores, scored_tokens
 
 EOS = 1

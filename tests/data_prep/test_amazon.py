@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 
-from data_prep.prepare import prepare
-from tawin_nemo.config import DataConfig, PrepareConfig
+from tawin_nemo.config.schema import DataConfig, PrepareConfig
 from tawin_nemo.data.interactions import load_dataset
-from tawin_nemo.errors import DataError
+from tawin_nemo.data_prep.prepare import prepare
+from tawin_nemo.util.errors import DataError
 
 DAY = 86_400
 START = int(datetime(2016, 10, 1, tzinfo=UTC).timestamp())

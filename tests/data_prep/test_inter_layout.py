@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from data_prep.prepare import detect, prepare
-from tawin_nemo.config import DataConfig, PrepareConfig
+from tawin_nemo.config.schema import DataConfig, PrepareConfig
 from tawin_nemo.data.interactions import Dataset, load_dataset
-from tawin_nemo.errors import DataError
+from tawin_nemo.data_prep.prepare import detect, prepare
+from tawin_nemo.util.errors import DataError
 
 HEADER = "user_id:token\titem_id_list:token_seq\titem_id:token"
 ROWS = {"train": ["7\t0\t1", "7\t0 1\t2", "9\t2\t0"], "valid": ["7\t0 1 2\t0"], "test": ["9\t2 0\t1"]}

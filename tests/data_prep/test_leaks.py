@@ -5,11 +5,11 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from data_prep.leaks import leak_check
-from data_prep.windows import sliding_windows, split_by_time
 from tawin_nemo.data.interactions import Split
-from tawin_nemo.errors import DataError
+from tawin_nemo.data_prep.leaks import leak_check
+from tawin_nemo.data_prep.windows import sliding_windows, split_by_time
 from tawin_nemo.types import SPLITS, TokenRows
+from tawin_nemo.util.errors import DataError
 
 ITEMS, HISTORY = 12, 4
 

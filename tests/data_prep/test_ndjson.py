@@ -7,9 +7,9 @@ from pathlib import Path
 import polars as pl
 import pytest
 
-from data_prep import ndjson
-from data_prep.ndjson import Field, Problems, read_frames
-from tawin_nemo.errors import DataError
+from tawin_nemo.data_prep import ndjson
+from tawin_nemo.data_prep.ndjson import Field, Problems, read_frames
+from tawin_nemo.util.errors import DataError
 
 FIELDS = [Field("user", "id"), Field("time", "int"), Field("title", "text")]
 GOOD = b'{"user": "u1", "time": 3, "title": "t", "other": [1, {"deep": 2}]}'

@@ -4,8 +4,8 @@ from datetime import UTC, datetime
 
 import pytest
 
-from data_prep.periods import period
-from tawin_nemo.errors import ConfigError
+from tawin_nemo.data_prep.periods import period
+from tawin_nemo.util.errors import ConfigError
 
 
 def at(*date: int) -> int:

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from data_prep import synthetic
-from data_prep.prepare import detect, main, prepare
-from tawin_nemo.config import DataConfig, PrepareConfig
+from tawin_nemo.config.schema import DataConfig, PrepareConfig
 from tawin_nemo.data.interactions import MANIFEST, load_dataset
-from tawin_nemo.errors import DataError
+from tawin_nemo.data_prep import synthetic
+from tawin_nemo.data_prep.prepare import detect, main, prepare
+from tawin_nemo.util.errors import DataError
 
 SMALL = PrepareConfig(synthetic_items=60, synthetic_users=120, synthetic_reviews_per_user=8.0)
 
@@ -42,7 +42,14 @@ def test_the_same_bytes_in_another_process(tmp_path: Path) -> None:
     """Hash seeds and thread counts differ between processes; the result must not."""
     run(tmp_path / "here")
     flags = ["--prepare.synthetic_items=60", "--prepare.synthetic_users=120", "--seed=1"]
-    command = [sys.executable, "-m", "data_prep.prepare", "--source=synthetic", f"--out={tmp_path / 'there'}", *flags]
+    command = [
+        sys.executable,
+        "-m",
+        "tawin_nemo.data_prep.prepare",
+        "--source=synthetic",
+        f"--out={tmp_path / 'there'}",
+        *flags,
+    ]
     environment = os.environ | {"PYTHONHASHSEED": "7", "POLARS_MAX_THREADS": "1"}
     subprocess.run(command, check=True, env=environment, cwd=Path(__file__).parents[2], stdout=subprocess.DEVNULL)
     assert content(tmp_path / "here") == content(tmp_path / "there")

@@ -6,11 +6,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data_prep import synthetic
-from data_prep.prepare import prepare
-from data_prep.synthetic_catalogue import make_catalogue
-from tawin_nemo.config import DataConfig, PrepareConfig
+from tawin_nemo.config.schema import DataConfig, PrepareConfig
 from tawin_nemo.data.interactions import Dataset, load_dataset
+from tawin_nemo.data_prep import synthetic
+from tawin_nemo.data_prep.prepare import prepare
+from tawin_nemo.data_prep.synthetic_catalogue import make_catalogue
 
 SEED = 3
 DEFAULTS = PrepareConfig()

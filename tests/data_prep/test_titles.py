@@ -3,7 +3,7 @@ from __future__ import annotations
 import polars as pl
 import pytest
 
-from data_prep.titles import clean_column, clean_text, join_json_list, title_faults
+from tawin_nemo.data_prep.titles import clean_column, clean_text, join_json_list, title_faults
 
 
 @pytest.mark.parametrize(

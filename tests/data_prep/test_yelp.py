@@ -5,9 +5,9 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
-from data_prep.prepare import detect, prepare
-from tawin_nemo.config import DataConfig, PrepareConfig
+from tawin_nemo.config.schema import DataConfig, PrepareConfig
 from tawin_nemo.data.interactions import load_dataset
+from tawin_nemo.data_prep.prepare import detect, prepare
 
 FIRST = datetime(2021, 1, 1, tzinfo=UTC)
 

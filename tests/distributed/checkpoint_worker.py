@@ -10,17 +10,17 @@ import numpy as np
 import pytest
 import torch
 
-from tawin_nemo.backbones import Backbone
-from tawin_nemo.config import ModelConfig, TrainerConfig
+from tawin_nemo.config.backbones import Backbone
+from tawin_nemo.config.schema import ModelConfig, TrainerConfig
 from tawin_nemo.data.trees import tree_batch
-from tawin_nemo.errors import CheckpointError
-from tawin_nemo.models.megatron import parallel
-from tawin_nemo.models.megatron.async_save import AsyncSaver
-from tawin_nemo.models.megatron.build import build_model
-from tawin_nemo.models.megatron.checkpoint import load_checkpoint, newest_valid, prune, save_checkpoint
-from tawin_nemo.models.megatron.hf_io import save_hf
-from tawin_nemo.models.megatron.trainable import MicroBatch, Trainable
+from tawin_nemo.models.megatron.checkpoint.async_save import AsyncSaver
+from tawin_nemo.models.megatron.checkpoint.checkpoint import load_checkpoint, newest_valid, prune, save_checkpoint
+from tawin_nemo.models.megatron.hf.io import save_hf
+from tawin_nemo.models.megatron.model.build import build_model
+from tawin_nemo.models.megatron.optim.trainable import MicroBatch, Trainable
+from tawin_nemo.models.megatron.parallel import runtime
 from tawin_nemo.types import TokenRows
+from tawin_nemo.util.errors import CheckpointError
 
 #: 21 vocabulary rows: one row of padding under TP 2, and the optimizer state of it. 3 layers: PP 2 holds 2 + 1.
 SHAPE = Backbone("qwen2", 16, 3, 4, 2, 24, 21, rope_theta=1e4, max_position=64)
@@ -29,7 +29,7 @@ ROWS, LENGTH, LR = 4, 7, 1e-2
 
 def update(actor: Trainable, step: int) -> dict[str, float]:
     """One update on this replica's share of the step's fixed rows."""
-    place = parallel.data_parallel()
+    place = runtime.data_parallel()
     tokens = torch.randint(0, SHAPE.vocab, (ROWS, LENGTH + 1), generator=torch.Generator().manual_seed(step))
     mine = tokens[place.rank :: place.size].numpy()
     first, others = TokenRows.from_lists(list(mine[:, :1])), TokenRows.from_lists(list(mine[:, 1:]))
@@ -85,23 +85,23 @@ def check_damage(actor: Trainable, root: Path) -> None:
     """Every rank must pass over a damaged newest checkpoint, whoever finds the damage."""
     save_checkpoint(root / "step_4", model=actor.model, trainable=actor, state={"step": 4})
     assert newest_valid(root) == root / "step_4"
-    parallel.barrier()
-    if parallel.world_rank() == 0:
+    runtime.barrier()
+    if runtime.world_rank() == 0:
         (root / "step_4" / "__0_0.distcp").write_bytes(b"not a checkpoint")
-    parallel.barrier()
+    runtime.barrier()
     assert newest_valid(root) == root / "step_3"
     with pytest.raises(CheckpointError, match="has 16 bytes instead of"):
         load_checkpoint(root / "step_4", model=actor.model, trainable=actor)
     prune(root, keep_last=1, keep={2})
-    parallel.barrier()
+    runtime.barrier()
     assert (root / "step_2").exists()
 
 
 def main() -> None:
     options, root, other = json.loads(sys.argv[1]), Path(sys.argv[2]), Path(sys.argv[3])
     cfg, distributed = ModelConfig(**options["model"]), options["distributed_optimizer"]
-    parallel.initialize(cfg, seed=1)
-    assert parallel.world_size() == options["processes"]
+    runtime.initialize(cfg, seed=1)
+    assert runtime.world_size() == options["processes"]
     first = trainable(cfg, distributed=distributed, seed=3)
     expected = train_and_save(first, root)
 
@@ -116,10 +116,10 @@ def main() -> None:
     load_checkpoint(other, model=second.model, trainable=second)
     save_hf(second.model, SHAPE, root / "hf_of_other")
     continued = [update(second, step) for step in (2, 3)]
-    if parallel.world_rank() == 0:
+    if runtime.world_rank() == 0:
         (root / "result.json").write_text(json.dumps({"own": expected, "other": continued}))
-    parallel.barrier()
-    parallel.shutdown()
+    runtime.barrier()
+    runtime.shutdown()
 
 
 if __name__ == "__main__":

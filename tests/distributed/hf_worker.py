@@ -9,14 +9,14 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from tawin_nemo.backbones import with_vocab
-from tawin_nemo.config import ModelConfig
+from tawin_nemo.config.backbones import with_vocab
+from tawin_nemo.config.schema import ModelConfig
 from tawin_nemo.data.trees import tree_batch
-from tawin_nemo.models.megatron import parallel
-from tawin_nemo.models.megatron.build import build_model
-from tawin_nemo.models.megatron.hf_config import backbone_from_hf
-from tawin_nemo.models.megatron.hf_io import load_hf, save_hf
-from tawin_nemo.models.megatron.trainable import score
+from tawin_nemo.models.megatron.hf.config import backbone_from_hf
+from tawin_nemo.models.megatron.hf.io import load_hf, save_hf
+from tawin_nemo.models.megatron.model.build import build_model
+from tawin_nemo.models.megatron.optim.trainable import score
+from tawin_nemo.models.megatron.parallel import runtime
 from tawin_nemo.types import TokenBatch, TokenRows
 
 SEED, EXTRA_TOKENS = 3, 6
@@ -47,16 +47,16 @@ def convert(source: Path, target: Path, cfg: ModelConfig, extra: int) -> list[fl
 def main() -> None:
     cfg, root = ModelConfig(**json.loads(sys.argv[1])), Path(sys.argv[2])
     sources = [Path(name) for name in sys.argv[3:]]
-    parallel.initialize(cfg, seed=1)
+    runtime.initialize(cfg, seed=1)
     scores = {}
     for source in sources:
         for extra in (0, EXTRA_TOKENS):
             name = f"{source.name}+{extra}"
             scores[name] = convert(source, root / name, cfg, extra)
-    if parallel.world_rank() == 0:
+    if runtime.world_rank() == 0:
         (root / "scores.json").write_text(json.dumps(scores))
-    parallel.barrier()
-    parallel.shutdown()
+    runtime.barrier()
+    runtime.shutdown()
 
 
 if __name__ == "__main__":

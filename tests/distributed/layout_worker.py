@@ -13,14 +13,14 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from tawin_nemo.backbones import Backbone
 from tawin_nemo.catalog.trie import TokenTrie
-from tawin_nemo.config import ModelConfig, TrainerConfig
+from tawin_nemo.config.backbones import Backbone
+from tawin_nemo.config.schema import ModelConfig, TrainerConfig
 from tawin_nemo.data.trees import tree_batch
-from tawin_nemo.models.megatron import parallel
-from tawin_nemo.models.megatron.build import build_model
-from tawin_nemo.models.megatron.lm import MegatronLM
-from tawin_nemo.models.megatron.trainable import MicroBatch, Trainable, score
+from tawin_nemo.models.megatron.decode.lm import MegatronLM
+from tawin_nemo.models.megatron.model.build import build_model
+from tawin_nemo.models.megatron.optim.trainable import MicroBatch, Trainable, score
+from tawin_nemo.models.megatron.parallel import runtime
 from tawin_nemo.types import TokenBatch, TokenRows
 
 #: 51 vocabulary rows: not a multiple of TP 2, so one row of padding exists; two key-value heads for grouped queries.
@@ -64,7 +64,7 @@ def train(
     shape: Backbone, cfg: ModelConfig, trainer: TrainerConfig, space: str
 ) -> tuple[Trainable, list[dict[str, float]]]:
     trainable = Trainable(build_model(shape, cfg, seed=3), shape, trainer, lr=1e-2)
-    place = parallel.data_parallel()
+    place = runtime.data_parallel()
     mine = list(range(ROWS))[place.rank :: place.size]
     # uneven micro-batches: under DP the first replica runs more of them than the others
     sizes = [1, len(mine) - 1] if place.rank == 0 else [len(mine)]
@@ -112,8 +112,8 @@ def assert_equal_everywhere(tensors: list[torch.Tensor], what: str) -> None:
 def assert_sharded(trainable: Trainable, cfg: ModelConfig) -> None:
     """This rank holds its share of the layers and of every split matrix, and no more."""
     tp, pp = cfg.tensor_model_parallel_size, cfg.pipeline_model_parallel_size
-    assert (parallel.tp_size(), parallel.pp_size()) == (tp, pp)
-    assert parallel.data_parallel().size == dist.get_world_size() // (tp * pp)
+    assert (runtime.tp_size(), runtime.pp_size()) == (tp, pp)
+    assert runtime.data_parallel().size == dist.get_world_size() // (tp * pp)
     shapes = {name: tuple(p.shape) for name, p in trainable.model.named_parameters()}
     layers = {name.split(".")[2] for name in shapes if name.startswith("decoder.layers.")}
     assert len(layers) == SHAPE.layers // pp
@@ -122,23 +122,23 @@ def assert_sharded(trainable: Trainable, cfg: ModelConfig) -> None:
     assert shapes["decoder.layers.0.mlp.linear_fc1.weight"] == (2 * SHAPE.ffn // tp, SHAPE.hidden)
     assert shapes["decoder.layers.0.mlp.linear_fc2.weight"] == (SHAPE.hidden, SHAPE.ffn // tp)
     vocabulary = -(-SHAPE.vocab // tp)
-    if parallel.is_first_stage():
+    if runtime.is_first_stage():
         assert shapes["embedding.word_embeddings.weight"] == (vocabulary, SHAPE.hidden)
     else:
         assert not any(name.startswith("embedding") for name in shapes)
-    assert ("decoder.final_layernorm.weight" in shapes) == parallel.is_last_stage()
-    own_head = parallel.is_last_stage() and not (trainable.shape.tied and parallel.is_first_stage())
+    assert ("decoder.final_layernorm.weight" in shapes) == runtime.is_last_stage()
+    own_head = runtime.is_last_stage() and not (trainable.shape.tied and runtime.is_first_stage())
     assert ("output_layer.weight" in shapes) == own_head
     if trainable.ddp.ddp_config.use_distributed_optimizer:
         owned = sum(p.numel() for group in trainable.optimizer.param_groups for p in group["params"])
         everything = sum(p.numel() for p in trainable.model.parameters())
-        replicas = parallel.data_parallel().size
+        replicas = runtime.data_parallel().size
         assert owned <= everything if replicas == 1 else owned < 0.75 * everything, (owned, everything)
 
 
 def measure(cfg: ModelConfig, trainer: TrainerConfig) -> dict[str, Any]:
     """Statistics of five updates, scores and decoding logits, for tied and untied heads and both spaces."""
-    parallel.initialize(cfg, seed=1)
+    runtime.initialize(cfg, seed=1)
     result: dict[str, Any] = {}
     for shape in (SHAPE, replace(SHAPE, tied=False)):
         for space in ("vocab", "trie"):
@@ -159,10 +159,10 @@ def main() -> None:
     options = json.loads(sys.argv[1])
     trainer = TrainerConfig(distributed_optimizer=options["distributed_optimizer"])
     result = measure(ModelConfig(**options["model"]), trainer)
-    if parallel.world_rank() == 0:
+    if runtime.world_rank() == 0:
         Path(sys.argv[2]).write_text(json.dumps(result))
-    parallel.barrier()
-    parallel.shutdown()
+    runtime.barrier()
+    runtime.shutdown()
 
 
 if __name__ == "__main__":

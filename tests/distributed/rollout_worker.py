@@ -18,30 +18,31 @@ from megatron.core.models.gpt import GPTModel
 from safetensors.torch import load_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tawin_nemo.artefacts import atomic_path
-from tawin_nemo.backbones import Backbone
 from tawin_nemo.catalog.items import Catalog
 from tawin_nemo.catalog.trie import TokenTrie
-from tawin_nemo.config import ModelConfig, Recipe, ReferenceConfig, RlConfig, RolloutConfig, TrainerConfig
+from tawin_nemo.config.backbones import Backbone
+from tawin_nemo.config.schema import ModelConfig, Recipe, ReferenceConfig, RlConfig, RolloutConfig, TrainerConfig
 from tawin_nemo.data.batches import balanced_shard
-from tawin_nemo.errors import TawinError
-from tawin_nemo.models.megatron import parallel, refit, sides
-from tawin_nemo.models.megatron.build import build_model, full_shape, sharded_axis
-from tawin_nemo.models.megatron.hf_io import save_hf
-from tawin_nemo.models.megatron.sides import Apart
-from tawin_nemo.models.megatron.trainable import Trainable
+from tawin_nemo.models.megatron.hf.io import save_hf
+from tawin_nemo.models.megatron.model import reshard
+from tawin_nemo.models.megatron.model.build import build_model, full_shape, sharded_axis
+from tawin_nemo.models.megatron.optim.trainable import Trainable
+from tawin_nemo.models.megatron.parallel import disaggregated, runtime
+from tawin_nemo.models.megatron.parallel.disaggregated import Apart
+from tawin_nemo.placement.ahead import RolloutAhead
+from tawin_nemo.placement.dispatch import take_prompts
+from tawin_nemo.placement.remote_engine import RemoteEngine, Stop
+from tawin_nemo.placement.rollout_ranks import serve
+from tawin_nemo.placement.weight_sync import build_engine, check_equal, sync_weights
 from tawin_nemo.rollout.engine import Engine, RolloutEngine
+from tawin_nemo.run.timers import Timers
 from tawin_nemo.train.actor import Actor
-from tawin_nemo.train.ahead import RolloutAhead
-from tawin_nemo.train.dispatch import take_prompts
 from tawin_nemo.train.reference import build_reference
-from tawin_nemo.train.remote_engine import RemoteEngine, Stop
 from tawin_nemo.train.rewards import RankingReward
 from tawin_nemo.train.rl import Roles, rl_step, roll_out
-from tawin_nemo.train.rollout_ranks import serve
-from tawin_nemo.train.timers import Timers
-from tawin_nemo.train.weight_sync import build_engine, check_equal, sync_weights
 from tawin_nemo.types import DataParallel, PromptBatch, Rollout, TokenRows
+from tawin_nemo.util.errors import TawinError
+from tawin_nemo.util.files import atomic_path
 from tests.distributed.launch import LIMIT, free_port
 
 #: 51 vocabulary rows: TP 2 needs one of padding, on both sides of a change between TP 1 and TP 2. 3 layers: PP 2 holds
@@ -147,7 +148,7 @@ def check_sync(engine: Engine, pair: Pair, actor: Actor) -> None:
     assert not {p.data_ptr() for p in searching.parameters()} & {p.data_ptr() for p in training.parameters()}
     check_equal(engine)
     victim = next(p for name, p in searching.named_parameters() if name.endswith("linear_fc2.weight"))
-    last = parallel.world_rank() == parallel.world_size() - 1
+    last = runtime.world_rank() == runtime.world_size() - 1
     if last:
         victim.data[-1, -1] += 1.0
     with pytest.raises(TawinError, match=r"differ in 1 tensors: decoder\.layers\.\d+\.mlp\.linear_fc2\.weight"):
@@ -166,13 +167,13 @@ def check_sync(engine: Engine, pair: Pair, actor: Actor) -> None:
 
 def check_remote(engine: RemoteEngine, pair: Pair, training: GPTModel) -> None:
     """The weights on the rollout ranks are equal; a change that was not sent is found."""
-    ranks = parallel.world_size()
+    ranks = runtime.world_size()
     assert [place["rank"] for place in engine.places] == list(range(ranks, ranks + pair.searching))
     assert {(place["tp_size"], place["pp_size"]) for place in engine.places} == {pair.recipe.rollout_layout}
     check_equal(engine)
     bias = next(p for name, p in training.named_parameters() if name.endswith("linear_qkv.bias"))
     before = bias.data.clone()
-    if parallel.world_rank() == ranks - 1:
+    if runtime.world_rank() == ranks - 1:
         bias.data[-1] += 1.0
     with pytest.raises(
         TawinError, match=r"differ in 1 tensors: decoder\.layers\.\d+\.self_attention\.linear_qkv\.bias"
@@ -198,12 +199,12 @@ def train(pair: Pair, folder: Path) -> dict[str, Any]:
 
     A rollout rank serves and returns nothing."""
     recipe, shape, catalog = pair.recipe, pair.shape, catalogue()
-    parallel.initialize(recipe.model, seed=1, apart=pair.apart)
-    if sides.searches_only():
+    runtime.initialize(recipe.model, seed=1, apart=pair.apart)
+    if disaggregated.searches_only():
         serve()
         return {}
     build = partial(build_model, shape, recipe.model, seed=3, rollout_tp=recipe.rollout_layout[0])
-    dp, model = parallel.data_parallel(), build()
+    dp, model = runtime.data_parallel(), build()
     engine = build_engine(recipe, model, shape, catalog)
     actor = Actor(Trainable(model, shape, TrainerConfig(), lr=LR), catalog, recipe.rl, dp)
     reference = build_reference(recipe.reference.mode, recipe.rl.beta, model, build)
@@ -225,8 +226,8 @@ def train(pair: Pair, folder: Path) -> dict[str, Any]:
     listed = engine.search(prompts(9, DataParallel()).prompts, 5)  # as evaluation does
     save_hf(model, shape, folder)
     rows = timers.report()["rows/generate"]
-    if sides.divided():
-        sides.line().ask(Stop())
+    if disaggregated.divided():
+        disaggregated.line().ask(Stop())
     return {
         "stats": stats,
         "rollouts": [
@@ -254,17 +255,17 @@ def meet_anew(agreed: Path) -> None:
 
 def main() -> None:
     root = Path(sys.argv[2])
-    refit._AT_ONCE = 2**13  # the small model would travel at once; its largest matrix alone is more
+    reshard._AT_ONCE = 2**13  # the small model would travel at once; its largest matrix alone is more
     for number, options in enumerate(json.loads(sys.argv[1])):
         if sys.argv[3:] == ["anew"] and number:  # processes that are divided anew must meet anew
-            parallel.shutdown()
+            runtime.shutdown()
             meet_anew(root / f"port_{number}")
         result = train(Pair(**options), root / str(number))
-        if not sides.searches_only():
-            if parallel.world_rank() == 0:
+        if not disaggregated.searches_only():
+            if runtime.world_rank() == 0:
                 (root / f"{number}.json").write_text(json.dumps(result))
-            parallel.barrier()
-    parallel.shutdown()
+            runtime.barrier()
+    runtime.shutdown()
 
 
 def options_of(pairs: list[Pair]) -> str:

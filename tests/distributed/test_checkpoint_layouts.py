@@ -10,10 +10,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tawin_nemo.config import ModelConfig
-from tawin_nemo.models.megatron import parallel
-from tawin_nemo.models.megatron.checkpoint import load_checkpoint
-from tawin_nemo.models.megatron.hf_io import save_hf
+from tawin_nemo.config.schema import ModelConfig
+from tawin_nemo.models.megatron.checkpoint.checkpoint import load_checkpoint
+from tawin_nemo.models.megatron.hf.io import save_hf
+from tawin_nemo.models.megatron.parallel import runtime
 from tests.distributed.checkpoint_worker import SHAPE, train_and_save, trainable, update
 from tests.distributed.launch import launch
 
@@ -41,7 +41,7 @@ def assert_close(got: list[dict[str, float]], expected: list[dict[str, float]]) 
 @pytest.fixture(scope="module")
 def one_process(tmp_path_factory: pytest.TempPathFactory) -> dict[bool, tuple[Path, list[dict[str, float]]]]:
     """Per kind of optimizer: the folder with one process's step_2, and the statistics of its steps 2 and 3."""
-    parallel.initialize(ModelConfig(), seed=1)
+    runtime.initialize(ModelConfig(), seed=1)
     made = {}
     for distributed in (False, True):
         root = tmp_path_factory.mktemp("one")
@@ -78,7 +78,7 @@ def test_layout_continues_exactly_and_exchanges_checkpoints(
     assert_close(result["other"], statistics)
 
     # this layout -> one process
-    parallel.initialize(ModelConfig(), seed=1)
+    runtime.initialize(ModelConfig(), seed=1)
     actor = trainable(ModelConfig(), distributed=distributed, seed=5)
     assert load_checkpoint(tmp_path / "step_2", model=actor.model, trainable=actor) == {"step": 2}
     save_hf(actor.model, SHAPE, tmp_path / "hf_in_one")

@@ -11,8 +11,8 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
-from tawin_nemo.config import ModelConfig
-from tawin_nemo.models.megatron import parallel
+from tawin_nemo.config.schema import ModelConfig
+from tawin_nemo.models.megatron.parallel import runtime
 from tests.distributed.hf_worker import EXTRA_TOKENS, convert, tokens
 from tests.distributed.launch import launch
 
@@ -37,7 +37,7 @@ def read(folder: Path) -> dict[str, torch.Tensor]:
 def sources(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     """Random models, and beside each what one process makes of it."""
     root = tmp_path_factory.mktemp("hf")
-    parallel.initialize(ModelConfig(), seed=1)
+    runtime.initialize(ModelConfig(), seed=1)
     for name, make in MODELS.items():
         torch.manual_seed(5)
         model = make()

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tawin_nemo.config import ModelConfig, TrainerConfig
+from tawin_nemo.config.schema import ModelConfig, TrainerConfig
 from tests.distributed.launch import launch
 from tests.distributed.layout_worker import measure, total_positions
 

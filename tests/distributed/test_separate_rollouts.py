@@ -11,13 +11,13 @@ from typing import Any
 import pytest
 import torch
 
-from tawin_nemo.config import ModelConfig, RolloutConfig, TrainerConfig
+from tawin_nemo.config.schema import ModelConfig, RolloutConfig, TrainerConfig
 from tawin_nemo.maths.advantages import group_advantages
-from tawin_nemo.models.megatron import parallel
-from tawin_nemo.models.megatron.build import build_model
-from tawin_nemo.models.megatron.hf_io import save_hf
-from tawin_nemo.models.megatron.lm import MegatronLM
-from tawin_nemo.models.megatron.trainable import Trainable
+from tawin_nemo.models.megatron.decode.lm import MegatronLM
+from tawin_nemo.models.megatron.hf.io import save_hf
+from tawin_nemo.models.megatron.model.build import build_model
+from tawin_nemo.models.megatron.optim.trainable import Trainable
+from tawin_nemo.models.megatron.parallel import runtime
 from tawin_nemo.rollout.engine import RolloutEngine
 from tawin_nemo.train.actor import Actor
 from tawin_nemo.train.reference import build_reference
@@ -112,7 +112,7 @@ def one_process(tmp_path_factory: pytest.TempPathFactory) -> dict[bool, Result]:
 def one_version_behind(tmp_path_factory: pytest.TempPathFactory) -> Result:
     """Two models in one process: one learns, the other searches with the weights that the first had a step before."""
     folder, catalog, rl = tmp_path_factory.mktemp("behind"), catalogue(), RL_AHEAD
-    parallel.initialize(ModelConfig(), seed=1)
+    runtime.initialize(ModelConfig(), seed=1)
     learning, searching = (build_model(SHAPE, ModelConfig(), seed=3) for _ in range(2))
     engine = RolloutEngine(MegatronLM(searching, SHAPE), catalog, RolloutConfig(), seed=5)
     actor = Actor(Trainable(learning, SHAPE, TrainerConfig(), lr=LR), catalog, rl, DataParallel())

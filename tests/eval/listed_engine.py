@@ -11,7 +11,7 @@ from torch import Tensor
 
 from tawin_nemo.catalog.items import Catalog
 from tawin_nemo.catalog.trie import TokenTrie
-from tawin_nemo.config import EvalConfig
+from tawin_nemo.config.schema import EvalConfig
 from tawin_nemo.data.samples import Samples
 from tawin_nemo.eval.evaluate import evaluate
 from tawin_nemo.eval.result import EvalResult

@@ -12,14 +12,14 @@ import torch
 from torch import Tensor
 
 from tawin_nemo.catalog.items import Catalog
-from tawin_nemo.config import EvalConfig, RolloutConfig
-from tawin_nemo.errors import ConfigError, DataError
+from tawin_nemo.config.schema import EvalConfig, RolloutConfig
 from tawin_nemo.eval import evaluate as evaluate_module
 from tawin_nemo.eval.evaluate import check_candidates, evaluate
 from tawin_nemo.eval.result import EvalResult
 from tawin_nemo.maths.segments import segment_log_softmax
 from tawin_nemo.rollout.engine import RolloutEngine
 from tawin_nemo.types import NO_ITEM, Candidates, DataParallel
+from tawin_nemo.util.errors import ConfigError, DataError
 from tests.eval.listed_engine import (
     LISTS,
     PATHS,

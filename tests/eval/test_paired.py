@@ -10,7 +10,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tawin_nemo.errors import ConfigError, DataError
 from tawin_nemo.eval import paired
 from tawin_nemo.eval.intervals import minimal_detectable_effect
 from tawin_nemo.eval.paired import (
@@ -22,6 +21,7 @@ from tawin_nemo.eval.paired import (
     parse_metric,
     sign_flip_p,
 )
+from tawin_nemo.util.errors import ConfigError, DataError
 
 
 def crossed(

@@ -12,13 +12,13 @@ import numpy as np
 import polars as pl
 import pytest
 
-from tawin_nemo.config import Recipe
-from tawin_nemo.errors import DataError
+from tawin_nemo.config.load import to_yaml
+from tawin_nemo.config.schema import Recipe
 from tawin_nemo.eval.intervals import normal_interval
 from tawin_nemo.eval.report import render, write_report
 from tawin_nemo.eval.result import EvalResult, compare
 from tawin_nemo.eval.run_files import load_report
-from tawin_nemo.recipe import to_yaml
+from tawin_nemo.util.errors import DataError
 
 VOID = {"meta", "br", "hr", "img", "input", "link"}
 METRICS = ("recall@1", "recall@3", "ndcg@1", "ndcg@3")

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from tawin_nemo.catalog.items import Catalog
-from tawin_nemo.errors import DataError
 from tawin_nemo.eval.result import EvalResult, compare
+from tawin_nemo.util.errors import DataError
 from tests.eval.listed_engine import (
     LISTS,
     TARGETS,

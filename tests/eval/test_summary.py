@@ -4,8 +4,7 @@ import numpy as np
 import polars as pl
 
 from tawin_nemo.eval.intervals import normal_interval
-from tawin_nemo.eval.result import EvalResult
-from tawin_nemo.eval.summary import headline_metrics, results_table
+from tawin_nemo.eval.result import EvalResult, headline_metrics, results_table
 
 
 def evaluation(hits: list[int]) -> EvalResult:

@@ -14,18 +14,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tawin_nemo.config import ModelConfig, RlConfig, RolloutConfig, TrainerConfig
-from tawin_nemo.models.megatron import parallel
-from tawin_nemo.models.megatron.attention import PlannedAttention
-from tawin_nemo.models.megatron.build import build_model, model_config
-from tawin_nemo.models.megatron.lm import MegatronLM
-from tawin_nemo.models.megatron.precision import FP8
-from tawin_nemo.models.megatron.trainable import Trainable
-from tawin_nemo.models.megatron.tree_plan import TreePlan
-from tawin_nemo.planner.gpus import known_peak
+from tawin_nemo.config.gpus import known_peak
+from tawin_nemo.config.schema import ModelConfig, RlConfig, RolloutConfig, TrainerConfig
+from tawin_nemo.models.megatron.decode.lm import MegatronLM
+from tawin_nemo.models.megatron.model.attention import PlannedAttention
+from tawin_nemo.models.megatron.model.build import build_model, model_config
+from tawin_nemo.models.megatron.model.precision import FP8
+from tawin_nemo.models.megatron.model.tree_plan import TreePlan
+from tawin_nemo.models.megatron.optim.trainable import Trainable
+from tawin_nemo.models.megatron.parallel import runtime
 from tawin_nemo.rollout.engine import RolloutEngine
+from tawin_nemo.run.mfu import training_flops
 from tawin_nemo.train.actor import Actor
-from tawin_nemo.train.mfu import training_flops
 from tawin_nemo.types import DataParallel, TokenBatch
 from tests.gpu.workload import Workload, is_dry, sizes, spread
 
@@ -52,7 +52,7 @@ def start(precision: str) -> ModelConfig:
     if not is_dry():
         require(torch.cuda.is_available(), "no CUDA device; TAWIN_GPU_DRY=1 tests the script without one")
     cfg = ModelConfig(precision=precision)
-    parallel.initialize(cfg, seed=0)
+    runtime.initialize(cfg, seed=0)
     return cfg
 
 
@@ -82,9 +82,9 @@ def attention() -> dict[str, Any]:
     heads = (shape.heads, shape.kv_heads, shape.kv_heads)
     drawn = [torch.randn(len(batch.tokens_S), h, shape.kv_channels, generator=generator) for h in heads]
     for dtype, tolerance in ATTENTION_TOLERANCE.items():
-        inputs = [x.to(parallel.device(), dtype, copy=True).requires_grad_() for x in drawn]
+        inputs = [x.to(runtime.device(), dtype, copy=True).requires_grad_() for x in drawn]
         exact = [x.detach().double().requires_grad_() for x in inputs]
-        ours, want = TreePlan(batch, parallel.device()).attend(core, *inputs), dense(batch, *exact)
+        ours, want = TreePlan(batch, runtime.device()).attend(core, *inputs), dense(batch, *exact)
         weight = torch.linspace(-1, 1, want.numel(), device=want.device, dtype=torch.float64).view_as(want)
         (ours.double() * weight).sum().backward()
         (want * weight).sum().backward()
@@ -143,7 +143,7 @@ def train(precision: str) -> dict[str, Any]:
     """A loss curve, and the speed and peak memory of its steps (forward, backward, optimizer)."""
     cfg, given = start(precision), sizes()
     load = Workload(given)
-    on_gpu = parallel.device().type == "cuda"
+    on_gpu = runtime.device().type == "cuda"
     trainable = Trainable(build_model(given.shape, cfg, seed=1), given.shape, TrainerConfig(), lr=given.lr)
     if on_gpu:
         torch.cuda.reset_peak_memory_stats()
@@ -192,11 +192,11 @@ def mismatch(precision: str) -> dict[str, Any]:
     trainable = Trainable(model, shape, TrainerConfig(), lr=0.0)
     rl = RlConfig(group_size=given.candidates, beta=0.0, micro_batch_tokens=given.tokens, policy_space="trie")
     engine = RolloutEngine(MegatronLM(model, shape), load.catalog, RolloutConfig(), seed=0)
-    begin = _clock(parallel.device().type == "cuda")
+    begin = _clock(runtime.device().type == "cuda")
     rollout = engine.generate(
         load.prompt_batch(0), given.candidates, negatives="beam", policy_space="trie", step=0
     ).to("cpu")  # fmt: skip
-    took = _clock(parallel.device().type == "cuda") - begin
+    took = _clock(runtime.device().type == "cuda") - begin
     ones_BG = torch.ones(rollout.items_BG.shape)
     actor = Actor(trainable, load.catalog, rl, DataParallel())
     packed = actor.pack(rollout, ones_BG, ones_BG)
@@ -210,9 +210,9 @@ def mismatch(precision: str) -> dict[str, Any]:
 # -- the machine ---------------------------------------------------------------------------------------------------
 def nccl() -> dict[str, Any]:
     """doctor's all-reduce over one process per GPU (dry: two with gloo)."""
-    from tawin_nemo.doctor.check import Status
-    from tawin_nemo.doctor.probe import probe
-    from tawin_nemo.doctor.smoke import all_reduce
+    from tawin_nemo.tools.doctor.check import Status
+    from tawin_nemo.tools.doctor.probe import probe
+    from tawin_nemo.tools.doctor.smoke import all_reduce
 
     found = probe(("torch",))
     seen = all_reduce(found, max(1, len(found.torch.gpus)), launched=False)

@@ -23,7 +23,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from tawin_nemo.models.megatron.precision import FP8, lack, this_machine
+from tawin_nemo.models.megatron.model.precision import FP8, lack, this_machine
 from tests.gpu.workload import is_dry, sizes_of_run
 
 LIMIT_S = 600.0

@@ -5,12 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tawin_nemo.backbones import Backbone
-from tawin_nemo.config import ModelConfig, TrainerConfig
-from tawin_nemo.models.megatron import parallel, precision
-from tawin_nemo.models.megatron.build import build_model
-from tawin_nemo.models.megatron.lm import MegatronLM
-from tawin_nemo.models.megatron.trainable import Trainable
+from tawin_nemo.config.backbones import Backbone
+from tawin_nemo.config.schema import ModelConfig, TrainerConfig
+from tawin_nemo.models.megatron.decode.lm import MegatronLM
+from tawin_nemo.models.megatron.model import precision
+from tawin_nemo.models.megatron.model.build import build_model
+from tawin_nemo.models.megatron.optim.trainable import Trainable
+from tawin_nemo.models.megatron.parallel import runtime
 from tawin_nemo.types import TokenRows
 from tests.gpu import parts
 from tests.gpu.workload import TINY, Workload
@@ -32,7 +33,7 @@ def needs(name: str) -> None:
 
 def trained(name: str, **model: object) -> tuple[Trainable, list[float]]:
     cfg = ModelConfig(precision=name, **model)  # type: ignore[arg-type]
-    parallel.initialize(cfg, seed=0)
+    runtime.initialize(cfg, seed=0)
     trainable = Trainable(build_model(SHAPE, cfg, seed=1), SHAPE, TrainerConfig(), lr=1e-3)
     load = Workload(TINY)
     losses = [trainable.update(list(load.micro_batches(step)), lr=1e-3)["loss"] for step in range(BATCHES)]
@@ -92,7 +93,7 @@ def test_a_search_after_a_step_runs_the_new_weights(name):
 def test_the_lean_forward_equals_the_modules(name):
     """On a CPU bit for bit; here megatron's fused functions may round an intermediate value elsewhere."""
     needs(name)
-    parallel.initialize(ModelConfig(precision=name), seed=1)
+    runtime.initialize(ModelConfig(precision=name), seed=1)
     model = build_model(SHAPE, ModelConfig(precision=name), seed=2)
     prompts = TokenRows.from_lists([[5, 9, 3, 30], [7, 2]])
     tokens, rows = torch.arange(2, 40), torch.arange(2)

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tawin_nemo.models.megatron import precision
+from tawin_nemo.models.megatron.model import precision
 from tests.gpu import parts, run, workload
 
 REPOSITORY = Path(__file__).resolve().parents[2]

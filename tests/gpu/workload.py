@@ -15,14 +15,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tawin_nemo.backbones import BACKBONES, Backbone
 from tawin_nemo.catalog.items import Catalog
 from tawin_nemo.catalog.trie import TokenTrie
+from tawin_nemo.config.backbones import BACKBONES, Backbone
 from tawin_nemo.data.trees import tree_batches
 from tawin_nemo.types import PromptBatch, TokenRows
 
 if TYPE_CHECKING:  # run.py reads the sizes, also where megatron-core is missing
-    from tawin_nemo.models.megatron.trainable import MicroBatch
+    from tawin_nemo.models.megatron.optim.trainable import MicroBatch
 
 EOS = 1
 
@@ -110,7 +110,7 @@ class Workload:
 
     def micro_batches(self, step: int) -> Iterator[MicroBatch]:
         """Trees of all candidates in vocabulary space; the loss is the mean negative log-likelihood of the targets."""
-        from tawin_nemo.models.megatron.trainable import MicroBatch
+        from tawin_nemo.models.megatron.optim.trainable import MicroBatch
 
         rows = self.rows_of_step(step)
         answers = self.catalog.paths.take(self.candidates_RG[rows].reshape(-1))

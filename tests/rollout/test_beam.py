@@ -17,10 +17,10 @@ from rankings import EXACT, SCORE_TOLERANCE, assert_same_ranking, found_ranking
 from transformers import PreTrainedModel
 
 from tawin_nemo.catalog.trie import TokenTrie
-from tawin_nemo.errors import CatalogError, ConfigError, DataError, TawinError
 from tawin_nemo.rollout.beam import constrained_beam_search
-from tawin_nemo.rollout.chains import VOCAB_CHAIN
+from tawin_nemo.rollout.beam_state import VOCAB_CHAIN
 from tawin_nemo.types import NO_ITEM, Candidates, TokenRows
+from tawin_nemo.util.errors import CatalogError, ConfigError, DataError, TawinError
 
 VOCAB, EOS = 40, 0
 

@@ -15,11 +15,11 @@ from transformers import PreTrainedModel
 
 from tawin_nemo.catalog.items import Catalog
 from tawin_nemo.catalog.trie import TokenTrie
-from tawin_nemo.config import RolloutConfig
-from tawin_nemo.errors import ConfigError
-from tawin_nemo.rollout.dynamic import distinct_first, draws_for
+from tawin_nemo.config.schema import RolloutConfig
 from tawin_nemo.rollout.engine import RolloutEngine, draw_seed
+from tawin_nemo.rollout.negatives import distinct_first, draws_for
 from tawin_nemo.types import Candidates, PromptBatch, TokenRows
+from tawin_nemo.util.errors import ConfigError
 
 VOCAB, EOS = 40, 0
 TOLERANCE = 1e-10  # float64 against a full forward pass

@@ -11,11 +11,11 @@ from hf_lm import HfLM, random_qwen2
 
 from tawin_nemo.catalog.items import Catalog
 from tawin_nemo.catalog.trie import TokenTrie
-from tawin_nemo.config import RolloutConfig
-from tawin_nemo.errors import ConfigError, DataError
+from tawin_nemo.config.schema import RolloutConfig
 from tawin_nemo.rollout.beam import BeamSearch
 from tawin_nemo.rollout.engine import RolloutEngine
 from tawin_nemo.types import PromptBatch, TokenRows
+from tawin_nemo.util.errors import ConfigError, DataError
 
 VOCAB, EOS, ITEMS = 40, 0, 30
 TOLERANCE = 1e-10  # float64: padding changes only the order of summation

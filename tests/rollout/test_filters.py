@@ -14,10 +14,10 @@ from sequence_lm import TableLM
 from token_synchronous import token_synchronous_search
 
 from tawin_nemo.catalog.trie import TokenTrie
-from tawin_nemo.errors import ConfigError
 from tawin_nemo.rollout.beam import BeamSearch
 from tawin_nemo.rollout.filters import Filters, ItemFilter
 from tawin_nemo.types import NO_ITEM, TokenRows
+from tawin_nemo.util.errors import ConfigError
 
 VOCAB, EOS = 50, 0
 

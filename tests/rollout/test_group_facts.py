@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from tawin_nemo.rollout.group_facts import GroupFacts, all_target_groups, distinct_items
+from tawin_nemo.rollout.groups import GroupFacts, all_target_groups, distinct_items
 from tawin_nemo.types import NO_ITEM, PromptBatch, Rollout, TokenRows
 
 

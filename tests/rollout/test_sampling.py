@@ -10,9 +10,9 @@ from scipy import stats
 from transformers import PreTrainedModel
 
 from tawin_nemo.catalog.trie import TokenTrie
-from tawin_nemo.errors import ConfigError
 from tawin_nemo.rollout.sampling import constrained_sample
 from tawin_nemo.types import NO_ITEM, TokenRows
+from tawin_nemo.util.errors import ConfigError
 
 VOCAB, EOS = 40, 0
 TOLERANCE = 1e-5  # float32 against a full forward pass

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import torch
 
-from tawin_nemo.errors import DataError
 from tawin_nemo.semantic_ids.codebooks import Codebooks
 from tawin_nemo.semantic_ids.collisions import (
     NO_TOKEN,
@@ -19,6 +18,7 @@ from tawin_nemo.semantic_ids.collisions import (
     with_dedup_token,
 )
 from tawin_nemo.semantic_ids.sinkhorn import transport_plan
+from tawin_nemo.util.errors import DataError
 
 
 def family(size: int, codes: int, seed: int = 0) -> tuple[np.ndarray, Codebooks, np.ndarray]:

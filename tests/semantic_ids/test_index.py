@@ -13,15 +13,15 @@ from hypothesis import strategies as st
 
 from tawin_nemo.catalog.semantic_ids import load_codes
 from tawin_nemo.catalog.trie import TokenTrie
-from tawin_nemo.config_verbs import RqVaeConfig, SemanticIdsConfig
-from tawin_nemo.errors import CatalogError, ConfigError, DataError
+from tawin_nemo.config.schema import RqVaeConfig, SemanticIdsConfig
 from tawin_nemo.semantic_ids.codebooks import Codebooks
 from tawin_nemo.semantic_ids.coder import ItemCoder, fit, random_codes, settle
 from tawin_nemo.semantic_ids.collisions import NO_TOKEN, shared_rows, with_dedup_token
 from tawin_nemo.semantic_ids.growth import grow
 from tawin_nemo.semantic_ids.index_files import read_index, words_of, write_index, write_info
-from tawin_nemo.semantic_ids.measure import level_use, measure, purity, relative_error, words_of_texts
 from tawin_nemo.semantic_ids.plot import draw
+from tawin_nemo.semantic_ids.report import level_use, measure, purity, relative_error, words_of_texts
+from tawin_nemo.util.errors import CatalogError, ConfigError, DataError
 from tests.semantic_ids.vectors import blobs
 
 METHODS = ("rqkmeans", "constrained", "rqkmeans_plus", "rqvae", "random")

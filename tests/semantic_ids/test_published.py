@@ -11,7 +11,7 @@ import pytest
 from tawin_nemo.semantic_ids.coder import random_codes
 from tawin_nemo.semantic_ids.collisions import shared_rows
 from tawin_nemo.semantic_ids.index_files import read_index, words_of
-from tawin_nemo.semantic_ids.measure import measure
+from tawin_nemo.semantic_ids.report import measure
 from tests.benchmarks import semantic_id_table as benchmark
 
 ITEMS = 3_686

@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 import torch
 
-from tawin_nemo.config_verbs import RqVaeConfig
-from tawin_nemo.errors import DataError
+from tawin_nemo.config.schema import RqVaeConfig
 from tawin_nemo.semantic_ids import train_quantiser as training
 from tawin_nemo.semantic_ids.codebooks import Codebooks
 from tawin_nemo.semantic_ids.kmeans import residual_kmeans
 from tawin_nemo.semantic_ids.quantiser import Autoencoder, NetworkShape, ResidualQuantiser, choose
 from tawin_nemo.semantic_ids.train_quantiser import Plan, train_quantiser
+from tawin_nemo.util.errors import DataError
 from tests.semantic_ids.vectors import blobs, relative_error
 
 TINY = RqVaeConfig(widths=[16], latent=4, epochs=12, batch_size=32, save_interval=5, lr=1e-2)

@@ -15,31 +15,38 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tawin_nemo.artefacts import write_json
 from tawin_nemo.catalog.items import Catalog
-from tawin_nemo.config import ModelConfig, Recipe, ReferenceConfig, RlConfig, RolloutConfig, TrainerConfig
-from tawin_nemo.config_verbs import ServeConfig
-from tawin_nemo.models.megatron import parallel
-from tawin_nemo.models.megatron.build import build_model
-from tawin_nemo.models.megatron.lm import MegatronLM
-from tawin_nemo.models.megatron.trainable import Trainable
+from tawin_nemo.commands.serve import Together, from_tensors
+from tawin_nemo.config.schema import (
+    ModelConfig,
+    Recipe,
+    ReferenceConfig,
+    RlConfig,
+    RolloutConfig,
+    ServeConfig,
+    TrainerConfig,
+)
+from tawin_nemo.models.megatron.decode.lm import MegatronLM
+from tawin_nemo.models.megatron.model.build import build_model
+from tawin_nemo.models.megatron.optim.trainable import Trainable
+from tawin_nemo.models.megatron.parallel import runtime
+from tawin_nemo.placement.weight_sync import build_engine, sync_weights
 from tawin_nemo.rollout.engine import Engine as Searches
-from tawin_nemo.serve.admission import Limits
-from tawin_nemo.serve.catalogue import ServedCatalogue
-from tawin_nemo.serve.engine import Engine
-from tawin_nemo.serve.metrics import Metrics
-from tawin_nemo.serve.ranks import Alone, Leader, follow
-from tawin_nemo.serve.replica import Replica
-from tawin_nemo.serve.requests import Terms
-from tawin_nemo.serve.server import Secrets, Server
-from tawin_nemo.serve.verb import Together, from_tensors
+from tawin_nemo.run.timers import Timers
+from tawin_nemo.serve.engine.admission import Limits
+from tawin_nemo.serve.engine.catalog import ServedCatalogue
+from tawin_nemo.serve.engine.engine import Engine
+from tawin_nemo.serve.engine.metrics import Metrics
+from tawin_nemo.serve.engine.ranks import Alone, Leader, follow
+from tawin_nemo.serve.engine.replica import Replica
+from tawin_nemo.serve.http.requests import Terms
+from tawin_nemo.serve.http.server import Secrets, Server
 from tawin_nemo.train.actor import Actor
 from tawin_nemo.train.reference import build_reference
 from tawin_nemo.train.rewards import RankingReward
 from tawin_nemo.train.rl import Roles, rl_step
-from tawin_nemo.train.timers import Timers
-from tawin_nemo.train.weight_sync import build_engine, sync_weights
 from tawin_nemo.types import DataParallel, Rollout
+from tawin_nemo.util.files import write_json
 from tests.distributed.rollout_worker import LR, PROMPTS, SHAPE, STEPS, catalogue, prompts
 from tests.serve.scene import KEY, TOKEN, writing
 
@@ -62,12 +69,12 @@ def recipe(servers: list[Path] | None = None, folder: Path | None = None, **rl: 
 def made(tp: int, catalog: Catalog, settings: ServeConfig) -> Engine | None:
     """The engine of a server with weights of its own; None on a rank that follows, when it is over."""
     cfg = ModelConfig(tensor_model_parallel_size=tp)
-    parallel.initialize(cfg, seed=1)
+    runtime.initialize(cfg, seed=1)
     replica = Replica(lambda path: MegatronLM(build_model(SHAPE, cfg, seed=77), SHAPE),
                       from_tensors=from_tensors(SHAPE, cfg, (tp, 1)))  # fmt: skip
     replica.models[1], replica.tries[1] = replica.load(""), catalog.trie
     ranks = Together() if tp > 1 else Alone()
-    if parallel.world_rank() > 0:
+    if runtime.world_rank() > 0:
         follow(replica, ranks)
         return None
     served = ServedCatalogue.of(catalog, catalog.titles, writing())
@@ -122,7 +129,7 @@ class Learned:
 
 def learn(recipe: Recipe, *, between: Any = lambda step: None) -> Learned:
     """Three steps of RL; ``between(step)`` is called with every step's rollout there and its update to come."""
-    parallel.initialize(recipe.model, seed=1)
+    runtime.initialize(recipe.model, seed=1)
     build = partial(build_model, SHAPE, recipe.model, seed=3)
     dp, model, catalog = DataParallel(), build(), catalogue()
     engine = build_engine(recipe, model, SHAPE, catalog)
@@ -151,7 +158,7 @@ def main(folder: Path, tp: int) -> None:
         engine.start()
         server, _ = server_of(engine, settings, folder)
         server.run()
-    parallel.shutdown()
+    runtime.shutdown()
 
 
 if __name__ == "__main__":

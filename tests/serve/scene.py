@@ -17,22 +17,21 @@ import torch
 from prometheus_client.parser import text_string_to_metric_families
 from torch import Tensor
 
-from tawin_nemo.config import CatalogConfig, DataConfig, ModelConfig
-from tawin_nemo.config_verbs import ServeConfig
-from tawin_nemo.data.catalogue import build_catalog
+from tawin_nemo.api.client import Client, ControlClient
+from tawin_nemo.config.schema import CatalogConfig, DataConfig, ModelConfig, ServeConfig
+from tawin_nemo.data.catalog_builder import build_catalog
 from tawin_nemo.data.prompts import Template
 from tawin_nemo.data.tokenizer import Tokenizer, build_tokenizer
-from tawin_nemo.errors import CheckpointError
-from tawin_nemo.serve.admission import Limits
-from tawin_nemo.serve.catalogue import ServedCatalogue, Writing
-from tawin_nemo.serve.client import Client, ControlClient
-from tawin_nemo.serve.engine import Engine
-from tawin_nemo.serve.metrics import Metrics
-from tawin_nemo.serve.ranks import Alone, Leader
-from tawin_nemo.serve.replica import FromTensors, Replica
-from tawin_nemo.serve.requests import Terms
-from tawin_nemo.serve.server import Secrets, Server
+from tawin_nemo.serve.engine.admission import Limits
+from tawin_nemo.serve.engine.catalog import ServedCatalogue, Writing
+from tawin_nemo.serve.engine.engine import Engine
+from tawin_nemo.serve.engine.metrics import Metrics
+from tawin_nemo.serve.engine.ranks import Alone, Leader
+from tawin_nemo.serve.engine.replica import FromTensors, Replica
+from tawin_nemo.serve.http.requests import Terms
+from tawin_nemo.serve.http.server import Secrets, Server
 from tawin_nemo.types import TokenRows
+from tawin_nemo.util.errors import CheckpointError
 from tests.rollout.sequence_lm import TableLM
 
 KEY, TOKEN = "a-user's-key-0123456789", "the-operator's-token-0123456789"

@@ -11,9 +11,9 @@ from pathlib import Path
 import httpx
 import pytest
 
-from tawin_nemo.errors import ConfigError
-from tawin_nemo.serve.events import NAME
-from tawin_nemo.serve.secrets_files import control_token, read_keys
+from tawin_nemo.api.secrets_files import control_token, read_keys
+from tawin_nemo.serve.engine.events import NAME
+from tawin_nemo.util.errors import ConfigError
 from tests.serve.scene import IDS, KEY, TOKEN, Scene, serving
 
 ONE = {"history": [1], "n": 1}

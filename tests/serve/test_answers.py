@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from tawin_nemo.serve.client import ServerError
+from tawin_nemo.api.client import ServerError
 from tests.serve.scene import IDS, MODEL, TITLES, Scene, best_scores, draws_of, first_catalogue, path_scores, serving
 
 ALL = len(TITLES)

@@ -9,14 +9,14 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from tawin_nemo.config import CatalogConfig, DataConfig, ModelConfig
-from tawin_nemo.data.catalogue import build_catalog
+from tawin_nemo.commands.serve import first_catalogue
+from tawin_nemo.config.load import load_recipe
+from tawin_nemo.config.schema import CatalogConfig, DataConfig, ModelConfig
+from tawin_nemo.data.catalog_builder import build_catalog
 from tawin_nemo.data.prompts import Template
 from tawin_nemo.data.tokenizer import build_tokenizer
-from tawin_nemo.errors import CatalogError, DataError
-from tawin_nemo.recipe import load_recipe
-from tawin_nemo.serve.catalogue import NewItem, ServedCatalogue, Writing, read_items
-from tawin_nemo.serve.verb import first_catalogue
+from tawin_nemo.serve.engine.catalog import NewItem, ServedCatalogue, Writing, read_items
+from tawin_nemo.util.errors import CatalogError, DataError
 from tests.serve import scene
 
 CODES = [["<a_1>", "<b_1>"], ["<a_1>", "<b_2>"], ["<a_2>", "<b_1>"]]

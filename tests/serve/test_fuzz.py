@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from schemathesis.checks import not_a_server_error
 from schemathesis.specs.openapi.checks import response_schema_conformance
 
-from tawin_nemo.serve import openapi
-from tawin_nemo.serve.schema import ERRORS
+from tawin_nemo.api.schema import ERRORS
+from tawin_nemo.serve.http import openapi
 from tests.serve.scene import KEY, TOKEN, Scene
 
 QUIET = settings(deadline=None, max_examples=20, suppress_health_check=list(HealthCheck))

@@ -16,12 +16,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from tawin_nemo.errors import ConfigError
-from tawin_nemo.serve.arrays import RolloutReply
-from tawin_nemo.serve.client import Client
-from tawin_nemo.serve.weight_sources import FromMemory
-from tawin_nemo.train.server_pool import ServersLost
+from tawin_nemo.api.arrays import RolloutReply
+from tawin_nemo.api.client import Client
+from tawin_nemo.placement.server_pool import ServersLost
+from tawin_nemo.serve.engine.weight_sources import FromMemory
 from tawin_nemo.types import DataParallel
+from tawin_nemo.util.errors import ConfigError
 from tests.distributed.launch import free_port
 from tests.distributed.rollout_worker import STEPS, catalogue, prompts
 from tests.serve.learning import Learned, learn, recipe, serving

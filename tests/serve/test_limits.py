@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 import httpx
 import pytest
 
-from tawin_nemo.serve.client import ServerError
+from tawin_nemo.api.client import ServerError
 from tests.serve.scene import KEY, Scene, serving
 
 ONE = {"history": [1], "n": 1}

@@ -11,12 +11,10 @@ import threading
 import numpy as np
 import pytest
 
-from tawin_nemo.errors import CheckpointError, DataError
 from tawin_nemo.rollout.filters import ItemFilter
-from tawin_nemo.serve import openapi
-from tawin_nemo.serve.jobs import Job
-from tawin_nemo.serve.metrics import Metrics
-from tawin_nemo.serve.orders import (
+from tawin_nemo.serve.engine.jobs import Job
+from tawin_nemo.serve.engine.metrics import Metrics
+from tawin_nemo.serve.engine.orders import (
     Admit,
     Advance,
     Draw,
@@ -31,11 +29,13 @@ from tawin_nemo.serve.orders import (
     decode,
     encode,
 )
-from tawin_nemo.serve.ranks import Leader, follow
-from tawin_nemo.serve.replica import Replica
-from tawin_nemo.serve.running import Running
-from tawin_nemo.serve.server import bound
+from tawin_nemo.serve.engine.ranks import Leader, follow
+from tawin_nemo.serve.engine.replica import Replica
+from tawin_nemo.serve.engine.running import Running
+from tawin_nemo.serve.http import openapi
+from tawin_nemo.serve.http.server import bound
 from tawin_nemo.types import TokenRows
+from tawin_nemo.util.errors import CheckpointError, DataError
 from tests.rollout.sequence_lm import TableLM
 from tests.serve.scene import first_catalogue, tokenizer
 
@@ -169,7 +169,7 @@ def test_replies_do_not_wait_for_the_client_to_acknowledge_their_head() -> None:
 
 @pytest.mark.parametrize("name", openapi.documents())
 def test_the_exported_document_is_up_to_date(name: str) -> None:
-    """``python -m tawin_nemo.serve.openapi`` writes it anew."""
+    """``python -m tawin_nemo.serve.http.openapi`` writes it anew."""
     stored = (openapi.FOLDER / name).read_text(encoding="utf-8")
     assert stored == openapi.documents()[name]
     document = json.loads(stored)

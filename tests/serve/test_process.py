@@ -18,7 +18,7 @@ import openai
 import psutil
 import pytest
 
-from tawin_nemo.serve.client import Client, ControlClient
+from tawin_nemo.api.client import Client, ControlClient
 from tests.rollout.rankings import SCORE_TOLERANCE, assert_same_ranking
 from tests.serve.scene import KEY, metric_in
 from tests.train.runs import SMALL, called, command, environment, prepare_dataset, run

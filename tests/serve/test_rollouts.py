@@ -13,13 +13,13 @@ import numpy as np
 import pytest
 import torch
 
-from tawin_nemo.errors import TawinError
-from tawin_nemo.models.megatron.weight_group import TransferError, WeightGroup, host_store
+from tawin_nemo.api.arrays import RolloutReply
+from tawin_nemo.api.client import ServerError
+from tawin_nemo.models.megatron.parallel.weight_group import TransferError, WeightGroup, host_store
 from tawin_nemo.rollout.beam import constrained_beam_search
 from tawin_nemo.rollout.sampling import constrained_sample
-from tawin_nemo.serve.arrays import RolloutReply
-from tawin_nemo.serve.client import ServerError
 from tawin_nemo.types import TokenRows
+from tawin_nemo.util.errors import TawinError
 from tests.rollout.sequence_lm import TableLM
 from tests.serve.scene import TENSORS, Scene, first_catalogue, path_scores, serving, tokenizer
 
@@ -232,7 +232,7 @@ def test_a_group_that_nobody_joins_or_answers_is_given_up() -> None:
 
 
 def test_prompts_are_divided_alike_whoever_is_alive() -> None:
-    from tawin_nemo.train.server_pool import AtOnce, parts_of
+    from tawin_nemo.placement.server_pool import AtOnce, parts_of
 
     lengths = np.random.default_rng(1).integers(3, 40, 50)
     free = AtOnce(1 << 62, 1 << 62, 1 << 62, 1 << 62)

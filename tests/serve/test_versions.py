@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from tawin_nemo.serve.catalogue import NewItem, read_items
-from tawin_nemo.serve.client import ServerError
-from tawin_nemo.serve.control_schema import ItemToAdd
+from tawin_nemo.api.client import ServerError
+from tawin_nemo.api.control_schema import ItemToAdd
+from tawin_nemo.serve.engine.catalog import NewItem, read_items
 from tests.serve.scene import IDS, TITLES, first_catalogue, path_scores, serving
 
 
@@ -156,7 +156,7 @@ def test_no_garbage_is_looked_for_while_a_catalogue_is_built(tmp_path: Path, mon
         seen.append(gc.isenabled())
         return read_items(path)
 
-    monkeypatch.setattr("tawin_nemo.serve.control.read_items", reading)
+    monkeypatch.setattr("tawin_nemo.serve.http.control.read_items", reading)
     with serving(roots=[tmp_path]) as scene, scene.controller() as control:
         assert control.build_catalogue(str(file)).items == 1
     assert seen == [False]

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tawin_nemo.recipe import load_recipe
+from tawin_nemo.config.load import load_recipe
 
 REPOSITORY = Path(__file__).parents[2]
 SHELL = sorted(path for folder in ("slurm", "recipes", "tests") for path in (REPOSITORY / folder).rglob("*.sh"))

@@ -3,18 +3,18 @@
 import numpy as np
 import torch
 
-from tawin_nemo.backbones import Backbone
 from tawin_nemo.catalog.items import Catalog
 from tawin_nemo.catalog.trie import TokenTrie
-from tawin_nemo.config import ModelConfig, RlConfig, RolloutConfig, TrainerConfig
+from tawin_nemo.config.backbones import Backbone
+from tawin_nemo.config.schema import ModelConfig, RlConfig, RolloutConfig, TrainerConfig
 from tawin_nemo.maths.advantages import group_advantages
 from tawin_nemo.maths.tawin import tawin_weights
-from tawin_nemo.models.megatron import parallel
-from tawin_nemo.models.megatron.build import build_model
-from tawin_nemo.models.megatron.lm import MegatronLM
-from tawin_nemo.models.megatron.trainable import Trainable
+from tawin_nemo.models.megatron.decode.lm import MegatronLM
+from tawin_nemo.models.megatron.model.build import build_model
+from tawin_nemo.models.megatron.optim.trainable import Trainable
+from tawin_nemo.models.megatron.parallel import runtime
 from tawin_nemo.rollout.engine import RolloutEngine
-from tawin_nemo.rollout.ensure_target import ensure_target
+from tawin_nemo.rollout.negatives import ensure_target
 from tawin_nemo.train.actor import Actor
 from tawin_nemo.types import DataParallel, PromptBatch, Rollout, TokenRows
 
@@ -44,7 +44,7 @@ class Scene:
     """A trainable model, its engine, a rollout in which every group has its target, and the weights of its members."""
 
     def __init__(self, rl: RlConfig, *, targets: bool = True) -> None:
-        parallel.initialize(ModelConfig(), seed=0)
+        runtime.initialize(ModelConfig(), seed=0)
         self.catalog = catalog()
         self.trainable = Trainable(build_model(SHAPE, ModelConfig(), seed=3), SHAPE, TrainerConfig(), lr=1e-3)
         self.engine = RolloutEngine(MegatronLM(self.trainable.model, SHAPE), self.catalog, RolloutConfig(), seed=0)

@@ -6,14 +6,14 @@ import numpy as np
 import pytest
 import torch
 
-from tawin_nemo.config import ModelConfig, RlConfig
+from tawin_nemo.config.schema import ModelConfig, RlConfig
 from tawin_nemo.data.trees import tree_batch
-from tawin_nemo.errors import TawinError
-from tawin_nemo.models.megatron.build import build_model
+from tawin_nemo.models.megatron.model.build import build_model
+from tawin_nemo.placement.weight_sync import check_version, sync_weights
 from tawin_nemo.train.actor import PackedCandidates
 from tawin_nemo.train.reference import CopiedReference
-from tawin_nemo.train.weight_sync import check_version, sync_weights
 from tawin_nemo.types import TokenRows
+from tawin_nemo.util.errors import TawinError
 from tests.train.actor_scene import GROUP, LOGP_ATOL, PLAIN, SHAPE, WEIGHT_ATOL, Scene
 
 

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
 
-from tawin_nemo.config import CatalogConfig, DataConfig, ModelConfig
+from tawin_nemo.config.schema import CatalogConfig, DataConfig, ModelConfig
 from tawin_nemo.data.interactions import load_dataset
 from tawin_nemo.data.tokenizer import build_tokenizer
 from tests.train.runs import SMALL, metrics, run

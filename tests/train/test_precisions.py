@@ -7,11 +7,13 @@ from typing import Any
 import pytest
 import torch
 
-from tawin_nemo.config import ModelConfig
-from tawin_nemo.models.megatron import checkpoint, parallel
-from tawin_nemo.models.megatron.build import build_model
-from tawin_nemo.recipe import load_recipe
-from tawin_nemo.train import pipeline, verbs
+from tawin_nemo.commands.from_checkpoint import checkpoint_model
+from tawin_nemo.config.load import load_recipe
+from tawin_nemo.config.schema import ModelConfig
+from tawin_nemo.models.megatron.checkpoint import checkpoint
+from tawin_nemo.models.megatron.model.build import build_model
+from tawin_nemo.models.megatron.parallel import runtime
+from tawin_nemo.train import pipeline
 from tawin_nemo.train.reference import CopiedReference
 from tests.train.actor_scene import SHAPE
 
@@ -20,7 +22,7 @@ BF16, FP32 = ModelConfig(precision="bf16"), ModelConfig()
 
 @pytest.fixture(autouse=True)
 def _one_process() -> None:
-    parallel.initialize(ModelConfig(), seed=1)
+    runtime.initialize(ModelConfig(), seed=1)
 
 
 def world(*overrides: str) -> Any:
@@ -35,7 +37,7 @@ def test_a_bf16_checkpoint_is_evaluated_in_float32(tmp_path):
     trained = build_model(SHAPE, BF16, seed=3)
     checkpoint.save_checkpoint(tmp_path / "step_1", model=trained, state={})
     here = world("eval.precision=fp32", f"checkpoint={tmp_path}/step_1")
-    wide, same = verbs.checkpoint_model(here, here.recipe.eval.precision), verbs.checkpoint_model(here)
+    wide, same = checkpoint_model(here, here.recipe.eval.precision), checkpoint_model(here)
     assert (dtype(wide), dtype(same)) == (torch.float32, torch.bfloat16)
     for name, value in trained.named_parameters():
         assert torch.equal(dict(wide.named_parameters())[name], value.float())

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from tawin_nemo.config import ModelConfig
-from tawin_nemo.models.megatron.build import build_model
+from tawin_nemo.config.schema import ModelConfig
+from tawin_nemo.models.megatron.model.build import build_model
 from tawin_nemo.train.reference import CopiedReference, Refresh, SwappedReference, build_reference
 from tests.train.actor_scene import PLAIN, SHAPE, Scene
 

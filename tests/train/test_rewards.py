@@ -13,17 +13,16 @@ import numpy as np
 import pytest
 import torch
 
-from tawin_nemo.config import RlConfig
-from tawin_nemo.config_verbs import BaselineConfig
+from tawin_nemo.baselines.build import Blueprint, build_recommender
+from tawin_nemo.baselines.load import DONE_FILE, MODEL_FILE, Fitting, save_checkpoint
+from tawin_nemo.config.schema import BaselineConfig, RlConfig
 from tawin_nemo.data.samples import Samples
 from tawin_nemo.data.text_vectors import text_vectors
-from tawin_nemo.errors import ConfigError, DataError
 from tawin_nemo.maths.item_rewards import collaborative_reward, semantic_reward
 from tawin_nemo.maths.rewards import ranking_reward, rule_reward
-from tawin_nemo.models.seqrec.build import Blueprint, build_recommender
-from tawin_nemo.models.seqrec.load import DONE_FILE, MODEL_FILE, Fitting, save_checkpoint
 from tawin_nemo.train.rewards import CollaborativeReward, RankingReward, RuleReward, SemanticReward, build_reward
 from tawin_nemo.types import NO_ITEM, PromptBatch, Rollout, TokenRows
+from tawin_nemo.util.errors import ConfigError, DataError
 
 TITLES = ["steel bolt", "steel nut", "brass bolt", "nitrile glove", "latex glove"]
 HISTORIES = TokenRows.from_lists([[0], [1, 2], [3, 4, 0], [2], [4, 1]])

@@ -7,19 +7,19 @@ import numpy as np
 import pytest
 import torch
 
-from tawin_nemo.backbones import Backbone
 from tawin_nemo.catalog.items import Catalog
 from tawin_nemo.catalog.trie import TokenTrie
-from tawin_nemo.config import CompareConfig, EvalConfig, ModelConfig, Recipe, SftConfig, TrainerConfig
+from tawin_nemo.config.backbones import Backbone
+from tawin_nemo.config.schema import CompareConfig, EvalConfig, ModelConfig, Recipe, SftConfig, TrainerConfig
 from tawin_nemo.data.samples import Samples
-from tawin_nemo.models.megatron import parallel
-from tawin_nemo.models.megatron.build import build_model
-from tawin_nemo.models.megatron.head import full_logits_NV
-from tawin_nemo.models.megatron.trainable import Trainable
+from tawin_nemo.models.megatron.model.build import build_model
+from tawin_nemo.models.megatron.model.head import full_logits_NV
+from tawin_nemo.models.megatron.optim.trainable import Trainable
+from tawin_nemo.models.megatron.parallel import runtime
+from tawin_nemo.run.stage import Progress
 from tawin_nemo.train import sft
 from tawin_nemo.train.pipeline import stage_recipe
 from tawin_nemo.train.sft_data import item_batches
-from tawin_nemo.train.stage import Progress
 from tawin_nemo.types import DataParallel, TokenRows
 
 SHAPE = Backbone("qwen2", 32, 2, 4, 2, 48, 40, rope_theta=1e4, max_position=64, init_std=0.3)
@@ -125,7 +125,7 @@ def slow_losses(world: SimpleNamespace, trainable: Trainable, space: str) -> lis
 @pytest.mark.parametrize("budget", [16, 4096])
 @pytest.mark.parametrize("space", ["vocab", "trie"])
 def test_packed_rows_have_the_loss_of_single_ones(space, budget):
-    parallel.initialize(ModelConfig(), seed=0)
+    runtime.initialize(ModelConfig(), seed=0)
     surroundings = world(space, budget)
     trainable = Trainable(build_model(SHAPE, ModelConfig(), seed=3), SHAPE, TrainerConfig(), lr=1e-3)
     losses = slow_losses(surroundings, trainable, space)

@@ -6,15 +6,15 @@ from pathlib import Path
 
 import pytest
 
-from tawin_nemo.config import ModelConfig
-from tawin_nemo.models.megatron import parallel
-from tawin_nemo.models.megatron.trainable import Trainable
-from tests.models.megatron.checkpoint_scene import save, trainable, update
+from tawin_nemo.config.schema import ModelConfig
+from tawin_nemo.models.megatron.optim.trainable import Trainable
+from tawin_nemo.models.megatron.parallel import runtime
+from tests.models.megatron.checkpoint.checkpoint_scene import save, trainable, update
 
 
 @pytest.fixture
 def one_process() -> None:
-    parallel.initialize(ModelConfig(), seed=0)
+    runtime.initialize(ModelConfig(), seed=0)
 
 
 @pytest.fixture

@@ -1,0 +1,72 @@
+"""From a recipe's baseline section to a model; what a model is made of, as a record that is stored with its weights."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from tawin_nemo.baselines.caser import Caser
+from tawin_nemo.baselines.gru4rec import GRU4Rec
+from tawin_nemo.baselines.protocol import SequentialRecommender
+from tawin_nemo.baselines.sasrec import SASRec
+from tawin_nemo.config.schema import BaselineConfig
+from tawin_nemo.types import TokenRows
+from tawin_nemo.util.errors import ConfigError
+
+
+@dataclass(frozen=True, eq=False)
+class Blueprint:
+    """All that a model's shape depends on. ``paths``: the items' token paths, only for tiger."""
+
+    config: BaselineConfig
+    num_items: int
+    max_history: int
+    paths: TokenRows | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        paths = None if self.paths is None else [self.paths[item].tolist() for item in range(self.num_items)]
+        return {**vars(self), "config": asdict(self.config), "paths": paths}
+
+    @classmethod
+    def from_json(cls, record: dict[str, Any]) -> Blueprint:
+        paths = record["paths"]
+        return cls(
+            BaselineConfig(**record["config"]), record["num_items"], record["max_history"],
+            None if paths is None else TokenRows.from_lists(paths),
+        )  # fmt: skip
+
+
+def check_config(cfg: BaselineConfig, *, semantic_ids: bool) -> None:
+    """Raises ConfigError for a combination that no model can be built from."""
+    if cfg.model == "tiger" and cfg.loss == "bce":
+        raise ConfigError(
+            "baseline.loss=bce: tiger writes codes and has no sampled negatives; set baseline.loss=softmax"
+        )
+    if cfg.model != "tiger" and cfg.loss == "trie":
+        raise ConfigError(f"baseline.loss=trie: {cfg.model} ranks items, not codes; set baseline.loss=softmax or bce")
+    if cfg.model == "tiger" and not semantic_ids:
+        raise ConfigError("baseline.model=tiger reads semantic IDs; set catalog.kind=sid and catalog.index")
+    if cfg.model in ("sasrec", "tiger") and cfg.hidden % cfg.heads:
+        raise ConfigError(f"baseline.heads={cfg.heads} does not divide baseline.hidden={cfg.hidden}")
+
+
+def build_recommender(blueprint: Blueprint) -> SequentialRecommender:
+    """A model with fresh weights, drawn from torch's global generator.
+
+    Raises ConfigError for baseline.model=off and as ``check_config`` does.
+    """
+    cfg, items, longest = blueprint.config, blueprint.num_items, blueprint.max_history
+    check_config(cfg, semantic_ids=blueprint.paths is not None)
+    if cfg.model == "gru4rec":
+        return GRU4Rec(items, hidden=cfg.hidden, layers=cfg.layers, dropout=cfg.dropout)
+    if cfg.model == "caser":
+        return Caser(items, hidden=cfg.hidden, window=longest, dropout=cfg.dropout)
+    block: dict[str, Any] = {"hidden": cfg.hidden, "layers": cfg.layers, "heads": cfg.heads, "dropout": cfg.dropout}
+    if cfg.model == "sasrec":
+        return SASRec(items, max_history=longest, **block)
+    if cfg.model == "tiger":
+        from tawin_nemo.baselines.tiger import Tiger  # transformers takes seconds to import
+
+        assert blueprint.paths is not None
+        return Tiger(blueprint.paths, loss_space="trie" if cfg.loss == "trie" else "vocab", **block)
+    raise ConfigError(f"baseline.model={cfg.model} is not a model; choose gru4rec, caser, sasrec or tiger")

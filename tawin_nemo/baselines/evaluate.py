@@ -1,0 +1,119 @@
+"""Full-catalogue ranking of a sequential recommender, in the evaluator's own tables.
+
+Rank: the number of items with a strictly higher score, plus those with the same score and a smaller index. So a model
+that gives all items one score ranks them by index, and no tie is decided in the target's favour. Nothing is left out
+of the ranking, also not what the user already has. TIGER ranks code rows: items that share one hold one place and
+divide the credit (``eval.collision``), and what its search did not find has no rank.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tawin_nemo.baselines.protocol import SequentialRecommender, left_padded
+from tawin_nemo.catalog.items import Catalog
+from tawin_nemo.config.schema import EvalConfig
+from tawin_nemo.data.samples import Samples
+from tawin_nemo.eval.bias import beyond_accuracy
+from tawin_nemo.eval.evaluate import CHUNK_ROWS, COVERAGE_K, metric_names, per_user_table
+from tawin_nemo.eval.intervals import normal_interval
+from tawin_nemo.eval.result import EvalResult
+from tawin_nemo.types import NO_ITEM
+from tawin_nemo.util.errors import DataError, TawinError
+from tawin_nemo.util.log import progress
+
+
+@dataclass(frozen=True)
+class Ranked:
+    """What is kept of the rankings of B rows."""
+
+    rank_B: np.ndarray
+    sharing_B: np.ndarray  # items that hold the target's place, the target included
+    listed_B: np.ndarray  # places of the list
+    top_BK: np.ndarray  # items at its first places, NO_ITEM behind its end
+
+
+def target_rank(scores_BI: Tensor, target_B: Tensor) -> Tensor:
+    """0-based rank of each row's target among all items, -1 where its score is -inf; ties as in the module's text. [B]
+
+    >>> target_rank(torch.tensor([[0.5, 2.0, 0.5, 1.0]] * 3), torch.tensor([0, 2, 1])).tolist()
+    [2, 3, 0]
+    """
+    own_B1 = scores_BI.gather(1, target_B.unsqueeze(1))
+    before_BI = torch.arange(scores_BI.shape[1], device=scores_BI.device) < target_B.unsqueeze(1)
+    rank_B = ((scores_BI > own_B1) | ((scores_BI == own_B1) & before_BI)).sum(dim=1)
+    return torch.where(own_B1.squeeze(1) == float("-inf"), -1, rank_B)
+
+
+def evaluate_baseline(
+    model: SequentialRecommender,
+    samples: Samples,
+    catalog: Catalog,
+    cfg: EvalConfig,
+    *,
+    label: str,
+    popularity_I: np.ndarray | None = None,
+) -> EvalResult:
+    """Rank the whole catalogue for every row; models that search use ``cfg.beams`` beams.
+
+    ``popularity_I`` as in ``eval.evaluate``. Raises DataError without rows, TawinError when a score is not a number.
+    """
+    found = rank_rows(model, samples, cfg.beams, max(COVERAGE_K, *cfg.ks), label)
+    per_user = per_user_table(samples, found.rank_B, found.sharing_B, found.listed_B, cfg)
+    intervals = {name: normal_interval(per_user[name].to_numpy()) for name in metric_names(cfg.ks)}
+    leaf_BK = np.where(found.top_BK == NO_ITEM, -1, catalog.leaf_I[found.top_BK])
+    listed = np.unique(found.top_BK[:, :COVERAGE_K])
+    longest = int(found.listed_B.max())
+    return EvalResult(
+        means={name: interval.mean for name, interval in intervals.items()},
+        intervals={name: (interval.low, interval.high) for name, interval in intervals.items()},
+        rows=len(samples),
+        invalid_rate=0.0,
+        collisions=int((found.sharing_B > 1).sum()),
+        short_rows=float((found.listed_B < longest).mean()),
+        coverage=int((listed != NO_ITEM).sum()) / len(model.carrier_I.unique()),
+        beams=longest,
+        collision=cfg.collision,
+        per_user=per_user,
+        beyond=beyond_accuracy(leaf_BK, catalog, samples.history, cfg.ks, popularity_I),
+    )
+
+
+def valid_metrics(model: SequentialRecommender, samples: Samples, cfg: EvalConfig) -> dict[str, float]:
+    """Means on ``samples`` for early stopping; a search is as wide as the largest cut-off, which is much faster."""
+    found = rank_rows(model, samples, max(cfg.ks), max(cfg.ks), "valid")
+    table = per_user_table(samples, found.rank_B, found.sharing_B, found.listed_B, cfg)
+    return {name: float(table[name].to_numpy().mean()) for name in metric_names(cfg.ks)}
+
+
+@torch.no_grad()
+def rank_rows(model: SequentialRecommender, samples: Samples, width: int, places: int, label: str) -> Ranked:
+    """Rankings of all rows, of which the first ``places`` are kept; errors as in ``evaluate_baseline``."""
+    if len(samples) == 0:
+        raise DataError(f"{label}: no rows to evaluate; check data.eval_limit and the split")
+    model.eval()
+    carrier_I = model.carrier_I
+    items_I = torch.arange(model.num_items, device=carrier_I.device)
+    by_length = np.argsort(-samples.history.lengths, kind="stable")
+    rank_B, listed_B = (np.empty(len(samples), dtype=np.int64) for _ in range(2))
+    top_BK = np.full((len(samples), places), NO_ITEM)
+    chunks = [by_length[start : start + CHUNK_ROWS] for start in range(0, len(samples), CHUNK_ROWS)]
+    for rows in progress(chunks, what=label):
+        history_BL = left_padded(samples.history.take(rows)).to(carrier_I.device)
+        scores_BI = model.scores(history_BL, width)
+        if bool(scores_BI.isnan().any()):
+            raise TawinError(f"{label}: scores are not numbers; lower baseline.lr")
+        scores_BI = scores_BI.masked_fill(carrier_I != items_I, float("-inf"))
+        target_B = torch.from_numpy(samples.target_N[rows].astype(np.int64)).to(carrier_I.device)
+        rank_B[rows] = target_rank(scores_BI, carrier_I[target_B]).cpu().numpy()
+        listed_B[rows] = (scores_BI > float("-inf")).sum(dim=1).cpu().numpy()
+        best = scores_BI.topk(min(places, model.num_items), dim=1)
+        items_BK = best.indices.masked_fill(best.values == float("-inf"), NO_ITEM)
+        top_BK[rows, : items_BK.shape[1]] = items_BK.cpu().numpy()
+    carriers = carrier_I.cpu().numpy()
+    sharing_I = np.bincount(carriers, minlength=model.num_items)[carriers]
+    return Ranked(rank_B, sharing_I[samples.target_N], listed_B, top_BK)

@@ -1,0 +1,138 @@
+"""Checkpoints of sequential recommenders, and a finished baseline stage as a scorer.
+
+A stage directory (``RUN_DIR/sasrec``) holds ``model.json`` (the Blueprint), ``checkpoints/step_N/`` with weights.pt,
+optimizer.pt and state.json (which carries their checksums), and, when it has ended, ``done.json``.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from tawin_nemo.baselines.build import Blueprint, build_recommender
+from tawin_nemo.baselines.protocol import SequentialRecommender, left_padded
+from tawin_nemo.types import TokenRows
+from tawin_nemo.util.errors import CheckpointError, ConfigError
+from tawin_nemo.util.files import atomic_directory, sha256
+
+MODEL_FILE, STATE_FILE, DONE_FILE = "model.json", "state.json", "done.json"
+WEIGHTS, OPTIMIZER = "weights.pt", "optimizer.pt"
+
+
+@dataclass(frozen=True, eq=False)
+class Fitting:
+    """A model and the optimizer that moves it."""
+
+    model: SequentialRecommender
+    optimizer: torch.optim.Optimizer
+
+
+def load_baseline(
+    stage_dir: str | Path, *, num_items: int | None = None, device: torch.device | str = "cpu"
+) -> SequentialRecommender:
+    """The chosen checkpoint of a finished baseline stage, in eval mode and without gradients.
+
+    Call ``scores(history_BL)`` on rows from ``left_padded``. ``num_items``: the size of the caller's catalogue, which
+    must be the model's. Raises ConfigError when the stage is not a finished baseline or is of another catalogue,
+    CheckpointError when its checkpoint is damaged.
+    """
+    folder = Path(stage_dir)
+    if not ((folder / DONE_FILE).is_file() and (folder / MODEL_FILE).is_file()):
+        raise ConfigError(
+            f"{folder} is not a finished baseline stage ({DONE_FILE} and {MODEL_FILE}); "
+            "name the folder RUN_DIR/MODEL of a run with baseline.model=MODEL"
+        )
+    blueprint = _blueprint(folder)
+    if num_items is not None and num_items != blueprint.num_items:
+        raise ConfigError(
+            f"{folder} ranks {blueprint.num_items} items, but the catalogue has {num_items}; "
+            "train the baseline on this catalogue"
+        )
+    step = json.loads((folder / DONE_FILE).read_text(encoding="utf-8"))["chosen_step"]
+    model = build_recommender(blueprint)
+    load_checkpoint(folder / "checkpoints" / f"step_{step}", model)
+    return model.to(device).eval().requires_grad_(False)
+
+
+@dataclass(frozen=True, eq=False)
+class Scorer:
+    """A trained model behind ragged histories; it reads the newest ``max_history`` items of each."""
+
+    model: SequentialRecommender
+    max_history: int
+
+    @torch.no_grad()
+    def scores(self, histories: Sequence[np.ndarray]) -> Tensor:
+        """Scores [B, I], float32 on the CPU; histories are item indices, oldest first, at least one each."""
+        rows = TokenRows.from_lists([np.asarray(history)[-self.max_history :] for history in histories])
+        device = self.model.carrier_I.device
+        return self.model.scores(left_padded(rows).to(device)).float().cpu()
+
+
+def load_scorer(stage: Path, num_items: int) -> Scorer:
+    """A finished stage that scores every item of a catalogue of ``num_items``, for rewards.
+
+    Raises ConfigError that names rl.reward_source when ``stage`` is no finished baseline, is of another catalogue, or
+    is tiger, which scores only what its search finds.
+    """
+    try:
+        model = load_baseline(stage, num_items=num_items)
+    except ConfigError as error:
+        raise ConfigError(f"rl.reward_source={stage}: {error}") from error
+    blueprint = _blueprint(Path(stage))
+    if blueprint.config.model == "tiger":
+        raise ConfigError(
+            f"rl.reward_source={stage} is a tiger, which scores only what its search finds; "
+            "name a gru4rec, caser or sasrec stage"
+        )
+    return Scorer(model, blueprint.max_history)
+
+
+def _blueprint(folder: Path) -> Blueprint:
+    return Blueprint.from_json(json.loads((folder / MODEL_FILE).read_text(encoding="utf-8")))
+
+
+def save_checkpoint(path: Path, fitting: Fitting, state: dict[str, Any]) -> None:
+    """Write the directory ``path``, whole or not at all."""
+    with atomic_directory(path) as temporary:
+        torch.save(fitting.model.state_dict(), temporary / WEIGHTS)
+        torch.save(fitting.optimizer.state_dict(), temporary / OPTIMIZER)
+        record = {"state": state, "files": {name: sha256(temporary / name) for name in (WEIGHTS, OPTIMIZER)}}
+        (temporary / STATE_FILE).write_text(json.dumps(record, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def load_checkpoint(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> dict[str, Any]:
+    """Restore weights (and the optimizer, where one is given); return the saved ``state``.
+
+    Raises CheckpointError when the checkpoint is incomplete, damaged, or of another model.
+    """
+    problem = find_problem(path)
+    if problem is not None:
+        raise CheckpointError(
+            f"{path}: {problem}; train the stage again, or remove this checkpoint to use an older one"
+        )
+    device = next(model.parameters()).device
+    try:
+        model.load_state_dict(torch.load(path / WEIGHTS, map_location=device, weights_only=True))
+        if optimizer is not None:
+            optimizer.load_state_dict(torch.load(path / OPTIMIZER, map_location=device, weights_only=True))
+    except (RuntimeError, ValueError) as error:
+        raise CheckpointError(f"{path} is of another model: {error}") from error
+    return dict(json.loads((path / STATE_FILE).read_text(encoding="utf-8"))["state"])
+
+
+def find_problem(path: Path) -> str | None:
+    """Why ``path`` is not a complete, undamaged checkpoint; None if it is."""
+    try:
+        files = json.loads((path / STATE_FILE).read_text(encoding="utf-8"))["files"]
+        damaged = [name for name in (WEIGHTS, OPTIMIZER) if sha256(path / name) != files[name]]
+    except (OSError, ValueError, KeyError) as error:
+        return f"a file is missing or unreadable ({error})"
+    return f"the checksum of {damaged[0]} is wrong" if damaged else None

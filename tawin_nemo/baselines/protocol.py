@@ -1,0 +1,118 @@
+"""What all sequential recommenders share: histories in, scores of all items out, a loss per row.
+
+A history is a row of item indices, oldest first, padded on the left with NO_ITEM (``left_padded`` makes such rows).
+Padding has no influence on any result, whatever its width.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from tawin_nemo.baselines.losses import bce_loss, softmax_loss
+from tawin_nemo.types import NO_ITEM, TokenRows
+
+#: Standard deviation of fresh embeddings.
+INIT_STD = 0.02
+
+
+class SequentialRecommender(nn.Module, ABC):
+    """Ranks the I items of a catalogue for a history."""
+
+    def __init__(self, num_items: int) -> None:
+        super().__init__()
+        self.num_items = num_items
+        carrier_I = torch.arange(num_items)
+        #: For each item the item that stands for it in rankings: itself, unless a model cannot tell some items apart.
+        self.register_buffer("carrier_I", carrier_I, persistent=False)
+        self.carrier_I: Tensor
+
+    @abstractmethod
+    def scores(self, history_BL: Tensor, width: int | None = None) -> Tensor:
+        """Scores [B, I], higher is better; call it in eval mode. -inf: not among what the model lists.
+
+        ``width`` is the beam width of models that search (None = their default); the others score all items.
+        """
+
+    @abstractmethod
+    def loss(self, history_BL: Tensor, target_B: Tensor, negatives_BN: Tensor | None = None) -> Tensor:
+        """Loss of each row [B]: over all items without ``negatives_BN``, binary cross-entropy against them with it."""
+
+
+class EmbeddingRecommender(SequentialRecommender):
+    """Score = inner product of a state of the history with a vector of the item.
+
+    ``tied``: the item's vector is its input embedding; else it has an output vector and a bias of its own.
+    """
+
+    def __init__(self, num_items: int, hidden: int, dropout: float, *, tied: bool = True) -> None:
+        super().__init__(num_items)
+        self.items = nn.Embedding(num_items + 1, hidden, padding_idx=0)  # row 0 is padding, row i + 1 is item i
+        self.dropout = nn.Dropout(dropout)
+        nn.init.normal_(self.items.weight, std=INIT_STD)
+        nn.init.zeros_(self.items.weight[0])
+        self.output = None if tied else nn.Linear(hidden, num_items)
+        if self.output is not None:
+            nn.init.normal_(self.output.weight, std=INIT_STD)
+            nn.init.zeros_(self.output.bias)
+
+    @abstractmethod
+    def state(self, history_BL: Tensor) -> Tensor:
+        """What is known of the user, [B, D]."""
+
+    def embed(self, history_BL: Tensor) -> Tensor:
+        """Item embeddings [B, L, D]; exactly 0 at padding."""
+        return self.items(history_BL + 1)
+
+    def scores(self, history_BL: Tensor, width: int | None = None) -> Tensor:
+        state_BD = self.state(history_BL)
+        return state_BD @ self.items.weight[1:].T if self.output is None else self.output(state_BD)
+
+    def loss(self, history_BL: Tensor, target_B: Tensor, negatives_BN: Tensor | None = None) -> Tensor:
+        if negatives_BN is None:
+            return softmax_loss(self.scores(history_BL), target_B)
+        items_BM = torch.cat([target_B.unsqueeze(1), negatives_BN], dim=1)
+        scores_BM = self._scores_of(self.state(history_BL), items_BM)
+        return bce_loss(scores_BM[:, 0], scores_BM[:, 1:])
+
+    def _scores_of(self, state_BD: Tensor, items_BM: Tensor) -> Tensor:
+        """Scores of the named items only."""
+        if self.output is None:
+            return torch.einsum("bd,bmd->bm", state_BD, self.items(items_BM + 1))
+        return torch.einsum("bd,bmd->bm", state_BD, self.output.weight[items_BM]) + self.output.bias[items_BM]
+
+
+def left_padded(rows: TokenRows) -> Tensor:
+    """B ragged histories as ``history_BL`` [B, longest], padded on the left with NO_ITEM.
+
+    >>> left_padded(TokenRows.from_lists([[4], [7, 8, 9]])).tolist()
+    [[-1, -1, 4], [7, 8, 9]]
+    """
+    lengths_B = rows.lengths
+    longest = int(lengths_B.max(initial=0))
+    history_BL = np.full((len(rows), longest), NO_ITEM, dtype=np.int64)
+    history_BL[np.arange(longest) >= longest - lengths_B[:, None]] = rows.flat
+    return torch.from_numpy(history_BL)
+
+
+def left_aligned(history_BL: Tensor) -> tuple[Tensor, Tensor]:
+    """The same rows with the padding behind the items, and ``length_B``.
+
+    A causal model that reads such a row meets no padding before its last item.
+
+    >>> left_aligned(torch.tensor([[-1, -1, 4], [7, 8, 9]]))[0].tolist()
+    [[4, -1, -1], [7, 8, 9]]
+    """
+    longest = history_BL.shape[1]
+    length_B = (history_BL != NO_ITEM).sum(dim=1)
+    place_BL = torch.arange(longest, device=history_BL.device) + (longest - length_B).unsqueeze(1)
+    moved_BL = history_BL.gather(1, place_BL.clamp(max=longest - 1))
+    return moved_BL.masked_fill(place_BL >= longest, NO_ITEM), length_B
+
+
+def last_of(hidden_BLD: Tensor, length_B: Tensor) -> Tensor:
+    """The entry of each left-aligned row's last item, [B, D]."""
+    return hidden_BLD[torch.arange(len(hidden_BLD), device=hidden_BLD.device), (length_B - 1).clamp(min=0)]

@@ -1,0 +1,174 @@
+"""TIGER (arXiv 2305.05065): a T5 reads the semantic-ID codes of the history and writes those of the next item.
+
+Left out: the paper's hashed user-id token, so that rows are told apart by their history alone, as for the other
+models. Added: each code of the history carries an embedding of how many codes ago it was, where T5 knows distances
+between codes only. Ranking: beam search over the catalogue's codes only; a code's log-probability is normalised over
+the codes that lead to items, so that steps without a choice cost nothing.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import T5Config, T5ForConditionalGeneration
+from transformers.cache_utils import DynamicCache, EncoderDecoderCache
+from transformers.modeling_outputs import BaseModelOutput
+
+from tawin_nemo.baselines.codes import END, NO_STATE, PAD, CodeBook, CodeTree
+from tawin_nemo.baselines.protocol import SequentialRecommender
+from tawin_nemo.types import NO_ITEM, TokenRows
+
+#: Histories searched at once: their beams each hold a copy of the history's keys and values.
+SEARCH_ROWS = 32
+#: Beams when the caller names no width.
+BEAMS = 50
+#: Fresh weights, as a share of T5's own, which go with Adafactor: its steps are in proportion to the weights. Adam's
+#: have the size of the learning rate; embeddings of size 1 stay the random directions that they begin with under them.
+INITIAL = 0.1
+#: Places from the newest code backwards that are told apart; older ones share the last.
+PLACES = 64
+
+
+class Tiger(SequentialRecommender):
+    """``paths`` are the items' token paths, end of text last; items on one path share their place in the ranking."""
+
+    def __init__(
+        self, paths: TokenRows, *, hidden: int, layers: int, heads: int, dropout: float, loss_space: str = "vocab"
+    ) -> None:
+        super().__init__(len(paths))
+        self.loss_space = loss_space
+        book = CodeBook.from_paths(paths)
+        self.tree = CodeTree.from_rows(book.rows)
+        self.carrier_I = self.tree.carrier_I
+        codes_IC, _ = book.rows.padded(PAD)
+        self.register_buffer("codes_IC", torch.cat([torch.full_like(codes_IC[:1], PAD), codes_IC]), persistent=False)
+        self.codes_IC: Tensor  # row i + 1 holds item i's codes and END, row 0 is padding
+        self.register_buffer("states_IC", self.tree.states_of(codes_IC), persistent=False)
+        self.states_IC: Tensor  # where in the tree each code of an item is chosen
+        self.t5 = T5ForConditionalGeneration(
+            T5Config(
+                vocab_size=book.vocab,
+                d_model=hidden,
+                d_kv=hidden // heads,
+                d_ff=4 * hidden,
+                num_layers=layers,
+                num_heads=heads,
+                dropout_rate=dropout,
+                decoder_start_token_id=PAD,
+                initializer_factor=INITIAL,
+                tie_word_embeddings=False,
+            )
+        )
+        self.t5.lm_head.weight = self.t5.shared.weight  # without the factor of 1 / sqrt(hidden) that T5's option brings
+        self.place = nn.Embedding(PLACES, hidden)
+        nn.init.normal_(self.place.weight, std=INITIAL)
+
+    def loss(self, history_BL: Tensor, target_B: Tensor, negatives_BN: Tensor | None = None) -> Tensor:
+        """``-log p(codes of the target)``, summed over its codes and END.
+
+        ``loss_space``: each over the whole vocabulary, or (``trie``) over the codes that lead to items, as the search
+        ranks them; steps without a choice cost nothing then.
+        """
+        if negatives_BN is not None:
+            raise ValueError("TIGER has no loss with sampled negatives; call it without negatives_BN")
+        tokens_BS, mask_BS = self.encoder_input(history_BL)
+        codes_BT = self.codes_IC[target_B + 1]
+        before_BT = F.pad(codes_BT[:, :-1], (1, 0), value=PAD)  # T5 begins with the padding token
+        read_BSD = self.read(tokens_BS, mask_BS)
+        logits_BTV = self.t5(
+            encoder_outputs=BaseModelOutput(last_hidden_state=read_BSD), attention_mask=mask_BS,
+            decoder_input_ids=before_BT,
+        ).logits  # fmt: skip
+        if self.loss_space == "trie":
+            return self._admissible_loss(logits_BTV, codes_BT, self.states_IC[target_B]).sum(dim=1)
+        loss_BT = F.cross_entropy(logits_BTV.transpose(1, 2), codes_BT, ignore_index=PAD, reduction="none")
+        return loss_BT.sum(dim=1)
+
+    def _admissible_loss(self, logits_BTV: Tensor, codes_BT: Tensor, states_BT: Tensor) -> Tensor:
+        """``-log p`` of each code among those that its state admits, 0 where nothing is left to choose. [B, T]"""
+        self._tree_on(logits_BTV.device)
+        token_NC, _, exists_NC = self.tree.children(states_BT.clamp(min=0).flatten())
+        logits_NV, code_N1 = logits_BTV.flatten(0, 1), codes_BT.reshape(-1, 1)
+        logit_NC = logits_NV.gather(1, token_NC).masked_fill(~exists_NC, float("-inf"))
+        loss_N = logit_NC.logsumexp(dim=1) - logits_NV.gather(1, code_N1).squeeze(1)
+        return loss_N.view_as(states_BT).masked_fill(states_BT == NO_STATE, 0.0)
+
+    def _tree_on(self, device: torch.device) -> None:
+        if self.tree.offsets.device != device:
+            self.tree = self.tree.to(device)
+
+    def encoder_input(self, history_BL: Tensor) -> tuple[Tensor, Tensor]:
+        """Codes of the items one after another without gaps, then END: ``tokens_BS`` and ``mask_BS`` (1 = a token)."""
+        codes_BS = self.codes_IC[:, :-1][history_BL + 1].flatten(1)  # the last column holds END or padding only
+        codes_BS = codes_BS.masked_fill(codes_BS == END, PAD)
+        used_BS = codes_BS != PAD
+        order_BS = used_BS.int().argsort(dim=1, descending=True, stable=True)
+        length_B1 = used_BS.sum(dim=1, keepdim=True)
+        tokens_BS = F.pad(codes_BS.gather(1, order_BS), (0, 1), value=PAD).scatter(1, length_B1, END)
+        tokens_BS = tokens_BS[:, : int(length_B1.max()) + 1]
+        return tokens_BS, (tokens_BS != PAD).long()
+
+    def read(self, tokens_BS: Tensor, mask_BS: Tensor) -> Tensor:
+        """The encoder's states [B, S, D]; each code is told how many codes ago it was, see the module's text."""
+        place_BS = (mask_BS.sum(dim=1, keepdim=True) - mask_BS.cumsum(dim=1)).clamp(0, PLACES - 1)
+        embedded_BSD = self.t5.shared(tokens_BS) + self.place(place_BS)
+        encoded: Tensor = self.t5.encoder(inputs_embeds=embedded_BSD, attention_mask=mask_BS).last_hidden_state
+        return encoded
+
+    @torch.no_grad()
+    def scores(self, history_BL: Tensor, width: int | None = None) -> Tensor:
+        """Log-probability of each item that the search found, -inf for all others; see the module's text."""
+        width = min(width or BEAMS, self.tree.num_rows)
+        parts = []
+        for part_BL in history_BL.split(SEARCH_ROWS):
+            items_BW, found_BW = self.search(part_BL, width)
+            spare_BI = found_BW.new_full((len(part_BL), self.num_items + 1), float("-inf"))
+            column_BW = torch.where(items_BW == NO_ITEM, self.num_items, items_BW)
+            spare_BI.scatter_(1, column_BW, found_BW)
+            parts.append(spare_BI[:, : self.num_items][:, self.carrier_I])
+        return torch.cat(parts)
+
+    def search(self, history_BL: Tensor, width: int) -> tuple[Tensor, Tensor]:
+        """The best ``width`` rows of codes: first item of each and its score, best first; NO_ITEM with -inf."""
+        self._tree_on(history_BL.device)
+        tokens_BS, mask_BS = self.encoder_input(history_BL)
+        read_BSD = self.read(tokens_BS, mask_BS)
+        memory = EncoderDecoderCache(DynamicCache(), DynamicCache())
+        batch, device = len(history_BL), history_BL.device
+        state_BW = torch.zeros(batch, 1, dtype=torch.long, device=device)
+        score_BW = torch.zeros(batch, 1, device=device)
+        token_BW = torch.full_like(state_BW, PAD)
+        user_N = torch.arange(batch, device=device)
+        while bool(((self.tree.item_N[state_BW] == NO_ITEM) & (score_BW > float("-inf"))).any()):
+            logits_NV = self._decode(token_BW, read_BSD[user_N], mask_BS[user_N], memory)
+            beams = state_BW.shape[1]
+            state_BW, score_BW, token_BW, parent_BW = self._advance(state_BW, score_BW, logits_NV, width)
+            parent_N = (parent_BW + beams * torch.arange(batch, device=device).unsqueeze(1)).flatten()
+            memory.self_attention_cache.reorder_cache(parent_N)
+            if beams != state_BW.shape[1]:  # keys and values of the history are the same for all beams of a row
+                memory.cross_attention_cache.reorder_cache(parent_N)
+                user_N = torch.arange(batch, device=device).repeat_interleave(state_BW.shape[1])
+        item_BW = self.tree.item_N[state_BW].masked_fill(score_BW == float("-inf"), NO_ITEM)
+        score_BW, order_BW = score_BW.sort(dim=1, descending=True, stable=True)
+        return item_BW.gather(1, order_BW), score_BW
+
+    def _decode(self, token_BW: Tensor, read_NSD: Tensor, mask_NS: Tensor, memory: EncoderDecoderCache) -> Tensor:
+        """Logits after one more token of every beam; ``memory`` keeps what was computed."""
+        out = self.t5(
+            encoder_outputs=BaseModelOutput(last_hidden_state=read_NSD), attention_mask=mask_NS,
+            decoder_input_ids=token_BW.reshape(-1, 1), past_key_values=memory, use_cache=True,
+        )  # fmt: skip
+        return out.logits[:, -1]
+
+    def _advance(
+        self, state_BW: Tensor, score_BW: Tensor, logits_NV: Tensor, width: int
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The best ``width`` continuations of each row: states, scores, tokens, and the beams that they continue."""
+        batch = len(state_BW)
+        token_NC, next_NC, exists_NC = self.tree.children(state_BW.flatten())
+        logit_NC = logits_NV.gather(1, token_NC).masked_fill(~exists_NC, float("-inf"))
+        total_BE = (score_BW.reshape(-1, 1) + logit_NC.log_softmax(dim=1)).reshape(batch, -1)
+        best_BW, edge_BW = total_BE.topk(min(width, total_BE.shape[1]), dim=1)
+        token_BW, next_BW = (part.reshape(batch, -1).gather(1, edge_BW) for part in (token_NC, next_NC))
+        return next_BW, best_BW, token_BW, edge_BW // token_NC.shape[1]

@@ -1,0 +1,154 @@
+"""Classic recommenders from scratch: one loop for GRU4Rec, Caser, SASRec and TIGER, evaluated like any other stage.
+
+A training row is a history and the item that follows it, as everywhere in this package; sliding-window data hold
+every shorter history as a row of its own. The stage is ``RUN_DIR/MODEL``; its files are those of ``Stage``, the
+checkpoints are described in ``models/seqrec/load.py``.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from tawin_nemo.baselines.build import Blueprint, build_recommender, check_config
+from tawin_nemo.baselines.evaluate import evaluate_baseline, valid_metrics
+from tawin_nemo.baselines.load import MODEL_FILE, Fitting, load_checkpoint
+from tawin_nemo.baselines.losses import sample_negatives
+from tawin_nemo.baselines.protocol import SequentialRecommender, left_padded
+from tawin_nemo.baselines.stage import BaselineStage
+from tawin_nemo.data.batches import BatchStream, micro_batches
+from tawin_nemo.data.samples import Samples
+from tawin_nemo.eval.bias import item_counts
+from tawin_nemo.eval.result import EvalResult
+from tawin_nemo.models.megatron.parallel import runtime
+from tawin_nemo.run.schedule import scheduled
+from tawin_nemo.run.stage import MetricSink, Progress, monitored
+from tawin_nemo.run.world import World
+from tawin_nemo.util.errors import ConfigError, TawinError
+from tawin_nemo.util.files import write_json
+from tawin_nemo.util.log import get_logger
+
+log = get_logger(__name__)
+
+#: History items in one forward pass; rows of similar length go together, so that little padding is computed.
+ITEMS_PER_PASS = 512
+
+
+def run_baseline(world: World, sink: MetricSink | None = None) -> EvalResult:
+    """Train ``baseline.model`` on ``baseline.rows`` and evaluate it on ``eval.splits``, each unless that is done.
+
+    Returns the result on the last of these splits. Raises ConfigError for a combination of keys that makes no sense,
+    or for more than one process.
+    """
+    recipe = world.recipe
+    check_config(recipe.baseline, semantic_ids=recipe.catalog.kind == "sid")
+    if runtime.world_size() > 1:
+        raise ConfigError(
+            f"baseline.model={recipe.baseline.model} trains in one process, not in {runtime.world_size()}; "
+            "set trainer.num_nodes=1 and trainer.devices=1"
+        )
+    directory = world.run_dir / recipe.baseline.model
+    stage = BaselineStage(directory, recipe.trainer, deadline=world.deadline, sink=sink, profile=recipe.profile)
+    splits = recipe.eval.splits
+    if stage.done and all((directory / "eval" / f"{split}.json").is_file() for split in splits):
+        log.info("%s is done", stage.name)
+        return EvalResult.read(directory / "eval", splits[-1])
+    blueprint = blueprint_of(world)
+    runtime.seed_step(recipe.seed, 0)
+    model = build_recommender(blueprint).to(runtime.device())
+    if not stage.done:
+        write_json(directory / MODEL_FILE, blueprint.to_json())
+        train_baseline(world, stage, model)
+    load_checkpoint(stage.chosen_checkpoint, model)
+    popularity_I = item_counts(world.samples["train"], len(world.catalog))
+    for split in splits:
+        rows, label = world.samples[split], f"{stage.name} {split}"
+        result = evaluate_baseline(model, rows, world.catalog, recipe.eval, label=label, popularity_I=popularity_I)
+        result.write(directory / "eval", split)
+    return result
+
+
+def blueprint_of(world: World) -> Blueprint:
+    """The shape of the model that the recipe and the data ask for."""
+    recipe = world.recipe
+    paths = world.catalog.paths if recipe.baseline.model == "tiger" else None
+    return Blueprint(recipe.baseline, len(world.catalog), recipe.data.max_history, paths)
+
+
+def train_baseline(world: World, stage: BaselineStage, model: SequentialRecommender) -> None:
+    """Fit until NDCG at the largest cut-off has not risen on valid for ``baseline.patience`` epochs.
+
+    The checkpoint with the highest one is what the stage hands on. Order, dropout and negatives are pure functions of
+    seed and step, so a killed run continues bit for bit from its newest checkpoint.
+    """
+    recipe, cfg = world.recipe, world.recipe.baseline
+    train = world.samples["train"]
+    if cfg.rows == "earlier":
+        train = train.take(world.earlier_rows)
+    batch_size = min(cfg.batch_size, len(train))
+    stream = BatchStream(len(train), batch_size, seed=recipe.seed)
+    per_epoch = -(-len(train) // batch_size)
+    optimizer = torch.optim.Adam(model.parameters(), lr=cfg.lr, weight_decay=cfg.weight_decay)
+    fitting = Fitting(model, optimizer)
+    done = stage.resume(fitting)
+    for step in stage.steps(done.step, cfg.epochs * per_epoch):
+        if done.bad_checks >= cfg.patience:
+            break
+        runtime.seed_step(recipe.seed, step + 1)
+        lr = scheduled(cfg, step, cfg.epochs * per_epoch)
+        facts = fit(world, fitting, train.take(stream.batch(step)), lr=lr)
+        done.step = step + 1
+        stage.write(done.step, {"epoch": done.step / per_epoch, **facts, "lr": lr})
+        if done.step % per_epoch == 0:
+            _check(world, stage, fitting, done)
+        elif done.step % recipe.trainer.save_interval == 0:
+            stage.save(fitting, done)
+        stage.stop_if_asked(lambda: stage.save(fitting, done), done)
+    if done.bad_checks < cfg.patience:
+        log.warning(
+            "%s used all baseline.epochs=%d without early stopping; raise baseline.epochs", stage.name, cfg.epochs
+        )
+    stage.finish(done, chosen_step=done.best_step)
+
+
+def fit(world: World, fitting: Fitting, samples: Samples, *, lr: float) -> dict[str, float]:
+    """One optimizer step on the mean loss of ``samples``; the loss and the gradient norm before clipping."""
+    for group in fitting.optimizer.param_groups:
+        group["lr"] = lr
+    model, clip = fitting.model, world.recipe.trainer.clip_grad
+    model.train()
+    fitting.optimizer.zero_grad(set_to_none=True)
+    total = 0.0
+    for rows in micro_batches(samples.history.lengths, ITEMS_PER_PASS):
+        loss = _row_losses(world, model, samples.take(rows)).sum() / len(samples)
+        loss.backward()
+        total += loss.item()
+    if total != total:
+        raise TawinError(f"the loss of {world.recipe.baseline.model} is not a number; lower baseline.lr")
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), clip if clip > 0 else float("inf"))
+    fitting.optimizer.step()
+    return {"train/loss": total, "grad_norm": float(norm)}
+
+
+def _row_losses(world: World, model: SequentialRecommender, samples: Samples) -> Tensor:
+    cfg, device = world.recipe.baseline, runtime.device()
+    history_BL = left_padded(samples.history).to(device)
+    target_B = torch.from_numpy(samples.target_N.astype("int64")).to(device)
+    negatives_BN = None
+    if cfg.loss == "bce":
+        negatives_BN = sample_negatives(target_B, model.num_items, cfg.negatives)
+    return model.loss(history_BL, target_B, negatives_BN)
+
+
+def _check(world: World, stage: BaselineStage, fitting: Fitting, done: Progress) -> None:
+    """Metrics on valid, best so far, checkpoint. The checkpoint is written after the log line that it counts on."""
+    means = valid_metrics(fitting.model, world.samples["valid"], world.recipe.eval)
+    watched = monitored(world.recipe.trainer, world.recipe.eval.ks)
+    value = -means[watched]  # Progress keeps the smallest
+    better = done.best_value is None or value < done.best_value
+    done.bad_checks = 0 if better else done.bad_checks + 1
+    if better:
+        done.best_value, done.best_step = value, done.step
+    stage.write(done.step, {f"valid/{name}": mean for name, mean in means.items()})
+    log.info("%s step %d valid %s %.4f%s", stage.name, done.step, watched, -value, " (best)" if better else "")
+    stage.save(fitting, done)

@@ -1,0 +1,1 @@
+"""The command-line verbs that work on a run, one file each."""

@@ -1,0 +1,30 @@
+"""The verb evaluate: Recall@K and NDCG@K of a checkpoint."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tawin_nemo.commands.from_checkpoint import engine_of
+from tawin_nemo.eval.bias import item_counts
+from tawin_nemo.eval.evaluate import evaluate as run_evaluation
+from tawin_nemo.run.world import World
+
+
+def evaluate(world: World) -> dict[str, Any]:
+    """Recall@K and NDCG@K of ``checkpoint`` on ``eval.splits``, with 95 % intervals."""
+    engine = engine_of(world)
+    result: dict[str, Any] = {"checkpoint": world.recipe.checkpoint}
+    for split in world.recipe.eval.splits:
+        found = run_evaluation(
+            engine, world.samples[split], world.catalog, world.recipe.eval,
+            dp=engine.dp or world.dp, label=f"evaluate {split}",
+            popularity_I=item_counts(world.samples["train"], len(world.catalog)),
+        )  # fmt: skip
+        result[split] = {
+            **found.means,
+            "intervals": {name: list(pair) for name, pair in found.intervals.items()},
+            "rows": found.rows,
+            "invalid_rate": found.invalid_rate,
+            "beyond": found.beyond,
+        }
+    return result

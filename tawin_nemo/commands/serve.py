@@ -1,0 +1,181 @@
+"""``tawin-nemo serve``: from a recipe and a checkpoint to a server that runs until it is told to leave."""
+
+from __future__ import annotations
+
+import gc
+import os
+import signal
+import socket
+import sys
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tawin_nemo.api.secrets_files import control_token, read_keys
+from tawin_nemo.commands.from_checkpoint import engine_of
+from tawin_nemo.config.backbones import Backbone
+from tawin_nemo.config.schema import ModelConfig, Recipe
+from tawin_nemo.models.megatron.decode.lm import MegatronLM
+from tawin_nemo.models.megatron.hf.memory import fill_from_rows, rows_of
+from tawin_nemo.models.megatron.model.build import build_rollout_model
+from tawin_nemo.models.megatron.model.precision import in_precision
+from tawin_nemo.models.megatron.parallel import runtime
+from tawin_nemo.rollout.engine import RolloutEngine
+from tawin_nemo.rollout.lm import LM, MeteredLM
+from tawin_nemo.run.world import World
+from tawin_nemo.serve.engine.admission import Limits
+from tawin_nemo.serve.engine.catalog import ServedCatalogue, Writing, read_items
+from tawin_nemo.serve.engine.engine import Engine
+from tawin_nemo.serve.engine.metrics import Metrics
+from tawin_nemo.serve.engine.ranks import Alone, Leader, Ranks, follow
+from tawin_nemo.serve.engine.replica import FromTensors, Replica
+from tawin_nemo.serve.http.requests import Terms
+from tawin_nemo.serve.http.server import Secrets, Server, settings_of
+from tawin_nemo.util.errors import ConfigError
+from tawin_nemo.util.files import write_json
+from tawin_nemo.util.log import get_logger
+
+log = get_logger(__name__)
+SWITCH = 1e-4  # seconds
+FIRST = 1  # version of the weights and of the catalogue that a server starts with
+
+
+class Together:
+    """All processes of the job; what is sent is bytes, whatever the backend."""
+
+    def __init__(self) -> None:
+        self.size = runtime.world_size()
+
+    def send(self, data: bytes) -> None:
+        runtime.broadcast_bytes(data)
+
+    def receive(self) -> bytes:
+        return runtime.broadcast_bytes(None)
+
+    def meet(self) -> None:
+        runtime.any_rank(False)
+
+    def share(self, tensor: Tensor | None, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        return runtime.broadcast_tensor(tensor, shape, dtype)
+
+
+def serve(world: World) -> dict[str, Any]:
+    """Serve ``checkpoint`` until SIGTERM or /shutdown. Rank 0 speaks HTTP, the others follow it.
+
+    Raises ConfigError (layout, ports, keys), CatalogError (``serve.catalogue``), TawinError when the engine breaks.
+    """
+    if world.recipe.rollout.placement == "server":  # the recipe of the job that this server works for
+        rollout = replace(world.recipe.rollout, placement="colocated")
+        world = replace(world, recipe=replace(world.recipe, rollout=rollout))
+    recipe, settings = world.recipe, world.recipe.serve
+    # The engine lets go of the interpreter's lock at every call of torch, thousands of times a step. A thread that
+    # takes it, to build a catalogue say, may keep it so long each time; by default 5 ms: requests would take seconds.
+    sys.setswitchinterval(SWITCH)
+    gc.freeze()  # what was imported and read so far stays; looking it through now and then would stop every request
+    tp, pp = recipe.rollout_layout
+    if tp * pp != runtime.world_size():
+        raise ConfigError(
+            f"serve runs one model: trainer.num_nodes x trainer.devices = {runtime.world_size()} must be TP {tp} x "
+            f"PP {pp} of rollouts; start several servers for several replicas"
+        )
+    made_of = from_tensors(world.shape, model_in(recipe), recipe.rollout_layout)
+    replica = Replica(loader(world), length_penalty=recipe.rollout.length_penalty, from_tensors=made_of)
+    catalogue = first_catalogue(world)
+    replica.models[FIRST] = replica.load("")
+    replica.tries[FIRST] = catalogue.trie
+    ranks: Ranks = Together() if runtime.world_size() > 1 else Alone()
+    if runtime.world_rank() > 0:
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+            signal.signal(number, signal.SIG_IGN)  # rank 0 drains, then lets this one go
+        follow(replica, ranks)
+        return {}
+    model = replica.models[FIRST]
+    catalogue.validate(vocab=model.vocab_size, positions=model.max_positions)
+    catalogue.warm()
+    roots, folder = settings_of(settings, world.run_dir)
+    keys = read_keys(settings.api_keys_file)
+    token = control_token(settings.control_token_file, folder / "control_token", keys)
+    metrics = Metrics()
+    engine = Engine(
+        Leader(replica, ranks), catalogue, metrics=metrics, weights=FIRST, on_thread=runtime.use_device,
+        limits=Limits.of(settings),
+    )  # fmt: skip
+    terms = Terms(
+        settings, recipe.name, min(settings.beams or recipe.eval.beams, settings.max_beams),
+        recipe.rollout.score_space, recipe.rollout.length_penalty, model.max_positions, model.vocab_size,
+        world.tokenizer.fingerprint, model_in(recipe).precision,
+    )  # fmt: skip
+    del model, catalogue  # they may be replaced, and must not stay in memory for this frame
+    server = Server(engine, terms, Secrets(keys, token), roots=roots)
+    engine.start()
+    server.run(lambda: _announce(server, world, folder))
+    return {"served": True, "weight_version": engine.weights, "catalogue_version": engine.catalogue.version}
+
+
+def _announce(server: Server, world: World, folder: Path) -> None:
+    settings, (data, control) = world.recipe.serve, server.ports
+    place = {
+        "data": f"http://{reachable(settings.host)}:{data}",
+        "control": f"http://{reachable(settings.control_host)}:{control}",
+        "pid": os.getpid(),
+    }  # fmt: skip
+    write_json(folder / "address.json", place)
+    log.info("serving %s on %s, control plane on %s", world.recipe.name, place["data"], place["control"])
+
+
+def reachable(host: str) -> str:
+    """What others call an address that is listened on."""
+    name = socket.gethostname() if host in ("0.0.0.0", "::") else host
+    return f"[{name}]" if ":" in name else name
+
+
+def first_catalogue(world: World) -> ServedCatalogue:
+    """The data set's catalogue, or that of ``serve.catalogue``, as version 1."""
+    data = world.recipe.data
+    writing = Writing(world.tokenizer, world.template, data.max_history, data.max_prompt_tokens)
+    known = ServedCatalogue.of(world.catalog, world.item_texts, writing)
+    file = world.recipe.serve.catalogue
+    return known.replaced(read_items(Path(file)), FIRST) if file else known
+
+
+def loader(world: World) -> Callable[[str], LM]:
+    """Makes a model with the weights of a stage, a step or a Hugging Face folder; of the recipe for an empty path."""
+
+    def load(path: str) -> LM:
+        runtime.use_device()
+        recipe = world.recipe
+        if (Path(path) / "config.json").is_file() and path:
+            recipe = replace(recipe, checkpoint="", start="", model=replace(recipe.model, init=path))
+        elif path:
+            recipe = replace(recipe, checkpoint=path)
+        engine = engine_of(replace(world, recipe=recipe))
+        if not isinstance(engine, RolloutEngine):
+            raise ConfigError(
+                f"rollout.placement={recipe.rollout.placement} keeps some processes for training, and serve has none; "
+                "set rollout.placement=colocated"
+            )
+        return engine.lm
+
+    return load
+
+
+def from_tensors(shape: Backbone, cfg: ModelConfig, layout: tuple[int, int]) -> FromTensors:
+    """How a training job's tensors become a model under ``layout`` (TP, PP), in the number format of ``cfg``."""
+
+    def build(rows: Iterable[Mapping[str, Tensor]]) -> LM:
+        runtime.use_device()
+        model = build_rollout_model(shape, cfg, *layout)
+        fill_from_rows(model, shape, rows)
+        return MeteredLM(MegatronLM(model, shape))
+
+    dtype = torch.float32 if cfg.precision == "fp32" else torch.bfloat16
+    return FromTensors(rows_of(shape), dtype, build)
+
+
+def model_in(recipe: Recipe) -> ModelConfig:
+    """The model as searches run it."""
+    return in_precision(recipe.model, recipe.eval.precision)

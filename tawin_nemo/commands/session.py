@@ -1,0 +1,103 @@
+"""From a recipe to a running verb: process group, run directory, data, world; and the end of it."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+from tawin_nemo.catalog.semantic_ids import find_codes
+from tawin_nemo.commands.train import train
+from tawin_nemo.config.schema import Recipe
+from tawin_nemo.models.megatron.checkpoint import async_save
+from tawin_nemo.models.megatron.model import precision
+from tawin_nemo.models.megatron.parallel import disaggregated, runtime
+from tawin_nemo.models.megatron.parallel.disaggregated import Apart
+from tawin_nemo.placement.remote_engine import Stop
+from tawin_nemo.placement.rollout_ranks import serve
+from tawin_nemo.run import signals
+from tawin_nemo.run.failures import attempt_logs, recorded
+from tawin_nemo.run.profile import check_profile
+from tawin_nemo.run.world import build_world, open_run_dir, set_threads
+from tawin_nemo.util.errors import ConfigError, Preempted, UserError
+from tawin_nemo.util.log import get_logger
+
+Verb = Callable[..., dict[str, Any]]
+log = get_logger(__name__)
+
+
+def run(recipe: Recipe, verb: Verb, find_data: Callable[[Recipe], Path], **options: Any) -> dict[str, Any]:
+    """Start the process group, open the run, prepare the data on rank 0, build the world, call ``verb``."""
+    with started(recipe, computes=not options.get("dry_run")), contextlib.ExitStack() as stack:
+        if disaggregated.searches_only():
+            serve()
+            return {}
+        check_profile(recipe.profile)
+        trains = verb is train
+        run_dir = open_run_dir(recipe, same_recipe=trains)
+        if trains:
+            stack.enter_context(attempt_logs(run_dir))
+        data_root = runtime.broadcast_object(find_data(recipe) if runtime.world_rank() == 0 else None)
+        if trains:
+            stack.enter_context(signals.listening())
+        world = build_world(recipe, run_dir, data_root, codes_path=codes_path(recipe))
+        return verb(world, **options)
+
+
+@contextlib.contextmanager
+def started(recipe: Recipe, *, computes: bool = True) -> Iterator[None]:
+    """The process group the recipe speaks of; at the end what is still being written is waited for and all part.
+
+    Raises ConfigError when the launcher started another number of processes, or when the machine lacks what a
+    precision needs and something is to be computed.
+    """
+    with contextlib.ExitStack() as stack:
+        stack.callback(runtime.shutdown)
+        stack.callback(async_save.drain)
+        stack.enter_context(recorded())
+        limit = timedelta(minutes=recipe.trainer.collective_timeout)
+        apart = Apart(recipe.rollout.devices, *recipe.rollout_layout) if recipe.rollout.devices else None
+        check_processes(recipe)
+        runtime.initialize(recipe.model, seed=recipe.seed, limit=limit, apart=apart)
+        check_precision(recipe, runs=computes)
+        set_threads(recipe)
+        if disaggregated.divided():
+            stack.push(dismiss)
+        yield
+
+
+def dismiss(kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+    """Tell the rollout ranks that this run is over; after an error that other ranks may not know of, all just end."""
+    line = disaggregated.line()
+    if not disaggregated.searches_only() and not line.owed and isinstance(error, None | Preempted | UserError):
+        line.ask(Stop())
+
+
+def check_processes(recipe: Recipe) -> None:
+    """Raises ConfigError when the launcher started another number of processes than the recipe speaks of."""
+    nodes, devices, started = recipe.trainer.num_nodes, recipe.trainer.devices, runtime.read_launch().world_size
+    if nodes * devices != started:
+        raise ConfigError(
+            f"trainer.num_nodes={nodes} x trainer.devices={devices} = {nodes * devices} processes, but the launcher "
+            f"started {started}; set trainer.devices to the processes per machine"
+        )
+
+
+def check_precision(recipe: Recipe, *, runs: bool) -> None:
+    """Raises ConfigError when ``runs`` and this machine lacks what a precision needs; says which were never tried."""
+    if recipe.baseline.model != "off":
+        return
+    if runs:
+        precision.refuse(recipe)
+    if runtime.world_rank() == 0:
+        for line in precision.unverified(recipe):
+            log.warning(line)
+
+
+def codes_path(recipe: Recipe) -> Path | None:
+    """The semantic-ID file that the recipe means. Raises ConfigError when it is not there."""
+    if recipe.catalog.kind != "sid":
+        return None
+    return find_codes(Path(recipe.data.root), recipe.catalog.index)

@@ -1,0 +1,26 @@
+"""The verb train: the whole pipeline of stages, or what it would do."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tawin_nemo.run.world import World
+from tawin_nemo.train.pipeline import plans, run_pipeline
+from tawin_nemo.train.rl import total_steps
+
+
+def train(world: World, *, dry_run: bool = False) -> dict[str, Any]:
+    """Run the whole pipeline, or only say what it would do."""
+    if not dry_run:
+        return run_pipeline(world)
+    rl, body = world.recipe.rl, world.shape.body_parameters
+    return {
+        "dry_run": True,
+        "run_dir": str(world.run_dir),
+        "items": len(world.catalog.titles),
+        "stages": {plan.name: len(plan.rows) for plan in plans(world)},
+        "rl_steps": total_steps(rl, len(world.train_rows_for_rl)) if rl.enabled else 0,
+        "body_parameters": body,
+        "embedding_parameters": world.shape.vocab * world.shape.hidden * (1 if world.shape.tied else 2),
+        "prompt_tokens_max": int(world.samples["train"].prompts.lengths.max()),
+    }

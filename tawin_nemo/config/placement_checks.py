@@ -1,0 +1,102 @@
+"""Combinations of keys about where rollouts run that make no sense; messages as in ``checks``."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import fields
+
+from tawin_nemo.config.schema import Recipe
+
+
+def aligned(r: Recipe) -> list[str]:
+    """Alignment tasks that the recipe uses, as ``align.NAME=weight``."""
+    weights = {item.name: getattr(r.align, item.name) for item in fields(r.align) if "_to_" in item.name}
+    return [f"align.{name}={weight:g}" for name, weight in weights.items() if weight > 0]
+
+
+def ahead_combinations(r: Recipe) -> Iterator[tuple[bool, str]]:
+    rl = r.rl
+    behaviour_space = r.rollout.score_space if rl.negatives == "beam" else "trie"
+    yield (
+        r.rollout.ahead > 0 and (behaviour_space != rl.policy_space or rl.ensure_target != "off"),
+        f"rollout.ahead={r.rollout.ahead} corrects for older weights with the rollout's own log-probs of every "
+        f"candidate; set rl.policy_space={behaviour_space} (what the rollout scores) and rl.ensure_target=off, or "
+        "rollout.ahead=0",
+    )
+    yield (
+        r.rollout.ahead > 0 and rl.max_refill_batches > 0,
+        f"rl.max_refill_batches={rl.max_refill_batches} rolls out again where a step's groups teach nothing, which is "
+        "known only once they are there; set it to 0, or rollout.ahead=0",
+    )
+
+
+def placement_combinations(r: Recipe) -> Iterator[tuple[bool, str]]:
+    rollout, (tp, pp) = r.rollout, r.rollout_layout
+    apart = rollout.placement == "separate"
+    yield (
+        not apart and rollout.devices > 0,
+        f"rollout.devices={rollout.devices} processes would only search, but rollout.placement={rollout.placement}; "
+        "set rollout.placement=separate or rollout.devices=0",
+    )
+    yield (
+        not apart and rollout.ahead > 0,
+        f"rollout.ahead={rollout.ahead} searches while training goes on, which needs processes of its own; "
+        "set rollout.placement=separate and rollout.devices, or rollout.ahead=0",
+    )
+    yield (
+        apart and not 0 < rollout.devices < r.processes,
+        f"rollout.placement=separate with rollout.devices={rollout.devices} of {r.processes} processes "
+        "(trainer.num_nodes x trainer.devices); at least one must search and at least one must train: set "
+        "rollout.devices between 1 and all but one, or rollout.placement=colocated",
+    )
+    yield (
+        apart and rollout.devices % (tp * pp) != 0,
+        f"rollout.devices={rollout.devices} cannot be divided into rollout tensor_model_parallel_size={tp} x "
+        f"pipeline_model_parallel_size={pp} (rollout.*, 0 = as model.*); set rollout.devices to a multiple of "
+        f"{tp * pp} or lower these sizes",
+    )
+    yield (
+        apart and r.baseline.model != "off",
+        f"baseline.model={r.baseline.model} trains in one process and has no rollouts; set rollout.placement=colocated "
+        "and rollout.devices=0",
+    )
+    yield from _server_combinations(r)
+
+
+def _server_combinations(r: Recipe) -> Iterator[tuple[bool, str]]:
+    rollout, served = r.rollout, r.rollout.placement == "server"
+    yield (
+        served and not rollout.servers,
+        "rollout.placement=server needs rollout.servers, the address.json of every server "
+        "(RUN_DIR/serve/address.json of tawin-nemo serve)",
+    )
+    yield (
+        not served and bool(rollout.servers),
+        f"rollout.servers={list(rollout.servers)} are not used by rollout.placement={rollout.placement}; set "
+        "rollout.placement=server, or leave rollout.servers empty",
+    )
+    yield (
+        len(set(rollout.servers)) < len(rollout.servers),
+        f"rollout.servers={list(rollout.servers)} names a server twice; name each once",
+    )
+    own = (rollout.tensor_model_parallel_size, rollout.pipeline_model_parallel_size)
+    yield (
+        served and any(own),
+        f"rollout.tensor_model_parallel_size={own[0]} and rollout.pipeline_model_parallel_size={own[1]} say nothing "
+        "about servers, whose layout is chosen where they are started (model.tensor_model_parallel_size there); set "
+        "both to 0",
+    )
+    yield (
+        served and r.baseline.model != "off",
+        f"baseline.model={r.baseline.model} has no rollouts; set rollout.placement=colocated and rollout.servers=[]",
+    )
+    yield (
+        served and r.eval.precision not in ("model", r.model.precision),
+        f"eval.precision={r.eval.precision} but servers run in the one number format of training, "
+        f"model.precision={r.model.precision}; set eval.precision=model, or evaluate the finished run without servers",
+    )
+    yield (
+        served and bool(aligned(r)),
+        f"{', '.join(aligned(r))}: tasks are checked by searches over other catalogues than the one that servers hold; "
+        "set rollout.placement=colocated for a run with SFT tasks, then RL with start=RUN_DIR/sft on servers",
+    )

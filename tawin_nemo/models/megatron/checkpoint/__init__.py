@@ -1,0 +1,1 @@
+"""Distributed checkpoints: files, checksums, synchronous and asynchronous saving."""

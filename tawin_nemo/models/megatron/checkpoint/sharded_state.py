@@ -1,0 +1,89 @@
+"""The part of a checkpoint that megatron-core shards: the state of the model and of its optimizer."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.models.gpt import GPTModel
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+
+from tawin_nemo.models.megatron.checkpoint import distributed_optimizer_state
+
+
+class HasOptimizer(Protocol):
+    """What is needed of a `Trainable`: its megatron-core optimizer."""
+
+    @property
+    def optimizer(self) -> Any: ...
+
+
+def sharded_state(model: GPTModel, trainable: HasOptimizer | None, *, is_loading: bool) -> dict[str, Any]:
+    """What ``dist_checkpointing`` saves, or loads into: ``model`` and, with ``trainable``, ``optimizer``.
+
+    Both are in the shape of the parameters, so that they can be loaded under another TP, PP and DP size.
+    """
+    group = parallel_state.get_data_parallel_group(with_context_parallel=True)
+    parts: dict[str, Any] = {"model": model.sharded_state_dict(metadata={"dp_cp_group": group})}
+    if trainable is not None:
+        complete_adam_state(trainable.optimizer)
+        parts["optimizer"] = {
+            str(number): _sharded_part(part, parts["model"], is_loading=is_loading)
+            for number, part in enumerate(_parts(trainable.optimizer))
+        }
+    return parts
+
+
+def _sharded_part(part: Any, model_state: dict[str, Any], *, is_loading: bool) -> dict[str, Any]:
+    if isinstance(part, DistributedOptimizer):
+        return distributed_optimizer_state.sharded_state(part, model_state, is_loading=is_loading)
+    return part.sharded_state_dict(model_state, is_loading=is_loading)
+
+
+def load_state(model: GPTModel, trainable: HasOptimizer | None, loaded: dict[str, Any]) -> None:
+    """Put what ``dist_checkpointing`` read into the model and the optimizer."""
+    model.load_state_dict(loaded["model"])
+    if trainable is None:
+        return
+    for number, part in enumerate(_parts(trainable.optimizer)):
+        state = loaded["optimizer"][str(number)]
+        if isinstance(part, DistributedOptimizer):
+            distributed_optimizer_state.load_state(part, state)
+            continue
+        # A common step of 0 is not stored, but torch's Adam wants one.
+        if _is_torch_adam(part.optimizer):
+            state.get("optimizer", state)["state"].setdefault("common_step", torch.tensor(0.0))
+        part.load_state_dict(state)
+    complete_adam_state(trainable.optimizer)
+
+
+def optimizer_kind(trainable: HasOptimizer | None) -> str | None:
+    """Class names of megatron-core's optimizers: each kind has its own state format."""
+    if trainable is None:
+        return None
+    return "+".join(type(part).__name__ for part in _parts(trainable.optimizer))
+
+
+def _parts(optimizer: Any) -> list[Any]:
+    return list(getattr(optimizer, "chained_optimizers", [optimizer]))
+
+
+def _is_torch_adam(optimizer: Any) -> bool:
+    return isinstance(optimizer, torch.optim.Adam | torch.optim.AdamW)
+
+
+def complete_adam_state(optimizer: Any) -> None:
+    """Give torch's Adam the state it would make in its first step, and every parameter a step counter of its own.
+
+    megatron-core 0.16 can neither save nor load a distributed optimizer that has not stepped, and when it loads one it
+    hands all parameters one and the same step tensor: the next update would count one step per parameter, and correct
+    the bias of the moments wrongly.
+    """
+    for part in _parts(optimizer):
+        if part.optimizer is None:  # a rank without parameters of this kind
+            continue
+        part.init_state_fn(part.optimizer, part.config)
+        if _is_torch_adam(part.optimizer):
+            for state in part.optimizer.state.values():
+                state["step"] = state["step"].clone() if "step" in state else torch.tensor(0.0)

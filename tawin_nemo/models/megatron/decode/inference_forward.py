@@ -1,0 +1,94 @@
+"""A stage's forward pass without gradient: megatron's operations in megatron's order, without its layers of calls.
+
+A search calls the model for a handful of tokens at a time. megatron's modules then cost several times the arithmetic:
+autograd functions, contexts for recomputation and offloading, rotary factors anew in every layer. Here the same weights
+take part in the same operations, so that every bit is the same (tests compare), and rollouts agree with training.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from megatron.core.fusions.fused_bias_swiglu import bias_swiglu_impl
+from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear
+from torch import Tensor
+
+from tawin_nemo.models.megatron.model.attention import AttentionPlan
+
+
+def supported(model: GPTModel) -> bool:
+    """Whether all linear layers of this stage are megatron's own: Transformer Engine's (FP8) have their own ways."""
+    return all(type(layer.self_attention.linear_qkv) is ColumnParallelLinear for layer in model.decoder.layers)
+
+
+@torch.no_grad()
+def stage_output(model: GPTModel, tokens_S: Tensor, arriving_SD: Tensor | None, plan: AttentionPlan) -> Tensor:
+    """Hidden states [S, D] behind this stage; its input are tokens on the first stage, ``arriving_SD`` on others.
+
+    Equal to the model's own forward in evaluation mode without sequence parallelism, and needs neither to be switched
+    on. Collective over the TP ranks.
+    """
+    hidden_SD = _embedded(model, tokens_S) if arriving_SD is None else arriving_SD
+    angle_S1D = model.rotary_pos_emb.forward(plan.position_S)[:, 0]
+    cos_S1D, sin_S1D = (turn(angle_S1D).to(hidden_SD.dtype) for turn in (torch.cos, torch.sin))
+    group = model.pg_collection.tp
+    for layer in model.decoder.layers:
+        attention, mlp = layer.self_attention, layer.mlp
+        normed_SD = layer.input_layernorm.forward(hidden_SD)
+        query_SHD, key_SGD, value_SGD = _heads(attention, normed_SD)
+        query_SHD, key_SGD = (_rotated(x, cos_S1D, sin_S1D) for x in (query_SHD, key_SGD))
+        mixed_SHD = plan.attend(attention.core_attention, query_SHD, key_SGD, value_SGD)
+        hidden_SD = hidden_SD + _summed(_product(attention.linear_proj, mixed_SHD.flatten(1)), group)
+        normed_SD = layer.pre_mlp_layernorm.forward(hidden_SD)
+        gated_SF = _swiglu(_product(mlp.linear_fc1, normed_SD), fused=model.config.bias_activation_fusion)
+        hidden_SD = hidden_SD + _summed(_product(mlp.linear_fc2, gated_SF), group)
+    norm = model.decoder.final_layernorm
+    return hidden_SD if norm is None else norm.forward(hidden_SD)
+
+
+def _embedded(model: GPTModel, tokens_S: Tensor) -> Tensor:
+    table, group = model.embedding.word_embeddings, model.pg_collection.tp
+    if group.size() == 1:
+        return table.weight.index_select(0, tokens_S)
+    local_S = tokens_S - table.vocab_start_index
+    here_S = (local_S >= 0) & (local_S < table.weight.shape[0])
+    rows_SD = table.weight.index_select(0, torch.where(here_S, local_S, 0))
+    return _summed(rows_SD.masked_fill_(~here_S[:, None], 0), group)
+
+
+def _product(linear: Any, input_SD: Tensor) -> Tensor:
+    """Product, then bias: one fused operation would round differently."""
+    output = torch.matmul(input_SD, linear.weight.t())
+    return output if linear.bias is None else output + linear.bias
+
+
+def _summed(part_SD: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """The sum of what the TP ranks hold."""
+    if group.size() > 1:
+        dist.all_reduce(part_SD, group=group)
+    return part_SD
+
+
+def _heads(attention: Any, normed_SD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries [S, H, dim], keys and values [S, G, dim]: each group has its queries first, then its key and value."""
+    groups, dim = attention.num_query_groups_per_partition, attention.hidden_size_per_attention_head
+    own = attention.num_attention_heads_per_partition // groups
+    mixed_SGD = _product(attention.linear_qkv, normed_SD).view(len(normed_SD), groups, (own + 2) * dim)
+    query, key, value = mixed_SGD.split([own * dim, dim, dim], dim=2)
+    return query.reshape(len(normed_SD), -1, dim), key, value
+
+
+def _rotated(heads_SHD: Tensor, cos_S1D: Tensor, sin_S1D: Tensor) -> Tensor:
+    first, second = heads_SHD.chunk(2, dim=-1)
+    return heads_SHD * cos_S1D + torch.cat((-second, first), dim=-1) * sin_S1D
+
+
+def _swiglu(both_SF: Tensor, *, fused: bool) -> Tensor:
+    if fused:
+        return bias_swiglu_impl(both_SF, None)
+    gate, up = both_SF.chunk(2, dim=-1)
+    return F.silu(gate) * up

@@ -1,0 +1,255 @@
+"""The model as a searchable language model: prompts in once, then chains of tokens below any token run before.
+
+Every model-parallel rank calls the same methods with the same arguments and gets the same log-probs, so a search runs
+identically on all of them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import torch
+import torch.distributed as dist
+from megatron.core.models.gpt.gpt_model import GPTModel
+from torch import Tensor
+
+from tawin_nemo.config.backbones import Backbone
+from tawin_nemo.maths.segments import segment_log_softmax
+from tawin_nemo.models.megatron.decode import inference_forward
+from tawin_nemo.models.megatron.decode.kv_store import ExtendPlan, KeyValueSlots, PrefillPlan, place_within
+from tawin_nemo.models.megatron.model.attention import AttentionPlan
+from tawin_nemo.models.megatron.model.forward import logit_dtype, modes, padding
+from tawin_nemo.models.megatron.model.head import edge_logits, log_sum_exp
+from tawin_nemo.models.megatron.parallel import runtime
+from tawin_nemo.types import TokenBatch, TokenRows
+
+#: Attributes by which megatron's modules remember that activations are split along the sequence.
+_SEQUENCE_FLAGS = ("sequence_parallel", "reduce_scatter_embeddings", "scatter_to_sequence_parallel")
+
+
+@dataclass(frozen=True)
+class Cache:
+    """R rows (tokens that were run) over the stored keys of B prompts.
+
+    ``extend`` writes into the same store, so only the newest cache can be used.
+    """
+
+    store: KeyValueSlots
+    prompt_length_B: Tensor
+    used_B: Tensor  # generated slots in use
+    prompt_R: Tensor
+    length_R: Tensor  # tokens up to and with the row's: the rotary position of what follows
+    visible_RG: Tensor  # bool: the generated slots of its prompt that the row and its successors see
+    hidden_RD: Tensor | None  # after the final norm; only on the last pipeline stage
+
+    def __len__(self) -> int:
+        return len(self.prompt_R)
+
+
+class MegatronLM:
+    """Cached decoding of a GPTModel under any tensor- and pipeline-parallel layout, without gradient or dropout.
+
+    It runs in the model's own process groups, which need not be those of training.
+    """
+
+    def __init__(self, model: GPTModel, shape: Backbone, *, lean_forward: bool = True) -> None:
+        """``lean_forward=False`` runs megatron's modules themselves: the same numbers, slower (``lean``)."""
+        self.model, self.shape = model, shape
+        self._stages: dist.ProcessGroup = model.pg_collection.pp
+        self._stage, self._last_stage = self._stages.rank(), self._stages.size() - 1
+        self._lean = lean_forward and inference_forward.supported(model)
+        self._drops = model.config.attention_dropout > 0
+
+    @property
+    def vocab_size(self) -> int:
+        return self.shape.vocab
+
+    @property
+    def max_positions(self) -> int:
+        return self.shape.max_position
+
+    def rows(self, cache: Cache) -> int:
+        """Tokens that were run, prompts counting as one (their last token)."""
+        return len(cache)
+
+    @torch.no_grad()
+    def prefill(self, prompts: TokenRows) -> Cache:
+        """Run each prompt once; row b is the last token of prompt b."""
+        device = runtime.device()
+        length_B = torch.from_numpy(prompts.lengths).to(device)
+        batch = _chains(prompts)
+        store = KeyValueSlots(len(prompts), int(length_B.max()))
+        extra = padding(len(batch.tokens_S), self.model.config)
+        plan = PrefillPlan(batch, device, store, extra)
+        hidden_SD = self._run(batch.tokens_S, extra, plan)
+        last_B = length_B.cumsum(0) - 1
+        row_B = torch.arange(len(prompts), device=device)
+        return Cache(
+            store=store,
+            prompt_length_B=length_B,
+            used_B=torch.zeros_like(length_B),
+            prompt_R=row_B,
+            length_R=length_B,
+            visible_RG=torch.zeros(len(prompts), 0, dtype=torch.bool, device=device),
+            hidden_RD=None if hidden_SD is None else hidden_SD[last_B],
+        )
+
+    @torch.no_grad()
+    def extend(self, cache: Cache, parent_R: Tensor, chains: TokenRows) -> Cache:
+        """Append chain r below row ``parent_R[r]``; its tokens become the next rows (see ``rollout.lm.LM``)."""
+        if not len(chains):
+            return cache
+        device = runtime.device()
+        parent_R, length_R = parent_R.to(device), torch.from_numpy(chains.lengths).to(device)
+        row_S = torch.repeat_interleave(length_R)
+        place_S = torch.arange(len(row_S), device=device) - (length_R.cumsum(0) - length_R)[row_S]
+        parent_S = parent_R[row_S]
+        prompt_S, position_S = cache.prompt_R[parent_S], cache.length_R[parent_S] + place_S
+        slot_S = cache.used_B[prompt_S] + place_within(prompt_S)  # slots of one chain follow each other
+        generated = max(int(slot_S.max()) + 1, cache.visible_RG.shape[1])
+        cache.store.make_room(cache.store.prompt_slots + generated)
+        slot_G = torch.arange(generated, device=device)
+        visible_RG = torch.nn.functional.pad(cache.visible_RG, (0, generated - cache.visible_RG.shape[1]))
+        own_SG = (slot_G >= (slot_S - place_S)[:, None]) & (slot_G <= slot_S[:, None])
+        visible_SG = visible_RG[parent_S] | own_SG
+        prompt_SP = torch.arange(cache.store.prompt_slots, device=device) < cache.prompt_length_B[prompt_S, None]
+        extra = padding(len(row_S), self.model.config)
+        plan = ExtendPlan(
+            cache.store, prompt_S, cache.store.prompt_slots + slot_S,
+            torch.cat([prompt_SP, visible_SG], dim=1), position_S, extra,
+        )  # fmt: skip
+        hidden_SD = self._run(torch.from_numpy(chains.flat).long(), extra, plan)
+        return replace(
+            cache,
+            used_B=cache.used_B + torch.bincount(prompt_S, minlength=len(cache.used_B)),
+            prompt_R=torch.cat([cache.prompt_R, prompt_S]),
+            length_R=torch.cat([cache.length_R, position_S + 1]),
+            visible_RG=torch.cat([visible_RG, visible_SG]),
+            hidden_RD=None if hidden_SD is None else torch.cat([_present(cache.hidden_RD), hidden_SD]),
+        )
+
+    def keep(self, cache: Cache, prompt_M: Tensor) -> tuple[Cache, Tensor]:
+        """The cache of M of its prompts only, and every old row's new number (-1 = gone)."""
+        prompt_M = prompt_M.to(cache.prompt_R.device)
+        new_B = torch.full_like(cache.used_B, -1)
+        new_B[prompt_M] = torch.arange(len(prompt_M), device=new_B.device)
+        kept_R = new_B[cache.prompt_R] >= 0
+        new_R = torch.where(kept_R, kept_R.cumsum(0) - 1, -1)
+        cache.store.keep(prompt_M)
+        used_B = cache.used_B[prompt_M]
+        generated = int(used_B.max()) if len(used_B) else 0
+        return Cache(
+            store=cache.store,
+            prompt_length_B=cache.prompt_length_B[prompt_M],
+            used_B=used_B,
+            prompt_R=new_B[cache.prompt_R][kept_R],
+            length_R=cache.length_R[kept_R],
+            visible_RG=cache.visible_RG[kept_R, :generated],
+            hidden_RD=None if cache.hidden_RD is None else cache.hidden_RD[kept_R],
+        ), new_R
+
+    def join(self, first: Cache, second: Cache) -> tuple[Cache, Tensor, Tensor]:
+        """One cache of both, prompts of ``first`` in front, and the new numbers of the rows of each."""
+        prompts = len(first.used_B), len(second.used_B)
+        heads_then_rest = torch.cat([
+            torch.arange(prompts[0]), len(first) + torch.arange(prompts[1]),
+            torch.arange(prompts[0], len(first)), len(first) + torch.arange(prompts[1], len(second)),
+        ]).to(first.prompt_R.device)  # fmt: skip
+        new_R = heads_then_rest.argsort()
+        first.store.join(second.store)
+        generated = max(first.visible_RG.shape[1], second.visible_RG.shape[1])
+        visible = [
+            torch.nn.functional.pad(x.visible_RG, (0, generated - x.visible_RG.shape[1])) for x in (first, second)
+        ]
+        hidden = None
+        if first.hidden_RD is not None:
+            hidden = torch.cat([first.hidden_RD, _present(second.hidden_RD)])[heads_then_rest]
+        joined = Cache(
+            store=first.store,
+            prompt_length_B=torch.cat([first.prompt_length_B, second.prompt_length_B]),
+            used_B=torch.cat([first.used_B, second.used_B]),
+            prompt_R=torch.cat([first.prompt_R, second.prompt_R + prompts[0]])[heads_then_rest],
+            length_R=torch.cat([first.length_R, second.length_R])[heads_then_rest],
+            visible_RG=torch.cat(visible)[heads_then_rest],
+            hidden_RD=hidden,
+        )
+        return joined, new_R[: len(first)], new_R[len(first) :]
+
+    @torch.no_grad()
+    def logprobs(self, cache: Cache, row_N: Tensor, position_E: Tensor, token_E: Tensor, space: str) -> Tensor:
+        """Log-probs [E] of tokens behind rows, on every model-parallel rank (see ``rollout.lm.LM``)."""
+        device = runtime.device()
+        row_N, position_E, token_E = row_N.to(device), position_E.to(device), token_E.to(device)
+        logp_E = None
+        if self._stage == self._last_stage:
+            hidden_ND = _present(cache.hidden_RD).index_select(0, row_N)
+            logit_E = edge_logits(self.model, hidden_ND, position_E, token_E)
+            if space == "trie":
+                logp_E = segment_log_softmax(logit_E, position_E, len(row_N))
+            else:
+                logp_E = logit_E - log_sum_exp(self.model, hidden_ND)[position_E]
+        return runtime.broadcast_from_last_stage(logp_E, (len(token_E),), logit_dtype(self.model), stages=self._stages)
+
+    def _run(self, tokens_S: Tensor, extra: int, plan: AttentionPlan) -> Tensor | None:
+        """Hidden states [S, D] of the real tokens on the last stage, None on the others, through all stages."""
+        real = len(tokens_S)
+        tokens_S = torch.nn.functional.pad(tokens_S.to(runtime.device()), (0, extra))
+        arriving_SBD = None
+        if self._stage > 0:
+            arriving_SBD = next(self.model.parameters()).new_empty(real + extra, 1, self.shape.hidden)
+            before = dist.get_global_rank(self._stages, self._stage - 1)
+            dist.recv(arriving_SBD, src=before, group=self._stages)
+        hidden_SD = self._stage_output(tokens_S, arriving_SBD, plan)
+        if self._stage < self._last_stage:
+            following = dist.get_global_rank(self._stages, self._stage + 1)
+            dist.send(hidden_SD.contiguous(), dst=following, group=self._stages)
+            return None
+        return hidden_SD[:real]
+
+    def _stage_output(self, tokens_S: Tensor, arriving_SBD: Tensor | None, plan: AttentionPlan) -> Tensor:
+        if self._lean:
+            arriving_SD = None if arriving_SBD is None else arriving_SBD[:, 0]
+            with modes(self.model, training=False) if self._drops else contextlib.nullcontext():
+                return inference_forward.stage_output(self.model, tokens_S, arriving_SD, plan)
+        with _without_sequence_parallel(self.model), modes(self.model, training=False):
+            if arriving_SBD is not None:
+                self.model.set_input_tensor(arriving_SBD)
+            hidden_SBD = self.model(tokens_S[None], None, None, packed_seq_params=plan)
+            self.model.set_input_tensor(None)
+        return hidden_SBD[:, 0]
+
+
+def _chains(rows: TokenRows) -> TokenBatch:
+    """Rows as trees without a fork."""
+    length_B = torch.from_numpy(rows.lengths)
+    end_S = length_B.cumsum(0).repeat_interleave(length_B)
+    position_S = torch.arange(len(end_S)) - (length_B.cumsum(0) - length_B).repeat_interleave(length_B)
+    none = torch.zeros(0, dtype=torch.long)
+    return TokenBatch(
+        tokens_S=torch.from_numpy(rows.flat).long(), position_S=position_S, end_S=end_S, chain_B=length_B,
+        tree_B=torch.zeros_like(length_B), place_P=none, row_N=none, target_N=none,
+    )  # fmt: skip
+
+
+def _present(hidden_RD: Tensor | None) -> Tensor:
+    assert hidden_RD is not None, "only the last pipeline stage holds hidden states"
+    return hidden_RD
+
+
+@contextlib.contextmanager
+def _without_sequence_parallel(model: GPTModel) -> Iterator[None]:
+    """Decoding steps are a few tokens long: nothing to split. Megatron's modules read these flags in every forward."""
+    if not model.config.sequence_parallel:
+        yield
+        return
+    holders = [model.config, *model.modules()]
+    flagged = [(holder, flag) for holder in holders for flag in _SEQUENCE_FLAGS if getattr(holder, flag, None) is True]
+    try:
+        for holder, flag in flagged:
+            setattr(holder, flag, False)
+        yield
+    finally:
+        for holder, flag in flagged:
+            setattr(holder, flag, True)

@@ -1,0 +1,1 @@
+"""Hugging Face checkpoints: read, written, and held in memory."""

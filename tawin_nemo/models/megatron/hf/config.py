@@ -1,0 +1,148 @@
+"""Hugging Face ``config.json`` <-> `Backbone`.
+
+Read: the keys that change the arithmetic of a Qwen2 or Llama decoder. A key that asks for arithmetic this package does
+not have (sliding windows, other activations, quantised weights, other RoPE scalings) is an error, never ignored.
+Both spellings of the RoPE settings are understood: ``rope_theta`` + ``rope_scaling`` (transformers 4) and
+``rope_parameters`` (transformers 5).
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from tawin_nemo.config.backbones import Backbone, RopeScaling
+from tawin_nemo.util.errors import ConfigError
+
+ARCHITECTURES = {"qwen2": "Qwen2ForCausalLM", "llama": "LlamaForCausalLM"}
+
+#: Keys whose only supported values are these (absent is supported too), with what the user can do about another value.
+_FIXED: dict[str, tuple[tuple[Any, ...], str]] = {
+    "use_sliding_window": ((False, None), "set it to false if the model was trained with full attention"),
+    "hidden_act": (("silu",), "only SwiGLU decoders can be imported"),
+    "attention_bias": ((False, None), "only Llama models without attention bias can be imported"),
+    "mlp_bias": ((False, None), "only models without MLP bias can be imported"),
+    "partial_rotary_factor": ((1.0, 1, None), "only models that rotate every channel can be imported"),
+    "quantization_config": ((None,), "export the model in bf16 or fp32 first"),
+}
+
+
+def _require(config: dict[str, Any], key: str, file: Path) -> Any:
+    if config.get(key) is None:
+        raise ConfigError(f"{file}: the key {key} is missing; use the config.json that was published with the weights")
+    return config[key]
+
+
+def _check_supported(config: dict[str, Any], file: Path) -> None:
+    family = config.get("model_type")
+    if family not in ARCHITECTURES:
+        raise ConfigError(
+            f"{file}: model_type={family!r} cannot be imported; use a model of type {' or '.join(ARCHITECTURES)}"
+        )
+    for key, (allowed, remedy) in _FIXED.items():
+        if key in config and config[key] not in allowed:
+            raise ConfigError(f"{file}: {key}={config[key]!r} is not supported; {remedy}")
+    layers = [kind for kind in config.get("layer_types") or () if kind != "full_attention"]
+    if layers:
+        raise ConfigError(
+            f"{file}: layer_types contains {layers[0]!r}; only models with full attention can be imported"
+        )
+
+
+def _rope(config: dict[str, Any], file: Path) -> tuple[float, RopeScaling | None]:
+    """RoPE base and Llama-3 scaling. Raises ConfigError for every other scaling."""
+    modern = config.get("rope_parameters") or {}
+    scaling = modern or config.get("rope_scaling") or {}
+    theta = float(modern.get("rope_theta") or config.get("rope_theta") or 10000.0)
+    kind = scaling.get("rope_type", scaling.get("type", "default"))
+    if kind == "default":
+        return theta, None
+    if kind != "llama3":
+        raise ConfigError(f"{file}: rope_scaling of type {kind!r} is not supported; only default and llama3 are")
+    return theta, RopeScaling(
+        factor=float(_require(scaling, "factor", file)),
+        low_freq_factor=float(_require(scaling, "low_freq_factor", file)),
+        high_freq_factor=float(_require(scaling, "high_freq_factor", file)),
+        original_max_position=int(_require(scaling, "original_max_position_embeddings", file)),
+    )
+
+
+def backbone_from_hf(directory: str | Path) -> Backbone:
+    """The shape that ``directory/config.json`` describes.
+
+    Absent keys take the defaults of transformers' ``Qwen2Config`` and ``LlamaConfig``. Raises ConfigError when the
+    file is missing, is not JSON, is of another ``model_type`` or asks for arithmetic that is not supported.
+    """
+    file = Path(directory) / "config.json"
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(
+            f"{file} does not exist; model.init must be `random` or a folder with config.json and safetensors files"
+        ) from None
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"{file} is not valid JSON ({error}); download it again") from error
+    _check_supported(config, file)
+    family = config["model_type"]
+    heads = int(_require(config, "num_attention_heads", file))
+    theta, scaling = _rope(config, file)
+    return Backbone(
+        family=family,
+        hidden=int(_require(config, "hidden_size", file)),
+        layers=int(_require(config, "num_hidden_layers", file)),
+        heads=heads,
+        kv_heads=int(config.get("num_key_value_heads") or heads),
+        ffn=int(_require(config, "intermediate_size", file)),
+        vocab=int(_require(config, "vocab_size", file)),
+        head_dim=int(config.get("head_dim") or 0),
+        tied=bool(config.get("tie_word_embeddings", False)),
+        rope_theta=theta,
+        rope_scaling=scaling,
+        norm_eps=float(config.get("rms_norm_eps", 1e-6)),
+        max_position=int(config.get("max_position_embeddings", 32768 if family == "qwen2" else 2048)),
+        init_std=float(config.get("initializer_range", 0.02)),
+    )
+
+
+def hf_config(shape: Backbone, *, dtype: str = "float32", eos_token_id: int | None = None) -> dict[str, Any]:
+    """The ``config.json`` of ``shape``: what `backbone_from_hf` and transformers 4 and 5 read.
+
+    ``dtype`` is torch's name of the number format of the weights (``float32``, ``bfloat16``).
+    """
+    config: dict[str, Any] = {
+        "architectures": [ARCHITECTURES[shape.family]],
+        "model_type": shape.family,
+        "hidden_size": shape.hidden,
+        "num_hidden_layers": shape.layers,
+        "num_attention_heads": shape.heads,
+        "num_key_value_heads": shape.kv_heads,
+        "head_dim": shape.kv_channels,
+        "intermediate_size": shape.ffn,
+        "vocab_size": shape.vocab,
+        "tie_word_embeddings": shape.tied,
+        "hidden_act": "silu",
+        "rms_norm_eps": shape.norm_eps,
+        "rope_theta": shape.rope_theta,
+        "rope_scaling": None,
+        "max_position_embeddings": shape.max_position,
+        "initializer_range": shape.init_std,
+        "attention_dropout": 0.0,
+        "bos_token_id": None,
+        "eos_token_id": eos_token_id,
+        "torch_dtype": dtype,
+        "use_cache": True,
+    }
+    if shape.family == "llama":
+        config |= {"attention_bias": False, "mlp_bias": False}
+    else:
+        config["use_sliding_window"] = False
+    if shape.rope_scaling is not None:
+        config["rope_scaling"] = {
+            "rope_type": "llama3",
+            "factor": shape.rope_scaling.factor,
+            "low_freq_factor": shape.rope_scaling.low_freq_factor,
+            "high_freq_factor": shape.rope_scaling.high_freq_factor,
+            "original_max_position_embeddings": shape.rope_scaling.original_max_position,
+        }
+    return config

@@ -1,0 +1,1 @@
+"""A decoder on megatron-core: layers, head, precision, and the forward pass over packed token trees."""

@@ -1,0 +1,66 @@
+"""A forward pass over packed token trees: padding for the layout, the stage's output, the wanted log-probs."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.utils import unwrap_model
+from torch import Tensor
+
+from tawin_nemo.models.megatron.model.head import child_logprobs, select_rows, token_logprobs
+from tawin_nemo.models.megatron.model.precision import row_multiple
+from tawin_nemo.models.megatron.model.tree_plan import TreePlan
+from tawin_nemo.models.megatron.parallel import runtime
+from tawin_nemo.types import Children, TokenBatch
+from tawin_nemo.util.torch_modes import without_modes
+
+
+def padding(tokens: int, config: TransformerConfig) -> int:
+    """Tokens that layout and precision want behind a flat row of this many: every pass asks here.
+
+    Plans give these tokens no attention, and nothing is read behind them, so they change no log-prob and no gradient
+    (delayed and tensor-wise FP8 excepted: a scale is chosen over all rows of a pass).
+    """
+    return -tokens % row_multiple(config)
+
+
+def hidden_states(model: torch.nn.Module, batch: TokenBatch) -> Tensor:
+    """This stage's output [S, 1, D] of the one flat row (under sequence parallelism this TP rank's part of S)."""
+    extra = padding(len(batch.tokens_S), unwrap_model(model).config)
+    tokens_BS = F.pad(batch.tokens_S.to(runtime.device()), (0, extra))[None]
+    plan = TreePlan(batch, runtime.device(), padding=extra)
+    with without_modes():
+        return model(tokens_BS, None, None, packed_seq_params=plan)
+
+
+def batch_logprobs(model: torch.nn.Module, batch: TokenBatch, hidden_SBD: Tensor) -> Tensor:
+    """Log-probs [N] of the batch's targets in the space it asks for; last pipeline stage only."""
+    bare: GPTModel = unwrap_model(model)
+    device = hidden_SBD.device
+    hidden_PD = select_rows(bare, hidden_SBD, batch.place_P.to(device))
+    if batch.children is None:
+        return token_logprobs(bare, hidden_PD, batch.row_N.to(device), batch.target_N.to(device))
+    edges = batch.children
+    moved = Children(edges.position_E.to(device), edges.token_E.to(device), edges.chosen_N.to(device))
+    return child_logprobs(bare, hidden_PD, moved)
+
+
+def logit_dtype(model: torch.nn.Module) -> torch.dtype:
+    """Type of logits and log-probs: float32, or float64 for a double model."""
+    return torch.float64 if next(model.parameters()).dtype == torch.float64 else torch.float32
+
+
+@contextlib.contextmanager
+def modes(model: torch.nn.Module, *, training: bool) -> Iterator[None]:
+    """Training or evaluation mode inside the block, the mode that was there after it."""
+    before = model.training
+    model.train(training)
+    try:
+        yield
+    finally:
+        model.train(before)

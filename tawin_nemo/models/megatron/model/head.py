@@ -1,0 +1,154 @@
+"""Log-probs at selected hidden rows, vocabulary-parallel, in the two spaces of the policy.
+
+Trie space (TAWin, arXiv 2604.22504, Eq. 25) normalises over the children of the trie node: the full partition function
+cancels, and only the children's head rows are read (``edge_logits``). Vocab space needs one number more per row, the
+log-sum-exp over the whole vocabulary (``head_lse.py``). No [rows, V] tensor is kept in either.
+"""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.tensor_parallel.mappings import (
+    copy_to_tensor_model_parallel_region,
+    gather_from_sequence_parallel_region,
+    reduce_from_tensor_model_parallel_region,
+)
+from torch import Tensor
+
+from tawin_nemo.maths.segments import segment_log_softmax
+from tawin_nemo.models.megatron.model.embedding import add_rows
+from tawin_nemo.models.megatron.model.head_lse import vocab_log_sum_exp
+from tawin_nemo.types import Children
+
+#: Edges multiplied at once where no sparse kernel exists: their gathered head rows are materialised.
+_EDGES_AT_ONCE = 8192
+
+# torch says this once per process; the two kernels used here are checked against dense ones by the tests
+warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta state")
+
+
+def head_weight_VD(model: GPTModel) -> Tensor:
+    """This TP rank's rows of the LM head (tied or not); only on the last pipeline stage."""
+    if model.share_embeddings_and_output_weights:
+        return model.shared_embedding_or_output_weight()
+    return model.output_layer.weight
+
+
+def select_rows(model: GPTModel, hidden_SBD: Tensor, place_P: Tensor) -> Tensor:
+    """Hidden states [P, D] at places of the one flat row, gathered over sequence-parallel ranks first."""
+    if model.config.sequence_parallel:
+        # Every TP rank computes the same full gradient of the gathered states (the head sums it): split it, do not sum.
+        hidden_SBD = gather_from_sequence_parallel_region(
+            hidden_SBD, tensor_parallel_output_grad=False, group=model.pg_collection.tp
+        )
+    return hidden_SBD[:, 0].index_select(0, place_P)
+
+
+def local_vocab(model: GPTModel) -> tuple[int, int]:
+    """``start`` of this TP rank's vocabulary rows, and how many of them are real (not padding)."""
+    rows = head_weight_VD(model).shape[0]
+    start = model.pg_collection.tp.rank() * rows
+    return start, max(0, min(rows, model.real_vocab - start))
+
+
+def edge_logits(model: GPTModel, hidden_PD: Tensor, position_E: Tensor, token_E: Tensor) -> Tensor:
+    """``hidden_PD[position_E[e]] . head[token_E[e]]`` for E edges (``position_E`` ascending), equal on all TP ranks.
+
+    [E] in float32 or wider. Each dot product is made on the TP rank that holds the row.
+    """
+    weight_VD, group = head_weight_VD(model), model.pg_collection.tp
+    if group.size() == 1:
+        return _wide(_EdgeDots.apply(hidden_PD, weight_VD, position_E, token_E))
+    local_E = token_E - local_vocab(model)[0]
+    here_E = (local_E >= 0) & (local_E < weight_VD.shape[0])
+    hidden_PD = copy_to_tensor_model_parallel_region(hidden_PD, group)
+    dots = _wide(_EdgeDots.apply(hidden_PD, weight_VD, position_E[here_E], local_E[here_E]))
+    logit_E = dots.new_zeros(len(token_E)).index_put((here_E.nonzero().squeeze(1),), dots)
+    return reduce_from_tensor_model_parallel_region(logit_E, group)
+
+
+class _EdgeDots(torch.autograd.Function):
+    """Dot products of selected row pairs; neither the pairs' rows nor a dense gradient of the head is made."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden_PD: Tensor, weight_VD: Tensor, position_E: Tensor, token_E: Tensor) -> Tensor:
+        ctx.weight_VD = weight_VD  # the parameter itself: saved tensors lose its ``main_grad``
+        ctx.save_for_backward(hidden_PD, position_E, token_E)
+        return _sampled_dots(hidden_PD, weight_VD, position_E, token_E)
+
+    @staticmethod
+    def backward(ctx: Any, grad_E: Tensor) -> tuple[Tensor, Tensor | None, None, None]:
+        hidden_PD, position_E, token_E = ctx.saved_tensors
+        weight_VD = ctx.weight_VD
+        grad_PD = _weighted_rows(grad_E, position_E, token_E, weight_VD, len(hidden_PD))
+        token_U, column_E = token_E.unique(return_inverse=True)
+        by_column = column_E.argsort(stable=True)
+        grad_UD = _weighted_rows(grad_E[by_column], column_E[by_column], position_E[by_column], hidden_PD, len(token_U))
+        return grad_PD, add_rows(weight_VD, token_U, grad_UD), None, None
+
+
+def _sampled_dots(left_PD: Tensor, right_VD: Tensor, position_E: Tensor, token_E: Tensor) -> Tensor:
+    if left_PD.dtype in (torch.float32, torch.float64):
+        pattern = _csr(torch.zeros_like(token_E, dtype=left_PD.dtype), position_E, token_E, len(left_PD), len(right_VD))
+        return torch.sparse.sampled_addmm(pattern, left_PD.contiguous(), right_VD.t(), beta=0.0).values()
+    parts = zip(position_E.split(_EDGES_AT_ONCE), token_E.split(_EDGES_AT_ONCE), strict=True)
+    return torch.cat([(left_PD[p].float() * right_VD[t].float()).sum(-1) for p, t in parts])
+
+
+def _weighted_rows(value_E: Tensor, row_E: Tensor, source_E: Tensor, rows_XD: Tensor, count: int) -> Tensor:
+    """``sum_e value_e * rows_XD[source_e]`` by ``row_E`` (ascending): [count, D]."""
+    if rows_XD.dtype in (torch.float32, torch.float64):
+        return _csr(value_E.to(rows_XD.dtype), row_E, source_E, count, len(rows_XD)) @ rows_XD
+    total = torch.zeros(count, rows_XD.shape[1], dtype=torch.float32, device=rows_XD.device)
+    parts = zip(*(x.split(_EDGES_AT_ONCE) for x in (value_E, row_E, source_E)), strict=True)
+    for value, row, source in parts:
+        total.index_add_(0, row, value[:, None].float() * rows_XD[source].float())
+    return total.to(rows_XD.dtype)
+
+
+def _csr(value_E: Tensor, row_E: Tensor, column_E: Tensor, rows: int, columns: int) -> Tensor:
+    ends = torch.bincount(row_E, minlength=rows).cumsum(0)
+    starts = torch.cat([ends.new_zeros(1), ends])
+    return torch.sparse_csr_tensor(starts, column_E, value_E, size=(rows, columns), check_invariants=False)
+
+
+def child_logprobs(model: GPTModel, hidden_PD: Tensor, children: Children) -> Tensor:
+    """Trie space: log softmax over each place's children at the chosen ones, [N]; a single child has exactly 0."""
+    logit_E = edge_logits(model, hidden_PD, children.position_E, children.token_E)
+    return segment_log_softmax(logit_E, children.position_E, len(hidden_PD))[children.chosen_N]
+
+
+def token_logprobs(model: GPTModel, hidden_PD: Tensor, row_N: Tensor, target_N: Tensor) -> Tensor:
+    """Vocab space: log softmax over the real vocabulary of place ``row_N`` at ``target_N``, [N] in float32 or wider."""
+    order_N = row_N.argsort(stable=True)
+    logit_N = edge_logits(model, hidden_PD, row_N[order_N], target_N[order_N])
+    lse_P = log_sum_exp(model, copy_to_tensor_model_parallel_region(hidden_PD, model.pg_collection.tp))
+    logp_N = logit_N - lse_P[row_N[order_N]]
+    return logp_N[order_N.argsort()]
+
+
+def log_sum_exp(model: GPTModel, hidden_PD: Tensor) -> Tensor:
+    """[P] over the real vocabulary, equal on all TP ranks; see ``vocab_log_sum_exp`` for the gradient."""
+    return vocab_log_sum_exp(hidden_PD, head_weight_VD(model), local_vocab(model)[1], model.pg_collection.tp)
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    return tensor if tensor.dtype == torch.float64 else tensor.float()
+
+
+@torch.no_grad()
+def full_logits_NV(model: GPTModel, hidden_ND: Tensor) -> Tensor:
+    """Logits over the real vocabulary, equal on all TP ranks, float32 (float64 for a double model); no gradient."""
+    local_NV = _wide(F.linear(hidden_ND, head_weight_VD(model))).contiguous()
+    group = model.pg_collection.tp
+    if group.size() == 1:
+        return local_NV[:, : model.real_vocab]
+    parts = [torch.empty_like(local_NV) for _ in range(group.size())]
+    dist.all_gather(parts, local_NV, group=group)
+    return torch.cat(parts, dim=1)[:, : model.real_vocab]

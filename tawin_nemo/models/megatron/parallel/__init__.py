@@ -1,0 +1,1 @@
+"""Process groups, layouts, resharding, and the CPU shim for megatron-core."""

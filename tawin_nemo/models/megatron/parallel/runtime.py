@@ -1,0 +1,286 @@
+"""Process groups: one launcher-independent start, and the few questions about ranks that other modules ask.
+
+Ranks come from torchrun (``RANK``, ``WORLD_SIZE``, ``LOCAL_RANK``) or from srun (``SLURM_PROCID``,
+``SLURM_STEP_NUM_TASKS`` or ``SLURM_NTASKS``, ``SLURM_LOCALID``); with neither there is one process.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state, tensor_parallel
+from torch import Tensor
+
+from tawin_nemo.config.schema import ModelConfig
+from tawin_nemo.models.megatron.parallel import disaggregated, groups, shim
+from tawin_nemo.models.megatron.parallel.disaggregated import Apart
+from tawin_nemo.models.megatron.parallel.groups import TIMEOUT, time_limit
+from tawin_nemo.types import DataParallel
+from tawin_nemo.util.errors import ConfigError
+from tawin_nemo.util.log import get_logger
+
+_log = get_logger(__name__)
+
+
+@dataclass(frozen=True)
+class Launch:
+    """What the launcher says about this process."""
+
+    rank: int = 0
+    world_size: int = 1
+    local_rank: int = 0
+
+
+def read_launch(env: dict[str, str] | None = None) -> Launch:
+    """This process's place, from torchrun's variables, else from srun's, else one process."""
+    env = dict(os.environ) if env is None else env
+    if "RANK" in env and "WORLD_SIZE" in env:
+        rank = int(env["RANK"])
+        return Launch(rank, int(env["WORLD_SIZE"]), int(env.get("LOCAL_RANK", rank)))
+    # SLURM_STEP_ID tells a task of srun from the batch script itself, which also sees SLURM_PROCID=0.
+    if "SLURM_PROCID" in env and env.get("SLURM_STEP_ID", "") != "":
+        tasks = env.get("SLURM_STEP_NUM_TASKS", env.get("SLURM_NTASKS", "1"))
+        return Launch(int(env["SLURM_PROCID"]), int(tasks), int(env.get("SLURM_LOCALID", "0")))
+    return Launch()
+
+
+def _rendezvous(env: dict[str, str]) -> tuple[str, int]:
+    """Address and port of rank 0: given, or under srun the step's first node and a port made of the job number."""
+    if "MASTER_ADDR" in env and "MASTER_PORT" in env:
+        return env["MASTER_ADDR"], int(env["MASTER_PORT"])
+    nodes = env.get("SLURM_STEP_NODELIST", env.get("SLURM_NODELIST", ""))  # for example gpu[07-09,12] or a1,a2
+    head = re.match(r"([^,\[]*)(?:\[([^],-]+))?", nodes)
+    first = f"{head[1]}{head[2] or ''}" if head else ""
+    address = env.get("MASTER_ADDR", first or "127.0.0.1")
+    return address, int(env.get("MASTER_PORT", 20000 + int(env.get("SLURM_JOB_ID", "0")) % 20000))
+
+
+def _start_process_group(launch: Launch) -> None:
+    backend = "nccl" if torch.cuda.is_available() else "gloo"
+    place: dict[str, Any] = {"rank": launch.rank, "world_size": launch.world_size, "timeout": time_limit()}
+    if launch.world_size == 1:
+        dist.init_process_group(backend, store=dist.HashStore(), **place)
+        return
+    address, port = _rendezvous(dict(os.environ))
+    dist.init_process_group(backend, init_method=f"tcp://{address}:{port}", **place)
+
+
+def initialize(cfg: ModelConfig, *, seed: int, limit: timedelta = TIMEOUT, apart: Apart | None = None) -> None:
+    """Start (or re-use) the process group, lay out TP x PP x DP and seed every generator.
+
+    A second call with the same layout only seeds again; with another layout it lays the groups out anew. ``limit``:
+    how long a rank waits for the others in the groups that are made. With ``apart`` the last ranks only search, and
+    the world, in everything that this module says, is that of training (``sides``); a second call cannot change it.
+    Raises ConfigError when the number of processes that train is not a multiple of TP x PP.
+    """
+    if torch.cuda.is_available():
+        torch.cuda.set_device(read_launch().local_rank % torch.cuda.device_count())
+    else:
+        shim.install()
+    groups.set_time_limit(limit)
+    tp, pp = cfg.tensor_model_parallel_size, cfg.pipeline_model_parallel_size
+    ranks = world_size() - (apart.ranks if apart and not disaggregated.divided() else 0)
+    if ranks < 1 or (ranks % (tp * pp) and not disaggregated.searches_only()):
+        raise ConfigError(
+            f"model.tensor_model_parallel_size={tp} x model.pipeline_model_parallel_size={pp} = {tp * pp} does not "
+            f"divide the number of processes, {ranks}: start a multiple of {tp * pp} or lower these sizes"
+        )
+    if not dist.is_initialized():
+        _start_process_group(read_launch())
+    if apart and not disaggregated.divided():
+        disaggregated.divide(apart)
+    if disaggregated.searches_only():
+        return
+    if parallel_state.model_parallel_is_initialized() and _layout() != (tp, pp):
+        _forget_layout()
+    if not parallel_state.model_parallel_is_initialized():
+        parallel_state.initialize_model_parallel(
+            tensor_model_parallel_size=tp,
+            pipeline_model_parallel_size=pp,
+            create_gloo_process_groups=True,
+            distributed_timeout_minutes=time_limit().total_seconds() / 60,
+        )
+        # the one group that megatron 0.16 makes with torch's own limit
+        parallel_state.update_pg_timeout(time_limit(), parallel_state.get_expert_data_parallel_group_gloo())
+        sizes = (world_size(), tp, pp, world_size() // (tp * pp))
+        _log.info("parallel layout: %d processes = TP %d x PP %d x DP %d", *sizes)
+    seed_step(seed, 0)
+
+
+def _layout() -> tuple[int, int]:
+    return (
+        parallel_state.get_tensor_model_parallel_world_size(),
+        parallel_state.get_pipeline_model_parallel_world_size(),
+    )
+
+
+def seed_step(seed: int, step: int) -> None:
+    """Seed every generator (torch's and megatron's tracker) as a pure function of seed, step and rank.
+
+    Dropout outside tensor-parallel regions agrees between the ranks of one TP group; inside them it differs per TP rank
+    (megatron adds the TP rank); data-parallel ranks and pipeline stages draw independently. A resumed run therefore
+    needs no generator history.
+    """
+    place = (
+        f"{seed}/{step}/{parallel_state.get_data_parallel_rank()}/{parallel_state.get_pipeline_model_parallel_rank()}"
+    )
+    value = int.from_bytes(hashlib.sha256(place.encode()).digest()[:4], "big") >> 1
+    torch.manual_seed(value)
+    tensor_parallel.model_parallel_cuda_manual_seed(value)
+
+
+def _forget_layout() -> None:
+    parallel_state.destroy_model_parallel()
+    if not disaggregated.divided():  # else they were made for good, over both sides
+        groups.forget()
+
+
+def shutdown() -> None:
+    """Leave the process groups; safe to call when none were made."""
+    if parallel_state.model_parallel_is_initialized():
+        parallel_state.destroy_model_parallel()
+    groups.forget()
+    disaggregated.forget()
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def data_parallel() -> DataParallel:
+    """This rank's place among the data-parallel replicas; ``gather`` sends Python objects over gloo."""
+    if parallel_state.get_data_parallel_world_size() == 1:
+        return DataParallel()
+    return groups.replicas(parallel_state.get_data_parallel_group_gloo())
+
+
+def world_rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else read_launch().rank
+
+
+def world_size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else read_launch().world_size
+
+
+def tp_rank() -> int:
+    return parallel_state.get_tensor_model_parallel_rank()
+
+
+def tp_size() -> int:
+    return parallel_state.get_tensor_model_parallel_world_size()
+
+
+def pp_rank() -> int:
+    return parallel_state.get_pipeline_model_parallel_rank()
+
+
+def pp_size() -> int:
+    return parallel_state.get_pipeline_model_parallel_world_size()
+
+
+def is_first_stage() -> bool:
+    return parallel_state.is_pipeline_first_stage()
+
+
+def is_last_stage() -> bool:
+    return parallel_state.is_pipeline_last_stage()
+
+
+def device() -> torch.device:
+    """Where this rank computes."""
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def use_device() -> None:
+    """The current CUDA device belongs to a thread; every thread that computes has to name this process's."""
+    if torch.cuda.is_available():
+        torch.cuda.set_device(read_launch().local_rank % torch.cuda.device_count())
+
+
+def barrier() -> None:
+    """Wait for all ranks."""
+    if dist.get_world_size() > 1:
+        dist.barrier(device_ids=[torch.cuda.current_device()] if torch.cuda.is_available() else None)
+
+
+def broadcast_from_last_stage(
+    tensor: Tensor | None, shape: tuple[int, ...], dtype: torch.dtype, *, stages: dist.ProcessGroup
+) -> Tensor:
+    """The last of a model's ``stages`` hands its ``tensor`` (of this shape and dtype) to all; the others may pass
+    None."""
+    if stages.size() == 1:
+        assert tensor is not None
+        return tensor
+    last = stages.size() - 1
+    if tensor is None or stages.rank() != last:
+        tensor = torch.empty(shape, dtype=dtype, device=device())
+    tensor = tensor.contiguous()
+    dist.broadcast(tensor, src=dist.get_global_rank(stages, last), group=stages)
+    return tensor
+
+
+def broadcast_object(value: Any) -> Any:
+    """World rank 0's Python object, on every rank."""
+    if world_size() == 1:
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def broadcast_bytes(data: bytes | None) -> bytes:
+    """World rank 0's bytes, on every rank; the others pass None."""
+    size = torch.tensor([0 if data is None else len(data)], device=device())
+    dist.broadcast(size, src=0)
+    box = (
+        torch.empty(int(size), dtype=torch.uint8)
+        if data is None
+        else torch.frombuffer(bytearray(data), dtype=torch.uint8)
+    )
+    box = box.to(device())
+    dist.broadcast(box, src=0)
+    return box.cpu().numpy().tobytes()
+
+
+def broadcast_tensor(tensor: Tensor | None, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """World rank 0's tensor (of this shape and dtype), on every rank, in CPU memory; the others pass None."""
+    box = torch.empty(shape, dtype=dtype, device=device()) if tensor is None else tensor.to(device()).contiguous()
+    dist.broadcast(box, src=0)
+    return box.cpu()
+
+
+def gather_objects(value: Any) -> list[Any]:
+    """Every process's Python object, in world-rank order, on every rank."""
+    if world_size() == 1:
+        return [value]
+    values: list[Any] = [None] * world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def any_rank(flag: bool) -> bool:
+    """Whether any process's ``flag`` is set, the same answer on every rank."""
+    if world_size() == 1:
+        return flag
+    box = torch.tensor([int(flag)], device=device())
+    dist.all_reduce(box, op=dist.ReduceOp.MAX)
+    return bool(box.item())
+
+
+def place() -> dict[str, int]:
+    """This process's coordinates and the sizes of the layout."""
+    return {
+        "rank": world_rank(),
+        "world_size": world_size(),
+        "tp_rank": tp_rank(),
+        "tp_size": tp_size(),
+        "pp_rank": pp_rank(),
+        "pp_size": pp_size(),
+        "dp_rank": parallel_state.get_data_parallel_rank(),
+        "dp_size": parallel_state.get_data_parallel_world_size(),
+    }

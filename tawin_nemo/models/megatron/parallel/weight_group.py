@@ -1,0 +1,134 @@
+"""A process group between two jobs that know nothing of each other: weights go from its rank 0 to the others.
+
+It has a store, a prefix and connections of its own and is in no way part of either job's default group, so that both
+sides may begin, end and die as they like (SGLang's `init_weights_update_group` does the same). When a process dies the
+others get an error: over gloo at once, since its connections close, otherwise after the group's time limit.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Mapping
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from tawin_nemo.models.megatron.parallel import runtime
+from tawin_nemo.util.errors import TawinError
+
+#: Seconds between two looks whether the other side has said something.
+_LOOK = 0.002
+
+
+class TransferError(TawinError):
+    """Weights could not be sent, or did not arrive whole."""
+
+
+def host_store(limit: timedelta) -> dist.TCPStore:
+    """Where groups meet; it lives in the process that sends. ``store.port`` is its port, on all its addresses."""
+    return dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=limit)
+
+
+class WeightGroup:
+    """Rank 0 sends, all others receive; one update at a time.
+
+    ``backend``: gloo (through CPU memory) or nccl (between GPUs). Construction returns when all ``size`` ranks are
+    there. Raises TransferError when they do not come within ``limit``, or when one of them is lost later.
+    """
+
+    def __init__(
+        self, store: dist.Store, name: str, rank: int, size: int, *, backend: str, limit: timedelta,
+        given_up: Callable[[], bool] = lambda: False,
+    ) -> None:  # fmt: skip
+        self.name, self.rank, self.size, self.backend = name, rank, size, backend
+        self._store, self._limit, self._updates = dist.PrefixStore(name, store), limit, 0
+        self._say_or_wait("here", given_up)
+        try:
+            self._group: Any = _connected(self._store, rank, size, backend, limit)
+        except RuntimeError as error:
+            raise TransferError(f"the ranks of group {name} did not meet ({_first_line(error)})") from error
+
+    @classmethod
+    def join(
+        cls, address: str, port: int, name: str, rank: int, size: int, *, backend: str, limit: timedelta
+    ) -> WeightGroup:  # fmt: skip
+        """Meet a group whose store is at ``address:port``. Raises TransferError when there is none."""
+        try:
+            store = dist.TCPStore(address, port, is_master=False, timeout=limit)
+        except RuntimeError as error:
+            raise TransferError(f"{address}:{port} cannot be reached ({_first_line(error)})") from error
+        return cls(store, name, rank, size, backend=backend, limit=limit)
+
+    def send(self, tensors: Iterable[Tensor], given_up: Callable[[], bool]) -> None:
+        """From rank 0, as soon as all others are ready. ``given_up`` says whether the other side has refused.
+
+        Raises TransferError when a rank is lost, refuses, or is not ready within the limit.
+        """
+        self._updates += 1
+        self._say_or_wait(f"ready/{self._updates}", given_up)
+        self._carry(tensor.to(self._device).contiguous() for tensor in tensors)
+
+    def receive(self, sizes: Mapping[str, tuple[int, ...]], dtype: torch.dtype) -> dict[str, Tensor]:
+        """The named tensors, in the order in which rank 0 sends them, in CPU memory. Raises TransferError."""
+        self._updates += 1
+        found: dict[str, Tensor] = {}
+        self._say_or_wait(f"ready/{self._updates}", lambda: False)
+        for name, size in sizes.items():
+            box = torch.empty(size, dtype=dtype, device=self._device)
+            self._carry([box])
+            found[name] = box.cpu()
+        return found
+
+    def close(self) -> None:
+        """Let go of the connections; a rank that still waits for this one gets an error."""
+        self._group = None
+
+    @property
+    def _device(self) -> torch.device:
+        return runtime.device() if self.backend == "nccl" else torch.device("cpu")
+
+    def _say_or_wait(self, word: str, given_up: Callable[[], bool]) -> None:
+        """All ranks but the first say a word in the store, for which the first one waits."""
+        try:
+            if self.rank:
+                self._store.set(f"{word}/{self.rank}", "1")
+                return
+            keys = [f"{word}/{rank}" for rank in range(1, self.size)]
+            end = time.monotonic() + self._limit.total_seconds()
+            while not self._store.check(keys):
+                if given_up():
+                    raise TransferError(f"the other side of group {self.name} has refused")
+                if time.monotonic() > end:
+                    raise TransferError(f"no {word} from group {self.name} within {self._limit.total_seconds():g} s")
+                time.sleep(_LOOK)
+        except RuntimeError as error:
+            raise TransferError(f"the store of group {self.name} is gone ({_first_line(error)})") from error
+
+    def _carry(self, boxes: Iterable[Tensor]) -> None:
+        if self.backend == "nccl":
+            runtime.use_device()
+        options = dist.BroadcastOptions()
+        options.rootRank, options.rootTensor, options.timeout = 0, 0, self._limit
+        for box in boxes:
+            try:
+                self._group.broadcast([box], options).wait()
+                if self.backend == "nccl":  # wait() alone returns before the GPU is done
+                    torch.cuda.current_stream().synchronize()
+            except RuntimeError as error:
+                raise TransferError(f"a process of group {self.name} was lost ({_first_line(error)})") from error
+
+
+def _connected(store: dist.Store, rank: int, size: int, backend: str, limit: timedelta) -> Any:
+    if backend == "gloo":
+        return dist.ProcessGroupGloo(store, rank, size, limit)
+    runtime.use_device()
+    options = dist.ProcessGroupNCCL.Options()
+    options._timeout = limit
+    return dist.ProcessGroupNCCL(store, rank, size, options)
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().split("\n")[0][:300]

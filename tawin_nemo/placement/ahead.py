@@ -1,0 +1,117 @@
+"""One step ahead (``rollout.ahead: 1``): while step t updates the actor, the rollout ranks search the prompts of t + 1.
+
+They do so with the weights of step t, one version behind those that will learn from it, so every step but the first is
+off-policy by one update. Exactly that version is accepted. The actor's ratio is taken against the rollout's own
+log-probs, as it is for the second of several inner updates, and clipped or (``rl.importance_cap``) truncated likewise;
+recipes in which the rollout does not know them are refused.
+
+The rollout that waits for the next step is part of a checkpoint: a run that was killed goes on with the very candidates
+that it would have learned from, at whatever step it was stopped and under whatever layout it continues.
+"""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import safetensors.torch
+import torch
+
+from tawin_nemo.config.schema import RlConfig
+from tawin_nemo.placement.dispatch import generating, join_prompts
+from tawin_nemo.placement.remote_engine import RemoteEngine
+from tawin_nemo.placement.weight_sync import check_version
+from tawin_nemo.rollout.engine import Engine
+from tawin_nemo.rollout.groups import take_groups
+from tawin_nemo.run.timers import Timers
+from tawin_nemo.types import DataParallel, PromptBatch, Rollout, TokenRows
+from tawin_nemo.util.errors import CheckpointError, TawinError
+
+
+class RolloutAhead:
+    """The rollout of the next step, of all replicas' prompts; without an ``engine`` nothing is ever searched ahead.
+
+    ``total``: steps of the run, behind which there is nothing to search. In timings.jsonl the phase ``generate`` is
+    then what a step waits for rollouts, not what searching takes.
+    """
+
+    def __init__(
+        self, engine: Engine | None = None, rl: RlConfig | None = None, dp: DataParallel | None = None, total: int = 0
+    ) -> None:
+        self._engine, self._rl, self._dp, self._total = engine, rl or RlConfig(), dp or DataParallel(), total
+        self._waiting: Rollout | None = None
+        self._own_rows = torch.zeros(0, dtype=torch.long)  # row numbers of this replica's prompts in it
+
+    @contextmanager
+    def searching(self, prompts: Callable[[], PromptBatch], timers: Timers, *, step: int) -> Iterator[None]:
+        """The rollout of ``step`` begins where this block does, with the weights of now, and is there at its end."""
+        if self._engine is None or step >= self._total:
+            yield
+            return
+        assert isinstance(self._engine, RemoteEngine)
+        with timers("data"):
+            own = prompts()
+            everything = join_prompts(self._dp.gather(own))
+        self._engine.begin(everything, **generating(self._rl, step))
+        yield
+        with timers("generate"):
+            self._waiting, self._own_rows = self._engine.finish(), own.row_B
+
+    def take(self, step: int) -> Rollout | None:
+        """This replica's part of what was searched ahead for ``step``; None where ``step`` has to search itself.
+
+        Raises TawinError when it is missing, of a version other than ``step - 1``, or without log-probs.
+        """
+        if self._engine is None or step == 0:
+            return None
+        whole, self._waiting = self._waiting, None
+        if whole is None:
+            raise TawinError(f"rollout.ahead=1: nothing was searched ahead for step {step}")
+        check_version(whole, expected=step - 1)
+        if whole.logprobs_BGT is None or bool(whole.logprobs_BGT.isnan().any()):
+            raise TawinError("rollout.ahead=1: a rollout without its own log-probs cannot be corrected for its age")
+        place = {int(row): at for at, row in enumerate(whole.prompts.row_B)}
+        return take_groups(whole, torch.tensor([place[int(row)] for row in self._own_rows], dtype=torch.long))
+
+    def facts(self, rollout: Rollout, *, step: int) -> dict[str, float]:
+        """``rl/staleness``: versions between the weights that searched and those that learn."""
+        return {} if self._engine is None else {"rl/staleness": float(step - rollout.weight_version)}
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps, as JSON; empty when nothing waits."""
+        if self._waiting is None:
+            return {}
+        waiting = self._waiting
+        tensors = {name: getattr(waiting, name) for name in _TENSORS} | {
+            "row_B": waiting.prompts.row_B,
+            "target_B": waiting.prompts.target_B,
+            "flat": torch.from_numpy(waiting.prompts.prompts.flat),
+            "offsets": torch.from_numpy(waiting.prompts.prompts.offsets),
+        }
+        data = safetensors.torch.save({name: value.contiguous() for name, value in tensors.items()})
+        return {"rollout_ahead": base64.b64encode(data).decode(), "rollout_version": waiting.weight_version}
+
+    def restore(self, state: dict[str, Any], own: PromptBatch) -> None:
+        """Bring back what ``state`` said; ``own``: this replica's share of those prompts, under the layout of now.
+
+        Raises CheckpointError when the data now give other prompts.
+        """
+        if not state:
+            return
+        tensors = safetensors.torch.load(base64.b64decode(state["rollout_ahead"]))
+        prompts = PromptBatch(
+            tensors.pop("row_B"),
+            TokenRows(tensors.pop("flat").numpy(), tensors.pop("offsets").numpy()),
+            tensors.pop("target_B"),
+        )
+        if not set(own.row_B.tolist()) <= set(prompts.row_B.tolist()):
+            raise CheckpointError(
+                "the rollout in the checkpoint is of other rows than the data now give: bring them back"
+            )
+        self._waiting = Rollout(prompts=prompts, weight_version=int(state["rollout_version"]), **tensors)
+        self._own_rows = own.row_B
+
+
+_TENSORS = ("items_BG", "tokens_BGT", "lengths_BG", "scores_BG", "logprobs_BGT", "is_target_BG")

@@ -1,0 +1,132 @@
+"""Searching on generation servers (``rollout.placement: server``), as training sees it.
+
+The first training rank speaks to the servers; every rank makes the same calls with the same prompts and gets all
+results, or the same error. Weights are gathered under their Hugging Face names and pushed to every server after each
+update. Servers count versions for themselves, one up with every push, whatever run they served before; which of theirs
+is which of ours is known here.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from megatron.core.models.gpt import GPTModel
+
+from tawin_nemo.api.arrays import RolloutReply
+from tawin_nemo.catalog.items import Catalog
+from tawin_nemo.config.backbones import Backbone, Work
+from tawin_nemo.config.schema import Recipe
+from tawin_nemo.models.megatron.hf.memory import gather_hf
+from tawin_nemo.models.megatron.parallel import runtime
+from tawin_nemo.placement.server_pool import ServerPool
+from tawin_nemo.placement.servers import Agreed, GenerationServer
+from tawin_nemo.rollout.engine import Generator
+from tawin_nemo.rollout.scoring import joined, no_candidates
+from tawin_nemo.types import NO_ITEM, Candidates, DataParallel, TokenRows
+from tawin_nemo.util.errors import TawinError, UserError
+
+
+class ServerEngine(Generator):
+    """An ``Engine`` whose model runs on servers; seen from training there is one replica, as ``dp`` says.
+
+    What servers compute is not counted: their model calls are shared with other requests. The weights are undefined
+    until the first ``receive_weights``. Raises ServersLost when no server is there, ConfigError when one does not fit.
+    """
+
+    def __init__(
+        self, recipe: Recipe, model: GPTModel, shape: Backbone, catalog: Catalog, *, tokenizer: str = ""
+    ) -> None:  # fmt: skip
+        super().__init__(catalog, recipe.rollout, seed=recipe.seed)
+        self.dp, self.spread = DataParallel(), len(recipe.rollout.servers)
+        self._model, self._shape = model, shape
+        agreed = Agreed(catalog.fingerprint, tokenizer, recipe.model.precision, recipe.rollout.length_penalty)
+        self._pool: ServerPool | None = None
+
+        def connect() -> bytes:
+            self._pool = ServerPool(recipe.rollout, agreed)
+            weakref.finalize(self, self._pool.close)  # with the engine, or when the process ends
+            return b""
+
+        on_first_rank(connect)
+
+    def receive_weights(self) -> None:
+        tensors = gather_hf(self._model, self._shape)
+
+        def push() -> bytes:
+            assert self._pool is not None
+            assert tensors is not None
+            self._pool.push(tensors)
+            return b""
+
+        on_first_rank(push)
+
+    def search(self, prompts: TokenRows, width: int, *, token_budget: int | None = None) -> Candidates:
+        self._check_width(width)
+        trie, space = self.catalog.trie, self.cfg.score_space
+        depth = trie.decision_depth if space == "trie" else trie.max_depth - 1
+
+        def ask(server: GenerationServer, version: int, rows: np.ndarray) -> RolloutReply:
+            return server.rollouts(prompts.take(rows), version, beams=width, score_space=space)
+
+        return self._asked(ask, prompts, width, depth, token_budget)
+
+    def sample(self, prompts: TokenRows, draws: int, seeds: Sequence[int]) -> Candidates:
+        def ask(server: GenerationServer, version: int, rows: np.ndarray) -> RolloutReply:
+            own = [seeds[row] for row in rows.tolist()]
+            options: dict[str, Any] = {"draws": draws, "seeds": own, "temperature": self.cfg.temperature}
+            return server.rollouts(prompts.take(rows), version, **options)
+
+        return self._asked(ask, prompts, draws, self.catalog.trie.decision_depth, None)
+
+    def take_work(self) -> Work:
+        return Work()
+
+    def _asked(
+        self, ask: Callable[[GenerationServer, int, np.ndarray], RolloutReply], prompts: TokenRows, width: int,
+        depth: int, token_budget: int | None,
+    ) -> Candidates:  # fmt: skip
+        if len(prompts) == 0:
+            return no_candidates(width, self.catalog.trie.max_depth)
+
+        def fetch() -> bytes:
+            assert self._pool is not None
+            parts = self._pool.run(prompts.lengths, width, depth, token_budget or self.cfg.token_budget, ask)
+            order = np.concatenate([rows for rows, _ in parts]).argsort(kind="stable")
+            found = joined([self._candidates(reply) for _, reply in parts], order)
+            first = parts[0][1]
+            return RolloutReply(
+                found.items_BW, found.tokens_BWT, found.lengths_BW, found.scores_BW, found.logprobs_BWT,
+                first.instance, first.catalogue, first.weight_version, first.catalogue_version,
+            ).encoded()  # fmt: skip
+
+        return self._candidates(RolloutReply.decoded(on_first_rank(fetch)))
+
+    def _candidates(self, reply: RolloutReply) -> Candidates:
+        leaf_I = torch.from_numpy(np.append(self.catalog.leaf_I, NO_ITEM))  # NO_ITEM is the last place
+        return Candidates(
+            items_BW=reply.items_BW, leaf_BW=leaf_I[reply.items_BW], tokens_BWT=reply.tokens_BWT,
+            lengths_BW=reply.lengths_BW, scores_BW=reply.scores_BW, logprobs_BWT=reply.logprobs_BWT,
+        )  # fmt: skip
+
+
+def on_first_rank(act: Callable[[], bytes]) -> bytes:
+    """What ``act`` returns on the first training rank, on every rank; a TawinError of it is raised on every rank."""
+    if runtime.world_size() == 1:
+        return act()
+    failure: TawinError | None = None
+    said: bytes | None = None
+    if runtime.world_rank() == 0:
+        try:
+            said = b"+" + act()
+        except TawinError as error:
+            failure = error
+            said = (b"u" if isinstance(error, UserError) else b"f") + str(error).encode()
+    heard = runtime.broadcast_bytes(said)
+    if heard[:1] != b"+":
+        other = (UserError if heard[:1] == b"u" else TawinError)(heard[1:].decode())
+        raise failure or other
+    return heard[1:]

@@ -1,0 +1,260 @@
+"""One generation server (``tawin-nemo serve``) as a training job sees it: what it must agree with, weights, rollouts.
+
+Every reply names the start of the server, its catalogue and its weights. One that names others than were asked for is
+refused: a server that was restarted, or that somebody else has changed, cannot go unnoticed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import socket
+import uuid
+from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import httpx
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from tawin_nemo.api.arrays import RolloutReply
+from tawin_nemo.api.client import Client, ControlClient, ServerError
+from tawin_nemo.api.schema import RolloutTerms
+from tawin_nemo.api.secrets_files import read_keys, read_token
+from tawin_nemo.config.schema import RolloutConfig
+from tawin_nemo.models.megatron.parallel.weight_group import TransferError, WeightGroup
+from tawin_nemo.types import TokenRows
+from tawin_nemo.util.errors import ConfigError, TawinError
+from tawin_nemo.util.log import get_logger
+
+log = get_logger(__name__)
+#: Seconds in which a server that works says its terms.
+_TERMS_S = 10.0
+#: Seconds beyond its own limit that a server gets to say that it gave up.
+_GRACE_S = 10.0
+
+
+class Unavailable(TawinError):
+    """A server cannot do now what it was asked. ``lost``: leave it out; else try it again after ``wait`` seconds."""
+
+    def __init__(self, message: str, *, lost: bool = True, wait: float = 0.0) -> None:
+        super().__init__(message)
+        self.lost, self.wait = lost, wait
+
+
+@dataclass(frozen=True)
+class Agreed:
+    """What a server has to have in common with training."""
+
+    catalogue: str  # fingerprint
+    tokenizer: str  # fingerprint; "" = not compared
+    precision: str
+    length_penalty: float
+
+
+class GenerationServer:
+    """One of ``rollout.servers``. ``holds``: the version of the weights that it was given and still has, or None."""
+
+    def __init__(self, file: str, cfg: RolloutConfig, agreed: Agreed, store: dist.TCPStore) -> None:
+        self.name, self._cfg, self._agreed, self._store = file, cfg, agreed, store
+        self.holds: int | None = None
+        self.why_not = ""  # it is left out
+        self._instance = ""
+        self._data: Client | None = None
+        self._control: ControlClient | None = None
+        self._group: WeightGroup | None = None
+        self._control_url = ""
+
+    def connect(self) -> RolloutTerms:
+        """Find the server through its file and compare. Raises Unavailable, and ConfigError where it does not fit."""
+        data, self._control_url = _addresses(Path(self.name))
+        key = next(iter(read_keys(self._cfg.api_key_file, "rollout.api_key_file")), "")
+        token_file = self._cfg.control_token_file or str(Path(self.name).parent / "control_token")
+        token = read_token(token_file, "rollout.control_token_file")
+        with self._speaking(), Client(data, key, timeout_s=_TERMS_S) as client:
+            terms = client.rollout_terms()
+        self._compare(terms)
+        self.disconnect(forget=terms.instance != self._instance)
+        limit = self._cfg.server_timeout_s + _GRACE_S
+        self._instance = terms.instance
+        self._data, self._control = (
+            Client(data, key, timeout_s=limit),
+            ControlClient(self._control_url, token, timeout_s=limit),
+        )
+        return terms
+
+    def disconnect(self, *, forget: bool = True) -> None:
+        """Close connections; ``forget``: the weight group and the weights as well."""
+        for caller in (self._data, self._control):
+            if caller is not None:
+                caller.close()
+        self._data = self._control = None
+        if forget:
+            self._drop_group()
+            self.holds = None
+
+    def close(self) -> None:
+        """Part from it for good."""
+        group, control = self._group, self._control
+        if group is not None and control is not None:
+            with contextlib.suppress(httpx.TransportError, ServerError):
+                control.destroy_weights_group(group.name)
+        self.disconnect()
+
+    def push(self, tensors: Mapping[str, Tensor], version: int) -> None:
+        """Give it all weights, as ``version``. Raises Unavailable, and ConfigError for a model of another shape."""
+        control, self.holds = self._control, None
+        assert control is not None
+        announced = {
+            "names": list(tensors), "shapes": [list(value.shape) for value in tensors.values()],
+            "dtypes": [str(value.dtype).removeprefix("torch.") for value in tensors.values()],
+        }  # fmt: skip
+        with self._speaking(), ThreadPoolExecutor(1) as beside:
+            try:
+                if self._group is None:
+                    self._group = self._met(control, beside)
+                name = self._group.name
+                said = beside.submit(
+                    control.update_weights_from_distributed, group_name=name, weight_version=version, **announced
+                )
+                self._sent(tensors, said)
+                found = said.result().weight_version
+            except Exception:
+                self._drop_group()
+                raise
+        if found != version:
+            raise Unavailable(f"calls its weights version {found} after version {version} was sent")
+        self.holds = version
+
+    def _met(self, control: ControlClient, beside: ThreadPoolExecutor) -> WeightGroup:
+        backend, seconds = self._cfg.weights_backend, self._cfg.server_timeout_s
+        if backend == "auto":
+            backend = "nccl" if torch.cuda.is_available() else "gloo"
+        name = f"tawin-{uuid.uuid4().hex}"
+        said = beside.submit(
+            control.init_weights_group, master_address=_own_address(self._control_url), master_port=self._store.port,
+            group_name=name, backend=backend, timeout_s=min(seconds, 3600.0),
+        )  # fmt: skip
+        limit = timedelta(seconds=seconds)
+        with _answering_first(said):
+            group = WeightGroup(self._store, name, 0, 2, backend=backend, limit=limit, given_up=said.done)
+        said.result()
+        return group
+
+    def _sent(self, tensors: Mapping[str, Tensor], said: Future[Any]) -> None:
+        assert self._group is not None
+        with _answering_first(said):
+            self._group.send(tensors.values(), given_up=said.done)
+
+    def rollouts(self, prompts: TokenRows, version: int, **fields: Any) -> RolloutReply:
+        """Candidates of prompts from weights ``version``. Raises Unavailable, also for a reply of anything else."""
+        client = self._data
+        if client is None or self.holds != version:
+            raise Unavailable(f"holds weights {self.holds} where version {version} is due")
+        rows = [prompts[row].tolist() for row in range(len(prompts))]
+        with self._speaking():
+            reply = client.rollouts(rows, weight_version=version, timeout_s=self._cfg.server_timeout_s, **fields)
+        said = (reply.weight_version, reply.instance, reply.catalogue)
+        if said != (version, self._instance, self._agreed.catalogue):
+            raise Unavailable(
+                f"answered from weights {said[0]}, start {said[1][:8]}, catalogue {said[2][:8]} where {version}, "
+                f"{self._instance[:8]}, {self._agreed.catalogue[:8]} are due: refused"
+            )
+        if len(reply.items_BW) != len(prompts):
+            raise Unavailable(f"answered {len(reply.items_BW)} of {len(prompts)} prompts: refused")
+        return reply
+
+    def _compare(self, terms: RolloutTerms) -> None:
+        agreed = self._agreed
+        remedy = "start it from this run's recipe (same data, tokenizer and model keys)"
+        if terms.catalogue != agreed.catalogue:
+            raise ConfigError(
+                f"rollout.servers: {self.name} serves another catalogue ({terms.catalogue[:12]}) than this run trains "
+                f"on ({agreed.catalogue[:12]}): {remedy}, without serve.catalogue and later changes of items"
+            )
+        if agreed.tokenizer and terms.tokenizer != agreed.tokenizer:
+            raise ConfigError(
+                f"rollout.servers: {self.name} has another tokenizer ({terms.tokenizer[:12]}) than this run "
+                f"({agreed.tokenizer[:12]}): {remedy}"
+            )
+        if terms.precision != agreed.precision:
+            raise ConfigError(
+                f"rollout.servers: {self.name} searches in {terms.precision} but model.precision={agreed.precision}: "
+                f"{remedy}, eval.precision among them"
+            )
+        if terms.length_penalty != agreed.length_penalty:
+            raise ConfigError(
+                f"rollout.servers: {self.name} has rollout.length_penalty={terms.length_penalty:g}, this run "
+                f"{agreed.length_penalty:g}; start it with the same"
+            )
+
+    def _drop_group(self) -> None:
+        if self._group is not None:
+            self._group.close()
+            self._group = None
+
+    @contextlib.contextmanager
+    def _speaking(self) -> Iterator[None]:
+        """Errors of HTTP and of the group as what they mean here."""
+        try:
+            yield
+        except (httpx.TransportError, TransferError) as error:
+            raise Unavailable(f"{type(error).__name__}: {error}") from error
+        except ServerError as error:
+            status, code = error.status, error.error.code
+            if status == 429 or code == "paused":
+                raise Unavailable(str(error), lost=False, wait=error.retry_after or 1.0) from error
+            if status >= 500 or status in (408, 409, 499):
+                raise Unavailable(str(error)) from error
+            if status in (401, 403):
+                option = "rollout.api_key_file and rollout.control_token_file (empty = control_token beside it)"
+                raise ConfigError(
+                    f"rollout.servers: {self.name} does not take the key: {error}; see {option}"
+                ) from error
+            if code in ("other_model", "other_precision"):
+                raise ConfigError(f"rollout.servers: {self.name} serves another model: {error}") from error
+            raise TawinError(f"generation server {self.name} refuses: {error}") from error
+
+
+@contextlib.contextmanager
+def _answering_first(said: Future[Any]) -> Iterator[None]:
+    """When both the group and the request fail, the request's error says why."""
+    try:
+        yield
+    except TransferError:
+        if said.done():
+            said.result()
+        raise
+
+
+def _addresses(file: Path) -> tuple[str, str]:
+    """Data plane and control plane. Raises Unavailable without a file, ConfigError for one that is no address.json."""
+    try:
+        text = file.read_text(encoding="utf-8")
+    except OSError as error:
+        raise Unavailable(f"there is no {file} ({error.strerror}); the server writes it when it is ready") from error
+    try:
+        place = json.loads(text)
+        return str(place["data"]), str(place["control"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise ConfigError(
+            f"rollout.servers: {file} is no address.json of a server; it needs data and control, each http://HOST:PORT"
+        ) from error
+
+
+def _own_address(url: str) -> str:
+    """This machine's address as the host of ``url`` can reach it (nothing is sent)."""
+    host = urlsplit(url).hostname or ""
+    try:
+        kind, _, _, _, place = socket.getaddrinfo(host, 9, type=socket.SOCK_DGRAM)[0]
+        with socket.socket(kind, socket.SOCK_DGRAM) as probe:
+            probe.connect(place)
+            return str(probe.getsockname()[0])
+    except OSError as error:
+        raise Unavailable(f"{host} is not known here ({error})") from error

@@ -1,0 +1,1 @@
+"""What every training stage needs: data and shapes, checkpoints and resume, signals, timers, logs, failures."""

@@ -1,0 +1,78 @@
+"""Optimizer steps whose loss or gradient is not finite: left out, counted, kept for a look, too many end the run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import fields, is_dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from tawin_nemo.models.megatron.parallel import runtime
+from tawin_nemo.run.stage import Progress, Stage
+from tawin_nemo.types import TokenBatch
+from tawin_nemo.util.errors import NonFiniteStep, TawinError
+from tawin_nemo.util.files import atomic_path
+from tawin_nemo.util.log import get_logger
+
+log = get_logger(__name__)
+
+
+Update = Callable[[], dict[str, float]]
+Guard = Callable[[Update, Sequence[TokenBatch]], dict[str, float]]
+
+
+def unguarded(update: Update, batches: Sequence[TokenBatch]) -> dict[str, float]:
+    return update()
+
+
+def step_guard(stage: Stage, done: Progress) -> Guard:
+    """``guarded`` for the steps of one stage; what is left out lies in ``STAGE/skipped``."""
+    limit, directory = stage.trainer.max_skipped_steps, stage.directory / "skipped"
+    return partial(guarded, done=done, limit=limit, directory=directory)
+
+
+def guarded(
+    update: Update, batches: Sequence[TokenBatch], *, done: Progress, limit: int, directory: Path
+) -> dict[str, float]:
+    """What ``update`` returns; on a step that is not finite ``{"skipped": 1.0}``, and the rank's token batches in
+    ``directory/step_N.rankR.safetensors`` (N counts from 1, as in metrics.jsonl).
+
+    ``update`` leaves the weights alone when it raises NonFiniteStep, on all ranks alike. Raises TawinError at the step
+    after ``limit`` (``trainer.max_skipped_steps``) skipped ones.
+    """
+    try:
+        return update()
+    except NonFiniteStep as error:
+        done.skipped_steps += 1
+        path = directory / f"step_{done.step + 1}.rank{runtime.world_rank()}.safetensors"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_path(path) as temporary:
+            save_file(batch_tensors(batches), temporary)
+        message = f"step {done.step + 1}: {error} Its token batches are in {path}"
+        if done.skipped_steps > limit:
+            raise TawinError(
+                f"{message}. That makes {done.skipped_steps} of at most trainer.max_skipped_steps={limit}; "
+                "lower the learning rate or look at those rows"
+            ) from error
+        log.warning("%s; step left out, %d of at most %d", message, done.skipped_steps, limit)
+        return {"skipped": 1.0}
+
+
+def batch_tensors(batches: Sequence[TokenBatch]) -> dict[str, torch.Tensor]:
+    """All tensors of the batches by ``NUMBER.FIELD``, nested ones as ``NUMBER.FIELD.FIELD``."""
+    found: dict[str, torch.Tensor] = {}
+    for number, batch in enumerate(batches):
+        _collect(batch, str(number), found)
+    return found
+
+
+def _collect(node: Any, name: str, found: dict[str, torch.Tensor]) -> None:
+    if isinstance(node, torch.Tensor):
+        found[name] = node.detach().cpu().contiguous().clone()  # clone: safetensors refuses shared memory
+    elif is_dataclass(node):
+        for item in fields(node):
+            _collect(getattr(node, item.name), f"{name}.{item.name}", found)

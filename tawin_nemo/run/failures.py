@@ -1,0 +1,130 @@
+"""What is left of an attempt: its log files, and the error of a rank where launchers look for it.
+
+``RUN_DIR/logs/attempt_N/rank_R.log`` holds what this rank logged, with the traceback it died of. The same error goes
+to the file that torchrun names (``TORCHELASTIC_ERROR_FILE``); under srun, which names none, to ``rank_R.error.json``
+beside the log.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import re
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch.distributed.elastic.multiprocessing.errors import ErrorHandler
+
+from tawin_nemo.models.megatron.parallel import disaggregated, runtime
+from tawin_nemo.util.errors import Preempted
+from tawin_nemo.util.log import get_logger
+
+log = get_logger(__name__)
+
+ERROR_FILE = "TORCHELASTIC_ERROR_FILE"
+#: Seconds that a rank whose peer is gone stays, so that the launcher sees the peer's end first.
+PATIENCE = 5.0
+_SYMPTOM = re.compile(
+    r"connection (was )?(closed|reset|refused)|broken pipe|closed by peer|remote process exited|ncclRemoteError|"
+    r"NCCL.*(abort|unhandled)|no longer connected",
+    re.IGNORECASE,
+)
+
+
+def is_symptom(message: str) -> bool:
+    """Whether an error only says that another rank is gone."""
+    return _SYMPTOM.search(message) is not None
+
+
+class _WholeFile(ErrorHandler):
+    """torch's error file, whole or not there: a rank that is killed while it writes would leave one that the launcher
+    cannot read, and the launcher would die of that instead of naming the rank."""
+
+    def record_exception(self, e: BaseException) -> None:
+        file = self._get_error_file_path()
+        if not file:
+            return
+        os.environ[ERROR_FILE] = f"{file}.part"
+        with contextlib.suppress(OSError):  # a full disk: the error itself matters more
+            super().record_exception(e)
+            Path(f"{file}.part").replace(file)
+        os.environ[ERROR_FILE] = file
+
+
+@contextlib.contextmanager
+def recorded() -> Iterator[None]:
+    """Write an error that leaves this block into the error file; a crash of the interpreter prints its stack."""
+    handler = _WholeFile()
+    handler.initialize()
+    try:
+        yield
+    except Preempted:
+        raise
+    except Exception as error:
+        handler.record_exception(error)
+        if disaggregated.job_size() > 1 and is_symptom(str(error)):
+            log.warning("rank %d lost another rank (%s)", runtime.world_rank(), str(error).splitlines()[0])
+            time.sleep(PATIENCE)
+        raise
+
+
+@dataclass(frozen=True)
+class LogInto:
+    """Where the ranks of an attempt write their log files; the rollout ranks are told so."""
+
+    folder: Path
+    number: int
+
+
+@contextlib.contextmanager
+def attempt_logs(run_dir: Path) -> Iterator[None]:
+    """Log into ``RUN_DIR/logs/attempt_N/rank_R.log`` while inside; N counts the attempts of this run from 1."""
+    number = runtime.broadcast_object(_next_attempt(run_dir) if runtime.world_rank() == 0 else None)
+    into = LogInto(run_dir / "logs" / f"attempt_{number}", number)
+    if disaggregated.divided():
+        disaggregated.line().ask(into)
+    with logging_into(into):
+        yield
+
+
+@contextlib.contextmanager
+def logging_into(into: LogInto) -> Iterator[None]:
+    """Write this rank's log file while inside, with how it ended."""
+    rank, folder = runtime.world_rank(), into.folder
+    folder.mkdir(parents=True, exist_ok=True)
+    os.environ.setdefault(ERROR_FILE, str(folder / f"rank_{rank}.error.json"))
+    root, file = logging.getLogger("tawin_nemo"), logging.FileHandler(folder / f"rank_{rank}.log", encoding="utf-8")
+    file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    for screen in root.handlers:  # other ranks than 0 only warn there
+        screen.setLevel(max(screen.level, root.level))
+    before = root.level
+    root.addHandler(file)
+    root.setLevel(logging.INFO)
+    try:
+        log.info("attempt %d, rank %d of %d, process %d", into.number, rank, disaggregated.job_size(), os.getpid())
+        yield
+        file.handle(_record(logging.INFO, "finished"))
+    except Preempted as state:
+        file.handle(_record(logging.INFO, str(state)))
+        raise
+    except BaseException as error:
+        file.handle(_record(logging.ERROR, f"rank {rank} ends with an error", error))
+        raise
+    finally:
+        root.setLevel(before)
+        root.removeHandler(file)
+        file.close()
+
+
+def _record(level: int, message: str, error: BaseException | None = None) -> logging.LogRecord:
+    """A line for the file alone: the screen gets its own."""
+    trace = None if error is None else (type(error), error, error.__traceback__)
+    return logging.LogRecord(log.name, level, __file__, 0, message, None, trace)
+
+
+def _next_attempt(run_dir: Path) -> int:
+    folders = (run_dir / "logs").glob("attempt_*")
+    return 1 + max((int(path.name[8:]) for path in folders if path.name[8:].isdigit()), default=0)

@@ -1,0 +1,105 @@
+"""Several processes on this machine, started through torchrun's launcher; how they end decides how the command ends.
+
+A process that dies ends the others within seconds, and the last lines on the screen say which one it was and why. A
+signal is handed to all processes, which then have as long as their save takes.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import socket
+import sys
+import uuid
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
+
+import psutil
+
+from tawin_nemo.run.failures import is_symptom
+from tawin_nemo.run.signals import SIGNALS
+from tawin_nemo.util.errors import Preempted, UserError
+
+#: Seconds that the other processes get after one has died, before they are killed.
+GRACE = 10
+_PR_SET_PDEATHSIG = 1
+
+
+def launch(processes: int, argv: Sequence[str], *, results: Collection[int] = ()) -> int:
+    """Start one process per device; exit code of the first failure, 1 when that was a kill, 75 after a signal.
+
+    ``results``: exit codes with which a rank says what has come out, and not that it failed.
+    """
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    config = LaunchConfig(
+        min_nodes=1, max_nodes=1, nproc_per_node=processes, run_id=uuid.uuid4().hex,
+        rdzv_backend="c10d", rdzv_endpoint="localhost:0", max_restarts=0,
+        signals_to_handle="SIGINT,SIGHUP,SIGQUIT", shutdown_timeout=GRACE,
+    )  # fmt: skip
+    asked: list[int] = []
+
+    def forward(number: int, frame: object) -> None:
+        asked.append(number)
+        for child in psutil.Process().children():
+            child.send_signal(number)
+
+    before = {number: signal.signal(number, forward) for number in SIGNALS}
+    try:
+        elastic_launch(config, sys.executable)("-m", "tawin_nemo", *argv)
+    except ChildFailedError as error:
+        rank, failure = first_failure(error.failures)
+        return int(failure.exitcode) if failure.exitcode in results else _told(rank, failure, asked)
+    except SignalException as error:  # torch's launcher has handed it on and waited for the processes
+        print(f"tawin-nemo: {error.sigval.name}; the same command continues from the last checkpoint", file=sys.stderr)
+        return 128 + int(error.sigval)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    return 0
+
+
+def end_with_launcher() -> None:
+    """Ask Linux to kill this process when its launcher is killed: two attempts must not write into one run.
+
+    Processes that torchrun did not start are left alone. ``prctl(PR_SET_PDEATHSIG)``; elsewhere nothing happens.
+    """
+    if "TORCHELASTIC_RUN_ID" in os.environ and sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+
+
+def _told(rank: int, failure: Any, asked: Sequence[int]) -> int:
+    """Say on stderr what went wrong first; the exit code."""
+    if failure.exitcode == Preempted.exit_code or (asked and -failure.exitcode in asked):
+        return Preempted.exit_code
+    ended = f"was killed by {failure.signal_name()}" if failure.exitcode < 0 else f"ended with {failure.exitcode}"
+    print(
+        f"tawin-nemo: rank {rank} (process {failure.pid} on {socket.gethostname()}) {ended}, the job ends with it\n"
+        f"{_traceback(failure)}tawin-nemo: rank {rank} {ended}; the same command continues from the last checkpoint",
+        file=sys.stderr, flush=True,
+    )  # fmt: skip
+    return int(failure.exitcode) if failure.exitcode > 0 else 1
+
+
+def _traceback(failure: Any) -> str:
+    """The rank's own, from its error file; none for a mistake of the user, whose message is on the screen."""
+    message = failure.message if isinstance(failure.message, dict) else {}
+    text = str(message.get("extraInfo", {}).get("py_callstack", ""))
+    return "" if failure.exitcode == UserError.exit_code or not text else f"{text.rstrip()}\n"
+
+
+def first_failure(failures: Mapping[int, Any]) -> tuple[int, Any]:
+    """The failure that caused the others: a kill before an error, an error before the loss of a peer, then by time.
+
+    SIGTERM is what the launcher itself sends to the others.
+    """
+
+    def order(item: tuple[int, Any]) -> tuple[bool, bool, bool, int, int]:
+        rank, failure = item
+        ended = failure.exitcode == -signal.SIGTERM
+        return ended, failure.exitcode > 0, is_symptom(str(failure.message)), failure.timestamp, rank
+
+    return min(failures.items(), key=order)

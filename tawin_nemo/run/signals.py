@@ -1,0 +1,70 @@
+"""Stopping on request. Slurm and people ask with a signal; a run answers after the step it is in, and saves first.
+
+SIGTERM: a time limit, a preemption, ``scancel``. SIGUSR1: Slurm's ``--signal=USR1@300``, sent that many seconds before
+the limit. Slurm may send either to one task only, so the ranks agree after every step (``Stage.stop_if_asked``). Until
+the step ends, further signals of these kinds change nothing; SIGKILL, which follows when the grace time is over, costs
+the steps since the last checkpoint.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from types import FrameType
+
+from tawin_nemo.util.errors import Preempted
+
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+
+_asked: list[str] = []
+
+
+def asked() -> str:
+    """Name of the first signal that came while ``listening``; empty when none has."""
+    return _asked[0] if _asked else ""
+
+
+@contextlib.contextmanager
+def listening() -> Iterator[None]:
+    """While inside, the signals are noted instead of ending the process. Outside the main thread nothing changes."""
+    _asked.clear()
+    with _handled_by(_note):
+        yield
+
+
+@contextlib.contextmanager
+def leaving() -> Iterator[None]:
+    """While inside (start-up: imports, data), a signal ends the process at once with the code of a stop on request.
+
+    Nothing is lost that a checkpoint would keep. Outside the main thread nothing changes.
+    """
+    with _handled_by(_leave):
+        yield
+
+
+@contextlib.contextmanager
+def _handled_by(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.signal(number, handler) for number in SIGNALS}
+    try:
+        yield
+    finally:
+        for number, old in before.items():
+            signal.signal(number, old)
+
+
+def _note(number: int, frame: FrameType | None) -> None:
+    name = signal.Signals(number).name
+    if not _asked:  # os.write: printing is not safe inside a handler
+        os.write(2, f"{name}: this run saves after its current step and stops\n".encode())
+    _asked.append(name)
+
+
+def _leave(number: int, frame: FrameType | None) -> None:
+    os.write(2, f"{signal.Signals(number).name}: stopped between stages; run the same command to continue\n".encode())
+    os._exit(Preempted.exit_code)

@@ -1,0 +1,233 @@
+"""One training stage on disk: metrics, checkpoints, exact resume.
+
+A stage directory (``RUN_DIR/sft``, ``RUN_DIR/rl`` ...) holds ``metrics.jsonl`` (only what the computation determines,
+so that two equal runs have equal bytes), ``timings.jsonl`` (wall clock), ``checkpoints/step_N/``, with ``profile`` a
+folder of that name and, when the stage has ended, ``done.json``. On resume both logs are cut back to the step of the
+checkpoint that is loaded.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from tawin_nemo.config.schema import TrainerConfig
+from tawin_nemo.models.megatron.checkpoint import checkpoint
+from tawin_nemo.models.megatron.checkpoint.async_save import AsyncSaver
+from tawin_nemo.models.megatron.optim.trainable import Trainable
+from tawin_nemo.models.megatron.parallel import runtime
+from tawin_nemo.run import signals
+from tawin_nemo.run.profile import StepProfiler
+from tawin_nemo.util import failpoints
+from tawin_nemo.util.errors import Preempted
+from tawin_nemo.util.files import atomic_path, write_json
+from tawin_nemo.util.log import get_logger, progress
+
+log = get_logger(__name__)
+
+#: Receives (stage name, step, metrics) for TensorBoard and friends; see train/nemo_logging.py.
+MetricSink = Callable[[str, int, dict[str, float]], None]
+
+
+@dataclass
+class Progress:
+    """What a stage must remember besides weights and optimizer; a checkpoint's ``state.json`` holds it."""
+
+    step: int = 0  # finished optimizer steps (SFT) or rollouts (RL)
+    batches: int = 0  # batches of prompts that RL has drawn; more than steps where rollouts are refilled
+    best_value: float | None = None  # of the validation metric; smaller is better
+    best_step: int = -1
+    bad_checks: int = 0
+    skipped_steps: int = 0  # optimizer steps left out because something was not finite
+    facts: dict[str, Any] = field(default_factory=dict)
+
+
+class Stage:
+    """Owns one stage directory. Every rank calls every method; only world rank 0 writes the logs."""
+
+    def __init__(
+        self,
+        directory: Path,
+        trainer: TrainerConfig,
+        *,
+        deadline: float | None = None,
+        sink: MetricSink | None = None,
+        profile: str = "off",
+    ) -> None:
+        self.directory, self.trainer = directory, trainer
+        self.name = directory.name
+        self.checkpoints = directory / "checkpoints"
+        self._deadline, self._sink = deadline, sink
+        self._writer = runtime.world_rank() == 0
+        self._profiler = StepProfiler(profile, directory / "profile", writer=self._writer)
+        self._last_time = time.monotonic()
+        self._saved_step = -1  # the newest checkpoint that this process has begun to write
+        self._saver: AsyncSaver | None = None
+        self.protects_best = trainer.keep_best
+        if self._writer:
+            self.checkpoints.mkdir(parents=True, exist_ok=True)
+        runtime.barrier()
+
+    # -- resume ---------------------------------------------------------------------------------------------------
+    @property
+    def done(self) -> bool:
+        return (self.directory / "done.json").is_file()
+
+    def resume(self, trainable: Trainable) -> Progress:
+        """Load the newest checkpoint that is whole into ``trainable``; a fresh stage starts at step 0."""
+        newest = checkpoint.newest_valid(self.checkpoints)
+        if newest is None:
+            self._rewind(-1)
+            return Progress()
+        state = checkpoint.load_checkpoint(newest, model=trainable.model, trainable=trainable, verified=True)
+        progress = Progress(**state["progress"])
+        checkpoint.set_aside(self.checkpoints, progress.step)
+        self._rewind(progress.step)
+        log.info("%s continues after step %d", self.name, progress.step)
+        return progress
+
+    def _rewind(self, step: int) -> None:
+        """Drop log lines of steps that the loaded checkpoint has not seen (and a line that a kill cut off)."""
+        if not self._writer:
+            return
+        for name in ("metrics.jsonl", "timings.jsonl"):
+            path = self.directory / name
+            if not path.is_file():
+                continue
+            kept = []
+            for line in path.read_text(encoding="utf-8").splitlines():
+                try:
+                    if json.loads(line)["step"] <= step:
+                        kept.append(line)
+                except (json.JSONDecodeError, KeyError):
+                    continue
+            with atomic_path(path) as temporary:
+                temporary.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+
+    def steps(self, done: int, total: int) -> Iterator[int]:
+        """0-based steps ``done .. total - 1`` with a progress bar; the profiler runs in those that it wants."""
+        for step in progress(range(done, total), what=self.name, total=total, initial=done):
+            if self._saver is not None:
+                self._saver.check()
+            self._profiler.step()
+            yield step
+
+    # -- logs -----------------------------------------------------------------------------------------------------
+    def write(self, step: int, metrics: dict[str, float], timings: dict[str, float] | None = None) -> None:
+        """Append one line to metrics.jsonl and one, with the wall clock and ``timings``, to timings.jsonl."""
+        now = time.monotonic()
+        seconds, self._last_time = now - self._last_time, now
+        if not self._writer:
+            return
+        self._append("metrics.jsonl", {"step": step, **metrics})
+        timings = timings or {}
+        clock = {"step": step, "seconds": round(seconds, 4), "time": round(time.time(), 3)}
+        self._append("timings.jsonl", clock | timings)
+        if self._sink is not None:
+            self._sink(self.name, step, metrics | timings)
+
+    def _append(self, name: str, record: dict[str, Any]) -> None:
+        with (self.directory / name).open("ab") as file:
+            failpoints.write(file, (json.dumps(record) + "\n").encode(), "log.mid_line")
+
+    # -- checkpoints ----------------------------------------------------------------------------------------------
+    def save(self, trainable: Trainable, progress: Progress) -> None:
+        """Write ``checkpoints/step_N`` and remove what ``keep_last`` and ``keep_best`` do not protect.
+
+        With ``trainer.async_save`` a thread writes while training goes on; its errors are raised here, at the next
+        step, or when the stage ends.
+        """
+        self._flush()
+        path = self.checkpoints / f"step_{progress.step}"
+        state = {"progress": vars(progress), "stage": self.name}
+        keep = {progress.best_step} if self.protects_best else set()
+        prune = partial(checkpoint.prune, self.checkpoints, keep_last=self.trainer.keep_last, keep=keep)
+        self._saved_step = progress.step
+        if self.trainer.async_save:
+            self._saver = self._saver or AsyncSaver()
+            self._saver.save(path, model=trainable.model, trainable=trainable, state=state, after=prune)
+            return
+        checkpoint.save_checkpoint(path, model=trainable.model, trainable=trainable, state=state)
+        prune()
+        runtime.barrier()
+
+    def wait_for_save(self) -> None:
+        """Return when no checkpoint is being written. Raises CheckpointError when the last one failed."""
+        if self._saver is not None:
+            self._saver.wait()
+
+    def save_beside(self, folder: str, write: Callable[[Path], None], progress: Progress) -> None:
+        """Let ``write`` make ``FOLDER/step_N``, for what belongs to the checkpoint that ``save`` writes next.
+
+        The checkpoint before must be whole first: the folder keeps only one more than there are checkpoints.
+        """
+        self.wait_for_save()
+        directory = self.directory / folder
+        if self._writer:
+            directory.mkdir(exist_ok=True)
+        runtime.barrier()
+        write(directory / f"step_{progress.step}")
+        if self._writer:
+            checkpoint.prune(directory, keep_last=self.trainer.keep_last + 1, keep=set())
+
+    def _flush(self) -> None:
+        """The logs reach the disk before the checkpoint that counts on them."""
+        if self._writer:
+            for name in ("metrics.jsonl", "timings.jsonl"):
+                if (self.directory / name).is_file():
+                    with (self.directory / name).open("rb") as file:
+                        os.fsync(file.fileno())
+
+    def stop_if_asked(self, save: Callable[[], None], progress: Progress) -> None:
+        """Save and raise Preempted once a signal has come or ``trainer.max_time`` is over, on any rank."""
+        late = self._deadline is not None and time.monotonic() > self._deadline
+        reason = signals.asked() or ("trainer.max_time is over" if late else "")
+        if runtime.any_rank(bool(reason)):
+            self._profiler.stop()
+            if self._saved_step != progress.step:
+                save()
+            self.wait_for_save()
+            reason = reason or "another rank was asked to stop"
+            raise Preempted(f"{reason}: {self.name} saved step {progress.step}; run the same command to continue")
+
+    def stop_between(self, what: str) -> None:
+        """Raise Preempted before ``what`` begins when a signal has come; what is finished is already saved."""
+        reason = signals.asked()
+        if runtime.any_rank(bool(reason)):
+            reason = reason or "another rank was asked to stop"
+            raise Preempted(f"{reason}: stopped before {what}; run the same command to continue")
+
+    def finish(self, progress: Progress, chosen_step: int) -> None:
+        """Mark the stage as ended; ``chosen_step`` is the checkpoint that later stages and evaluation use."""
+        self._profiler.stop()
+        self.wait_for_save()
+        if self._writer:
+            write_json(self.directory / "done.json", {"step": progress.step, "chosen_step": chosen_step})
+        runtime.barrier()
+
+    @property
+    def chosen_checkpoint(self) -> Path:
+        """The checkpoint a finished stage hands on."""
+        chosen = json.loads((self.directory / "done.json").read_text(encoding="utf-8"))["chosen_step"]
+        return self.checkpoints / f"step_{chosen}"
+
+
+def monitored(trainer: TrainerConfig, ks: Sequence[int]) -> str:
+    """The ranking metric of valid that says which checkpoint is best: ``trainer.monitor``, or NDCG@max(ks)."""
+    return trainer.monitor or f"ndcg@{max(ks)}"
+
+
+def logged_seconds(timings: Path) -> float:
+    """Wall time that the lines of a ``timings.jsonl`` tell; a line that a kill cut off counts nothing."""
+    seconds = 0.0
+    for line in timings.read_text(encoding="utf-8").splitlines():
+        with contextlib.suppress(json.JSONDecodeError):
+            seconds += float(json.loads(line).get("seconds", 0.0))
+    return seconds

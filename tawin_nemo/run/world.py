@@ -1,0 +1,237 @@
+"""Everything a stage needs besides weights: data, tokenizer, catalogue, samples, model shape, this rank's share."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from tawin_nemo.catalog.items import Catalog
+from tawin_nemo.catalog.semantic_ids import load_codes
+from tawin_nemo.catalog.trie import TokenTrie
+from tawin_nemo.config.backbones import Backbone, backbone, with_vocab
+from tawin_nemo.config.load import differences, to_yaml
+from tawin_nemo.config.schema import Recipe
+from tawin_nemo.data.catalog_builder import build_catalog
+from tawin_nemo.data.interactions import Dataset, Split, load_dataset
+from tawin_nemo.data.prompts import Template
+from tawin_nemo.data.samples import Samples, encode_split
+from tawin_nemo.data.tasks import active_tasks
+from tawin_nemo.data.tokenizer import Tokenizer, build_tokenizer
+from tawin_nemo.models.megatron.hf.config import backbone_from_hf
+from tawin_nemo.models.megatron.parallel import disaggregated, runtime
+from tawin_nemo.types import SPLITS, DataParallel
+from tawin_nemo.util.errors import CatalogError, ConfigError, DataError
+from tawin_nemo.util.files import atomic_path, write_json
+from tawin_nemo.util.log import get_logger
+
+log = get_logger(__name__)
+
+#: Keys that may change between two attempts of one run: where and how it runs, not what it computes (another layout
+#: or micro-batch only changes the order of floating-point sums).
+RESUMABLE_KEYS = (
+    "run_dir", "checkpoint", "profile", "exp_manager", "eval.splits",
+    "trainer.max_time", "trainer.threads", "trainer.keep_last", "trainer.peak_tflops", "trainer.save_interval",
+    "trainer.async_save", "trainer.num_nodes", "trainer.devices", "trainer.max_skipped_steps",
+    "model.tensor_model_parallel_size", "model.pipeline_model_parallel_size", "model.sequence_parallel",
+    "model.recompute", "rollout.tensor_model_parallel_size", "rollout.pipeline_model_parallel_size",
+    "rollout.token_budget", "eval.token_budget", "sft.micro_batch_tokens", "rl.micro_batch_tokens",
+    "trainer.offload_optimizer", "trainer.collective_timeout", "rollout.placement", "rollout.devices",
+    "rollout.servers", "rollout.api_key_file", "rollout.control_token_file", "rollout.server_timeout_s",
+    "rollout.server_tries", "rollout.weights_backend",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class World:
+    """Read-only surroundings of every stage of one run."""
+
+    recipe: Recipe
+    run_dir: Path
+    dataset: Dataset
+    tokenizer: Tokenizer
+    template: Template
+    catalog: Catalog
+    item_texts: list[str]
+    samples: dict[str, Samples]
+    shape: Backbone
+    dp: DataParallel
+    deadline: float | None = None
+
+    @property
+    def train_rows_for_sft(self) -> np.ndarray:
+        """Row numbers of ``samples['train']`` (time order) that the first SFT sees."""
+        rows = np.arange(len(self.samples["train"]))
+        if self.recipe.sft.rows == "fresh":
+            return rows[self._first_fresh :]
+        return self.earlier_rows if self._sft_is_earlier else rows
+
+    @property
+    def earlier_rows(self) -> np.ndarray:
+        """Row numbers of train before its ``rl.fresh_share``."""
+        return np.arange(self._first_fresh)
+
+    @property
+    def train_rows_for_rl(self) -> np.ndarray:
+        """Row numbers that RL (and the SFT continued beside it) sees."""
+        first = self._first_fresh if self.recipe.rl.rows == "fresh" else 0
+        return np.arange(first, len(self.samples["train"]))
+
+    @property
+    def _first_fresh(self) -> int:
+        return round(len(self.samples["train"]) * (1.0 - self.recipe.rl.fresh_share))
+
+    @property
+    def _sft_is_earlier(self) -> bool:
+        rows, rl = self.recipe.sft.rows, self.recipe.rl
+        return rows == "earlier" or (rows == "auto" and rl.enabled and rl.rows == "fresh")
+
+
+def open_run_dir(recipe: Recipe, *, same_recipe: bool) -> Path:
+    """Create or reopen the run directory.
+
+    Raises ConfigError when ``same_recipe`` is asked for (training) and it holds a run of another recipe.
+    """
+    run_dir = Path(recipe.run_dir or f"runs/{recipe.name}")
+    stored, resolved = run_dir / "recipe.yaml", to_yaml(recipe)
+    if same_recipe and stored.is_file():
+        changed = differences(stored.read_text(encoding="utf-8"), resolved, ignore=RESUMABLE_KEYS)
+        if changed:
+            raise ConfigError(
+                f"{run_dir} holds a run of another recipe ({'; '.join(changed[:5])}); "
+                "choose another name= or run_dir=, or remove that directory"
+            )
+    if runtime.world_rank() == 0 and not stored.is_file():
+        with atomic_path(stored) as temporary:
+            temporary.write_text(resolved, encoding="utf-8")
+    runtime.barrier()
+    return run_dir
+
+
+def build_world(recipe: Recipe, run_dir: Path, data_root: Path, *, codes_path: Path | None = None) -> World:
+    """Load the prepared dataset under ``data_root`` and derive everything from it (deterministic on every rank)."""
+    dataset = load_dataset(data_root)
+    codes = load_codes(codes_path, len(dataset.items.titles)) if codes_path else None
+    tokenizer = rank0_first(lambda: _tokenizer(recipe, run_dir, dataset, codes))
+    template = Template(recipe.data.template, kind=recipe.catalog.kind)
+    texts = ["".join(item) for item in codes] if codes else list(dataset.items.titles)
+    catalog = build_catalog(
+        dataset.items.titles, dataset.items.external_ids, texts, tokenizer, template, kind=recipe.catalog.kind
+    )
+    splits = {name: _limited(getattr(dataset, name), name, recipe) for name in SPLITS}
+    samples = {name: encode_split(split, texts, tokenizer, template, recipe.data) for name, split in splits.items()}
+    for name, rows in samples.items():
+        if len(rows) == 0:
+            raise DataError(f"split {name} of {data_root} has no rows; prepare it with more data")
+    shape = _shape(recipe, tokenizer.size)
+    _check_lengths(samples, catalog, shape)
+    if runtime.world_rank() == 0:
+        write_json(run_dir / "catalogue.json", catalogue_facts(catalog, samples))
+        keep_catalogue(run_dir / "catalogue", catalog, tokenizer)
+    runtime.barrier()
+    return World(
+        recipe, run_dir, dataset, tokenizer, template, catalog, texts, samples, shape,
+        runtime.data_parallel(), deadline(recipe.trainer.max_time),
+    )  # fmt: skip
+
+
+def rank0_first(make: Callable[[], Tokenizer]) -> Tokenizer:
+    """Rank 0 writes what the others then find on disk."""
+    if runtime.world_rank() == 0:
+        make()
+    runtime.barrier()
+    return make()
+
+
+def keep_catalogue(folder: Path, catalog: Catalog, tokenizer: Tokenizer) -> None:
+    """The run's trie on disk, for whoever reads the run later; on the next visit it must still be the same one.
+
+    Raises CatalogError when the data or the tokenizer now give another catalogue than the run was trained with.
+    """
+    if not folder.is_dir():
+        catalog.trie.save(folder, tokenizer=tokenizer.fingerprint)
+        return
+    stored = TokenTrie.load(folder, tokenizer=tokenizer.fingerprint)
+    paths, now = stored.arrays, catalog.trie.arrays
+    same = np.array_equal(paths.pool_offsets, now.pool_offsets) and np.array_equal(paths.pool_tokens, now.pool_tokens)
+    if not same:
+        raise CatalogError(
+            f"{folder} is the catalogue that this run was trained with ({stored.num_items} items); the data now give "
+            f"another one ({len(catalog)} items): bring the data back, or start a new run with name= or run_dir="
+        )
+
+
+def _tokenizer(recipe: Recipe, run_dir: Path, dataset: Dataset, codes: list[list[str]] | None) -> Tokenizer:
+    directory = run_dir / "tokenizer"
+    if (directory / "tokenizer.json").is_file():
+        return Tokenizer.load(directory)
+    compact = recipe.data.template == "compact"
+    markers = [task.marker for task in active_tasks(recipe.align)] if compact else []
+    tokenizer = build_tokenizer(recipe.data, recipe.catalog, recipe.model, dataset.items.titles, codes, markers)
+    if runtime.world_rank() == 0:
+        tokenizer.save(directory)
+    return tokenizer
+
+
+def _limited(split: Split, name: str, recipe: Recipe) -> Split:
+    limit = recipe.data.train_limit if name == "train" else recipe.data.eval_limit
+    if limit == 0 or limit >= len(split.target_N):
+        return split
+    return split.slice(len(split) - limit, len(split)) if name == "train" else split.slice(0, limit)
+
+
+def _shape(recipe: Recipe, vocab_needed: int) -> Backbone:
+    init = recipe.model.init
+    shape = backbone(recipe.model.backbone) if init == "random" else backbone_from_hf(Path(init))
+    return with_vocab(shape, vocab_needed)
+
+
+def _check_lengths(samples: dict[str, Samples], catalog: Catalog, shape: Backbone) -> None:
+    longest = max(int(rows.prompts.lengths.max()) for rows in samples.values()) + int(catalog.paths.lengths.max())
+    if longest > shape.max_position:
+        raise ConfigError(
+            f"the longest prompt with its answer has {longest} tokens but the model has {shape.max_position} "
+            "positions; lower data.max_prompt_tokens or data.max_history"
+        )
+
+
+def catalogue_facts(catalog: Catalog, samples: dict[str, Samples]) -> dict[str, object]:
+    """What the report and a reader want to know about catalogue and samples."""
+    lengths = catalog.paths.lengths
+    return {
+        "items": len(catalog.titles),
+        "paths": len(catalog.titles) - sum(len(group) - 1 for group in catalog.duplicates()),
+        "items_on_shared_paths": sum(len(group) for group in catalog.duplicates()),
+        "trie_nodes": catalog.trie.num_nodes,
+        "path_tokens_mean": float(lengths.mean()),
+        "path_tokens_max": int(lengths.max()),
+        "rows": {name: len(rows) for name, rows in samples.items()},
+        "prompt_tokens_mean": {name: float(rows.prompts.lengths.mean()) for name, rows in samples.items()},
+    }
+
+
+def deadline(max_time: str) -> float | None:
+    """Monotonic clock reading at which ``DD:HH:MM:SS`` from now is over; None for an empty string."""
+    if not max_time:
+        return None
+    parts = max_time.split(":")
+    if len(parts) != 4 or not all(part.isdigit() for part in parts):
+        raise ConfigError(f"trainer.max_time={max_time} is not DD:HH:MM:SS, for example 00:03:50:00")
+    days, hours, minutes, seconds = (int(part) for part in parts)
+    return time.monotonic() + ((days * 24 + hours) * 60 + minutes) * 60 + seconds
+
+
+def set_threads(recipe: Recipe) -> None:
+    """CPU threads per process; more than the cores only makes gloo runs slower."""
+    cores = max(1, len(os.sched_getaffinity(0)))
+    torch.set_num_threads(recipe.trainer.threads or max(1, cores // disaggregated.job_size()))
+
+
+def read_json(path: Path) -> dict[str, object]:
+    return dict(json.loads(path.read_text(encoding="utf-8")))

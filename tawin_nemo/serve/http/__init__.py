@@ -1,0 +1,1 @@
+"""The HTTP planes of the server: routes, access, replies."""

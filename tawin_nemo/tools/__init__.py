@@ -1,0 +1,1 @@
+"""Beside training: plan, doctor, study, retrain, simulate."""

@@ -1,0 +1,112 @@
+"""Step times from FLOPs and a stated MFU, with what a search must at least take to read the weights and what an update
+must at least take to exchange gradients. Collectives inside a model (TP, PP) are the MFU's business."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from tawin_nemo.config.backbones import Backbone, Work, stage_layers
+from tawin_nemo.config.gpus import NODE, Gpu
+from tawin_nemo.config.schema import Recipe
+from tawin_nemo.tools.plan.layout import Layout, rollout_layout
+from tawin_nemo.tools.plan.memory import micro_batches, stage_parameters
+from tawin_nemo.tools.plan.workload import Lengths, rl_pass, rl_step_work, search_space, sft_pass, sft_step_work
+
+#: Model FLOP utilisation that is assumed where none is given. Megatron-LM's authors report 0.41 to 0.48 on H100s for
+#: models of 2B parameters and more with long rows and fused kernels; rows here are a few thousand tokens and norms,
+#: RoPE and attention blocks are separate kernels, so it is put lower. Not measured: set mfu= to what timings.jsonl has.
+DEFAULT_MFU = 0.30
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """One optimizer step: ``flops`` over all GPUs (useful ones, none repeated), ``seconds`` by phase."""
+
+    flops: float
+    seconds: dict[str, float]
+
+    @property
+    def total(self) -> float:
+        return sum(self.seconds.values())
+
+
+@dataclass(frozen=True)
+class Rates:
+    """What the GPUs of one replica do together."""
+
+    shape: Backbone
+    layout: Layout
+    gpu: Gpu
+    precision: str
+    mfu: float
+    recompute: str
+
+    def forward(self, work: Work) -> float:
+        """Seconds of one forward pass of the work of one replica."""
+        peak = self.gpu.peak_flops(self.precision) * self.layout.model_ranks
+        return work.forward_flops(self.shape) / (self.mfu * peak)
+
+    def training(self, work: Work, micro: int) -> float:
+        """Seconds of forward and backward; full recomputation runs forward twice, and a pipeline of P stages with m
+        micro-batches idles (P - 1) / m of its time (arXiv 2104.04473, Section 2.2); its largest stage sets the pace."""
+        passes, stages = 4.0 if self.recompute == "full" else 3.0, self.layout.pp
+        pace = max(stage_layers(self.shape.layers, stages)) * stages / self.shape.layers
+        return passes * pace * self.forward(work) * (micro + stages - 1) / micro
+
+    def search(self, work: Work, levels: int) -> float:
+        """Seconds of a search: its FLOPs through all stages in turn, and not less than reading the weights once for
+        the prompts and once per level of the tree."""
+        read = max(stage_parameters(self.shape, self.layout, stage) for stage in range(self.layout.pp))
+        weight_bytes = read * (4 if self.precision == "fp32" else 2) * self.layout.pp
+        floor = (1 + levels) * weight_bytes / (self.gpu.bandwidth_gb_s * 1e9)
+        return max(self.forward(work) * self.layout.pp, floor)
+
+    def exchange(self) -> float:
+        """Seconds to sum float32 gradients over the replicas and to hand the new weights back: a ring moves
+        (DP - 1) / DP of both through every rank. At the data sheet's rate of the slowest link; nothing is overlapped.
+        """
+        dp, ranks = self.layout.dp, self.layout.dp * self.layout.model_ranks
+        link = self.gpu.nvlink_gb_s if ranks <= NODE else self.gpu.network_gb_s
+        count = max(stage_parameters(self.shape, self.layout, stage) for stage in range(self.layout.pp))
+        moved = count * (4 + (4 if self.precision == "fp32" else 2))
+        return (dp - 1) / dp * moved / (link * 1e9)
+
+
+def sft_step(recipe: Recipe, lengths: Lengths, rates: Rates) -> StepTime:
+    """One SFT step; the replica with most rows decides."""
+    rows = recipe.sft.global_batch_size
+    mine = -(-rows // rates.layout.dp)
+    work = sft_pass(recipe, lengths)
+    micro = micro_batches(mine, work.keys, work.tokens)
+    total = sft_step_work(recipe, lengths, rates.shape.vocab, rows)
+    seconds = rates.training(sft_step_work(recipe, lengths, rates.shape.vocab, mine), micro)
+    return StepTime(3.0 * total.forward_flops(rates.shape), _counted({"update": seconds, "exchange": rates.exchange()}))
+
+
+def rl_step(recipe: Recipe, lengths: Lengths, rates: Rates) -> StepTime:
+    """One RL step; the replica with most prompts decides. Exchanging a swapped reference, and sending weights to the
+    ranks that search, are not counted. With ``rollout.ahead`` only what a rollout takes beyond the rest is a phase."""
+    prompts = recipe.rl.prompts_per_step
+    total = rl_step_work(recipe, lengths, rates.shape.vocab, prompts)
+    mine = rl_step_work(recipe, lengths, rates.shape.vocab, -(-prompts // rates.layout.dp))
+    searching = replace(rates, layout=rollout_layout(recipe, rates.layout))
+    rolled_out = rl_step_work(recipe, lengths, rates.shape.vocab, -(-prompts // searching.layout.dp)).rollout
+    work = rl_pass(recipe, lengths)
+    micro = micro_batches(-(-prompts // rates.layout.dp), work.keys, work.tokens)
+    forwards = total.rollout + total.reference + total.scoring
+    flops = forwards.forward_flops(rates.shape) + 3.0 * total.updates * total.update.forward_flops(rates.shape)
+    seconds = {
+        "rollout": searching.search(rolled_out, lengths.run(search_space(recipe))),
+        "reference": rates.forward(mine.reference),
+        "scoring": rates.forward(mine.scoring),
+        "update": mine.updates * rates.training(mine.update, micro),
+        "exchange": mine.updates * rates.exchange(),
+    }
+    if recipe.rollout.ahead:
+        rest = sum(value for phase, value in seconds.items() if phase != "rollout")
+        seconds["rollout"] = max(0.0, seconds["rollout"] - rest)
+    return StepTime(flops, _counted(seconds))
+
+
+def _counted(seconds: dict[str, float]) -> dict[str, float]:
+    return {phase: value for phase, value in seconds.items() if value}

@@ -1,0 +1,94 @@
+"""The folder that retraining lives in, and how a model is published there.
+
+    ROOT/runs/DATE/       one night's run directory: data, stages, export, gate; night.json says what it began from
+    ROOT/versions/DATE/   Hugging Face exports that passed the gate, each with gate.json beside the weights
+    ROOT/latest           symbolic link to one of them: the published model
+
+``latest`` is replaced by a rename, so whoever opens it finds the old version or the new one, never none.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from datetime import UTC, date, datetime
+from pathlib import Path
+
+from tawin_nemo.util.errors import ConfigError, DataError
+from tawin_nemo.util.files import write_json
+
+EXPORT, GATE_FILE, NIGHT_FILE = "export", "gate.json", "night.json"
+
+
+@dataclass(frozen=True)
+class Night:
+    """What one date's run was given when it began; read again by every later attempt."""
+
+    date: str
+    start: str  # export it starts from; empty = model.init of the recipe
+    data: str  # prepared data set
+
+
+@dataclass(frozen=True)
+class Place:
+    """ROOT of the module's text."""
+
+    root: Path
+
+    @property
+    def latest(self) -> Path:
+        return self.root / "latest"
+
+    def run_dir(self, day: str) -> Path:
+        return self.root / "runs" / day
+
+    def version(self, day: str) -> Path:
+        return self.root / "versions" / day
+
+    def published(self) -> Path | None:
+        """The folder that ``latest`` points at. Raises DataError when it is no link, or points at nothing."""
+        if not os.path.lexists(self.latest):
+            return None
+        if not self.latest.is_symlink() or not self.latest.is_dir():
+            raise DataError(f"{self.latest} must be a symbolic link to a folder in {self.root / 'versions'}; mend it")
+        return self.latest.resolve()
+
+    def night(self, day: str, find_data: Callable[[Path], Path], *, warm: bool) -> Night:
+        """The night that was begun under this date, or a new one from what is published now (``warm``)."""
+        path = self.run_dir(day) / NIGHT_FILE
+        if path.is_file():
+            return Night(**json.loads(path.read_text(encoding="utf-8")))
+        published = self.published() if warm else None
+        night = Night(day, str(published or ""), str(find_data(self.run_dir(day)).resolve()))
+        write_json(path, asdict(night))
+        return night
+
+    def publish(self, day: str) -> None:
+        """Move the night's export, if it is still in its run directory, to ``versions`` and point ``latest`` at it."""
+        version = self.version(day)
+        if not version.is_dir():
+            version.parent.mkdir(parents=True, exist_ok=True)
+            (self.run_dir(day) / EXPORT).rename(version)
+        temporary = self.root / f".latest.{os.getpid()}"
+        with contextlib.suppress(FileNotFoundError):
+            temporary.unlink()
+        temporary.symlink_to(version.relative_to(self.root))
+        temporary.replace(self.latest)
+        descriptor = os.open(self.root, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def checked_date(text: str) -> str:
+    """``text`` as YYYY-MM-DD, today (UTC) when it is empty. Raises ConfigError for anything else."""
+    if not text:
+        return datetime.now(tz=UTC).date().isoformat()
+    try:
+        return date.fromisoformat(text).isoformat()
+    except ValueError:
+        raise ConfigError(f"retrain.date={text} is not a date; write YYYY-MM-DD, or leave it empty for today") from None

@@ -1,0 +1,174 @@
+"""``tawin-nemo retrain``: new interactions -> train from the published model -> export -> gate -> publish.
+
+All ranks call it. Everything is written once and found again, so that the same command and date continue a night that
+was killed, and do nothing when it is done.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from tawin_nemo.commands.convert import convert
+from tawin_nemo.commands.from_checkpoint import engine_of
+from tawin_nemo.commands.session import codes_path, started
+from tawin_nemo.config.schema import Recipe, RetrainConfig
+from tawin_nemo.eval.result import EvalResult
+from tawin_nemo.models.megatron.parallel import disaggregated, runtime
+from tawin_nemo.placement.rollout_ranks import serve
+from tawin_nemo.run import signals
+from tawin_nemo.run.failures import attempt_logs
+from tawin_nemo.run.world import build_world, open_run_dir
+from tawin_nemo.tools.retrain.gate import Decision, decide
+from tawin_nemo.tools.retrain.nights import EXPORT, GATE_FILE, Night, Place, checked_date
+from tawin_nemo.train.pipeline import evaluate_stage, run_pipeline
+from tawin_nemo.util.errors import REFUSED, ConfigError, TawinError
+from tawin_nemo.util.files import write_json
+from tawin_nemo.util.log import get_logger
+
+log = get_logger(__name__)
+
+SPLIT = "valid"
+FindData = Callable[[Recipe], Path]
+
+
+def run_retrain(recipe: Recipe, find_data: FindData) -> tuple[dict[str, Any], int]:
+    """(result for the last line on stdout, exit code of this rank): 0 published, ``REFUSED`` on rank 0 if refused.
+
+    Raises ConfigError for a recipe that cannot be used, Preempted after a signal or trainer.max_time.
+    """
+    day, place = check_recipe(recipe), Place(Path(recipe.retrain.root))
+    with started(recipe), contextlib.ExitStack() as stack:
+        if disaggregated.searches_only():
+            serve()
+            return {}, 0
+        result = on_rank_0(lambda: finished(place, day))
+        if result is None:
+            night = on_rank_0(lambda: place.night(day, data_of(recipe, day, find_data), warm=recipe.retrain.warm_start))
+            stack.enter_context(attempt_logs(place.run_dir(day)))
+            stack.enter_context(signals.listening())
+            train_and_export(recipe, night, place)
+            decision = gate(recipe, night, place)
+            result = on_rank_0(lambda: conclude(place, decision))
+        runtime.barrier()
+        return result, REFUSED if not result["published"] and runtime.world_rank() == 0 else 0
+
+
+def on_rank_0(find: Callable[[], Any]) -> Any:
+    """What ``find`` returns on rank 0, on every rank; an error of this package is raised on every rank as well."""
+    found: tuple[Any, TawinError | None] = (None, None)
+    if runtime.world_rank() == 0:
+        try:
+            found = (find(), None)
+        except TawinError as error:
+            found = (None, error)
+    value, failure = runtime.broadcast_object(found)
+    if failure is not None:
+        raise failure
+    return value
+
+
+def check_recipe(recipe: Recipe) -> str:
+    """The date. Raises ConfigError for keys that retraining cannot work with, before anything long starts."""
+    wanted, known = recipe.retrain.metrics, [f"{kind}@{k}" for kind in ("recall", "ndcg") for k in recipe.eval.ks]
+    unknown = [metric for metric in wanted if metric not in known]
+    if not recipe.retrain.root:
+        raise ConfigError("retrain.root is empty; name the folder of runs, versions and the link `latest`")
+    if unknown or not wanted:
+        raise ConfigError(f"retrain.metrics={list(wanted)} must be some of {', '.join(known)} (eval.ks)")
+    if SPLIT not in recipe.eval.splits:
+        raise ConfigError(f"eval.splits={list(recipe.eval.splits)} lacks {SPLIT}, which the gate looks at; add it")
+    if recipe.baseline.model != "off" or recipe.start or recipe.checkpoint or recipe.run_dir:
+        raise ConfigError("retrain sets start, checkpoint and run_dir itself and needs baseline.model=off; remove them")
+    return checked_date(recipe.retrain.date)
+
+
+def finished(place: Place, day: str) -> dict[str, Any] | None:
+    """The result if there is nothing left to do: this date is published, or a later one is."""
+    published = place.published()
+    if published is None or published.name < day:
+        return None
+    if published.name > day:
+        raise ConfigError(
+            f"retrain.date={day} is older than the published version {published.name}; a night never replaces a later "
+            f"one (to go back: ln -sfn versions/DATE {place.latest})"
+        )
+    return {"date": day, "published": True, "latest": str(published), "gate": str(published / GATE_FILE)}
+
+
+def data_of(recipe: Recipe, day: str, find_data: FindData) -> Callable[[Path], Path]:
+    """Prepares the interactions up to ``day`` in a run directory."""
+    window = replace(recipe.prepare, end=recipe.prepare.end or day)
+    return lambda run_dir: find_data(replace(recipe, run_dir=str(run_dir), prepare=window))
+
+
+def night_recipe(recipe: Recipe, night: Night, place: Place) -> Recipe:
+    """The recipe as the night's training reads it."""
+    model, data = recipe.model, replace(recipe.data, root=night.data, dataset="prepared")
+    if night.start:  # the tokenizer lies beside the weights
+        model, data = replace(model, init=night.start), replace(data, tokenizer="auto")
+    return replace(
+        recipe, run_dir=str(place.run_dir(night.date)), model=model, data=data, retrain=RetrainConfig()
+    )  # fmt: skip
+
+
+def train_and_export(recipe: Recipe, night: Night, place: Place) -> None:
+    """Train what the recipe asks for; export the RL stage, or SFT where there is no RL."""
+    run_dir = place.run_dir(night.date)
+    export = run_dir / EXPORT
+    if export.is_dir() or place.version(night.date).is_dir():
+        return
+    tonight = night_recipe(recipe, night, place)
+    open_run_dir(tonight, same_recipe=True)
+    world = build_world(tonight, run_dir, Path(night.data), codes_path=codes_path(recipe))
+    run_pipeline(world)
+    stage = run_dir / ("rl" if recipe.rl.enabled else "sft")
+    options = replace(tonight.convert, output=str(export))
+    convert(replace(world, recipe=replace(tonight, checkpoint=str(stage), convert=options)))
+    runtime.barrier()
+
+
+def gate(recipe: Recipe, night: Night, place: Place) -> Decision:
+    """Judge the export against what is published now; the decision is written to ``RUN_DIR/gate.json``."""
+    published = on_rank_0(place.published)
+    version = place.version(night.date)
+    export = version if version.is_dir() else place.run_dir(night.date) / EXPORT
+    candidate = evaluate_export(recipe, night, place, export, "candidate")
+    rival = evaluate_export(recipe, night, place, published, f"published_{published.name}") if published else None
+    decision = decide(
+        candidate, rival, recipe.retrain.metrics,
+        date=night.date, against=published.name if published else "", margin=recipe.retrain.margin, seed=recipe.seed,
+    )  # fmt: skip
+    if runtime.world_rank() == 0:
+        facts = {**asdict(decision), "passed": decision.passed, "reasons": decision.reasons}
+        write_json(place.run_dir(night.date) / GATE_FILE, facts)
+        write_json(export / GATE_FILE, facts)
+    runtime.barrier()
+    return decision
+
+
+def evaluate_export(recipe: Recipe, night: Night, place: Place, export: Path, name: str) -> EvalResult:
+    """Evaluate an exported model, as it will be served, on the night's valid rows (once)."""
+    directory = place.run_dir(night.date) / "gate" / name
+    if not on_rank_0(lambda: (directory / "eval" / f"{SPLIT}.json").is_file()):
+        tonight = night_recipe(recipe, replace(night, start=str(export)), place)
+        looked_at = replace(tonight, run_dir=str(directory), eval=replace(recipe.eval, splits=[SPLIT]))
+        open_run_dir(looked_at, same_recipe=False)
+        world = build_world(looked_at, directory, Path(night.data), codes_path=codes_path(recipe))
+        return evaluate_stage(world, directory, engine_of(world))
+    return EvalResult.read(directory / "eval", SPLIT)
+
+
+def conclude(place: Place, decision: Decision) -> dict[str, Any]:
+    """Publish, or say why not."""
+    gate_file = place.run_dir(decision.date) / GATE_FILE
+    facts = {"date": decision.date, "published": decision.passed, "gate": str(gate_file)}
+    if decision.passed:
+        place.publish(decision.date)
+        log.info("published %s: %s", decision.date, place.latest)
+        return {**facts, "latest": str(place.version(decision.date))}
+    log.warning("not published, %s stays: %s", place.latest, "; ".join(decision.reasons))
+    return {**facts, "latest": str(place.published() or ""), "reasons": decision.reasons}

@@ -1,0 +1,83 @@
+"""Where a result comes from: the code's commit, the machine; and one commit per result file."""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+import subprocess
+import time
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from tawin_nemo.util.errors import ConfigError
+from tawin_nemo.util.log import get_logger
+
+log = get_logger(__name__)
+
+#: Folder that holds the package; in a checkout it is the repository.
+SOURCE = Path(__file__).resolve().parents[3]
+#: Attempts, and seconds between them, while another program holds the index.
+ATTEMPTS, PAUSE = 8, 0.5
+
+
+def code_version() -> str:
+    """Short commit of the code, with ``+`` when it has changes that are not committed; ``unknown`` without git."""
+    head = _git(SOURCE, "rev-parse", "--short", "HEAD")
+    if head.returncode != 0:
+        return "unknown"
+    changed = _git(SOURCE, "status", "--porcelain", "--", "tawin_nemo", "data_prep").stdout.strip()
+    return head.stdout.strip() + ("+" if changed else "")
+
+
+def hardware() -> dict[str, Any]:
+    """The processor's name, the cores this process may use, and torch's version."""
+    name = platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    if info.is_file():
+        found = re.search(r"^model name\s*:\s*(.+)$", info.read_text(encoding="utf-8"), re.MULTILINE)
+        name = found[1].strip() if found else name
+    return {"cpu": name, "cores": cores(), "torch": metadata.version("torch")}
+
+
+def cores() -> int:
+    return max(1, len(os.sched_getaffinity(0)))
+
+
+def require_repository(folder: Path) -> None:
+    """Raises ConfigError when ``folder`` is not in a git repository (``commit: true`` would have nowhere to go)."""
+    existing = next(path for path in (folder, *folder.resolve().parents) if path.is_dir())
+    if _git(existing, "rev-parse", "--show-toplevel").returncode != 0:
+        raise ConfigError(f"commit=true but {folder} is not in a git repository; set commit=false or results=FOLDER")
+
+
+def commit_file(path: Path, message: str) -> bool:
+    """Commit this one file and nothing else that may be staged; False, with a warning, when git refuses.
+
+    Waits while another program holds git's index.
+    """
+    for attempt in range(ATTEMPTS):
+        done = _git(path.parent, "add", "--", path.name)
+        if done.returncode == 0:
+            if _git(path.parent, "diff", "--cached", "--quiet", "--", path.name).returncode == 0:
+                return True  # committed already
+            done = _git(path.parent, "commit", "--quiet", "-m", message, "--only", "--", path.name)
+            if done.returncode == 0:
+                return True
+        if "lock" not in done.stderr:  # index.lock, or a reference that another commit is moving
+            break
+        time.sleep(PAUSE * (attempt + 1))
+    log.warning("%s is written but not committed: %s", path, (done.stderr or done.stdout).strip()[-300:])
+    return False
+
+
+def _git(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    # A path is a path, whatever characters it has, and git never waits for somebody at a terminal.
+    environment = {**os.environ, "GIT_LITERAL_PATHSPECS": "1", "GIT_TERMINAL_PROMPT": "0"}
+    try:
+        return subprocess.run(
+            ["git", *arguments], cwd=folder, capture_output=True, text=True, env=environment, timeout=60
+        )
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return subprocess.CompletedProcess(["git", *arguments], 1, "", str(error))

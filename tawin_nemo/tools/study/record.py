@@ -1,0 +1,271 @@
+"""The file of a finished run: everything that tables, paired tests and plots need, small enough to be committed.
+
+The rank of every user's target is in it, so each Recall@K and NDCG@K up to the number of beams, and each paired test,
+can be made again from these files alone.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import hashlib
+import json
+import zlib
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import numpy as np
+
+from tawin_nemo.eval.paired import metric_values, parse_metric
+from tawin_nemo.eval.result import EvalResult
+from tawin_nemo.util.errors import DataError
+from tawin_nemo.util.files import sha256, write_json
+
+FAILED = ".failed.json"
+#: Parts of a run whose means are kept of each logged scalar.
+_PARTS = 10
+#: Metrics are made again from ranks when a file is read; more than this is not rounding.
+_TOLERANCE = 1e-9
+
+
+@dataclass(frozen=True, eq=False)
+class SplitResult:
+    """One evaluation: means over users, and the ranks they come from."""
+
+    rows: int
+    beams: int
+    collision: str
+    invalid_rate: float
+    means: dict[str, float]
+    facts: dict[str, float]  # the other numbers of eval/SPLIT.json
+    per_user_sha256: str  # of eval/SPLIT.per_user.parquet
+    rows_sha256: str  # of users and targets: runs with the same one may be paired
+    rank_B: np.ndarray  # 0-based, -1 = not listed
+    sharing_B: np.ndarray | None  # items on the target's path, None = 1 everywhere
+
+    def values(self, metric: str) -> np.ndarray:
+        """``recall@K`` or ``ndcg@K`` of each user. [B] float64. Raises DataError when K goes beyond the list."""
+        k = parse_metric(metric)[1]
+        if k > self.beams:
+            raise DataError(f"{metric} needs a list of {k} items, but eval.beams was {self.beams}; run with more beams")
+        return metric_values(metric, self.rank_B, self.sharing_B if self.shares_credit else None)
+
+    def matches(self, metric: str) -> np.ndarray:
+        """As ``values``, but a hit on a path that items share counts in full, as MiniOneRec's evaluation counts."""
+        return replace(self, sharing_B=None).values(metric)
+
+    @property
+    def shares_credit(self) -> bool:
+        """Whether some hit is worth less than 1 because its path leads to several items."""
+        return self.sharing_B is not None and self.collision == "fractional"
+
+
+@dataclass(frozen=True)
+class ParentRun:
+    """The run whose weights this run started from."""
+
+    run: str  # STUDY/ARM.seedN
+    recipe_hash: str
+
+
+@dataclass(frozen=True, eq=False)
+class RunRecord:
+    """A finished run."""
+
+    study: str
+    arm: str
+    seed: int
+    stage: str
+    steps: int  # optimizer steps or rollouts that the stage took
+    chosen_step: int  # the checkpoint that was evaluated
+    wall_s: float  # training and evaluation, all attempts
+    command: str
+    commit: str
+    date: str
+    hardware: dict[str, Any]
+    recipe_hash: str
+    settings: dict[str, Any]  # every recipe key but those of the machine and of the run's place
+    parent: ParentRun | None
+    splits: dict[str, SplitResult]
+    curves: dict[str, list[list[float]]]  # [step, value] of each logged valid/*
+    training: dict[str, float]  # means of the other logged scalars over all steps
+    process_s: float = 0.0  # the last attempt from start to end, imports and data included
+    trends: dict[str, list[float]] = field(default_factory=dict)  # the same scalars, means of up to ten equal parts
+
+    def write(self, path: Path) -> None:
+        content = {item.name: getattr(self, item.name) for item in fields(self)}
+        content["parent"] = asdict(self.parent) if self.parent else None
+        content["splits"] = {name: _split_to_json(split) for name, split in self.splits.items()}
+        write_json(path, content)
+
+    @classmethod
+    def read(cls, path: Path) -> RunRecord:
+        """What ``write`` wrote. Raises DataError when it is damaged, or its means are not those of its ranks."""
+        try:
+            content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+            content["parent"] = ParentRun(**content["parent"]) if content["parent"] else None
+            content["splits"] = {name: _split_from_json(split) for name, split in content["splits"].items()}
+            record = cls(**content)
+        except (OSError, ValueError, KeyError, TypeError, zlib.error) as error:
+            raise DataError(f"{path} is not a run file: {error}; delete it and run the study again") from error
+        for name, split in record.splits.items():
+            for metric, mean in split.means.items():
+                if len(split.rank_B) != split.rows or abs(float(split.values(metric).mean()) - mean) > _TOLERANCE:
+                    raise DataError(f"{path}: {name} {metric} = {mean} is not what its {split.rows} ranks give")
+        return record
+
+
+@dataclass(frozen=True)
+class FailedRun:
+    """A run that ended with an error."""
+
+    study: str
+    arm: str
+    seed: int
+    command: str
+    commit: str
+    date: str
+    exit_code: int
+    log_tail: list[str]
+
+    def write(self, path: Path) -> None:
+        write_json(path, asdict(self))
+
+    @classmethod
+    def read(cls, path: Path) -> FailedRun:
+        try:
+            return cls(**json.loads(path.read_text(encoding="utf-8")))
+        except (OSError, ValueError, TypeError) as error:
+            raise DataError(f"{path} is not the file of a failed run: {error}; delete it") from error
+
+
+def read_folder(folder: Path) -> tuple[dict[tuple[str, int], RunRecord], dict[tuple[str, int], FailedRun]]:
+    """All run files of a study, finished and failed, by arm and seed; sorted by name."""
+    finished, failed = {}, {}
+    for path in sorted(folder.glob("*.seed*.json")):
+        if path.name.endswith(FAILED):
+            lost = FailedRun.read(path)
+            failed[lost.arm, lost.seed] = lost
+        else:
+            record = RunRecord.read(path)
+            finished[record.arm, record.seed] = record
+    return finished, {key: lost for key, lost in failed.items() if key not in finished}
+
+
+# -- from a run directory ------------------------------------------------------------------------------------------
+def final_stage(run_dir: Path) -> Path | None:
+    """Directory of the last stage of a finished run; None when the run is not finished or its files are gone."""
+    summary = run_dir / "summary.json"
+    if not summary.is_file():
+        return None
+    name = json.loads(summary.read_text(encoding="utf-8")).get("final_stage", "")
+    return run_dir / name if name and (run_dir / name / "done.json").is_file() else None
+
+
+def read_stage(stage: Path, splits: list[str]) -> dict[str, Any]:
+    """What a finished stage directory gives a RunRecord: stage, steps, wall_s, splits, curves, training, trends.
+
+    Raises DataError when an evaluation is missing or damaged.
+    """
+    done = json.loads((stage / "done.json").read_text(encoding="utf-8"))
+    summary = json.loads((stage.parent / "summary.json").read_text(encoding="utf-8"))
+    curves, others = _logged(stage / "metrics.jsonl")
+    return {
+        "stage": stage.name,
+        "steps": int(done["step"]),
+        "chosen_step": int(done.get("chosen_step", done["step"])),
+        "wall_s": float(summary["wall_s"]),
+        "splits": {name: _read_split(stage / "eval", name) for name in splits},
+        "curves": curves,
+        "training": {name: fmean(values) for name, values in others.items()},
+        "trends": {name: part_means(values) for name, values in others.items()},
+    }
+
+
+def _read_split(directory: Path, name: str) -> SplitResult:
+    result = EvalResult.read(directory, name)
+    table = result.per_user
+    sharing_B = table["sharing"].to_numpy()
+    keys = np.ascontiguousarray(table.select("row", "user", "target").to_numpy(), dtype="<i8")
+    raw = json.loads((directory / f"{name}.json").read_text(encoding="utf-8"))
+    known = ("rows", "beams", "invalid_rate", "means", "intervals")
+    return SplitResult(
+        rows=result.rows,
+        beams=result.beams,
+        collision=result.collision,
+        invalid_rate=result.invalid_rate,
+        means=dict(result.means),
+        facts=_numbers({key: value for key, value in raw.items() if key not in known}),
+        per_user_sha256=sha256(directory / f"{name}.per_user.parquet"),
+        rows_sha256=hashlib.sha256(keys.tobytes()).hexdigest(),
+        rank_B=table["rank"].to_numpy(),
+        sharing_B=sharing_B if (sharing_B > 1).any() else None,
+    )
+
+
+def _numbers(node: Mapping[str, Any]) -> dict[str, float]:
+    """All numbers below ``node`` by their own names; ``{"beyond": {"diversity@10": 1}}`` -> ``{"diversity@10": 1}``."""
+    found: dict[str, float] = {}
+    for key, value in node.items():
+        if isinstance(value, dict):
+            found |= _numbers(value)
+        elif isinstance(value, int | float) and not isinstance(value, bool):
+            found[key] = value
+    return found
+
+
+def part_means(values: Sequence[float]) -> list[float]:
+    """Means of ten parts of equal length, first to last; of fewer parts when there are fewer values.
+
+    >>> part_means([1.0, 2.0]), part_means(range(20))[:2]
+    ([1.0, 2.0], [0.5, 2.5])
+    """
+    parts = np.array_split(np.asarray(values, dtype=np.float64), min(_PARTS, len(values)))
+    return [float(f"{part.mean():.6g}") for part in parts]
+
+
+def _logged(path: Path) -> tuple[dict[str, list[list[float]]], dict[str, list[float]]]:
+    curves: dict[str, list[list[float]]] = {}
+    others: dict[str, list[float]] = {}
+    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    for line in map(json.loads, lines):
+        for name, value in line.items():
+            if name.startswith("valid/"):
+                curves.setdefault(name, []).append([line["step"], value])
+            elif name not in ("step", "epoch") and isinstance(value, int | float):
+                others.setdefault(name, []).append(value)
+    return curves, others
+
+
+# -- ranks as text -------------------------------------------------------------------------------------------------
+def pack(values_B: np.ndarray) -> str:
+    """Whole numbers as text: the smallest of int16 and int32 that holds them, zlib, base64."""
+    kind = "<i2" if len(values_B) == 0 or np.abs(values_B).max() < 2**15 else "<i4"
+    packed = zlib.compress(np.ascontiguousarray(values_B, dtype=kind).tobytes(), 9)
+    return f"{kind[1:]}:{base64.b64encode(packed).decode('ascii')}"
+
+
+def unpack(text: str) -> np.ndarray:
+    """What ``pack`` packed. [B] int64. Raises ValueError or zlib.error for anything else."""
+    kind, _, data = text.partition(":")
+    if kind not in ("i2", "i4"):
+        raise ValueError(f"packed numbers start with i2: or i4:, not {kind[:8]!r}")
+    try:
+        return np.frombuffer(zlib.decompress(base64.b64decode(data, validate=True)), dtype=f"<{kind}").astype(np.int64)
+    except binascii.Error as error:
+        raise ValueError(f"packed numbers are damaged: {error}") from None
+
+
+def _split_to_json(split: SplitResult) -> dict[str, Any]:
+    content = {item.name: getattr(split, item.name) for item in fields(split) if not item.name.endswith("_B")}
+    sharing = None if split.sharing_B is None else pack(split.sharing_B)
+    return {**content, "rank": pack(split.rank_B), "sharing": sharing}
+
+
+def _split_from_json(content: dict[str, Any]) -> SplitResult:
+    facts = {key: value for key, value in content.items() if key not in ("rank", "sharing")}
+    sharing = content["sharing"]
+    return SplitResult(**facts, rank_B=unpack(content["rank"]), sharing_B=None if sharing is None else unpack(sharing))

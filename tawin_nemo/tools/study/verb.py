@@ -1,0 +1,68 @@
+"""``tawin-nemo study``: read the study, make the plan, run what is missing, write the results page."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from tawin_nemo.tools.study import provenance
+from tawin_nemo.tools.study.analysis import load_results
+from tawin_nemo.tools.study.arms import Study, unfold
+from tawin_nemo.tools.study.config import read_study
+from tawin_nemo.tools.study.launch import FindData, data_finder, train_command
+from tawin_nemo.tools.study.plan import DONE, make_plan, plan_table
+from tawin_nemo.tools.study.runner import Outcome, Runner
+from tawin_nemo.util.files import atomic_path
+from tawin_nemo.util.log import get_logger
+
+log = get_logger(__name__)
+
+
+def run_study(
+    path: str | Path | None, overrides: Sequence[str], *, find_data: FindData, dry_run: bool = False
+) -> tuple[dict[str, Any], int]:
+    """Run a study and write its results page. Returns the JSON line for stdout, and the exit code (1 = a run failed).
+
+    Raises ConfigError for a mistake in the study file or a run file of another recipe.
+    """
+    asked = unfold(read_study(path, overrides))
+    if asked.file.report:
+        return {"study": asked.file.study, "report": str(write_page(asked))}, 0
+    plan = make_plan(asked)
+    workers = asked.file.workers or provenance.cores()
+    log.info("%s\n%s", asked.file.study, plan_table(plan, workers))
+    skipped = [run.name for run in plan.runs if plan.state[run.key] == DONE]
+    if dry_run:
+        waiting = [run.name for run in plan.waiting]
+        return {"study": asked.file.study, "dry_run": True, "done": len(skipped), "to_run": waiting}, 0
+    if asked.file.commit:
+        provenance.require_repository(asked.results)
+    outcome = Outcome()
+    if plan.waiting:
+        outcome = Runner(plan, train_command(asked), data_finder(asked, find_data), workers=workers).run()
+    result = {
+        "study": asked.file.study,
+        "finished": len(outcome.finished),
+        "skipped": len(skipped),
+        "failed": outcome.failed,
+        "blocked": outcome.blocked,
+        "results": str(asked.results),
+        "report": str(write_page(asked)),
+    }
+    return result, 1 if outcome.failed or outcome.blocked else 0
+
+
+def write_page(asked: Study) -> Path:
+    """README.md and the plots from the run files in ``results``; the page's path."""
+    # matplotlib takes a second to import, which a dry run should not wait for
+    from tawin_nemo.tools.study.plots import write_plots
+    from tawin_nemo.tools.study.tables import page
+
+    results = load_results(asked)
+    asked.results.mkdir(parents=True, exist_ok=True)
+    text = page(results, write_plots(results, asked.results))
+    path = asked.results / "README.md"
+    with atomic_path(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+    return path

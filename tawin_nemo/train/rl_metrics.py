@@ -1,0 +1,67 @@
+"""What a person watches during RL: facts of rollouts and the work that the phases of a step did."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tawin_nemo.config.backbones import Backbone
+from tawin_nemo.maths.advantages import zero_std_groups
+from tawin_nemo.rollout.engine import Engine
+from tawin_nemo.rollout.groups import GroupFacts
+from tawin_nemo.run.mfu import batch_work
+from tawin_nemo.run.timers import Timers, count_update
+from tawin_nemo.types import DataParallel, Rollout, TokenBatch
+
+
+def rollout_facts(rollout: Rollout, rewards_BG: Tensor, dp: DataParallel) -> dict[str, float]:
+    """Reward, hits and the kinds of groups (``GroupFacts``), over all data-parallel ranks."""
+    valid = rollout.valid_BG
+    mine = (
+        GroupFacts.of(rollout),
+        float((rewards_BG * valid).sum(dtype=torch.float64)),
+        int(zero_std_groups(rewards_BG, valid).sum()),
+    )
+    parts = dp.gather(mine)
+    groups = sum((facts for facts, _, _ in parts), GroupFacts())
+    count, shares = max(1, groups.groups), groups.shares()
+    return {
+        "rl/reward": sum(rewards for _, rewards, _ in parts) / max(1, groups.candidates),
+        "rl/hit_rate": 1.0 - shares.pop("frac_groups_without_target") - shares["frac_inserted_groups"],
+        "rl/frac_zero_std_groups": sum(zero for _, _, zero in parts) / count,
+        **prefixed(shares),
+    }
+
+
+def prefixed(stats: dict[str, float]) -> dict[str, float]:
+    return {name if name == "grad_norm" else f"rl/{name}": value for name, value in stats.items()}
+
+
+def count_work(
+    timers: Timers,
+    engine: Engine,
+    dp: DataParallel,
+    shape: Backbone,
+    batches: Sequence[TokenBatch],
+    *,
+    path_tokens: int,
+    scored: bool,
+    passes: int,
+) -> None:
+    """What the phases of this step had to compute; ``scored``: the reference ran, ``passes``: inner updates.
+
+    ``dp`` are the replicas of training, whose counts the timers add up: where the engine has other ones, each counts
+    the mean share of all that they ran.
+    """
+    ran = engine.take_work()
+    rows, flops = float(ran.tokens), ran.forward_flops(shape)
+    if engine.dp is not None:
+        rows, flops = np.sum(engine.dp.gather((rows, flops)), axis=0) / dp.size
+    timers.count("generate", tokens=path_tokens, rows=rows, flops=flops)
+    if scored:
+        once, tokens = batch_work(batches, shape.vocab), sum(len(batch.target_N) for batch in batches)
+        timers.count("reference", tokens=tokens, rows=once.tokens, flops=once.forward_flops(shape))
+    count_update(timers, batches, shape, passes=passes)

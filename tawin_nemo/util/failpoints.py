@@ -1,0 +1,110 @@
+"""Places where a test may kill this process or fill its disk; nothing happens unless ``TAWIN_FAILPOINTS`` is set.
+
+The variable holds ``POINT=ACTION[@PASS][/RANK]``, several separated by commas: at the PASS-th time (default 1) that the
+process comes to POINT it does ACTION, on every rank or only on RANK. Actions: ``kill`` (SIGKILL), ``kill:MS`` (the same
+MS milliseconds later, while the program goes on), ``term`` (SIGTERM), ``enospc`` (the error of a full disk), ``raise``
+(any other error). Each says so on stderr, so that a test can count what it has caused.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import signal
+import threading
+import time
+from dataclasses import dataclass
+from typing import BinaryIO
+
+from tawin_nemo.util.errors import ConfigError
+
+VARIABLE = "TAWIN_FAILPOINTS"
+POINTS = (
+    "save.before_write",  # before the first byte of a checkpoint
+    "save.mid_shard",  # half of a tensor is in the shard's file
+    "save.before_rename",  # every file is written and fsynced, under the temporary name
+    "save.replacing",  # an older checkpoint of this name is moved away, the new one not yet in its place
+    "save.after_rename",
+    "prune.mid",  # a checkpoint that goes has been renamed but not removed
+    "log.mid_line",  # half of a line of metrics.jsonl or timings.jsonl
+    "rl.after_rollout",
+    "rollout_rank.asked",  # a rank that only searches has been given prompts
+    "file.before_rename",  # any JSON, report or table that is written under a temporary name
+)
+_RULE = re.compile(r"([\w.]+)=(kill|kill:\d+|term|enospc|raise)(?:@(\d+))?(?:/(\d+))?")
+
+
+@dataclass
+class _Rule:
+    """What happens at one point; ``left`` counts the passes down."""
+
+    point: str
+    action: str
+    left: int
+    rank: int | None
+
+
+_rules: list[_Rule] = []
+
+
+def arm(text: str) -> None:
+    """Replace the rules; an empty text disarms. Raises ConfigError for a text that is none."""
+    _rules[:] = [_parsed(part) for part in text.split(",") if part]
+
+
+def _parsed(part: str) -> _Rule:
+    match = _RULE.fullmatch(part)
+    if match is None or match[1] not in POINTS:
+        raise ConfigError(
+            f"{VARIABLE}: {part!r} is not POINT=kill|kill:MS|term|enospc|raise[@PASS][/RANK] with a POINT of "
+            f"{', '.join(POINTS)}"
+        )
+    return _Rule(match[1], match[2], int(match[3] or 1), int(match[4]) if match[4] else None)
+
+
+def reach(point: str) -> None:
+    """The program is at ``point``."""
+    for rule in _rules:
+        if rule.point == point and rule.rank in (None, _rank()):
+            rule.left -= 1
+            if rule.left == 0:
+                _act(rule)
+
+
+def write(file: BinaryIO, data: bytes | memoryview, point: str) -> None:
+    """``file.write(data)``, with ``point`` in the middle of the bytes."""
+    if not _rules:
+        file.write(data)
+        return
+    half = len(data) // 2
+    file.write(data[:half])
+    file.flush()
+    reach(point)
+    file.write(data[half:])
+
+
+def _act(rule: _Rule) -> None:
+    action, _, delay = rule.action.partition(":")
+    os.write(2, f"failpoint {rule.point}: {rule.action}\n".encode())
+    if action == "enospc":
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    if action == "raise":
+        raise RuntimeError(f"failpoint {rule.point}")
+    number = signal.SIGTERM if action == "term" else signal.SIGKILL
+    if delay:
+        threading.Thread(target=_send, args=(number, int(delay) / 1000), daemon=True).start()
+        return
+    _send(number, 0.0)
+
+
+def _send(number: signal.Signals, seconds: float) -> None:
+    time.sleep(seconds)
+    os.kill(os.getpid(), number)
+
+
+def _rank() -> int:
+    return int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")))
+
+
+arm(os.environ.get(VARIABLE, ""))

@@ -1,0 +1,92 @@
+"""Start of the process groups: what the launcher says, what is refused, and seeds as a function of the step."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+
+import pytest
+import torch
+import torch.distributed as dist
+from megatron.core.tensor_parallel import get_cuda_rng_tracker
+
+from tawin_nemo.config.schema import ModelConfig
+from tawin_nemo.models.megatron.checkpoint.async_save import AsyncSaver
+from tawin_nemo.models.megatron.parallel import groups, runtime
+from tawin_nemo.models.megatron.parallel.runtime import Launch
+from tawin_nemo.util.errors import ConfigError
+
+
+@pytest.mark.parametrize(
+    ("env", "expected"),
+    [
+        ({}, Launch(0, 1, 0)),
+        ({"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1"}, Launch(5, 8, 1)),
+        (
+            {"SLURM_PROCID": "9", "SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "16", "SLURM_LOCALID": "1"},
+            Launch(9, 16, 1),
+        ),
+        ({"SLURM_PROCID": "9", "SLURM_STEP_ID": "0", "SLURM_NTASKS": "16"}, Launch(9, 16, 0)),
+        # the batch script itself, outside srun: one process, or it would wait for ranks that never come
+        ({"SLURM_PROCID": "0", "SLURM_NTASKS": "16"}, Launch(0, 1, 0)),
+    ],
+)
+def test_launch_variables(env: dict[str, str], expected: Launch) -> None:
+    assert runtime.read_launch(env) == expected
+
+
+@pytest.mark.parametrize(
+    ("nodes", "first"),
+    [("node[1-2]", "node1"), ("gpu7", "gpu7"), ("a-[003,007],b2", "a-003"), ("n1,n2", "n1"), ("", "127.0.0.1")],
+)
+def test_first_node_of_a_step(nodes: str, first: str) -> None:
+    assert runtime._rendezvous({"SLURM_STEP_NODELIST": nodes, "SLURM_JOB_ID": "7"}) == (first, 20007)
+    assert runtime._rendezvous({"MASTER_ADDR": "host", "MASTER_PORT": "9", "SLURM_NODELIST": nodes}) == ("host", 9)
+
+
+def test_layout_that_does_not_divide_the_processes_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"tensor_model_parallel_size=2 x .*=3 = 6 does not divide .* processes, 1"):
+        runtime.initialize(ModelConfig(tensor_model_parallel_size=2, pipeline_model_parallel_size=3), seed=1)
+
+
+def test_one_process_is_a_complete_layout() -> None:
+    runtime.initialize(ModelConfig(), seed=1)
+    runtime.initialize(ModelConfig(), seed=1)  # a second call is harmless
+    place = runtime.data_parallel()
+    assert (place.rank, place.size, place.gather("x")) == (0, 1, ["x"])
+    assert runtime.is_first_stage()
+    assert runtime.is_last_stage()
+    assert runtime.place()["tp_size"] == runtime.place()["pp_size"] == runtime.place()["dp_size"] == 1
+    assert runtime.gather_objects({"a": 1}) == [{"a": 1}]
+    runtime.barrier()
+
+
+def test_seeds_depend_on_seed_and_step_only() -> None:
+    def draws(seed: int, step: int) -> torch.Tensor:
+        runtime.seed_step(seed, step)
+        with get_cuda_rng_tracker().fork():
+            split = torch.rand(4)
+        return torch.cat([torch.rand(4), split])
+
+    runtime.initialize(ModelConfig(), seed=1)
+    first = draws(7, 3)
+    draws(7, 4)
+    assert torch.equal(draws(7, 3), first)
+    assert not torch.equal(draws(7, 4), first)
+    assert not torch.equal(draws(8, 3), first)
+    assert not torch.equal(first[:4], first[4:])  # tensor-parallel regions draw from a generator of their own
+
+
+def test_every_group_has_the_time_limit_that_is_asked_for() -> None:
+    limit = timedelta(minutes=7.5)
+    runtime.shutdown()
+    try:
+        runtime.initialize(ModelConfig(), seed=1, limit=limit)
+        groups.copy_service(), groups.rollout_groups(1, 1), groups.rollout_replicas(1, 1), AsyncSaver()
+        made = list(dist.distributed_c10d._world.pg_map)
+        limits = [group._get_backend(torch.device("cpu")).options._timeout for group in made]
+        assert len(limits) > 20
+        assert set(limits) == {limit}
+    finally:
+        runtime.shutdown()
+    runtime.initialize(ModelConfig(), seed=1)
+    assert groups.time_limit() == groups.TIMEOUT

@@ -1,0 +1,41 @@
+"""Nights of several processes, through the command line: training together, or with a rank that only rolls out."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from tests.tools.retrain.test_end_to_end import FIRST, IDLE, NIGHT, REFUSED, RUINED, SECOND, published
+from tests.train.runs import command, environment
+
+TOGETHER = ("trainer.devices=2",)
+APART = ("trainer.devices=2", "rollout.placement=separate", "rollout.devices=1")
+
+
+def night(root: Path, date: str, *overrides: str) -> subprocess.CompletedProcess[str]:
+    words = command(f"retrain.root={root}", f"retrain.date={date}", *NIGHT, *overrides, verb="retrain")
+    return subprocess.run(words, capture_output=True, text=True, timeout=500, env=environment())
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("processes", [TOGETHER, APART], ids=["together", "apart"])
+def test_a_night_is_published_the_next_refused(processes, tmp_path):
+    first = night(tmp_path, FIRST, *processes, *IDLE)
+    assert first.returncode == 0, first.stderr[-4000:]
+    (line,) = first.stdout.strip().splitlines()
+    assert (json.loads(line)["published"], published(tmp_path)) == (True, FIRST)
+    layout = json.loads((tmp_path / "runs" / FIRST / "layout.json").read_text())
+    assert [rank.get("role", f"replica {rank['dp_rank']}") for rank in layout] == (
+        ["replica 0", "replica 1"] if processes == TOGETHER else ["replica 0", "rollout"]
+    )
+
+    second = night(tmp_path, SECOND, *processes, *RUINED)
+    assert second.returncode == REFUSED, second.stderr[-4000:]
+    result = json.loads(second.stdout.strip().splitlines()[-1])
+    assert (result["published"], published(tmp_path)) == (False, FIRST)
+    assert result["reasons"] == json.loads((tmp_path / "runs" / SECOND / "gate.json").read_text())["reasons"] != []
+    assert "Traceback" not in second.stderr
+    assert "continues from the last checkpoint" not in second.stderr  # nothing failed
