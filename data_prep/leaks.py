@@ -51,7 +51,7 @@ def _check_indices(name: str, samples: Split, num_items: int, max_history: int) 
     for what, values in (("target", samples.target_N), ("history", samples.history.flat)):
         wrong = values[(values < 0) | (values >= num_items)]
         if len(wrong):
-            raise DataError(f"{name}: {what} names item {wrong[0]}, the catalogue has 0..{num_items - 1}")
+            raise DataError(f"{name}: {what} names item {wrong[0]}, the catalog has 0..{num_items - 1}")
     lengths = samples.history.lengths
     wrong = np.flatnonzero((lengths < 1) | (lengths > max_history))
     if len(wrong):

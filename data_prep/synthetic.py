@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from tawin_nemo.data_prep.synthetic_catalogue import SUCCESSORS, Catalogue, make_catalogue
+from tawin_nemo.data_prep.synthetic_catalog import SUCCESSORS, Catalog, make_catalog
 from tawin_nemo.data_prep.synthetic_raw import write_metadata, write_reviews
 
 #: Probability that the next item is a successor of the current one, and that it is drawn near the user's taste.
@@ -27,9 +27,9 @@ REVIEWS_FILE, METADATA_FILE = "Synthetic.json.gz", "meta_Synthetic.json.gz"
 
 @dataclass(frozen=True)
 class World:
-    """The truth behind the raw files: the catalogue and R reviews by user, in time order within a user."""
+    """The truth behind the raw files: the catalog and R reviews by user, in time order within a user."""
 
-    catalogue: Catalogue
+    catalog: Catalog
     asins: list[str]
     user_R: np.ndarray
     item_R: np.ndarray
@@ -37,17 +37,17 @@ class World:
 
 
 def make_world(num_items: int, num_users: int, reviews_per_user: float, seed: int) -> World:
-    """Draw a catalogue and a log. Equal arguments give equal worlds."""
+    """Draw a catalog and a log. Equal arguments give equal worlds."""
     generator = np.random.default_rng([seed, num_items, num_users])
-    catalogue = make_catalogue(num_items, generator)
+    catalog = make_catalog(num_items, generator)
     length_U = _lengths(num_users, reviews_per_user, generator)
-    item_UL = _walk(catalogue, length_U, generator)
+    item_UL = _walk(catalog, length_U, generator)
     gap_UL = np.where(generator.random(item_UL.shape) < 0.4, 1, 1 + generator.geometric(0.1, item_UL.shape))
     gap_UL[:, 0] = generator.integers(START_DAYS, size=num_users)
     time_UL = FIRST_DAY + DAY * np.cumsum(gap_UL, axis=1)
     mask_UL = np.arange(item_UL.shape[1]) < length_U[:, None]
     user_R = np.repeat(np.arange(num_users), length_U)
-    return World(catalogue, identifiers("B", num_items), user_R, item_UL[mask_UL], time_UL[mask_UL])
+    return World(catalog, identifiers("B", num_items), user_R, item_UL[mask_UL], time_UL[mask_UL])
 
 
 def write_raw(folder: Path, num_items: int, num_users: int, reviews_per_user: float, seed: int) -> World:
@@ -55,7 +55,7 @@ def write_raw(folder: Path, num_items: int, num_users: int, reviews_per_user: fl
     world = make_world(num_items, num_users, reviews_per_user, seed)
     generator = np.random.default_rng([seed, 1])
     folder.mkdir(parents=True, exist_ok=True)
-    write_metadata(folder / METADATA_FILE, world.catalogue, world.asins, generator)
+    write_metadata(folder / METADATA_FILE, world.catalog, world.asins, generator)
     users = identifiers("A", num_users)
     order = np.lexsort((world.time_R, world.item_R))  # as in the public files: by item
     write_reviews(
@@ -73,13 +73,13 @@ def oracle_ranking(world: World, item_N: np.ndarray, k: int) -> np.ndarray:
 
     Successors first, then the most popular items of the same brand and category.
     """
-    catalogue = world.catalogue
-    group_I = catalogue.category_I * len(catalogue.brand_names) + catalogue.brand_I
-    by_popularity = np.argsort(-catalogue.popularity_I, kind="stable")
+    catalog = world.catalog
+    group_I = catalog.category_I * len(catalog.brand_names) + catalog.brand_I
+    by_popularity = np.argsort(-catalog.popularity_I, kind="stable")
     ranking = np.full((len(item_N), k), -1)
     fill = {group: by_popularity[group_I[by_popularity] == group][: k + SUCCESSORS] for group in np.unique(group_I)}
     for row, item in enumerate(item_N):
-        candidates = np.concatenate([catalogue.successors_IS[item], fill[group_I[item]]])
+        candidates = np.concatenate([catalog.successors_IS[item], fill[group_I[item]]])
         distinct = candidates[np.sort(np.unique(candidates, return_index=True)[1])][:k]
         ranking[row, : len(distinct)] = distinct
     return ranking
@@ -121,24 +121,24 @@ class _Groups:
         return self.high_K[group_N] > self.low_K[group_N]
 
 
-def _walk(catalogue: Catalogue, length_U: np.ndarray, generator: np.random.Generator) -> np.ndarray:
+def _walk(catalog: Catalog, length_U: np.ndarray, generator: np.random.Generator) -> np.ndarray:
     """``item_UL``: all users take their t-th step together; steps beyond a user's length are drawn but not used."""
     users, steps = len(length_U), int(length_U.max())
-    brands, categories = len(catalogue.brand_names), len(catalogue.category_names)
-    everything = _Groups.of(np.zeros(len(catalogue), dtype=np.int64), 1, catalogue.popularity_I)
-    by_category = _Groups.of(catalogue.category_I, categories, catalogue.popularity_I)
-    shelf_I = catalogue.category_I * brands + catalogue.brand_I
-    by_shelf = _Groups.of(shelf_I, categories * brands, catalogue.popularity_I)
+    brands, categories = len(catalog.brand_names), len(catalog.category_names)
+    everything = _Groups.of(np.zeros(len(catalog), dtype=np.int64), 1, catalog.popularity_I)
+    by_category = _Groups.of(catalog.category_I, categories, catalog.popularity_I)
+    shelf_I = catalog.category_I * brands + catalog.brand_I
+    by_shelf = _Groups.of(shelf_I, categories * brands, catalog.popularity_I)
 
     item_UL = np.zeros((users, steps), dtype=np.int64)
     item_UL[:, 0] = everything.draw(np.zeros(users, dtype=np.int64), generator.random(users))
-    favourite_U = catalogue.brand_I[item_UL[:, 0]]
+    favourite_U = catalog.brand_I[item_UL[:, 0]]
     for step in range(1, steps):
         active = np.flatnonzero(length_U > step)
         current = item_UL[active, step - 1]
         kind, pick, stay, loyal, uniform = generator.random((5, len(active)))
         successor = np.searchsorted(np.cumsum(SUCCESSOR_WEIGHTS)[:-1], pick, side="right")
-        category = (catalogue.category_I[current] + (stay >= P_STAY_IN_CATEGORY)) % categories
+        category = (catalog.category_I[current] + (stay >= P_STAY_IN_CATEGORY)) % categories
         shelf = category * brands + favourite_U[active]
         near = np.where(
             (loyal < P_FAVOURITE_BRAND) & by_shelf.has_items(shelf),
@@ -148,7 +148,7 @@ def _walk(catalogue: Catalogue, length_U: np.ndarray, generator: np.random.Gener
         anywhere = everything.draw(np.zeros(len(active), dtype=np.int64), uniform)
         item_UL[active, step] = np.where(
             kind < P_SUCCESSOR,
-            catalogue.successors_IS[current, successor],
+            catalog.successors_IS[current, successor],
             np.where(kind < P_SUCCESSOR + P_TASTE, near, anywhere),
         )
     return item_UL

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import polars as pl
 
-from tawin_nemo.data_prep.synthetic_catalogue import Catalogue
+from tawin_nemo.data_prep.synthetic_catalog import Catalog
 from tawin_nemo.util.files import atomic_path
 
 #: Shares of the items whose metadata is spoiled in one way each; the last four make the item unusable.
@@ -26,13 +26,13 @@ REVIEW_DIRT = {
 }
 
 
-def write_metadata(path: Path, catalogue: Catalogue, asins: list[str], generator: np.random.Generator) -> None:
+def write_metadata(path: Path, catalog: Catalog, asins: list[str], generator: np.random.Generator) -> None:
     """One line per item, some spoiled, one repeated and one broken."""
-    order = generator.permutation(len(catalogue))
+    order = generator.permutation(len(catalog))
     spoiled: dict[int, str] = {}
     begin = 0
     for kind, share in ITEM_DIRT.items():
-        count = max(1, round(share * len(catalogue)))
+        count = max(1, round(share * len(catalog)))
         spoiled |= {int(item): kind for item in order[begin : begin + count]}
         begin += count
     donor = int(order[-1])
@@ -40,20 +40,20 @@ def write_metadata(path: Path, catalogue: Catalogue, asins: list[str], generator
     for item, asin in enumerate(asins):
         kind = spoiled.get(item, "")
         if kind != "absent":
-            title = catalogue.titles[donor if kind == "copied" else item]
-            lines.append(_line(_metadata(catalogue, item, asin, _spoil(title, kind))))
+            title = catalog.titles[donor if kind == "copied" else item]
+            lines.append(_line(_metadata(catalog, item, asin, _spoil(title, kind))))
     lines += [lines[0], lines[-1][: len(lines[-1]) // 2] + b"\n"]
     _write(path, lines)
 
 
-def _metadata(catalogue: Catalogue, item: int, asin: str, title: str) -> dict[str, Any]:
-    words = catalogue.titles[item].split()
+def _metadata(catalog: Catalog, item: int, asin: str, title: str) -> dict[str, Any]:
+    words = catalog.titles[item].split()
     return {
         "asin": asin,
         "title": title,
         "description": [f"{' '.join(words[2:5])} by {words[0]}.", "Ships from the warehouse &amp; from stores."],
-        "brand": catalogue.brand_names[catalogue.brand_I[item]],
-        "category": [catalogue.category_names[catalogue.category_I[item]], " ".join(words[3:5])],
+        "brand": catalog.brand_names[catalog.brand_I[item]],
+        "category": [catalog.category_names[catalog.category_I[item]], " ".join(words[3:5])],
         "price": f"${5 + item % 90}.99",
         "feature": [],
     }

@@ -6,7 +6,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 source recipes/install.sh
 
-# 1. Raw reviews. The default generates a catalogue and a review log in the raw Amazon format (dirty rows included);
+# 1. Raw reviews. The default generates a catalog and a review log in the raw Amazon format (dirty rows included);
 #    data.dataset=amazon data.root=DIR prepare.reviews=X.json.gz prepare.metadata=Y.json.gz reads real ones.
 #    Time window -> titles cleaned -> 5-core -> sliding windows -> 8:1:1 by time -> Parquet with a manifest.
 tawin-nemo prepare --recipe recipes/quickstart.yaml "$@"

@@ -132,7 +132,7 @@ def moved(record: Any, device: torch.device | str) -> Any:
 
 @dataclass(frozen=True)
 class Candidates:
-    """What a constrained search over the catalogue returns, best score first."""
+    """What a constrained search over the catalog returns, best score first."""
 
     items_BW: Tensor  # first item of the leaf; NO_ITEM where fewer than W valid paths exist
     leaf_BW: Tensor  # trie node of the finished path; -1 for NO_ITEM

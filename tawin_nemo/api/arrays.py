@@ -29,9 +29,9 @@ class RolloutReply:
     scores_BW: Tensor  # -inf for -1
     logprobs_BWT: Tensor  # of each token, in the space that was searched; 0 at padding
     instance: str  # of the server's start
-    catalogue: str  # fingerprint
+    catalog: str  # fingerprint
     weight_version: int
-    catalogue_version: int
+    catalog_version: int
 
     def encoded(self) -> bytes:
         tensors = {
@@ -39,8 +39,8 @@ class RolloutReply:
             "logprobs": self.logprobs_BWT,
         }  # fmt: skip
         metadata = {
-            "instance": self.instance, "catalogue": self.catalogue, "weight_version": str(self.weight_version),
-            "catalogue_version": str(self.catalogue_version),
+            "instance": self.instance, "catalog": self.catalog, "weight_version": str(self.weight_version),
+            "catalog_version": str(self.catalog_version),
         }  # fmt: skip
         tensors |= {name: tensors[name].to(torch.int32) for name in _INTEGERS}
         return safetensors.torch.save({name: value.contiguous() for name, value in tensors.items()}, metadata)
@@ -55,7 +55,7 @@ class RolloutReply:
             tensors |= {name: tensors[name].long() for name in _INTEGERS}
             reply = cls(
                 tensors["items"], tensors["tokens"], tensors["lengths"], tensors["scores"], tensors["logprobs"],
-                facts["instance"], facts["catalogue"], int(facts["weight_version"]), int(facts["catalogue_version"]),
+                facts["instance"], facts["catalog"], int(facts["weight_version"]), int(facts["catalog_version"]),
             )  # fmt: skip
         except (SafetensorError, ValueError, KeyError, TypeError) as error:
             raise TawinError(f"what came is no rollout ({type(error).__name__}: {error})") from error

@@ -138,23 +138,23 @@ class ControlClient(_Caller):
     def flush_cache(self) -> control_schema.Reply:
         return self._post(control_schema.Reply, "/flush_cache", control_schema.Nothing())
 
-    def build_catalogue(self, path: str) -> control_schema.CatalogueReply:
-        return self._post(control_schema.CatalogueReply, "/catalogue/build", control_schema.Build(path=path))
+    def build_catalog(self, path: str) -> control_schema.CatalogReply:
+        return self._post(control_schema.CatalogReply, "/catalog/build", control_schema.Build(path=path))
 
-    def validate_catalogue(self, version: int) -> control_schema.CatalogueReply:
-        body = control_schema.Candidate(catalogue_version=version)
-        return self._post(control_schema.CatalogueReply, "/catalogue/validate", body)
+    def validate_catalog(self, version: int) -> control_schema.CatalogReply:
+        body = control_schema.Candidate(catalog_version=version)
+        return self._post(control_schema.CatalogReply, "/catalog/validate", body)
 
-    def activate_catalogue(self, version: int) -> control_schema.CatalogueReply:
-        body = control_schema.Candidate(catalogue_version=version)
-        return self._post(control_schema.CatalogueReply, "/catalogue/activate", body)
+    def activate_catalog(self, version: int) -> control_schema.CatalogReply:
+        body = control_schema.Candidate(catalog_version=version)
+        return self._post(control_schema.CatalogReply, "/catalog/activate", body)
 
     def change_items(
         self, add: Sequence[control_schema.ItemToAdd] = (), remove: Sequence[str] = ()
-    ) -> control_schema.CatalogueReply:
+    ) -> control_schema.CatalogReply:
         """Add and remove items live."""
         body = control_schema.Change(add=list(add), remove=list(remove))
-        return self._post(control_schema.CatalogueReply, "/catalogue/items", body)
+        return self._post(control_schema.CatalogReply, "/catalog/items", body)
 
     def status(self) -> control_schema.StatusReply:
         return self._call(control_schema.StatusReply, "GET", "/status")

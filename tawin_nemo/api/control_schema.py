@@ -54,7 +54,7 @@ class Nothing(Strict):
 class ItemToAdd(Strict):
     external_id: Name
     title: Annotated[StrictStr, Field(min_length=1, max_length=4096)]
-    codes: list[Name] = Field(default_factory=list, description="semantic ID, where the catalogue is written in those")
+    codes: list[Name] = Field(default_factory=list, description="semantic ID, where the catalog is written in those")
 
 
 class Change(Strict):
@@ -64,12 +64,12 @@ class Change(Strict):
 
 class Build(Change):
     path: Name | None = Field(
-        None, description="JSON lines file below serve.roots: the whole new catalogue; or give add and remove"
+        None, description="JSON lines file below serve.roots: the whole new catalog; or give add and remove"
     )
 
 
 class Candidate(Strict):
-    catalogue_version: Annotated[StrictInt, Field(ge=1)]
+    catalog_version: Annotated[StrictInt, Field(ge=1)]
 
 
 class Reply(Versions):
@@ -77,7 +77,7 @@ class Reply(Versions):
     message: str = ""
 
 
-class CatalogueReply(Reply):
+class CatalogReply(Reply):
     candidate: int | None = Field(None, description="version of what was built")
     items: int
     paths: int
@@ -90,5 +90,5 @@ class StatusReply(Versions):
     requests: int = Field(description="that wait or run")
     candidates: list[int]
     weights_in_memory: list[int]
-    catalogues_in_memory: list[int]
+    catalogs_in_memory: list[int]
     weight_update_group: str | None = Field(None, description="that new weights may come through")

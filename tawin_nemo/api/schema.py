@@ -51,7 +51,7 @@ class RecommendationRequest(Reader):
 
 class Versions(BaseModel):
     weight_version: int
-    catalogue_version: int
+    catalog_version: int
 
 
 class Recommended(BaseModel):
@@ -91,7 +91,7 @@ class ScoreReply(Versions):
 
 
 class CompletionRequest(Strict):
-    """The part of OpenAI's completions that means something where every answer is a catalogue item."""
+    """The part of OpenAI's completions that means something where every answer is a catalog item."""
 
     model: StrictStr
     prompt: Prompt | list[Prompt]
@@ -158,7 +158,7 @@ class RolloutTerms(Versions):
     """What a training job has to agree with before it takes rollouts from here, and how much it may ask at once."""
 
     instance: str = Field(description="of this start of the server")
-    catalogue: str = Field(description="fingerprint of the catalogue: ids, titles, token paths in their order")
+    catalog: str = Field(description="fingerprint of the catalog: ids, titles, token paths in their order")
     tokenizer: str = Field(description="fingerprint of the tokenizer")
     precision: str = Field(description="number format that searches run in")
     length_penalty: float
@@ -184,7 +184,7 @@ class ModelCard(Versions):
     object: Literal["model"] = "model"
     created: int
     owned_by: str = "tawin_nemo"
-    catalogue: str = Field(description="fingerprint of the catalogue")
+    catalog: str = Field(description="fingerprint of the catalog")
     items: int
 
 

@@ -1,4 +1,4 @@
-"""Full-catalogue ranking of a sequential recommender, in the evaluator's own tables.
+"""Full-catalog ranking of a sequential recommender, in the evaluator's own tables.
 
 Rank: the number of items with a strictly higher score, plus those with the same score and a smaller index. So a model
 that gives all items one score ranks them by index, and no tie is decided in the target's favour. Nothing is left out
@@ -58,7 +58,7 @@ def evaluate_baseline(
     label: str,
     popularity_I: np.ndarray | None = None,
 ) -> EvalResult:
-    """Rank the whole catalogue for every row; models that search use ``cfg.beams`` beams.
+    """Rank the whole catalog for every row; models that search use ``cfg.beams`` beams.
 
     ``popularity_I`` as in ``eval.evaluate``. Raises DataError without rows, TawinError when a score is not a number.
     """

@@ -39,8 +39,8 @@ def load_baseline(
 ) -> SequentialRecommender:
     """The chosen checkpoint of a finished baseline stage, in eval mode and without gradients.
 
-    Call ``scores(history_BL)`` on rows from ``left_padded``. ``num_items``: the size of the caller's catalogue, which
-    must be the model's. Raises ConfigError when the stage is not a finished baseline or is of another catalogue,
+    Call ``scores(history_BL)`` on rows from ``left_padded``. ``num_items``: the size of the caller's catalog, which
+    must be the model's. Raises ConfigError when the stage is not a finished baseline or is of another catalog,
     CheckpointError when its checkpoint is damaged.
     """
     folder = Path(stage_dir)
@@ -52,8 +52,8 @@ def load_baseline(
     blueprint = _blueprint(folder)
     if num_items is not None and num_items != blueprint.num_items:
         raise ConfigError(
-            f"{folder} ranks {blueprint.num_items} items, but the catalogue has {num_items}; "
-            "train the baseline on this catalogue"
+            f"{folder} ranks {blueprint.num_items} items, but the catalog has {num_items}; "
+            "train the baseline on this catalog"
         )
     step = json.loads((folder / DONE_FILE).read_text(encoding="utf-8"))["chosen_step"]
     model = build_recommender(blueprint)
@@ -77,9 +77,9 @@ class Scorer:
 
 
 def load_scorer(stage: Path, num_items: int) -> Scorer:
-    """A finished stage that scores every item of a catalogue of ``num_items``, for rewards.
+    """A finished stage that scores every item of a catalog of ``num_items``, for rewards.
 
-    Raises ConfigError that names rl.reward_source when ``stage`` is no finished baseline, is of another catalogue, or
+    Raises ConfigError that names rl.reward_source when ``stage`` is no finished baseline, is of another catalog, or
     is tiger, which scores only what its search finds.
     """
     try:

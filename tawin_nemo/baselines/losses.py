@@ -23,9 +23,9 @@ def bce_loss(positive_B: Tensor, negatives_BN: Tensor) -> Tensor:
 def sample_negatives(target_B: Tensor, num_items: int, count: int) -> Tensor:
     """``count`` items per row, uniform over all items but the target, with replacement. [B, count]
 
-    Draws from torch's global generator of the target's device. Raises ValueError for a catalogue of one item.
+    Draws from torch's global generator of the target's device. Raises ValueError for a catalog of one item.
     """
     if num_items < 2:
-        raise ValueError(f"a negative needs a second item, the catalogue has {num_items}")
+        raise ValueError(f"a negative needs a second item, the catalog has {num_items}")
     draw_BN = torch.randint(num_items - 1, (len(target_B), count), device=target_B.device)
     return draw_BN + (draw_BN >= target_B.unsqueeze(1)).long()

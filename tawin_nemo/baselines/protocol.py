@@ -20,7 +20,7 @@ INIT_STD = 0.02
 
 
 class SequentialRecommender(nn.Module, ABC):
-    """Ranks the I items of a catalogue for a history."""
+    """Ranks the I items of a catalog for a history."""
 
     def __init__(self, num_items: int) -> None:
         super().__init__()

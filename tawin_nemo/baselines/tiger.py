@@ -2,7 +2,7 @@
 
 Left out: the paper's hashed user-id token, so that rows are told apart by their history alone, as for the other
 models. Added: each code of the history carries an embedding of how many codes ago it was, where T5 knows distances
-between codes only. Ranking: beam search over the catalogue's codes only; a code's log-probability is normalised over
+between codes only. Ranking: beam search over the catalog's codes only; a code's log-probability is normalised over
 the codes that lead to items, so that steps without a choice cost nothing.
 """
 

@@ -1,4 +1,4 @@
-"""The catalogue: what can be recommended, and how each item is written as tokens."""
+"""The catalog: what can be recommended, and how each item is written as tokens."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class Catalog:
             "trie": self.trie.num_items,
         }
         if len(set(sizes.values())) != 1:
-            raise CatalogError(f"the parts of the catalogue differ in their number of items: {sizes}")
+            raise CatalogError(f"the parts of the catalog differ in their number of items: {sizes}")
 
     def __len__(self) -> int:
         return len(self.titles)

@@ -52,7 +52,7 @@ def load_codes(path: Path, num_items: int) -> list[list[str]]:
     }
     found = [f"{len(keys)} {problem}: {_shorten(keys)}" for problem, keys in problems.items() if keys]
     if found:
-        raise CatalogError(f"{path} does not fit the catalogue of {num_items} items; {'; '.join(found)}")
+        raise CatalogError(f"{path} does not fit the catalog of {num_items} items; {'; '.join(found)}")
     codes_of = dict(pairs)
     return [codes_of[name] for name in names]
 

@@ -1,4 +1,4 @@
-"""Path-compressed (radix) trie over the catalogue's token paths, as frozen arrays.
+"""Path-compressed (radix) trie over the catalog's token paths, as frozen arrays.
 
 Only nodes with a choice are kept. Inner nodes are 0 .. num_inner - 1 in the order of (depth, first leaf); node
 ``num_inner + p`` is the leaf of the distinct path that begins at place p of the sorted items, so that items with equal
@@ -55,7 +55,7 @@ class TokenTrie:
         """Trie in which item ``i`` ends at the leaf of ``paths[i]``; items with equal paths share one leaf.
 
         ``names`` (one per item) only make messages readable. Rows of int32 are kept, not copied. Raises CatalogError
-        for an empty catalogue, an empty path, a token outside 0 .. 2^31 - 1, or a path that is the beginning of
+        for an empty catalog, an empty path, a token outside 0 .. 2^31 - 1, or a path that is the beginning of
         another one (end every path with EOS).
         """
         return cls(build_arrays(paths if isinstance(paths, TokenRows) else TokenRows.from_lists(paths), names))

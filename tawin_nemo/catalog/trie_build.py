@@ -277,7 +277,7 @@ def _label(item: int, names: Sequence[str] | None) -> str:
 
 def _check_paths(rows: TokenRows, names: Sequence[str] | None) -> None:
     if len(rows) == 0:
-        raise CatalogError("the catalogue has no items")
+        raise CatalogError("the catalog has no items")
     empty = np.flatnonzero(rows.lengths == 0)
     if len(empty):
         raise CatalogError(f"{_label(int(empty[0]), names)} has an empty token path; every path needs a token")

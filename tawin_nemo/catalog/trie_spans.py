@@ -1,7 +1,7 @@
 """Which items lie below a trie node, and how many choices lie above it: what filters and token counts ask.
 
-The items below a node are neighbours in the sorted catalogue, so that "is anything below this node allowed?" is two
-binary searches in a sorted list of places, whatever the size of the catalogue.
+The items below a node are neighbours in the sorted catalog, so that "is anything below this node allowed?" is two
+binary searches in a sorted list of places, whatever the size of the catalog.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from tawin_nemo.catalog.trie_build import TrieArrays
 
 @dataclass(frozen=True)
 class Spans:
-    """Places are positions in the sorted catalogue; V node ids as in TokenTrie, entries of unused ids mean nothing."""
+    """Places are positions in the sorted catalog; V node ids as in TokenTrie, entries of unused ids mean nothing."""
 
     place_I: np.ndarray  # place of every item
     first_V: np.ndarray  # first place below the node

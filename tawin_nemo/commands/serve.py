@@ -28,7 +28,7 @@ from tawin_nemo.rollout.engine import RolloutEngine
 from tawin_nemo.rollout.lm import LM, MeteredLM
 from tawin_nemo.run.world import World
 from tawin_nemo.serve.engine.admission import Limits
-from tawin_nemo.serve.engine.catalog import ServedCatalogue, Writing, read_items
+from tawin_nemo.serve.engine.catalog import ServedCatalog, Writing, read_items
 from tawin_nemo.serve.engine.engine import Engine
 from tawin_nemo.serve.engine.metrics import Metrics
 from tawin_nemo.serve.engine.ranks import Alone, Leader, Ranks, follow
@@ -41,7 +41,7 @@ from tawin_nemo.util.log import get_logger
 
 log = get_logger(__name__)
 SWITCH = 1e-4  # seconds
-FIRST = 1  # version of the weights and of the catalogue that a server starts with
+FIRST = 1  # version of the weights and of the catalog that a server starts with
 
 
 class Together:
@@ -73,7 +73,7 @@ def serve(world: World) -> dict[str, Any]:
         world = replace(world, recipe=replace(world.recipe, rollout=rollout))
     recipe, settings = world.recipe, world.recipe.serve
     # The engine lets go of the interpreter's lock at every call of torch, thousands of times a step. A thread that
-    # takes it, to build a catalogue say, may keep it so long each time; by default 5 ms: requests would take seconds.
+    # takes it, to build a catalog say, may keep it so long each time; by default 5 ms: requests would take seconds.
     sys.setswitchinterval(SWITCH)
     gc.freeze()  # what was imported and read so far stays; looking it through now and then would stop every request
     tp, pp = recipe.rollout_layout
@@ -82,11 +82,11 @@ def serve(world: World) -> dict[str, Any]:
             f"serve runs one model: trainer.num_nodes x trainer.devices = {runtime.world_size()} must be TP {tp} x "
             f"PP {pp} of rollouts; start several servers for several replicas"
         )
-    made_of = from_tensors(world.shape, model_in(recipe), recipe.rollout_layout)
-    replica = Replica(loader(world), length_penalty=recipe.rollout.length_penalty, from_tensors=made_of)
-    catalogue = first_catalogue(world)
+    build_from_tensors = from_tensors(world.shape, model_in(recipe), recipe.rollout_layout)
+    replica = Replica(loader(world), length_penalty=recipe.rollout.length_penalty, from_tensors=build_from_tensors)
+    catalog = first_catalog(world)
     replica.models[FIRST] = replica.load("")
-    replica.tries[FIRST] = catalogue.trie
+    replica.tries[FIRST] = catalog.trie
     ranks: Ranks = Together() if runtime.world_size() > 1 else Alone()
     if runtime.world_rank() > 0:
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
@@ -94,14 +94,14 @@ def serve(world: World) -> dict[str, Any]:
         follow(replica, ranks)
         return {}
     model = replica.models[FIRST]
-    catalogue.validate(vocab=model.vocab_size, positions=model.max_positions)
-    catalogue.warm()
+    catalog.validate(vocab=model.vocab_size, positions=model.max_positions)
+    catalog.warm()
     roots, folder = settings_of(settings, world.run_dir)
     keys = read_keys(settings.api_keys_file)
     token = control_token(settings.control_token_file, folder / "control_token", keys)
     metrics = Metrics()
     engine = Engine(
-        Leader(replica, ranks), catalogue, metrics=metrics, weights=FIRST, on_thread=runtime.use_device,
+        Leader(replica, ranks), catalog, metrics=metrics, weights=FIRST, on_thread=runtime.use_device,
         limits=Limits.of(settings),
     )  # fmt: skip
     terms = Terms(
@@ -109,11 +109,11 @@ def serve(world: World) -> dict[str, Any]:
         recipe.rollout.score_space, recipe.rollout.length_penalty, model.max_positions, model.vocab_size,
         world.tokenizer.fingerprint, model_in(recipe).precision,
     )  # fmt: skip
-    del model, catalogue  # they may be replaced, and must not stay in memory for this frame
+    del model, catalog  # they may be replaced, and must not stay in memory for this frame
     server = Server(engine, terms, Secrets(keys, token), roots=roots)
     engine.start()
     server.run(lambda: _announce(server, world, folder))
-    return {"served": True, "weight_version": engine.weights, "catalogue_version": engine.catalogue.version}
+    return {"served": True, "weight_version": engine.weights, "catalog_version": engine.catalog.version}
 
 
 def _announce(server: Server, world: World, folder: Path) -> None:
@@ -133,11 +133,11 @@ def reachable(host: str) -> str:
     return f"[{name}]" if ":" in name else name
 
 
-def first_catalogue(world: World) -> ServedCatalogue:
-    """The data set's catalogue, or that of ``serve.catalogue``, as version 1."""
+def first_catalog(world: World) -> ServedCatalog:
+    """The data set's catalog, or that of ``serve.catalogue``, as version 1."""
     data = world.recipe.data
     writing = Writing(world.tokenizer, world.template, data.max_history, data.max_prompt_tokens)
-    known = ServedCatalogue.of(world.catalog, world.item_texts, writing)
+    known = ServedCatalog.of(world.catalog, world.item_texts, writing)
     file = world.recipe.serve.catalogue
     return known.replaced(read_items(Path(file)), FIRST) if file else known
 

@@ -14,7 +14,7 @@ from tawin_nemo.config.schema import Recipe
 from tawin_nemo.models.megatron.checkpoint import async_save
 from tawin_nemo.models.megatron.model import precision
 from tawin_nemo.models.megatron.parallel import disaggregated, runtime
-from tawin_nemo.models.megatron.parallel.disaggregated import Apart
+from tawin_nemo.models.megatron.parallel.disaggregated import RolloutRanks
 from tawin_nemo.placement.remote_engine import Stop
 from tawin_nemo.placement.rollout_ranks import serve
 from tawin_nemo.run import signals
@@ -31,7 +31,7 @@ log = get_logger(__name__)
 def run(recipe: Recipe, verb: Verb, find_data: Callable[[Recipe], Path], **options: Any) -> dict[str, Any]:
     """Start the process group, open the run, prepare the data on rank 0, build the world, call ``verb``."""
     with started(recipe, computes=not options.get("dry_run")), contextlib.ExitStack() as stack:
-        if disaggregated.searches_only():
+        if disaggregated.is_rollout_rank():
             serve()
             return {}
         check_profile(recipe.profile)
@@ -58,12 +58,12 @@ def started(recipe: Recipe, *, computes: bool = True) -> Iterator[None]:
         stack.callback(async_save.drain)
         stack.enter_context(recorded())
         limit = timedelta(minutes=recipe.trainer.collective_timeout)
-        apart = Apart(recipe.rollout.devices, *recipe.rollout_layout) if recipe.rollout.devices else None
+        rollout_ranks = RolloutRanks(recipe.rollout.devices, *recipe.rollout_layout) if recipe.rollout.devices else None
         check_processes(recipe)
-        runtime.initialize(recipe.model, seed=recipe.seed, limit=limit, apart=apart)
+        runtime.initialize(recipe.model, seed=recipe.seed, limit=limit, rollout_ranks=rollout_ranks)
         check_precision(recipe, runs=computes)
         set_threads(recipe)
-        if disaggregated.divided():
+        if disaggregated.is_disaggregated():
             stack.push(dismiss)
         yield
 
@@ -71,7 +71,7 @@ def started(recipe: Recipe, *, computes: bool = True) -> Iterator[None]:
 def dismiss(kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
     """Tell the rollout ranks that this run is over; after an error that other ranks may not know of, all just end."""
     line = disaggregated.line()
-    if not disaggregated.searches_only() and not line.owed and isinstance(error, None | Preempted | UserError):
+    if not disaggregated.is_rollout_rank() and not line.owed and isinstance(error, None | Preempted | UserError):
         line.ask(Stop())
 
 

@@ -58,15 +58,15 @@ class Backbone:
 
 
 @dataclass(frozen=True)
-class Work:
+class FlopCount:
     """What a forward pass has to compute, whatever it costs an implementation; works add up."""
 
     tokens: int = 0  # rows through the decoder's layers
     pairs: float = 0.0  # (query, key) pairs of one attention head
     logits: int = 0  # dot products with rows of the LM head
 
-    def __add__(self, other: Work) -> Work:
-        return Work(self.tokens + other.tokens, self.pairs + other.pairs, self.logits + other.logits)
+    def __add__(self, other: FlopCount) -> FlopCount:
+        return FlopCount(self.tokens + other.tokens, self.pairs + other.pairs, self.logits + other.logits)
 
     def forward_flops(self, shape: Backbone) -> float:
         """Floating-point operations of the matrix products, two per multiply-add; a training pass costs three times

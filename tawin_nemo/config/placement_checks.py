@@ -97,6 +97,6 @@ def _server_combinations(r: Recipe) -> Iterator[tuple[bool, str]]:
     )
     yield (
         served and bool(aligned(r)),
-        f"{', '.join(aligned(r))}: tasks are checked by searches over other catalogues than the one that servers hold; "
+        f"{', '.join(aligned(r))}: tasks are checked by searches over other catalogs than the one that servers hold; "
         "set rollout.placement=colocated for a run with SFT tasks, then RL with start=RUN_DIR/sft on servers",
     )

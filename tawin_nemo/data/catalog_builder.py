@@ -23,7 +23,7 @@ def build_catalog(
     *,
     kind: str,
 ) -> Catalog:
-    """The catalogue whose item ``i`` is written as ``template.answer(texts[i])`` followed by end of text.
+    """The catalog whose item ``i`` is written as ``template.answer(texts[i])`` followed by end of text.
 
     Raises CatalogError for an item whose tokens depend on the prompt, or that holds end of text or a marker inside.
     """
@@ -32,7 +32,7 @@ def build_catalog(
             f"{len(titles)} titles, {len(external_ids)} external ids and {len(texts)} item texts; each item needs one"
         )
     if not len(texts):
-        raise CatalogError("the catalogue has no items; prepare a dataset that has some")
+        raise CatalogError("the catalog has no items; prepare a dataset that has some")
     paths = answer_paths(texts, tokenizer, template)
     return Catalog(list(titles), list(external_ids), kind, paths, TokenTrie.from_paths(paths, names=texts))
 

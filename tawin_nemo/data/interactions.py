@@ -50,7 +50,7 @@ class Split:
 
 @dataclass(frozen=True)
 class ItemFrame:
-    """The catalogue; position i belongs to item index i."""
+    """The catalog; position i belongs to item index i."""
 
     external_ids: list[str]
     titles: list[str]
@@ -103,7 +103,7 @@ def load_dataset(root: Path) -> Dataset:
     """Read a prepared folder after verifying the checksums of its manifest.
 
     Raises DataError for a missing or damaged file, missing columns, item indices that are not 0..I-1, an empty
-    history, or samples that name an item outside the catalogue.
+    history, or samples that name an item outside the catalog.
     """
     manifest = read_manifest(root)
     verify_files(root, manifest)
@@ -145,9 +145,7 @@ def _read_split(path: Path, num_items: int) -> Split:
     for name, values in ((TARGET, target), (HISTORY, history.flat)):
         if len(values) and (values.min() < 0 or values.max() >= num_items):
             wrong = values.min() if values.min() < 0 else values.max()
-            raise DataError(
-                f"{path}: column {name!r} names item {wrong}, the catalogue has 0..{num_items - 1}; {_AGAIN}"
-            )
+            raise DataError(f"{path}: column {name!r} names item {wrong}, the catalog has 0..{num_items - 1}; {_AGAIN}")
     return Split(user, history, target, time)
 
 

@@ -36,7 +36,7 @@ def load_item_vectors(path: Path, num_items: int, *, key: str = "rl.reward_sourc
         raise DataError(f"{where} holds {found}; it must be one array of numbers with the shape [items, dimensions]")
     if len(vectors) != num_items:
         raise DataError(
-            f"{where} has {len(vectors)} rows and the catalogue {num_items} items; "
+            f"{where} has {len(vectors)} rows and the catalog {num_items} items; "
             "write one row per item, in the order of items.parquet"
         )
     return usable_vectors(vectors.astype(np.float32), where)

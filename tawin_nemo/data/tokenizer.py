@@ -1,4 +1,4 @@
-"""Text <-> tokens: a pretrained tokenizer, a BPE trained on the catalogue, or one token per code.
+"""Text <-> tokens: a pretrained tokenizer, a BPE trained on the catalog, or one token per code.
 
 All three are Hugging Face fast tokenizers behind one small wrapper, and are saved in that format. Marker tokens of
 the template and codes are added tokens: they are cut out of the text before anything else happens, so that their

@@ -65,7 +65,7 @@ def tree_batch(
         prompts: B rows of at least one token.
         answers: A token paths, EOS included.
         prompt_A: The prompt of each answer, ascending; every prompt has one at least.
-        trie: The catalogue, for trie space.
+        trie: The catalog, for trie space.
 
     Returns:
         The batch and the meaning of its N log-probs, ordered by answer, then token; int64 on the CPU.
@@ -158,7 +158,7 @@ def _trees(prompts: TokenRows, answers: TokenRows, prompt_A: np.ndarray, trie: T
     if len(first_U) > 1:
         same_UD = (tokens_UT[1:] == tokens_UT[:-1])[:, : inputs_U.max()]
         common_U = np.logical_and.accumulate(same_UD, axis=1).sum(axis=1)
-        # No catalogue path is the beginning of another; where an answer is, it has fewer inputs than they share.
+        # No catalog path is the beginning of another; where an answer is, it has fewer inputs than they share.
         common_U = np.minimum(common_U, np.minimum(inputs_U[1:], inputs_U[:-1]))
         shared_U[1:] = np.where(prompt_U[1:] == prompt_U[:-1], common_U, 0)
     return _Trees(prompt_U, tokens_UT, inputs_U, shared_U, distinct_A, scored)
@@ -290,7 +290,7 @@ def _check_paths(paths: TokenRows, trie: TokenTrie, node_U: Tensor, names: np.nd
         return
     row = int(bad[np.argmin(names[bad])])
     place, tokens = int(at_U[row]), paths[row].tolist()
-    what = f"leaves the catalogue at its token {place} ({tokens[place]})" if place < len(tokens) else "is cut short"
+    what = f"leaves the catalog at its token {place} ({tokens[place]})" if place < len(tokens) else "is cut short"
     raise CatalogError(
         f"answer {names[row]} {what}: {tokens}; build the answers from catalog.paths with the same tokenizer"
     )

@@ -1,4 +1,4 @@
-"""What lists of recommendations look like beside their hits: popular or not, varied or not, how much of the catalogue.
+"""What lists of recommendations look like beside their hits: popular or not, varied or not, how much of the catalog.
 
 Lists name token paths by their leaf, best first, -1 where nothing was returned. Items that are written alike share a
 path: a path listed lists all of them, and its log-popularity is their mean.
@@ -23,7 +23,7 @@ def beyond_accuracy(
 ) -> dict[str, float]:
     """``coverage@K``, ``first_codes@10`` and, where popularity is known, ``popularity_bias@K``.
 
-    ``leaf_BK`` holds at least ``max(ks)`` places, or fewer where the catalogue has no more; ``history`` the items that
+    ``leaf_BK`` holds at least ``max(ks)`` places, or fewer where the catalog has no more; ``history`` the items that
     each row's prompt shows; ``popularity_I`` counts each item in train (``item_counts``). A bias that no row has (no
     candidates, or no histories) is left out.
     """
@@ -73,14 +73,14 @@ def popularity_bias(leaf_BK: np.ndarray, catalog: Catalog, history: TokenRows, p
 
 
 def coverage(leaf_BK: np.ndarray, catalog: Catalog) -> float:
-    """Share of the catalogue's items that some list holds."""
+    """Share of the catalog's items that some list holds."""
     return float(np.isin(catalog.leaf_I, leaf_BK).mean())
 
 
 def first_codes(leaf_BK: np.ndarray, catalog: Catalog) -> np.ndarray:
     """How many different first tokens the paths of each list have: in how many directions its beams look. [B] int64.
 
-    The first token that distinguishes anything: what all paths of the catalogue begin with is skipped.
+    The first token that distinguishes anything: what all paths of the catalog begin with is skipped.
     """
     trie = catalog.trie
     depth = int(trie.arrays.node_depth[0]) if trie.num_leaves > 1 else 0

@@ -1,4 +1,4 @@
-"""Recall@K and NDCG@K of a policy over the full catalogue: a table with one row per user first, means after.
+"""Recall@K and NDCG@K of a policy over the full catalog: a table with one row per user first, means after.
 
 Rank and credit. A policy ranks token *paths*: each path holds one place of the beam list, however many items are
 written with it. The rank of a target is the 0-based place of its path (-1 when no beam ended there). A target that
@@ -135,10 +135,10 @@ def target_rank(leaf_BW: Tensor, target_leaf_B: Tensor) -> Tensor:
 
 
 def check_candidates(found: Candidates, catalog: Catalog) -> tuple[np.ndarray, np.ndarray]:
-    """Two bool arrays [B, W]: where something was returned, and where that is not a catalogue item.
+    """Two bool arrays [B, W]: where something was returned, and where that is not a catalog item.
 
     A candidate is invalid unless it is, token for token, the path of the item that it claims to be. The search should
-    make that impossible; here it is checked against the catalogue's own token rows and not against the trie that the
+    make that impossible; here it is checked against the catalog's own token rows and not against the trie that the
     search walked.
     """
     items_BW, tokens_BWT = found.items_BW.cpu().numpy(), found.tokens_BWT.cpu().numpy()
@@ -168,7 +168,7 @@ def _search(
 
 
 def _search_chunk(engine: Engine, samples: Samples, catalog: Catalog, cfg: EvalConfig, rows: np.ndarray) -> _Found:
-    width = min(cfg.beams, catalog.trie.num_leaves)  # so many beams rank the whole catalogue, more could not do better
+    width = min(cfg.beams, catalog.trie.num_leaves)  # so many beams rank the whole catalog, more could not do better
     found = engine.search(samples.prompts.take(rows), width, token_budget=cfg.token_budget)
     returned_BW, invalid_BW = check_candidates(found, catalog)
     leaf_BW = found.leaf_BW.cpu()

@@ -203,7 +203,7 @@ def _run_facts(report: ReportInput) -> Iterator[Fact]:
 
 
 def _data_facts(report: ReportInput, tested: list[StageRecord]) -> Iterator[Fact]:
-    for name, value in report.catalogue.items():
+    for name, value in report.catalog.items():
         shown = ", ".join(f"{k} {_number(v)}" for k, v in value.items()) if isinstance(value, dict) else _number(value)
         yield Fact(name.replace("_", " "), shown)
     if tested and tested[-1].result is not None:

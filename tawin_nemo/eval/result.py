@@ -55,10 +55,10 @@ class EvalResult:
     means: dict[str, float]  # recall@K and ndcg@K
     intervals: dict[str, tuple[float, float]]  # 95 %, normal approximation
     rows: int
-    invalid_rate: float  # share of the returned candidates that are not the path of a catalogue item
+    invalid_rate: float  # share of the returned candidates that are not the path of a catalog item
     collisions: int  # rows whose target shares its token path with another item
-    short_rows: float  # share of rows with fewer candidates than beams (or than the catalogue has paths)
-    coverage: float  # share of the catalogue's paths that some row has among its first 10
+    short_rows: float  # share of rows with fewer candidates than beams (or than the catalog has paths)
+    coverage: float  # share of the catalog's paths that some row has among its first 10
     beams: int
     collision: str  # eval.collision: what a hit on a shared path is worth
     per_user: pl.DataFrame  # row, user, target, rank (-1 = not listed), sharing, candidates, one column per metric

@@ -50,7 +50,7 @@ class ReportInput:
     recipe: dict[str, Any]  # resolved
     recipe_text: str
     summary: dict[str, Any]
-    catalogue: dict[str, Any]
+    catalog: dict[str, Any]
     stages: tuple[StageRecord, ...]
     split: str = "test"  # whose results are shown: test, or valid where no stage was evaluated on test
 
@@ -91,7 +91,7 @@ def load_report(run_dir: Path) -> ReportInput:
         recipe=recipe,
         recipe_text=text,
         summary=_read_json(run_dir / "summary.json"),
-        catalogue=_read_json(run_dir / "catalogue.json"),
+        catalog=_read_json(run_dir / "catalogue.json"),
         stages=tuple(_load_stage(run_dir / name, split) for name in names),
         split=split,
     )

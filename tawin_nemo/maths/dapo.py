@@ -1,7 +1,7 @@
 """DAPO's objective (arXiv 2503.14476, Eq. 8-12): clip-higher and a mean over tokens; TAWin's weights by option.
 
 Its dynamic sampling is part of the rollout (``train/refill.py``). Its overlong filtering has no counterpart here: the
-paths of a closed catalogue have known lengths.
+paths of a closed catalog have known lengths.
 """
 
 from __future__ import annotations

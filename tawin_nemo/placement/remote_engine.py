@@ -12,7 +12,7 @@ from typing import Any
 from megatron.core.models.gpt import GPTModel
 
 from tawin_nemo.catalog.items import Catalog
-from tawin_nemo.config.backbones import Backbone, Work
+from tawin_nemo.config.backbones import Backbone, FlopCount
 from tawin_nemo.config.schema import Recipe
 from tawin_nemo.models.megatron.model.build import check_rollout_model
 from tawin_nemo.models.megatron.model.reshard import Refit
@@ -70,7 +70,7 @@ class Search:
 @dataclass(frozen=True)
 class Found:
     value: Any  # Rollout or Candidates, on the CPU
-    work: Work  # of all replicas
+    work: FlopCount  # of all replicas
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ class RemoteEngine:
     def __init__(self, recipe: Recipe, model: GPTModel, shape: Backbone, catalog: Catalog) -> None:
         check_rollout_model(shape, recipe.model, *recipe.rollout_layout)
         self.dp = DataParallel()
-        self._line, self._version, self._work = disaggregated.line(), 0, Work()
+        self._line, self._version, self._work = disaggregated.line(), 0, FlopCount()
         self._line.holder = self  # the rollout ranks hold one model at a time
         self._ask(Build(recipe, shape, catalog))
         self._refit = Refit(model, None)
@@ -137,8 +137,8 @@ class RemoteEngine:
         rollout: Rollout = self._fetched()
         return rollout
 
-    def take_work(self) -> Work:
-        work, self._work = self._work, Work()
+    def pop_flops(self) -> FlopCount:
+        work, self._work = self._work, FlopCount()
         return work
 
     def _fetched(self) -> Any:

@@ -1,6 +1,6 @@
 """What a rank that only searches does from its start to its end: one question of the training ranks after the other.
 
-It reads no data and writes no file but its log: recipe, catalogue, weights and prompts come from the training ranks.
+It reads no data and writes no file but its log: recipe, catalog, weights and prompts come from the training ranks.
 An error ends it, and with it the job, whose launcher shows its traceback.
 """
 
@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from megatron.core.models.gpt import GPTModel
 
-from tawin_nemo.config.backbones import Work
+from tawin_nemo.config.backbones import FlopCount
 from tawin_nemo.models.megatron.parallel import disaggregated, runtime
 from tawin_nemo.placement.dispatch import dispatched, dispatched_search
 from tawin_nemo.placement.remote_engine import (
@@ -77,10 +77,10 @@ def _answer(line: disaggregated.Line, engine: RolloutEngine, message: object) ->
         raise TypeError(f"the rollout ranks do not understand {message}")
 
 
-def work_of_all(engine: RolloutEngine) -> Work:
+def work_of_all(engine: RolloutEngine) -> FlopCount:
     """What the replicas ran since the last time, together."""
     assert engine.dp is not None
-    return sum(engine.dp.gather(engine.take_work()), Work())
+    return sum(engine.dp.gather(engine.pop_flops()), FlopCount())
 
 
 def place(model: GPTModel) -> dict[str, Any]:

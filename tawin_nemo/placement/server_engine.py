@@ -18,7 +18,7 @@ from megatron.core.models.gpt import GPTModel
 
 from tawin_nemo.api.arrays import RolloutReply
 from tawin_nemo.catalog.items import Catalog
-from tawin_nemo.config.backbones import Backbone, Work
+from tawin_nemo.config.backbones import Backbone, FlopCount
 from tawin_nemo.config.schema import Recipe
 from tawin_nemo.models.megatron.hf.memory import gather_hf
 from tawin_nemo.models.megatron.parallel import runtime
@@ -82,8 +82,8 @@ class ServerEngine(Generator):
 
         return self._asked(ask, prompts, draws, self.catalog.trie.decision_depth, None)
 
-    def take_work(self) -> Work:
-        return Work()
+    def pop_flops(self) -> FlopCount:
+        return FlopCount()
 
     def _asked(
         self, ask: Callable[[GenerationServer, int, np.ndarray], RolloutReply], prompts: TokenRows, width: int,
@@ -100,7 +100,7 @@ class ServerEngine(Generator):
             first = parts[0][1]
             return RolloutReply(
                 found.items_BW, found.tokens_BWT, found.lengths_BW, found.scores_BW, found.logprobs_BWT,
-                first.instance, first.catalogue, first.weight_version, first.catalogue_version,
+                first.instance, first.catalog, first.weight_version, first.catalog_version,
             ).encoded()  # fmt: skip
 
         return self._candidates(RolloutReply.decoded(on_first_rank(fetch)))

@@ -1,6 +1,6 @@
 """One generation server (``tawin-nemo serve``) as a training job sees it: what it must agree with, weights, rollouts.
 
-Every reply names the start of the server, its catalogue and its weights. One that names others than were asked for is
+Every reply names the start of the server, its catalog and its weights. One that names others than were asked for is
 refused: a server that was restarted, or that somebody else has changed, cannot go unnoticed.
 """
 
@@ -52,7 +52,7 @@ class Unavailable(TawinError):
 class Agreed:
     """What a server has to have in common with training."""
 
-    catalogue: str  # fingerprint
+    catalog: str  # fingerprint
     tokenizer: str  # fingerprint; "" = not compared
     precision: str
     length_penalty: float
@@ -160,11 +160,11 @@ class GenerationServer:
         rows = [prompts[row].tolist() for row in range(len(prompts))]
         with self._speaking():
             reply = client.rollouts(rows, weight_version=version, timeout_s=self._cfg.server_timeout_s, **fields)
-        said = (reply.weight_version, reply.instance, reply.catalogue)
-        if said != (version, self._instance, self._agreed.catalogue):
+        said = (reply.weight_version, reply.instance, reply.catalog)
+        if said != (version, self._instance, self._agreed.catalog):
             raise Unavailable(
-                f"answered from weights {said[0]}, start {said[1][:8]}, catalogue {said[2][:8]} where {version}, "
-                f"{self._instance[:8]}, {self._agreed.catalogue[:8]} are due: refused"
+                f"answered from weights {said[0]}, start {said[1][:8]}, catalog {said[2][:8]} where {version}, "
+                f"{self._instance[:8]}, {self._agreed.catalog[:8]} are due: refused"
             )
         if len(reply.items_BW) != len(prompts):
             raise Unavailable(f"answered {len(reply.items_BW)} of {len(prompts)} prompts: refused")
@@ -173,10 +173,10 @@ class GenerationServer:
     def _compare(self, terms: RolloutTerms) -> None:
         agreed = self._agreed
         remedy = "start it from this run's recipe (same data, tokenizer and model keys)"
-        if terms.catalogue != agreed.catalogue:
+        if terms.catalog != agreed.catalog:
             raise ConfigError(
-                f"rollout.servers: {self.name} serves another catalogue ({terms.catalogue[:12]}) than this run trains "
-                f"on ({agreed.catalogue[:12]}): {remedy}, without serve.catalogue and later changes of items"
+                f"rollout.servers: {self.name} serves another catalog ({terms.catalog[:12]}) than this run trains "
+                f"on ({agreed.catalog[:12]}): {remedy}, without serve.catalogue and later changes of items"
             )
         if agreed.tokenizer and terms.tokenizer != agreed.tokenizer:
             raise ConfigError(

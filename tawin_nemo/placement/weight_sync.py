@@ -42,7 +42,7 @@ def build_engine(
     """
     if recipe.rollout.placement == "server":
         return ServerEngine(recipe, model, shape, catalog, tokenizer=tokenizer)
-    if disaggregated.divided():
+    if disaggregated.is_disaggregated():
         return RemoteEngine(recipe, model, shape, catalog)
     trained = recipe.model
     if recipe.rollout_layout == (trained.tensor_model_parallel_size, trained.pipeline_model_parallel_size):

@@ -1,4 +1,4 @@
-"""Token-synchronous beam search over the catalogue trie.
+"""Token-synchronous beam search over the catalog trie.
 
 Semantics of transformers 4.57 ``generate(num_beams=W, num_return_sequences=W, do_sample=False,
 early_stopping="never", prefix_allowed_tokens_fn=..., renormalize_logits=(score_space == "trie"))`` with
@@ -80,7 +80,7 @@ def constrained_beam_search(
 
     ``score_space``: log-probs over the admissible tokens (``trie``; forced tokens count exactly 0) or over the whole
     vocabulary (``vocab``). ``length_penalty`` p divides the final score by ``length ** p``, EOS counted. With W >= the
-    number of distinct paths the result is the exact ranking of the whole catalogue; an item of probability 0 is never
+    number of distinct paths the result is the exact ranking of the whole catalog; an item of probability 0 is never
     returned.
     Raises ConfigError (width, score space), DataError (prompt without tokens, too long, or with tokens that the model
     does not have), CatalogError (token beyond the model's vocabulary), TawinError (NaN log-probs).

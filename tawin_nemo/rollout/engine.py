@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from tawin_nemo.catalog.items import Catalog
-from tawin_nemo.config.backbones import Work
+from tawin_nemo.config.backbones import FlopCount
 from tawin_nemo.config.schema import RolloutConfig
 from tawin_nemo.rollout.beam import Answers, BeamSearch, collected
 from tawin_nemo.rollout.lm import LM, MeteredLM
@@ -55,12 +55,12 @@ class Engine(Protocol):
     ) -> Rollout:  # fmt: skip
         """As ``RolloutEngine.generate``."""
 
-    def take_work(self) -> Work:
+    def pop_flops(self) -> FlopCount:
         """What the model ran since the last time: this replica's, or all that one call is spread among."""
 
 
 class Generator(ABC):
-    """Rollouts out of searches and draws over one catalogue, wherever these are made.
+    """Rollouts out of searches and draws over one catalog, wherever these are made.
 
     ``weight_version`` says which weights are searched with; whoever changes them sets it, and every rollout carries it.
     """
@@ -141,13 +141,13 @@ class Generator(ABC):
         paths = self.catalog.trie.num_leaves
         if width > paths:
             raise ConfigError(
-                f"{key}={width} asks for more beams than the catalogue has distinct token paths ({paths}); "
+                f"{key}={width} asks for more beams than the catalog has distinct token paths ({paths}); "
                 f"use at most {paths}"
             )
 
 
 class RolloutEngine(Generator):
-    """Beam search and sampling of one model over one catalogue.
+    """Beam search and sampling of one model over one catalog.
 
     ``receive_weights`` brings a model that is not the one in training up to date. ``dp``: this process's place among
     the model's replicas, None where they are those of training.
@@ -169,9 +169,9 @@ class RolloutEngine(Generator):
         self.receive_weights = receive_weights
         self.spread = 1
 
-    def take_work(self) -> Work:
+    def pop_flops(self) -> FlopCount:
         """What the model ran since the last call; nothing if nobody counts."""
-        return self.lm.take() if isinstance(self.lm, MeteredLM) else Work()
+        return self.lm.take() if isinstance(self.lm, MeteredLM) else FlopCount()
 
     def search(
         self,
@@ -185,7 +185,7 @@ class RolloutEngine(Generator):
         """Beam search for N prompts, results in their order (``constrained_beam_search``; errors as there).
 
         ``score_space`` and ``token_budget`` default to the configuration; see ``stream``.
-        Raises ConfigError for more beams than the catalogue has paths.
+        Raises ConfigError for more beams than the catalog has paths.
         """
         answers = []
         for part in self.stream(prompts, width, score_space=score_space, token_budget=token_budget):

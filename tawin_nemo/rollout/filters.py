@@ -1,6 +1,6 @@
-"""Searches over a part of the catalogue: an edge below which nothing is allowed is never taken.
+"""Searches over a part of the catalog: an edge below which nothing is allowed is never taken.
 
-Log-probs stay those of the whole catalogue (trie space is not normalised anew), so that scores of filtered and
+Log-probs stay those of the whole catalog (trie space is not normalised anew), so that scores of filtered and
 unfiltered searches can be compared. A filtered search is the search that one would see if the model gave every path
 without an allowed item probability 0: no allowed item is crowded out by forbidden ones, and with at least as many
 beams as there are allowed paths the result is the exact ranking of the allowed items.

@@ -7,7 +7,7 @@ from typing import Any, Protocol
 import numpy as np
 from torch import Tensor
 
-from tawin_nemo.config.backbones import Work
+from tawin_nemo.config.backbones import FlopCount
 from tawin_nemo.types import TokenRows
 
 
@@ -80,9 +80,9 @@ class MeteredLM:
 
     def __init__(self, lm: LM) -> None:
         self.lm = lm
-        self._prompts = Work()
+        self._prompts = FlopCount()
         self._num_prompts = 0
-        self._behind = Work()
+        self._behind = FlopCount()
 
     @property
     def vocab_size(self) -> int:
@@ -94,12 +94,12 @@ class MeteredLM:
 
     def prefill(self, prompts: TokenRows) -> Any:
         lengths_B = prompts.lengths.astype(np.float64)
-        self._prompts += Work(tokens=len(prompts.flat), pairs=float((lengths_B * (lengths_B + 1) / 2).sum()))
+        self._prompts += FlopCount(tokens=len(prompts.flat), pairs=float((lengths_B * (lengths_B + 1) / 2).sum()))
         self._num_prompts += len(prompts)
         return self.lm.prefill(prompts)
 
     def extend(self, cache: Any, parent_R: Tensor, chains: TokenRows) -> Any:
-        self._behind += Work(tokens=len(chains.flat))
+        self._behind += FlopCount(tokens=len(chains.flat))
         return self.lm.extend(cache, parent_R, chains)
 
     def rows(self, cache: Any) -> int:
@@ -113,12 +113,12 @@ class MeteredLM:
 
     def logprobs(self, cache: Any, row_N: Tensor, position_E: Tensor, token_E: Tensor, space: str) -> Tensor:
         logits = len(token_E) if space == "trie" else len(row_N) * self.vocab_size
-        self._behind += Work(logits=logits)
+        self._behind += FlopCount(logits=logits)
         return self.lm.logprobs(cache, row_N, position_E, token_E, space)
 
-    def take(self) -> Work:
+    def take(self) -> FlopCount:
         """Everything since the last call, and start from zero."""
         mean_prompt = self._prompts.tokens / max(1, self._num_prompts)
-        total = self._prompts + self._behind + Work(pairs=self._behind.tokens * mean_prompt)
-        self._prompts, self._num_prompts, self._behind = Work(), 0, Work()
+        total = self._prompts + self._behind + FlopCount(pairs=self._behind.tokens * mean_prompt)
+        self._prompts, self._num_prompts, self._behind = FlopCount(), 0, FlopCount()
         return total

@@ -1,4 +1,4 @@
-"""Independent constrained draws from the catalogue (TAWin, arXiv 2604.22504, Appendix A.1)."""
+"""Independent constrained draws from the catalog (TAWin, arXiv 2604.22504, Appendix A.1)."""
 
 from __future__ import annotations
 

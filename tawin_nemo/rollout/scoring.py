@@ -39,8 +39,8 @@ def check_search(lm: LM, trie: TokenTrie, width: int) -> None:
         raise ConfigError(f"a search needs at least one beam or draw per prompt; got {width}")
     if trie.max_token >= lm.vocab_size:
         raise CatalogError(
-            f"the catalogue uses token {trie.max_token}, the model has {lm.vocab_size} tokens; "
-            "build the catalogue with the model's tokenizer"
+            f"the catalog uses token {trie.max_token}, the model has {lm.vocab_size} tokens; "
+            "build the catalog with the model's tokenizer"
         )
 
 
@@ -54,7 +54,7 @@ def check_prompts(lm: LM, prompts: TokenRows, trie: TokenTrie) -> None:
     longest = int(lengths.argmax())
     if lengths[longest] + trie.max_depth > lm.max_positions:
         raise DataError(
-            f"prompt row {longest} has {lengths[longest]} tokens, the longest path of the catalogue {trie.max_depth}, "
+            f"prompt row {longest} has {lengths[longest]} tokens, the longest path of the catalog {trie.max_depth}, "
             f"and the model takes {lm.max_positions} together; "
             f"set data.max_prompt_tokens to at most {lm.max_positions - trie.max_depth}"
         )

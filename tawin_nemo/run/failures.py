@@ -84,7 +84,7 @@ def attempt_logs(run_dir: Path) -> Iterator[None]:
     """Log into ``RUN_DIR/logs/attempt_N/rank_R.log`` while inside; N counts the attempts of this run from 1."""
     number = runtime.broadcast_object(_next_attempt(run_dir) if runtime.world_rank() == 0 else None)
     into = LogInto(run_dir / "logs" / f"attempt_{number}", number)
-    if disaggregated.divided():
+    if disaggregated.is_disaggregated():
         disaggregated.line().ask(into)
     with logging_into(into):
         yield

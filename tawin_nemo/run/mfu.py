@@ -8,21 +8,21 @@ from functools import cache
 
 import torch
 
-from tawin_nemo.config.backbones import Backbone, Work
+from tawin_nemo.config.backbones import Backbone, FlopCount
 from tawin_nemo.config.gpus import known_peak
 from tawin_nemo.config.schema import Recipe
 from tawin_nemo.models.megatron.parallel import disaggregated, runtime
 from tawin_nemo.types import TokenBatch
 
 
-def batch_work(batches: Sequence[TokenBatch], vocab: int) -> Work:
+def batch_work(batches: Sequence[TokenBatch], vocab: int) -> FlopCount:
     """What one forward pass over token trees computes: every token once, and only the head rows that are read."""
-    total = Work()
+    total = FlopCount()
     for batch in batches:
         tokens = len(batch.tokens_S)
         seen = int((batch.end_S - torch.arange(tokens, device=batch.end_S.device)).sum())
         logits = len(batch.place_P) * vocab if batch.children is None else len(batch.children.token_E)
-        total += Work(tokens, float(seen), logits)
+        total += FlopCount(tokens, float(seen), logits)
     return total
 
 

@@ -1,4 +1,4 @@
-"""Everything a stage needs besides weights: data, tokenizer, catalogue, samples, model shape, this rank's share."""
+"""Everything a stage needs besides weights: data, tokenizer, catalog, samples, model shape, this rank's share."""
 
 from __future__ import annotations
 
@@ -132,8 +132,8 @@ def build_world(recipe: Recipe, run_dir: Path, data_root: Path, *, codes_path: P
     shape = _shape(recipe, tokenizer.size)
     _check_lengths(samples, catalog, shape)
     if runtime.world_rank() == 0:
-        write_json(run_dir / "catalogue.json", catalogue_facts(catalog, samples))
-        keep_catalogue(run_dir / "catalogue", catalog, tokenizer)
+        write_json(run_dir / "catalogue.json", catalog_facts(catalog, samples))
+        keep_catalog(run_dir / "catalogue", catalog, tokenizer)
     runtime.barrier()
     return World(
         recipe, run_dir, dataset, tokenizer, template, catalog, texts, samples, shape,
@@ -149,10 +149,10 @@ def rank0_first(make: Callable[[], Tokenizer]) -> Tokenizer:
     return make()
 
 
-def keep_catalogue(folder: Path, catalog: Catalog, tokenizer: Tokenizer) -> None:
+def keep_catalog(folder: Path, catalog: Catalog, tokenizer: Tokenizer) -> None:
     """The run's trie on disk, for whoever reads the run later; on the next visit it must still be the same one.
 
-    Raises CatalogError when the data or the tokenizer now give another catalogue than the run was trained with.
+    Raises CatalogError when the data or the tokenizer now give another catalog than the run was trained with.
     """
     if not folder.is_dir():
         catalog.trie.save(folder, tokenizer=tokenizer.fingerprint)
@@ -162,7 +162,7 @@ def keep_catalogue(folder: Path, catalog: Catalog, tokenizer: Tokenizer) -> None
     same = np.array_equal(paths.pool_offsets, now.pool_offsets) and np.array_equal(paths.pool_tokens, now.pool_tokens)
     if not same:
         raise CatalogError(
-            f"{folder} is the catalogue that this run was trained with ({stored.num_items} items); the data now give "
+            f"{folder} is the catalog that this run was trained with ({stored.num_items} items); the data now give "
             f"another one ({len(catalog)} items): bring the data back, or start a new run with name= or run_dir="
         )
 
@@ -201,8 +201,8 @@ def _check_lengths(samples: dict[str, Samples], catalog: Catalog, shape: Backbon
         )
 
 
-def catalogue_facts(catalog: Catalog, samples: dict[str, Samples]) -> dict[str, object]:
-    """What the report and a reader want to know about catalogue and samples."""
+def catalog_facts(catalog: Catalog, samples: dict[str, Samples]) -> dict[str, object]:
+    """What the report and a reader want to know about catalog and samples."""
     lengths = catalog.paths.lengths
     return {
         "items": len(catalog.titles),

@@ -158,7 +158,7 @@ def _read_json(path: Path) -> dict[str, Any]:
         read: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         return read
     except (OSError, ValueError) as error:
-        raise DataError(f"{path} cannot be read ({error}); tokenize the catalogue anew") from error
+        raise DataError(f"{path} cannot be read ({error}); tokenize the catalog anew") from error
 
 
 def _finished(out: Path, request: dict[str, Any]) -> Embeddings | None:

@@ -110,7 +110,7 @@ class Earlier:
         return replace(cfg, **settings, text=text)
 
     def grown(self, external_ids: list[str], x_ID: np.ndarray) -> Tokenized:
-        """Codes of a newer catalogue: items are the same if their external ids are.
+        """Codes of a newer catalog: items are the same if their external ids are.
 
         Codes of items that have left are not given to others. Raises as ``growth.grow``, with the external ids of the
         first new items.

@@ -141,14 +141,14 @@ def run_stage(world: World, plan: Plan, sink: MetricSink | None) -> EvalResult:
     known = world.tokenizer.fingerprint
     engine = build_engine(world.recipe, model, world.shape, world.catalog, tokenizer=known)
     write_layout(world.run_dir, model, engine, peak_flops(world.recipe))
-    resting: Callable[[], AbstractContextManager[None]] = nullcontext
+    optimizer_offloaded: Callable[[], AbstractContextManager[None]] = nullcontext
     if not stage.done:
         world = replace(world, recipe=stage_recipe(world.recipe, plan.name))
         lr = world.recipe.rl.lr if plan.kind == "rl" else world.recipe.sft.lr
         if world.recipe.model.freeze_backbone and plan.kind == "sft":
             freeze_others(model, only_new_tokens(world))
         trainable = Trainable(model, world.shape, world.recipe.trainer, lr=lr)
-        resting = trainable.resting
+        optimizer_offloaded = trainable.optimizer_offloaded
         log.info("%s: %d rows of train", plan.name, len(plan.rows))
         if plan.kind == "rl":
             actor = Actor(trainable, world.catalog, world.recipe.rl, world.dp)
@@ -162,7 +162,7 @@ def run_stage(world: World, plan: Plan, sink: MetricSink | None) -> EvalResult:
         recipe = replace(world.recipe, model=cfg)
         engine = build_engine(recipe, model, world.shape, world.catalog, tokenizer=known)
     checkpoint.load_checkpoint(stage.chosen_checkpoint, model=model)
-    with resting():
+    with optimizer_offloaded():
         result = evaluate_stage(world, stage.directory, engine)
         if plan.kind == "sft":
             build = partial(build_engine, replace(world.recipe, model=cfg), model, world.shape)

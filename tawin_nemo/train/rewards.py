@@ -86,7 +86,7 @@ def build_reward(rl: RlConfig, world: World) -> Reward:
 
     ``semantic`` without ``rl.reward_source`` uses vectors made from the item titles (``text_vectors``), which need no
     other model. Raises ConfigError for an unknown name, ``collaborative`` without a source or with one that is not a
-    finished baseline of this catalogue (or is tiger); DataError for an unusable embedding file.
+    finished baseline of this catalog (or is tiger); DataError for an unusable embedding file.
     """
     if rl.reward == "rule":
         return RuleReward()

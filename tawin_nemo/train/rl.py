@@ -1,6 +1,6 @@
 """Reinforcement learning with TAWin: the loop that the rest of the package exists for.
 
-One step: roll out G catalogue items per prompt, reward them, turn rewards into group advantages, weight the negatives
+One step: roll out G catalog items per prompt, reward them, turn rewards into group advantages, weight the negatives
 so that training aims at the chosen Top-K (TAWin), score them under the reference, update the actor, hand the new
 weights to the rollout engine.
 """
@@ -56,7 +56,7 @@ def train_rl(
     ahead = RolloutAhead(engine, rl, world.dp, total) if world.recipe.rollout.ahead else RolloutAhead()
     ahead.restore(done.facts, prompts_of(world, max(0, done.batches - 1)))
     guard = step_guard(stage, done)
-    roles = Roles(rl, world.catalog, engine, actor, reference, build_reward(rl, world), guard, ahead)
+    components = RlComponents(rl, world.catalog, engine, actor, reference, build_reward(rl, world), guard, ahead)
     timers = Timers(total_peak_flops(world.recipe), world.dp)
     sync_weights(engine, version=done.step)
     for step in stage.steps(done.step, total):
@@ -64,23 +64,23 @@ def train_rl(
             break
         runtime.seed_step(world.recipe.seed, step)
         lr = scheduled(rl, step, total)
-        facts = rl_step(roles, lambda: next_prompts(world, done), timers, step=step, lr=lr)
+        facts = rl_step(components, lambda: next_prompts(world, done), timers, step=step, lr=lr)
         done.step = step + 1
         reference.follow(actor.trainable.model, refresh.keeps(done.step))
         stage.write(done.step, {**facts, "lr": lr}, timers.report())
         validated = False
         if due(done.step, trainer.val_check_interval):
-            with actor.trainable.resting():
+            with actor.trainable.optimizer_offloaded():
                 validated = validate(world, stage, engine, done)
         if validated or due(done.step, trainer.save_interval) or done.step == total:
-            save(stage, roles, refresh, done)
-        stage.stop_if_asked(lambda: save(stage, roles, refresh, done), done)
+            save(stage, components, refresh, done)
+        stage.stop_if_asked(lambda: save(stage, components, refresh, done), done)
     best = done.best_step if trainer.keep_best and done.best_step >= 0 else done.step
     stage.finish(done, chosen_step=best)
 
 
 @dataclass(frozen=True)
-class Roles:
+class RlComponents:
     """Who takes part in a step."""
 
     rl: RlConfig
@@ -93,12 +93,14 @@ class Roles:
     ahead: RolloutAhead = field(default_factory=RolloutAhead)
 
 
-def rl_step(roles: Roles, prompts: NextPrompts, timers: Timers, *, step: int, lr: float) -> dict[str, float]:
+def rl_step(
+    components: RlComponents, prompts: NextPrompts, timers: Timers, *, step: int, lr: float
+) -> dict[str, float]:
     """One step with weights of version ``step``, which leaves version ``step + 1``; returns what is logged."""
-    rl, engine, actor = roles.rl, roles.engine, roles.actor
-    engine.take_work()  # a validation may have searched since the last step
-    with actor.trainable.resting():
-        rollout, rewards_BG, facts, path_tokens = rewarded_groups(roles, prompts, timers, step=step)
+    rl, engine, actor = components.rl, components.engine, components.actor
+    engine.pop_flops()  # a validation may have searched since the last step
+    with actor.trainable.optimizer_offloaded():
+        rollout, rewards_BG, facts, path_tokens = rewarded_groups(components, prompts, timers, step=step)
     with timers("reward"):
         adv_BG = group_advantages(rewards_BG, std=rl.std, valid_BG=rollout.valid_BG)
         adv_BG = weighted_groups(adv_BG, rollout.inserted_BG, rl.inserted_weight)
@@ -106,11 +108,11 @@ def rl_step(roles: Roles, prompts: NextPrompts, timers: Timers, *, step: int, lr
     with timers("data"):
         packed = actor.pack(rollout, adv_BG, omega_BG)
         batches = [part.batch for part in packed]
-    with roles.ahead.searching(prompts, timers, step=step + 1):  # rollout.ahead=1: the next rollout, meanwhile
+    with components.ahead.searching(prompts, timers, step=step + 1):  # rollout.ahead=1: the next rollout, meanwhile
         with timers("reference"):
-            ref = roles.reference.logprobs(batches)
+            ref = components.reference.logprobs(batches)
         with timers("update"):
-            stats = roles.guard(partial(actor.update, rollout, packed, adv_BG, omega_BG, ref, lr=lr), batches)
+            stats = components.guard(partial(actor.update, rollout, packed, adv_BG, omega_BG, ref, lr=lr), batches)
     with timers("sync"):
         sync_weights(engine, version=step + 1)
     count_work(timers, engine, actor.dp, actor.trainable.shape, batches,
@@ -119,25 +121,25 @@ def rl_step(roles: Roles, prompts: NextPrompts, timers: Timers, *, step: int, lr
 
 
 def rewarded_groups(
-    roles: Roles, prompts: NextPrompts, timers: Timers, *, step: int
+    components: RlComponents, prompts: NextPrompts, timers: Timers, *, step: int
 ) -> tuple[Rollout, Tensor, dict[str, float], int]:
     """Rollout, rewards_BG, what is logged of them, and the path tokens of the first rollout (before any refill)."""
-    rl, dp = roles.rl, roles.actor.dp
+    rl, dp = components.rl, components.actor.dp
 
     def rolled_out() -> tuple[Rollout, Tensor]:
         with timers("generate"):
-            rollout = roles.ahead.take(step)  # with rollout.ahead it was searched during the last update
+            rollout = components.ahead.take(step)  # with rollout.ahead it was searched during the last update
         if rollout is None:
             with timers("data"):
                 batch = prompts()
             with timers("generate"):
-                rollout = roll_out(rl, roles.engine, batch, step, roles.catalog, dp)
+                rollout = roll_out(rl, components.engine, batch, step, components.catalog, dp)
         with timers("reward"):
-            return rollout, roles.reward(rollout)
+            return rollout, components.reward(rollout)
 
     rollout, rewards_BG = rolled_out()
     failpoints.reach("rl.after_rollout")
-    facts = rollout_facts(rollout, rewards_BG, dp) | roles.ahead.facts(rollout, step=step)
+    facts = rollout_facts(rollout, rewards_BG, dp) | components.ahead.facts(rollout, step=step)
     path_tokens = int(rollout.lengths_BG.sum())
     if rl.max_refill_batches:
         rollout, rewards_BG, added = refilled(
@@ -182,12 +184,12 @@ def resumed_reference(reference: Reference, refresh: Refresh, stage: Stage, done
     return reference
 
 
-def save(stage: Stage, roles: Roles, refresh: Refresh, done: Progress) -> None:
+def save(stage: Stage, components: RlComponents, refresh: Refresh, done: Progress) -> None:
     """The reference first: a checkpoint of the actor must find the reference of its step."""
     if refresh.kind != "off":
-        stage.save_beside("reference", roles.reference.save, done)
-    done.facts = roles.ahead.state()
-    stage.save(roles.actor.trainable, done)
+        stage.save_beside("reference", components.reference.save, done)
+    done.facts = components.ahead.state()
+    stage.save(components.actor.trainable, done)
 
 
 def due(step: int, interval: int) -> bool:

@@ -56,7 +56,7 @@ def count_work(
     ``dp`` are the replicas of training, whose counts the timers add up: where the engine has other ones, each counts
     the mean share of all that they ran.
     """
-    ran = engine.take_work()
+    ran = engine.pop_flops()
     rows, flops = float(ran.tokens), ran.forward_flops(shape)
     if engine.dp is not None:
         rows, flops = np.sum(engine.dp.gather((rows, flops)), axis=0) / dp.size

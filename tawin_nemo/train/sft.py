@@ -86,7 +86,7 @@ def _check(
     seen = {f"valid/loss/{part.task.name}": task_loss(world, trainable, part.held_out) for part in tasks}
     seen["valid/loss"] = valid_loss(world, trainable)
     if world.recipe.sft.watch == "ndcg":
-        with trainable.resting():
+        with trainable.optimizer_offloaded():
             seen |= valid_ranking(world, engine, f"{stage.name} step {done.step} valid")
     name, value = list(seen.items())[-1]
     value = value if name == "valid/loss" else -value  # Progress keeps the smallest

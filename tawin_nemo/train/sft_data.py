@@ -55,7 +55,7 @@ class SftData:
     """N questions with their answers: the rows of train, then those of the tasks. Without tasks nothing is copied."""
 
     prompts: TokenRows
-    answers: TokenRows  # the paths of the catalogue's items first
+    answers: TokenRows  # the paths of the catalog's items first
     answer_N: np.ndarray  # which of the answers each prompt has
     num_items: int
     row_of: np.ndarray  # what the stream's numbers mean: places among the N
@@ -111,7 +111,7 @@ def answer_batches(
 ) -> list[TokenBatch]:
     """Each prompt followed by its answer, packed under the token budget.
 
-    In trie space an answer that is no path of the catalogue (a title beside codes) is scored over the vocabulary.
+    In trie space an answer that is no path of the catalog (a title beside codes) is scored over the vocabulary.
     """
     trie = world.catalog.trie if cfg.loss_space == "trie" else None
     groups = [np.arange(len(prompts))] if trie is None else [np.flatnonzero(is_item_N), np.flatnonzero(~is_item_N)]
@@ -157,7 +157,7 @@ def task_sets(world: World, rows: np.ndarray) -> Iterator[TaskSet]:
 
 
 def wording_of(world: World) -> Wording:
-    """How the items of the catalogue are written in the tasks."""
+    """How the items of the catalog are written in the tasks."""
     align, items = world.recipe.align, world.dataset.items
     texts = {
         CODES: world.item_texts,

@@ -34,16 +34,16 @@ def evaluate_tasks(
 ) -> dict[str, Any]:
     """Exact match of each active task, written to ``eval/tasks.json``: {task: {held_out | trained: {rows, exact}}}.
 
-    An answer is searched among all codes or all titles of the catalogue with ``BEAMS`` beams, and the best one must be
+    An answer is searched among all codes or all titles of the catalog with ``BEAMS`` beams, and the best one must be
     the item's own; where several items are written alike a hit counts 1 / their number. Descriptions are not searched.
-    ``build`` makes an engine over a catalogue with the weights of the stage; ``rows`` are the stage's rows of train.
+    ``build`` makes an engine over a catalog with the weights of the stage; ``rows`` are the stage's rows of train.
     """
     if not active_tasks(world.recipe.align):
         return {}
     sets = [part for part in task_sets(world, rows) if part.task.wanted != DESCRIPTION]
     found: dict[str, dict[str, dict[str, float]]] = {}
     for way in dict.fromkeys(part.task.wanted for part in sets):  # one engine at a time: a model's place in memory
-        catalog = _catalogue(world, way)
+        catalog = _catalog(world, way)
         engine = build(catalog)
         engine.receive_weights()
         found |= {part.task.name: _exact(world, engine, catalog, part) for part in sets if part.task.wanted == way}
@@ -73,7 +73,7 @@ def _exact(world: World, engine: Engine, catalog: Catalog, part: TaskSet) -> dic
     return facts
 
 
-def _catalogue(world: World, way: str) -> Catalog:
+def _catalog(world: World, way: str) -> Catalog:
     """The items as the answers of a task write them."""
     if way == CODES:
         return world.catalog

@@ -45,6 +45,6 @@ def only_new_tokens(world: World) -> NewTokens:
     if len(new.ids) == 0:
         raise ConfigError(
             f"model.freeze_backbone=true trains what model.init={world.recipe.model.init} does not know, but it knows "
-            "all tokens of this catalogue; set freeze_backbone=false"
+            "all tokens of this catalog; set freeze_backbone=false"
         )
     return new

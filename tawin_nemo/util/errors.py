@@ -30,7 +30,7 @@ class DataError(UserError):
 
 
 class CatalogError(UserError):
-    """Items, token paths or semantic IDs that do not form a valid catalogue."""
+    """Items, token paths or semantic IDs that do not form a valid catalog."""
 
 
 class CheckpointError(TawinError):

@@ -62,11 +62,11 @@ def test_the_optimizer_comes_back(tmp_path):
     assert all(torch.equal(ours[key]["exp_avg"], theirs[key]["exp_avg"]) for key in ours)
 
 
-def test_unfinished_stages_and_other_catalogues_are_refused(tmp_path):
+def test_unfinished_stages_and_other_catalogs_are_refused(tmp_path):
     with pytest.raises(ConfigError, match="not a finished baseline stage"):
         load_baseline(tmp_path)
     finished_stage(tmp_path, "gru4rec", seed=1)
-    with pytest.raises(ConfigError, match="ranks 12 items, but the catalogue has 13"):
+    with pytest.raises(ConfigError, match="ranks 12 items, but the catalog has 13"):
         load_baseline(tmp_path, num_items=13)
 
 

@@ -25,7 +25,7 @@ def rows_of(paths: TokenRows) -> list[list[int]]:
 
 @torch.no_grad()
 def slow_logprobs(model: Tiger, history: list[int], rows: list[list[int]]) -> dict[tuple[int, ...], float]:
-    """Log-probability of every row, each choice normalised over what the catalogue admits there."""
+    """Log-probability of every row, each choice normalised over what the catalog admits there."""
     tokens = torch.tensor([[code for item in history for code in rows[item][:-1]] + [END]])
     ago = torch.tensor([list(range(tokens.shape[1]))[::-1]])
     embedded = model.t5.shared.weight[tokens] + model.place.weight[ago]
@@ -68,7 +68,7 @@ def test_the_tree_admits_what_the_rows_have():
     assert sorted(finals) == list(range(ITEMS))
 
 
-def test_a_search_as_wide_as_the_catalogue_is_exact(model):
+def test_a_search_as_wide_as_the_catalog_is_exact(model):
     rows = rows_of(PATHS)
     histories_B = [[3, 7, 0], [11], [2, 2, 5, 9, 1]]
     scores_BI = model.scores(left_padded(TokenRows.from_lists(histories_B)), ITEMS)

@@ -95,7 +95,7 @@ class Fixed(SequentialRecommender):
 
 
 def four_items() -> tuple[Catalog, Samples]:
-    """A catalogue in which items 1 and 3 share their path, and four rows."""
+    """A catalog in which items 1 and 3 share their path, and four rows."""
     paths = TokenRows.from_lists([[2, 1], [3, 4, 1], [3, 5, 1], [3, 4, 1]])
     titles = ["a", "b", "c", "d"]
     history = TokenRows.from_lists([[0], [1, 2], [0], [3]])

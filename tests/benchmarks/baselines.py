@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessor, PreTrainedModel
 
-from tawin_nemo.config.backbones import Work
+from tawin_nemo.config.backbones import FlopCount
 from tawin_nemo.types import TokenRows
 
 
@@ -134,10 +134,10 @@ def repeated_batches(prompts: TokenRows, answers: TokenRows, prompt_A: np.ndarra
     return batches
 
 
-def repeated_work(prompts: TokenRows, answers: TokenRows, prompt_A: np.ndarray, vocab: int) -> Work:
+def repeated_work(prompts: TokenRows, answers: TokenRows, prompt_A: np.ndarray, vocab: int) -> FlopCount:
     """One forward pass over the repeated prompts, padding not counted."""
     length_A = (prompts.lengths[prompt_A] + answers.lengths).astype(float)
-    return Work(int(length_A.sum()), float((length_A * (length_A + 1) / 2).sum()), len(answers.flat) * vocab)
+    return FlopCount(int(length_A.sum()), float((length_A * (length_A + 1) / 2).sum()), len(answers.flat) * vocab)
 
 
 def completion_logps(model: PreTrainedModel, batch: RepeatedBatch) -> Tensor:

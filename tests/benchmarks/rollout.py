@@ -5,7 +5,7 @@
 Ours is ``RolloutEngine.search`` over ``MegatronLM``, as RL rollouts and evaluation call it. The baseline is
 transformers' ``generate(num_beams=16, prefix_allowed_tokens_fn=..., renormalize_logits=True)`` with
 ``max_new_tokens`` = tokens of the longest title, and a dictionary of all prefixes as the constraint. Same weights, same
-prompts, same catalogue (all 3,686 Industrial titles, Qwen tokens); both must return the same items and scores. Prompts:
+prompts, same catalog (all 3,686 Industrial titles, Qwen tokens); both must return the same items and scores. Prompts:
 test histories, cut or continued at the front to the exact length (``setting.Titles.prompts``).
 """
 

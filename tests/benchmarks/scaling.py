@@ -6,7 +6,7 @@ Function timed: ``train.rl.rl_step`` (rollout, reference, update) over random fo
 width and vocabulary, one layer by default. One quantity moves at a time, the others stay at the base point. The
 exponent is the slope of log(seconds) over log(quantity): 0 = does not grow, 1 = in proportion; ``last`` is that of the
 two largest points, where fixed costs weigh least. There is no other side here: in the JSON line ``ours`` is the
-smallest catalogue and ``baseline`` the largest one.
+smallest catalog and ``baseline`` the largest one.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from tawin_nemo.run.timers import Timers
 from tawin_nemo.train.actor import Actor
 from tawin_nemo.train.reference import CopiedReference
 from tawin_nemo.train.rewards import RuleReward
-from tawin_nemo.train.rl import Roles, rl_step
+from tawin_nemo.train.rl import RlComponents, rl_step
 from tawin_nemo.types import DataParallel, PromptBatch, TokenRows
 from tests.benchmarks import harness
 from tests.benchmarks.select_step import CHILDREN, LEVELS, random_codes
@@ -59,7 +59,7 @@ AXES = {
 
 
 class System:
-    """One model with its optimizer and reference, used with catalogues and batches of any size."""
+    """One model with its optimizer and reference, used with catalogs and batches of any size."""
 
     def __init__(self, shape: Backbone, precision: str) -> None:
         cfg = ModelConfig(precision=precision)
@@ -85,7 +85,7 @@ class System:
         rl = RlConfig(beta=1e-3, group_size=point.beams, lr=1e-6)
         engine = RolloutEngine(self.lm, catalog, RolloutConfig(), seed=0)
         actor = Actor(self.trainable, catalog, rl, DataParallel())
-        roles = Roles(rl, catalog, engine, actor, self.reference, RuleReward())
+        components = RlComponents(rl, catalog, engine, actor, self.reference, RuleReward())
         tokens = rng.choice(catalog.paths.flat, (point.prompts, point.history))
         batch = PromptBatch(
             torch.arange(point.prompts), TokenRows.from_lists(list(tokens)), torch.zeros(point.prompts).long()
@@ -93,7 +93,7 @@ class System:
         timers = Timers(1.0, DataParallel())
 
         def run() -> None:
-            rl_step(roles, lambda: batch, timers, step=engine.weight_version, lr=1e-6)
+            rl_step(components, lambda: batch, timers, step=engine.weight_version, lr=1e-6)
 
         return run, timers
 

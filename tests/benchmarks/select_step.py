@@ -3,7 +3,7 @@
     python -m tests.benchmarks.select_step [--full]
 
 64 prompts x 16 beams. Both sides get the same hidden states [1024, 896] and the same LM head [151936, 896]. The
-catalogues are random four-code semantic IDs; each of the four positions has its own codes, drawn from the Qwen
+catalogs are random four-code semantic IDs; each of the four positions has its own codes, drawn from the Qwen
 vocabulary, as many as give a node behind two codes 16 children (250 codes for a million items, 791 for ten million; one
 more row shows ten million items over 250 codes). All beams stand behind two codes, at distinct nodes of a prompt.
 
@@ -58,7 +58,7 @@ def random_codes(items: int, codes: int, vocab: int, seed: int = 0) -> np.ndarra
 
 @dataclass(frozen=True)
 class Case:
-    """A catalogue and beams that stand behind two codes."""
+    """A catalog and beams that stand behind two codes."""
 
     trie: TokenTrie
     beams: Beams
@@ -159,7 +159,7 @@ def fill(
     report: harness.Report, cases: dict[str, Case], floors: dict[str, float],
     sizes: dict[str, harness.Timed], timed: dict[str, harness.Timed],
 ) -> None:  # fmt: skip
-    """Rows and targets; ``sizes`` are our step over all catalogues, ``timed`` all sides over the first one."""
+    """Rows and targets; ``sizes`` are our step over all catalogs, ``timed`` all sides over the first one."""
     base, first = timed["transformers"].median, timed[next(iter(cases))].median
     for side, result in (sizes | timed).items():
         row = {"side": side, **result.facts(), "ratio": harness.rounded(base / result.median)}
@@ -170,14 +170,14 @@ def fill(
     report.targets["string keys / ours"] = harness.Target.at_least(1000, timed["string keys"].median / first)
     if len(sizes) > 1:
         small, large = list(sizes.values())[:2]
-        report.targets["largest / smallest catalogue"] = harness.Target.at_most(1.3, large.median / small.median)
+        report.targets["largest / smallest catalog"] = harness.Target.at_most(1.3, large.median / small.median)
 
 
 def main() -> None:
     options = harness.parser(__doc__)
     options.add_argument("--prompts", type=int, default=64)
     options.add_argument("--beams", type=int, default=16)
-    options.add_argument("--items", type=int, nargs="+", default=[1_000_000, 10_000_000], help="catalogue sizes")
+    options.add_argument("--items", type=int, nargs="+", default=[1_000_000, 10_000_000], help="catalog sizes")
     options.add_argument("--vocab", type=int, default=151_936)
     options.add_argument("--hidden", type=int, default=896)
     options.add_argument("--per-call", type=int, nargs="+", default=[64, 16, 4, 1], help="baselines: prompts at once")

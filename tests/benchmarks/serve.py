@@ -5,7 +5,7 @@
 Ours is ``tawin-nemo serve`` in a process of its own. The baseline is FastAPI and uvicorn around transformers'
 ``generate(num_beams, prefix_allowed_tokens_fn, renormalize_logits=True)`` (``serve_baseline``), once behind a lock and
 once with dynamic batching; ours is compared with the better one at each concurrency. The load comes from a process of
-its own (``load``). Model: small-1m with random weights over the semantic IDs of the complete Industrial catalogue; with
+its own (``load``). Model: small-1m with random weights over the semantic IDs of the complete Industrial catalog; with
 ``--titles`` that of the model benchmarks, Qwen2.5-0.5B with 4 layers over titles, and throughput only. Prompts: test
 histories. Before anything is timed both sides must return the same items and scores; every reply under swaps is
 compared with what transformers gives for the versions that it names.
@@ -208,8 +208,8 @@ def floor_seconds(setting: Setting, bodies: Sequence[dict[str, Any]], machine: h
     """What the operations of one request need at this machine's rate of matrix products."""
     shape = setting.shape
     lm = MeteredLM(MegatronLM(megatron_model(shape, transformers_model(shape)), shape))
-    prompts = TokenRows.from_lists([setting.catalogue.prompt(body["history"]).flat for body in bodies])
-    constrained_beam_search(lm, prompts, setting.catalogue.trie, bodies[0]["beams"])
+    prompts = TokenRows.from_lists([setting.catalog.prompt(body["history"]).flat for body in bodies])
+    constrained_beam_search(lm, prompts, setting.catalog.trie, bodies[0]["beams"])
     return machine.floor_seconds(flops=lm.take().forward_flops(shape)) / len(bodies)
 
 
@@ -219,7 +219,7 @@ def benchmark(
     sizes, threads = Sizes.of(given), given.threads
     setting = titles(folder, layers=given.layers) if given.titles else industrial(folder)
     bodies = asked(setting, sizes.bodies, given.beams)
-    lengths = [len(setting.catalogue.prompt(body["history"]).flat) for body in bodies]
+    lengths = [len(setting.catalog.prompt(body["history"]).flat) for body in bodies]
     report = harness.Report(
         "serve", machine,
         shapes={**setting.facts, "beams": given.beams, "n": 10, "histories": len(bodies),
@@ -227,7 +227,7 @@ def benchmark(
         settings={"dtype": "fp32", "seconds": sizes.seconds, "rounds": sizes.rounds},
         unfair=[*(UNFAIR_TITLES if given.titles else UNFAIR_SID), *UNFAIR],
     )  # fmt: skip
-    write_parts(setting.run_dir, setting.catalogue, setting.weights[0])
+    write_parts(setting.run_dir, setting.catalog, setting.weights[0])
     with server(setting, "serve.deadline_s=600", threads=threads) as served:
         ours = Side(OURS, served.data, served.pid)
         with baseline(setting, 1, threads) as locked, baseline(setting, given.batch, threads) as batched:
@@ -252,7 +252,7 @@ def main() -> None:
     )
     options.add_argument("--beams", type=int, default=16)
     options.add_argument("--batch", type=int, default=16, help="most prompts of the baseline's batches")
-    options.add_argument("--items", type=int, default=0, help="items of the large catalogue (default: a million)")
+    options.add_argument("--items", type=int, default=0, help="items of the large catalog (default: a million)")
     options.set_defaults(threads=1)  # the load and the event loops need the other core
     given = options.parse_args()
     start(given.threads)

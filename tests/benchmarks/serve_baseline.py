@@ -24,7 +24,7 @@ from fastapi import FastAPI
 from pydantic import BaseModel
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from tawin_nemo.serve.engine.catalog import ServedCatalogue
+from tawin_nemo.serve.engine.catalog import ServedCatalog
 from tests.benchmarks.baselines import PrefixTable
 from tests.benchmarks.setting import start
 
@@ -49,14 +49,14 @@ class Reply(BaseModel):
     items: list[Found]
 
 
-def write_parts(folder: Path, catalogue: ServedCatalogue, weights: Path) -> None:
+def write_parts(folder: Path, catalog: ServedCatalog, weights: Path) -> None:
     """What the baseline's process needs; read again by that process only."""
-    (folder / PARTS).write_bytes(pickle.dumps((catalogue, weights)))
+    (folder / PARTS).write_bytes(pickle.dumps((catalog, weights)))
 
 
 @dataclass
 class Generator:
-    """transformers' beam search over one catalogue."""
+    """transformers' beam search over one catalog."""
 
     model: PreTrainedModel
     table: PrefixTable
@@ -65,14 +65,14 @@ class Generator:
     longest: int
 
     @classmethod
-    def of(cls, catalogue: ServedCatalogue, weights: Path) -> Generator:
-        eos = catalogue.writing.tokenizer.eos_id
+    def of(cls, catalog: ServedCatalog, weights: Path) -> Generator:
+        eos = catalog.writing.tokenizer.eos_id
         model = AutoModelForCausalLM.from_pretrained(weights, attn_implementation="sdpa").eval()
         item_of: dict[tuple[int, ...], int] = {}
-        for number in catalogue.number_J.tolist():
-            item_of.setdefault(tuple(catalogue.paths[number].tolist()), number)
-        table = PrefixTable(catalogue.trie_paths, eos)
-        return cls(model, table, item_of, eos, catalogue.trie.max_depth)
+        for number in catalog.number_J.tolist():
+            item_of.setdefault(tuple(catalog.paths[number].tolist()), number)
+        table = PrefixTable(catalog.trie_paths, eos)
+        return cls(model, table, item_of, eos, catalog.trie.max_depth)
 
     @torch.inference_mode()
     def best(self, prompts: Sequence[torch.Tensor], beams: int, n: int) -> list[list[tuple[int, float]]]:
@@ -131,8 +131,8 @@ class Batches:
                 future.set_result(items[: ask.n])
 
 
-def application(catalogue: ServedCatalogue, weights: Path, batch: int) -> FastAPI:
-    app, generator, lock = FastAPI(), Generator.of(catalogue, weights), asyncio.Lock()
+def application(catalog: ServedCatalog, weights: Path, batch: int) -> FastAPI:
+    app, generator, lock = FastAPI(), Generator.of(catalog, weights), asyncio.Lock()
     batches, tasks = Batches(generator, batch), []
 
     @app.get("/health")
@@ -143,13 +143,13 @@ def application(catalogue: ServedCatalogue, weights: Path, batch: int) -> FastAP
 
     @app.post("/v1/recommendations")
     async def recommend(asked: Asked) -> Reply:
-        prompt = torch.from_numpy(catalogue.prompt(asked.history).flat)
+        prompt = torch.from_numpy(catalog.prompt(asked.history).flat)
         if batch > 1:
             items = await batches.ask(prompt, asked)
         else:
             async with lock:
                 (items,) = await asyncio.to_thread(generator.best, [prompt], asked.beams, asked.n)
-        return Reply(items=[Found(item=item, title=catalogue.titles[item], score=score) for item, score in items])
+        return Reply(items=[Found(item=item, title=catalog.titles[item], score=score) for item, score in items])
 
     return app
 
@@ -162,8 +162,8 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     given = parser.parse_args()
     start(given.threads)
-    catalogue, weights = pickle.loads((given.folder / PARTS).read_bytes())
-    uvicorn.run(application(catalogue, weights, given.batch), port=given.port, access_log=False, log_level="warning")
+    catalog, weights = pickle.loads((given.folder / PARTS).read_bytes())
+    uvicorn.run(application(catalog, weights, given.batch), port=given.port, access_log=False, log_level="warning")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Swaps of weights and catalogues under load: what they cost those who ask, and whether any reply mixes versions."""
+"""Swaps of weights and catalogs under load: what they cost those who ask, and whether any reply mixes versions."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from tawin_nemo.api.control_schema import ItemToAdd
-from tawin_nemo.serve.engine.catalog import ServedCatalogue
+from tawin_nemo.serve.engine.catalog import ServedCatalog
 from tests.benchmarks import harness
 from tests.benchmarks.load import Load, Reply, Running, Spec
 from tests.benchmarks.serve_baseline import Generator
@@ -40,7 +40,7 @@ class Swap:
     begin: float
     end: float
     weight_version: int
-    catalogue_version: int
+    catalog_version: int
 
 
 @dataclass
@@ -54,7 +54,7 @@ class Answers:
         """Whether a reply is not what the versions that it names give: another score at some rank, or of some item."""
         content = reply.content
         assert content is not None
-        state = self.state_of[content["weight_version"], content["catalogue_version"]]
+        state = self.state_of[content["weight_version"], content["catalog_version"]]
         right = self.expected[state][reply.body]
         score_of = dict(right)
         if len(content["items"]) != len(right):
@@ -66,13 +66,13 @@ class Answers:
         )
 
 
-def rankings(catalogue: ServedCatalogue, weights: Path, bodies: Sequence[dict[str, Any]]) -> list[Ranking]:
+def rankings(catalog: ServedCatalog, weights: Path, bodies: Sequence[dict[str, Any]]) -> list[Ranking]:
     """The right answers by transformers' own beam search."""
-    generator, found = Generator.of(catalogue, weights), []
+    generator, found = Generator.of(catalog, weights), []
     for body in bodies:
-        prompt = torch.from_numpy(catalogue.prompt(body["history"]).flat)
+        prompt = torch.from_numpy(catalog.prompt(body["history"]).flat)
         (items,) = generator.best([prompt], body["beams"], body["n"])
-        found.append([(catalogue.external_ids[item], score) for item, score in items])
+        found.append([(catalog.external_ids[item], score) for item, score in items])
     return found
 
 
@@ -120,7 +120,7 @@ def weight_swap(served: Served, setting: Setting) -> Callable[[int], Swap]:
         with served.controller() as control:
             begin = time.monotonic()
             reply = control.update_weights(str(setting.weights[(number + 1) % 2]))
-            return Swap(begin, time.monotonic(), reply.weight_version, reply.catalogue_version)
+            return Swap(begin, time.monotonic(), reply.weight_version, reply.catalog_version)
 
     return swap
 
@@ -131,23 +131,23 @@ def removed_items(answers: Sequence[Ranking]) -> list[str]:
     return sorted(dict.fromkeys(first), key=lambda name: -first.count(name))[:REMOVED]
 
 
-def catalogue_swap(served: Served, catalogue: ServedCatalogue, names: Sequence[str]) -> Callable[[int], Swap]:
+def catalog_swap(served: Served, catalog: ServedCatalog, names: Sequence[str]) -> Callable[[int], Swap]:
     """Take items out and bring them back, in turn."""
-    back = [as_item(catalogue, catalogue.number_of[name]) for name in names]
+    back = [as_item(catalog, catalog.number_of[name]) for name in names]
 
     def swap(number: int) -> Swap:
         with served.controller() as control:
             begin = time.monotonic()
             reply = control.change_items(**({"add": back} if number % 2 else {"remove": list(names)}))
-            return Swap(begin, time.monotonic(), reply.weight_version, reply.catalogue_version)
+            return Swap(begin, time.monotonic(), reply.weight_version, reply.catalog_version)
 
     return swap
 
 
-def as_item(catalogue: ServedCatalogue, number: int) -> ItemToAdd:
+def as_item(catalog: ServedCatalog, number: int) -> ItemToAdd:
     """An item as the control plane takes it."""
-    codes = codes_in(catalogue.texts[number]) if catalogue.writing.template.kind == "sid" else []
-    return ItemToAdd(external_id=catalogue.external_ids[number], title=catalogue.titles[number], codes=codes)
+    codes = codes_in(catalog.texts[number]) if catalog.writing.template.kind == "sid" else []
+    return ItemToAdd(external_id=catalog.external_ids[number], title=catalog.titles[number], codes=codes)
 
 
 def codes_in(text: str) -> list[str]:
@@ -156,25 +156,25 @@ def codes_in(text: str) -> list[str]:
 
 # -- in the benchmark
 def swaps(report: harness.Report, served: Served, setting: Setting, bodies: list[dict[str, Any]], count: int) -> None:
-    """Weights, then the catalogue, swapped under a closed loop of 8."""
-    catalogue, compute = setting.catalogue, partial(rankings, bodies=bodies)
-    expected = {name: compute(catalogue, setting.weights[place]) for place, name in enumerate(("first", "second"))}
+    """Weights, then the catalog, swapped under a closed loop of 8."""
+    catalog, compute = setting.catalog, partial(rankings, bodies=bodies)
+    expected = {name: compute(catalog, setting.weights[place]) for place, name in enumerate(("first", "second"))}
     names = removed_items(expected["first"])
-    fewer = catalogue.changed([], names, 2)
+    fewer = catalog.changed([], names, 2)
     expected["fewer"] = compute(fewer, setting.weights[0])
     every = 1.5
     spec = Spec(served.data, bodies, every * count + 1, 8)
     calm, _ = watched(spec, 0, None, every)
     changes = {
         "weights": (weight_swap(served, setting), ("second", "first")),
-        "catalogue": (catalogue_swap(served, catalogue, names), ("fewer", "first")),
+        "catalogue": (catalog_swap(served, catalog, names), ("fewer", "first")),
     }
     failed, mixed, replies = calm.failed, 0, 0
     for kind, (swap, states) in changes.items():
         before = served.client().models()
         found, made = watched(spec, count, swap, every)
-        right = Answers(expected, {(before.weight_version, before.catalogue_version): "first"})
-        right.state_of |= {(m.weight_version, m.catalogue_version): states[n % 2] for n, m in enumerate(made)}
+        right = Answers(expected, {(before.weight_version, before.catalog_version): "first"})
+        right.state_of |= {(m.weight_version, m.catalog_version): states[n % 2] for n, m in enumerate(made)}
         row = pauses(calm, found, made)
         wrong = sum(right.wrong(reply) for reply in found.replies if reply.status == 200)
         report.rows.append({"side": f"swap of the {kind}", "failed": found.failed, "mixed": wrong} | shown(row))
@@ -184,19 +184,19 @@ def swaps(report: harness.Report, served: Served, setting: Setting, bodies: list
     report.checks["swaps"] = {
         "replies compared": replies,
         "bodies that tell the weights apart": differing(expected["first"], expected["second"]),
-        "bodies that tell the catalogues apart": differing(expected["first"], expected["fewer"]),
+        "bodies that tell the catalogs apart": differing(expected["first"], expected["fewer"]),
     }
     report.targets["failed under swaps"] = harness.Target.at_most(0, failed)
     report.targets["wrong for their versions"] = harness.Target.at_most(0, mixed)
 
 
 def growth(report: harness.Report, served: Served, setting: Setting, bodies: list[dict[str, Any]], items: int) -> None:
-    """A catalogue of a million items, built, validated and activated under a closed loop of 8."""
+    """A catalog of a million items, built, validated and activated under a closed loop of 8."""
     path = setting.run_dir / "items.jsonl"
-    write_items(setting.catalogue, path, items)
+    write_items(setting.catalog, path, items)
     found, phases = activation(served, path, Spec(served.data, bodies, 900, 8, keep=False))
     row = activation_row(found, phases)
-    report.rows.append({"side": f"catalogue of {items:,} items", "failed": found.failed} | shown(row))
+    report.rows.append({"side": f"catalog of {items:,} items", "failed": found.failed} | shown(row))
     added = row["activate, slowest ms"] - max(row["calm, slowest ms"], row["between, slowest ms"])
     report.targets[f"added latency ms, activation of {items:,}"] = harness.Target.at_most(PAUSE_GOAL, added)
     slowest = max(row["build, slowest ms"], row["validate, slowest ms"])
@@ -207,15 +207,15 @@ def shown(row: dict[str, Any]) -> dict[str, Any]:
     return {name: harness.rounded(value) if isinstance(value, float) else value for name, value in row.items()}
 
 
-# -- a catalogue of a million items ------------------------------------------------------------------------------------
-def write_items(catalogue: ServedCatalogue, path: Path, count: int) -> None:
-    """JSON lines of the catalogue's own items and as many others as are missing, with codes drawn at random."""
-    texts = [codes_in(text) for text in catalogue.texts]
+# -- a catalog of a million items ------------------------------------------------------------------------------------
+def write_items(catalog: ServedCatalog, path: Path, count: int) -> None:
+    """JSON lines of the catalog's own items and as many others as are missing, with codes drawn at random."""
+    texts = [codes_in(text) for text in catalog.texts]
     levels = [sorted({codes[level] for codes in texts if len(codes) > level}) for level in range(3)]
     taken, rng = {tuple(codes) for codes in texts}, np.random.default_rng(0)
     with path.open("w", encoding="utf-8") as file:
         for number, codes in enumerate(texts):
-            file.write(_line(catalogue.external_ids[number], catalogue.titles[number], codes))
+            file.write(_line(catalog.external_ids[number], catalog.titles[number], codes))
         number = len(texts)
         while number < count:
             drawn = np.stack([rng.integers(0, len(level), count) for level in levels], axis=1).tolist()
@@ -233,18 +233,18 @@ def _line(name: str, title: str, codes: Sequence[str]) -> str:
 
 
 def activation(served: Served, path: Path, spec: Spec) -> tuple[Load, dict[str, tuple[float, float]]]:
-    """Build, validate and activate a catalogue under load; when each of the steps ran, and a calm time before them."""
+    """Build, validate and activate a catalog under load; when each of the steps ran, and a calm time before them."""
     running = Running(spec)
     with served.controller() as control:
         time.sleep(max(0.0, running.begun + 3 - time.monotonic()))
         marks = [running.begun, time.monotonic()]
-        version = control.build_catalogue(str(path)).candidate
+        version = control.build_catalog(str(path)).candidate
         marks.append(time.monotonic())
-        control.validate_catalogue(version)
+        control.validate_catalog(version)
         marks.append(time.monotonic())
         time.sleep(2)
         marks.append(time.monotonic())
-        control.activate_catalogue(version)
+        control.activate_catalog(version)
         marks.append(time.monotonic() + AFTER)
     time.sleep(1)
     names = ("calm", "build", "validate", "between", "activate")

@@ -23,12 +23,12 @@ import psutil
 
 from tawin_nemo.api.client import Client, ControlClient
 from tawin_nemo.cli import prepared_root
-from tawin_nemo.commands.serve import first_catalogue
+from tawin_nemo.commands.serve import first_catalog
 from tawin_nemo.commands.session import run
 from tawin_nemo.config.backbones import Backbone
 from tawin_nemo.config.load import load_recipe
 from tawin_nemo.run.world import World
-from tawin_nemo.serve.engine.catalog import ServedCatalogue
+from tawin_nemo.serve.engine.catalog import ServedCatalog
 from tests.benchmarks.harness import REPOSITORY
 from tests.benchmarks.setting import qwen_shape, shared_folder, transformers_model
 from tests.train.runs import SMALL, prepare_dataset
@@ -41,12 +41,12 @@ LOGITS = 1.5
 
 @dataclass(frozen=True)
 class Setting:
-    """A catalogue, histories, and one model with several weights; ``told`` starts a server on all of it."""
+    """A catalog, histories, and one model with several weights; ``told`` starts a server on all of it."""
 
     name: str
     folder: Path
     told: tuple[str, ...]
-    catalogue: ServedCatalogue
+    catalog: ServedCatalog
     histories: list[list[int]]
     weights: list[Path]  # Hugging Face folders; a server starts with the first one
     shape: Backbone
@@ -58,7 +58,7 @@ class Setting:
 
 
 def industrial(folder: Path, *, weights: int = 2) -> Setting:
-    """The complete Amazon Industrial catalogue by semantic IDs and the small-1m backbone."""
+    """The complete Amazon Industrial catalog by semantic IDs and the small-1m backbone."""
     data = shared_folder("amazon18_industrial")
     told = ("--recipe", str(REPOSITORY / "recipes" / "industrial_sid_cpu.yaml"), f"data.root={data}")
     return _setting("industrial_sid", folder, (*told, "data.train_limit=64", "data.eval_limit=512"), weights)
@@ -92,17 +92,17 @@ def _setting(
         made.append(folder / "run" / f"weights_{seed}")
         transformers_model(shape, seed=seed).save_pretrained(made[-1])
         world.tokenizer.save(made[-1])
-    test, catalogue = world.dataset.test, first_catalogue(world)
+    test, catalog = world.dataset.test, first_catalog(world)
     facts = {
         "items": len(world.catalog), "kind": world.catalog.kind, "layers": shape.layers, "hidden": shape.hidden,
-        "vocab": shape.vocab, "longest_item": catalogue.trie.max_depth,
+        "vocab": shape.vocab, "longest_item": catalog.trie.max_depth,
     }  # fmt: skip
     histories = [list(map(int, test.history[row])) for row in range(min(len(test), 512))]
-    return Setting(name, folder, told, catalogue, histories, made, shape, facts)
+    return Setting(name, folder, told, catalog, histories, made, shape, facts)
 
 
 def _world(file: str | None, words: Sequence[str]) -> World:
-    """Data, tokenizer and catalogue as the server reads them, in this process."""
+    """Data, tokenizer and catalog as the server reads them, in this process."""
     found: list[World] = []
 
     def keep(world: World) -> dict[str, Any]:

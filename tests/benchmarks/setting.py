@@ -73,7 +73,7 @@ def megatron_model(shape: Backbone, theirs: Qwen2ForCausalLM, precision: str = "
 
 @dataclass(frozen=True)
 class Titles:
-    """The complete Amazon Industrial catalogue by title, in the Qwen tokenizer, and the histories of its test split."""
+    """The complete Amazon Industrial catalog by title, in the Qwen tokenizer, and the histories of its test split."""
 
     tokenizer: Tokenizer
     template: Template

@@ -2,8 +2,8 @@
 
     python -m tests.benchmarks.soak [--minutes 10] [--json recipes/results/serve_soak.json]
 
-The server and its clients (``soak_load``) are processes of their own; this one swaps weights and catalogues and watches
-the server's memory. Afterwards every item of every answer is looked up in the catalogue version that the answer names,
+The server and its clients (``soak_load``) are processes of their own; this one swaps weights and catalogs and watches
+the server's memory. Afterwards every item of every answer is looked up in the catalog version that the answer names,
 and a sample of the answers is computed again under the versions that they name (``serve_oracle``: transformers, no
 trie). One JSON object to stdout; exit code 1 when a goal is missed.
 """
@@ -47,7 +47,7 @@ WARM, ENDS = 0.25, 0.1
 
 @dataclass
 class World:
-    """What is served when: external ids by catalogue version, weights by weight version.
+    """What is served when: external ids by catalog version, weights by weight version.
 
     ``path_of``: tokens of every item that ever may be served; ``fixed`` ones are never removed.
     """
@@ -62,12 +62,12 @@ class World:
 
     @classmethod
     def of(cls, setting: Setting) -> World:
-        catalogue = setting.catalogue
-        first = {name: as_item(catalogue, number) for number, name in enumerate(catalogue.external_ids)}
+        catalog = setting.catalog
+        first = {name: as_item(catalog, number) for number, name in enumerate(catalog.external_ids)}
         new = _new_items(setting)
         texts = ["".join(item.codes) if item.codes else item.title for item in new]
-        paths = answer_paths(texts, catalogue.writing.tokenizer, catalogue.writing.template)
-        path_of = {name: tuple(catalogue.paths[number].tolist()) for name, number in catalogue.number_of.items()}
+        paths = answer_paths(texts, catalog.writing.tokenizer, catalog.writing.template)
+        path_of = {name: tuple(catalog.paths[number].tolist()) for name, number in catalog.number_of.items()}
         path_of |= {item.external_id: tuple(paths[row].tolist()) for row, item in enumerate(new)}
         items = first | {item.external_id: item for item in new}
         names = list(first)
@@ -79,11 +79,11 @@ class World:
 
 
 def _new_items(setting: Setting) -> list[ItemToAdd]:
-    """Items that the catalogue does not have: other mixtures of its codes, or of the words of its titles."""
-    catalogue, rng = setting.catalogue, random.Random(1)
-    sid = catalogue.writing.template.kind == "sid"
-    parts = [codes_in(text) if sid else text.split() for text in catalogue.texts]
-    taken, made = set(catalogue.texts), []
+    """Items that the catalog does not have: other mixtures of its codes, or of the words of its titles."""
+    catalog, rng = setting.catalog, random.Random(1)
+    sid = catalog.writing.template.kind == "sid"
+    parts = [codes_in(text) if sid else text.split() for text in catalog.texts]
+    taken, made = set(catalog.texts), []
     while len(made) < NEW:
         one, other = rng.choice(parts), rng.choice(parts)
         words = [*one[:2], *other[2:]]
@@ -98,7 +98,7 @@ def _new_items(setting: Setting) -> list[ItemToAdd]:
 
 
 class Operator:
-    """Changes weights and catalogues by turns; every answer of the control plane is kept."""
+    """Changes weights and catalogs by turns; every answer of the control plane is kept."""
 
     def __init__(self, world: World, control: ControlClient, seed: int = 0) -> None:
         self._world, self._control, self._rng = world, control, random.Random(seed)
@@ -127,10 +127,10 @@ class Operator:
         absent = sorted(item_of.keys() - live)
         add = self._rng.sample(absent, min(5, len(absent)))
         reply = self._control.change_items(add=[item_of[name] for name in add], remove=remove)
-        self._world.changed(reply.catalogue_version, (live - set(remove)) | set(add))
+        self._world.changed(reply.catalog_version, (live - set(remove)) | set(add))
 
     def activate(self) -> None:
-        """A whole catalogue from a file."""
+        """A whole catalog from a file."""
         world = self._world
         others = sorted(world.item_of.keys() - world.fixed)
         live = set(world.fixed) | set(self._rng.sample(others, len(others) * 3 // 4))
@@ -138,10 +138,10 @@ class Operator:
         path.write_text(
             "".join(world.item_of[name].model_dump_json() + "\n" for name in sorted(live)), encoding="utf-8"
         )
-        version = self._control.build_catalogue(str(path)).candidate
-        self._control.validate_catalogue(version)
-        reply = self._control.activate_catalogue(version)
-        world.changed(reply.catalogue_version, live)
+        version = self._control.build_catalog(str(path)).candidate
+        self._control.validate_catalog(version)
+        reply = self._control.activate_catalog(version)
+        world.changed(reply.catalog_version, live)
 
 
 def soak(
@@ -149,7 +149,7 @@ def soak(
 ) -> tuple[list[dict[str, Any]], Operator, list[float]]:
     """Load and swaps together; all lines of the load, the operator, and the memory of every second in MiB."""
     setting, folder = world.setting, world.setting.folder
-    names = setting.catalogue.external_ids
+    names = setting.catalog.external_ids
     histories = [[names[item] for item in history] for history in setting.histories if history][:200]
     with served.client() as client:
         model = client.models().data[0].id
@@ -173,12 +173,12 @@ def soak(
 
 
 def judged(lines: Sequence[dict[str, Any]], world: World, sample: int) -> dict[str, Any]:
-    """Items that are not in the catalogue of their answer, and answers that are not those of their versions."""
-    catalogue, oracle = world.setting.catalogue, Oracle(world.setting.weights)
+    """Items that are not in the catalog of their answer, and answers that are not those of their versions."""
+    catalog, oracle = world.setting.catalog, Oracle(world.setting.weights)
     given = [line for line in lines if line["status"] == 200]
     scored = [place for place, line in enumerate(given) if line["kind"] != "complete"]
     chosen = set(random.Random(0).sample(scored, min(sample, len(scored))))
-    live, version = set(catalogue.external_ids), 1
+    live, version = set(catalog.external_ids), 1
     histories = [history for history in world.setting.histories if history]
     result = {
         "invalid_items": 0,
@@ -198,8 +198,8 @@ def judged(lines: Sequence[dict[str, Any]], world: World, sample: int) -> dict[s
             continue
         result["invalid_items"] += sum(name not in live for name, _ in line["items"])
         if place in chosen:
-            table = admissible([world.path_of[name] for name in live], catalogue.writing.tokenizer.eos_id)
-            prompt = catalogue.prompt(histories[line["history"]]).flat.tolist()
+            table = admissible([world.path_of[name] for name in live], catalog.writing.tokenizer.eos_id)
+            prompt = catalog.prompt(histories[line["history"]]).flat.tolist()
             paths = [world.path_of[name] for name, _ in line["items"]]
             right = oracle.scores(world.weights[line["weights"]], table, prompt, paths)
             apart = max((abs(a - b) for a, (_, b) in zip(right, line["items"], strict=True)), default=0.0)

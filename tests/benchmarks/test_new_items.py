@@ -15,7 +15,7 @@ from tawin_nemo.data.interactions import Split, load_dataset
 from tawin_nemo.types import TokenRows
 from tests.benchmarks import new_items
 from tests.benchmarks.harness import REPOSITORY
-from tests.semantic_ids.catalogue import prepared, titles
+from tests.semantic_ids.catalog import prepared, titles
 
 COMMITTED = sorted((REPOSITORY / "recipes" / "results" / "semantic_ids").glob("new_items*.json"))
 ITEMS = 60

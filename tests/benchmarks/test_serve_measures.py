@@ -17,7 +17,7 @@ from tests.benchmarks.serve_oracle import SCORE_TOLERANCE, Oracle, admissible
 from tests.benchmarks.serve_swaps import Answers, Swap
 from tests.benchmarks.serving import Setting
 from tests.benchmarks.setting import qwen_shape, transformers_model
-from tests.serve.scene import KEY, first_catalogue, serving, tokenizer
+from tests.serve.scene import KEY, first_catalog, serving, tokenizer
 
 HISTORIES = [[3, 5], [7], [11, 12, 13]]
 
@@ -30,24 +30,24 @@ def setting(tmp_path_factory: pytest.TempPathFactory) -> Setting:
     weights = [folder / f"weights_{seed}" for seed in range(2)]
     for seed, place in enumerate(weights):
         transformers_model(shape, seed=seed).save_pretrained(place)
-    return Setting("small", folder, (), first_catalogue(), HISTORIES, weights, shape, {})
+    return Setting("small", folder, (), first_catalog(), HISTORIES, weights, shape, {})
 
 
 def answered(setting: Setting, weights: int, row: int, n: int = 4) -> list[tuple[str, float]]:
     """By transformers' beam search with a beam for every item."""
     body = {"history": HISTORIES[row], "n": n, "beams": 12}
-    (found,) = serve_swaps.rankings(setting.catalogue, setting.weights[weights], [body])
+    (found,) = serve_swaps.rankings(setting.catalog, setting.weights[weights], [body])
     return found
 
 
 def test_oracle_and_beam_search_of_transformers_agree(setting: Setting) -> None:
     """One walks a path token by token, the other searches; both are written without our trie."""
-    catalogue = setting.catalogue
-    table = admissible([catalogue.paths[item].tolist() for item in range(40)], tokenizer().eos_id)
+    catalog = setting.catalog
+    table = admissible([catalog.paths[item].tolist() for item in range(40)], tokenizer().eos_id)
     for weights, row in ((0, 0), (1, 2)):
         found = answered(setting, weights, row)
-        paths = [tuple(catalogue.paths[catalogue.number_of[name]].tolist()) for name, _ in found]
-        prompt = catalogue.prompt(HISTORIES[row]).flat.tolist()
+        paths = [tuple(catalog.paths[catalog.number_of[name]].tolist()) for name, _ in found]
+        prompt = catalog.prompt(HISTORIES[row]).flat.tolist()
         scores = Oracle(setting.weights).scores(weights, table, prompt, paths)
         assert scores == pytest.approx([score for _, score in found], abs=SCORE_TOLERANCE)
 
@@ -55,8 +55,8 @@ def test_oracle_and_beam_search_of_transformers_agree(setting: Setting) -> None:
 def test_the_baseline_answers_padded_prompts_as_it_does_alone(setting: Setting) -> None:
     import torch
 
-    generator = Generator.of(setting.catalogue, setting.weights[0])
-    prompts = [torch.from_numpy(setting.catalogue.prompt(history).flat) for history in HISTORIES]
+    generator = Generator.of(setting.catalog, setting.weights[0])
+    prompts = [torch.from_numpy(setting.catalog.prompt(history).flat) for history in HISTORIES]
     together = generator.best(prompts, 12, 5)
     for prompt, found in zip(prompts, together, strict=True):
         (alone,) = generator.best([prompt], 12, 5)
@@ -64,9 +64,9 @@ def test_the_baseline_answers_padded_prompts_as_it_does_alone(setting: Setting) 
         assert [score for _, score in alone] == pytest.approx([score for _, score in found], abs=SCORE_TOLERANCE)
 
 
-def reply_of(ranking: list[tuple[str, float]], weights: int, catalogue: int = 1, body: int = 0) -> Reply:
+def reply_of(ranking: list[tuple[str, float]], weights: int, catalog: int = 1, body: int = 0) -> Reply:
     items = [{"external_id": name, "score": score} for name, score in ranking]
-    content = {"weight_version": weights, "catalogue_version": catalogue, "items": items}
+    content = {"weight_version": weights, "catalog_version": catalog, "items": items}
     return Reply(body, 0.0, 1.0, 200, content)
 
 
@@ -99,8 +99,8 @@ def test_the_soak_finds_replies_that_are_not_of_their_versions(setting: Setting)
     world.changed(2, world.live - {gone})
     assert soak.judged([line(setting, 0, 0, weights=2)], world, 100)["mixed_versions"] == 1
     assert soak.judged([line(setting, 0, 0, weights=9)], world, 100)["unknown_versions"] == 1
-    assert soak.judged([line(setting, 0, 0, catalogue=9)], world, 100)["unknown_versions"] == 1
-    late = soak.judged([line(setting, 0, 0), line(setting, 0, 0, catalogue=2, kind="complete")], world, 100)
+    assert soak.judged([line(setting, 0, 0, catalog=9)], world, 100)["unknown_versions"] == 1
+    late = soak.judged([line(setting, 0, 0), line(setting, 0, 0, catalog=2, kind="complete")], world, 100)
     assert (late["invalid_items"], late["mixed_versions"]) == (1, 0)
 
 

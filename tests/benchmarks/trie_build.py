@@ -1,8 +1,8 @@
-"""Building the catalogue trie: time, memory of the index, peak memory of the process.
+"""Building the catalog trie: time, memory of the index, peak memory of the process.
 
     python -m tests.benchmarks.trie_build [--full]
 
-Catalogues: random semantic IDs of four codes (256 per position, token ids behind a Qwen vocabulary) and end of text,
+Catalogs: random semantic IDs of four codes (256 per position, token ids behind a Qwen vocabulary) and end of text,
 a million items, with --full ten million, too; and a million generated titles of about 20 tokens, in families that
 begin alike. Ours is ``TokenTrie.from_paths`` on int64 rows. Baselines: nested dictionaries filled in a Python loop
 (titles and the ten million on a slice, seconds per item), the sorted level-by-level arrays that trie-constrained
@@ -150,7 +150,7 @@ def edges_ms(trie: TokenTrie) -> float:
 
 
 def compare(name: str, rows: TokenRows, sliced: int, repeats: int, floor: Callable[[float], float]) -> dict[str, Any]:
-    """Ours, the dictionaries on a slice and the other baselines on one catalogue, in turn: the table's rows."""
+    """Ours, the dictionaries on a slice and the other baselines on one catalog, in turn: the table's rows."""
     part = rows.take(np.arange(min(sliced, len(rows))))
     sides: dict[str, Callable[[], Any]] = {"ours": lambda: TokenTrie.from_paths(rows), "dict": lambda: dict_trie(part)}
     same_length = bool((rows.lengths == rows.lengths[0]).all())

@@ -46,7 +46,7 @@ from tests.benchmarks.setting import (
 GOALS = {"trie": 12.0, "vocab": 5.0}
 SIZES = (1, 4, 16)
 UNFAIR = [
-    "candidates are drawn uniformly from the catalogue; those of one beam search share more tokens, which helps ours",
+    "candidates are drawn uniformly from the catalog; those of one beam search share more tokens, which helps ours",
     "trie space is another objective than the baseline's (TAWin's Eq. 25); vocabulary space is the same one (checked)",
     "with 4 of 24 layers the vocabulary-wide head weighs more than in the whole model (--full has all layers)",
     "TRL can trade time for memory by gradient checkpointing; so can ours (model.recompute); neither is on here",

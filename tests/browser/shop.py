@@ -13,7 +13,7 @@ from tawin_nemo.config.schema import CatalogConfig, DataConfig, ModelConfig
 from tawin_nemo.data.catalog_builder import build_catalog
 from tawin_nemo.data.prompts import Template
 from tawin_nemo.data.tokenizer import build_tokenizer
-from tawin_nemo.serve.engine.catalog import ServedCatalogue, Writing
+from tawin_nemo.serve.engine.catalog import ServedCatalog, Writing
 from tests.serve.scene import GateLM, Scene, serving
 
 KINDS = {
@@ -35,12 +35,12 @@ TITLES = [f"{kind}, {form}".capitalize() for kind, forms in KINDS.items() for fo
 
 
 @cache
-def catalogue() -> ServedCatalogue:
+def small_catalog() -> ServedCatalog:
     data = DataConfig(bpe_vocab_size=600)
     tokenizer = build_tokenizer(data, CatalogConfig(), ModelConfig(), TITLES, None)
     ids = [f"SKU-{number:03}" for number in range(len(TITLES))]
     catalog = build_catalog(TITLES, ids, TITLES, tokenizer, Template(), kind="title")
-    return ServedCatalogue.of(catalog, TITLES, Writing(tokenizer, Template(), 10, 200))
+    return ServedCatalog.of(catalog, TITLES, Writing(tokenizer, Template(), 10, 200))
 
 
 class ShopLM(GateLM):
@@ -57,5 +57,5 @@ class ShopLM(GateLM):
 def shop(folder: Path) -> Iterator[Scene]:
     """Open to everybody; ``folder / "weights"`` holds other weights."""
     (folder / "weights").write_text("2", encoding="ascii")
-    with serving([folder], catalogue=catalogue(), keys=(), kind=ShopLM, beams=20) as scene:
+    with serving([folder], catalog=small_catalog(), keys=(), kind=ShopLM, beams=20) as scene:
         yield scene

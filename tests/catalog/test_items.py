@@ -1,4 +1,4 @@
-"""The catalogue's facts about items that share a token path."""
+"""The catalog's facts about items that share a token path."""
 
 from __future__ import annotations
 

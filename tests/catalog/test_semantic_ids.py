@@ -1,4 +1,4 @@
-"""Reading semantic-ID indexes: good ones, and every way in which one can fail to fit the catalogue."""
+"""Reading semantic-ID indexes: good ones, and every way in which one can fail to fit the catalog."""
 
 from __future__ import annotations
 

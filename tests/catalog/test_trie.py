@@ -27,7 +27,7 @@ long = st.builds(lambda head, times, tail: head * times + tail, short, st.intege
 
 
 @st.composite
-def catalogues(draw: st.DrawFn) -> list[list[int]]:
+def catalogs(draw: st.DrawFn) -> list[list[int]]:
     """Paths that end in EOS, many alike or alike at the beginning, some all beginning alike."""
     root = draw(st.one_of(st.just([]), short))
     bodies = draw(st.lists(st.one_of(short, long), min_size=1, max_size=25))
@@ -134,13 +134,13 @@ def assert_equals_dictionaries(trie: TokenTrie, paths: list[list[int]]) -> None:
 
 
 @settings(deadline=None, max_examples=150)
-@given(catalogues())
+@given(catalogs())
 def test_nodes_edges_paths_and_items(paths: list[list[int]]) -> None:
     assert_equals_dictionaries(TokenTrie.from_paths(paths), paths)
 
 
 @settings(deadline=None, max_examples=60)
-@given(catalogues(), st.randoms(use_true_random=False))
+@given(catalogs(), st.randoms(use_true_random=False))
 def test_labels_are_pieces_of_the_paths(paths: list[list[int]], random: Random) -> None:
     trie = TokenTrie.from_paths(paths)
     nodes, starts, stops, expected = [-1], [0], [0], []
@@ -153,7 +153,7 @@ def test_labels_are_pieces_of_the_paths(paths: list[list[int]], random: Random) 
 
 
 @settings(deadline=None, max_examples=60)
-@given(catalogues())
+@given(catalogs())
 def test_token_by_token_every_prefix_has_its_own_position(paths: list[list[int]]) -> None:
     trie, oracle = TokenTrie.from_paths(paths), DictTrie.of(paths)
     position_of: dict[Prefix, int] = {(): trie.root}
@@ -177,7 +177,7 @@ def test_token_by_token_every_prefix_has_its_own_position(paths: list[list[int]]
 
 
 @settings(deadline=None, max_examples=60)
-@given(catalogues(), st.sampled_from([2, 8]), st.sampled_from([np.int16, np.int32, np.int64, np.uint64]))
+@given(catalogs(), st.sampled_from([2, 8]), st.sampled_from([np.int16, np.int32, np.int64, np.uint64]))
 def test_wide_indices_narrow_words_and_other_integer_types_change_nothing(
     paths: list[list[int]], limit: int, dtype: type[np.integer]
 ) -> None:
@@ -255,7 +255,7 @@ def test_rows_of_int32_are_kept_without_a_copy_and_the_index_is_narrow() -> None
     assert trie.tensors("cpu") is trie.tensors(torch.device("cpu"))
 
 
-def test_bad_catalogues_are_refused_by_name() -> None:
+def test_bad_catalogs_are_refused_by_name() -> None:
     with pytest.raises(CatalogError, match="no items"):
         TokenTrie.from_paths([])
     with pytest.raises(CatalogError, match="item 1 has an empty token path"):

@@ -22,7 +22,7 @@ def test_evaluate_repeats_the_numbers_of_the_run(finished_run):
         assert low <= result["test"][name] <= high
 
 
-def test_generate_answers_with_ranked_catalogue_items(finished_run):
+def test_generate_answers_with_ranked_catalog_items(finished_run):
     result = run(f"checkpoint={finished_run / 'rl'}", "generate.history=[3,5]", "generate.n=4", verb="generate")
     (answer,) = result["recommendations"]
     assert len(answer["history"]) == 2

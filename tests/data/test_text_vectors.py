@@ -45,7 +45,7 @@ def wrong(name: str, rows: np.ndarray) -> np.ndarray:
         ("nan", "1 rows are not finite .items 3."),
         ("infinite", "1 rows are not finite .items 2."),
         ("zero", "1 rows are all zero .items 4."),
-        ("rows", "4 rows and the catalogue 5 items"),
+        ("rows", "4 rows and the catalog 5 items"),
         ("flat", r"shape \(5,\)"),
         ("text", "array of numbers"),
     ],

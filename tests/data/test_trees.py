@@ -17,14 +17,14 @@ from tests.data.tree_oracle import dense_places, expected_prefixes, expected_sco
 EOS = 1
 #: Shared beginnings, forced stretches at the start, in the middle and at the end, two items on one path.
 PATHS = [[5, 6, 2, EOS], [5, 6, 3, 4, 4, EOS], [5, 6, 3, 7, EOS], [5, 6, 3, 4, 4, EOS], [5, 8, EOS], [9, 9, 9, EOS]]
-#: Everything begins with 5, 6; one path is alone in its catalogue.
+#: Everything begins with 5, 6; one path is alone in its catalog.
 STEMMED, ALONE = PATHS[:4], PATHS[1:2]
 
 rows = TokenRows.from_lists
 
 
 @st.composite
-def catalogues(draw: st.DrawFn) -> list[list[int]]:
+def catalogs(draw: st.DrawFn) -> list[list[int]]:
     """Prefix-free paths over few tokens, so that they share a lot."""
     body = st.lists(st.integers(2, 4), min_size=1, max_size=6)
     stem = draw(st.lists(st.integers(2, 4), max_size=2))
@@ -33,12 +33,12 @@ def catalogues(draw: st.DrawFn) -> list[list[int]]:
 
 @st.composite
 def groups(draw: st.DrawFn) -> tuple[list[list[int]], list[list[int]], list[list[int]], np.ndarray]:
-    """A catalogue, prompts, and a ragged group of its paths for each prompt, some of them twice."""
-    catalogue = draw(st.one_of(st.sampled_from([PATHS, STEMMED, ALONE]), catalogues()))
+    """A catalog, prompts, and a ragged group of its paths for each prompt, some of them twice."""
+    catalog = draw(st.one_of(st.sampled_from([PATHS, STEMMED, ALONE]), catalogs()))
     prompts = draw(st.lists(st.lists(st.integers(2, 9), min_size=1, max_size=5), max_size=4))
-    picks = [draw(st.lists(st.integers(0, len(catalogue) - 1), min_size=1, max_size=9)) for _ in prompts]
-    answers = [catalogue[item] for pick in picks for item in pick]
-    return catalogue, prompts, answers, np.repeat(np.arange(len(prompts)), [len(pick) for pick in picks])
+    picks = [draw(st.lists(st.integers(0, len(catalog) - 1), min_size=1, max_size=9)) for _ in prompts]
+    answers = [catalog[item] for pick in picks for item in pick]
+    return catalog, prompts, answers, np.repeat(np.arange(len(prompts)), [len(pick) for pick in picks])
 
 
 def check_layout(batch: TokenBatch, needed: list[set[tuple[int, ...]]], prompts: list[list[int]]) -> None:
@@ -70,9 +70,9 @@ def check_layout(batch: TokenBatch, needed: list[set[tuple[int, ...]]], prompts:
 @settings(max_examples=150, deadline=None)
 @given(case=groups())
 def test_trees_equal_their_definition(space: str, case):
-    catalogue, prompts, answers, prompt_A = case
-    known = catalogue if space == "trie" else None
-    trie = TokenTrie.from_paths(catalogue) if space == "trie" else None
+    catalog, prompts, answers, prompt_A = case
+    known = catalog if space == "trie" else None
+    trie = TokenTrie.from_paths(catalog) if space == "trie" else None
     batch, index = tree_batch(rows(prompts), rows(answers), prompt_A, trie)
     assert scored_tokens(batch, index) == expected_scores(prompts, answers, prompt_A, known)
     check_layout(batch, expected_prefixes(prompts, answers, prompt_A, known), prompts)
@@ -91,8 +91,8 @@ def test_trees_equal_their_definition(space: str, case):
 @given(case=groups())
 def test_a_tree_asks_what_repeated_prompts_ask(case):
     """The same batch with every answer behind its own copy of the prompt: chains, and the same log-probs."""
-    catalogue, prompts, answers, prompt_A = case
-    trie = TokenTrie.from_paths(catalogue)
+    catalog, prompts, answers, prompt_A = case
+    trie = TokenTrie.from_paths(catalog)
     for space in (None, trie):
         tree = tree_batch(rows(prompts), rows(answers), prompt_A, space)
         chains = tree_batch(rows(prompts).take(prompt_A), rows(answers), np.arange(len(answers)), space)
@@ -138,7 +138,7 @@ def test_a_single_answer_is_a_chain():
     assert (batch.chain_B.tolist(), batch.tree_B.tolist()) == ([7, 6], [0, 0])
 
 
-def test_a_catalogue_of_one_item_has_nothing_to_score():
+def test_a_catalog_of_one_item_has_nothing_to_score():
     batch, index = tree_batch(rows([[2, 3]]), rows(ALONE), np.zeros(1, np.int64), TokenTrie.from_paths(ALONE))
     assert len(batch.place_P) == len(batch.row_N) == len(index.answer_N) == 0
     assert batch.tokens_S.tolist() == [2, 3]
@@ -156,13 +156,13 @@ def test_no_prompts():
 @settings(max_examples=50, deadline=None)
 @given(case=groups(), budget=st.integers(1, 60))
 def test_parts_under_a_budget_are_the_whole(case, budget: int):
-    catalogue, prompts, answers, prompt_A = case
-    trie = TokenTrie.from_paths(catalogue)
+    catalog, prompts, answers, prompt_A = case
+    trie = TokenTrie.from_paths(catalog)
     found = []
     for batch, index, answer_M in tree_batches(rows(prompts), rows(answers), prompt_A, trie, budget):
         assert len(batch.tokens_S) <= budget or len(batch.chain_B) == 1
         found += [(int(answer_M[a]), *facts) for a, *facts in scored_tokens(batch, index)]
-    assert sorted(found) == expected_scores(prompts, answers, prompt_A, catalogue)
+    assert sorted(found) == expected_scores(prompts, answers, prompt_A, catalog)
 
 
 # -- what is refused -----------------------------------------------------------------------------------------------
@@ -170,14 +170,14 @@ def test_parts_under_a_budget_are_the_whole(case, budget: int):
     ("answer", "place"), [([5, 6, 9, EOS], 2), ([5, 8, EOS, EOS], 3), ([8, EOS], 0), ([9, 9, 9, 2], 3), ([9, 2, 9], 1)]
 )
 def test_answers_off_the_trie_are_refused(answer: list[int], place: int):
-    trie, said = TokenTrie.from_paths(PATHS), rf"answer 1 leaves the catalogue at its token {place} \({answer[place]}\)"
+    trie, said = TokenTrie.from_paths(PATHS), rf"answer 1 leaves the catalog at its token {place} \({answer[place]}\)"
     for measure in (tree_batch, tree_sizes):
         with pytest.raises(CatalogError, match=said):
             measure(rows([[2], [2]]), rows([PATHS[0], answer, [8, 8, EOS]]), np.array([0, 1, 1]), trie)
 
 
 @pytest.mark.parametrize("answer", [[5, 6, 3], [9, 9], [5], []])
-def test_answers_that_stop_inside_the_catalogue_are_refused(answer: list[int]):
+def test_answers_that_stop_inside_the_catalog_are_refused(answer: list[int]):
     with pytest.raises(CatalogError, match=r"answer 0 is cut short: \["):
         tree_batch(rows([[2]]), rows([answer]), np.zeros(1, np.int64), TokenTrie.from_paths(PATHS))
 

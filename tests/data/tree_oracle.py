@@ -50,15 +50,15 @@ def expected_scores(
     prompts: Sequence[list[int]],
     answers: Sequence[list[int]],
     prompt_A: Sequence[int],
-    catalogue: Sequence[list[int]] | None,
+    catalog: Sequence[list[int]] | None,
 ) -> list[Scored]:
     """What ``scored_tokens`` must be: every answer behind its own prompt, token by token."""
     scored: list[Scored] = []
     for a, (answer, b) in enumerate(zip(answers, prompt_A, strict=True)):
         for t, token in enumerate(answer):
             admissible = None
-            if catalogue is not None:
-                admissible = tuple(sorted({path[t] for path in catalogue if path[:t] == answer[:t]}))
+            if catalog is not None:
+                admissible = tuple(sorted({path[t] for path in catalog if path[:t] == answer[:t]}))
             if admissible is None or len(admissible) > 1:
                 scored.append((a, t, (*prompts[b], *answer[:t]), token, admissible))
     return scored
@@ -68,10 +68,10 @@ def expected_prefixes(
     prompts: Sequence[list[int]],
     answers: Sequence[list[int]],
     prompt_A: Sequence[int],
-    catalogue: Sequence[list[int]] | None,
+    catalog: Sequence[list[int]] | None,
 ) -> list[set[tuple[int, ...]]]:
     """Per prompt the beginnings of prompt + answer whose last token must be an input: those before a scored token."""
     needed = [{tuple(prompt[: n + 1]) for n in range(len(prompt))} for prompt in prompts]
-    for a, _, before, _, _ in expected_scores(prompts, answers, prompt_A, catalogue):
+    for a, _, before, _, _ in expected_scores(prompts, answers, prompt_A, catalog):
         needed[prompt_A[a]] |= {before[: n + 1] for n in range(len(before))}
     return needed

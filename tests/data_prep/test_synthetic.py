@@ -10,7 +10,7 @@ from tawin_nemo.config.schema import DataConfig, PrepareConfig
 from tawin_nemo.data.interactions import Dataset, load_dataset
 from tawin_nemo.data_prep import synthetic
 from tawin_nemo.data_prep.prepare import prepare
-from tawin_nemo.data_prep.synthetic_catalogue import make_catalogue
+from tawin_nemo.data_prep.synthetic_catalog import make_catalog
 
 SEED = 3
 DEFAULTS = PrepareConfig()
@@ -49,8 +49,8 @@ def test_titles(dataset: Dataset) -> None:
     assert len({word for title in words for word in title}) < 250
     duplicates = len(words) - len(set(dataset.items.titles))
     assert 0 < duplicates < 30
-    catalogue = make_catalogue(5000, np.random.default_rng(0))
-    assert len(set(catalogue.titles)) == 5000
+    catalog = make_catalog(5000, np.random.default_rng(0))
+    assert len(set(catalog.titles)) == 5000
 
 
 def test_every_kind_of_dirt_is_met(dataset: Dataset) -> None:
@@ -70,17 +70,17 @@ def test_every_kind_of_dirt_is_met(dataset: Dataset) -> None:
 
 @pytest.mark.parametrize("items", [50, 240, 300])
 def test_successors_are_other_items(items: int) -> None:
-    catalogue = make_catalogue(items, np.random.default_rng(items))
+    catalog = make_catalog(items, np.random.default_rng(items))
     own = np.arange(items)[:, None]
-    assert ((catalogue.successors_IS >= 0) & (catalogue.successors_IS < items) & (catalogue.successors_IS != own)).all()
-    assert catalogue.popularity_I.sum() == pytest.approx(1.0)
+    assert ((catalog.successors_IS >= 0) & (catalog.successors_IS < items) & (catalog.successors_IS != own)).all()
+    assert catalog.popularity_I.sum() == pytest.approx(1.0)
 
 
 def test_first_successor_is_of_the_same_brand_and_another_family() -> None:
-    catalogue = make_catalogue(480, np.random.default_rng(1))  # two full categories: no missing slots
-    first = catalogue.successors_IS[:, 0]
-    assert (catalogue.brand_I[first] == catalogue.brand_I).all()
-    assert (catalogue.family_I[first] != catalogue.family_I).all()
+    catalog = make_catalog(480, np.random.default_rng(1))  # two full categories: no missing slots
+    first = catalog.successors_IS[:, 0]
+    assert (catalog.brand_I[first] == catalog.brand_I).all()
+    assert (catalog.family_I[first] != catalog.family_I).all()
 
 
 def test_raw_files_depend_on_the_seed_only(tmp_path: Path) -> None:

@@ -26,11 +26,11 @@ from tawin_nemo.types import TokenBatch, TokenRows
 #: 51 vocabulary rows: not a multiple of TP 2, so one row of padding exists; two key-value heads for grouped queries.
 SHAPE = Backbone("qwen2", hidden=32, layers=2, heads=4, kv_heads=2, ffn=48, vocab=51, rope_theta=1e4, max_position=256)
 ROWS, STEPS = 6, 5
-#: Tokens of the catalogue, on both sides of the border between the shards of TP 2; EOS ends every path.
+#: Tokens of the catalog, on both sides of the border between the shards of TP 2; EOS ends every path.
 ALPHABET, EOS = (3, 11, 24, 25, 27, 43, 50), 1
 
 
-def catalogue() -> TokenRows:
+def small_catalog() -> TokenRows:
     """30 items of three or four tokens and EOS."""
     draw = np.random.default_rng(5)
     paths = {tuple(draw.choice(ALPHABET, size=draw.integers(3, 5)).tolist()) for _ in range(60)}
@@ -47,7 +47,7 @@ def rows(select: list[int], space: str) -> TokenBatch:
     """The selected prompts with their trees: prompt r has r % 3 + 1 items as its answers, so that some are chains."""
     items = [r % 3 + 1 for r in select]
     picked = np.concatenate([5 * r + np.arange(r % 3 + 1) for r in select])
-    paths = catalogue()
+    paths = small_catalog()
     trie = TokenTrie.from_paths(paths) if space == "trie" else None
     return tree_batch(prompts(select), paths.take(picked), np.repeat(np.arange(len(select)), items), trie)[0]
 

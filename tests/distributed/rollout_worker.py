@@ -28,7 +28,7 @@ from tawin_nemo.models.megatron.model import reshard
 from tawin_nemo.models.megatron.model.build import build_model, full_shape, sharded_axis
 from tawin_nemo.models.megatron.optim.trainable import Trainable
 from tawin_nemo.models.megatron.parallel import disaggregated, runtime
-from tawin_nemo.models.megatron.parallel.disaggregated import Apart
+from tawin_nemo.models.megatron.parallel.disaggregated import RolloutRanks
 from tawin_nemo.placement.ahead import RolloutAhead
 from tawin_nemo.placement.dispatch import take_prompts
 from tawin_nemo.placement.remote_engine import RemoteEngine, Stop
@@ -39,7 +39,7 @@ from tawin_nemo.run.timers import Timers
 from tawin_nemo.train.actor import Actor
 from tawin_nemo.train.reference import build_reference
 from tawin_nemo.train.rewards import RankingReward
-from tawin_nemo.train.rl import Roles, rl_step, roll_out
+from tawin_nemo.train.rl import RlComponents, rl_step, roll_out
 from tawin_nemo.types import DataParallel, PromptBatch, Rollout, TokenRows
 from tawin_nemo.util.errors import TawinError
 from tawin_nemo.util.files import atomic_path
@@ -75,8 +75,8 @@ class Pair:
         return f"{training}, rollout tp{self.rollout_tp}-pp{self.rollout_pp}{apart}{'' if self.tied else ', untied'}"
 
     @property
-    def apart(self) -> Apart | None:
-        return Apart(self.searching, *self.recipe.rollout_layout) if self.searching else None
+    def apart(self) -> RolloutRanks | None:
+        return RolloutRanks(self.searching, *self.recipe.rollout_layout) if self.searching else None
 
     @property
     def recipe(self) -> Recipe:
@@ -103,7 +103,7 @@ class Pair:
         return replace(SHAPE, tied=self.tied)
 
 
-def catalogue() -> Catalog:
+def small_catalog() -> Catalog:
     """30 items of three or four tokens and EOS."""
     draw = np.random.default_rng(5)
     paths = {tuple(draw.choice(ALPHABET, size=draw.integers(3, 5)).tolist()) for _ in range(60)}
@@ -198,9 +198,9 @@ def train(pair: Pair, folder: Path) -> dict[str, Any]:
     """Three steps of RL; what was logged, rolled out and learned, the weights as ``folder``/model.safetensors.
 
     A rollout rank serves and returns nothing."""
-    recipe, shape, catalog = pair.recipe, pair.shape, catalogue()
-    runtime.initialize(recipe.model, seed=1, apart=pair.apart)
-    if disaggregated.searches_only():
+    recipe, shape, catalog = pair.recipe, pair.shape, small_catalog()
+    runtime.initialize(recipe.model, seed=1, rollout_ranks=pair.apart)
+    if disaggregated.is_rollout_rank():
         serve()
         return {}
     build = partial(build_model, shape, recipe.model, seed=3, rollout_tp=recipe.rollout_layout[0])
@@ -215,18 +215,21 @@ def train(pair: Pair, folder: Path) -> dict[str, Any]:
         return RankingReward()(rollout)
 
     ahead = RolloutAhead(engine, recipe.rl, dp, STEPS) if pair.ahead and pair.searching else RolloutAhead()
-    roles, timers = Roles(recipe.rl, catalog, engine, actor, reference, reward, ahead=ahead), Timers(1e12, dp)
+    components, timers = (
+        RlComponents(recipe.rl, catalog, engine, actor, reference, reward, ahead=ahead),
+        Timers(1e12, dp),
+    )
     sync_weights(engine, version=0)
     check_sync(engine, pair, actor)
     stream = iter(range(STEPS))
-    stats = [rl_step(roles, lambda: prompts(next(stream), dp), timers, step=step, lr=LR) for step in range(STEPS)]
+    stats = [rl_step(components, lambda: prompts(next(stream), dp), timers, step=step, lr=LR) for step in range(STEPS)]
     check_equal(engine)
     assert engine.weight_version == STEPS
     drawn = roll_out(replace(recipe.rl, negatives="dynamic"), engine, prompts(9, dp), STEPS, catalog, dp)
     listed = engine.search(prompts(9, DataParallel()).prompts, 5)  # as evaluation does
     save_hf(model, shape, folder)
     rows = timers.report()["rows/generate"]
-    if disaggregated.divided():
+    if disaggregated.is_disaggregated():
         disaggregated.line().ask(Stop())
     return {
         "stats": stats,
@@ -261,7 +264,7 @@ def main() -> None:
             runtime.shutdown()
             meet_anew(root / f"port_{number}")
         result = train(Pair(**options), root / str(number))
-        if not disaggregated.searches_only():
+        if not disaggregated.is_rollout_rank():
             if runtime.world_rank() == 0:
                 (root / f"{number}.json").write_text(json.dumps(result))
             runtime.barrier()

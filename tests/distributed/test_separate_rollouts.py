@@ -31,10 +31,10 @@ from tests.distributed.rollout_worker import (
     SHAPE,
     STEPS,
     Pair,
-    catalogue,
     facts,
     options_of,
     prompts,
+    small_catalog,
     train,
     weights,
 )
@@ -111,7 +111,7 @@ def one_process(tmp_path_factory: pytest.TempPathFactory) -> dict[bool, Result]:
 @pytest.fixture(scope="module")
 def one_version_behind(tmp_path_factory: pytest.TempPathFactory) -> Result:
     """Two models in one process: one learns, the other searches with the weights that the first had a step before."""
-    folder, catalog, rl = tmp_path_factory.mktemp("behind"), catalogue(), RL_AHEAD
+    folder, catalog, rl = tmp_path_factory.mktemp("behind"), small_catalog(), RL_AHEAD
     runtime.initialize(ModelConfig(), seed=1)
     learning, searching = (build_model(SHAPE, ModelConfig(), seed=3) for _ in range(2))
     engine = RolloutEngine(MegatronLM(searching, SHAPE), catalog, RolloutConfig(), seed=5)

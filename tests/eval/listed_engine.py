@@ -1,4 +1,4 @@
-"""An engine whose answers are given, and a small catalogue for it: what the tests of the evaluator share."""
+"""An engine whose answers are given, and a small catalog for it: what the tests of the evaluator share."""
 
 from __future__ import annotations
 

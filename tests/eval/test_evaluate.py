@@ -85,7 +85,7 @@ def test_what_lists_look_like_beside_their_hits(catalog: Catalog) -> None:
 
 
 def test_lists_longer_than_ten_places_count(catalog: Catalog) -> None:
-    """The catalogue has five paths; cut-offs beyond them see all of them."""
+    """The catalog has five paths; cut-offs beyond them see all of them."""
     result = run(ListedEngine(catalog, [[0, 1, 2, 3, 5]]), make_samples([5]), catalog, beams=50, ks=[2, 40])
     assert result.beyond["coverage@2"] == 2 / 6
     assert result.beyond["coverage@40"] == 1
@@ -127,7 +127,7 @@ def test_result_does_not_depend_on_the_number_of_replicas_or_chunks(
             assert getattr(result, name) == getattr(alone, name)
 
 
-def test_every_returned_path_is_checked_against_the_catalogue(catalog: Catalog) -> None:
+def test_every_returned_path_is_checked_against_the_catalog(catalog: Catalog) -> None:
     good = candidates(catalog, torch.tensor([[0, 2, 3, NO_ITEM]]))
     returned_BW, invalid_BW = check_candidates(good, catalog)
     assert returned_BW.tolist() == [[True, True, True, False]]
@@ -161,7 +161,7 @@ def test_invalid_rate_is_a_share_of_what_was_returned(catalog: Catalog) -> None:
     assert result.per_user["candidates"].to_list() == [3, 3, 3, 1, 3, 3]
 
 
-def test_lists_shorter_than_the_beams_because_the_catalogue_is_small(catalog: Catalog) -> None:
+def test_lists_shorter_than_the_beams_because_the_catalog_is_small(catalog: Catalog) -> None:
     lists = [[0, 1, 2, 3, 5]] * 2
     result = run(ListedEngine(catalog, lists), make_samples([5, 0]), catalog, beams=50, ks=[10])
     assert result.short_rows == 0
@@ -190,7 +190,7 @@ class BigramLM(SequenceLM):
         return segment_log_softmax(logit_E, position_E, len(sequences))
 
 
-def test_the_real_search_gives_the_ranks_of_the_enumerated_catalogue(catalog: Catalog) -> None:
+def test_the_real_search_gives_the_ranks_of_the_enumerated_catalog(catalog: Catalog) -> None:
     lm = BigramLM()
     engine = RolloutEngine(lm, catalog, RolloutConfig(), seed=0)
     targets = [0, 1, 2, 3, 4, 5, 0, 1]

@@ -102,8 +102,8 @@ def fabricate(run_dir: Path) -> None:
     rng = np.random.default_rng(5)
     (run_dir / "recipe.yaml").write_text(to_yaml(Recipe(name="fabricated <run> & co")))
     (run_dir / "summary.json").write_text(json.dumps({"wall_s": 3725.4}))
-    catalogue = {"items": 3686, "items_on_shared_paths": 41, "path_tokens_mean": 9.25, "rows": {"train": 36259}}
-    (run_dir / "catalogue.json").write_text(json.dumps(catalogue))
+    catalog = {"items": 3686, "items_on_shared_paths": 41, "path_tokens_mean": 9.25, "rows": {"train": 36259}}
+    (run_dir / "catalogue.json").write_text(json.dumps(catalog))
     for name, rate, seed, steps in (("sft", 0.3, 1, 600), ("sft_continued", 0.31, 2, 40), ("rl", 0.42, 3, 500)):
         lines: list[dict[str, Any]] = []
         for step in range(1, steps + 1):

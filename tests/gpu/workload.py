@@ -1,4 +1,4 @@
-"""What the GPU parts compute on: a generated catalogue and training batches shaped like rollouts.
+"""What the GPU parts compute on: a generated catalog and training batches shaped like rollouts.
 
 Sizes are those of the 0.5B model on titles: prompts of 40 to 400 tokens, 16 candidates of 6 to 28 tokens which share
 their beginnings, as those of one beam search do. ``TAWIN_GPU_DRY=1`` takes a tiny model and a handful of prompts.
@@ -74,7 +74,7 @@ def spread(shape: Backbone) -> Backbone:
 
 
 class Workload:
-    """A catalogue, and rows that a model can learn by heart; a function of nothing but the sizes."""
+    """A catalog, and rows that a model can learn by heart; a function of nothing but the sizes."""
 
     def __init__(self, given: Sizes) -> None:
         self.sizes = given

@@ -110,7 +110,7 @@ def test_extremes() -> None:
 
 
 def test_rounding_never_moves_a_limit_that_is_a_rank() -> None:
-    """Every window of one rank (Lemma 3.5), and every limit in hundredths, for all catalogues up to 400 items."""
+    """Every window of one rank (Lemma 3.5), and every limit in hundredths, for all catalogs up to 400 items."""
     naive_wrong = 0
     for n in range(1, 401):
         for k in range(1, n + 1):

@@ -180,7 +180,7 @@ def test_kl_needs_a_reference_and_a_known_estimator() -> None:
         grpo_loss(logp_N, terms, num_candidates=1, beta=BETA, kl="k4", **CLIP)
 
 
-# Expectations over an enumerable catalogue: two tokens per item, 3 x 4 paths, every distribution is known.
+# Expectations over an enumerable catalog: two tokens per item, 3 x 4 paths, every distribution is known.
 
 
 def path_logprobs(logits_A: Tensor, logits_AB: Tensor) -> Tensor:
@@ -204,7 +204,7 @@ def test_lemma_3_1() -> None:
     p = q_M[hit_M].sum()
     advantage_M = (hit_M.double() - p) / (p * (1 - p)).sqrt()
     candidate_N = torch.arange(12).repeat_interleave(2)
-    # omega = probability of the candidate turns the sum over the catalogue into the expectation over rollouts
+    # omega = probability of the candidate turns the sum over the catalog into the expectation over rollouts
     terms = PolicyTerms(candidate_N, old_MT.flatten(), None, advantage_M, q_M, torch.full((12,), 2))
     objective = -grpo_loss(new_MT.flatten(), terms, num_candidates=1, clip_low=eps, clip_high=eps)[0]
 

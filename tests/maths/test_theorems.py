@@ -2,7 +2,7 @@
 
 Lemma 3.1: GRPO is a pairwise objective. Prop. H.1: the
 ranking reward is a reweighting. Eq. 22: TAWin's weights turn the pairwise objective into that of WPAUC's window.
-Everything is in float64; expectations are exact sums over a catalogue small enough to be listed.
+Everything is in float64; expectations are exact sums over a catalog small enough to be listed.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ EXACT = {"rtol": 0.0, "atol": 1e-12}
 
 
 # -- Lemma 3.1 -------------------------------------------------------------------------------------------------------
-# A catalogue as a prefix tree: items of 2 to 4 tokens, every token an edge; siblings share a normalisation.
+# A catalog as a prefix tree: items of 2 to 4 tokens, every token an edge; siblings share a normalisation.
 PATHS = ((0, 0), (0, 1), (0, 2), (1, 0), (2, 0, 0), (2, 0, 1), (2, 1, 0, 0), (2, 1, 0, 1), (2, 2), (3, 0, 0))
 EDGES = sorted({path[: t + 1] for path in PATHS for t in range(len(path))}, key=lambda edge: (len(edge), edge))
 PARENTS = [edge[:-1] for edge in EDGES]
@@ -124,7 +124,7 @@ def test_lemma_3_1_at_the_first_update_is_a_pairwise_policy_gradient() -> None:
     q_M = per_item(logp_N).exp().detach()
     p = q_M[HIT_M].sum()
     advantage_M = (HIT_M.double() - p) / (p * (1 - p)).sqrt()
-    # omega = probability: the sum over the catalogue is the expectation over rollouts
+    # omega = probability: the sum over the catalog is the expectation over rollouts
     terms = PolicyTerms(CANDIDATE_N, logp_N.detach(), None, advantage_M, q_M, LENGTH_M)
     grpo = objective(logp_N, terms, 1)
     assert grpo.item() == pytest.approx(0, abs=1e-12)
@@ -171,12 +171,12 @@ def test_prop_h1_ranking_reward_is_a_reweighting_of_the_rule_reward(G: int, seed
 
 
 # -- Eq. 22: the weighted objective aims at the window ---------------------------------------------------------------
-# The whole catalogue is the group: 24 items of one token, scores = log-probs of one softmax, one of them the target.
+# The whole catalog is the group: 24 items of one token, scores = log-probs of one softmax, one of them the target.
 ITEMS, TARGET_RANK = 24, 9
 N_NEG = ITEMS - 1
 
 
-def catalogue(seed: int) -> tuple[Tensor, Tensor]:
+def catalog(seed: int) -> tuple[Tensor, Tensor]:
     """Logits with gradient, and the mask of the target, which ranks at ``TARGET_RANK``."""
     logits_G = torch.randn(ITEMS, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     is_target_G = torch.zeros(ITEMS, dtype=torch.bool)
@@ -204,7 +204,7 @@ def negatives_by_rank(logp_G: Tensor, is_target_G: Tensor) -> Tensor:
 @pytest.mark.parametrize(("anchor", "k"), [(0, 1), (0, 4), (2, 4), (7, 3), (20, 3), (0, N_NEG)])
 def test_tawin_at_small_tau_is_the_pairwise_objective_of_the_wpauc_window(seed: int, anchor: int, k: int) -> None:
     """Values and gradients, off-policy: sqrt(p (1 - p)) (s+ - mean of s- over the negatives that WPAUC counts)."""
-    logits_G, is_target_G = catalogue(seed)
+    logits_G, is_target_G = catalog(seed)
     old_logp_G = logits_G.detach().log_softmax(-1)
     moved = torch.randn(ITEMS, generator=torch.Generator().manual_seed(seed + 50), dtype=torch.float64)
     logp_G = (logits_G + 0.5 * moved).log_softmax(-1)
@@ -231,7 +231,7 @@ def test_the_gradient_moves_negatives_inside_the_window_only(anchor: int, k: int
     hands nothing on: not only the log-probs but the logits of all other negatives stay where they are."""
     first = anchor if window == "start" else anchor - (k - 1) // 2
     for seed in range(5):
-        logits_G, is_target_G = catalogue(seed)
+        logits_G, is_target_G = catalog(seed)
         logp_G = logits_G.log_softmax(-1)
         value = tawin_objective(logp_G, logp_G.detach(), is_target_G, k=k, tau=1e-6, anchor=anchor, window=window)
         (push_G,) = torch.autograd.grad(value, logits_G)
@@ -246,7 +246,7 @@ def test_the_gradient_moves_negatives_inside_the_window_only(anchor: int, k: int
 
 
 def test_plain_grpo_moves_every_negative_and_the_window_sharpens_with_tau() -> None:
-    logits_G, is_target_G = catalogue(0)
+    logits_G, is_target_G = catalog(0)
     logp_G = logits_G.log_softmax(-1)
 
     def share_outside(**window: float | str) -> float:
@@ -265,7 +265,7 @@ def test_plain_grpo_moves_every_negative_and_the_window_sharpens_with_tau() -> N
 def test_raising_the_target_through_the_window_raises_wpauc_and_recall() -> None:
     """Ascent along the objective aimed at K lifts the target to rank K - 1; the metric it aims at becomes 1."""
     k = 4
-    logits_G, is_target_G = catalogue(1)
+    logits_G, is_target_G = catalog(1)
     window = recall_window(k, 1, N_NEG)
     before = wpauc(logits_G.detach()[is_target_G], logits_G.detach()[~is_target_G], *window)
     for _ in range(200):

@@ -45,7 +45,7 @@ def test_without_a_server_a_run_ends_with_1(small_dataset: Path, tmp_path: Path)
 
 
 @pytest.mark.distributed
-def test_a_server_of_another_catalogue_ends_with_2(small_dataset: Path, tmp_path: Path) -> None:
+def test_a_server_of_another_catalog_ends_with_2(small_dataset: Path, tmp_path: Path) -> None:
     with serving() as scene:
         file = tmp_path / "address.json"
         file.write_text(json.dumps({"data": scene.data, "control": scene.control}))
@@ -57,5 +57,5 @@ def test_a_server_of_another_catalogue_ends_with_2(small_dataset: Path, tmp_path
         )  # fmt: skip
     assert done.returncode == 2, done.stderr[-3000:]
     last = done.stderr.splitlines()[-1]
-    assert "serves another catalogue" in last
+    assert "serves another catalog" in last
     assert "start it from this run's recipe" in last

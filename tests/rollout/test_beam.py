@@ -1,4 +1,4 @@
-"""Constrained beam search against transformers' generate and against the exhaustive ranking of the catalogue."""
+"""Constrained beam search against transformers' generate and against the exhaustive ranking of the catalog."""
 
 from __future__ import annotations
 

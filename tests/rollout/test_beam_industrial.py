@@ -2,7 +2,7 @@
 
 A search over all 151,936 tokens costs transformers some ten passes over the vocabulary per beam and step, minutes for
 hundreds of prompts on a CPU. Most prompts therefore run with the tokens renumbered to those that occur in the
-catalogue: a monotone renumbering leaves the trie, its order and the search as they are. A few run with all tokens;
+catalog: a monotone renumbering leaves the trie, its order and the search as they are. A few run with all tokens;
 TAWIN_FULL_VOCAB_PROMPTS sets how many.
 """
 
@@ -58,7 +58,7 @@ def renumbered_paths(title_paths: TokenRows) -> TokenRows:
 
 
 def random_prompts(paths: TokenRows, count: int, seed: int) -> TokenRows:
-    """Random tokens of the catalogue, 4 to 23 per prompt."""
+    """Random tokens of the catalog, 4 to 23 per prompt."""
     rng = np.random.default_rng(seed)
     tokens = np.unique(paths.flat)
     return TokenRows.from_lists([rng.choice(tokens, rng.integers(4, 24)) for _ in range(count)])

@@ -40,7 +40,7 @@ class Case:
 
 
 @st.composite
-def catalogues(draw: st.DrawFn) -> list[list[int]]:
+def catalogs(draw: st.DrawFn) -> list[list[int]]:
     """Few tokens, so that paths share beginnings, repeat and end at nodes with a choice."""
     tokens = st.integers(1, draw(st.integers(1, 5)))
     kind = draw(st.sampled_from(["titles", "long titles", "codes", "mixed codes"]))
@@ -58,7 +58,7 @@ def catalogues(draw: st.DrawFn) -> list[list[int]]:
 
 @st.composite
 def cases(draw: st.DrawFn) -> Case:
-    paths = draw(catalogues())
+    paths = draw(catalogs())
     prompts = draw(st.lists(st.lists(st.integers(10, 49), min_size=1, max_size=4), min_size=1, max_size=5))
     penalty = draw(st.sampled_from([0.0, 0.0, 1.0, 0.6, -0.7]))
     return Case(

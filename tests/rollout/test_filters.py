@@ -44,7 +44,7 @@ class Wish:
 
 
 @st.composite
-def catalogues(draw: st.DrawFn) -> list[list[int]]:
+def catalogs(draw: st.DrawFn) -> list[list[int]]:
     bodies = st.lists(st.integers(1, 4), max_size=4)
     return [[*body, EOS] for body in draw(st.lists(bodies, min_size=1, max_size=14))]
 
@@ -74,7 +74,7 @@ def oracle(wish: Wish, paths: list[list[int]], trie: TokenTrie, lm: TableLM, spa
 
 
 @settings(max_examples=300, deadline=None)
-@given(st.data(), catalogues(), st.sampled_from(["trie", "vocab"]), st.integers(0, 1000))
+@given(st.data(), catalogs(), st.sampled_from(["trie", "vocab"]), st.integers(0, 1000))
 def test_each_prompt_gets_what_it_would_get_alone(
     data: st.DataObject, paths: list[list[int]], space: str, seed: int
 ) -> None:
@@ -162,7 +162,7 @@ def test_a_prompt_without_beams_is_refused() -> None:
         search.admit(TokenRows.from_lists([[10], [11]]), [0, 1], widths=[1, 0])
 
 
-@given(catalogues())
+@given(catalogs())
 def test_spans_say_what_lies_below_and_above_every_node(paths: list[list[int]]) -> None:
     trie = TokenTrie.from_paths(paths)
     spans, order = trie.spans, np.argsort(trie.spans.place_I)

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from tawin_nemo.commands import session
-from tawin_nemo.config.backbones import BACKBONES, Work
+from tawin_nemo.config.backbones import BACKBONES, FlopCount
 from tawin_nemo.config.gpus import known_peak
 from tawin_nemo.config.schema import ModelConfig, Recipe, TrainerConfig
 from tawin_nemo.models.megatron.parallel import runtime
@@ -30,11 +30,11 @@ PHASES = {"data", "generate", "reward", "reference", "update", "sync"}
 
 # -- MFU -----------------------------------------------------------------------------------------------------------
 def test_forward_flops_are_twice_the_multiply_adds():
-    assert Work(tokens=1).forward_flops(QWEN) == 2 * QWEN.body_parameters
-    assert Work(logits=QWEN.vocab).forward_flops(QWEN) == 2 * 896 * 151_936
-    assert Work(pairs=1).forward_flops(QWEN) == 24 * 14 * 64 * 4  # layers, heads, channels; q.k and p.v, 2 each
-    both = Work(3, 5.0, 7) + Work(1, 2.0, 3)
-    assert both == Work(4, 7.0, 10)
+    assert FlopCount(tokens=1).forward_flops(QWEN) == 2 * QWEN.body_parameters
+    assert FlopCount(logits=QWEN.vocab).forward_flops(QWEN) == 2 * 896 * 151_936
+    assert FlopCount(pairs=1).forward_flops(QWEN) == 24 * 14 * 64 * 4  # layers, heads, channels; q.k and p.v, 2 each
+    both = FlopCount(3, 5.0, 7) + FlopCount(1, 2.0, 3)
+    assert both == FlopCount(4, 7.0, 10)
 
 
 def two_leaf_tree(children: Children | None) -> TokenBatch:
@@ -49,9 +49,9 @@ def two_leaf_tree(children: Children | None) -> TokenBatch:
 
 def test_a_tree_counts_every_token_and_every_visible_pair_once():
     # 3 prompt tokens see 1 + 2 + 3, each of the two leaves sees the prompt and itself
-    assert mfu.batch_work([two_leaf_tree(None)], vocab=100) == Work(5, 6.0 + 2 * 4, 2 * 100)
+    assert mfu.batch_work([two_leaf_tree(None)], vocab=100) == FlopCount(5, 6.0 + 2 * 4, 2 * 100)
     edges = Children(torch.tensor([0, 0, 0, 1, 1]), torch.arange(5), torch.tensor([0, 1, 3]))
-    assert mfu.batch_work([two_leaf_tree(edges)] * 2, vocab=100) == Work(10, 28.0, 10)
+    assert mfu.batch_work([two_leaf_tree(edges)] * 2, vocab=100) == FlopCount(10, 28.0, 10)
     once = mfu.batch_work([two_leaf_tree(None)], QWEN.vocab).forward_flops(QWEN)
     assert mfu.training_flops([two_leaf_tree(None)], QWEN) == 3 * once
 
@@ -91,8 +91,8 @@ def test_metered_lm_counts_rows_pairs_and_head_rows():
     rows, edges = torch.tensor([0, 1]), torch.tensor([0, 0, 1])
     assert lm.logprobs("longer", rows, edges, edges, "trie") == "logp"
     lm.logprobs("longer", rows, edges, edges, "vocab")
-    assert lm.take() == Work(tokens=4 + 3, pairs=6.0 + 1.0 + 3 * 2.0, logits=3 + 2 * 50)
-    assert lm.take() == Work()
+    assert lm.take() == FlopCount(tokens=4 + 3, pairs=6.0 + 1.0 + 3 * 2.0, logits=3 + 2 * 50)
+    assert lm.take() == FlopCount()
 
 
 # -- timers --------------------------------------------------------------------------------------------------------

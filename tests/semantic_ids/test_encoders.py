@@ -18,7 +18,7 @@ from tawin_nemo.semantic_ids import hf_encoder
 from tawin_nemo.semantic_ids.encoders import embed, item_texts, keep_encoder
 from tawin_nemo.semantic_ids.hf_encoder import encode_texts, encoder_folder
 from tawin_nemo.util.errors import ConfigError, DataError
-from tests.semantic_ids.catalogue import titles
+from tests.semantic_ids.catalog import titles
 
 TEXTS = titles(30)
 WORDS = sorted({word for text in TEXTS for word in text.split()})

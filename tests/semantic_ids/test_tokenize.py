@@ -1,4 +1,4 @@
-"""The verb tokenize: folder and manifest, reuse, imports, growth of a catalogue, and what train makes of the index."""
+"""The verb tokenize: folder and manifest, reuse, imports, growth of a catalog, and what train makes of the index."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tawin_nemo.config.load import load_recipe
 from tawin_nemo.semantic_ids.growth import Earlier
 from tawin_nemo.util.errors import CatalogError, ConfigError, DataError
 from tawin_nemo.util.files import sha256
-from tests.semantic_ids.catalogue import prepared, titles
+from tests.semantic_ids.catalog import prepared, titles
 from tests.train.runs import run
 
 ITEMS = 90
@@ -101,7 +101,7 @@ def test_an_index_made_elsewhere_is_reported_exported_and_grows(shop: Path, tmp_
     assert len({tuple(words) for words in grown}) == ITEMS + 4
 
 
-def test_an_index_of_another_catalogue_is_refused(shop: Path, tmp_path: Path) -> None:
+def test_an_index_of_another_catalog_is_refused(shop: Path, tmp_path: Path) -> None:
     path = tmp_path / "theirs.index.json"
     path.write_text(json.dumps({str(i): ["<a_1>", "<b_1>"] for i in range(1, ITEMS + 1)}), encoding="utf-8")
     with pytest.raises(CatalogError, match=rf"1 have no codes: '0'; 1 are not items of 0 \.\. {ITEMS - 1}: '{ITEMS}'"):
@@ -112,8 +112,8 @@ def test_an_index_of_another_catalogue_is_refused(shop: Path, tmp_path: Path) ->
 
 # -- growth --------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("method", ["rqkmeans", "rqkmeans_plus", "random"])
-def test_a_grown_catalogue_keeps_its_codes_by_external_id(shop: Path, tmp_path: Path, method: str) -> None:
-    """The newer catalogue has another order, three items fewer and eight more."""
+def test_a_grown_catalog_keeps_its_codes_by_external_id(shop: Path, tmp_path: Path, method: str) -> None:
+    """The newer catalog has another order, three items fewer and eight more."""
     before = made(shop, tmp_path / "old", f"semantic_ids.method={method}")
     old = index_of(before)
     names, ids = titles(ITEMS + 8), [f"B{i:03d}" for i in range(ITEMS + 8)]

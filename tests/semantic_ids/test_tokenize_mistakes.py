@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from tawin_nemo.cli import main
-from tests.semantic_ids.catalogue import titles
+from tests.semantic_ids.catalog import titles
 
 ITEMS = 40
 HEADER = "user_id:token\titem_id_list:token_seq\titem_id:token\n"
@@ -87,7 +87,7 @@ def broken(rows: np.ndarray, items: list[int], value: float) -> np.ndarray:
         (lambda rows: broken(rows, [3, 9], np.nan), "2 rows are not finite (items 3, 9)"),
         (lambda rows: broken(rows, [11], np.inf), "1 rows are not finite (items 11)"),
         (lambda rows: broken(rows, list(range(8)), 0), "8 rows are all zero (items 0, 1, 2, 3, 4 ...)"),
-        (lambda rows: rows[1:], "has 39 rows and the catalogue 40 items"),
+        (lambda rows: rows[1:], "has 39 rows and the catalog 40 items"),
     ],
     ids=["nan", "infinite", "zero", "short"],
 )
@@ -111,7 +111,7 @@ def test_fewer_items_than_codes(tmp_path: Path, capsys: pytest.CaptureFixture[st
         assert not list((tmp_path / "run").glob("semantic_ids*"))
 
 
-# -- an index of another catalogue -----------------------------------------------------------------------------------
+# -- an index of another catalog -----------------------------------------------------------------------------------
 #: What is done to a good index, what tokenize says about it, and train where it says something else.
 WRONG = [
     (lambda index: (index.pop("3"), index.pop("17")), "2 have no codes: '3', '17'", ""),
@@ -133,7 +133,7 @@ def index_file(path: Path, change: Callable[[Index], object]) -> Path:
 
 
 @pytest.mark.parametrize(("change", "named"), [(change, named) for change, named, _ in WRONG], ids=IDS)
-def test_tokenize_refuses_an_index_of_another_catalogue(
+def test_tokenize_refuses_an_index_of_another_catalog(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], change: Callable[[Index], object], named: str
 ) -> None:
     given = f"semantic_ids.given={index_file(tmp_path / 'given.json', change)}"
@@ -142,7 +142,7 @@ def test_tokenize_refuses_an_index_of_another_catalogue(
 
 
 @pytest.mark.parametrize(("change", "named"), [(c, named) for c, named, fine in WRONG if not fine])
-def test_train_refuses_an_index_of_another_catalogue(
+def test_train_refuses_an_index_of_another_catalog(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], change: Callable[[Index], object], named: str
 ) -> None:
     """Any word is a code for train, which gives it a token."""

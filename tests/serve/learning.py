@@ -34,7 +34,7 @@ from tawin_nemo.placement.weight_sync import build_engine, sync_weights
 from tawin_nemo.rollout.engine import Engine as Searches
 from tawin_nemo.run.timers import Timers
 from tawin_nemo.serve.engine.admission import Limits
-from tawin_nemo.serve.engine.catalog import ServedCatalogue
+from tawin_nemo.serve.engine.catalog import ServedCatalog
 from tawin_nemo.serve.engine.engine import Engine
 from tawin_nemo.serve.engine.metrics import Metrics
 from tawin_nemo.serve.engine.ranks import Alone, Leader, follow
@@ -44,10 +44,10 @@ from tawin_nemo.serve.http.server import Secrets, Server
 from tawin_nemo.train.actor import Actor
 from tawin_nemo.train.reference import build_reference
 from tawin_nemo.train.rewards import RankingReward
-from tawin_nemo.train.rl import Roles, rl_step
+from tawin_nemo.train.rl import RlComponents, rl_step
 from tawin_nemo.types import DataParallel, Rollout
 from tawin_nemo.util.files import write_json
-from tests.distributed.rollout_worker import LR, PROMPTS, SHAPE, STEPS, catalogue, prompts
+from tests.distributed.rollout_worker import LR, PROMPTS, SHAPE, STEPS, prompts, small_catalog
 from tests.serve.scene import KEY, TOKEN, writing
 
 RL = RlConfig(group_size=4, beta=0.01, ensure_target="replace_last", prompts_per_step=PROMPTS)
@@ -77,7 +77,7 @@ def made(tp: int, catalog: Catalog, settings: ServeConfig) -> Engine | None:
     if runtime.world_rank() > 0:
         follow(replica, ranks)
         return None
-    served = ServedCatalogue.of(catalog, catalog.titles, writing())
+    served = ServedCatalog.of(catalog, catalog.titles, writing())
     served.warm()
     return Engine(Leader(replica, ranks), served, limits=Limits.of(settings), metrics=Metrics(), weights=1)
 
@@ -102,7 +102,7 @@ class Running:
 def serving(folder: Path, catalog: Catalog | None = None, **changes: Any) -> Iterator[Running]:
     """A server in a thread of this process; it may end inside."""
     settings = replace(ServeConfig(port=0, control_port=0, drain_s=5), **changes)
-    engine = made(1, catalog or catalogue(), settings)
+    engine = made(1, catalog or small_catalog(), settings)
     assert engine is not None
     server, file = server_of(engine, settings, folder)
     ready = threading.Event()
@@ -131,7 +131,7 @@ def learn(recipe: Recipe, *, between: Any = lambda step: None) -> Learned:
     """Three steps of RL; ``between(step)`` is called with every step's rollout there and its update to come."""
     runtime.initialize(recipe.model, seed=1)
     build = partial(build_model, SHAPE, recipe.model, seed=3)
-    dp, model, catalog = DataParallel(), build(), catalogue()
+    dp, model, catalog = DataParallel(), build(), small_catalog()
     engine = build_engine(recipe, model, SHAPE, catalog)
     actor = Actor(Trainable(model, SHAPE, TrainerConfig(), lr=LR), catalog, recipe.rl, dp)
     reference = build_reference("swap", recipe.rl.beta, model, build)
@@ -142,10 +142,10 @@ def learn(recipe: Recipe, *, between: Any = lambda step: None) -> Learned:
         between(len(seen) - 1)
         return RankingReward()(rollout)
 
-    roles, timers = Roles(recipe.rl, catalog, engine, actor, reference, reward), Timers(1e12, dp)
+    components, timers = RlComponents(recipe.rl, catalog, engine, actor, reference, reward), Timers(1e12, dp)
     sync_weights(engine, version=0)
     stream = iter(range(STEPS))
-    stats = [rl_step(roles, lambda: prompts(next(stream), dp), timers, step=step, lr=LR) for step in range(STEPS)]
+    stats = [rl_step(components, lambda: prompts(next(stream), dp), timers, step=step, lr=LR) for step in range(STEPS)]
     weights = {name: value.detach().clone() for name, value in model.named_parameters()}
     return Learned(stats, seen, weights, engine)
 
@@ -153,7 +153,7 @@ def learn(recipe: Recipe, *, between: Any = lambda step: None) -> Learned:
 def main(folder: Path, tp: int) -> None:
     torch.set_num_threads(1)
     settings = ServeConfig(port=0, control_port=0, drain_s=5)
-    engine = made(tp, catalogue(), settings)
+    engine = made(tp, small_catalog(), settings)
     if engine is not None:
         engine.start()
         server, _ = server_of(engine, settings, folder)

@@ -23,7 +23,7 @@ from tawin_nemo.data.catalog_builder import build_catalog
 from tawin_nemo.data.prompts import Template
 from tawin_nemo.data.tokenizer import Tokenizer, build_tokenizer
 from tawin_nemo.serve.engine.admission import Limits
-from tawin_nemo.serve.engine.catalog import ServedCatalogue, Writing
+from tawin_nemo.serve.engine.catalog import ServedCatalog, Writing
 from tawin_nemo.serve.engine.engine import Engine
 from tawin_nemo.serve.engine.metrics import Metrics
 from tawin_nemo.serve.engine.ranks import Alone, Leader
@@ -56,9 +56,9 @@ def writing(max_history: int = 5) -> Writing:
     return Writing(tokenizer(), Template(), max_history, 200)
 
 
-def first_catalogue() -> ServedCatalogue:
+def first_catalog() -> ServedCatalog:
     catalog = build_catalog(TITLES, IDS, TITLES, tokenizer(), Template(), kind="title")
-    return ServedCatalogue.of(catalog, TITLES, writing())
+    return ServedCatalog.of(catalog, TITLES, writing())
 
 
 @dataclass
@@ -123,7 +123,7 @@ def metric_in(text: str, name: str, **labels: str) -> float:
 
 @contextmanager
 def serving(
-    roots: Sequence[Path] = (), *, catalogue: ServedCatalogue | None = None, keys: Sequence[str] = (KEY,),
+    roots: Sequence[Path] = (), *, catalog: ServedCatalog | None = None, keys: Sequence[str] = (KEY,),
     kind: type[GateLM] = GateLM, **changes: Any,
 ) -> Iterator[Scene]:  # fmt: skip
     """A server with these ``serve`` settings; the model's weights are the number in a file, and its gate is open."""
@@ -140,20 +140,20 @@ def serving(
         made[seed] = kind(vocab, seed=seed, gate=gate)
         return made[seed]
 
-    def made_of(rows: Iterable[Mapping[str, Tensor]]) -> GateLM:
+    def build_from_tensors(rows: Iterable[Mapping[str, Tensor]]) -> GateLM:
         """The model of a seed, which comes as two tensors: its tens and its ones."""
         tensors = {name: value for row in rows for name, value in row.items()}
         seed = int(10 * tensors["tens"].item() + tensors["ones"].mean().item())
         made[seed] = kind(vocab, seed=seed, gate=gate)
         return made[seed]
 
-    parts = FromTensors(TENSORS, torch.float32, made_of)
-    catalogue, replica = catalogue or first_catalogue(), Replica(load, from_tensors=parts)
-    vocab = catalogue.writing.tokenizer.size
-    catalogue.warm()
-    replica.models[1], replica.tries[1] = load(""), catalogue.trie
-    engine = Engine(Leader(replica, Alone()), catalogue, limits=Limits.of(settings), metrics=Metrics(), weights=1)
-    del catalogue  # or it would stay in memory
+    parts = FromTensors(TENSORS, torch.float32, build_from_tensors)
+    catalog, replica = catalog or first_catalog(), Replica(load, from_tensors=parts)
+    vocab = catalog.writing.tokenizer.size
+    catalog.warm()
+    replica.models[1], replica.tries[1] = load(""), catalog.trie
+    engine = Engine(Leader(replica, Alone()), catalog, limits=Limits.of(settings), metrics=Metrics(), weights=1)
+    del catalog  # or it would stay in memory
     terms = Terms(settings, MODEL, settings.beams, "trie", 0.0, 2048, vocab)
     server = Server(engine, terms, Secrets(list(keys), TOKEN), roots=list(roots))
     data, control = (f"http://127.0.0.1:{port}" for port in server.ports)
@@ -177,29 +177,29 @@ def path_scores(
     history: Sequence[int],
     *,
     seed: int = 0,
-    catalogue: ServedCatalogue | None = None,
+    catalog: ServedCatalog | None = None,
     space: str = "trie",
     prompt: TokenRows | None = None,
 ) -> dict[int, float]:
     """Summed log-prob of every live item (by number), token by token through the trie; quarters, so exact."""
-    catalogue = catalogue or first_catalogue()
+    catalog = catalog or first_catalog()
     lm = TableLM(tokenizer().size, seed=seed, impossible=False)
-    tokens = (catalogue.prompt(history) if prompt is None else prompt).flat.tolist()
+    tokens = (catalog.prompt(history) if prompt is None else prompt).flat.tolist()
     found = {}
-    for number in catalogue.number_J.tolist():
-        position, path, score = catalogue.trie.root, tokens[:], 0.0
-        for token in catalogue.paths[number].tolist():
-            choices, _ = catalogue.trie.children(position)
+    for number in catalog.number_J.tolist():
+        position, path, score = catalog.trie.root, tokens[:], 0.0
+        for token in catalog.paths[number].tolist():
+            choices, _ = catalog.trie.children(position)
             values = lm.path_logprobs(path, choices.tolist(), space)
             score += values[choices.tolist().index(token)]
-            position, path = catalogue.trie.step(position, token), [*path, token]
+            position, path = catalog.trie.step(position, token), [*path, token]
         found[number] = score
     return found
 
 
-def best_scores(scores: dict[int, float], allowed: Sequence[int], catalogue: ServedCatalogue, n: int) -> list[float]:
+def best_scores(scores: dict[int, float], allowed: Sequence[int], catalog: ServedCatalog, n: int) -> list[float]:
     """The n best scores of the allowed items, items on one path counting once."""
-    of_leaf = {int(catalogue.trie.leaf_I[catalogue.place_I[number]]): scores[number] for number in allowed}
+    of_leaf = {int(catalog.trie.leaf_I[catalog.place_I[number]]): scores[number] for number in allowed}
     return sorted(of_leaf.values(), reverse=True)[:n]
 
 

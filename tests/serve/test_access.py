@@ -22,7 +22,7 @@ CONTROL = [
     *(("POST", f"/{name}") for name in ("update_weights_from_disk", "pause_generation", "continue_generation")),
     *(("POST", f"/{name}") for name in ("flush_cache", "drain", "shutdown", "update_weights_from_distributed")),
     *(("POST", f"/{name}_weights_update_group") for name in ("init", "destroy")),
-    *(("POST", f"/catalogue/{name}") for name in ("build", "validate", "activate", "items")),
+    *(("POST", f"/catalog/{name}") for name in ("build", "validate", "activate", "items")),
     *(("GET", f"/{name}") for name in ("status", "metrics")),
 ]
 
@@ -82,7 +82,7 @@ def test_paths_are_confined_to_the_roots(tmp_path: Path) -> None:
     with serving(roots=[inside]) as scene:
         headers = {"Authorization": f"Bearer {TOKEN}"}
         for name in (outside / "weights", inside / "link", inside / ".." / "outside" / "weights", "/etc/passwd"):
-            for path, field in (("update_weights_from_disk", "model_path"), ("catalogue/build", "path")):
+            for path, field in (("update_weights_from_disk", "model_path"), ("catalog/build", "path")):
                 answer = httpx.post(f"{scene.control}/{path}", headers=headers, json={field: str(name)})
                 assert (answer.status_code, answer.json()["error"]["code"]) == (403, "path_not_allowed")
         missing = httpx.post(
@@ -116,7 +116,7 @@ def test_the_log_is_structured_and_holds_histories_only_if_asked(
     lines = [json.loads(text) for text in caplog.messages if text.startswith("{")]
     requests = {line["id"]: line for line in lines if line["event"] == "request"}
     assert requests["one"].items() >= {
-        "endpoint": "/v1/recommendations", "status": 200, "width": 10, "weight_version": 1, "catalogue_version": 1,
+        "endpoint": "/v1/recommendations", "status": 200, "width": 10, "weight_version": 1, "catalog_version": 1,
     }.items()  # fmt: skip
     assert requests["two"].items() >= {"status": 400, "reason": "invalid"}.items()
     assert any(line["event"] == "history" for line in lines) == wanted

@@ -1,4 +1,4 @@
-"""Replies of the data plane against a brute-force oracle over the whole catalogue."""
+"""Replies of the data plane against a brute-force oracle over the whole catalog."""
 
 from __future__ import annotations
 
@@ -8,35 +8,35 @@ import numpy as np
 import pytest
 
 from tawin_nemo.api.client import ServerError
-from tests.serve.scene import IDS, MODEL, TITLES, Scene, best_scores, draws_of, first_catalogue, path_scores, serving
+from tests.serve.scene import IDS, MODEL, TITLES, Scene, best_scores, draws_of, first_catalog, path_scores, serving
 
 ALL = len(TITLES)
 
 
 @pytest.fixture(scope="module")
-def catalogue():
-    return first_catalogue()
+def catalog():
+    return first_catalog()
 
 
-def test_with_beams_for_every_path_the_reply_is_the_exact_ranking(scene: Scene, catalogue) -> None:
+def test_with_beams_for_every_path_the_reply_is_the_exact_ranking(scene: Scene, catalog) -> None:
     scores = path_scores([3, 5])
     with scene.client() as client:
         reply = client.recommend([3, IDS[5]], n=ALL, beams=ALL, return_tokens=True)
-    assert [found.score for found in reply.items] == best_scores(scores, range(ALL), catalogue, ALL)
-    assert len(reply.items) == catalogue.trie.num_leaves == ALL - 2  # two titles occur twice
+    assert [found.score for found in reply.items] == best_scores(scores, range(ALL), catalog, ALL)
+    assert len(reply.items) == catalog.trie.num_leaves == ALL - 2  # two titles occur twice
     for found in reply.items:
         assert (found.external_id, found.title) == (IDS[found.item], TITLES[found.item])
         assert found.score == scores[found.item]
         assert found.probability == math.exp(found.score)
-        assert found.tokens == catalogue.trie_paths[found.item].tolist()
+        assert found.tokens == catalog.trie_paths[found.item].tolist()
         assert found.logprobs is not None
         assert sum(found.logprobs) == found.score
-    assert (reply.weight_version, reply.catalogue_version) == (1, 1)
+    assert (reply.weight_version, reply.catalog_version) == (1, 1)
 
 
 @pytest.mark.parametrize("space", ["trie", "vocab"])
 @pytest.mark.parametrize("seed", range(12))
-def test_filters_leave_exactly_the_best_of_what_is_allowed(scene: Scene, catalogue, space: str, seed: int) -> None:
+def test_filters_leave_exactly_the_best_of_what_is_allowed(scene: Scene, catalog, space: str, seed: int) -> None:
     """n best of the allowed items by brute force, with a beam for each allowed path."""
     rng = np.random.default_rng(seed)
     history, n = draws_of(rng), int(rng.integers(1, 12))
@@ -45,7 +45,7 @@ def test_filters_leave_exactly_the_best_of_what_is_allowed(scene: Scene, catalog
     exclude = bool(seed % 3)
     allowed = set(range(ALL) if allow is None else allow) - set(deny) - set(history if exclude else ())
     scores = path_scores(history, space=space)
-    expected = best_scores(scores, sorted(allowed), catalogue, n)
+    expected = best_scores(scores, sorted(allowed), catalog, n)
     least = expected[len(expected) // 2] if expected and seed % 4 == 0 else None
     with scene.client() as client:
         reply = client.recommend(
@@ -59,12 +59,12 @@ def test_filters_leave_exactly_the_best_of_what_is_allowed(scene: Scene, catalog
 
 
 @pytest.mark.parametrize("seed", range(8))
-def test_exact_widens_the_search_until_the_best_are_proven(scene: Scene, catalogue, seed: int) -> None:
+def test_exact_widens_the_search_until_the_best_are_proven(scene: Scene, catalog, seed: int) -> None:
     """From one beam up to the brute-force ranking; a narrow search that claims to be exact is."""
     rng = np.random.default_rng(seed)
     history, n = draws_of(rng), int(rng.integers(1, 6))
     deny = rng.choice(ALL, rng.integers(0, 20), replace=False).tolist()
-    expected = best_scores(path_scores(history), sorted(set(range(ALL)) - set(deny)), catalogue, n)
+    expected = best_scores(path_scores(history), sorted(set(range(ALL)) - set(deny)), catalog, n)
     with scene.client() as client:
         narrow = client.recommend(history, n=n, beams=n, deny=deny)
         wide = client.recommend(history, n=n, beams=n, deny=deny, exact=True)
@@ -97,9 +97,9 @@ def test_a_filter_that_allows_nothing_gives_an_empty_list(scene: Scene) -> None:
         assert client.recommend([1], allow=[4], deny=[4]).items == []
 
 
-def test_histories_by_number_id_and_title_and_a_raw_prompt_are_one_and_the_same(scene: Scene, catalogue) -> None:
+def test_histories_by_number_id_and_title_and_a_raw_prompt_are_one_and_the_same(scene: Scene, catalog) -> None:
     history = [7, 9, 11, 13, 15, 17]  # the newest five are used
-    prompt = catalogue.writing.template.prompt([TITLES[item] for item in history[-5:]])
+    prompt = catalog.writing.template.prompt([TITLES[item] for item in history[-5:]])
     with scene.client() as client:
         replies = [
             client.recommend(history), client.recommend([IDS[item] for item in history]),
@@ -111,7 +111,7 @@ def test_histories_by_number_id_and_title_and_a_raw_prompt_are_one_and_the_same(
     assert empty.items != replies[0].items
 
 
-def test_scores_of_given_items_are_those_of_the_whole_catalogue(scene: Scene) -> None:
+def test_scores_of_given_items_are_those_of_the_whole_catalog(scene: Scene) -> None:
     items = [5, 0, 38, 20, 5]
     for space in ("trie", "vocab"):
         scores = path_scores([4], space=space)
@@ -121,8 +121,8 @@ def test_scores_of_given_items_are_those_of_the_whole_catalogue(scene: Scene) ->
         assert [found.logprob for found in reply.items] == [scores[item] for item in items]
 
 
-def test_completions_by_beams_are_the_recommendations(scene: Scene, catalogue) -> None:
-    prompts = [catalogue.writing.template.prompt([TITLES[item]]) for item in (3, 8)]
+def test_completions_by_beams_are_the_recommendations(scene: Scene, catalog) -> None:
+    prompts = [catalog.writing.template.prompt([TITLES[item]]) for item in (3, 8)]
     with scene.client() as client:
         reply = client.complete(prompts, model=MODEL, n=3, use_beam_search=True, best_of=6, logprobs=1)
         for place, item in enumerate((3, 8)):
@@ -139,8 +139,8 @@ def test_completions_by_beams_are_the_recommendations(scene: Scene, catalogue) -
     assert reply.usage.total_tokens == reply.usage.prompt_tokens + reply.usage.completion_tokens
 
 
-def test_draws_are_a_function_of_the_seed(scene: Scene, catalogue) -> None:
-    prompt = catalogue.writing.template.prompt([TITLES[3]])
+def test_draws_are_a_function_of_the_seed(scene: Scene, catalog) -> None:
+    prompt = catalog.writing.template.prompt([TITLES[3]])
     with scene.client() as client:
         texts = [
             [choice.text for choice in client.complete(prompt, model=MODEL, n=12, seed=seed).choices]
@@ -160,10 +160,10 @@ def test_items_are_found_by_parts_of_their_titles(scene: Scene) -> None:
     assert everything.total == ALL
 
 
-def test_models_tells_versions_and_fingerprint(scene: Scene, catalogue) -> None:
+def test_models_tells_versions_and_fingerprint(scene: Scene, catalog) -> None:
     with scene.client() as client:
         (card,) = client.models().data
-    assert (card.id, card.items, card.catalogue) == (MODEL, ALL, catalogue.fingerprint)
+    assert (card.id, card.items, card.catalog) == (MODEL, ALL, catalog.fingerprint)
 
 
 @pytest.mark.parametrize(

@@ -107,7 +107,7 @@ def assert_documented(answer: httpx.Response) -> None:
     assert answer.status_code < 500, answer.text
     body = json.loads(answer.content, parse_constant=lambda word: math.nan)
     if answer.status_code == 200:
-        assert {"weight_version", "catalogue_version"} <= body.keys()
+        assert {"weight_version", "catalog_version"} <= body.keys()
         assert "nan" not in repr(body)
     else:
         assert body["error"].keys() == {"message", "type", "param", "code"}

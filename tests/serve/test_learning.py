@@ -23,7 +23,7 @@ from tawin_nemo.serve.engine.weight_sources import FromMemory
 from tawin_nemo.types import DataParallel
 from tawin_nemo.util.errors import ConfigError
 from tests.distributed.launch import free_port
-from tests.distributed.rollout_worker import STEPS, catalogue, prompts
+from tests.distributed.rollout_worker import STEPS, prompts, small_catalog
 from tests.serve.learning import Learned, learn, recipe, serving
 
 #: Prompts that are searched in other company: sums of a matrix product come in another order.
@@ -183,9 +183,9 @@ def test_a_reply_of_another_version_is_refused(tmp_path: Path, monkeypatch: pyte
 
 
 def test_a_server_that_does_not_fit_is_the_users_mistake(tmp_path: Path) -> None:
-    other = catalogue()
+    other = small_catalog()
     renamed = replace(other, external_ids=[f"{name}!" for name in other.external_ids])
-    with serving(tmp_path, renamed) as served, pytest.raises(ConfigError, match="serves another catalogue") as caught:
+    with serving(tmp_path, renamed) as served, pytest.raises(ConfigError, match="serves another catalog") as caught:
         learn(recipe([served.file], tmp_path))
     assert "start it from this run's recipe" in str(caught.value)
     with serving(tmp_path) as served:

@@ -174,7 +174,7 @@ def test_ready_says_so_when_the_engine_hangs() -> None:
     with serving(probe_s=1.0) as scene, ThreadPoolExecutor(1) as pool, scene.http() as http:
         scene.wait_until(lambda: http.get("/ready").status_code == 200)
         assert scene.client().ready().model_dump() == {
-            "status": "ready", "ranks": 1, "weight_version": 1, "catalogue_version": 1,
+            "status": "ready", "ranks": 1, "weight_version": 1, "catalog_version": 1,
         }  # fmt: skip
         scene.gate.clear()
         stuck = pool.submit(scene.client().recommend, [2])

@@ -24,7 +24,7 @@ from tawin_nemo.serve.engine.orders import (
     LoadWeights,
     Order,
     Probe,
-    PutCatalogue,
+    PutCatalog,
     Stop,
     decode,
     encode,
@@ -37,7 +37,7 @@ from tawin_nemo.serve.http.server import bound
 from tawin_nemo.types import TokenRows
 from tawin_nemo.util.errors import CheckpointError, DataError
 from tests.rollout.sequence_lm import TableLM
-from tests.serve.scene import first_catalogue, tokenizer
+from tests.serve.scene import first_catalog, tokenizer
 
 LANE = Lane(1, 2, "vocab")
 ROWS = TokenRows.from_lists([[1, 2, 3], [], [4]])
@@ -53,7 +53,7 @@ NUMBERS = np.array([5, -1, 2**62], dtype=np.int64)
         Drop(LANE, None),
         Draw(LANE, ROWS, NUMBERS, 3, 0.5),
         LoadWeights(7, "/models/a b/ü"),
-        PutCatalogue(3, ROWS),
+        PutCatalog(3, ROWS),
         Forget([1, 2], []),
         Probe(),
         Stop(),
@@ -91,20 +91,20 @@ class Wire:
         self.met.wait(30)
 
 
-def replica(catalogue) -> Replica:
+def replica(catalog) -> Replica:
     def load(path: str) -> TableLM:
         if path == "broken":
             raise CheckpointError("broken")
         return TableLM(tokenizer().size, seed=len(path), impossible=False)
 
     made = Replica(load)
-    made.models[1], made.tries[1] = load(""), catalogue.trie
+    made.models[1], made.tries[1] = load(""), catalog.trie
     return made
 
 
 def test_a_follower_calls_its_model_exactly_as_the_leader_does() -> None:
-    catalogue = first_catalogue()
-    wire, first, second = Wire(), replica(catalogue), replica(catalogue)
+    catalog = first_catalog()
+    wire, first, second = Wire(), replica(catalog), replica(catalog)
     leader = Leader(first, wire)
     follower = threading.Thread(target=follow, args=(second, wire))
     follower.start()
@@ -112,8 +112,8 @@ def test_a_follower_calls_its_model_exactly_as_the_leader_does() -> None:
     for weights, width in ((1, 3), (1, 8), (2, 5)):
         if weights == 2:
             leader.apply(LoadWeights(2, "xx"))
-        given = ItemFilter.only(catalogue.trie, range(width, 30))
-        jobs.append(Job(catalogue, catalogue.prompt([width]), 1e18, width=width, filter=given, space="vocab"))
+        given = ItemFilter.only(catalog.trie, range(width, 30))
+        jobs.append(Job(catalog, catalog.prompt([width]), 1e18, width=width, filter=given, space="vocab"))
         running.begin(jobs[-1:], weights)
         running.advance()
     with pytest.raises(CheckpointError):
@@ -122,9 +122,9 @@ def test_a_follower_calls_its_model_exactly_as_the_leader_does() -> None:
     running.drop_unwanted()
     while running.jobs:
         running.advance()
-    draws = Job(catalogue, catalogue.prompt([9]), 1e18, draws=4, seeds=[3])
+    draws = Job(catalog, catalog.prompt([9]), 1e18, draws=4, seeds=[3])
     running.begin([draws], 2)
-    leader.put_catalogue(PutCatalogue(2, catalogue.trie_paths), catalogue.trie)
+    leader.put_catalog(PutCatalog(2, catalog.trie_paths), catalog.trie)
     leader.apply(Forget([1], [1]))
     leader.apply(Probe())
     leader.apply(Stop())
@@ -140,7 +140,7 @@ def test_a_follower_calls_its_model_exactly_as_the_leader_does() -> None:
 
 def test_a_follower_ends_with_an_error_that_the_ranks_may_not_share() -> None:
     wire = Wire()
-    broken = replica(first_catalogue())
+    broken = replica(first_catalog())
     wire.send(encode(Admit(Lane(1, 1, "trie"), ROWS, NUMBERS, NUMBERS * 0 + 1, NUMBERS * 0, ROWS)))
     with pytest.raises(DataError, match="has no tokens"):
         follow(broken, wire)

@@ -21,14 +21,14 @@ from tawin_nemo.rollout.sampling import constrained_sample
 from tawin_nemo.types import TokenRows
 from tawin_nemo.util.errors import TawinError
 from tests.rollout.sequence_lm import TableLM
-from tests.serve.scene import TENSORS, Scene, first_catalogue, path_scores, serving, tokenizer
+from tests.serve.scene import TENSORS, Scene, first_catalog, path_scores, serving, tokenizer
 
 LIMIT = timedelta(seconds=60)
 NAMES = {name: size for row in TENSORS for name, size in row.items()}
 
 
 def some_prompts() -> TokenRows:
-    here = first_catalogue()
+    here = first_catalog()
     return TokenRows.from_lists([here.prompt(history).flat for history in ([3], [1, 2, 9], [], [5, 7])])
 
 
@@ -37,13 +37,13 @@ def rows(prompts: TokenRows) -> list[list[int]]:
 
 
 def test_arrays_are_those_of_a_search_here(scene: Scene) -> None:
-    prompts, lm, trie = some_prompts(), TableLM(tokenizer().size, seed=0, impossible=False), first_catalogue().trie
+    prompts, lm, trie = some_prompts(), TableLM(tokenizer().size, seed=0, impossible=False), first_catalog().trie
     for space in ("trie", "vocab"):
         expected = constrained_beam_search(lm, prompts, trie, 7, score_space=space)
         with scene.client() as client:
             found = client.rollouts(rows(prompts), beams=7, score_space=space)
         assert_equal(found, expected)
-    assert (found.weight_version, found.catalogue) == (1, first_catalogue().fingerprint)
+    assert (found.weight_version, found.catalog) == (1, first_catalog().fingerprint)
     seeds = [11, 5, 11, 2**62]
     expected = constrained_sample(
         lm, prompts, trie, 6, generators=[torch.Generator().manual_seed(seed) for seed in seeds], temperature=1.5
@@ -51,7 +51,7 @@ def test_arrays_are_those_of_a_search_here(scene: Scene) -> None:
     with scene.client() as client:
         assert_equal(client.rollouts(rows(prompts), draws=6, seeds=seeds, temperature=1.5), expected)
         terms = client.rollout_terms()
-    assert (terms.catalogue, terms.weight_version, terms.instance) == (found.catalogue, 1, found.instance)
+    assert (terms.catalog, terms.weight_version, terms.instance) == (found.catalog, 1, found.instance)
 
 
 def assert_equal(found: RolloutReply, expected) -> None:
@@ -196,7 +196,7 @@ def test_updates_in_a_loop_under_load_lose_nothing_and_mix_nothing() -> None:
         finally:
             over.set()
         replies = [future.result(60) for future in users]
-    lists, catalogue = {}, first_catalogue()
+    lists, catalog = {}, first_catalog()
     for number, seen in enumerate(replies):
         assert len({reply.weight_version for reply in seen}) > 5
         for reply in seen:
@@ -205,7 +205,7 @@ def test_updates_in_a_loop_under_load_lose_nothing_and_mix_nothing() -> None:
                 lm = TableLM(tokenizer().size, seed=seed, impossible=False)
                 key = ("rollouts", seed)
                 if key not in lists:
-                    lists[key] = constrained_beam_search(lm, some_prompts(), catalogue.trie, 5)
+                    lists[key] = constrained_beam_search(lm, some_prompts(), catalog.trie, 5)
                 assert_equal(reply, lists[key])
             else:
                 key = (number, seed)

@@ -1,4 +1,4 @@
-"""Weights and catalogues change under load: every reply is of one pair of versions, and nothing is lost."""
+"""Weights and catalogs change under load: every reply is of one pair of versions, and nothing is lost."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from tawin_nemo.api.client import ServerError
 from tawin_nemo.api.control_schema import ItemToAdd
 from tawin_nemo.serve.engine.catalog import NewItem, read_items
-from tests.serve.scene import IDS, TITLES, first_catalogue, path_scores, serving
+from tests.serve.scene import IDS, TITLES, first_catalog, path_scores, serving
 
 
 def weights(folder: Path, seed: int) -> str:
@@ -80,10 +80,10 @@ def test_a_request_can_ask_for_one_weight_version_or_none(tmp_path: Path) -> Non
 def test_items_come_and_go_while_the_server_runs() -> None:
     with serving() as scene, scene.controller() as control, scene.client() as client:
         changed = control.change_items(add=[new_item(1)], remove=[IDS[4], IDS[5]])
-        assert (changed.items, changed.catalogue_version, changed.validated) == (len(TITLES) - 1, 2, True)
-        catalogue = scene.engine.catalogue
+        assert (changed.items, changed.catalog_version, changed.validated) == (len(TITLES) - 1, 2, True)
+        catalog = scene.engine.catalog
         reply = client.recommend([4, "N1"], n=64, beams=64)  # a removed item may still stand in a history
-        expected = path_scores([4, len(TITLES)], catalogue=catalogue)
+        expected = path_scores([4, len(TITLES)], catalog=catalog)
         assert scores_in(reply) == {item: expected[item] for item in scores_in(reply)}
         assert {4, 5} & scores_in(reply).keys() == set()
         assert len(TITLES) in scores_in(reply)  # the new item's number
@@ -92,15 +92,15 @@ def test_items_come_and_go_while_the_server_runs() -> None:
             client.score([4], [1])
         assert client.recommend([1], allow=[4, 5]).items == []
         back = control.change_items(add=[ItemToAdd(external_id=IDS[4], title=TITLES[4])])
-        assert back.catalogue_version == 3
+        assert back.catalog_version == 3
         assert client.score([IDS[4]], [1]).items[0].item == 4  # as it was: its number again
 
 
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"remove": ["nobody"]}, "not in the catalogue: 'nobody'"),
-        ({"add": [ItemToAdd(external_id=IDS[1], title="x")]}, "in the catalogue already"),
+        ({"remove": ["nobody"]}, "not in the catalog: 'nobody'"),
+        ({"add": [ItemToAdd(external_id=IDS[1], title="x")]}, "in the catalog already"),
         ({"add": [new_item(1), new_item(1)]}, "named twice: 'N1'"),
         ({"add": [ItemToAdd(external_id="N", title="a <|endoftext|> b")]}, "reserved token"),
         ({"add": [ItemToAdd(external_id="N", title="x", codes=["<a_1>"])]}, "wants no codes"),
@@ -113,41 +113,41 @@ def test_a_change_that_cannot_be_made_changes_nothing(change, words: str) -> Non
         with pytest.raises(ServerError, match=words) as caught:
             control.change_items(**change)
         assert caught.value.status == 400
-        assert scene.engine.catalogue.version == 1
+        assert scene.engine.catalog.version == 1
         assert control.status().candidates == []
         assert control.change_items(add=[new_item(9)]).items == len(TITLES) + 1
 
 
-def test_a_catalogue_is_built_then_validated_then_activated(tmp_path: Path) -> None:
+def test_a_catalog_is_built_then_validated_then_activated(tmp_path: Path) -> None:
     kept = [{"external_id": IDS[item], "title": TITLES[item]} for item in range(10)]
     lines = [*kept, {"external_id": IDS[10], "title": "another title"}, {"external_id": "N1", "title": "old new lamp"}]
     file = tmp_path / "items.jsonl"
     file.write_text("".join(json.dumps(line) + "\n" for line in lines))
     with serving(roots=[tmp_path]) as scene, scene.controller() as control, scene.client() as client:
-        built = control.build_catalogue(str(file))
-        assert (built.items, built.validated, built.catalogue_version) == (12, False, 1)
+        built = control.build_catalog(str(file))
+        assert (built.items, built.validated, built.catalog_version) == (12, False, 1)
         with pytest.raises(ServerError, match="was not validated") as caught:
-            control.activate_catalogue(built.candidate)
+            control.activate_catalog(built.candidate)
         assert caught.value.status == 409
-        assert control.validate_catalogue(built.candidate).validated
+        assert control.validate_catalog(built.candidate).validated
         assert len(client.recommend([1], n=64, beams=64).items) == len(TITLES) - 2  # still the old one
-        active = control.activate_catalogue(built.candidate)
-        assert (active.catalogue_version, active.items) == (built.candidate, 12)
+        active = control.activate_catalog(built.candidate)
+        assert (active.catalog_version, active.items) == (built.candidate, 12)
         titles = [item.title for item in client.search_items(limit=100).items]
         assert titles == [line["title"] for line in lines]
         assert client.search_items("another").items[0].item == len(TITLES)  # changed: a number of its own
         with pytest.raises(ServerError, match="no candidate"):
-            control.activate_catalogue(built.candidate)
-        late = control.build_catalogue(str(file))
+            control.activate_catalog(built.candidate)
+        late = control.build_catalog(str(file))
         control.change_items(remove=["N1"])
         with pytest.raises(ServerError, match="no candidate"):
-            control.validate_catalogue(late.candidate)  # built on a catalogue that is no more
+            control.validate_catalog(late.candidate)  # built on a catalog that is no more
         file.write_text('{"external_id": "A"}\n')
         with pytest.raises(ServerError, match="line 1: KeyError"):
-            control.build_catalogue(str(file))
+            control.build_catalog(str(file))
 
 
-def test_no_garbage_is_looked_for_while_a_catalogue_is_built(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_garbage_is_looked_for_while_a_catalog_is_built(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Over a million new items a collection takes seconds, in which no request gets on."""
     file, seen = tmp_path / "items.jsonl", []
     file.write_text(json.dumps({"external_id": "N1", "title": "a lamp"}) + "\n")
@@ -158,13 +158,13 @@ def test_no_garbage_is_looked_for_while_a_catalogue_is_built(tmp_path: Path, mon
 
     monkeypatch.setattr("tawin_nemo.serve.http.control.read_items", reading)
     with serving(roots=[tmp_path]) as scene, scene.controller() as control:
-        assert control.build_catalogue(str(file)).items == 1
+        assert control.build_catalog(str(file)).items == 1
     assert seen == [False]
     assert gc.isenabled()
 
 
-def test_a_catalogue_of_the_same_items_is_the_same() -> None:
-    here = first_catalogue()
+def test_a_catalog_of_the_same_items_is_the_same() -> None:
+    here = first_catalog()
     again = here.replaced([NewItem(name, title) for name, title in zip(IDS, TITLES, strict=True)], version=9)
     assert again.fingerprint == here.fingerprint
     assert again.live_I.tolist() == [True] * len(TITLES)
@@ -173,25 +173,25 @@ def test_a_catalogue_of_the_same_items_is_the_same() -> None:
 def test_versions_nobody_runs_on_leave_the_memory(tmp_path: Path) -> None:
     with serving(roots=[tmp_path]) as scene, scene.controller() as control, scene.client() as client:
         models = [weakref.ref(scene.engine.leader.replica.models[1])]
-        tries = [weakref.ref(scene.engine.catalogue.trie)]
+        tries = [weakref.ref(scene.engine.catalog.trie)]
         for seed in range(1, 5):
             control.update_weights(weights(tmp_path, seed))
             control.change_items(add=[new_item(seed)])
             client.recommend([1])
             models.append(weakref.ref(scene.engine.leader.replica.models[seed + 1]))
-            tries.append(weakref.ref(scene.engine.catalogue.trie))
+            tries.append(weakref.ref(scene.engine.catalog.trie))
         scene.weights.clear()
         client.recommend([2])
         scene.wait_until(lambda: control.status().weights_in_memory == [5])
         gc.collect()
         assert [ref() is not None for ref in models] == [False] * 4 + [True]
         assert [ref() is not None for ref in tries] == [False] * 4 + [True]
-        assert control.status().catalogues_in_memory == [5]
+        assert control.status().catalogs_in_memory == [5]
 
 
 def test_swaps_in_a_loop_under_load_lose_nothing_and_mix_nothing(tmp_path: Path) -> None:
     """Every reply must be, score by score, what the oracle says for the one pair of versions that it names."""
-    seeds, catalogues = {1: 0}, {1: first_catalogue()}
+    seeds, catalogs = {1: 0}, {1: first_catalog()}
     over = threading.Event()
     with serving(roots=[tmp_path]) as scene, scene.controller() as control, ThreadPoolExecutor(4) as pool:
 
@@ -207,21 +207,21 @@ def test_swaps_in_a_loop_under_load_lose_nothing_and_mix_nothing(tmp_path: Path)
             for turn in range(1, 9):
                 seeds[control.update_weights(weights(tmp_path, turn)).weight_version] = turn
                 remove = [f"N{turn - 1}"] if turn > 1 else []
-                version = control.change_items(add=[new_item(turn)], remove=remove).catalogue_version
-                catalogues[version] = scene.engine.catalogue
+                version = control.change_items(add=[new_item(turn)], remove=remove).catalog_version
+                catalogs[version] = scene.engine.catalog
                 reached = scene.metric("tawin_phase_seconds_count", phase="run") + 6
                 scene.wait_until(lambda: scene.metric("tawin_phase_seconds_count", phase="run") >= reached)  # noqa: B023
         finally:
             over.set()
         replies = [entry for future in users for entry in future.result(60)]
-    pairs = {(reply.weight_version, reply.catalogue_version) for _, reply in replies}
+    pairs = {(reply.weight_version, reply.catalog_version) for _, reply in replies}
     assert len(pairs) >= 8
     expected: dict[tuple[int, int, int], dict[int, float]] = {}
     for number, reply in replies:
-        key = (number, reply.weight_version, reply.catalogue_version)
+        key = (number, reply.weight_version, reply.catalog_version)
         if key not in expected:
             expected[key] = path_scores(
-                [number], seed=seeds[reply.weight_version], catalogue=catalogues[reply.catalogue_version]
+                [number], seed=seeds[reply.weight_version], catalog=catalogs[reply.catalog_version]
             )
         assert reply.items
         assert scores_in(reply) == {item: expected[key][item] for item in scores_in(reply)}

@@ -76,7 +76,7 @@ def test_semantic_reward_of_a_file(tmp_path: Path) -> None:
     )
     assert torch.equal(rewards_BG, expected)
     assert rewards_BG[1, 3] == 0
-    with pytest.raises(DataError, match=r"rl\.reward_source=.*5 rows and the catalogue 2 items"):
+    with pytest.raises(DataError, match=r"rl\.reward_source=.*5 rows and the catalog 2 items"):
         build_reward(rl, world(TITLES[:2]))
     with pytest.raises(DataError, match=r"rl\.reward_source=.*no such file"):
         build_reward(replace(rl, reward_source=str(tmp_path / "absent.npy")), world())

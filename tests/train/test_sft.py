@@ -69,7 +69,7 @@ def test_ndcg_decides_when_it_is_watched(monkeypatch):
     monkeypatch.setattr(sft, "valid_loss", lambda world, trainable: next(losses))
     monkeypatch.setattr(sft, "evaluate", search)
     done, bad, received = Progress(), [], []
-    trainable = SimpleNamespace(resting=nullcontext)
+    trainable = SimpleNamespace(optimizer_offloaded=nullcontext)
     engine = SimpleNamespace(dp=None, receive_weights=lambda: received.append(done.step))
     for step in range(4):
         done.step = step
@@ -90,7 +90,7 @@ def test_sft_continued_may_have_its_own_learning_rate():
 
 
 def world(loss_space: str, micro_batch_tokens: int) -> SimpleNamespace:
-    """Twelve samples over a catalogue of forty items."""
+    """Twelve samples over a catalog of forty items."""
     draw = np.random.default_rng(5)
     paths = sorted({tuple(draw.integers(2, 9, size=draw.integers(2, 5)).tolist()) for _ in range(40)})
     rows = TokenRows.from_lists([[*path, 1] for path in paths])

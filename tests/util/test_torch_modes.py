@@ -17,7 +17,7 @@ from tawin_nemo.models.megatron.parallel import runtime
 from tawin_nemo.rollout.beam import constrained_beam_search
 from tawin_nemo.rollout.sampling import constrained_sample
 from tawin_nemo.util.torch_modes import plain_calls
-from tests.distributed.layout_worker import SHAPE, catalogue, prompts, rows
+from tests.distributed.layout_worker import SHAPE, prompts, rows, small_catalog
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="there is no such mode where CUDA is")
 
@@ -52,7 +52,7 @@ def test_inside_a_mode_sees_nothing_and_no_gradient_is_kept() -> None:
 
 
 def test_searches_show_a_mode_next_to_nothing() -> None:
-    lm, trie = MegatronLM(model(), SHAPE), TokenTrie.from_paths(catalogue())
+    lm, trie = MegatronLM(model(), SHAPE), TokenTrie.from_paths(small_catalog())
     generators = [torch.Generator().manual_seed(row) for row in range(2)]
     with Counting() as mode:
         constrained_beam_search(lm, prompts([0, 1]), trie, 4)

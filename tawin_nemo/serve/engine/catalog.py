@@ -1,7 +1,7 @@
-"""The catalogue in use and how it changes: items join and leave, numbers stay.
+"""The catalog in use and how it changes: items join and leave, numbers stay.
 
 Items are numbered in the order in which they came and keep their number for the life of the server. An item that was
-removed is not recommended any more but may still stand in a history. Every change makes a new catalogue with the next
+removed is not recommended any more but may still stand in a history. Every change makes a new catalog with the next
 version; the old one goes on serving the requests that began with it.
 """
 
@@ -27,7 +27,7 @@ from tawin_nemo.util.errors import CatalogError, DataError
 
 @dataclass(frozen=True)
 class NewItem:
-    """``codes``: its semantic ID, where the catalogue is written in those."""
+    """``codes``: its semantic ID, where the catalog is written in those."""
 
     external_id: str
     title: str
@@ -49,12 +49,12 @@ class Writing:
         kind = self.template.kind
         if bool(item.codes) != (kind == "sid"):
             wants = "its codes" if kind == "sid" else "no codes"
-            raise CatalogError(f"item {item.external_id!r}: a catalogue of kind {kind} wants {wants}")
+            raise CatalogError(f"item {item.external_id!r}: a catalog of kind {kind} wants {wants}")
         return "".join(item.codes) if item.codes else item.title
 
 
 @dataclass(frozen=True, eq=False)
-class ServedCatalogue:
+class ServedCatalog:
     """I items ever known, of which some are live; the trie holds the live ones only."""
 
     version: int
@@ -67,18 +67,18 @@ class ServedCatalogue:
     trie: TokenTrie  # over the live items
 
     @classmethod
-    def of(cls, catalog: Catalog, texts: Sequence[str], writing: Writing) -> ServedCatalogue:
-        """Version 1, from the catalogue that the model was trained with. Raises CatalogError for ids named twice."""
+    def of(cls, catalog: Catalog, texts: Sequence[str], writing: Writing) -> ServedCatalog:
+        """Version 1, from the catalog that the model was trained with. Raises CatalogError for ids named twice."""
         made = cls(
             1, writing, list(catalog.titles), list(catalog.external_ids), list(texts), catalog.paths,
             np.ones(len(catalog), dtype=bool), catalog.trie,
         )  # fmt: skip
         if len(made.number_of) < len(made.external_ids):
-            raise CatalogError("the catalogue names an external id twice; every item needs its own")
+            raise CatalogError("the catalog names an external id twice; every item needs its own")
         return made
 
-    def replaced(self, items: Sequence[NewItem], version: int) -> ServedCatalogue:
-        """The catalogue of these items and no others; unchanged ones keep their numbers, or get them back."""
+    def replaced(self, items: Sequence[NewItem], version: int) -> ServedCatalog:
+        """The catalog of these items and no others; unchanged ones keep their numbers, or get them back."""
         wanted = {item.external_id: item for item in items}
         if len(wanted) < len(items):
             raise CatalogError(f"items are named twice: {_few(_repeated([item.external_id for item in items]))}")
@@ -91,22 +91,22 @@ class ServedCatalogue:
         number = self.number_of[item.external_id]
         return self.titles[number] == item.title and self.texts[number] == self.writing.text_of(item)
 
-    def changed(self, add: Sequence[NewItem], remove: Sequence[str], version: int) -> ServedCatalogue:
-        """The catalogue with items added and others (external ids) taken out.
+    def changed(self, add: Sequence[NewItem], remove: Sequence[str], version: int) -> ServedCatalog:
+        """The catalog with items added and others (external ids) taken out.
 
-        An item that was removed before and comes back as it was has its number again, so that a catalogue whose items
+        An item that was removed before and comes back as it was has its number again, so that a catalog whose items
         come and go does not grow; written differently it gets a new one. Raises CatalogError for an id that is live
         already, an id to remove that is not, an id named twice, and as ``answer_paths`` and ``TokenTrie`` do.
         """
         live_I = self.live_I.copy()
         unknown = [name for name in remove if not self._is_live(name)]
         if unknown:
-            raise CatalogError(f"cannot remove items that are not in the catalogue: {_few(unknown)}")
+            raise CatalogError(f"cannot remove items that are not in the catalog: {_few(unknown)}")
         live_I[[self.number_of[name] for name in remove]] = False
         gone = set(remove)
         there = [item.external_id for item in add if self._is_live(item.external_id) and item.external_id not in gone]
         if there:
-            raise CatalogError(f"items are in the catalogue already: {_few(there)}; remove them in the same call")
+            raise CatalogError(f"items are in the catalog already: {_few(there)}; remove them in the same call")
         names = [item.external_id for item in add]
         if len(set(names)) < len(names):
             raise CatalogError(f"items are named twice: {_few(_repeated(names))}")
@@ -114,7 +114,7 @@ class ServedCatalogue:
         live_I[[self.number_of[name] for name in back]] = True
         return self._with([item for item in add if item.external_id not in back], live_I, version)
 
-    def _with(self, add: Sequence[NewItem], live_I: np.ndarray, version: int) -> ServedCatalogue:
+    def _with(self, add: Sequence[NewItem], live_I: np.ndarray, version: int) -> ServedCatalog:
         names, writing, paths = [item.external_id for item in add], self.writing, self.paths
         texts = [writing.text_of(item) for item in add]
         if add:
@@ -128,9 +128,9 @@ class ServedCatalogue:
         texts = [*self.texts, *texts]
         number_J = np.flatnonzero(live_I)
         if not len(number_J):
-            raise CatalogError("a catalogue without items cannot be served; keep at least one")
+            raise CatalogError("a catalog without items cannot be served; keep at least one")
         trie = TokenTrie.from_paths(paths.take(number_J), names=[texts[number] for number in number_J])
-        return ServedCatalogue(
+        return ServedCatalog(
             version, writing, [*self.titles, *(item.title for item in add)], [*self.external_ids, *names], texts, paths,
             live_I, trie,
         )  # fmt: skip
@@ -209,7 +209,7 @@ class ServedCatalogue:
     def validate(self, *, vocab: int, positions: int) -> None:
         """Raises CatalogError when a model of this size cannot answer with every item."""
         if self.trie.max_token >= vocab:
-            raise CatalogError(f"the catalogue uses token {self.trie.max_token}, the model has {vocab} tokens")
+            raise CatalogError(f"the catalog uses token {self.trie.max_token}, the model has {vocab} tokens")
         empty = int(self.prompt([]).lengths[0])
         if empty + self.trie.max_depth > positions:
             raise CatalogError(
@@ -224,7 +224,7 @@ def read_items(path: Path) -> list[NewItem]:
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise CatalogError(f"{path} cannot be read as a catalogue: {error}") from error
+        raise CatalogError(f"{path} cannot be read as a catalog: {error}") from error
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue

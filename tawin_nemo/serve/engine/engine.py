@@ -1,7 +1,7 @@
 """One thread owns the model: it lets waiting requests join, advances all of them by one model call, and answers.
 
-Requests of different clients share model calls as long as they run on the same weights, catalogue and score space.
-A request gets the weights that are current when it begins to run and the catalogue that it was tokenised with, and
+Requests of different clients share model calls as long as they run on the same weights, catalog and score space.
+A request gets the weights that are current when it begins to run and the catalog that it was tokenised with, and
 keeps both to its end; a swap is only a change of what is current. Versions that nobody runs on are forgotten.
 """
 
@@ -16,10 +16,10 @@ from typing import Any, TypeVar
 
 from tawin_nemo.rollout.lm import LM
 from tawin_nemo.serve.engine.admission import Gate, Limits
-from tawin_nemo.serve.engine.catalog import ServedCatalogue
+from tawin_nemo.serve.engine.catalog import ServedCatalog
 from tawin_nemo.serve.engine.jobs import Job, Rejected, job_over
 from tawin_nemo.serve.engine.metrics import Metrics
-from tawin_nemo.serve.engine.orders import Forget, Probe, PutCatalogue, Stop
+from tawin_nemo.serve.engine.orders import Forget, Probe, PutCatalog, Stop
 from tawin_nemo.serve.engine.ranks import Leader
 from tawin_nemo.serve.engine.running import Running
 from tawin_nemo.serve.engine.weight_sources import Source
@@ -37,11 +37,11 @@ class Engine:
     """Start with ``start``; every public method may be called from any thread."""
 
     def __init__(
-        self, leader: Leader, catalogue: ServedCatalogue, *, limits: Limits, metrics: Metrics, weights: int,
+        self, leader: Leader, catalog: ServedCatalog, *, limits: Limits, metrics: Metrics, weights: int,
         on_thread: Callable[[], None] = lambda: None,
     ) -> None:  # fmt: skip
         self.leader, self.limits, self.metrics = leader, limits, metrics
-        self.catalogue, self.weights = catalogue, weights
+        self.catalog, self.weights = catalog, weights
         self.failed: Future[None] = Future()  # ends when the engine does; with the error, if one ended it
         self._on_thread = on_thread
         self._wake = threading.Condition()
@@ -49,7 +49,7 @@ class Engine:
         self._open: set[Job] = set()  # taken and not answered yet
         self._calls: deque[tuple[Callable[[], Any], Future[Any]]] = deque()
         self._running, self._gate = Running(leader, metrics), Gate(limits)
-        self._installed = {catalogue.version: catalogue}
+        self._installed = {catalog.version: catalog}
         self._closed, self._stopping = "", False
         self._swap = threading.Lock()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
@@ -65,7 +65,7 @@ class Engine:
         return self._closed
 
     def submit(self, job: Job) -> None:
-        """Put a job into the queue. Raises Rejected (queue_full, paused, draining, fault, stale_catalogue) at once."""
+        """Put a job into the queue. Raises Rejected (queue_full, paused, draining, fault, stale_catalog) at once."""
         with self._wake:
             if self.failed.done():
                 raise Rejected("fault", "the engine has stopped")
@@ -73,8 +73,8 @@ class Engine:
                 raise Rejected(self._closed, f"the server is {self._closed}; try again later")
             if len(self._queue) >= self.limits.queue:
                 raise Rejected("queue_full", f"{len(self._queue)} requests are waiting already; try again later")
-            if job.catalogue.version not in self._installed:
-                raise Rejected("stale_catalogue", "the catalogue was replaced while the request was read")
+            if job.catalog.version not in self._installed:
+                raise Rejected("stale_catalog", "the catalog was replaced while the request was read")
             self._queue.append(job)
             self._open.add(job)
             self.metrics.queued.set(len(self._queue))
@@ -169,18 +169,18 @@ class Engine:
         self.weights = version
         self.metrics.swaps.labels("weights").inc()
 
-    def activate(self, catalogue: ServedCatalogue) -> None:
-        """Make a catalogue current for all requests that come from now on."""
+    def activate(self, catalog: ServedCatalog) -> None:
+        """Make a catalog current for all requests that come from now on."""
         with self._swap:
-            order = PutCatalogue(catalogue.version, catalogue.trie_paths)  # here: it takes a while for many items
-            self.call(lambda: self._put_catalogue(order, catalogue)).result()
+            order = PutCatalog(catalog.version, catalog.trie_paths)  # here: it takes a while for many items
+            self.call(lambda: self._put_catalog(order, catalog)).result()
 
-    def _put_catalogue(self, order: PutCatalogue, catalogue: ServedCatalogue) -> None:
-        self.leader.put_catalogue(order, catalogue.trie)
+    def _put_catalog(self, order: PutCatalog, catalog: ServedCatalog) -> None:
+        self.leader.put_catalog(order, catalog.trie)
         with self._wake:
-            self._installed[catalogue.version] = catalogue
-            self.catalogue = catalogue
-        self.metrics.swaps.labels("catalogue").inc()
+            self._installed[catalog.version] = catalog
+            self.catalog = catalog
+        self.metrics.swaps.labels("catalog").inc()
 
     def stop(self) -> None:
         """End the thread and let the other ranks go; what still runs is given up."""
@@ -279,16 +279,16 @@ class Engine:
         with self._wake:
             jobs = [*self._queue, *self._running.jobs]
             weights = {self.weights, *self._running.weights}
-            catalogues = {self.catalogue.version, *(job.catalogue.version for job in jobs)}
-            self._installed = {version: item for version, item in self._installed.items() if version in catalogues}
-        gone = Forget(sorted(replica.models.keys() - weights), sorted(replica.tries.keys() - catalogues))
-        if gone.weights or gone.catalogues:
+            catalogs = {self.catalog.version, *(job.catalog.version for job in jobs)}
+            self._installed = {version: item for version, item in self._installed.items() if version in catalogs}
+        gone = Forget(sorted(replica.models.keys() - weights), sorted(replica.tries.keys() - catalogs))
+        if gone.weights or gone.catalogs:
             self.leader.apply(gone)
         self._show_versions()
 
     def _show_versions(self) -> None:
         self.metrics.weight_version.set(self.weights)
-        self.metrics.catalogue_version.set(self.catalogue.version)
-        self.metrics.items.set(self.catalogue.trie.num_items)
+        self.metrics.catalog_version.set(self.catalog.version)
+        self.metrics.items.set(self.catalog.trie.num_items)
         self.metrics.versions.labels("weights").set(len(self.leader.replica.models))
-        self.metrics.versions.labels("catalogues").set(len(self.leader.replica.tries))
+        self.metrics.versions.labels("catalogs").set(len(self.leader.replica.tries))

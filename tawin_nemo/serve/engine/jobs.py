@@ -9,7 +9,7 @@ from concurrent.futures import Future, InvalidStateError
 from dataclasses import dataclass, field
 
 from tawin_nemo.rollout.filters import ItemFilter
-from tawin_nemo.serve.engine.catalog import ServedCatalogue
+from tawin_nemo.serve.engine.catalog import ServedCatalog
 from tawin_nemo.types import Candidates, TokenRows
 
 
@@ -23,7 +23,7 @@ class Rejected(Exception):
 
 @dataclass(frozen=True)
 class Hit:
-    """One answer: a leaf of the job's catalogue with its tokens."""
+    """One answer: a leaf of the job's catalog with its tokens."""
 
     leaf: int
     score: float
@@ -53,7 +53,7 @@ class Done:
 
     prompts: list[Ran]
     weight_version: int
-    catalogue_version: int
+    catalog_version: int
     queue_s: float
     run_s: float
 
@@ -67,7 +67,7 @@ class Job:
     ``time.monotonic``.
     """
 
-    catalogue: ServedCatalogue
+    catalog: ServedCatalog
     prompts: TokenRows
     deadline: float
     width: int = 1

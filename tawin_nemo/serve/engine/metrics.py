@@ -45,10 +45,10 @@ class Metrics:
         self.weight_version = Gauge(
             "tawin_weight_version", "version of the weights that new requests get", registry=own
         )
-        self.catalogue_version = Gauge("tawin_catalogue_version", "version of the catalogue in use", registry=own)
-        self.versions = Gauge("tawin_versions_in_memory", "weights and catalogues held", ["kind"], registry=own)
-        self.items = Gauge("tawin_catalogue_items", "items that can be recommended", registry=own)
-        self.swaps = Counter("tawin_swaps", "activations of weights and catalogues", ["kind"], registry=own)
+        self.catalog_version = Gauge("tawin_catalog_version", "version of the catalog in use", registry=own)
+        self.versions = Gauge("tawin_versions_in_memory", "weights and catalogs held", ["kind"], registry=own)
+        self.items = Gauge("tawin_catalog_items", "items that can be recommended", registry=own)
+        self.swaps = Counter("tawin_swaps", "activations of weights and catalogs", ["kind"], registry=own)
         for reason in REJECTIONS:
             self.rejections.labels(reason)
         for kind in ("prompt", "answer", "forced"):

@@ -13,10 +13,10 @@ from tawin_nemo.types import TokenRows
 
 @dataclass(frozen=True)
 class Lane:
-    """Prompts that can share a model call: same weights, same catalogue, same score space."""
+    """Prompts that can share a model call: same weights, same catalog, same score space."""
 
     weights: int
-    catalogue: int
+    catalog: int
     space: str  # trie | vocab
 
 
@@ -29,7 +29,7 @@ class Admit:
     ticket_B: np.ndarray
     width_B: np.ndarray
     kind_B: np.ndarray
-    listed: TokenRows  # places in the sorted catalogue
+    listed: TokenRows  # places in the sorted catalog
 
 
 @dataclass(frozen=True)
@@ -74,8 +74,8 @@ class TakeWeights:
 
 
 @dataclass(frozen=True)
-class PutCatalogue:
-    """A catalogue's token paths under a new version."""
+class PutCatalog:
+    """A catalog's token paths under a new version."""
 
     version: int
     paths: TokenRows
@@ -83,10 +83,10 @@ class PutCatalogue:
 
 @dataclass(frozen=True)
 class Forget:
-    """Weights and catalogues that no request runs on any more."""
+    """Weights and catalogs that no request runs on any more."""
 
     weights: list[int]
-    catalogues: list[int]
+    catalogs: list[int]
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,7 @@ class Stop:
     """The ranks part."""
 
 
-Order = Admit | Advance | Drop | Draw | LoadWeights | TakeWeights | PutCatalogue | Forget | Probe | Stop
+Order = Admit | Advance | Drop | Draw | LoadWeights | TakeWeights | PutCatalog | Forget | Probe | Stop
 _KINDS: dict[str, Any] = {kind.__name__: kind for kind in get_args(Order)}
 
 
@@ -111,7 +111,7 @@ def encode(order: Order) -> bytes:
         if isinstance(value, TokenRows):
             return {"rows": [plain(value.flat), plain(value.offsets)]}
         if isinstance(value, Lane):
-            return {"lane": [value.weights, value.catalogue, value.space]}
+            return {"lane": [value.weights, value.catalog, value.space]}
         if isinstance(value, np.ndarray):
             arrays.append(np.ascontiguousarray(value, dtype=np.int64))
             return {"array": len(arrays) - 1, "size": value.size}

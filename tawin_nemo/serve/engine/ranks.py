@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tawin_nemo.catalog.trie import TokenTrie
-from tawin_nemo.serve.engine.orders import LoadWeights, Order, Probe, PutCatalogue, Stop, TakeWeights, decode, encode
+from tawin_nemo.serve.engine.orders import LoadWeights, Order, Probe, PutCatalog, Stop, TakeWeights, decode, encode
 from tawin_nemo.serve.engine.replica import Replica
 from tawin_nemo.util.errors import TawinError
 
@@ -66,7 +66,7 @@ class Leader:
             self.ranks.meet()
         return self.replica.apply(order)
 
-    def put_catalogue(self, order: PutCatalogue, trie: TokenTrie) -> None:
+    def put_catalog(self, order: PutCatalog, trie: TokenTrie) -> None:
         """As ``apply``, with a trie that rank 0 has built already."""
         self._send(order)
         self.replica.tries[order.version] = trie
@@ -75,7 +75,7 @@ class Leader:
         """All tensors of a model, from rank 0's memory to all ranks, as a new version."""
         self._send(TakeWeights(version))
         try:
-            self.replica.models[version] = self.replica.made_of(
+            self.replica.models[version] = self.replica.build_from_tensors(
                 lambda name, shape, dtype: self.ranks.share(tensors[name], shape, dtype)
             )
         except TawinError as error:  # the others wait for the rest
@@ -98,7 +98,7 @@ def follow(replica: Replica, ranks: Ranks) -> None:
         if isinstance(order, Probe):
             ranks.meet()
         if isinstance(order, TakeWeights):
-            model = replica.made_of(lambda name, shape, dtype: ranks.share(None, shape, dtype))
+            model = replica.build_from_tensors(lambda name, shape, dtype: ranks.share(None, shape, dtype))
             replica.models[order.version] = model
         try:
             replica.apply(order)

@@ -1,4 +1,4 @@
-"""One rank's models, catalogues and running searches: carries out orders, decides nothing.
+"""One rank's models, catalogs and running searches: carries out orders, decides nothing.
 
 Every rank of a model gets the same orders in the same order (``ranks``), so that all of them call the model alike.
 """
@@ -29,7 +29,7 @@ from tawin_nemo.serve.engine.orders import (
     LoadWeights,
     Order,
     Probe,
-    PutCatalogue,
+    PutCatalog,
     Stop,
     TakeWeights,
 )
@@ -80,18 +80,18 @@ class Replica:
                 return self._draw(order)
             case LoadWeights():
                 self.models[order.version] = self.load(order.path)
-            case PutCatalogue():
+            case PutCatalog():
                 self.tries[order.version] = TokenTrie.from_paths(order.paths)
             case Forget():
                 for version in order.weights:
                     del self.models[version]
-                for version in order.catalogues:
+                for version in order.catalogs:
                     del self.tries[version]
-            case Probe() | Stop() | TakeWeights():  # what belongs to the last one is ``made_of``
+            case Probe() | Stop() | TakeWeights():  # what belongs to the last one is ``build_from_tensors``
                 pass
         return None
 
-    def made_of(self, tensor_of: Callable[[str, tuple[int, ...], torch.dtype], Tensor]) -> LM:
+    def build_from_tensors(self, tensor_of: Callable[[str, tuple[int, ...], torch.dtype], Tensor]) -> LM:
         """A model whose tensors are ``tensor_of(name, shape, dtype)``, called in the order of the rows."""
         parts = self.from_tensors
         assert parts is not None
@@ -104,14 +104,14 @@ class Replica:
 
     def cost(self, lane: Lane, length: int, width: int) -> int:
         """Tokens that one more prompt may come to."""
-        trie = self.tries[lane.catalogue]
+        trie = self.tries[lane.catalog]
         return length + width * (trie.decision_depth if lane.space == "trie" else trie.max_depth - 1)
 
     def _admit(self, order: Admit) -> None:
         lane = order.lane
         if lane not in self.searches:
             self.searches[lane] = BeamSearch(
-                self.models[lane.weights], self.tries[lane.catalogue], 1,
+                self.models[lane.weights], self.tries[lane.catalog], 1,
                 score_space=lane.space, length_penalty=self._length_penalty,
             )  # fmt: skip
         filters = [
@@ -141,7 +141,7 @@ class Replica:
     def _draw(self, order: Draw) -> Candidates:
         generators = [torch.Generator().manual_seed(int(seed)) for seed in order.seed_B]
         return constrained_sample(
-            self.models[order.lane.weights], order.prompts, self.tries[order.lane.catalogue], order.draws,
+            self.models[order.lane.weights], order.prompts, self.tries[order.lane.catalog], order.draws,
             generators=generators, temperature=order.temperature,
         )  # fmt: skip
 

@@ -157,7 +157,7 @@ class Running:
     def _finish(self, job: Job, lane: Lane, prompts: list[Ran]) -> None:
         now = time.monotonic()
         self._metrics.seconds.labels("run").observe(now - job.started)
-        choices_V = job.catalogue.trie.spans.choices_V
+        choices_V = job.catalog.trie.spans.choices_V
         for ran in prompts:
             tokens = sum(len(hit.tokens) for hit in ran.hits)
             leaf_N = np.array([hit.leaf for hit in ran.hits], dtype=np.int64)
@@ -165,7 +165,7 @@ class Running:
                 tokens, leaf_N = int(ran.found.lengths_BW.sum()), ran.found.leaf_BW[ran.found.leaf_BW >= 0].numpy()
             self._metrics.tokens.labels("answer").inc(tokens)
             self._metrics.tokens.labels("forced").inc(tokens - int(choices_V[leaf_N].sum()))
-        job.finish(Done(prompts, lane.weights, lane.catalogue, job.started - job.arrived, now - job.started))
+        job.finish(Done(prompts, lane.weights, lane.catalog, job.started - job.arrived, now - job.started))
 
     def _leave(self, entry: _Entry) -> None:
         del self._entries[entry.job]
@@ -184,7 +184,7 @@ class Running:
 
 
 def _lane(job: Job, weights: int) -> Lane:
-    return Lane(weights, job.catalogue.version, job.space)
+    return Lane(weights, job.catalog.version, job.space)
 
 
 def _ran(job: Job, found: Candidates, row: int, lost: float = -math.inf) -> Ran:

@@ -46,7 +46,7 @@ class FromMemory:
     tensors: Mapping[str, Tensor]
 
     def alone(self, replica: Replica) -> LM:
-        return replica.made_of(lambda name, shape, dtype: self.tensors[name])
+        return replica.build_from_tensors(lambda name, shape, dtype: self.tensors[name])
 
     def together(self, leader: Leader, version: int) -> None:
         leader.take_weights(version, self.tensors)

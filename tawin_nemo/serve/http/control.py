@@ -15,7 +15,7 @@ from fastapi.responses import Response
 
 from tawin_nemo.api import control_schema as schema
 from tawin_nemo.api.schema import ERRORS, Health
-from tawin_nemo.serve.engine.catalog import NewItem, ServedCatalogue, read_items
+from tawin_nemo.serve.engine.catalog import NewItem, ServedCatalog, read_items
 from tawin_nemo.serve.engine.engine import Engine
 from tawin_nemo.serve.engine.jobs import Rejected
 from tawin_nemo.serve.engine.weight_sources import FromDisk
@@ -27,7 +27,7 @@ from tawin_nemo.util.errors import CheckpointError
 
 
 class ControlPlane:
-    """Handlers run in worker threads and may wait. One change of the catalogue is made at a time.
+    """Handlers run in worker threads and may wait. One change of the catalog is made at a time.
 
     ``roots``: folders that paths are confined to; ``leave(seconds)``: asks the process to drain and end.
     """
@@ -37,9 +37,9 @@ class ControlPlane:
         self._roots, self._leave = [root.resolve() for root in roots], leave
         self.updates = WeightUpdates(engine)
         self._building = threading.Lock()
-        self._candidates: dict[int, tuple[ServedCatalogue, int]] = {}  # by version, with the version it was built on
+        self._candidates: dict[int, tuple[ServedCatalog, int]] = {}  # by version, with the version it was built on
         self._valid: set[int] = set()
-        self._last_version = engine.catalogue.version
+        self._last_version = engine.catalog.version
 
     # -- weights and flow -----------------------------------------------------------------------------------------
     def update_weights_from_disk(self, body: schema.UpdateWeights) -> schema.Reply:
@@ -96,30 +96,30 @@ class ControlPlane:
         self._leave(body.wait_s)
         return self._reply("the server ends when its requests have ended")
 
-    # -- catalogue ------------------------------------------------------------------------------------------------
-    def build(self, body: schema.Build) -> schema.CatalogueReply:
-        """Make a candidate beside the catalogue in use."""
+    # -- catalog ------------------------------------------------------------------------------------------------
+    def build(self, body: schema.Build) -> schema.CatalogReply:
+        """Make a candidate beside the catalog in use."""
         if body.path is not None and (body.add or body.remove):
-            raise Problem(400, "path is a whole catalogue; it does not go with add and remove", param="path")
+            raise Problem(400, "path is a whole catalog; it does not go with add and remove", param="path")
         with self._building, _no_collection():
             return self._shown(self._built(body))
 
-    def validate(self, body: schema.Candidate) -> schema.CatalogueReply:
+    def validate(self, body: schema.Candidate) -> schema.CatalogReply:
         with self._building, _no_collection():
-            version = self._candidate(body.catalogue_version).version
+            version = self._candidate(body.catalog_version).version
             self._validated(version)
             return self._shown(version)
 
-    def activate(self, body: schema.Candidate) -> schema.CatalogueReply:
+    def activate(self, body: schema.Candidate) -> schema.CatalogReply:
         """Requests that come from now on get the candidate; those that are here keep theirs."""
         with self._building:
-            version = body.catalogue_version
+            version = body.catalog_version
             self._candidate(version)
             if version not in self._valid:
-                raise Problem(409, f"candidate {version} was not validated; POST /catalogue/validate first")
+                raise Problem(409, f"candidate {version} was not validated; POST /catalog/validate first")
             return self._activated(version)
 
-    def items(self, body: schema.Change) -> schema.CatalogueReply:
+    def items(self, body: schema.Change) -> schema.CatalogReply:
         """Add and remove items live: build, validate and activate in one."""
         with self._building, _no_collection():
             version = self._built(schema.Build(add=body.add, remove=body.remove))
@@ -130,7 +130,7 @@ class ControlPlane:
                 self._candidates.pop(version, None)
 
     def _built(self, body: schema.Build) -> int:
-        here = self.engine.catalogue
+        here = self.engine.catalog
         version = self._last_version + 1
         if body.path is not None:
             made = here.replaced(read_items(self._confined(body.path)), version)
@@ -147,28 +147,26 @@ class ControlPlane:
         candidate.warm()
         self._valid = {version}
 
-    def _activated(self, version: int) -> schema.CatalogueReply:
+    def _activated(self, version: int) -> schema.CatalogReply:
         candidate, base = self._candidates[version]
-        if base != self.engine.catalogue.version:
-            raise Problem(
-                409, f"candidate {version} was built on {base}; {self.engine.catalogue.version} is in use now"
-            )
+        if base != self.engine.catalog.version:
+            raise Problem(409, f"candidate {version} was built on {base}; {self.engine.catalog.version} is in use now")
         self.engine.activate(candidate)
         reply = self._shown(version)
         del self._candidates[version]
         return reply
 
-    def _candidate(self, version: int) -> ServedCatalogue:
+    def _candidate(self, version: int) -> ServedCatalog:
         if version not in self._candidates:
             raise Problem(404, f"there is no candidate {version}; there are {sorted(self._candidates)}")
         return self._candidates[version][0]
 
-    def _shown(self, version: int) -> schema.CatalogueReply:
+    def _shown(self, version: int) -> schema.CatalogReply:
         made = self._candidates[version][0]
-        return schema.CatalogueReply(
+        return schema.CatalogReply(
             candidate=version, items=made.trie.num_items, paths=made.trie.num_leaves, fingerprint=made.fingerprint,
             validated=version in self._valid, weight_version=self.engine.weights,
-            catalogue_version=self.engine.catalogue.version,
+            catalog_version=self.engine.catalog.version,
         )  # fmt: skip
 
     # -- what is there ----------------------------------------------------------------------------------------------
@@ -176,8 +174,8 @@ class ControlPlane:
         replica = self.engine.leader.replica
         return schema.StatusReply(
             state=self.engine.closed or "serving", requests=self.engine.busy, candidates=sorted(self._candidates),
-            weights_in_memory=sorted(replica.models), catalogues_in_memory=sorted(replica.tries),
-            weight_version=self.engine.weights, catalogue_version=self.engine.catalogue.version,
+            weights_in_memory=sorted(replica.models), catalogs_in_memory=sorted(replica.tries),
+            weight_version=self.engine.weights, catalog_version=self.engine.catalog.version,
             weight_update_group=self.updates.group_name,
         )  # fmt: skip
 
@@ -189,7 +187,7 @@ class ControlPlane:
 
     def _reply(self, message: str) -> schema.Reply:
         return schema.Reply(
-            message=message, weight_version=self.engine.weights, catalogue_version=self.engine.catalogue.version
+            message=message, weight_version=self.engine.weights, catalog_version=self.engine.catalog.version
         )
 
     def _confined(self, name: str) -> Path:
@@ -218,7 +216,7 @@ def control_app(plane: ControlPlane | None, *, token: str = "") -> FastAPI:
     """The control plane's application; without a plane only its OpenAPI document can be had."""
     app = FastAPI(
         title="tawin_nemo control plane", version=metadata.version("tawin-nemo"), docs_url=None, redoc_url=None,
-        description="Weights, catalogue and life of a server. Not for users: it has a port and a token of its own.",
+        description="Weights, catalog and life of a server. Not for users: it has a port and a token of its own.",
     )  # fmt: skip
     routes = plane if plane is not None else ControlPlane.__new__(ControlPlane)
     errors = {**ERRORS, 403: {**ERRORS[404], "description": "a path outside of serve.roots"}}
@@ -229,7 +227,7 @@ def control_app(plane: ControlPlane | None, *, token: str = "") -> FastAPI:
     for name in names:
         app.add_api_route(f"/{name}", getattr(routes, name), methods=["POST"], responses=errors)
     for name in ("build", "validate", "activate", "items"):
-        app.add_api_route(f"/catalogue/{name}", getattr(routes, name), methods=["POST"], responses=errors)
+        app.add_api_route(f"/catalog/{name}", getattr(routes, name), methods=["POST"], responses=errors)
     for name in ("status", "health"):
         app.add_api_route(f"/{name}", getattr(routes, name), methods=["GET"], responses=errors)
     app.add_api_route("/metrics", routes.metrics, methods=["GET"], responses=errors, response_class=Response)

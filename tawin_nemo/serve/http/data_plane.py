@@ -18,7 +18,7 @@ from starlette.middleware.cors import CORSMiddleware
 
 from tawin_nemo.api import schema
 from tawin_nemo.api.arrays import MEDIA_TYPE
-from tawin_nemo.serve.engine.catalog import ServedCatalogue
+from tawin_nemo.serve.engine.catalog import ServedCatalog
 from tawin_nemo.serve.engine.engine import Engine
 from tawin_nemo.serve.engine.events import write_event
 from tawin_nemo.serve.engine.jobs import Done, Rejected
@@ -64,7 +64,7 @@ class DataPlane:
 
     async def rollouts(self, body: schema.RolloutRequest, request: Request) -> Response:
         """Candidates of a batch of token prompts, best first, as a safetensors file: items, lengths and scores [B, W],
-        tokens and logprobs [B, W, T]; its metadata hold instance, catalogue, weight_version, catalogue_version."""
+        tokens and logprobs [B, W, T]; its metadata hold instance, catalog, weight_version, catalog_version."""
         asked, done = await self._answered(request, lambda here: rollouts.asked(body, here, self.terms))
         data = await run_in_threadpool(rollouts.reply, asked, done, self.terms)
         return Response(data, media_type=MEDIA_TYPE)
@@ -78,22 +78,22 @@ class DataPlane:
         limit: Annotated[int, Query(ge=1, le=100)] = 20,
         offset: Annotated[int, Query(ge=0, le=10**9)] = 0,
     ) -> schema.ItemsReply:
-        here = self.engine.catalogue
+        here = self.engine.catalog
         key = q.casefold()
         places = [place for place, title in enumerate(here.search_keys) if key in title]
         shown = [int(here.number_J[place]) for place in places[offset : offset + limit]]
         return schema.ItemsReply(
             items=[schema.Item(item=i, external_id=here.external_ids[i], title=here.titles[i]) for i in shown],
-            total=len(places), weight_version=self.engine.weights, catalogue_version=here.version,
+            total=len(places), weight_version=self.engine.weights, catalog_version=here.version,
         )  # fmt: skip
 
     def models(self) -> schema.ModelsReply:
-        here, weights = self.engine.catalogue, self.engine.weights
+        here, weights = self.engine.catalog, self.engine.weights
         card = schema.ModelCard(
-            id=self.terms.model_id, created=self._created, catalogue=here.fingerprint, items=here.trie.num_items,
-            weight_version=weights, catalogue_version=here.version,
+            id=self.terms.model_id, created=self._created, catalog=here.fingerprint, items=here.trie.num_items,
+            weight_version=weights, catalog_version=here.version,
         )  # fmt: skip
-        return schema.ModelsReply(data=[card], weight_version=weights, catalogue_version=here.version)
+        return schema.ModelsReply(data=[card], weight_version=weights, catalog_version=here.version)
 
     async def health(self) -> schema.Health:
         return schema.Health(status="alive")
@@ -109,13 +109,13 @@ class DataPlane:
             raise Problem(503, text, reason="fault", retry_after=1) from error
         return schema.Ready(
             status="ready", ranks=self.engine.leader.ranks.size,
-            weight_version=self.engine.weights, catalogue_version=self.engine.catalogue.version,
+            weight_version=self.engine.weights, catalog_version=self.engine.catalog.version,
         )  # fmt: skip
 
     async def metrics(self) -> Response:
         return Response(self.engine.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
-    async def _answered(self, request: Request, make: Callable[[ServedCatalogue], Asked]) -> tuple[Asked, Done]:
+    async def _answered(self, request: Request, make: Callable[[ServedCatalog], Asked]) -> tuple[Asked, Done]:
         """Enqueue and wait, until the answer, the deadline or the client's leave, whichever is first."""
         if self.engine.closed:
             raise Problem.of(Rejected(self.engine.closed, f"the server is {self.engine.closed}; try again later"))
@@ -135,17 +135,17 @@ class DataPlane:
         note(
             request, width=job.width, draws=job.draws, prompts=len(job.prompts), tokens=len(job.prompts.flat),
             queue_ms=round(1000 * done.queue_s, 2), run_ms=round(1000 * done.run_s, 2),
-            weight_version=done.weight_version, catalogue_version=done.catalogue_version,
+            weight_version=done.weight_version, catalog_version=done.catalog_version,
         )  # fmt: skip
         return asked, done
 
-    async def _submitted(self, make: Callable[[ServedCatalogue], Asked]) -> Asked:
+    async def _submitted(self, make: Callable[[ServedCatalog], Asked]) -> Asked:
         while True:
-            asked = await run_in_threadpool(make, self.engine.catalogue)
+            asked = await run_in_threadpool(make, self.engine.catalog)
             try:
                 self.engine.submit(asked.job)
             except Rejected as rejected:
-                if rejected.reason == "stale_catalogue":  # replaced in between: read the request once more
+                if rejected.reason == "stale_catalog":  # replaced in between: read the request once more
                     continue
                 raise
             return asked
@@ -164,7 +164,7 @@ def data_app(plane: DataPlane | None, *, keys: Collection[str] = ()) -> FastAPI:
     """The data plane's application; without a plane only its OpenAPI document can be had."""
     app = FastAPI(
         title="tawin_nemo", version=metadata.version("tawin-nemo"), docs_url=None, redoc_url=None,
-        description="Recommendations by trie-constrained generation: every answer is a catalogue item.",
+        description="Recommendations by trie-constrained generation: every answer is a catalog item.",
     )  # fmt: skip
     routes = plane if plane is not None else DataPlane.__new__(DataPlane)
     post, get = {"methods": ["POST"], "responses": schema.ERRORS}, {"methods": ["GET"], "responses": schema.ERRORS}

@@ -9,7 +9,7 @@ import numpy as np
 from tawin_nemo.api.arrays import RolloutReply
 from tawin_nemo.api.schema import RolloutRequest, RolloutTerms
 from tawin_nemo.rollout.scoring import joined
-from tawin_nemo.serve.engine.catalog import ServedCatalogue
+from tawin_nemo.serve.engine.catalog import ServedCatalog
 from tawin_nemo.serve.engine.engine import Engine
 from tawin_nemo.serve.engine.jobs import Done, Job
 from tawin_nemo.serve.http.problems import Problem
@@ -17,9 +17,9 @@ from tawin_nemo.serve.http.requests import Asked, Terms
 from tawin_nemo.types import Candidates, TokenRows
 
 
-def asked(request: RolloutRequest, catalogue: ServedCatalogue, terms: Terms) -> Asked:
+def asked(request: RolloutRequest, catalog: ServedCatalog, terms: Terms) -> Asked:
     """A search of all prompts, or their draws. Raises Problem for what cannot be answered."""
-    settings, trie = terms.settings, catalogue.trie
+    settings, trie = terms.settings, catalog.trie
     if (request.beams is None) == (request.draws is None):
         raise Problem(400, "give one of beams and draws", param="beams")
     width, draws = request.beams or 1, request.draws or 0
@@ -27,24 +27,24 @@ def asked(request: RolloutRequest, catalogue: ServedCatalogue, terms: Terms) -> 
         text = f"{max(width, draws)} is above serve.max_beams={settings.max_beams} of this server"
         raise Problem(400, text, param="draws" if draws else "beams")
     if width > trie.num_leaves:
-        raise Problem(400, f"beams={width}: the catalogue has {trie.num_leaves} distinct paths", param="beams")
+        raise Problem(400, f"beams={width}: the catalog has {trie.num_leaves} distinct paths", param="beams")
     if draws and request.score_space == "vocab":
         raise Problem(400, "draws are made in trie space", param="score_space")
     if draws and len(request.seeds or []) != len(request.prompts):
         raise Problem(400, f"{len(request.prompts)} prompts need as many seeds", param="seeds")
     prompts = TokenRows.from_lists(request.prompts)
-    _check(prompts, catalogue, terms)
+    _check(prompts, catalog, terms)
     seconds = min(request.timeout_s or settings.rollout_deadline_s, settings.rollout_deadline_s)
     job = Job(
-        catalogue, prompts, time.monotonic() + seconds, width=width, space=request.score_space or terms.space,
+        catalog, prompts, time.monotonic() + seconds, width=width, space=request.score_space or terms.space,
         weights=request.weight_version, draws=draws, temperature=request.temperature,
         seeds=list(request.seeds or []), arrays=True,
     )  # fmt: skip
     return Asked(job, [], [])
 
 
-def _check(prompts: TokenRows, catalogue: ServedCatalogue, terms: Terms) -> None:
-    lengths, longest = prompts.lengths, catalogue.trie.max_depth
+def _check(prompts: TokenRows, catalog: ServedCatalog, terms: Terms) -> None:
+    lengths, longest = prompts.lengths, catalog.trie.max_depth
     row = int(lengths.argmax())
     if lengths.min() == 0:
         raise Problem(400, f"prompt {int(lengths.argmin())} has no tokens", param="prompts")
@@ -62,16 +62,16 @@ def reply(asked: Asked, done: Done, terms: Terms) -> bytes:
     longest = int(found.lengths_BW.max())
     return RolloutReply(
         found.items_BW, found.tokens_BWT[..., :longest], found.lengths_BW, found.scores_BW,
-        found.logprobs_BWT[..., :longest], terms.instance, asked.job.catalogue.fingerprint, done.weight_version,
-        done.catalogue_version,
+        found.logprobs_BWT[..., :longest], terms.instance, asked.job.catalog.fingerprint, done.weight_version,
+        done.catalog_version,
     ).encoded()  # fmt: skip
 
 
 def terms_of(engine: Engine, terms: Terms) -> RolloutTerms:
-    settings, here = terms.settings, engine.catalogue
+    settings, here = terms.settings, engine.catalog
     return RolloutTerms(
-        instance=terms.instance, catalogue=here.fingerprint, tokenizer=terms.tokenizer, precision=terms.precision,
+        instance=terms.instance, catalog=here.fingerprint, tokenizer=terms.tokenizer, precision=terms.precision,
         length_penalty=terms.length_penalty, max_beams=settings.max_beams, max_body_kb=settings.max_body_kb,
         token_budget=settings.token_budget, row_budget=settings.row_budget,
-        weight_version=engine.weights, catalogue_version=here.version,
+        weight_version=engine.weights, catalog_version=here.version,
     )  # fmt: skip

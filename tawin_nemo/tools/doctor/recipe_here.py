@@ -186,7 +186,7 @@ def least_training_bytes(recipe: Recipe, count: int) -> float:
 
     float32: 4 + 4 + 8 bytes per parameter; bf16 and FP8: 2 + 4, and 12 with the float32 copy of the weights. The last
     term is shared over data-parallel ranks by the distributed optimizer. Activations, caches, the reference and the
-    vocabulary of a catalogue come on top (`tawin-nemo plan` has them).
+    vocabulary of a catalog come on top (`tawin-nemo plan` has them).
     """
     m, t = recipe.model, recipe.trainer
     ranks = m.tensor_model_parallel_size * m.pipeline_model_parallel_size

@@ -98,9 +98,9 @@ def tokenizer(recipe: Recipe) -> Check:
     if kind in ("bpe", "codes") and init != "random":
         return fails(f"data.tokenizer={kind} beside model.init={init}", "pretrained weights need data.tokenizer=auto")
     if kind == "auto" and init == "random":
-        return absent("made from the catalogue")
+        return absent("made from the catalog")
     if kind in ("bpe", "codes"):
-        return absent(f"data.tokenizer={kind} is made from the catalogue")
+        return absent(f"data.tokenizer={kind} is made from the catalog")
     file = Path(init if kind == "auto" else kind).expanduser() / "tokenizer.json"
     if not file.is_file():
         return fails(f"no {file}", "copy the model's tokenizer there, or set data.tokenizer to a folder that has one")

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from tawin_nemo.config.backbones import Backbone, Work, stage_layers
+from tawin_nemo.config.backbones import Backbone, FlopCount, stage_layers
 from tawin_nemo.config.gpus import NODE, Gpu
 from tawin_nemo.config.schema import Recipe
 from tawin_nemo.tools.plan.layout import Layout, rollout_layout
@@ -41,19 +41,19 @@ class Rates:
     mfu: float
     recompute: str
 
-    def forward(self, work: Work) -> float:
+    def forward(self, work: FlopCount) -> float:
         """Seconds of one forward pass of the work of one replica."""
         peak = self.gpu.peak_flops(self.precision) * self.layout.model_ranks
         return work.forward_flops(self.shape) / (self.mfu * peak)
 
-    def training(self, work: Work, micro: int) -> float:
+    def training(self, work: FlopCount, micro: int) -> float:
         """Seconds of forward and backward; full recomputation runs forward twice, and a pipeline of P stages with m
         micro-batches idles (P - 1) / m of its time (arXiv 2104.04473, Section 2.2); its largest stage sets the pace."""
         passes, stages = 4.0 if self.recompute == "full" else 3.0, self.layout.pp
         pace = max(stage_layers(self.shape.layers, stages)) * stages / self.shape.layers
         return passes * pace * self.forward(work) * (micro + stages - 1) / micro
 
-    def search(self, work: Work, levels: int) -> float:
+    def search(self, work: FlopCount, levels: int) -> float:
         """Seconds of a search: its FLOPs through all stages in turn, and not less than reading the weights once for
         the prompts and once per level of the tree."""
         read = max(stage_parameters(self.shape, self.layout, stage) for stage in range(self.layout.pp))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from tawin_nemo.config.backbones import Work
+from tawin_nemo.config.backbones import FlopCount
 from tawin_nemo.config.schema import Recipe
 from tawin_nemo.tools.plan.activations import Pass
 
@@ -68,15 +68,15 @@ def rl_pass(recipe: Recipe, lengths: Lengths) -> Pass:
     return tree_pass(recipe.rl.micro_batch_tokens, lengths, recipe.rl.group_size, recipe.rl.policy_space)
 
 
-def rows_work(rows: int, lengths: Lengths, candidates: int, space: str, vocab: int) -> Work:
+def rows_work(rows: int, lengths: Lengths, candidates: int, space: str, vocab: int) -> FlopCount:
     """One forward pass over ``rows`` prompts with ``candidates`` items below each."""
     prompt, run = lengths.prompt, lengths.run(space)
     pairs = prompt * (prompt + 1) / 2 + candidates * run * (prompt + (run + 1) / 2)
     logits = candidates * lengths.scored(space) * (vocab if space == "vocab" else CHILDREN)
-    return Work(rows * (prompt + candidates * run), rows * pairs, rows * logits)
+    return FlopCount(rows * (prompt + candidates * run), rows * pairs, rows * logits)
 
 
-def sft_step_work(recipe: Recipe, lengths: Lengths, vocab: int, rows: int) -> Work:
+def sft_step_work(recipe: Recipe, lengths: Lengths, vocab: int, rows: int) -> FlopCount:
     """Forward pass of ``rows`` rows of one SFT step."""
     return rows_work(rows, lengths, 1, recipe.sft.loss_space, vocab)
 
@@ -85,16 +85,16 @@ def sft_step_work(recipe: Recipe, lengths: Lengths, vocab: int, rows: int) -> Wo
 class RlWork:
     """Forward passes of one RL step; an update costs three times its forward pass, ``updates`` times."""
 
-    rollout: Work
-    reference: Work
-    scoring: Work  # old log-probs, where the rollout does not leave them
-    update: Work
+    rollout: FlopCount
+    reference: FlopCount
+    scoring: FlopCount  # old log-probs, where the rollout does not leave them
+    update: FlopCount
     updates: int
 
 
 def rl_step_work(recipe: Recipe, lengths: Lengths, vocab: int, prompts: int) -> RlWork:
     """What one RL step runs for ``prompts`` prompts."""
-    rl, nothing = recipe.rl, Work()
+    rl, nothing = recipe.rl, FlopCount()
     width = recipe.rollout.width or rl.group_size
     if rl.negatives == "dynamic":
         width = round(width * rl.oversample)

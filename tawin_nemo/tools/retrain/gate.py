@@ -3,7 +3,7 @@
 The candidate passes when it is not worse than the published model by more than a margin (a non-inferiority test): for
 every metric the lower end of the 95 % interval of the paired difference must lie above minus ``margin`` times the
 published value. Too few rows to tell give a wide interval, and the published model stays. The first candidate has
-nothing to be compared with and passes if all its answers are catalogue items.
+nothing to be compared with and passes if all its answers are catalog items.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class Decision:
     @property
     def reasons(self) -> list[str]:
         """Why it did not pass, in words; empty = it passed."""
-        found = [f"{self.invalid_rate:.2%} of the answers are no catalogue items"] if self.invalid_rate else []
+        found = [f"{self.invalid_rate:.2%} of the answers are no catalog items"] if self.invalid_rate else []
         return found + [
             f"{verdict.metric}: {verdict.candidate.mean:.4f} against {verdict.published.mean:.4f} of {self.against}, "
             f"difference {verdict.difference.mean:+.4f} [{verdict.difference.low:+.4f}, {verdict.difference.high:+.4f}]"

@@ -42,7 +42,7 @@ def run_retrain(recipe: Recipe, find_data: FindData) -> tuple[dict[str, Any], in
     """
     day, place = check_recipe(recipe), Place(Path(recipe.retrain.root))
     with started(recipe), contextlib.ExitStack() as stack:
-        if disaggregated.searches_only():
+        if disaggregated.is_rollout_rank():
             serve()
             return {}, 0
         result = on_rank_0(lambda: finished(place, day))

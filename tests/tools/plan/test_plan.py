@@ -1,4 +1,4 @@
-"""Work, times and the verb: figures against arithmetic done by hand, refusals with their remedies."""
+"""FLOP counts, times and the verb: figures against arithmetic done by hand, refusals with their remedies."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tawin_nemo.config.backbones import Work, backbone
+from tawin_nemo.config.backbones import FlopCount, backbone
 from tawin_nemo.config.gpus import GPUS
 from tawin_nemo.config.load import load_recipe
 from tawin_nemo.config.schema import Recipe
@@ -36,8 +36,8 @@ def plan(*words: str, recipe: Path | None = QWEN_7B) -> Plan:
 def test_work_of_rows_counts_every_token_pair_and_logit():
     """2 prompts of 3 tokens, 2 items of 3 tokens: vocabulary space runs 2 of each, trie space the one with a choice."""
     lengths = Lengths(prompt=3, path=3, decisions=1)
-    assert rows_work(2, lengths, 2, "vocab", 10) == Work(2 * 7, 2 * (6 + 2 * (4 + 5)), 2 * 2 * 3 * 10)
-    assert rows_work(2, lengths, 2, "trie", 10) == Work(2 * 5, 2 * (6 + 2 * 4), 2 * 2 * CHILDREN)
+    assert rows_work(2, lengths, 2, "vocab", 10) == FlopCount(2 * 7, 2 * (6 + 2 * (4 + 5)), 2 * 2 * 3 * 10)
+    assert rows_work(2, lengths, 2, "trie", 10) == FlopCount(2 * 5, 2 * (6 + 2 * 4), 2 * 2 * CHILDREN)
 
 
 def test_work_agrees_with_the_counter_of_training():
@@ -61,9 +61,9 @@ def test_an_rl_step_rolls_out_scores_and_updates():
     work = rl_step_work(recipe, TITLES, 1000, 64)
     assert work.rollout == rows_work(64, TITLES, 32, "trie", 1000)
     assert work.reference == work.update == rows_work(64, TITLES, 16, "trie", 1000)
-    assert (work.scoring, work.updates) == (Work(), 2)
+    assert (work.scoring, work.updates) == (FlopCount(), 2)
     free = load_recipe(None, ["rl.beta=0", "reference.mode=off", "rl.policy_space=vocab"])
-    assert rl_step_work(free, TITLES, 1000, 64).reference == Work()
+    assert rl_step_work(free, TITLES, 1000, 64).reference == FlopCount()
     assert rl_step_work(free, TITLES, 1000, 64).scoring == rows_work(64, TITLES, 16, "vocab", 1000)
 
 
@@ -79,13 +79,13 @@ def rates(layout: Layout, **other: object) -> Rates:
 
 
 def test_forward_time_is_flops_over_mfu_times_peak():
-    work = Work(tokens=1000)
+    work = FlopCount(tokens=1000)
     flops = 2.0 * SHAPE.body_parameters * 1000
     assert rates(Layout(2, 2)).forward(work) == pytest.approx(flops / (0.5 * 989e12 * 4))
 
 
 def test_training_counts_recomputation_and_the_pipelines_idle_ends():
-    work = Work(tokens=1000)
+    work = FlopCount(tokens=1000)
     assert rates(Layout()).training(work, 4) == pytest.approx(3 * rates(Layout()).forward(work))
     whole = rates(Layout(), recompute="full")
     assert whole.training(work, 4) == pytest.approx(4 * whole.forward(work))
@@ -94,7 +94,7 @@ def test_training_counts_recomputation_and_the_pipelines_idle_ends():
 
 
 def test_a_search_reads_the_weights_once_per_level():
-    seconds = rates(Layout()).search(Work(tokens=1), levels=3)
+    seconds = rates(Layout()).search(FlopCount(tokens=1), levels=3)
     assert seconds == pytest.approx(4 * 2 * 7_615_616_512 / 3350e9)
 
 
@@ -236,7 +236,7 @@ def test_options_are_taken_out_of_the_overrides():
     assert plan("gpus=32", "path_tokens=3").question.lengths == replace(TITLES, path=3, decisions=3)
 
 
-def test_lengths_follow_the_catalogue():
+def test_lengths_follow_the_catalog():
     found = plan("gpus=32", "catalog.kind=sid", "catalog.index=x.json")
     assert found.question.lengths == CODES
 

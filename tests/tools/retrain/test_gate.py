@@ -38,7 +38,7 @@ def test_the_first_candidate_passes_unless_its_answers_are_invalid():
     assert judged(result(HALF), None).passed
     broken = judged(result(HALF, invalid_rate=0.25), None)
     assert not broken.passed
-    assert broken.reasons == ["25.00% of the answers are no catalogue items"]
+    assert broken.reasons == ["25.00% of the answers are no catalog items"]
 
 
 def test_an_equal_model_passes_even_without_a_margin():

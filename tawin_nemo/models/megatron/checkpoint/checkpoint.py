@@ -220,7 +220,7 @@ def _check_signature(path: Path, record: dict[str, Any], model: GPTModel, traina
     different = [f"{key} {there.get(key)} instead of {value}" for key, value in here.items() if there.get(key) != value]
     if different:
         raise CheckpointError(
-            f"{path} is of another model: {', '.join(different)}; check model.backbone and the catalogue"
+            f"{path} is of another model: {', '.join(different)}; check model.backbone and the catalog"
         )
     kind = optimizer_kind(trainable)
     if kind is not None and record["optimizer"] != kind:

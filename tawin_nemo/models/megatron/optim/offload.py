@@ -24,7 +24,7 @@ class OptimizerOffload:
         self._hosts: list[torch.Tensor] = []
 
     @contextlib.contextmanager
-    def away(self) -> Iterator[None]:
+    def offloaded(self) -> Iterator[None]:
         """Inside, nothing may touch gradients or optimizer; the model's weights stay where they are."""
         moved = self._storages()
         self._copy_out(moved)

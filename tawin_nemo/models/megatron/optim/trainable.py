@@ -199,9 +199,9 @@ class Trainable:
             params = [param for group in self.optimizer.param_groups for param in group["params"]]
             torch._foreach_mul_([param.grad for param in params if param.grad is not None], scale)
 
-    def resting(self) -> contextlib.AbstractContextManager[None]:
+    def optimizer_offloaded(self) -> contextlib.AbstractContextManager[None]:
         """Inside, the model is only read: with ``trainer.offload_optimizer`` gradients and optimizer give way."""
-        return contextlib.nullcontext() if self._offload is None else self._offload.away()
+        return contextlib.nullcontext() if self._offload is None else self._offload.offloaded()
 
     def score(self, batches: list[TokenBatch]) -> list[Tensor]:
         """Log-probs of the current weights; see ``score``."""

@@ -28,7 +28,7 @@ _IDLE = timedelta(days=365)
 
 
 @dataclass(frozen=True)
-class Apart:
+class RolloutRanks:
     """The rollout ranks of a job: the last ``ranks`` ones, divided into TP ``tp`` x PP ``pp`` x replicas."""
 
     ranks: int
@@ -94,7 +94,7 @@ class _Sides:
 _sides: _Sides | None = None
 
 
-def divide(apart: Apart) -> None:
+def split_job(rollout_ranks: RolloutRanks) -> None:
     """Part the processes, which are all in one default group, into the two sides; every process calls it once.
 
     All groups over both sides are made here: afterwards each side makes its own, and torch would mix up their names.
@@ -102,11 +102,11 @@ def divide(apart: Apart) -> None:
     global _sides
     job, size, rank = dist.group.WORLD, dist.get_world_size(), dist.get_rank()
     assert job is not None
-    first = size - apart.ranks
+    first = size - rollout_ranks.ranks
     groups.copy_service()
     groups.search_on(range(first, size))
-    groups.rollout_groups(apart.tp, apart.pp)
-    groups.rollout_gather_group(apart.tp, apart.pp)
+    groups.rollout_groups(rollout_ranks.tp, rollout_ranks.pp)
+    groups.rollout_gather_group(rollout_ranks.tp, rollout_ranks.pp)
     line = Line(first, size)
     training = dist.new_group(list(range(first)), timeout=groups.time_limit())
     _sides = _Sides(job, size, first, rank >= first, line)
@@ -116,11 +116,11 @@ def divide(apart: Apart) -> None:
         tensor_parallel.model_parallel_cuda_manual_seed(0, tp_rank=0, ep_rank=0, etp_rank=0)
 
 
-def divided() -> bool:
+def is_disaggregated() -> bool:
     return _sides is not None
 
 
-def searches_only() -> bool:
+def is_rollout_rank() -> bool:
     """Whether this process is a rollout rank of a divided job."""
     return _sides is not None and _sides.searches
 

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from tawin_nemo.config.schema import ModelConfig
 from tawin_nemo.models.megatron.parallel import disaggregated, groups, shim
-from tawin_nemo.models.megatron.parallel.disaggregated import Apart
+from tawin_nemo.models.megatron.parallel.disaggregated import RolloutRanks
 from tawin_nemo.models.megatron.parallel.groups import TIMEOUT, time_limit
 from tawin_nemo.types import DataParallel
 from tawin_nemo.util.errors import ConfigError
@@ -72,12 +72,15 @@ def _start_process_group(launch: Launch) -> None:
     dist.init_process_group(backend, init_method=f"tcp://{address}:{port}", **place)
 
 
-def initialize(cfg: ModelConfig, *, seed: int, limit: timedelta = TIMEOUT, apart: Apart | None = None) -> None:
+def initialize(
+    cfg: ModelConfig, *, seed: int, limit: timedelta = TIMEOUT, rollout_ranks: RolloutRanks | None = None
+) -> None:
     """Start (or re-use) the process group, lay out TP x PP x DP and seed every generator.
 
     A second call with the same layout only seeds again; with another layout it lays the groups out anew. ``limit``:
-    how long a rank waits for the others in the groups that are made. With ``apart`` the last ranks only search, and
-    the world, in everything that this module says, is that of training (``sides``); a second call cannot change it.
+    how long a rank waits for the others in the groups that are made. With ``rollout_ranks`` the last ranks only
+    search, and the world, in everything that this module says, is that of training
+    (``disaggregated``); a second call cannot change it.
     Raises ConfigError when the number of processes that train is not a multiple of TP x PP.
     """
     if torch.cuda.is_available():
@@ -86,17 +89,17 @@ def initialize(cfg: ModelConfig, *, seed: int, limit: timedelta = TIMEOUT, apart
         shim.install()
     groups.set_time_limit(limit)
     tp, pp = cfg.tensor_model_parallel_size, cfg.pipeline_model_parallel_size
-    ranks = world_size() - (apart.ranks if apart and not disaggregated.divided() else 0)
-    if ranks < 1 or (ranks % (tp * pp) and not disaggregated.searches_only()):
+    ranks = world_size() - (rollout_ranks.ranks if rollout_ranks and not disaggregated.is_disaggregated() else 0)
+    if ranks < 1 or (ranks % (tp * pp) and not disaggregated.is_rollout_rank()):
         raise ConfigError(
             f"model.tensor_model_parallel_size={tp} x model.pipeline_model_parallel_size={pp} = {tp * pp} does not "
             f"divide the number of processes, {ranks}: start a multiple of {tp * pp} or lower these sizes"
         )
     if not dist.is_initialized():
         _start_process_group(read_launch())
-    if apart and not disaggregated.divided():
-        disaggregated.divide(apart)
-    if disaggregated.searches_only():
+    if rollout_ranks and not disaggregated.is_disaggregated():
+        disaggregated.split_job(rollout_ranks)
+    if disaggregated.is_rollout_rank():
         return
     if parallel_state.model_parallel_is_initialized() and _layout() != (tp, pp):
         _forget_layout()
@@ -138,7 +141,7 @@ def seed_step(seed: int, step: int) -> None:
 
 def _forget_layout() -> None:
     parallel_state.destroy_model_parallel()
-    if not disaggregated.divided():  # else they were made for good, over both sides
+    if not disaggregated.is_disaggregated():  # else they were made for good, over both sides
         groups.forget()
 
 

@@ -53,7 +53,7 @@ def train(actor: Trainable) -> tuple[list[dict[str, float]], list[torch.Tensor],
     """Statistics, scores between the steps, final weights; every step but the first finds what was away before it."""
     stats, scores = [], []
     for step in range(STEPS):
-        with actor.resting():
+        with actor.optimizer_offloaded():
             scores += actor.score([rows(100 + step)])
         stats.append(actor.update([MicroBatch(rows(step), lambda logp_N: (-logp_N.mean(), {}))], lr=1e-2))
     return stats, scores, [p.detach().clone() for p in actor.model.parameters()]
@@ -73,7 +73,7 @@ def test_nothing_changes_but_the_memory(precision: str, distributed: bool) -> No
     assert room(moved) >= (12 if precision == "bf16" else 8) * parameters
     assert room(gradients) >= 4 * parameters
     before = [tensor.clone() for tensor in moved]
-    with actor.resting():
+    with actor.optimizer_offloaded():
         assert room(moved) == room(gradients) == 0
     assert all(torch.equal(now, then) for now, then in zip(moved, before, strict=True))
 
@@ -82,6 +82,6 @@ def test_it_comes_back_after_an_error_too() -> None:
     actor = trainable("fp32", distributed=True, offload=True)
     train(actor)
     before = [tensor.clone() for tensor in optimizer_tensors(actor)]
-    with pytest.raises(KeyError), actor.resting():
+    with pytest.raises(KeyError), actor.optimizer_offloaded():
         raise KeyError("a search failed")
     assert all(torch.equal(now, then) for now, then in zip(optimizer_tensors(actor), before, strict=True))

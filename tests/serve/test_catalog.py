@@ -1,4 +1,4 @@
-"""Catalogues of semantic IDs change as those of titles do; the one to start with may come from a file."""
+"""Catalogs of semantic IDs change as those of titles do; the one to start with may come from a file."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from tawin_nemo.commands.serve import first_catalogue
+from tawin_nemo.commands.serve import first_catalog
 from tawin_nemo.config.load import load_recipe
 from tawin_nemo.config.schema import CatalogConfig, DataConfig, ModelConfig
 from tawin_nemo.data.catalog_builder import build_catalog
 from tawin_nemo.data.prompts import Template
 from tawin_nemo.data.tokenizer import build_tokenizer
-from tawin_nemo.serve.engine.catalog import NewItem, ServedCatalogue, Writing, read_items
+from tawin_nemo.serve.engine.catalog import NewItem, ServedCatalog, Writing, read_items
 from tawin_nemo.util.errors import CatalogError, DataError
 from tests.serve import scene
 
@@ -24,15 +24,15 @@ TEMPLATE = Template("compact", "sid")
 
 
 @pytest.fixture(scope="module")
-def coded() -> ServedCatalogue:
+def coded() -> ServedCatalog:
     cfg = CatalogConfig(kind="sid", index="x")
     tokenizer = build_tokenizer(DataConfig(), cfg, ModelConfig(), [], CODES)
     texts, names = ["".join(codes) for codes in CODES], ["x", "y", "z"]
     catalog = build_catalog(names, names, texts, tokenizer, TEMPLATE, kind="sid")
-    return ServedCatalogue.of(catalog, texts, Writing(tokenizer, TEMPLATE, 3, 50))
+    return ServedCatalog.of(catalog, texts, Writing(tokenizer, TEMPLATE, 3, 50))
 
 
-def test_items_of_codes_come_and_go(coded: ServedCatalogue) -> None:
+def test_items_of_codes_come_and_go(coded: ServedCatalog) -> None:
     changed = coded.changed([NewItem("new", "a lamp", ("<a_2>", "<b_2>"))], ["x"], 2)
     assert changed.trie.num_items == 3
     assert [changed.external_ids[number] for number in changed.number_J] == ["y", "z", "new"]
@@ -43,8 +43,8 @@ def test_items_of_codes_come_and_go(coded: ServedCatalogue) -> None:
     assert coded.trie.num_items == 3  # the old one is as it was
 
 
-def test_an_item_that_comes_back_has_its_number_again_unless_it_changed(coded: ServedCatalogue) -> None:
-    """Otherwise a catalogue whose items come and go for months would grow without end."""
+def test_an_item_that_comes_back_has_its_number_again_unless_it_changed(coded: ServedCatalog) -> None:
+    """Otherwise a catalog whose items come and go for months would grow without end."""
     same, other = NewItem("x", "x", ("<a_1>", "<b_1>")), NewItem("x", "another title", ("<a_1>", "<b_1>"))
     gone = coded.changed([], ["x"], 2)
     for version in range(3, 7):
@@ -60,22 +60,22 @@ def test_an_item_that_comes_back_has_its_number_again_unless_it_changed(coded: S
         gone.changed([same, same], [], 9)
 
 
-def test_codes_that_the_model_never_saw_and_items_without_codes_are_refused(coded: ServedCatalogue) -> None:
+def test_codes_that_the_model_never_saw_and_items_without_codes_are_refused(coded: ServedCatalog) -> None:
     with pytest.raises(CatalogError, match="no tokens for"):
         coded.changed([NewItem("new", "a lamp", ("<a_9>",))], [], 2)
     with pytest.raises(CatalogError, match="wants its codes"):
         coded.changed([NewItem("new", "a lamp")], [], 2)
 
 
-def test_a_shorter_code_is_a_path_of_its_own(coded: ServedCatalogue) -> None:
+def test_a_shorter_code_is_a_path_of_its_own(coded: ServedCatalog) -> None:
     shorter = coded.changed([NewItem("new", "a lamp", ("<a_2>",))], [], 2)
     assert shorter.trie.num_leaves == 4
 
 
-def test_a_history_is_shortened_as_in_training_and_one_that_cannot_be_is_refused(coded: ServedCatalogue) -> None:
-    def limited(tokens: int) -> ServedCatalogue:
+def test_a_history_is_shortened_as_in_training_and_one_that_cannot_be_is_refused(coded: ServedCatalog) -> None:
+    def limited(tokens: int) -> ServedCatalog:
         writing = Writing(coded.writing.tokenizer, TEMPLATE, 3, tokens)
-        return ServedCatalogue(
+        return ServedCatalog(
             1, writing, coded.titles, coded.external_ids, coded.texts, coded.paths, coded.live_I, coded.trie
         )
 
@@ -110,8 +110,8 @@ def test_a_file_of_items_is_read_line_by_line(tmp_path: Path, line: str, words: 
         read_items(file)
 
 
-def test_a_server_may_start_with_a_catalogue_of_its_own(tmp_path: Path) -> None:
-    here, file = scene.first_catalogue(), tmp_path / "items.jsonl"
+def test_a_server_may_start_with_a_catalog_of_its_own(tmp_path: Path) -> None:
+    here, file = scene.first_catalog(), tmp_path / "items.jsonl"
     lines = [{"external_id": scene.IDS[7], "title": scene.TITLES[7]}, {"external_id": "N", "title": "old new lamp"}]
     file.write_text("".join(json.dumps(line) + "\n" for line in lines))
     catalog = build_catalog(scene.TITLES, scene.IDS, scene.TITLES, scene.tokenizer(), Template(), kind="title")
@@ -119,7 +119,7 @@ def test_a_server_may_start_with_a_catalogue_of_its_own(tmp_path: Path) -> None:
         tokenizer=scene.tokenizer(), template=Template(), catalog=catalog, item_texts=scene.TITLES,
         recipe=load_recipe(None, ["data.dataset=synthetic", f"serve.catalogue={file}"]),
     )  # fmt: skip
-    made = first_catalogue(world)  # type: ignore[arg-type]
+    made = first_catalog(world)  # type: ignore[arg-type]
     assert made.version == 1
     assert [made.titles[number] for number in made.number_J] == [line["title"] for line in lines]
     assert made.number_J.tolist() == [7, len(scene.TITLES)]

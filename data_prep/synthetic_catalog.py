@@ -29,7 +29,7 @@ _SIZES = ("4mm,6mm,8mm,10mm,12mm,16mm,20mm,25mm,Small,Medium,Large,XL,10 Pack,25
 
 
 @dataclass(frozen=True)
-class Catalogue:
+class Catalog:
     """I items. ``successors_IS``: S items that tend to be bought next, most likely first, never the item itself."""
 
     titles: list[str]
@@ -45,7 +45,7 @@ class Catalogue:
         return len(self.titles)
 
 
-def make_catalogue(num_items: int, generator: np.random.Generator) -> Catalogue:
+def make_catalog(num_items: int, generator: np.random.Generator) -> Catalog:
     """``num_items`` items spread evenly over as many categories of 10 brands x 6 families x 4 variants as needed."""
     categories = -(-num_items // ITEMS_PER_CATEGORY)
     shape = (categories, BRANDS_PER_CATEGORY, FAMILIES_PER_CATEGORY, VARIANTS)
@@ -56,7 +56,7 @@ def make_catalogue(num_items: int, generator: np.random.Generator) -> Catalogue:
     rank = generator.permutation(num_items) + 1
     weights = 1.0 / (rank + 10.0) ** 0.8  # Zipf-Mandelbrot: a head without a single dominating item
     brand_number = brand_words[category, brand]
-    return Catalogue(
+    return Catalog(
         titles=_titles(category, brand, family_number, variant, brand_number, generator),
         category_I=category,
         brand_I=brand_number,
