@@ -1,8 +1,9 @@
 """Text <-> tokens: a pretrained tokenizer, a BPE trained on the catalog, or one token per code.
 
-All three are Hugging Face fast tokenizers behind one small wrapper, and are saved in that format. Marker tokens of
-the template and codes are added tokens: they are cut out of the text before anything else happens, so that their
-neighbours never influence them.
+All three are fast tokenizers (package ``tokenizers``) behind one small wrapper, and are saved in Hugging Face's format.
+transformers itself is imported only to save one and to read the folder of somebody else's, because that import takes
+seconds. Marker tokens of the template and codes are added tokens: they are cut out of the text before anything else
+happens, so that their neighbours never influence them.
 """
 
 from __future__ import annotations
@@ -17,17 +18,20 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
 from tokenizers import Tokenizer as Backend
-from transformers import PreTrainedTokenizerFast
 
 from tawin_nemo.config.schema import CatalogConfig, DataConfig, ModelConfig
 from tawin_nemo.data.prompts import Template
 from tawin_nemo.types import TokenRows
 from tawin_nemo.util.errors import CatalogError, ConfigError, DataError
 from tawin_nemo.util.files import atomic_path
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 PAD, EOS = "<|pad|>", "<|endoftext|>"
 #: End-of-text tokens of base models, tried in this order where a folder does not name its own.
@@ -37,38 +41,52 @@ _ENCODE_CHUNK = 8192  # texts per call; bounds the memory of the intermediate en
 
 @dataclass(frozen=True)
 class Tokenizer:
-    """A Hugging Face fast tokenizer without implicit special tokens, truncation or padding."""
+    """A fast tokenizer without implicit special tokens, truncation or padding.
 
-    fast: PreTrainedTokenizerFast
+    ``foreign`` is Hugging Face's object for a folder that this package did not write; its class may mean more than
+    ``backend`` says, so it is kept. Raises ConfigError without an end-of-text token.
+    """
+
+    backend: Backend
+    eos_token: str | None
+    pad_token: str | None = None
+    foreign: PreTrainedTokenizerFast | None = None
 
     def __post_init__(self) -> None:
-        if self.fast.eos_token_id is None:
+        if self.eos_token is None:
             raise ConfigError("the tokenizer names no end-of-text token; add eos_token to its tokenizer_config.json")
-        self._backend.no_truncation()
-        self._backend.no_padding()
+        self.backend.no_truncation()
+        self.backend.no_padding()
 
-    @property
-    def _backend(self) -> Backend:
-        return self.fast.backend_tokenizer
+    @cached_property
+    def fast(self) -> PreTrainedTokenizerFast:
+        """Hugging Face's object for this tokenizer, made at the first use."""
+        if self.foreign is not None:
+            return self.foreign
+        from transformers import PreTrainedTokenizerFast
+
+        return PreTrainedTokenizerFast(
+            tokenizer_object=self.backend, pad_token=self.pad_token, eos_token=self.eos_token
+        )  # fmt: skip
 
     @property
     def eos_id(self) -> int:
-        return int(self.fast.eos_token_id)
+        return int(self.backend.token_to_id(self.eos_token))
 
     @property
     def pad_id(self) -> int:
         """The padding token, or end of text where there is none."""
-        return self.eos_id if self.fast.pad_token_id is None else int(self.fast.pad_token_id)
+        return self.eos_id if self.pad_token is None else int(self.backend.token_to_id(self.pad_token))
 
     @cached_property
     def size(self) -> int:
         """Rows that an embedding needs: the largest token id, added tokens included, plus one."""
-        return max(self._backend.get_vocab(with_added_tokens=True).values()) + 1
+        return max(self.backend.get_vocab(with_added_tokens=True).values()) + 1
 
     @cached_property
     def fingerprint(self) -> str:
         """SHA-256 of the ``tokenizer.json`` that ``save`` writes."""
-        return hashlib.sha256(self._backend.to_str(pretty=True).encode()).hexdigest()
+        return hashlib.sha256(self.backend.to_str(pretty=True).encode()).hexdigest()
 
     def encode_batch(self, texts: Sequence[str]) -> TokenRows:
         """Token rows of ``texts``, nothing added. Raises DataError for text the vocabulary cannot express."""
@@ -76,7 +94,7 @@ class Tokenizer:
         for start in range(0, len(texts), _ENCODE_CHUNK):
             part = list(texts[start : start + _ENCODE_CHUNK])
             try:
-                encodings = self._backend.encode_batch_fast(part, add_special_tokens=False)
+                encodings = self.backend.encode_batch_fast(part, add_special_tokens=False)
             except Exception as error:  # the library raises bare Exception
                 raise self._unknown_text(part) from error
             rows.extend(encoding.ids for encoding in encodings)
@@ -87,7 +105,7 @@ class Tokenizer:
     def _unknown_text(self, texts: Iterable[str]) -> DataError:
         for text in texts:
             try:
-                self._backend.encode(text, add_special_tokens=False)
+                self.backend.encode(text, add_special_tokens=False)
             except Exception:
                 return DataError(
                     f"the tokenizer has no tokens for {text[:200]!r}; it knows the template and the codes of the index "
@@ -97,11 +115,7 @@ class Tokenizer:
 
     def decode(self, tokens: Iterable[int]) -> str:
         """The text of ``tokens``, special tokens included, spaces untouched."""
-        return str(
-            self.fast.decode(
-                [int(token) for token in tokens], skip_special_tokens=False, clean_up_tokenization_spaces=False
-            )
-        )
+        return str(self.backend.decode([int(token) for token in tokens], skip_special_tokens=False))
 
     def save(self, directory: Path) -> None:
         """Write the Hugging Face files into ``directory``; other files there (weights) are left alone."""
@@ -116,15 +130,29 @@ class Tokenizer:
         """Read a folder with ``tokenizer.json``. Raises ConfigError when it is missing or unreadable."""
         directory = Path(directory)
         with _reading(directory):
-            if (directory / "tokenizer_config.json").is_file():
-                from transformers import AutoTokenizer  # brings generation and scikit-learn: a tenth of a start
+            config = _config_of(directory)
+            if _is_own(config):
+                return cls(Backend.from_file(str(directory / "tokenizer.json")), EOS, PAD)
+            from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+            if config:
                 fast = AutoTokenizer.from_pretrained(directory, local_files_only=True, use_fast=True)
             else:
                 fast = PreTrainedTokenizerFast(tokenizer_file=str(directory / "tokenizer.json"))
         if fast.eos_token is None:
             fast.eos_token = _eos_of_folder(directory, fast)
-        return cls(fast)
+        return cls(fast.backend_tokenizer, fast.eos_token, fast.pad_token, foreign=fast)
+
+
+def _config_of(directory: Path) -> dict[str, Any]:
+    path = directory / "tokenizer_config.json"
+    return dict(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else {}
+
+
+def _is_own(config: dict[str, Any]) -> bool:
+    """Whether ``Tokenizer.save`` wrote this, of codes or of a BPE: then ``tokenizer.json`` says everything."""
+    own = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": EOS, "pad_token": PAD}
+    return all(config.get(key) == value for key, value in own.items())
 
 
 def words_of(directory: Path) -> dict[str, int]:
@@ -133,10 +161,9 @@ def words_of(directory: Path) -> dict[str, int]:
     Raises ConfigError as ``Tokenizer.load``.
     """
     directory = Path(directory)
-    told = directory / "tokenizer_config.json"
     with _reading(directory):
         words = dict(Backend.from_file(str(directory / "tokenizer.json")).get_vocab(with_added_tokens=True))
-        added = json.loads(told.read_text(encoding="utf-8")).get("added_tokens_decoder", {}) if told.is_file() else {}
+        added = _config_of(directory).get("added_tokens_decoder", {})
         return words | {token["content"]: int(number) for number, token in added.items()}
 
 
@@ -183,9 +210,9 @@ def build_tokenizer(
     kind = _resolve_kind(data, catalog, model)
     code_words = sorted({code for item in codes or () for code in item})
     if kind == "codes":
-        tokenizer = Tokenizer(_code_vocabulary(template, code_words))
+        tokenizer = Tokenizer(_code_vocabulary(template, code_words), EOS, PAD)
     elif kind == "bpe":
-        tokenizer = Tokenizer(_train_bpe(template, titles, data.bpe_vocab_size))
+        tokenizer = Tokenizer(_train_bpe(template, titles, data.bpe_vocab_size), EOS, PAD)
     else:
         tokenizer = Tokenizer.load(Path(kind).expanduser())
     _add_tokens(tokenizer, [*template.markers, *task_markers, *code_words])
@@ -215,7 +242,7 @@ def _resolve_kind(data: DataConfig, catalog: CatalogConfig, model: ModelConfig) 
     return kind
 
 
-def _code_vocabulary(template: Template, code_words: Sequence[str]) -> PreTrainedTokenizerFast:
+def _code_vocabulary(template: Template, code_words: Sequence[str]) -> Backend:
     """One token per code and per fixed piece of the template, whole; anything else is an error, not <unk>."""
     pieces = [*template.pieces, *code_words]
     vocabulary = {word: index for index, word in enumerate([PAD, EOS, *pieces])}
@@ -224,10 +251,10 @@ def _code_vocabulary(template: Template, code_words: Sequence[str]) -> PreTraine
     backend.decoder = decoders.Fuse()
     backend.add_special_tokens([PAD, EOS])
     backend.add_tokens([_whole(piece) for piece in pieces])
-    return PreTrainedTokenizerFast(tokenizer_object=backend, pad_token=PAD, eos_token=EOS)
+    return backend
 
 
-def _train_bpe(template: Template, titles: Sequence[str], vocab_size: int) -> PreTrainedTokenizerFast:
+def _train_bpe(template: Template, titles: Sequence[str], vocab_size: int) -> Backend:
     """Byte-level BPE, lossless (no normaliser), trained on the items as the template writes them."""
     backend = Backend(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -242,7 +269,7 @@ def _train_bpe(template: Template, titles: Sequence[str], vocab_size: int) -> Pr
     # Every prompt repeats the template, so its words weigh as much as one title each.
     words = [] if template.markers else [*template.pieces] * len(titles)
     backend.train_from_iterator([*map(template.answer, titles), *words], trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=backend, pad_token=PAD, eos_token=EOS)
+    return backend
 
 
 def _whole(text: str) -> AddedToken:
@@ -251,15 +278,15 @@ def _whole(text: str) -> AddedToken:
 
 
 def _add_tokens(tokenizer: Tokenizer, words: Sequence[str]) -> None:
-    known = tokenizer._backend.get_added_tokens_decoder().values()
+    known = tokenizer.backend.get_added_tokens_decoder().values()
     present = {token.content for token in known}
-    tokenizer.fast.add_tokens([_whole(word) for word in words if word not in present])
+    tokenizer.backend.add_tokens([_whole(word) for word in words if word not in present])
 
 
 def _check_codes(tokenizer: Tokenizer, codes: Sequence[Sequence[str]]) -> None:
     """Joined codes must be read back as the same codes ("1" + "2" beside a code "12" would not be)."""
     rows = tokenizer.encode_batch(["".join(item) for item in codes])
-    vocabulary = tokenizer.fast.get_vocab()
+    vocabulary = tokenizer.backend.get_vocab(with_added_tokens=True)
     for index, item in enumerate(codes):
         if rows[index].tolist() != [vocabulary[code] for code in item]:
             seen = [tokenizer.decode([token]) for token in rows[index]]

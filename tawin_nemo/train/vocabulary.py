@@ -21,7 +21,7 @@ def new_tokens(world: World) -> NewTokens:
     if not (folder / "tokenizer.json").is_file():
         folder = Path(recipe.data.tokenizer)
     known = words_of(folder)
-    own = world.tokenizer.fast.get_vocab()
+    own = world.tokenizer.backend.get_vocab(with_added_tokens=True)
     ids = np.sort(np.array([token for word, token in own.items() if word not in known], dtype=np.int64))
     if recipe.model.new_tokens == "mean":
         return NewTokens(ids)

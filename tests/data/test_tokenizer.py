@@ -1,6 +1,9 @@
 """The three kinds of tokenizer behind one wrapper."""
 
+import hashlib
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -14,6 +17,7 @@ from tawin_nemo.data.tokenizer import EOS, PAD, Tokenizer, build_tokenizer, word
 from tawin_nemo.util.errors import CatalogError, ConfigError, DataError
 from tawin_nemo.util.files import sha256
 
+ROOT = Path(__file__).parents[2]
 TITLES = [f"Acme {size} inch steel {part}" for size in (1, 2, 10) for part in ("bolt", "washer", 'hose 3/4"')]
 CODES = [[f"<a_{i % 3}>", f"<b_{i}>"] for i in range(6)]
 SID, TITLE = CatalogConfig(kind="sid"), CatalogConfig(kind="title")
@@ -199,3 +203,21 @@ def test_qwen_folder_without_config(qwen_tokenizer: Path):
     assert tokenizer.eos_id == 151643
     assert tokenizer.size == 151643 + 22
     assert words_of(qwen_tokenizer) == tokenizer.fast.get_vocab()
+
+
+@pytest.mark.parametrize("build", [bpe, codes])
+def test_an_own_folder_is_read_without_transformers_and_means_the_same(build, tmp_path: Path):
+    """Importing transformers costs seconds of every start; its reading is the reference."""
+    made = build()
+    made.save(tmp_path)
+    code = (
+        "import sys; from pathlib import Path; from tawin_nemo.data.tokenizer import Tokenizer\n"
+        f"own = Tokenizer.load(Path({str(tmp_path)!r}))\n"
+        "print(own.fingerprint, own.size, own.eos_id, own.pad_id, 'transformers' in sys.modules)"
+    )
+    shown = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True, cwd=ROOT).stdout
+    reference = AutoTokenizer.from_pretrained(tmp_path)
+    fingerprint = hashlib.sha256(reference.backend_tokenizer.to_str(pretty=True).encode()).hexdigest()
+    assert shown.split() == [
+        fingerprint, str(made.size), str(reference.eos_token_id), str(reference.pad_token_id), "False"
+    ]  # fmt: skip
