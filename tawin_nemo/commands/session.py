@@ -8,6 +8,8 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from tawin_nemo.catalog.semantic_ids import find_codes
 from tawin_nemo.commands.train import train
 from tawin_nemo.config.schema import Recipe
@@ -20,7 +22,8 @@ from tawin_nemo.placement.rollout_ranks import serve
 from tawin_nemo.run import signals
 from tawin_nemo.run.failures import attempt_logs, recorded
 from tawin_nemo.run.profile import check_profile
-from tawin_nemo.run.world import build_world, open_run_dir, set_threads
+from tawin_nemo.run.threads import available_threads
+from tawin_nemo.run.world import build_world, open_run_dir
 from tawin_nemo.util.errors import ConfigError, Preempted, UserError
 from tawin_nemo.util.log import get_logger
 
@@ -62,7 +65,7 @@ def started(recipe: Recipe, *, computes: bool = True) -> Iterator[None]:
         check_processes(recipe)
         runtime.initialize(recipe.model, seed=recipe.seed, limit=limit, rollout_ranks=rollout_ranks)
         check_precision(recipe, runs=computes)
-        set_threads(recipe)
+        torch.set_num_threads(recipe.trainer.threads or available_threads())
         if disaggregated.is_disaggregated():
             stack.push(dismiss)
         yield

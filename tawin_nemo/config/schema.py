@@ -305,7 +305,11 @@ class TrainerConfig:
     monitor: str = opt("", "that metric where valid is searched: ndcg@K, recall@K (empty = ndcg@max(eval.ks))")
     async_save: bool = opt(False, "a thread writes checkpoints while training goes on (needs CPU memory for a copy)")
     collective_timeout: float = number(30.0, 0.1, help="minutes after which a rank gives up waiting for the others")
-    threads: int = number(0, 0, help="CPU threads per process (0 = cores / processes)")
+    threads: int = number(
+        0,
+        0,
+        help="CPU threads per process; 0 = measured on the first steps (GPU or several ranks: cores / ranks)",
+    )
     peak_tflops: float = number(0.0, 0.0, help="one device's peak for MFU (0 = by GPU name, or a short measurement)")
     distributed_optimizer: bool = opt(True, "shard the optimizer state over data-parallel ranks")
     offload_optimizer: bool = opt(False, "optimizer state in pinned CPU memory, gradients freed, while rollouts run")

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
 
 from tawin_nemo.catalog.items import Catalog
 from tawin_nemo.catalog.semantic_ids import load_codes
@@ -25,7 +23,7 @@ from tawin_nemo.data.samples import Samples, encode_split
 from tawin_nemo.data.tasks import active_tasks
 from tawin_nemo.data.tokenizer import Tokenizer, build_tokenizer
 from tawin_nemo.models.megatron.hf.config import backbone_from_hf
-from tawin_nemo.models.megatron.parallel import disaggregated, runtime
+from tawin_nemo.models.megatron.parallel import runtime
 from tawin_nemo.types import SPLITS, DataParallel
 from tawin_nemo.util.errors import CatalogError, ConfigError, DataError
 from tawin_nemo.util.files import atomic_path, write_json
@@ -225,12 +223,6 @@ def deadline(max_time: str) -> float | None:
         raise ConfigError(f"trainer.max_time={max_time} is not DD:HH:MM:SS, for example 00:03:50:00")
     days, hours, minutes, seconds = (int(part) for part in parts)
     return time.monotonic() + ((days * 24 + hours) * 60 + minutes) * 60 + seconds
-
-
-def set_threads(recipe: Recipe) -> None:
-    """CPU threads per process; more than the cores only makes gloo runs slower."""
-    cores = max(1, len(os.sched_getaffinity(0)))
-    torch.set_num_threads(recipe.trainer.threads or max(1, cores // disaggregated.job_size()))
 
 
 def read_json(path: Path) -> dict[str, object]:
