@@ -8,6 +8,8 @@ import pytest
 
 from tests.benchmarks import shared_ids, summary
 
+pytestmark = pytest.mark.results
+
 RECIPES = Path(__file__).parents[1] / "recipes"
 FILES = sorted((RECIPES / "results").glob("*.json"))
 BENCHMARKS = [path for path in FILES if path.name.startswith("bench_")]

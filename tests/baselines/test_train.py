@@ -58,7 +58,6 @@ def world(tmp_path):
         run_dir=tmp_path / "run",
         catalog=Catalog(titles, titles, "sid", PATHS, TokenTrie.from_paths(PATHS)),
         samples={"train": samples_of(300, seed=1), "valid": samples_of(40, seed=2), "test": samples_of(41, seed=3)},
-        deadline=None,
     )
 
 

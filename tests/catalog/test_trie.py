@@ -133,13 +133,13 @@ def assert_equals_dictionaries(trie: TokenTrie, paths: list[list[int]]) -> None:
     assert trie.follow(asked[:, 0], asked[:, 1]).tolist() == [known.get(tuple(pair), -1) for pair in asked.tolist()]
 
 
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=150)
 @given(catalogs())
 def test_nodes_edges_paths_and_items(paths: list[list[int]]) -> None:
     assert_equals_dictionaries(TokenTrie.from_paths(paths), paths)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(catalogs(), st.randoms(use_true_random=False))
 def test_labels_are_pieces_of_the_paths(paths: list[list[int]], random: Random) -> None:
     trie = TokenTrie.from_paths(paths)
@@ -152,7 +152,7 @@ def test_labels_are_pieces_of_the_paths(paths: list[list[int]], random: Random) 
     assert trie.labels(tensor(nodes), tensor(starts), tensor(stops)).tolist() == expected
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(catalogs())
 def test_token_by_token_every_prefix_has_its_own_position(paths: list[list[int]]) -> None:
     trie, oracle = TokenTrie.from_paths(paths), DictTrie.of(paths)
@@ -176,7 +176,7 @@ def test_token_by_token_every_prefix_has_its_own_position(paths: list[list[int]]
     assert trie.step(-1, 1) == -1
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(catalogs(), st.sampled_from([2, 8]), st.sampled_from([np.int16, np.int32, np.int64, np.uint64]))
 def test_wide_indices_narrow_words_and_other_integer_types_change_nothing(
     paths: list[list[int]], limit: int, dtype: type[np.integer]
@@ -268,7 +268,7 @@ def test_bad_catalogs_are_refused_by_name() -> None:
         TokenTrie.from_paths([[7, 8, 9], [5], [7, 8]], names=["Saw blade", "Nail", "Saw"])
 
 
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 @given(st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=5), min_size=1, max_size=8))
 def test_paths_that_begin_others_are_counted(paths: list[list[int]]) -> None:
     distinct = {tuple(path) for path in paths}

@@ -4,7 +4,7 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from tawin_nemo.data.batches import BatchStream, MixedStream, balanced_shard, epoch_order, micro_batches, shard
@@ -43,7 +43,6 @@ def test_a_mixture_of_one_source_is_the_plain_stream():
     assert MixedStream.of([5], [5], 8, 3).batch_size == 5
 
 
-@settings(deadline=None)
 @given(st.integers(1, 20), st.integers(1, 20), st.integers(0, 40), st.integers(0, 3))
 def test_a_mixture_takes_its_shares_of_every_epoch_and_all_rows_equally_often(first, second, share, seed):
     stream = MixedStream.of([first, second], [first, share], 7, seed)

@@ -63,7 +63,7 @@ def test_a_code_path_has_one_token_per_code(name: str):
     assert catalog.duplicates() == [(0, 3)]
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.lists(ANY_TITLE, min_size=1, max_size=6))
 def test_any_titles_are_exact_in_any_context(titles: list[str]):
     for template in TITLE_TEMPLATES:

@@ -38,7 +38,7 @@ def joined(encoder: PromptEncoder, histories: TokenRows) -> list[list[int]]:
 
 
 @pytest.mark.parametrize("template", TEMPLATES, ids=str)
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(lists=st.lists(st.lists(st.integers(0, len(TITLES) - 1), max_size=5), max_size=6))
 def test_joined_pieces_equal_whole_prompts(template: Template, lists):
     texts = TITLES if template.kind == "title" else ["".join(item) for item in CODES]

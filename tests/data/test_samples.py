@@ -45,7 +45,7 @@ def test_rows_are_the_template_s_prompts_of_the_newest_items():
     assert samples.row_N.tolist() == [0, 1, 2]
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.lists(st.lists(st.integers(0, 6), min_size=1, max_size=8), max_size=8), st.integers(50, 120))
 def test_long_prompts_lose_their_oldest_items_whole_and_no_more_than_needed(histories, budget: int):
     samples = encode(histories, dataclasses.replace(DATA, max_prompt_tokens=budget))

@@ -67,7 +67,7 @@ def check_layout(batch: TokenBatch, needed: list[set[tuple[int, ...]]], prompts:
 
 
 @pytest.mark.parametrize("space", ["vocab", "trie"])
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(case=groups())
 def test_trees_equal_their_definition(space: str, case):
     catalog, prompts, answers, prompt_A = case
@@ -87,7 +87,7 @@ def test_trees_equal_their_definition(space: str, case):
         assert name == "children" or (value.dtype == torch.int64 and value.device.type == "cpu"), name
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(case=groups())
 def test_a_tree_asks_what_repeated_prompts_ask(case):
     """The same batch with every answer behind its own copy of the prompt: chains, and the same log-probs."""
@@ -153,7 +153,7 @@ def test_no_prompts():
         assert tree_batches(rows([]), rows([]), np.zeros(0, np.int64), trie, 10) == []
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(case=groups(), budget=st.integers(1, 60))
 def test_parts_under_a_budget_are_the_whole(case, budget: int):
     catalog, prompts, answers, prompt_A = case

@@ -107,7 +107,7 @@ def test_one_seed_means_users_alone() -> None:
         hierarchical_interval(np.zeros((2, 0)))
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(st.integers(0, 10_000), st.integers(1, 4), st.integers(2, 30))
 def test_the_order_of_users_does_not_matter(number: int, seeds: int, users: int) -> None:
     rng = np.random.default_rng(number)
@@ -160,7 +160,7 @@ def test_pairing_over_seeds_finds_a_small_gain() -> None:
 
 
 # -- sign flips ----------------------------------------------------------------------------------------------------
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(st.lists(st.sampled_from([-1.0, -0.5, 0.0, 0.25, 1.0]), min_size=1, max_size=9))
 def test_sign_flips_equal_trying_all_of_them(differences: list[float]) -> None:
     observed = abs(sum(differences))

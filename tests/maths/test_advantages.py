@@ -14,7 +14,7 @@ from tawin_nemo.maths.advantages import frac_zero_std_groups, group_advantages, 
 EPS = 1e-4
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(st.integers(0, 2**31), st.sampled_from(["population", "sample"]))
 def test_advantages_equal_the_textbook(seed: int, std: str) -> None:
     generator = torch.Generator().manual_seed(seed)

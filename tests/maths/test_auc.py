@@ -40,7 +40,7 @@ def windows(draw: st.DrawFn, num_negatives: int) -> tuple[Fraction, Fraction]:
     return alpha, d
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(SCORES, SCORES, st.data())
 def test_wpauc_equals_loops(pos: list[int], neg: list[int], data: st.DataObject) -> None:
     alpha, d = data.draw(windows(len(neg)))
@@ -49,7 +49,7 @@ def test_wpauc_equals_loops(pos: list[int], neg: list[int], data: st.DataObject)
     assert found.item() == pytest.approx(float(looped_wpauc(pos, neg, alpha, d)), abs=1e-14)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(SCORES, SCORES, st.data())
 def test_auc_and_opauc_are_special_windows(pos: list[int], neg: list[int], data: st.DataObject) -> None:
     pos_P, neg_N = torch.tensor(pos), torch.tensor(neg)
@@ -65,7 +65,7 @@ def test_auc_and_opauc_are_special_windows(pos: list[int], neg: list[int], data:
     assert opauc(pos_P, neg_N, beta) == wpauc(pos_P, neg_N, 0, beta)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(SCORES, SCORES, st.data())
 def test_windows_that_share_out_the_negatives_average_to_the_auc(
     pos: list[int], neg: list[int], data: st.DataObject

@@ -29,7 +29,7 @@ def assert_recall_is_within_bounds(is_positive: list[bool], k: int) -> tuple[flo
     return low.item(), recall, high.item()
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(st.integers(1, 12), st.integers(0, 30), st.data())
 def test_theorem_3_4(num_positives: int, surplus: int, data: st.DataObject) -> None:
     """Random rankings, and rankings that nearly sort the positives to one end."""
@@ -61,7 +61,7 @@ def test_theorem_3_4_for_every_ranking_and_its_bounds_are_reached(num_positives:
         assert not open_cases or (low_reached > 0 and high_reached > 0)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.integers(1, 60), st.data())
 def test_lemma_3_5(num_negatives: int, data: st.DataObject) -> None:
     """One positive: WPAUC((K - 1) / n-, 1 / n-) is Recall@K, for every K."""

@@ -45,7 +45,7 @@ def looped_weights(
     return omega
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(
     st.lists(st.floats(-5, 5), min_size=1, max_size=12),
     st.floats(0.05, 13),
@@ -118,7 +118,7 @@ def test_soft_topk_refuses_what_has_no_solution(k: float, tau: float) -> None:
         soft_topk(torch.zeros(3), k, tau)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(st.integers(0, 2**31), st.integers(1, 9), st.floats(0.3, 10), st.floats(0, 9), st.sampled_from([0.01, 0.2, 3.0]))
 def test_weights_equal_loops(seed: int, G: int, k: float, anchor: float, tau: float) -> None:
     generator = torch.Generator().manual_seed(seed)

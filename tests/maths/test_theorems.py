@@ -137,7 +137,7 @@ def test_lemma_3_1_at_the_first_update_is_a_pairwise_policy_gradient() -> None:
 
 
 # -- Proposition H.1 -------------------------------------------------------------------------------------------------
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(st.integers(2, 20), st.integers(0, 2**31), st.data())
 def test_prop_h1_ranking_reward_is_a_reweighting_of_the_rule_reward(G: int, seed: int, data: st.DataObject) -> None:
     """w_+ = (G - 1 + P) / (G - 1), w_j = G p_j + 1 - P, all positive; after division by the group's standard deviation

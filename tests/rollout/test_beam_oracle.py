@@ -102,7 +102,7 @@ def oracle(case: Case, lm: SequenceLM) -> list[list[Path]]:
     ]  # fmt: skip
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=400)
 @given(cases())
 def test_the_search_equals_the_oracle(case: Case) -> None:
     lm = TableLM(VOCAB, seed=case.seed, dtype=case.dtype)
@@ -146,7 +146,7 @@ def test_a_real_model_gives_the_oracle_s_results_in_float64(space: str, seed: in
             assert float(logprobs.sum()) == pytest.approx(path.score, abs=EXACT)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(cases())
 def test_no_token_is_run_twice_or_in_vain(case: Case) -> None:
     lm = TableLM(VOCAB, seed=case.seed, dtype=case.dtype)

@@ -73,7 +73,7 @@ def oracle(wish: Wish, paths: list[list[int]], trie: TokenTrie, lm: TableLM, spa
     return [(path.position, path.score) for path in found]
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(st.data(), catalogs(), st.sampled_from(["trie", "vocab"]), st.integers(0, 1000))
 def test_each_prompt_gets_what_it_would_get_alone(
     data: st.DataObject, paths: list[list[int]], space: str, seed: int

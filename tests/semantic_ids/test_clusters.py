@@ -55,7 +55,7 @@ def test_mean_codebooks_are_the_means_of_what_is_left() -> None:
 
 
 # -- balanced assignment -------------------------------------------------------------------------------------------
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.integers(0, 2**32 - 1), st.integers(1, 30), st.integers(1, 7), st.booleans())
 def test_balanced_assignment_costs_what_the_linear_assignment_costs(seed: int, rows: int, columns: int, tied: bool):
     """Oracle: one column per seat, solved by scipy. Costs with many ties, any sizes (also 0)."""

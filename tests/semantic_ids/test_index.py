@@ -107,7 +107,7 @@ def test_new_items_get_codes_of_their_own(fitted, how: str) -> None:
     np.testing.assert_array_equal(new_NL, grow(old_IL, coder, fresh_ND, how))
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(st.integers(0, 2**32 - 1))
 def test_growth_fills_the_space_to_the_last_code(seed: int) -> None:
     """Two levels of four codes: 16 IDs. Whatever is taken, the rest is given out once each, then comes an error."""

@@ -18,7 +18,7 @@ from tawin_nemo.api.schema import ERRORS
 from tawin_nemo.serve.http import openapi
 from tests.serve.scene import KEY, TOKEN, Scene
 
-QUIET = settings(deadline=None, max_examples=20, suppress_health_check=list(HealthCheck))
+QUIET = settings(max_examples=20, suppress_health_check=list(HealthCheck))
 DATA = schemathesis.openapi.from_path(openapi.FOLDER / "openapi.json")
 CONTROL = schemathesis.openapi.from_path(openapi.FOLDER / "openapi_control.json")
 

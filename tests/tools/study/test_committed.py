@@ -10,6 +10,8 @@ from tawin_nemo.tools.study.config import read_study
 from tawin_nemo.tools.study.plots import plot_names
 from tawin_nemo.tools.study.tables import page
 
+pytestmark = pytest.mark.results
+
 REPOSITORY = Path(__file__).parents[3]
 STUDIES = sorted((REPOSITORY / "recipes" / "studies").glob("*.yaml"))
 
