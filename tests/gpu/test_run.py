@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from tawin_nemo.models.megatron.model import precision
 from tests.gpu import parts, run, workload
+from tests.gpu.records import verified_precisions
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="tests the dry run of a machine without CUDA")
@@ -46,7 +46,7 @@ def test_a_dry_run_prints_one_json_that_is_no_measurement(tmp_path):
     assert skipped["status"] == "skipped"
     assert "needs a CUDA device" in skipped["reason"]
     assert said["failed"] == []
-    assert precision.verified_precisions(tmp_path) == set()
+    assert verified_precisions(tmp_path) == set()
 
 
 def test_without_a_gpu_nothing_runs_and_it_is_said():

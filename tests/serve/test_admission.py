@@ -9,8 +9,8 @@ from dataclasses import replace
 import pytest
 
 from tawin_nemo.config.schema import ServeConfig
+from tawin_nemo.serve.engine import admission
 from tawin_nemo.serve.engine.admission import Gate, Limits
-from tawin_nemo.serve.engine.engine import admission
 from tests.serve.scene import Scene, serving
 
 LIMITS = Limits(queue=8, tokens=1000, rows=100, join_after=2, gather_s=0.5)

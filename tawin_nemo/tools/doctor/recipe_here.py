@@ -13,7 +13,7 @@ from tawin_nemo.config.backbones import Backbone, backbone, stage_layers
 from tawin_nemo.config.schema import Recipe
 from tawin_nemo.models.megatron.hf.config import backbone_from_hf
 from tawin_nemo.models.megatron.model.fused import find_apex
-from tawin_nemo.models.megatron.model.precision import Machine, lack, verified_precisions
+from tawin_nemo.models.megatron.model.precision import VERIFIED, Machine, lack
 from tawin_nemo.tools.doctor.check import Check, absent, check, fails, gib, ok, warning
 from tawin_nemo.tools.doctor.place import existing
 from tawin_nemo.tools.doctor.probe import Found
@@ -167,7 +167,7 @@ def precision(recipe: Recipe, found: Found) -> Check:
     lacking = lack(wanted, Machine(lowest, name, found.torch.cuda, engine.version, engine.error, foreign))
     if lacking is not None:
         return fails(lacking.reason, f"model.precision: {lacking.remedy}")
-    if wanted not in verified_precisions():
+    if wanted not in VERIFIED:
         return warning(f"{wanted}, Transformer Engine {engine.version}", "not verified on hardware: watch its losses")
     return ok(f"{wanted}, Transformer Engine {engine.version}")
 

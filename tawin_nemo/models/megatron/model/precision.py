@@ -10,11 +10,9 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-import json
 from dataclasses import dataclass, replace
 from functools import cache
 from importlib import metadata
-from pathlib import Path
 from typing import Any, Protocol
 
 from tawin_nemo.config.backbones import Backbone
@@ -49,8 +47,8 @@ TRANSFORMER_ENGINE = ">=2.9,<2.12"
 AS_MODEL = "model"
 
 
-#: Where runs of tests/gpu are committed, as gpu_*.json.
-RECORDS = Path(__file__).resolve().parents[4] / "recipes" / "results"
+#: FP8 precisions that a committed run of tests/gpu has trained with; a test compares this with those run files.
+VERIFIED: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -250,24 +248,10 @@ def refuse(recipe: Recipe, machine: Machine | None = None) -> None:
             raise ConfigError(f"{key}={lacking.reason}: {lacking.remedy}")
 
 
-def unverified(recipe: Recipe, records: Path = RECORDS) -> list[str]:
-    """What to say when a run starts: the FP8 precisions that no committed run of tests/gpu has trained with."""
-    verified = verified_precisions(records)
+def unverified(recipe: Recipe) -> list[str]:
+    """What to say when a run starts: the FP8 precisions of the recipe that were never run on hardware."""
     return [
         f"{key}={name}: not verified on hardware (no run of tests/gpu with it is in recipes/results)"
         for key, name in named_precisions(recipe).items()
-        if name in FP8 and name not in verified
+        if name in FP8 and name not in VERIFIED
     ]
-
-
-def verified_precisions(records: Path = RECORDS) -> set[str]:
-    """Precisions whose training part passed in a ``gpu_*.json``, dry runs left out."""
-    passed: set[str] = set()
-    for path in sorted(records.glob("gpu_*.json")):
-        try:
-            record = json.loads(path.read_text(encoding="utf-8"))
-            parts = {} if record["dry_run"] else record["parts"]
-            passed |= {name.removeprefix("train_") for name, part in parts.items() if part["status"] == "passed"}
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
-            continue  # not a record of ours
-    return passed & FP8.keys()

@@ -16,6 +16,7 @@ from tawin_nemo.config.load import load_recipe
 from tawin_nemo.config.schema import ModelConfig, Recipe
 from tawin_nemo.models.megatron.model import precision
 from tawin_nemo.util.errors import ConfigError
+from tests.gpu.records import verified_precisions
 from tests.models.megatron.model.test_precision import FP8, HOPPER, SHAPE
 
 
@@ -131,22 +132,32 @@ def record(folder: Path, name: str, text: str) -> None:
     (folder / name).write_text(text, encoding="utf-8")
 
 
-def test_fp8_is_called_unverified_until_a_run_is_committed(tmp_path: Path) -> None:
-    recipe = load_recipe(None, ["model.precision=fp8-blockwise", "eval.precision=bf16"])
+def test_only_passed_runs_on_hardware_count(tmp_path: Path) -> None:
     parts = '"parts": {"train_fp8-blockwise": {"status": "%s"}, "train_bf16": {"status": "passed"}}'
-    said = "model.precision=fp8-blockwise: not verified on hardware (no run of tests/gpu with it is in recipes/results)"
-    assert precision.unverified(recipe, tmp_path) == [said]
     record(tmp_path, "gpu_a.json", '{"dry_run": true, %s}' % (parts % "passed"))
     record(tmp_path, "gpu_b.json", '{"dry_run": false, %s}' % (parts % "failed"))
     record(tmp_path, "gpu_c.json", "[1, 2")
     record(tmp_path, "gpu_d.json", "[1, 2]")
     record(tmp_path, "gpu_e.json", '{"dry_run": false, "parts": []}')
-    assert precision.unverified(recipe, tmp_path) == [said]
+    assert verified_precisions(tmp_path) == set()
     record(tmp_path, "gpu_f.json", '{"dry_run": false, %s}' % (parts % "passed"))
-    assert precision.unverified(recipe, tmp_path) == []
+    assert verified_precisions(tmp_path) == {"fp8-blockwise"}
+
+
+def test_what_the_package_calls_verified_is_what_committed_runs_show() -> None:
+    assert verified_precisions() == precision.VERIFIED
+
+
+def test_fp8_is_called_unverified_until_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = load_recipe(None, ["model.precision=fp8-blockwise", "eval.precision=bf16"])
     delayed = load_recipe(None, ["model.precision=fp8-delayed"])
-    assert len(precision.unverified(delayed, tmp_path)) == 1
-    assert precision.unverified(Recipe(), tmp_path) == []
+    said = "model.precision=fp8-blockwise: not verified on hardware (no run of tests/gpu with it is in recipes/results)"
+    monkeypatch.setattr(precision, "VERIFIED", frozenset())
+    assert precision.unverified(recipe) == [said]
+    monkeypatch.setattr(precision, "VERIFIED", frozenset({"fp8-blockwise"}))
+    assert precision.unverified(recipe) == []
+    assert len(precision.unverified(delayed)) == 1
+    assert precision.unverified(Recipe()) == []
 
 
 def test_the_verbs_say_so_and_refuse(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -156,7 +167,7 @@ def test_the_verbs_say_so_and_refuse(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(session.log, "warning", said.append)
     monkeypatch.setattr(precision, "this_machine", lambda: HOPPER)
     recipe = load_recipe(None, ["model.precision=fp8-delayed"])
-    monkeypatch.setattr(precision, "verified_precisions", lambda records: set())
+    monkeypatch.setattr(precision, "VERIFIED", frozenset())
     session.check_precision(recipe, runs=True)
     assert len(said) == 1
     assert "not verified on hardware" in said[0]
