@@ -19,7 +19,6 @@ from datetime import timedelta
 from typing import Any
 
 import torch.distributed as dist
-from megatron.core import tensor_parallel
 
 from tawin_nemo.models.megatron.parallel import groups
 
@@ -113,6 +112,8 @@ def split_job(rollout_ranks: RolloutRanks) -> None:
     if rank < first:
         dist.group.WORLD = training
     else:  # megatron's layers ask for its random streams when they are built; nothing is drawn from them
+        from megatron.core import tensor_parallel
+
         tensor_parallel.model_parallel_cuda_manual_seed(0, tp_rank=0, ep_rank=0, etp_rank=0)
 
 

@@ -8,17 +8,17 @@ from __future__ import annotations
 
 from datetime import timedelta
 from functools import cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
-from megatron.core import parallel_state
-from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.resharding.copy_services.base import CopyService
-from megatron.core.resharding.copy_services.gloo_copy_service import GlooCopyService
-from megatron.core.resharding.copy_services.nccl_copy_service import NCCLCopyService
 
 from tawin_nemo.types import DataParallel
+
+if TYPE_CHECKING:  # megatron takes four seconds to import; whoever only asks for ranks (a dry run) does not pay them
+    from megatron.core.parallel_state import RankGenerator
+    from megatron.core.process_groups_config import ProcessGroupCollection
+    from megatron.core.resharding.copy_services.base import CopyService
 
 #: A rank that waits longer than this for another one gives up with an error instead of hanging for ever.
 TIMEOUT = timedelta(minutes=30)
@@ -39,12 +39,14 @@ def set_time_limit(limit: timedelta) -> None:
 
 
 def training_groups() -> ProcessGroupCollection:
-    """The groups of the layout that ``parallel.initialize`` laid out."""
+    """The groups of the layout that ``runtime.initialize`` laid out."""
+    from megatron.core.process_groups_config import ProcessGroupCollection
+
     return ProcessGroupCollection.use_mpu_process_groups()
 
 
 def search_on(ranks: range) -> None:
-    """Rollout groups are made over these ranks only (``sides.divide``); the other processes still call for them."""
+    """Rollout groups are made over these ranks only (``disaggregated.split_job``); all other processes call as well."""
     global _searching
     _searching = ranks
 
@@ -57,14 +59,18 @@ def rollout_groups(tp: int, pp: int) -> ProcessGroupCollection:
     Only decoding runs in them: there is no group that ties the gradients of embedding and head. A process that does
     not search gets a collection without groups.
     """
+    from megatron.core.process_groups_config import ProcessGroupCollection
+
     ranks = _rollout_ranks(tp, pp)
     made = {name: _own(ranks.get_ranks(name)) for name in ("tp", "pp", "dp", "cp")}
     return ProcessGroupCollection(**made, embd=None, pos_embd=None)
 
 
-def _rollout_ranks(tp: int, pp: int) -> parallel_state.RankGenerator:
+def _rollout_ranks(tp: int, pp: int) -> RankGenerator:
+    from megatron.core.parallel_state import RankGenerator
+
     ranks = _searching or range(dist.get_world_size())
-    return parallel_state.RankGenerator(
+    return RankGenerator(
         tp=tp, pp=pp, dp=len(ranks) // (tp * pp), cp=1, ep=1, order="tp-cp-ep-dp-pp", rank_offset=ranks.start
     )
 
@@ -99,6 +105,10 @@ def replicas(group: dist.ProcessGroup) -> DataParallel:
 @cache
 def copy_service() -> CopyService:
     """What carries weights between ranks, one for all models: over NCCL, or over gloo in a group of its own."""
+    from megatron.core import parallel_state
+    from megatron.core.resharding.copy_services.gloo_copy_service import GlooCopyService
+    from megatron.core.resharding.copy_services.nccl_copy_service import NCCLCopyService
+
     if torch.cuda.is_available():
         return NCCLCopyService()
     service = GlooCopyService()

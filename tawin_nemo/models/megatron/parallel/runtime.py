@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core import parallel_state, tensor_parallel
 from torch import Tensor
 
 from tawin_nemo.config.schema import ModelConfig
@@ -62,6 +61,13 @@ def _rendezvous(env: dict[str, str]) -> tuple[str, int]:
     return address, int(env.get("MASTER_PORT", 20000 + int(env.get("SLURM_JOB_ID", "0")) % 20000))
 
 
+def _mpu() -> Any:
+    """megatron's ``parallel_state``, imported at the first use: seconds which a dry run does not pay."""
+    from megatron.core import parallel_state
+
+    return parallel_state
+
+
 def _start_process_group(launch: Launch) -> None:
     backend = "nccl" if torch.cuda.is_available() else "gloo"
     place: dict[str, Any] = {"rank": launch.rank, "world_size": launch.world_size, "timeout": time_limit()}
@@ -101,17 +107,17 @@ def initialize(
         disaggregated.split_job(rollout_ranks)
     if disaggregated.is_rollout_rank():
         return
-    if parallel_state.model_parallel_is_initialized() and _layout() != (tp, pp):
+    if _mpu().model_parallel_is_initialized() and _layout() != (tp, pp):
         _forget_layout()
-    if not parallel_state.model_parallel_is_initialized():
-        parallel_state.initialize_model_parallel(
+    if not _mpu().model_parallel_is_initialized():
+        _mpu().initialize_model_parallel(
             tensor_model_parallel_size=tp,
             pipeline_model_parallel_size=pp,
             create_gloo_process_groups=True,
             distributed_timeout_minutes=time_limit().total_seconds() / 60,
         )
         # the one group that megatron 0.16 makes with torch's own limit
-        parallel_state.update_pg_timeout(time_limit(), parallel_state.get_expert_data_parallel_group_gloo())
+        _mpu().update_pg_timeout(time_limit(), _mpu().get_expert_data_parallel_group_gloo())
         sizes = (world_size(), tp, pp, world_size() // (tp * pp))
         _log.info("parallel layout: %d processes = TP %d x PP %d x DP %d", *sizes)
     seed_step(seed, 0)
@@ -119,8 +125,8 @@ def initialize(
 
 def _layout() -> tuple[int, int]:
     return (
-        parallel_state.get_tensor_model_parallel_world_size(),
-        parallel_state.get_pipeline_model_parallel_world_size(),
+        _mpu().get_tensor_model_parallel_world_size(),
+        _mpu().get_pipeline_model_parallel_world_size(),
     )
 
 
@@ -131,24 +137,24 @@ def seed_step(seed: int, step: int) -> None:
     (megatron adds the TP rank); data-parallel ranks and pipeline stages draw independently. A resumed run therefore
     needs no generator history.
     """
-    place = (
-        f"{seed}/{step}/{parallel_state.get_data_parallel_rank()}/{parallel_state.get_pipeline_model_parallel_rank()}"
-    )
+    from megatron.core import tensor_parallel
+
+    place = f"{seed}/{step}/{_mpu().get_data_parallel_rank()}/{_mpu().get_pipeline_model_parallel_rank()}"
     value = int.from_bytes(hashlib.sha256(place.encode()).digest()[:4], "big") >> 1
     torch.manual_seed(value)
     tensor_parallel.model_parallel_cuda_manual_seed(value)
 
 
 def _forget_layout() -> None:
-    parallel_state.destroy_model_parallel()
+    _mpu().destroy_model_parallel()
     if not disaggregated.is_disaggregated():  # else they were made for good, over both sides
         groups.forget()
 
 
 def shutdown() -> None:
     """Leave the process groups; safe to call when none were made."""
-    if parallel_state.model_parallel_is_initialized():
-        parallel_state.destroy_model_parallel()
+    if dist.is_initialized() and _mpu().model_parallel_is_initialized():
+        _mpu().destroy_model_parallel()
     groups.forget()
     disaggregated.forget()
     if dist.is_initialized():
@@ -157,9 +163,11 @@ def shutdown() -> None:
 
 def data_parallel() -> DataParallel:
     """This rank's place among the data-parallel replicas; ``gather`` sends Python objects over gloo."""
-    if parallel_state.get_data_parallel_world_size() == 1:
+    if world_size() == 1:
         return DataParallel()
-    return groups.replicas(parallel_state.get_data_parallel_group_gloo())
+    if _mpu().get_data_parallel_world_size() == 1:
+        return DataParallel()
+    return groups.replicas(_mpu().get_data_parallel_group_gloo())
 
 
 def world_rank() -> int:
@@ -171,27 +179,27 @@ def world_size() -> int:
 
 
 def tp_rank() -> int:
-    return parallel_state.get_tensor_model_parallel_rank()
+    return _mpu().get_tensor_model_parallel_rank()
 
 
 def tp_size() -> int:
-    return parallel_state.get_tensor_model_parallel_world_size()
+    return _mpu().get_tensor_model_parallel_world_size()
 
 
 def pp_rank() -> int:
-    return parallel_state.get_pipeline_model_parallel_rank()
+    return _mpu().get_pipeline_model_parallel_rank()
 
 
 def pp_size() -> int:
-    return parallel_state.get_pipeline_model_parallel_world_size()
+    return _mpu().get_pipeline_model_parallel_world_size()
 
 
 def is_first_stage() -> bool:
-    return parallel_state.is_pipeline_first_stage()
+    return _mpu().is_pipeline_first_stage()
 
 
 def is_last_stage() -> bool:
-    return parallel_state.is_pipeline_last_stage()
+    return _mpu().is_pipeline_last_stage()
 
 
 def device() -> torch.device:
@@ -207,7 +215,7 @@ def use_device() -> None:
 
 def barrier() -> None:
     """Wait for all ranks."""
-    if dist.get_world_size() > 1:
+    if world_size() > 1:
         dist.barrier(device_ids=[torch.cuda.current_device()] if torch.cuda.is_available() else None)
 
 
@@ -284,6 +292,6 @@ def place() -> dict[str, int]:
         "tp_size": tp_size(),
         "pp_rank": pp_rank(),
         "pp_size": pp_size(),
-        "dp_rank": parallel_state.get_data_parallel_rank(),
-        "dp_size": parallel_state.get_data_parallel_world_size(),
+        "dp_rank": _mpu().get_data_parallel_rank(),
+        "dp_size": _mpu().get_data_parallel_world_size(),
     }
