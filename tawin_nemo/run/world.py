@@ -26,6 +26,7 @@ from tawin_nemo.data.tasks import active_tasks
 from tawin_nemo.data.tokenizer import Tokenizer, build_tokenizer
 from tawin_nemo.models.megatron.hf.config import backbone_from_hf
 from tawin_nemo.models.megatron.parallel import disaggregated, runtime
+from tawin_nemo.run.datasets import run_dir_of
 from tawin_nemo.types import SPLITS, DataParallel
 from tawin_nemo.util.errors import CatalogError, ConfigError, DataError
 from tawin_nemo.util.files import atomic_path, write_json
@@ -98,7 +99,7 @@ def open_run_dir(recipe: Recipe, *, same_recipe: bool) -> Path:
 
     Raises ConfigError when ``same_recipe`` is asked for (training) and it holds a run of another recipe.
     """
-    run_dir = Path(recipe.run_dir or f"runs/{recipe.name}")
+    run_dir = run_dir_of(recipe)
     stored, resolved = run_dir / "recipe.yaml", to_yaml(recipe)
     if same_recipe and stored.is_file():
         changed = differences(stored.read_text(encoding="utf-8"), resolved, ignore=RESUMABLE_KEYS)

@@ -20,6 +20,7 @@ from tawin_nemo.eval.result import EvalResult
 from tawin_nemo.models.megatron.parallel import disaggregated, runtime
 from tawin_nemo.placement.rollout_ranks import serve
 from tawin_nemo.run import signals
+from tawin_nemo.run.datasets import prepared_root
 from tawin_nemo.run.failures import attempt_logs
 from tawin_nemo.run.world import build_world, open_run_dir
 from tawin_nemo.tools.retrain.gate import Decision, decide
@@ -32,10 +33,9 @@ from tawin_nemo.util.log import get_logger
 log = get_logger(__name__)
 
 SPLIT = "valid"
-FindData = Callable[[Recipe], Path]
 
 
-def run_retrain(recipe: Recipe, find_data: FindData) -> tuple[dict[str, Any], int]:
+def run_retrain(recipe: Recipe) -> tuple[dict[str, Any], int]:
     """(result for the last line on stdout, exit code of this rank): 0 published, ``REFUSED`` on rank 0 if refused.
 
     Raises ConfigError for a recipe that cannot be used, Preempted after a signal or trainer.max_time.
@@ -47,7 +47,7 @@ def run_retrain(recipe: Recipe, find_data: FindData) -> tuple[dict[str, Any], in
             return {}, 0
         result = on_rank_0(lambda: finished(place, day))
         if result is None:
-            night = on_rank_0(lambda: place.night(day, data_of(recipe, day, find_data), warm=recipe.retrain.warm_start))
+            night = on_rank_0(lambda: place.night(day, data_of(recipe, day), warm=recipe.retrain.warm_start))
             stack.enter_context(attempt_logs(place.run_dir(day)))
             stack.enter_context(signals.listening())
             train_and_export(recipe, night, place)
@@ -99,10 +99,10 @@ def finished(place: Place, day: str) -> dict[str, Any] | None:
     return {"date": day, "published": True, "latest": str(published), "gate": str(published / GATE_FILE)}
 
 
-def data_of(recipe: Recipe, day: str, find_data: FindData) -> Callable[[Path], Path]:
+def data_of(recipe: Recipe, day: str) -> Callable[[Path], Path]:
     """Prepares the interactions up to ``day`` in a run directory."""
     window = replace(recipe.prepare, end=recipe.prepare.end or day)
-    return lambda run_dir: find_data(replace(recipe, run_dir=str(run_dir), prepare=window))
+    return lambda run_dir: prepared_root(recipe, run_dir=run_dir, prepare=window)
 
 
 def night_recipe(recipe: Recipe, night: Night, place: Place) -> Recipe:

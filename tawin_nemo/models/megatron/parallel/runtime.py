@@ -1,15 +1,10 @@
-"""Process groups: one launcher-independent start, and the few questions about ranks that other modules ask.
-
-Ranks come from torchrun (``RANK``, ``WORLD_SIZE``, ``LOCAL_RANK``) or from srun (``SLURM_PROCID``,
-``SLURM_STEP_NUM_TASKS`` or ``SLURM_NTASKS``, ``SLURM_LOCALID``); with neither there is one process.
-"""
+"""Process groups: one launcher-independent start, and the few questions about ranks that other modules ask."""
 
 from __future__ import annotations
 
 import hashlib
 import os
 import re
-from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
@@ -24,31 +19,10 @@ from tawin_nemo.models.megatron.parallel.disaggregated import RolloutRanks
 from tawin_nemo.models.megatron.parallel.groups import TIMEOUT, time_limit
 from tawin_nemo.types import DataParallel
 from tawin_nemo.util.errors import ConfigError
+from tawin_nemo.util.launch import Launch, read_launch
 from tawin_nemo.util.log import get_logger
 
 _log = get_logger(__name__)
-
-
-@dataclass(frozen=True)
-class Launch:
-    """What the launcher says about this process."""
-
-    rank: int = 0
-    world_size: int = 1
-    local_rank: int = 0
-
-
-def read_launch(env: dict[str, str] | None = None) -> Launch:
-    """This process's place, from torchrun's variables, else from srun's, else one process."""
-    env = dict(os.environ) if env is None else env
-    if "RANK" in env and "WORLD_SIZE" in env:
-        rank = int(env["RANK"])
-        return Launch(rank, int(env["WORLD_SIZE"]), int(env.get("LOCAL_RANK", rank)))
-    # SLURM_STEP_ID tells a task of srun from the batch script itself, which also sees SLURM_PROCID=0.
-    if "SLURM_PROCID" in env and env.get("SLURM_STEP_ID", "") != "":
-        tasks = env.get("SLURM_STEP_NUM_TASKS", env.get("SLURM_NTASKS", "1"))
-        return Launch(int(env["SLURM_PROCID"]), int(tasks), int(env.get("SLURM_LOCALID", "0")))
-    return Launch()
 
 
 def _rendezvous(env: dict[str, str]) -> tuple[str, int]:
