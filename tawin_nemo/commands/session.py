@@ -41,7 +41,7 @@ def run(recipe: Recipe, verb: Verb, **options: Any) -> dict[str, Any]:
         run_dir = open_run_dir(recipe, same_recipe=trains)
         if trains:
             stack.enter_context(attempt_logs(run_dir))
-        data_root = runtime.broadcast_object(prepared_root(recipe) if runtime.world_rank() == 0 else None)
+        data_root = runtime.on_rank_0(lambda: prepared_root(recipe))
         if trains:
             stack.enter_context(signals.listening())
         world = build_world(recipe, run_dir, data_root, codes_path=codes_path(recipe))

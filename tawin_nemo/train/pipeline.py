@@ -227,7 +227,7 @@ def evaluate_stage(world: World, directory: Path, engine: Engine) -> EvalResult:
         samples, label = world.samples[split], f"{directory.name} {split}"
         results[split] = evaluate(
             engine, samples, world.catalog, world.recipe.eval,
-            dp=engine.dp or world.dp, label=label, popularity_I=item_counts(world.samples["train"], len(world.catalog)),
+            dp=world.dp, label=label, popularity_I=item_counts(world.samples["train"], len(world.catalog)),
         )  # fmt: skip
         if runtime.world_rank() == 0:
             results[split].write(directory / "eval", split)

@@ -173,8 +173,8 @@ def candidate_weights(rl: RlConfig, rollout: Rollout) -> Tensor:
 def validate(world: World, stage: Stage, engine: Engine, done: Progress) -> None:
     """Write the metrics on valid and note the best step by ``trainer.monitor``: the checkpoint that the stage hands on
     with ``trainer.keep_best``."""
-    cfg, dp, label = world.recipe.eval, engine.dp or world.dp, f"{stage.name} valid"
-    result = evaluate(engine, world.samples["valid"], world.catalog, cfg, dp=dp, label=label)
+    cfg, label = world.recipe.eval, f"{stage.name} valid"
+    result = evaluate(engine, world.samples["valid"], world.catalog, cfg, dp=world.dp, label=label)
     metric = monitored(world.recipe.trainer, cfg.ks)
     stage.write(done.step, {f"valid/{name}": value for name, value in result.means.items()})
     value = -result.means[metric]

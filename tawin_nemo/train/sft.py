@@ -104,8 +104,7 @@ def valid_ranking(world: World, engine: Engine, label: str) -> dict[str, float]:
     """Recall and NDCG on valid with as many beams as the largest cut-off; the metric that decides comes last."""
     cfg = replace(world.recipe.eval, beams=max(world.recipe.eval.ks))
     engine.receive_weights()
-    dp = engine.dp or world.dp
-    means = evaluate(engine, world.samples["valid"], world.catalog, cfg, dp=dp, label=label).means
+    means = evaluate(engine, world.samples["valid"], world.catalog, cfg, dp=world.dp, label=label).means
     watched = monitored(world.recipe.trainer, cfg.ks)
     return {f"valid/{name}": means[name] for name in [*(name for name in means if name != watched), watched]}
 

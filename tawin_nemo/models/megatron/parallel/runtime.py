@@ -5,8 +5,9 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+from collections.abc import Callable
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -18,11 +19,12 @@ from tawin_nemo.models.megatron.parallel import disaggregated, groups, shim
 from tawin_nemo.models.megatron.parallel.disaggregated import RolloutRanks
 from tawin_nemo.models.megatron.parallel.groups import TIMEOUT, time_limit
 from tawin_nemo.types import DataParallel
-from tawin_nemo.util.errors import ConfigError
+from tawin_nemo.util.errors import ConfigError, TawinError
 from tawin_nemo.util.launch import Launch, read_launch
 from tawin_nemo.util.log import get_logger
 
 _log = get_logger(__name__)
+T = TypeVar("T")
 
 
 def _rendezvous(env: dict[str, str]) -> tuple[str, int]:
@@ -208,6 +210,30 @@ def broadcast_object(value: Any) -> Any:
     box = [value]
     dist.broadcast_object_list(box, src=0)
     return box[0]
+
+
+def on_rank_0(compute: Callable[[], T]) -> T:
+    """What ``compute`` returns on world rank 0, which alone calls it, on every rank.
+
+    A TawinError is raised on every rank: the error itself on rank 0, on the others one of the nearest class of
+    ``util.errors`` with the same message. Any other exception is raised on rank 0 alone and ends the job.
+    """
+    if world_size() == 1:
+        return compute()
+    failure: TawinError | None = None
+    result: tuple[Any, TawinError | None] = (None, None)
+    if world_rank() == 0:
+        try:
+            result = (compute(), None)
+        except TawinError as error:
+            failure = error
+            kind = next(base for base in type(error).__mro__ if base.__module__ == TawinError.__module__)
+            result = (None, kind(str(error)))
+    value, remote = broadcast_object(result)
+    if failure is not None or remote is not None:
+        raise failure or remote
+    computed: T = value
+    return computed
 
 
 def broadcast_bytes(data: bytes | None) -> bytes:
