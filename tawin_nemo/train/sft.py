@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from tawin_nemo.config.schema import SftConfig
 from tawin_nemo.data.batches import balanced_shard, shard
 from tawin_nemo.data.tasks import TaskRows
 from tawin_nemo.eval.evaluate import evaluate
@@ -29,15 +30,18 @@ from tawin_nemo.util.log import get_logger
 log = get_logger(__name__)
 
 
-def train_sft(world: World, stage: Stage, trainable: Trainable, rows: np.ndarray, engine: Engine) -> None:
+def train_sft(
+    world: World, cfg: SftConfig, stage: Stage, trainable: Trainable, rows: np.ndarray, engine: Engine
+) -> None:
     """Fit ``rows`` of train, and the tasks of section ``align``, until ``sft.watch`` on valid stops rising
     (``sft.patience`` checks) or ``sft.epochs`` end.
 
+    ``cfg`` is section ``sft`` as this stage reads it: its epochs, checks and learning rate.
     The checkpoint that was best by it is what the stage hands on. ``engine`` searches with the weights in training.
     Order, dropout and learning rate are pure functions of seed and step, so a killed run continues bit for bit from
     its newest checkpoint.
     """
-    cfg, seed = world.recipe.sft, world.recipe.seed
+    seed = world.recipe.seed
     data = sft_data(world, rows)
     per_epoch = -(-data.stream.n // data.stream.batch_size)
     total = cfg.epochs * per_epoch

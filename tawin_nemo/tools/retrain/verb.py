@@ -12,7 +12,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from tawin_nemo.commands.convert import convert
+from tawin_nemo.commands.convert import export as write_export
 from tawin_nemo.commands.from_checkpoint import engine_of
 from tawin_nemo.commands.session import codes_path, started
 from tawin_nemo.config.schema import Recipe, RetrainConfig
@@ -112,8 +112,7 @@ def train_and_export(recipe: Recipe, night: Night, place: Place) -> None:
     world = build_world(tonight, run_dir, Path(night.data), codes_path=codes_path(recipe))
     run_pipeline(world)
     stage = run_dir / ("rl" if recipe.rl.enabled else "sft")
-    options = replace(tonight.convert, output=str(export))
-    convert(replace(world, recipe=replace(tonight, checkpoint=str(stage), convert=options)))
+    write_export(world, str(stage), export)
     runtime.barrier()
 
 
