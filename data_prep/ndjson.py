@@ -21,7 +21,8 @@ import polars as pl
 from tqdm import tqdm
 
 from tawin_nemo.util.errors import DataError
-from tawin_nemo.util.log import rank, say
+from tawin_nemo.util.launch import read_launch
+from tawin_nemo.util.log import say
 
 CHUNK_BYTES = 16 << 20
 #: Line numbers that are kept per kind of problem.
@@ -112,7 +113,7 @@ def _chunks(path: Path) -> Iterator[bytes]:
             desc=path.name,
             unit="B",
             unit_scale=True,
-            disable=rank() != 0 or size < CHUNK_BYTES,
+            disable=read_launch().rank != 0 or size < CHUNK_BYTES,
             mininterval=0.2 if terminal else 10.0,
             file=sys.stderr,
         ) as bar,

@@ -10,7 +10,6 @@ import argparse
 import contextlib
 import errno
 import json
-import os
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -19,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from tawin_nemo.util.errors import REFUSED, ConfigError, TawinError
+from tawin_nemo.util.launch import is_launched, read_launch
 
 EXAMPLES = """\
 examples:
@@ -143,6 +143,7 @@ def _dispatch(arguments: argparse.Namespace, argv: list[str]) -> int:
     if arguments.verb == "plan":
         return plan(arguments)
     from tawin_nemo.config.load import load_recipe
+    from tawin_nemo.run.datasets import prepared_root
 
     recipe = load_recipe(arguments.recipe or recipe_of_checkpoint(arguments.overrides), arguments.overrides)
     if arguments.verb == "prepare":
@@ -152,7 +153,7 @@ def _dispatch(arguments: argparse.Namespace, argv: list[str]) -> int:
 
         result = tokenize(recipe, prepared_root(recipe))
     else:
-        if recipe.trainer.devices > 1 and not _launched():
+        if recipe.trainer.devices > 1 and not is_launched():
             from tawin_nemo.run.launcher import launch
 
             return launch(recipe.trainer.devices, argv, results=[REFUSED] if arguments.verb == "retrain" else [])
@@ -166,8 +167,8 @@ def _dispatch(arguments: argparse.Namespace, argv: list[str]) -> int:
             import_module(f"tawin_nemo.commands.{arguments.verb}"), arguments.verb
         )
         options = {"dry_run": arguments.dry_run} if arguments.verb == "train" else {}
-        result = run(recipe, verb, prepared_root, **options)
-    if int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))) == 0:
+        result = run(recipe, verb, **options)
+    if read_launch().rank == 0:
         print(json.dumps(result), flush=True)
     return 0
 
@@ -203,8 +204,8 @@ def retrain(recipe: Any) -> int:
     """A night; exit code 3 when its model was refused."""
     from tawin_nemo.tools.retrain.verb import run_retrain
 
-    result, code = run_retrain(recipe, prepared_root)
-    if int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))) == 0:
+    result, code = run_retrain(recipe)
+    if read_launch().rank == 0:
         print(json.dumps(result), flush=True)
     return code
 
@@ -213,7 +214,7 @@ def study(arguments: argparse.Namespace) -> int:
     """Many runs of `train`; exit code 1 when one of them failed."""
     from tawin_nemo.tools.study.verb import run_study
 
-    result, code = run_study(arguments.recipe, arguments.overrides, find_data=prepared_root, dry_run=arguments.dry_run)
+    result, code = run_study(arguments.recipe, arguments.overrides, dry_run=arguments.dry_run)
     print(json.dumps(result), flush=True)
     return code
 
@@ -222,19 +223,10 @@ def doctor(arguments: argparse.Namespace) -> int:
     """Checks of this machine; exit code 2 when one fails."""
     from tawin_nemo.tools.doctor.verb import run_doctor
 
-    result, code = run_doctor(
-        arguments.recipe, arguments.overrides, kind_of_data=kind_of_data, launched=_launched(), quick=arguments.quick
-    )
-    if int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))) == 0:
+    result, code = run_doctor(arguments.recipe, arguments.overrides, launched=is_launched(), quick=arguments.quick)
+    if read_launch().rank == 0:
         print(json.dumps(result), flush=True)
     return code
-
-
-def kind_of_data(root: Path) -> str:
-    """What lies in a data folder: prepared, inter, amazon or yelp. Raises DataError."""
-    from tawin_nemo.data_prep.prepare import detect
-
-    return detect(root)
 
 
 def recipe_of_checkpoint(overrides: Sequence[str]) -> Path | None:
@@ -242,29 +234,6 @@ def recipe_of_checkpoint(overrides: Sequence[str]) -> Path | None:
     named = [Path(item.removeprefix("checkpoint=")) for item in overrides if item.startswith("checkpoint=")]
     folders = [folder for path in named for folder in (path, *path.parents)]
     return next((folder / "recipe.yaml" for folder in folders if (folder / "recipe.yaml").is_file()), None)
-
-
-def prepared_root(recipe: Any) -> Path:
-    """The prepared dataset that a recipe means; raw data is prepared into RUN_DIR/data first."""
-    from tawin_nemo.data_prep.prepare import detect, prepare
-
-    source = recipe.data.dataset
-    if not recipe.data.root and source != "synthetic":
-        raise ConfigError(f"data.dataset={source} but data.root is empty; set data.root=DIR or data.dataset=synthetic")
-    root = Path(recipe.data.root)
-    if recipe.data.root and not root.is_dir():
-        raise ConfigError(f"data.root={recipe.data.root} is not a folder; name the one that holds the data")
-    if source == "auto":
-        source = detect(root)
-    if source == "prepared":
-        return root
-    out = Path(recipe.run_dir or f"runs/{recipe.name}") / "data"
-    return prepare(source, root, out, prepare=recipe.prepare, data=recipe.data, seed=recipe.seed, name=recipe.name)
-
-
-def _launched() -> bool:
-    """Whether torchrun or srun has started this process as one of several."""
-    return "RANK" in os.environ or bool(os.environ.get("SLURM_STEP_ID"))
 
 
 def print_keys(prefix: str) -> None:

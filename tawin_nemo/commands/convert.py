@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from tawin_nemo.commands.from_checkpoint import checkpoint_model
 from tawin_nemo.models.megatron.hf.io import save_hf
 from tawin_nemo.run.world import World
+from tawin_nemo.train.start import starting_model
 from tawin_nemo.util.errors import ConfigError
 
 
@@ -16,9 +16,13 @@ def convert(world: World) -> dict[str, Any]:
     options = world.recipe.convert
     if not options.output:
         raise ConfigError("convert.output is empty; name the folder for the Hugging Face export")
-    model = checkpoint_model(world)
-    save_hf(
-        model, world.shape, Path(options.output),
-        max_shard_bytes=options.shard_mb * 1_000_000, tokenizer_dir=world.run_dir / "tokenizer",
-    )  # fmt: skip
+    export(world, world.recipe.checkpoint, Path(options.output))
     return {"exported": options.output, "checkpoint": world.recipe.checkpoint}
+
+
+def export(world: World, checkpoint: str, output: Path) -> None:
+    """Write the model of ``checkpoint`` (empty: what a run would start from) into ``output``, with its tokenizer."""
+    save_hf(
+        starting_model(world, None, checkpoint_path=checkpoint), world.shape, output,
+        max_shard_bytes=world.recipe.convert.shard_mb * 1_000_000, tokenizer_dir=world.run_dir / "tokenizer",
+    )  # fmt: skip

@@ -17,7 +17,7 @@ def evaluate(world: World) -> dict[str, Any]:
     for split in world.recipe.eval.splits:
         found = run_evaluation(
             engine, world.samples[split], world.catalog, world.recipe.eval,
-            dp=engine.dp or world.dp, label=f"evaluate {split}",
+            dp=world.dp, label=f"evaluate {split}",
             popularity_I=item_counts(world.samples["train"], len(world.catalog)),
         )  # fmt: skip
         result[split] = {

@@ -20,18 +20,20 @@ from tawin_nemo.models.megatron.parallel.disaggregated import RolloutRanks
 from tawin_nemo.placement.remote_engine import Stop
 from tawin_nemo.placement.rollout_ranks import serve
 from tawin_nemo.run import signals
+from tawin_nemo.run.datasets import prepared_root
 from tawin_nemo.run.failures import attempt_logs, recorded
 from tawin_nemo.run.profile import check_profile
 from tawin_nemo.run.threads import available_threads
 from tawin_nemo.run.world import build_world, open_run_dir
 from tawin_nemo.util.errors import ConfigError, Preempted, UserError
+from tawin_nemo.util.launch import read_launch
 from tawin_nemo.util.log import get_logger
 
 Verb = Callable[..., dict[str, Any]]
 log = get_logger(__name__)
 
 
-def run(recipe: Recipe, verb: Verb, find_data: Callable[[Recipe], Path], **options: Any) -> dict[str, Any]:
+def run(recipe: Recipe, verb: Verb, **options: Any) -> dict[str, Any]:
     """Start the process group, open the run, prepare the data on rank 0, build the world, call ``verb``."""
     with started(recipe, computes=not options.get("dry_run")), contextlib.ExitStack() as stack:
         if disaggregated.is_rollout_rank():
@@ -42,7 +44,7 @@ def run(recipe: Recipe, verb: Verb, find_data: Callable[[Recipe], Path], **optio
         run_dir = open_run_dir(recipe, same_recipe=trains)
         if trains:
             stack.enter_context(attempt_logs(run_dir))
-        data_root = runtime.broadcast_object(find_data(recipe) if runtime.world_rank() == 0 else None)
+        data_root = runtime.on_rank_0(lambda: prepared_root(recipe))
         if trains:
             stack.enter_context(signals.listening())
         world = build_world(recipe, run_dir, data_root, codes_path=codes_path(recipe))
@@ -80,7 +82,7 @@ def dismiss(kind: type[BaseException] | None, error: BaseException | None, trace
 
 def check_processes(recipe: Recipe) -> None:
     """Raises ConfigError when the launcher started another number of processes than the recipe speaks of."""
-    nodes, devices, started = recipe.trainer.num_nodes, recipe.trainer.devices, runtime.read_launch().world_size
+    nodes, devices, started = recipe.trainer.num_nodes, recipe.trainer.devices, read_launch().world_size
     if nodes * devices != started:
         raise ConfigError(
             f"trainer.num_nodes={nodes} x trainer.devices={devices} = {nodes * devices} processes, but the launcher "

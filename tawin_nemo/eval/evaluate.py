@@ -58,8 +58,9 @@ def evaluate(
 ) -> EvalResult:
     """Search ``cfg.beams`` beams for every row and compare with its target.
 
-    Rows are dealt out to the data-parallel replicas and put together again in row order, so the result does not
-    depend on their number; every rank returns it. ``popularity_I`` (how often each item is a target in train,
+    ``dp``: this process among the replicas of training; an engine with replicas of its own (``engine.dp``) has them
+    instead. Rows are dealt out to the replicas and put together again in row order, so the result does not depend on
+    their number; every rank returns it. ``popularity_I`` (how often each item is a target in train,
     ``bias.item_counts``) adds the popularity bias to ``beyond``. Raises DataError without rows, ConfigError for a
     cut-off beyond the beam list.
     """
@@ -68,6 +69,7 @@ def evaluate(
     num_paths = catalog.trie.num_leaves
     if max(cfg.ks) > cfg.beams < num_paths:
         raise ConfigError(f"eval.ks={list(cfg.ks)} goes beyond eval.beams={cfg.beams}; raise eval.beams")
+    dp = engine.dp or dp
     mine = np.arange(len(samples))[dp.rank :: dp.size]
     found = _search(engine, samples, catalog, cfg, mine, label)
     parts = dp.gather((mine, found))

@@ -27,7 +27,6 @@ from tawin_nemo.placement.servers import Agreed, GenerationServer
 from tawin_nemo.rollout.engine import Generator
 from tawin_nemo.rollout.scoring import joined, no_candidates
 from tawin_nemo.types import NO_ITEM, Candidates, DataParallel, TokenRows
-from tawin_nemo.util.errors import TawinError, UserError
 
 
 class ServerEngine(Generator):
@@ -46,23 +45,21 @@ class ServerEngine(Generator):
         agreed = Agreed(catalog.fingerprint, tokenizer, recipe.model.precision, recipe.rollout.length_penalty)
         self._pool: ServerPool | None = None
 
-        def connect() -> bytes:
+        def connect() -> None:
             self._pool = ServerPool(recipe.rollout, agreed)
             weakref.finalize(self, self._pool.close)  # with the engine, or when the process ends
-            return b""
 
-        on_first_rank(connect)
+        runtime.on_rank_0(connect)
 
     def receive_weights(self) -> None:
         tensors = gather_hf(self._model, self._shape)
 
-        def push() -> bytes:
+        def push() -> None:
             assert self._pool is not None
             assert tensors is not None
             self._pool.push(tensors)
-            return b""
 
-        on_first_rank(push)
+        runtime.on_rank_0(push)
 
     def search(self, prompts: TokenRows, width: int, *, token_budget: int | None = None) -> Candidates:
         self._check_width(width)
@@ -103,7 +100,7 @@ class ServerEngine(Generator):
                 first.instance, first.catalog, first.weight_version, first.catalog_version,
             ).encoded()  # fmt: skip
 
-        return self._candidates(RolloutReply.decoded(on_first_rank(fetch)))
+        return self._candidates(RolloutReply.decoded(runtime.on_rank_0(fetch)))
 
     def _candidates(self, reply: RolloutReply) -> Candidates:
         leaf_I = torch.from_numpy(np.append(self.catalog.leaf_I, NO_ITEM))  # NO_ITEM is the last place
@@ -111,22 +108,3 @@ class ServerEngine(Generator):
             items_BW=reply.items_BW, leaf_BW=leaf_I[reply.items_BW], tokens_BWT=reply.tokens_BWT,
             lengths_BW=reply.lengths_BW, scores_BW=reply.scores_BW, logprobs_BWT=reply.logprobs_BWT,
         )  # fmt: skip
-
-
-def on_first_rank(act: Callable[[], bytes]) -> bytes:
-    """What ``act`` returns on the first training rank, on every rank; a TawinError of it is raised on every rank."""
-    if runtime.world_size() == 1:
-        return act()
-    failure: TawinError | None = None
-    said: bytes | None = None
-    if runtime.world_rank() == 0:
-        try:
-            said = b"+" + act()
-        except TawinError as error:
-            failure = error
-            said = (b"u" if isinstance(error, UserError) else b"f") + str(error).encode()
-    heard = runtime.broadcast_bytes(said)
-    if heard[:1] != b"+":
-        other = (UserError if heard[:1] == b"u" else TawinError)(heard[1:].decode())
-        raise failure or other
-    return heard[1:]

@@ -10,6 +10,8 @@ stale weights cannot go unnoticed.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from megatron.core.models.gpt import GPTModel
 
 from tawin_nemo.catalog.items import Catalog
@@ -17,6 +19,7 @@ from tawin_nemo.config.backbones import Backbone
 from tawin_nemo.config.schema import Recipe
 from tawin_nemo.models.megatron.decode.lm import MegatronLM
 from tawin_nemo.models.megatron.model.build import build_rollout_model
+from tawin_nemo.models.megatron.model.precision import AS_MODEL, in_precision
 from tawin_nemo.models.megatron.model.reshard import Refit
 from tawin_nemo.models.megatron.parallel import disaggregated
 from tawin_nemo.models.megatron.parallel.groups import rollout_replicas
@@ -32,14 +35,17 @@ log = get_logger(__name__)
 
 
 def build_engine(
-    recipe: Recipe, model: GPTModel, shape: Backbone, catalog: Catalog, *, tokenizer: str = ""
+    recipe: Recipe, model: GPTModel, shape: Backbone, catalog: Catalog, *, tokenizer: str = "",
+    precision: str = AS_MODEL,
 ) -> Engine:  # fmt: skip
     """An engine that searches with the weights of ``model``: in place, under the rollout layout of the recipe, on the
     rollout ranks, or on generation servers, whose tokenizer then has to have the fingerprint ``tokenizer``.
+    ``precision``: that of ``model``, where it differs from the recipe's.
 
     But in the first case the engine's weights are undefined until its first ``receive_weights``. Raises ConfigError
     when the model's shape cannot be divided that way or a server does not fit, ServersLost when there is none.
     """
+    recipe = replace(recipe, model=in_precision(recipe.model, precision))  # engines build their models from it
     if recipe.rollout.placement == "server":
         return ServerEngine(recipe, model, shape, catalog, tokenizer=tokenizer)
     if disaggregated.is_disaggregated():

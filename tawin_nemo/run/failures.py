@@ -14,6 +14,7 @@ import re
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from torch.distributed.elastic.multiprocessing.errors import ErrorHandler
@@ -82,7 +83,7 @@ class LogInto:
 @contextlib.contextmanager
 def attempt_logs(run_dir: Path) -> Iterator[None]:
     """Log into ``RUN_DIR/logs/attempt_N/rank_R.log`` while inside; N counts the attempts of this run from 1."""
-    number = runtime.broadcast_object(_next_attempt(run_dir) if runtime.world_rank() == 0 else None)
+    number = runtime.on_rank_0(partial(_next_attempt, run_dir))
     into = LogInto(run_dir / "logs" / f"attempt_{number}", number)
     if disaggregated.is_disaggregated():
         disaggregated.line().ask(into)

@@ -16,7 +16,7 @@ from omegaconf import OmegaConf
 from tawin_nemo.run.stage import MetricSink
 from tawin_nemo.util.errors import ConfigError
 from tawin_nemo.util.files import atomic_path
-from tawin_nemo.util.log import rank
+from tawin_nemo.util.launch import read_launch
 
 
 def with_run_id(section: dict[str, Any], run_dir: Path) -> dict[str, Any]:
@@ -39,7 +39,7 @@ def metric_sink(section: dict[str, Any], run_dir: Path, name: str) -> MetricSink
 
     Raises ConfigError when NeMo refuses the section (unknown key, missing package).
     """
-    if not section or rank() != 0:
+    if not section or read_launch().rank != 0:
         return None
     from lightning.pytorch import Trainer
     from nemo.utils.exp_manager import exp_manager

@@ -216,9 +216,14 @@ class Stage:
 
     @property
     def chosen_checkpoint(self) -> Path:
-        """The checkpoint a finished stage hands on."""
-        chosen = json.loads((self.directory / "done.json").read_text(encoding="utf-8"))["chosen_step"]
-        return self.checkpoints / f"step_{chosen}"
+        """The checkpoint that this finished stage hands on."""
+        return chosen_checkpoint(self.directory)
+
+
+def chosen_checkpoint(directory: Path) -> Path:
+    """The checkpoint that the finished stage in ``directory`` hands on."""
+    chosen = json.loads((directory / "done.json").read_text(encoding="utf-8"))["chosen_step"]
+    return directory / "checkpoints" / f"step_{chosen}"
 
 
 def monitored(trainer: TrainerConfig, ks: Sequence[int]) -> str:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +24,7 @@ from tawin_nemo.data.tasks import active_tasks
 from tawin_nemo.data.tokenizer import Tokenizer, build_tokenizer
 from tawin_nemo.models.megatron.hf.config import backbone_from_hf
 from tawin_nemo.models.megatron.parallel import runtime
+from tawin_nemo.run.datasets import run_dir_of
 from tawin_nemo.types import SPLITS, DataParallel
 from tawin_nemo.util.errors import CatalogError, ConfigError, DataError
 from tawin_nemo.util.files import atomic_path, write_json
@@ -96,7 +97,7 @@ def open_run_dir(recipe: Recipe, *, same_recipe: bool) -> Path:
 
     Raises ConfigError when ``same_recipe`` is asked for (training) and it holds a run of another recipe.
     """
-    run_dir = Path(recipe.run_dir or f"runs/{recipe.name}")
+    run_dir = run_dir_of(recipe)
     stored, resolved = run_dir / "recipe.yaml", to_yaml(recipe)
     if same_recipe and stored.is_file():
         changed = differences(stored.read_text(encoding="utf-8"), resolved, ignore=RESUMABLE_KEYS)
@@ -116,7 +117,8 @@ def build_world(recipe: Recipe, run_dir: Path, data_root: Path, *, codes_path: P
     """Load the prepared dataset under ``data_root`` and derive everything from it (deterministic on every rank)."""
     dataset = load_dataset(data_root)
     codes = load_codes(codes_path, len(dataset.items.titles)) if codes_path else None
-    tokenizer = rank0_first(lambda: _tokenizer(recipe, run_dir, dataset, codes))
+    runtime.on_rank_0(partial(_write_tokenizer, recipe, run_dir, dataset, codes))
+    tokenizer = Tokenizer.load(run_dir / "tokenizer")
     template = Template(recipe.data.template, kind=recipe.catalog.kind)
     texts = ["".join(item) for item in codes] if codes else list(dataset.items.titles)
     catalog = build_catalog(
@@ -139,14 +141,6 @@ def build_world(recipe: Recipe, run_dir: Path, data_root: Path, *, codes_path: P
     )  # fmt: skip
 
 
-def rank0_first(make: Callable[[], Tokenizer]) -> Tokenizer:
-    """Rank 0 writes what the others then find on disk."""
-    if runtime.world_rank() == 0:
-        make()
-    runtime.barrier()
-    return make()
-
-
 def keep_catalog(folder: Path, catalog: Catalog, tokenizer: Tokenizer) -> None:
     """The run's trie on disk, for whoever reads the run later; on the next visit it must still be the same one.
 
@@ -165,16 +159,14 @@ def keep_catalog(folder: Path, catalog: Catalog, tokenizer: Tokenizer) -> None:
         )
 
 
-def _tokenizer(recipe: Recipe, run_dir: Path, dataset: Dataset, codes: list[list[str]] | None) -> Tokenizer:
+def _write_tokenizer(recipe: Recipe, run_dir: Path, dataset: Dataset, codes: list[list[str]] | None) -> None:
+    """RUN_DIR/tokenizer, unless an earlier attempt has written it."""
     directory = run_dir / "tokenizer"
     if (directory / "tokenizer.json").is_file():
-        return Tokenizer.load(directory)
+        return
     compact = recipe.data.template == "compact"
     markers = [task.marker for task in active_tasks(recipe.align)] if compact else []
-    tokenizer = build_tokenizer(recipe.data, recipe.catalog, recipe.model, dataset.items.titles, codes, markers)
-    if runtime.world_rank() == 0:
-        tokenizer.save(directory)
-    return tokenizer
+    build_tokenizer(recipe.data, recipe.catalog, recipe.model, dataset.items.titles, codes, markers).save(directory)
 
 
 def _limited(split: Split, name: str, recipe: Recipe) -> Split:

@@ -19,18 +19,16 @@ import torch
 from megatron.core.models.gpt import GPTModel
 
 from tawin_nemo.baselines.train import run_baseline
-from tawin_nemo.config.load import value_of
-from tawin_nemo.config.schema import Recipe
+from tawin_nemo.config.schema import Recipe, SftConfig
 from tawin_nemo.data.tasks import active_tasks
 from tawin_nemo.eval.bias import item_counts
 from tawin_nemo.eval.evaluate import EvalResult, evaluate
 from tawin_nemo.eval.report import write_report
 from tawin_nemo.eval.result import results_table
 from tawin_nemo.models.megatron.checkpoint import checkpoint
-from tawin_nemo.models.megatron.hf.io import load_hf
 from tawin_nemo.models.megatron.hf.new_tokens import freeze_others
 from tawin_nemo.models.megatron.model.build import build_model
-from tawin_nemo.models.megatron.model.precision import AS_MODEL, in_precision
+from tawin_nemo.models.megatron.model.precision import in_precision
 from tawin_nemo.models.megatron.optim.trainable import Trainable
 from tawin_nemo.models.megatron.parallel import runtime
 from tawin_nemo.placement.remote_engine import RemoteEngine
@@ -44,9 +42,8 @@ from tawin_nemo.train.actor import Actor
 from tawin_nemo.train.reference import Reference, build_reference
 from tawin_nemo.train.rl import train_rl
 from tawin_nemo.train.sft import train_sft
+from tawin_nemo.train.start import only_new_tokens, starting_model
 from tawin_nemo.train.task_eval import evaluate_tasks, task_file
-from tawin_nemo.train.vocabulary import new_tokens, only_new_tokens
-from tawin_nemo.util.errors import ConfigError
 from tawin_nemo.util.files import write_json
 from tawin_nemo.util.log import get_logger
 
@@ -143,10 +140,10 @@ def run_stage(world: World, plan: Plan, sink: MetricSink | None) -> EvalResult:
     write_layout(world.run_dir, model, engine, peak_flops(world.recipe))
     optimizer_offloaded: Callable[[], AbstractContextManager[None]] = nullcontext
     if not stage.done:
-        world = replace(world, recipe=stage_recipe(world.recipe, plan.name))
-        lr = world.recipe.rl.lr if plan.kind == "rl" else world.recipe.sft.lr
+        sft = sft_section(world.recipe, plan.name)
         if world.recipe.model.freeze_backbone and plan.kind == "sft":
             freeze_others(model, only_new_tokens(world))
+        lr = world.recipe.rl.lr if plan.kind == "rl" else sft.lr
         trainable = Trainable(model, world.shape, world.recipe.trainer, lr=lr)
         optimizer_offloaded = trainable.optimizer_offloaded
         log.info("%s: %d rows of train", plan.name, len(plan.rows))
@@ -154,60 +151,31 @@ def run_stage(world: World, plan: Plan, sink: MetricSink | None) -> EvalResult:
             actor = Actor(trainable, world.catalog, world.recipe.rl, world.dp)
             train_rl(world, stage, actor, lambda: reference_for(world, plan, model), engine)
         else:
-            train_sft(world, stage, trainable, plan.rows, engine)
+            train_sft(world, sft, stage, trainable, plan.rows, engine)
     stage.stop_between(f"the evaluation of {plan.name}")
-    cfg = in_precision(world.recipe.model, world.recipe.eval.precision)
+    precision = world.recipe.eval.precision
+    cfg = in_precision(world.recipe.model, precision)
     if cfg != world.recipe.model:
         model = build_model(world.shape, cfg, seed=world.recipe.seed, rollout_tp=world.recipe.rollout_layout[0])
-        recipe = replace(world.recipe, model=cfg)
-        engine = build_engine(recipe, model, world.shape, world.catalog, tokenizer=known)
+        engine = build_engine(
+            world.recipe, model, world.shape, world.catalog, tokenizer=known, precision=precision
+        )  # fmt: skip
     checkpoint.load_checkpoint(stage.chosen_checkpoint, model=model)
     with optimizer_offloaded():
         result = evaluate_stage(world, stage.directory, engine)
         if plan.kind == "sft":
-            build = partial(build_engine, replace(world.recipe, model=cfg), model, world.shape)
+            build = partial(build_engine, world.recipe, model, world.shape, precision=precision)
             evaluate_tasks(world, stage.directory, plan.rows, build)
     return result
 
 
-def stage_recipe(recipe: Recipe, name: str) -> Recipe:
-    """The recipe as the stage reads it: a model that has been trained wants another learning rate than a fresh one."""
+def sft_section(recipe: Recipe, name: str) -> SftConfig:
+    """Section ``sft`` as the stage reads it: a model that has been trained needs another learning rate than a fresh
+    one (``compare.sft_continued_lr``, 0 = as in SFT)."""
     lr = recipe.compare.sft_continued_lr
     if name != "sft_continued" or lr == 0.0:
-        return recipe
-    return replace(recipe, sft=replace(recipe.sft, lr=lr, schedule="constant"))
-
-
-def starting_model(world: World, start: str | None, *, dropout: float = 0.0, precision: str = AS_MODEL) -> GPTModel:
-    """A model with the weights a stage starts from: ``start`` or model.init, or what an earlier stage handed on.
-
-    Only SFT has dropout: under it the policy ratio of an unchanged policy would be noise around 1 and would be clipped.
-    """
-    recipe: Recipe = world.recipe
-    cfg = in_precision(replace(recipe.model, dropout=dropout), precision)
-    loads = start is not None or bool(recipe.start) or recipe.model.init != "random"
-    model = build_model(
-        world.shape, cfg, seed=recipe.seed, rollout_tp=recipe.rollout_layout[0], to_be_loaded=loads
-    )  # fmt: skip
-    if start is not None:
-        earlier = Stage(world.run_dir / start, recipe.trainer)
-        checkpoint.load_checkpoint(earlier.chosen_checkpoint, model=model)
-    elif recipe.start:
-        checkpoint.load_checkpoint(named_checkpoint(recipe, "start"), model=model)
-    elif recipe.model.init != "random":
-        load_hf(model, world.shape, Path(recipe.model.init), new_tokens(world))
-    return model
-
-
-def named_checkpoint(recipe: Recipe, key: str) -> Path:
-    """The checkpoint that a key names: of a finished stage the chosen one, or one step_N. Raises ConfigError."""
-    named = value_of(recipe, key)
-    path = Path(named)
-    if (path / "done.json").is_file():
-        return Stage(path, recipe.trainer).chosen_checkpoint
-    if not (path / "state.json").is_file():
-        raise ConfigError(f"{key}={named} is neither a finished stage (done.json) nor a step_N (state.json)")
-    return path
+        return recipe.sft
+    return replace(recipe.sft, lr=lr, schedule="constant")
 
 
 def reference_for(world: World, plan: Plan, actor_model: GPTModel) -> Reference:
@@ -227,7 +195,7 @@ def evaluate_stage(world: World, directory: Path, engine: Engine) -> EvalResult:
         samples, label = world.samples[split], f"{directory.name} {split}"
         results[split] = evaluate(
             engine, samples, world.catalog, world.recipe.eval,
-            dp=engine.dp or world.dp, label=label, popularity_I=item_counts(world.samples["train"], len(world.catalog)),
+            dp=world.dp, label=label, popularity_I=item_counts(world.samples["train"], len(world.catalog)),
         )  # fmt: skip
         if runtime.world_rank() == 0:
             results[split].write(directory / "eval", split)

@@ -1,4 +1,4 @@
-"""What a person watches during RL: facts of rollouts and the work that the phases of a step did."""
+"""What RL logs besides the loss: metrics of rollouts, and the tokens and FLOPs of a step's phases."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tawin_nemo.run.timers import Timers, count_update
 from tawin_nemo.types import DataParallel, Rollout, TokenBatch
 
 
-def rollout_facts(rollout: Rollout, rewards_BG: Tensor, dp: DataParallel) -> dict[str, float]:
+def rollout_metrics(rollout: Rollout, rewards_BG: Tensor, dp: DataParallel) -> dict[str, float]:
     """Reward, hits and the kinds of groups (``GroupFacts``), over all data-parallel ranks."""
     valid = rollout.valid_BG
     mine = (
@@ -26,7 +26,7 @@ def rollout_facts(rollout: Rollout, rewards_BG: Tensor, dp: DataParallel) -> dic
         int(zero_std_groups(rewards_BG, valid).sum()),
     )
     parts = dp.gather(mine)
-    groups = sum((facts for facts, _, _ in parts), GroupFacts())
+    groups = sum((part for part, _, _ in parts), GroupFacts())
     count, shares = max(1, groups.groups), groups.shares()
     return {
         "rl/reward": sum(rewards for _, rewards, _ in parts) / max(1, groups.candidates),

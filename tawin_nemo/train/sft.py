@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from tawin_nemo.config.schema import SftConfig
 from tawin_nemo.data.batches import balanced_shard, shard
 from tawin_nemo.data.tasks import TaskRows
 from tawin_nemo.eval.evaluate import evaluate
@@ -29,15 +30,18 @@ from tawin_nemo.util.log import get_logger
 log = get_logger(__name__)
 
 
-def train_sft(world: World, stage: Stage, trainable: Trainable, rows: np.ndarray, engine: Engine) -> None:
+def train_sft(
+    world: World, cfg: SftConfig, stage: Stage, trainable: Trainable, rows: np.ndarray, engine: Engine
+) -> None:
     """Fit ``rows`` of train, and the tasks of section ``align``, until ``sft.watch`` on valid stops rising
     (``sft.patience`` checks) or ``sft.epochs`` end.
 
+    ``cfg`` is section ``sft`` as this stage reads it: its epochs, checks and learning rate.
     The checkpoint that was best by it is what the stage hands on. ``engine`` searches with the weights in training.
     Order, dropout and learning rate are pure functions of seed and step, so a killed run continues bit for bit from
     its newest checkpoint.
     """
-    cfg, seed = world.recipe.sft, world.recipe.seed
+    seed = world.recipe.seed
     data = sft_data(world, rows)
     per_epoch = -(-data.stream.n // data.stream.batch_size)
     total = cfg.epochs * per_epoch
@@ -104,8 +108,7 @@ def valid_ranking(world: World, engine: Engine, label: str) -> dict[str, float]:
     """Recall and NDCG on valid with as many beams as the largest cut-off; the metric that decides comes last."""
     cfg = replace(world.recipe.eval, beams=max(world.recipe.eval.ks))
     engine.receive_weights()
-    dp = engine.dp or world.dp
-    means = evaluate(engine, world.samples["valid"], world.catalog, cfg, dp=dp, label=label).means
+    means = evaluate(engine, world.samples["valid"], world.catalog, cfg, dp=world.dp, label=label).means
     watched = monitored(world.recipe.trainer, cfg.ks)
     return {f"valid/{name}": means[name] for name in [*(name for name in means if name != watched), watched]}
 

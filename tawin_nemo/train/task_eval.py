@@ -68,7 +68,7 @@ def _exact(world: World, engine: Engine, catalog: Catalog, part: TaskSet) -> dic
     facts = {}
     for which, rows in chosen.items():
         label = f"task {part.task.name} {which}"
-        result = evaluate(engine, rows.samples, catalog, cfg, dp=engine.dp or world.dp, label=label)
+        result = evaluate(engine, rows.samples, catalog, cfg, dp=world.dp, label=label)
         facts[which] = {"rows": len(rows), "exact": result.means["recall@1"]}
     return facts
 

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from typing import BinaryIO
 
 from tawin_nemo.util.errors import ConfigError
+from tawin_nemo.util.launch import read_launch
 
 VARIABLE = "TAWIN_FAILPOINTS"
 POINTS = (
@@ -66,7 +67,7 @@ def _parsed(part: str) -> _Rule:
 def reach(point: str) -> None:
     """The program is at ``point``."""
     for rule in _rules:
-        if rule.point == point and rule.rank in (None, _rank()):
+        if rule.point == point and rule.rank in (None, read_launch().rank):
             rule.left -= 1
             if rule.left == 0:
                 _act(rule)
@@ -101,10 +102,6 @@ def _act(rule: _Rule) -> None:
 def _send(number: signal.Signals, seconds: float) -> None:
     time.sleep(seconds)
     os.kill(os.getpid(), number)
-
-
-def _rank() -> int:
-    return int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")))
 
 
 arm(os.environ.get(VARIABLE, ""))

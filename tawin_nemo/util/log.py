@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sized
@@ -11,15 +10,12 @@ from typing import Any, TypeVar
 
 from tqdm import tqdm
 
+from tawin_nemo.util.launch import read_launch
+
 T = TypeVar("T")
 
 SECONDS_BETWEEN_LINES = 30.0
 _LINE = "{n_fmt}/{total_fmt} [{elapsed}, {remaining} to go, {rate_fmt}]"
-
-
-def rank() -> int:
-    """Global rank as the launcher (torchrun or srun) says it; 0 in a single process."""
-    return int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")))
 
 
 def get_logger(name: str) -> logging.Logger:
@@ -29,7 +25,7 @@ def get_logger(name: str) -> logging.Logger:
         handler = logging.StreamHandler(sys.stderr)
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname).1s %(message)s", "%H:%M:%S"))
         root.addHandler(handler)
-        root.setLevel(logging.INFO if rank() == 0 else logging.WARNING)
+        root.setLevel(logging.INFO if read_launch().rank == 0 else logging.WARNING)
         root.propagate = False
     return logging.getLogger(name if name.startswith("tawin_nemo") else f"tawin_nemo.{name}")
 
@@ -37,7 +33,8 @@ def get_logger(name: str) -> logging.Logger:
 def progress(items: Iterable[T], *, what: str, total: int | None = None, initial: int = 0) -> Iterator[T]:
     """Iterate with a bar and an ETA on rank 0; into a file (Slurm, nohup) it writes a whole line every 30 s instead."""
     if sys.stderr.isatty():
-        yield from tqdm(items, desc=what, total=total, initial=initial, disable=rank() != 0, dynamic_ncols=True)
+        quiet = read_launch().rank != 0
+        yield from tqdm(items, desc=what, total=total, initial=initial, disable=quiet, dynamic_ncols=True)
         return
     if total is None and isinstance(items, Sized):
         total = initial + len(items)

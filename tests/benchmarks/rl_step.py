@@ -32,6 +32,7 @@ from tawin_nemo.train.actor import Actor
 from tawin_nemo.train.reference import CopiedReference
 from tawin_nemo.train.rewards import RuleReward
 from tawin_nemo.train.rl import RlComponents, rl_step
+from tawin_nemo.train.rollouts import PromptStream, Rollouts
 from tawin_nemo.types import DataParallel, PromptBatch, TokenRows
 from tests.benchmarks import harness
 from tests.benchmarks.baselines import PrefixTable, adamw, backward, generate_beams, reference_logps, repeated_batches
@@ -64,22 +65,28 @@ class Ours:
         engine = RolloutEngine(self.meter, titles.catalog, RolloutConfig(), seed=0)
         actor = Actor(trainable, titles.catalog, self.rl, DataParallel())
         reference = CopiedReference(megatron_model(shape, theirs, precision))
-        self.components = RlComponents(self.rl, titles.catalog, engine, actor, reference, RuleReward())
         self.timers = Timers(1.0, DataParallel())
+        stream = PromptStream(lambda _: self.prompts)
+        rollouts = Rollouts(self.rl, engine, titles.catalog, DataParallel(), stream, self.timers)
+        self.components = RlComponents(self.rl, rollouts, actor, reference, RuleReward(), self.timers)
         self.steps = 0
 
     def set_prompts(self, prompts: TokenRows) -> None:
-        found = self.components.engine.search(prompts, self.rl.group_size)
+        found = self.components.rollouts.engine.search(prompts, self.rl.group_size)
         target_B = found.items_BW[:, self.rl.group_size // 3]
         self.prompts = PromptBatch(torch.arange(len(prompts)), prompts, target_B)
 
     def __call__(self) -> None:
-        rl_step(self.components, lambda: self.prompts, self.timers, step=self.steps, lr=LR)
+        rl_step(self.components, step=self.steps, lr=LR)
         self.steps += 1
 
     def flops(self) -> float:
         """Of one step: search, reference, update."""
-        engine, actor, shape = self.components.engine, self.components.actor, self.components.actor.trainable.shape
+        engine, actor, shape = (
+            self.components.rollouts.engine,
+            self.components.actor,
+            self.components.actor.trainable.shape,
+        )
         self.meter.take()
         rollout = engine.generate(
             self.prompts, self.rl.group_size, negatives="beam", policy_space="trie", step=self.steps

@@ -34,6 +34,7 @@ from tawin_nemo.train.actor import Actor
 from tawin_nemo.train.reference import CopiedReference
 from tawin_nemo.train.rewards import RuleReward
 from tawin_nemo.train.rl import RlComponents, rl_step
+from tawin_nemo.train.rollouts import PromptStream, Rollouts
 from tawin_nemo.types import DataParallel, PromptBatch, TokenRows
 from tests.benchmarks import harness
 from tests.benchmarks.select_step import CHILDREN, LEVELS, random_codes
@@ -85,15 +86,16 @@ class System:
         rl = RlConfig(beta=1e-3, group_size=point.beams, lr=1e-6)
         engine = RolloutEngine(self.lm, catalog, RolloutConfig(), seed=0)
         actor = Actor(self.trainable, catalog, rl, DataParallel())
-        components = RlComponents(rl, catalog, engine, actor, self.reference, RuleReward())
         tokens = rng.choice(catalog.paths.flat, (point.prompts, point.history))
         batch = PromptBatch(
             torch.arange(point.prompts), TokenRows.from_lists(list(tokens)), torch.zeros(point.prompts).long()
         )
         timers = Timers(1.0, DataParallel())
+        rollouts = Rollouts(rl, engine, catalog, DataParallel(), PromptStream(lambda _: batch), timers)
+        components = RlComponents(rl, rollouts, actor, self.reference, RuleReward(), timers)
 
         def run() -> None:
-            rl_step(components, lambda: batch, timers, step=engine.weight_version, lr=1e-6)
+            rl_step(components, step=engine.weight_version, lr=1e-6)
 
         return run, timers
 

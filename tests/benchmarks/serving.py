@@ -22,7 +22,6 @@ import httpx
 import psutil
 
 from tawin_nemo.api.client import Client, ControlClient
-from tawin_nemo.cli import prepared_root
 from tawin_nemo.commands.serve import first_catalog
 from tawin_nemo.commands.session import run
 from tawin_nemo.config.backbones import Backbone
@@ -109,7 +108,7 @@ def _world(file: str | None, words: Sequence[str]) -> World:
         found.append(world)
         return {}
 
-    run(load_recipe(file, list(words)), keep, prepared_root)
+    run(load_recipe(file, list(words)), keep)
     return found[0]
 
 

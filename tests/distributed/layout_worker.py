@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 import torch.distributed as dist
 
@@ -22,6 +23,7 @@ from tawin_nemo.models.megatron.model.build import build_model
 from tawin_nemo.models.megatron.optim.trainable import MicroBatch, Trainable, score
 from tawin_nemo.models.megatron.parallel import runtime
 from tawin_nemo.types import TokenBatch, TokenRows
+from tawin_nemo.util.errors import DataError
 
 #: 51 vocabulary rows: not a multiple of TP 2, so one row of padding exists; two key-value heads for grouped queries.
 SHAPE = Backbone("qwen2", hidden=32, layers=2, heads=4, kv_heads=2, ffn=48, vocab=51, rope_theta=1e4, max_position=256)
@@ -155,10 +157,32 @@ def measure(cfg: ModelConfig, trainer: TrainerConfig) -> dict[str, Any]:
     return result
 
 
+class Missing(DataError):
+    """An error that its own message cannot make anew."""
+
+    def __init__(self, what: str, *, where: str) -> None:
+        super().__init__(f"{what} is missing in {where}")
+
+
+def check_rank_0_computes() -> None:
+    """The value that rank 0 computed, or its error, reaches every rank; the others compute nothing."""
+    asked: list[int] = []
+
+    def fails() -> None:
+        asked.append(runtime.world_rank())
+        raise Missing("a file", where="the folder")
+
+    assert runtime.on_rank_0(lambda: {"rank": runtime.world_rank()}) == {"rank": 0}
+    with pytest.raises(DataError, match=r"^a file is missing in the folder$"):
+        runtime.on_rank_0(fails)
+    assert asked == ([0] if runtime.world_rank() == 0 else [])
+
+
 def main() -> None:
     options = json.loads(sys.argv[1])
     trainer = TrainerConfig(distributed_optimizer=options["distributed_optimizer"])
     result = measure(ModelConfig(**options["model"]), trainer)
+    check_rank_0_computes()
     if runtime.world_rank() == 0:
         Path(sys.argv[2]).write_text(json.dumps(result))
     runtime.barrier()

@@ -29,7 +29,6 @@ from tawin_nemo.models.megatron.model.build import build_model, full_shape, shar
 from tawin_nemo.models.megatron.optim.trainable import Trainable
 from tawin_nemo.models.megatron.parallel import disaggregated, runtime
 from tawin_nemo.models.megatron.parallel.disaggregated import RolloutRanks
-from tawin_nemo.placement.ahead import RolloutAhead
 from tawin_nemo.placement.dispatch import take_prompts
 from tawin_nemo.placement.remote_engine import RemoteEngine, Stop
 from tawin_nemo.placement.rollout_ranks import serve
@@ -39,7 +38,8 @@ from tawin_nemo.run.timers import Timers
 from tawin_nemo.train.actor import Actor
 from tawin_nemo.train.reference import build_reference
 from tawin_nemo.train.rewards import RankingReward
-from tawin_nemo.train.rl import RlComponents, rl_step, roll_out
+from tawin_nemo.train.rl import RlComponents, rl_step
+from tawin_nemo.train.rollouts import PromptStream, Rollouts
 from tawin_nemo.types import DataParallel, PromptBatch, Rollout, TokenRows
 from tawin_nemo.util.errors import TawinError
 from tawin_nemo.util.files import atomic_path
@@ -214,18 +214,17 @@ def train(pair: Pair, folder: Path) -> dict[str, Any]:
         seen.append(rollout)
         return RankingReward()(rollout)
 
-    ahead = RolloutAhead(engine, recipe.rl, dp, STEPS) if pair.ahead and pair.searching else RolloutAhead()
-    components, timers = (
-        RlComponents(recipe.rl, catalog, engine, actor, reference, reward, ahead=ahead),
-        Timers(1e12, dp),
-    )
+    stream, timers = PromptStream(lambda n: prompts(n, dp)), Timers(1e12, dp)
+    ahead_until = STEPS if pair.ahead and pair.searching else 0
+    rollouts = Rollouts(recipe.rl, engine, catalog, dp, stream, timers, ahead_until=ahead_until)
+    components = RlComponents(recipe.rl, rollouts, actor, reference, reward, timers)
     sync_weights(engine, version=0)
     check_sync(engine, pair, actor)
-    stream = iter(range(STEPS))
-    stats = [rl_step(components, lambda: prompts(next(stream), dp), timers, step=step, lr=LR) for step in range(STEPS)]
+    stats = [rl_step(components, step=step, lr=LR) for step in range(STEPS)]
     check_equal(engine)
     assert engine.weight_version == STEPS
-    drawn = roll_out(replace(recipe.rl, negatives="dynamic"), engine, prompts(9, dp), STEPS, catalog, dp)
+    drawing = Rollouts(replace(recipe.rl, negatives="dynamic"), engine, catalog, dp, stream, timers)
+    drawn = drawing.generate(prompts(9, dp), STEPS)
     listed = engine.search(prompts(9, DataParallel()).prompts, 5)  # as evaluation does
     save_hf(model, shape, folder)
     rows = timers.report()["rows/generate"]

@@ -177,12 +177,10 @@ def test_no_profile_leaves_no_folder(tmp_path):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="nsys works where there is a CUDA device")
-def test_nsys_without_cuda_is_refused_before_anything_is_read():
-    def find_data(recipe: Recipe):
-        pytest.fail("the data was looked for")
-
+def test_nsys_without_cuda_is_refused_before_anything_is_read(monkeypatch):
+    monkeypatch.setattr(session, "prepared_root", lambda recipe: pytest.fail("the data was looked for"))
     with pytest.raises(ConfigError, match=r"profile=nsys.*CUDA.*profile=torch"):
-        session.run(replace(Recipe(), profile="nsys"), session.train, find_data)
+        session.run(replace(Recipe(), profile="nsys"), session.train)
 
 
 def test_time_of_attempts_that_were_cut_off_counts(tmp_path):

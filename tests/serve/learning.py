@@ -45,6 +45,7 @@ from tawin_nemo.train.actor import Actor
 from tawin_nemo.train.reference import build_reference
 from tawin_nemo.train.rewards import RankingReward
 from tawin_nemo.train.rl import RlComponents, rl_step
+from tawin_nemo.train.rollouts import PromptStream, Rollouts
 from tawin_nemo.types import DataParallel, Rollout
 from tawin_nemo.util.files import write_json
 from tests.distributed.rollout_worker import LR, PROMPTS, SHAPE, STEPS, prompts, small_catalog
@@ -142,10 +143,11 @@ def learn(recipe: Recipe, *, between: Any = lambda step: None) -> Learned:
         between(len(seen) - 1)
         return RankingReward()(rollout)
 
-    components, timers = RlComponents(recipe.rl, catalog, engine, actor, reference, reward), Timers(1e12, dp)
+    timers = Timers(1e12, dp)
+    rollouts = Rollouts(recipe.rl, engine, catalog, dp, PromptStream(lambda n: prompts(n, dp)), timers)
+    components = RlComponents(recipe.rl, rollouts, actor, reference, reward, timers)
     sync_weights(engine, version=0)
-    stream = iter(range(STEPS))
-    stats = [rl_step(components, lambda: prompts(next(stream), dp), timers, step=step, lr=LR) for step in range(STEPS)]
+    stats = [rl_step(components, step=step, lr=LR) for step in range(STEPS)]
     weights = {name: value.detach().clone() for name, value in model.named_parameters()}
     return Learned(stats, seen, weights, engine)
 

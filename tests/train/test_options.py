@@ -38,6 +38,18 @@ OPTIONS = {
 }
 
 
+def test_the_last_step_is_saved_when_refills_use_up_the_prompts(small_dataset, tmp_path):
+    """Without rl.max_steps, refills may end the stage before its planned number of steps."""
+    options = (
+        "rl.algorithm=dapo rl.max_refill_batches=2 rl.ensure_target=off rl.max_steps=0 rl.epochs=1 rl.rows=all "
+        "sft.enabled=false rl.init=base trainer.save_interval=100 eval.splits=[valid]"
+    ).split()
+    run(*SMALL, *options, f"data.root={small_dataset}", f"run_dir={tmp_path}")
+    lines = metrics(tmp_path, "rl")
+    assert sum(1 + line["rl/refill_batches"] for line in lines) >= 192 / 8 > len(lines)
+    assert (tmp_path / "rl" / "checkpoints" / f"step_{len(lines)}" / "state.json").is_file()
+
+
 @pytest.mark.parametrize("name", OPTIONS)
 def test_option(name, small_dataset, tmp_path):
     summary = run(*SMALL, *OPTIONS[name].split(), f"data.root={small_dataset}", f"run_dir={tmp_path}")

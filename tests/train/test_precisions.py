@@ -13,7 +13,7 @@ from tawin_nemo.config.schema import ModelConfig
 from tawin_nemo.models.megatron.checkpoint import checkpoint
 from tawin_nemo.models.megatron.model.build import build_model
 from tawin_nemo.models.megatron.parallel import runtime
-from tawin_nemo.train import pipeline
+from tawin_nemo.train import pipeline, start
 from tawin_nemo.train.reference import CopiedReference
 from tests.train.actor_scene import SHAPE
 
@@ -46,7 +46,7 @@ def test_a_bf16_checkpoint_is_evaluated_in_float32(tmp_path):
 
 def test_reference_and_start_of_a_stage(monkeypatch):
     here = world("reference.precision=fp32")
-    actor = pipeline.starting_model(here, None)
+    actor = start.starting_model(here, None)
     assert dtype(actor) == torch.bfloat16
     plan = pipeline.Plan("rl", None, [], "rl")
     reference = pipeline.reference_for(here, plan, actor)

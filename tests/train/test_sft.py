@@ -18,7 +18,7 @@ from tawin_nemo.models.megatron.optim.trainable import Trainable
 from tawin_nemo.models.megatron.parallel import runtime
 from tawin_nemo.run.stage import Progress
 from tawin_nemo.train import sft
-from tawin_nemo.train.pipeline import stage_recipe
+from tawin_nemo.train.pipeline import sft_section
 from tawin_nemo.train.sft_data import item_batches
 from tawin_nemo.types import DataParallel, TokenRows
 
@@ -83,10 +83,10 @@ def test_ndcg_decides_when_it_is_watched(monkeypatch):
 
 def test_sft_continued_may_have_its_own_learning_rate():
     recipe = Recipe(sft=SftConfig(lr=2e-3, schedule="cosine"), compare=CompareConfig(sft_continued_lr=3e-4))
-    continued = stage_recipe(recipe, "sft_continued").sft
+    continued = sft_section(recipe, "sft_continued")
     assert (continued.lr, continued.schedule) == (3e-4, "constant")
-    assert stage_recipe(recipe, "sft_all") is recipe
-    assert stage_recipe(Recipe(), "sft_continued") == Recipe()
+    assert sft_section(recipe, "sft_all") is recipe.sft
+    assert sft_section(Recipe(), "sft_continued") == Recipe().sft
 
 
 def world(loss_space: str, micro_batch_tokens: int) -> SimpleNamespace:

@@ -11,6 +11,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from tawin_nemo.tools.doctor.check import Check, check, fails, gib, ok, warning
+from tawin_nemo.util.launch import is_launched
 
 LOW_DISK = 5 * 2**30
 SLOW_DISK = 50 * 2**20  # bytes per second; a checkpoint of 1 GiB takes 20 s
@@ -98,7 +99,7 @@ def ports() -> Check:
         with socket.create_connection(("127.0.0.1", port), timeout=5):
             value = "a connection to this machine works"
     wanted = os.environ.get("MASTER_PORT", "")
-    launched = "RANK" in os.environ or bool(os.environ.get("SLURM_STEP_ID"))  # the port may be in use by our own job
+    launched = is_launched()  # the port may be in use by our own job
     if wanted.isdigit() and not launched and os.environ.get("MASTER_ADDR") in (None, "localhost", "127.0.0.1"):
         try:
             socket.create_server(("", int(wanted))).close()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 
 from tawin_nemo.catalog.semantic_ids import find_codes
@@ -38,9 +37,9 @@ def uses_language_model(recipe: Recipe) -> bool:
 
 
 @check("data")
-def data(recipe: Recipe, kind_of_data: Callable[[Path], str]) -> Check:
-    """``kind_of_data`` says what lies in a folder (prepared, inter, amazon, yelp) or raises DataError."""
+def data(recipe: Recipe) -> Check:
     from tawin_nemo.data.interactions import MANIFEST, read_manifest
+    from tawin_nemo.data_prep.prepare import detect
 
     wanted, root = recipe.data.dataset, Path(recipe.data.root)
     if wanted == "synthetic":
@@ -53,7 +52,7 @@ def data(recipe: Recipe, kind_of_data: Callable[[Path], str]) -> Check:
     if wanted in ("amazon", "yelp") and len(named) == 2:
         found, files = wanted, named
     else:
-        found = kind_of_data(root)
+        found = detect(root)
         files = [path for path in sorted(root.iterdir()) if path.is_file()]
     if found == "prepared" and wanted in ("auto", "prepared"):
         files = [root / MANIFEST, *(root / name for name in read_manifest(root)["files"])]

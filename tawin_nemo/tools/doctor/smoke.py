@@ -21,7 +21,7 @@ from typing import IO, Any
 
 from tawin_nemo.tools.doctor.check import Check, absent, check, fails, ok
 from tawin_nemo.tools.doctor.probe import Found
-from tawin_nemo.util.log import rank
+from tawin_nemo.util.launch import read_launch
 
 #: Seconds for start, imports and the collective. NCCL's own time limit is 10 minutes: nobody should wait for it here.
 LIMIT_S = 180.0
@@ -55,7 +55,7 @@ def all_reduce(found: Found, processes: int, *, launched: bool, limit_s: float =
     result = run_workers([*WORKER, *(["--as-training"] if launched else [])], environments, limit_s)
     if isinstance(result, Failure):
         how = f"still ran after {limit_s:.0f} s" if result.code is None else f"ended with {result.code}"
-        who = rank() if launched else result.rank
+        who = read_launch().rank if launched else result.rank
         return fails(f"{backend}: process {who} {how}: {result.last_words}", _remedy(backend, launched))
     if result.get("quiet"):  # another process of the job has the figures
         return ok(f"{backend}: took part")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import socket
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -17,17 +17,15 @@ from tawin_nemo.tools.doctor.check import Check, Status, check, ok
 from tawin_nemo.tools.doctor.probe import Found, probe
 from tawin_nemo.tools.doctor.table import lines, summary
 from tawin_nemo.util.errors import UserError
-from tawin_nemo.util.log import rank
+from tawin_nemo.util.launch import read_launch
 
 FAILED = UserError.exit_code
-KindOfData = Callable[[Path], str]
 
 
 def run_doctor(
     recipe_path: str | None,
     overrides: Sequence[str],
     *,
-    kind_of_data: KindOfData,
     launched: bool = False,
     quick: bool = False,
 ) -> tuple[dict[str, Any], int]:
@@ -49,7 +47,7 @@ def run_doctor(
         found = probe() if local_rank == 0 else found
     if local_rank == 0:
         checks = [*machine_checks(recipe, found, quick=quick), *checks]
-        checks += recipe_checks(recipe, found, kind_of_data) if recipe else []
+        checks += recipe_checks(recipe, found) if recipe else []
     if not (quick or launched):
         together.append(smoke.all_reduce(found, recipe.trainer.devices if recipe else 8, launched=False))
     checks += together
@@ -119,10 +117,10 @@ def machine_checks(recipe: Recipe | None, found: Found, *, quick: bool) -> Itera
     yield place.ports()
 
 
-def recipe_checks(recipe: Recipe, found: Found, kind_of_data: KindOfData) -> Iterator[Check]:
+def recipe_checks(recipe: Recipe, found: Found) -> Iterator[Check]:
     """Whether this recipe can run here."""
     run_dir = run_dir_of(recipe)
-    yield recipe_here.data(recipe, kind_of_data)
+    yield recipe_here.data(recipe)
     yield recipe_here.catalog_index(recipe)
     yield recipe_here.other_files(recipe)
     yield recipe_here.devices(recipe, found)
@@ -142,9 +140,9 @@ def run_dir_of(recipe: Recipe | None) -> Path:
 
 
 def _print(checks: Sequence[Check], failed: Sequence[Check], *, asked: str) -> None:
-    if rank() == 0:
+    if read_launch().rank == 0:
         print("\n".join([*lines(checks), summary(checks)]), file=sys.stderr, flush=True)
-    for item in failed if rank() else failed[:1]:
+    for item in failed if read_launch().rank else failed[:1]:
         what = f"{asked} cannot run here" if asked else "nothing can be trained here"
         text = f"tawin-nemo doctor: {socket.gethostname()}: {what}: {item.name}: {item.value}; {item.remedy}"
         print(text, file=sys.stderr, flush=True)

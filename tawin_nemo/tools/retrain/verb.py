@@ -12,7 +12,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from tawin_nemo.commands.convert import convert
+from tawin_nemo.commands.convert import export as write_export
 from tawin_nemo.commands.from_checkpoint import engine_of
 from tawin_nemo.commands.session import codes_path, started
 from tawin_nemo.config.schema import Recipe, RetrainConfig
@@ -20,22 +20,22 @@ from tawin_nemo.eval.result import EvalResult
 from tawin_nemo.models.megatron.parallel import disaggregated, runtime
 from tawin_nemo.placement.rollout_ranks import serve
 from tawin_nemo.run import signals
+from tawin_nemo.run.datasets import prepared_root
 from tawin_nemo.run.failures import attempt_logs
 from tawin_nemo.run.world import build_world, open_run_dir
 from tawin_nemo.tools.retrain.gate import Decision, decide
 from tawin_nemo.tools.retrain.nights import EXPORT, GATE_FILE, Night, Place, checked_date
 from tawin_nemo.train.pipeline import evaluate_stage, run_pipeline
-from tawin_nemo.util.errors import REFUSED, ConfigError, TawinError
+from tawin_nemo.util.errors import REFUSED, ConfigError
 from tawin_nemo.util.files import write_json
 from tawin_nemo.util.log import get_logger
 
 log = get_logger(__name__)
 
 SPLIT = "valid"
-FindData = Callable[[Recipe], Path]
 
 
-def run_retrain(recipe: Recipe, find_data: FindData) -> tuple[dict[str, Any], int]:
+def run_retrain(recipe: Recipe) -> tuple[dict[str, Any], int]:
     """(result for the last line on stdout, exit code of this rank): 0 published, ``REFUSED`` on rank 0 if refused.
 
     Raises ConfigError for a recipe that cannot be used, Preempted after a signal or trainer.max_time.
@@ -45,30 +45,16 @@ def run_retrain(recipe: Recipe, find_data: FindData) -> tuple[dict[str, Any], in
         if disaggregated.is_rollout_rank():
             serve()
             return {}, 0
-        result = on_rank_0(lambda: finished(place, day))
+        result = runtime.on_rank_0(lambda: finished(place, day))
         if result is None:
-            night = on_rank_0(lambda: place.night(day, data_of(recipe, day, find_data), warm=recipe.retrain.warm_start))
+            night = runtime.on_rank_0(lambda: place.night(day, data_of(recipe, day), warm=recipe.retrain.warm_start))
             stack.enter_context(attempt_logs(place.run_dir(day)))
             stack.enter_context(signals.listening())
             train_and_export(recipe, night, place)
             decision = gate(recipe, night, place)
-            result = on_rank_0(lambda: conclude(place, decision))
+            result = runtime.on_rank_0(lambda: conclude(place, decision))
         runtime.barrier()
         return result, REFUSED if not result["published"] and runtime.world_rank() == 0 else 0
-
-
-def on_rank_0(find: Callable[[], Any]) -> Any:
-    """What ``find`` returns on rank 0, on every rank; an error of this package is raised on every rank as well."""
-    found: tuple[Any, TawinError | None] = (None, None)
-    if runtime.world_rank() == 0:
-        try:
-            found = (find(), None)
-        except TawinError as error:
-            found = (None, error)
-    value, failure = runtime.broadcast_object(found)
-    if failure is not None:
-        raise failure
-    return value
 
 
 def check_recipe(recipe: Recipe) -> str:
@@ -99,10 +85,10 @@ def finished(place: Place, day: str) -> dict[str, Any] | None:
     return {"date": day, "published": True, "latest": str(published), "gate": str(published / GATE_FILE)}
 
 
-def data_of(recipe: Recipe, day: str, find_data: FindData) -> Callable[[Path], Path]:
+def data_of(recipe: Recipe, day: str) -> Callable[[Path], Path]:
     """Prepares the interactions up to ``day`` in a run directory."""
     window = replace(recipe.prepare, end=recipe.prepare.end or day)
-    return lambda run_dir: find_data(replace(recipe, run_dir=str(run_dir), prepare=window))
+    return lambda run_dir: prepared_root(recipe, run_dir=run_dir, prepare=window)
 
 
 def night_recipe(recipe: Recipe, night: Night, place: Place) -> Recipe:
@@ -126,14 +112,13 @@ def train_and_export(recipe: Recipe, night: Night, place: Place) -> None:
     world = build_world(tonight, run_dir, Path(night.data), codes_path=codes_path(recipe))
     run_pipeline(world)
     stage = run_dir / ("rl" if recipe.rl.enabled else "sft")
-    options = replace(tonight.convert, output=str(export))
-    convert(replace(world, recipe=replace(tonight, checkpoint=str(stage), convert=options)))
+    write_export(world, str(stage), export)
     runtime.barrier()
 
 
 def gate(recipe: Recipe, night: Night, place: Place) -> Decision:
     """Judge the export against what is published now; the decision is written to ``RUN_DIR/gate.json``."""
-    published = on_rank_0(place.published)
+    published = runtime.on_rank_0(place.published)
     version = place.version(night.date)
     export = version if version.is_dir() else place.run_dir(night.date) / EXPORT
     candidate = evaluate_export(recipe, night, place, export, "candidate")
@@ -153,7 +138,7 @@ def gate(recipe: Recipe, night: Night, place: Place) -> Decision:
 def evaluate_export(recipe: Recipe, night: Night, place: Place, export: Path, name: str) -> EvalResult:
     """Evaluate an exported model, as it will be served, on the night's valid rows (once)."""
     directory = place.run_dir(night.date) / "gate" / name
-    if not on_rank_0(lambda: (directory / "eval" / f"{SPLIT}.json").is_file()):
+    if not runtime.on_rank_0(lambda: (directory / "eval" / f"{SPLIT}.json").is_file()):
         tonight = night_recipe(recipe, replace(night, start=str(export)), place)
         looked_at = replace(tonight, run_dir=str(directory), eval=replace(recipe.eval, splits=[SPLIT]))
         open_run_dir(looked_at, same_recipe=False)

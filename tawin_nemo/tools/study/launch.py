@@ -18,6 +18,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from tawin_nemo.config.schema import Recipe
+from tawin_nemo.run.datasets import prepared_root
 from tawin_nemo.tools.study import provenance
 from tawin_nemo.tools.study.arms import Study
 from tawin_nemo.tools.study.plan import Plan, Run, arm_keys, as_override, parent_run, recipe_hash
@@ -77,7 +78,7 @@ def train_command(study: Study) -> Command:
     return command
 
 
-def data_finder(study: Study, find_data: FindData) -> Callable[[Run], Path]:
+def data_finder(study: Study, find_data: FindData = prepared_root) -> Callable[[Run], Path]:
     """Gives each run its prepared data; raw data is prepared once for all runs that agree on it, below ``run_root``.
 
     So all seeds see the same users, in generated data too: those are made with the recipe's own seed.

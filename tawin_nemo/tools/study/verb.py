@@ -10,7 +10,7 @@ from tawin_nemo.tools.study import provenance
 from tawin_nemo.tools.study.analysis import load_results
 from tawin_nemo.tools.study.arms import Study, unfold
 from tawin_nemo.tools.study.config import read_study
-from tawin_nemo.tools.study.launch import FindData, data_finder, train_command
+from tawin_nemo.tools.study.launch import data_finder, train_command
 from tawin_nemo.tools.study.plan import DONE, make_plan, plan_table
 from tawin_nemo.tools.study.runner import Outcome, Runner
 from tawin_nemo.util.files import atomic_path
@@ -20,7 +20,7 @@ log = get_logger(__name__)
 
 
 def run_study(
-    path: str | Path | None, overrides: Sequence[str], *, find_data: FindData, dry_run: bool = False
+    path: str | Path | None, overrides: Sequence[str], *, dry_run: bool = False
 ) -> tuple[dict[str, Any], int]:
     """Run a study and write its results page. Returns the JSON line for stdout, and the exit code (1 = a run failed).
 
@@ -40,7 +40,7 @@ def run_study(
         provenance.require_repository(asked.results)
     outcome = Outcome()
     if plan.waiting:
-        outcome = Runner(plan, train_command(asked), data_finder(asked, find_data), workers=workers).run()
+        outcome = Runner(plan, train_command(asked), data_finder(asked), workers=workers).run()
     result = {
         "study": asked.file.study,
         "finished": len(outcome.finished),

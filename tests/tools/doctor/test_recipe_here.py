@@ -3,7 +3,6 @@ from pathlib import Path
 
 import pytest
 
-from tawin_nemo.cli import kind_of_data
 from tawin_nemo.config.backbones import BACKBONES, with_vocab
 from tawin_nemo.config.load import load_recipe
 from tawin_nemo.config.schema import Recipe
@@ -26,7 +25,7 @@ def gpus(count: int, capability=(9, 0), *, cuda: str = "12.9", engine: Library |
 
 # -- data -----------------------------------------------------------------------------------------------------------
 def data(root: Path, dataset: str = "auto", *more: str) -> Check:
-    return recipe_here.data(recipe(f"data.root={root}", f"data.dataset={dataset}", *more), kind_of_data)
+    return recipe_here.data(recipe(f"data.root={root}", f"data.dataset={dataset}", *more))
 
 
 def touch(root: Path, *names: str) -> Path:
@@ -36,11 +35,11 @@ def touch(root: Path, *names: str) -> Path:
 
 
 def test_generated_data_is_always_there():
-    assert recipe_here.data(recipe("data.dataset=synthetic"), kind_of_data).status == Status.OK
+    assert recipe_here.data(recipe("data.dataset=synthetic")).status == Status.OK
 
 
 def test_data_that_is_not_named_or_not_there(tmp_path):
-    assert "data.root is empty" in recipe_here.data(recipe(), kind_of_data).value
+    assert "data.root is empty" in recipe_here.data(recipe()).value
     assert "is not a folder" in data(tmp_path / "nowhere").value
     assert "nothing known in" in data(tmp_path).remedy
 

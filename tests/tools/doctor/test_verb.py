@@ -6,7 +6,6 @@ import sys
 
 import pytest
 
-from tawin_nemo.cli import kind_of_data
 from tawin_nemo.tools.doctor import smoke, verb
 from tawin_nemo.tools.doctor.check import Check, Status
 from tawin_nemo.tools.doctor.probe import Found, Library
@@ -40,7 +39,7 @@ def names(result: dict) -> list[str]:
 
 def test_a_machine_without_recipe(stand_ins, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    result, code = verb.run_doctor(None, [], kind_of_data=kind_of_data)
+    result, code = verb.run_doctor(None, [])
     assert code == 0, result["failed"]
     assert result["can_run"]
     assert stand_ins["all-reduce"] == (8, False)
@@ -54,7 +53,7 @@ def test_a_machine_without_recipe(stand_ins, tmp_path, monkeypatch, capsys):
 
 
 def test_a_recipe_that_can_run_here(stand_ins, tmp_path):
-    result, code = verb.run_doctor(None, [*NANO, f"run_dir={tmp_path}/x"], kind_of_data=kind_of_data)
+    result, code = verb.run_doctor(None, [*NANO, f"run_dir={tmp_path}/x"])
     assert (code, result["can_run"]) == (0, True), result["failed"]
     for name in ("recipe", "data", "devices", "model.init", "tokenizer", "layout", "memory for the model"):
         assert name in names(result)
@@ -62,7 +61,7 @@ def test_a_recipe_that_can_run_here(stand_ins, tmp_path):
 
 def test_the_first_failure_is_said_last_with_its_remedy(stand_ins, tmp_path, capsys):
     overrides = [*NANO, f"run_dir={tmp_path}/x", "model.init=nowhere", "model.precision=fp8-blockwise"]
-    result, code = verb.run_doctor(None, overrides, kind_of_data=kind_of_data)
+    result, code = verb.run_doctor(None, overrides)
     assert code == 2
     assert result["failed"][0] == "Transformer Engine"
     assert {"model.init", "model.precision"} <= set(result["failed"])
@@ -72,13 +71,13 @@ def test_the_first_failure_is_said_last_with_its_remedy(stand_ins, tmp_path, cap
 
 def test_a_recipe_that_cannot_be_read_still_gets_the_table(stand_ins, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    result, code = verb.run_doctor("recipes/nowhere.yaml", [], kind_of_data=kind_of_data)
+    result, code = verb.run_doctor("recipes/nowhere.yaml", [])
     assert (code, result["failed"]) == (2, ["recipe"])
     assert "Python" in names(result)
 
 
 def test_quick_leaves_out_what_takes_time(stand_ins, tmp_path):
-    result, _ = verb.run_doctor(None, [*NANO, f"run_dir={tmp_path}"], kind_of_data=kind_of_data, quick=True)
+    result, _ = verb.run_doctor(None, [*NANO, f"run_dir={tmp_path}"], quick=True)
     assert stand_ins == {"imports": ("torch",)}
     assert not {"all-reduce", "megatron-core"} & set(names(result))
 
@@ -86,7 +85,7 @@ def test_quick_leaves_out_what_takes_time(stand_ins, tmp_path):
 def test_one_process_per_machine_looks_the_others_take_part(stand_ins, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("RANK", "5")
     monkeypatch.setenv("LOCAL_RANK", "1")
-    result, code = verb.run_doctor(None, [*NANO], kind_of_data=kind_of_data, launched=True)
+    result, code = verb.run_doctor(None, [*NANO], launched=True)
     assert (code, names(result)) == (0, ["recipe", "all-reduce"])
     assert stand_ins["all-reduce"] == (1, True)
     assert capsys.readouterr().err == ""
@@ -94,7 +93,7 @@ def test_one_process_per_machine_looks_the_others_take_part(stand_ins, tmp_path,
 
 def test_a_baseline_has_no_language_model_to_check(stand_ins, tmp_path):
     overrides = ["baseline.model=sasrec", "data.dataset=synthetic", f"run_dir={tmp_path}"]
-    result, _ = verb.run_doctor(None, overrides, kind_of_data=kind_of_data)
+    result, _ = verb.run_doctor(None, overrides)
     assert "data" in names(result)
     assert "layout" not in names(result)
 

@@ -62,7 +62,7 @@ def section(text: str, title: str) -> str:
 
 def test_the_page_is_the_same_every_time_and_needs_the_run_files_only(folder, text):
     plots = {path.name: path.read_bytes() for path in (folder / "results/probe").glob("*.png")}
-    run_study(write_study(folder, **KEYS), ["report=true", f"run_root={folder / 'nothing'}"], find_data=_no_data)
+    run_study(write_study(folder, **KEYS), ["report=true", f"run_root={folder / 'nothing'}"])
     assert (folder / "results/probe/README.md").read_text(encoding="utf-8") == text
     assert plots == {path.name: path.read_bytes() for path in (folder / "results/probe").glob("*.png")}
     assert plots.keys() == {"sweep.tawin.anchor.valid.png", "sweep.tawin.anchor.test.png",
@@ -72,10 +72,6 @@ def test_the_page_is_the_same_every_time_and_needs_the_run_files_only(folder, te
     assert "Does the window matter?" in text
     assert "--recipe" in text
     assert str(folder) not in text
-
-
-def _no_data(recipe):
-    raise AssertionError("a report needs no data")
 
 
 def test_means_and_intervals_are_those_of_the_ranks(text):
@@ -221,7 +217,7 @@ def test_nothing_is_plotted_before_there_is_a_run(tmp_path):
 
 
 def test_a_dry_run_says_what_would_run(folder, caplog):
-    line, code = run_study(write_study(folder, **KEYS), [], find_data=_no_data, dry_run=True)
+    line, code = run_study(write_study(folder, **KEYS), [], dry_run=True)
     assert code == 0
     assert line["done"] == 16
     assert line["to_run"][0] == "sft.seed3"

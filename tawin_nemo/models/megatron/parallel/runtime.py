@@ -1,17 +1,13 @@
-"""Process groups: one launcher-independent start, and the few questions about ranks that other modules ask.
-
-Ranks come from torchrun (``RANK``, ``WORLD_SIZE``, ``LOCAL_RANK``) or from srun (``SLURM_PROCID``,
-``SLURM_STEP_NUM_TASKS`` or ``SLURM_NTASKS``, ``SLURM_LOCALID``); with neither there is one process.
-"""
+"""Process groups: one launcher-independent start, and the few questions about ranks that other modules ask."""
 
 from __future__ import annotations
 
 import hashlib
 import os
 import re
-from dataclasses import dataclass
+from collections.abc import Callable
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -22,32 +18,12 @@ from tawin_nemo.models.megatron.parallel import disaggregated, groups, shim
 from tawin_nemo.models.megatron.parallel.disaggregated import RolloutRanks
 from tawin_nemo.models.megatron.parallel.groups import TIMEOUT, time_limit
 from tawin_nemo.types import DataParallel
-from tawin_nemo.util.errors import ConfigError
+from tawin_nemo.util.errors import ConfigError, TawinError
+from tawin_nemo.util.launch import Launch, read_launch
 from tawin_nemo.util.log import get_logger
 
 _log = get_logger(__name__)
-
-
-@dataclass(frozen=True)
-class Launch:
-    """What the launcher says about this process."""
-
-    rank: int = 0
-    world_size: int = 1
-    local_rank: int = 0
-
-
-def read_launch(env: dict[str, str] | None = None) -> Launch:
-    """This process's place, from torchrun's variables, else from srun's, else one process."""
-    env = dict(os.environ) if env is None else env
-    if "RANK" in env and "WORLD_SIZE" in env:
-        rank = int(env["RANK"])
-        return Launch(rank, int(env["WORLD_SIZE"]), int(env.get("LOCAL_RANK", rank)))
-    # SLURM_STEP_ID tells a task of srun from the batch script itself, which also sees SLURM_PROCID=0.
-    if "SLURM_PROCID" in env and env.get("SLURM_STEP_ID", "") != "":
-        tasks = env.get("SLURM_STEP_NUM_TASKS", env.get("SLURM_NTASKS", "1"))
-        return Launch(int(env["SLURM_PROCID"]), int(tasks), int(env.get("SLURM_LOCALID", "0")))
-    return Launch()
+T = TypeVar("T")
 
 
 def _rendezvous(env: dict[str, str]) -> tuple[str, int]:
@@ -242,6 +218,30 @@ def broadcast_object(value: Any) -> Any:
     box = [value]
     dist.broadcast_object_list(box, src=0)
     return box[0]
+
+
+def on_rank_0(compute: Callable[[], T]) -> T:
+    """What ``compute`` returns on world rank 0, which alone calls it, on every rank.
+
+    A TawinError is raised on every rank: the error itself on rank 0, on the others one of the nearest class of
+    ``util.errors`` with the same message. Any other exception is raised on rank 0 alone and ends the job.
+    """
+    if world_size() == 1:
+        return compute()
+    failure: TawinError | None = None
+    result: tuple[Any, TawinError | None] = (None, None)
+    if world_rank() == 0:
+        try:
+            result = (compute(), None)
+        except TawinError as error:
+            failure = error
+            kind = next(base for base in type(error).__mro__ if base.__module__ == TawinError.__module__)
+            result = (None, kind(str(error)))
+    value, remote = broadcast_object(result)
+    if failure is not None or remote is not None:
+        raise failure or remote
+    computed: T = value
+    return computed
 
 
 def broadcast_bytes(data: bytes | None) -> bytes:

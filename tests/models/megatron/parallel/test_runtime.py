@@ -12,26 +12,7 @@ from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from tawin_nemo.config.schema import ModelConfig
 from tawin_nemo.models.megatron.checkpoint.async_save import AsyncSaver
 from tawin_nemo.models.megatron.parallel import groups, runtime
-from tawin_nemo.models.megatron.parallel.runtime import Launch
 from tawin_nemo.util.errors import ConfigError
-
-
-@pytest.mark.parametrize(
-    ("env", "expected"),
-    [
-        ({}, Launch(0, 1, 0)),
-        ({"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1"}, Launch(5, 8, 1)),
-        (
-            {"SLURM_PROCID": "9", "SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "16", "SLURM_LOCALID": "1"},
-            Launch(9, 16, 1),
-        ),
-        ({"SLURM_PROCID": "9", "SLURM_STEP_ID": "0", "SLURM_NTASKS": "16"}, Launch(9, 16, 0)),
-        # the batch script itself, outside srun: one process, or it would wait for ranks that never come
-        ({"SLURM_PROCID": "0", "SLURM_NTASKS": "16"}, Launch(0, 1, 0)),
-    ],
-)
-def test_launch_variables(env: dict[str, str], expected: Launch) -> None:
-    assert runtime.read_launch(env) == expected
 
 
 @pytest.mark.parametrize(

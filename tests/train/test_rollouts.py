@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from tawin_nemo.rollout.groups import join_groups, take_groups
-from tawin_nemo.train.refill import informative, refilled
+from tawin_nemo.train.rollouts import informative, refilled
 from tawin_nemo.types import DataParallel, PromptBatch, Rollout, TokenRows
 
 G = 3

@@ -1,0 +1,37 @@
+"""Which dataset a recipe means, and where its run directory is."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from tawin_nemo.config.schema import PrepareConfig, Recipe
+from tawin_nemo.util.errors import ConfigError
+
+
+def run_dir_of(recipe: Recipe) -> Path:
+    """The run directory: ``run_dir``, or ``runs/NAME`` where that is empty."""
+    return Path(recipe.run_dir or f"runs/{recipe.name}")
+
+
+def prepared_root(recipe: Recipe, *, run_dir: Path | None = None, prepare: PrepareConfig | None = None) -> Path:
+    """The folder of the prepared dataset: ``data.root`` itself, or raw (or synthetic) data prepared into RUN_DIR/data.
+
+    A folder that was prepared from the same sources with the same parameters is reused. ``run_dir`` and ``prepare``
+    stand for the recipe's own where given. Raises ConfigError for ``data.root`` empty or not a folder, DataError for
+    data that cannot be used.
+    """
+    from tawin_nemo.data_prep.prepare import detect
+    from tawin_nemo.data_prep.prepare import prepare as prepare_data
+
+    source, root = recipe.data.dataset, Path(recipe.data.root)
+    if not recipe.data.root and source != "synthetic":
+        raise ConfigError(f"data.dataset={source} but data.root is empty; set data.root=DIR or data.dataset=synthetic")
+    if recipe.data.root and not root.is_dir():
+        raise ConfigError(f"data.root={recipe.data.root} is not a folder; name the one that holds the data")
+    if source == "auto":
+        source = detect(root)
+    if source == "prepared":
+        return root
+    out = (run_dir or run_dir_of(recipe)) / "data"
+    keys = prepare or recipe.prepare
+    return prepare_data(source, root, out, prepare=keys, data=recipe.data, seed=recipe.seed, name=recipe.name)

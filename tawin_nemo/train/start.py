@@ -1,0 +1,104 @@
+"""The weights that a stage starts from: random, pretrained, or those of a checkpoint.
+
+Pretrained weights do not know the tokens that were added to their tokenizer; the rows of those tokens begin as
+``model.new_tokens`` says.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+from megatron.core.models.gpt import GPTModel
+
+from tawin_nemo.catalog.items import Catalog
+from tawin_nemo.data.tokenizer import words_of
+from tawin_nemo.models.megatron.checkpoint import checkpoint
+from tawin_nemo.models.megatron.hf.io import load_hf
+from tawin_nemo.models.megatron.hf.new_tokens import NewTokens
+from tawin_nemo.models.megatron.model.build import build_model
+from tawin_nemo.models.megatron.model.precision import AS_MODEL, in_precision
+from tawin_nemo.run.stage import chosen_checkpoint
+from tawin_nemo.run.world import World
+from tawin_nemo.types import TokenRows
+from tawin_nemo.util.errors import ConfigError
+
+
+def starting_model(
+    world: World, stage: str | None, *, checkpoint_path: str = "", dropout: float = 0.0, precision: str = AS_MODEL
+) -> GPTModel:
+    """A model with the weights that the finished ``stage`` of this run hands on; where that is None, those of
+    ``checkpoint_path``, else of the recipe's ``start``, else of ``model.init``.
+
+    Only SFT has dropout: under it the policy ratio of an unchanged policy would be noise around 1 and would be
+    clipped. ``precision`` may differ from the recipe's (``reference.precision``, ``eval.precision``). Raises
+    ConfigError for a path that is no checkpoint.
+    """
+    recipe = world.recipe
+    cfg = in_precision(replace(recipe.model, dropout=dropout), precision)  # build_model reads both from the section
+    path: Path | None = None
+    if stage is not None:
+        path = chosen_checkpoint(world.run_dir / stage)
+    elif checkpoint_path:
+        path = named_checkpoint(checkpoint_path, "checkpoint")
+    elif recipe.start:
+        path = named_checkpoint(recipe.start, "start")
+    loads = path is not None or recipe.model.init != "random"
+    model = build_model(
+        world.shape, cfg, seed=recipe.seed, rollout_tp=recipe.rollout_layout[0], to_be_loaded=loads
+    )  # fmt: skip
+    if path is not None:
+        checkpoint.load_checkpoint(path, model=model)
+    elif recipe.model.init != "random":
+        load_hf(model, world.shape, Path(recipe.model.init), new_tokens(world))
+    return model
+
+
+def named_checkpoint(named: str, key: str) -> Path:
+    """The checkpoint at the path that recipe key ``key`` names: a finished stage's chosen one, or one step_N.
+
+    Raises ConfigError when it is neither.
+    """
+    path = Path(named)
+    if (path / "done.json").is_file():
+        return chosen_checkpoint(path)
+    if not (path / "state.json").is_file():
+        raise ConfigError(f"{key}={named} is neither a finished stage (done.json) nor a step_N (state.json)")
+    return path
+
+
+def new_tokens(world: World) -> NewTokens:
+    """The tokens that were added to the tokenizer of ``model.init`` (of ``data.tokenizer`` where that has none)."""
+    recipe = world.recipe
+    folder = Path(recipe.model.init)
+    if not (folder / "tokenizer.json").is_file():
+        folder = Path(recipe.data.tokenizer)
+    known = words_of(folder)
+    own = world.tokenizer.backend.get_vocab(with_added_tokens=True)
+    ids = np.sort(np.array([token for word, token in own.items() if word not in known], dtype=np.int64))
+    if recipe.model.new_tokens == "mean":
+        return NewTokens(ids)
+    return NewTokens(ids, words_of_codes(ids, world.catalog, world.tokenizer.encode_batch(world.dataset.items.titles)))
+
+
+def words_of_codes(ids: np.ndarray, catalog: Catalog, title_I: TokenRows) -> TokenRows:
+    """For each token the title tokens of all items that are written with it, item by item; none for other tokens."""
+    item_E = np.repeat(np.arange(len(catalog)), catalog.paths.lengths)
+    place_E = np.minimum(np.searchsorted(ids, catalog.paths.flat), max(len(ids) - 1, 0))
+    used = np.flatnonzero(ids[place_E] == catalog.paths.flat) if len(ids) else np.zeros(0, dtype=np.int64)
+    used = used[np.argsort(place_E[used], kind="stable")]
+    words = title_I.take(item_E[used])
+    lengths = np.bincount(place_E[used], weights=words.lengths, minlength=len(ids)).astype(np.int64)
+    return TokenRows(words.flat, np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64))
+
+
+def only_new_tokens(world: World) -> NewTokens:
+    """What ``model.freeze_backbone`` leaves to train. Raises ConfigError when that is nothing."""
+    new = new_tokens(world)
+    if len(new.ids) == 0:
+        raise ConfigError(
+            f"model.freeze_backbone=true trains what model.init={world.recipe.model.init} does not know, but it knows "
+            "all tokens of this catalog; set freeze_backbone=false"
+        )
+    return new

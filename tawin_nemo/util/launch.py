@@ -1,0 +1,36 @@
+"""What the launcher (torchrun or srun) says about this process; nothing else reads these environment variables.
+
+torchrun sets ``RANK``, ``WORLD_SIZE`` and ``LOCAL_RANK``; srun sets ``SLURM_PROCID``, ``SLURM_STEP_NUM_TASKS`` (or
+``SLURM_NTASKS``) and ``SLURM_LOCALID``. A batch script outside srun also sees ``SLURM_PROCID=0`` and the tasks of its
+job, but no ``SLURM_STEP_ID``: it is one process.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Launch:
+    """This process among those that were started together."""
+
+    rank: int = 0
+    world_size: int = 1
+    local_rank: int = 0  # among those on this machine
+
+
+def read_launch(env: Mapping[str, str] = os.environ) -> Launch:
+    """Rank and number of processes from torchrun's variables, else from srun's, else one process."""
+    if "RANK" in env:
+        return Launch(int(env["RANK"]), int(env.get("WORLD_SIZE", "1")), int(env.get("LOCAL_RANK", env["RANK"])))
+    if "SLURM_PROCID" in env and env.get("SLURM_STEP_ID"):
+        tasks = env.get("SLURM_STEP_NUM_TASKS", env.get("SLURM_NTASKS", "1"))
+        return Launch(int(env["SLURM_PROCID"]), int(tasks), int(env.get("SLURM_LOCALID", "0")))
+    return Launch()
+
+
+def is_launched(env: Mapping[str, str] = os.environ) -> bool:
+    """Whether torchrun or srun started this process, perhaps as the only one."""
+    return "RANK" in env or bool(env.get("SLURM_STEP_ID"))
