@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, StrictBool, StrictInt, StrictStr
+from pydantic import Field, StrictBool, StrictInt, StrictStr, computed_field, model_validator
 
 from tawin_nemo.api.schema import Strict, Versions
 
@@ -71,6 +71,14 @@ class Build(Change):
 class Candidate(Strict):
     catalog_version: Annotated[StrictInt, Field(ge=1)]
 
+    @model_validator(mode="before")
+    @classmethod
+    def _accept_the_old_spelling(cls, body: Any) -> Any:
+        """Callers of releases that spelled the field ``catalogue_version`` keep working."""
+        if isinstance(body, dict) and "catalogue_version" in body and "catalog_version" not in body:
+            return {("catalog_version" if name == "catalogue_version" else name): value for name, value in body.items()}
+        return body
+
 
 class Reply(Versions):
     success: bool = True
@@ -83,6 +91,16 @@ class CatalogReply(Reply):
     paths: int
     fingerprint: str
     validated: bool
+
+
+class DeprecatedCatalogReply(CatalogReply):
+    """The reply of the deprecated ``/catalogue/...`` routes, with the version under both spellings."""
+
+    @computed_field  # type: ignore[prop-decorator]
+    @property
+    def catalogue_version(self) -> int:
+        """The same as ``catalog_version``."""
+        return self.catalog_version
 
 
 class StatusReply(Versions):

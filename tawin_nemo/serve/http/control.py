@@ -6,13 +6,13 @@ import gc
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from importlib import metadata
 from pathlib import Path
 
 import torch
 from fastapi import FastAPI
 from fastapi.responses import Response
 
+from tawin_nemo import __version__
 from tawin_nemo.api import control_schema as schema
 from tawin_nemo.api.schema import ERRORS, Health
 from tawin_nemo.serve.engine.catalog import NewItem, ServedCatalog, read_items
@@ -215,7 +215,7 @@ def _no_collection() -> Iterator[None]:
 def control_app(plane: ControlPlane | None, *, token: str = "") -> FastAPI:
     """The control plane's application; without a plane only its OpenAPI document can be had."""
     app = FastAPI(
-        title="tawin_nemo control plane", version=metadata.version("tawin-nemo"), docs_url=None, redoc_url=None,
+        title="tawin_nemo control plane", version=__version__, docs_url=None, redoc_url=None,
         description="Weights, catalog and life of a server. Not for users: it has a port and a token of its own.",
     )  # fmt: skip
     routes = plane if plane is not None else ControlPlane.__new__(ControlPlane)
@@ -227,7 +227,12 @@ def control_app(plane: ControlPlane | None, *, token: str = "") -> FastAPI:
     for name in names:
         app.add_api_route(f"/{name}", getattr(routes, name), methods=["POST"], responses=errors)
     for name in ("build", "validate", "activate", "items"):
-        app.add_api_route(f"/catalog/{name}", getattr(routes, name), methods=["POST"], responses=errors)
+        handler = getattr(routes, name)
+        app.add_api_route(f"/catalog/{name}", handler, methods=["POST"], responses=errors)
+        app.add_api_route(
+            f"/catalogue/{name}", handler, methods=["POST"], response_model=schema.DeprecatedCatalogReply,
+            deprecated=True, include_in_schema=False,
+        )  # fmt: skip
     for name in ("status", "health"):
         app.add_api_route(f"/{name}", getattr(routes, name), methods=["GET"], responses=errors)
     app.add_api_route("/metrics", routes.metrics, methods=["GET"], responses=errors, response_class=Response)

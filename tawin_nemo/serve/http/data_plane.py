@@ -7,7 +7,6 @@ import math
 import time
 from collections.abc import Callable, Collection
 from functools import partial
-from importlib import metadata
 from typing import Annotated
 
 from fastapi import FastAPI, Query, Request
@@ -16,6 +15,7 @@ from pydantic import BaseModel
 from starlette.concurrency import run_in_threadpool
 from starlette.middleware.cors import CORSMiddleware
 
+from tawin_nemo import __version__
 from tawin_nemo.api import schema
 from tawin_nemo.api.arrays import MEDIA_TYPE
 from tawin_nemo.serve.engine.catalog import ServedCatalog
@@ -163,7 +163,7 @@ def _as_json(reply: BaseModel) -> Response:
 def data_app(plane: DataPlane | None, *, keys: Collection[str] = ()) -> FastAPI:
     """The data plane's application; without a plane only its OpenAPI document can be had."""
     app = FastAPI(
-        title="tawin_nemo", version=metadata.version("tawin-nemo"), docs_url=None, redoc_url=None,
+        title="tawin_nemo", version=__version__, docs_url=None, redoc_url=None,
         description="Recommendations by trie-constrained generation: every answer is a catalog item.",
     )  # fmt: skip
     routes = plane if plane is not None else DataPlane.__new__(DataPlane)
