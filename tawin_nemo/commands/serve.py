@@ -30,9 +30,9 @@ from tawin_nemo.run.world import World
 from tawin_nemo.serve.engine.admission import Limits
 from tawin_nemo.serve.engine.catalog import ServedCatalog, Writing, read_items
 from tawin_nemo.serve.engine.engine import Engine
-from tawin_nemo.serve.engine.metrics import Metrics
 from tawin_nemo.serve.engine.ranks import Alone, Leader, Ranks, follow
 from tawin_nemo.serve.engine.replica import FromTensors, Replica
+from tawin_nemo.serve.engine.telemetry import Metrics
 from tawin_nemo.serve.http.requests import Terms
 from tawin_nemo.serve.http.server import Secrets, Server, settings_of
 from tawin_nemo.util.errors import ConfigError

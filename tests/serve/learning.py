@@ -36,9 +36,9 @@ from tawin_nemo.run.timers import Timers
 from tawin_nemo.serve.engine.admission import Limits
 from tawin_nemo.serve.engine.catalog import ServedCatalog
 from tawin_nemo.serve.engine.engine import Engine
-from tawin_nemo.serve.engine.metrics import Metrics
 from tawin_nemo.serve.engine.ranks import Alone, Leader, follow
 from tawin_nemo.serve.engine.replica import Replica
+from tawin_nemo.serve.engine.telemetry import Metrics
 from tawin_nemo.serve.http.requests import Terms
 from tawin_nemo.serve.http.server import Secrets, Server
 from tawin_nemo.train.actor import Actor

@@ -25,9 +25,9 @@ from tawin_nemo.data.tokenizer import Tokenizer, build_tokenizer
 from tawin_nemo.serve.engine.admission import Limits
 from tawin_nemo.serve.engine.catalog import ServedCatalog, Writing
 from tawin_nemo.serve.engine.engine import Engine
-from tawin_nemo.serve.engine.metrics import Metrics
 from tawin_nemo.serve.engine.ranks import Alone, Leader
 from tawin_nemo.serve.engine.replica import FromTensors, Replica
+from tawin_nemo.serve.engine.telemetry import Metrics
 from tawin_nemo.serve.http.requests import Terms
 from tawin_nemo.serve.http.server import Secrets, Server
 from tawin_nemo.types import TokenRows

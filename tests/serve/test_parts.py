@@ -13,7 +13,6 @@ import pytest
 
 from tawin_nemo.rollout.filters import ItemFilter
 from tawin_nemo.serve.engine.jobs import Job
-from tawin_nemo.serve.engine.metrics import Metrics
 from tawin_nemo.serve.engine.orders import (
     Admit,
     Advance,
@@ -32,6 +31,7 @@ from tawin_nemo.serve.engine.orders import (
 from tawin_nemo.serve.engine.ranks import Leader, follow
 from tawin_nemo.serve.engine.replica import Replica
 from tawin_nemo.serve.engine.running import Running
+from tawin_nemo.serve.engine.telemetry import Metrics
 from tawin_nemo.serve.http import openapi
 from tawin_nemo.serve.http.server import bound
 from tawin_nemo.types import TokenRows

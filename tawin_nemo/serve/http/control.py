@@ -19,9 +19,9 @@ from tawin_nemo.serve.engine.catalog import NewItem, ServedCatalog, read_items
 from tawin_nemo.serve.engine.engine import Engine
 from tawin_nemo.serve.engine.jobs import Rejected
 from tawin_nemo.serve.engine.weight_sources import FromDisk
-from tawin_nemo.serve.http.problems import Problem, handle_problems
+from tawin_nemo.serve.http.errors import ApiError, add_error_handlers, without_422
+from tawin_nemo.serve.http.middleware import add_middleware
 from tawin_nemo.serve.http.requests import Terms
-from tawin_nemo.serve.http.web import Keyed, Limited, Observed, without_422
 from tawin_nemo.serve.http.weight_updates import WeightUpdates
 from tawin_nemo.util.errors import CheckpointError
 
@@ -47,7 +47,7 @@ class ControlPlane:
         try:
             version = self.engine.update_weights(FromDisk(str(path)), body.weight_version)
         except CheckpointError as error:  # those in use stay
-            raise Problem(400, str(error), param="model_path", code="checkpoint_unusable") from error
+            raise ApiError(400, str(error), param="model_path", code="checkpoint_unusable") from error
         return self._reply(f"weights of {path.name} are version {version}")
 
     def init_weights_update_group(self, body: schema.InitGroup) -> schema.Reply:
@@ -100,7 +100,7 @@ class ControlPlane:
     def build(self, body: schema.Build) -> schema.CatalogReply:
         """Make a candidate beside the catalog in use."""
         if body.path is not None and (body.add or body.remove):
-            raise Problem(400, "path is a whole catalog; it does not go with add and remove", param="path")
+            raise ApiError(400, "path is a whole catalog; it does not go with add and remove", param="path")
         with self._building, _no_collection():
             return self._shown(self._built(body))
 
@@ -116,7 +116,7 @@ class ControlPlane:
             version = body.catalog_version
             self._candidate(version)
             if version not in self._valid:
-                raise Problem(409, f"candidate {version} was not validated; POST /catalog/validate first")
+                raise ApiError(409, f"candidate {version} was not validated; POST /catalog/validate first")
             return self._activated(version)
 
     def items(self, body: schema.Change) -> schema.CatalogReply:
@@ -150,7 +150,7 @@ class ControlPlane:
     def _activated(self, version: int) -> schema.CatalogReply:
         candidate, base = self._candidates[version]
         if base != self.engine.catalog.version:
-            raise Problem(409, f"candidate {version} was built on {base}; {self.engine.catalog.version} is in use now")
+            raise ApiError(409, f"candidate {version} was built on {base}; {self.engine.catalog.version} is in use now")
         self.engine.activate(candidate)
         reply = self._shown(version)
         del self._candidates[version]
@@ -158,7 +158,7 @@ class ControlPlane:
 
     def _candidate(self, version: int) -> ServedCatalog:
         if version not in self._candidates:
-            raise Problem(404, f"there is no candidate {version}; there are {sorted(self._candidates)}")
+            raise ApiError(404, f"there is no candidate {version}; there are {sorted(self._candidates)}")
         return self._candidates[version][0]
 
     def _shown(self, version: int) -> schema.CatalogReply:
@@ -191,14 +191,14 @@ class ControlPlane:
         )
 
     def _confined(self, name: str) -> Path:
-        """The path without links and dots. Raises Problem when it is not below one of the roots or not there."""
+        """The path without links and dots. Raises ApiError when it is not below one of the roots or not there."""
         if "\0" in name:
-            raise Problem(400, "a path has no zero bytes", param="path")
+            raise ApiError(400, "a path has no zero bytes", param="path")
         path = Path(name).resolve()
         if not any(path.is_relative_to(root) for root in self._roots):
-            raise Problem(403, "the path is not below serve.roots", param="path", code="path_not_allowed")
+            raise ApiError(403, "the path is not below serve.roots", param="path", code="path_not_allowed")
         if not path.exists():
-            raise Problem(404, "the path does not exist", param="path")
+            raise ApiError(404, "the path does not exist", param="path")
         return path
 
 
@@ -236,13 +236,14 @@ def control_app(plane: ControlPlane | None, *, token: str = "") -> FastAPI:
     for name in ("status", "health"):
         app.add_api_route(f"/{name}", getattr(routes, name), methods=["GET"], responses=errors)
     app.add_api_route("/metrics", routes.metrics, methods=["GET"], responses=errors, response_class=Response)
-    handle_problems(app)
+    add_error_handlers(app)
     app.openapi = without_422(app.openapi)  # type: ignore[method-assign]
     if plane is not None:
         if not token:
             raise Rejected("invalid", "the control plane needs a token")
         settings = plane.terms.settings
-        app.add_middleware(Limited, max_bytes=64 * 1024 * settings.max_body_kb, seconds=settings.read_timeout_s)
-        app.add_middleware(Keyed, keys=[token], open_paths=("/health",))
-        app.add_middleware(Observed, metrics=plane.engine.metrics, plane="control")
+        add_middleware(
+            app, plane="control", metrics=plane.engine.metrics, keys=[token], open_paths=("/health",),
+            max_body_bytes=64 * 1024 * settings.max_body_kb, read_timeout_s=settings.read_timeout_s,
+        )  # fmt: skip
     return app

@@ -7,26 +7,25 @@ import math
 import time
 from collections.abc import Callable, Collection
 from functools import partial
-from typing import Annotated
+from typing import Annotated, Any
 
 from fastapi import FastAPI, Query, Request
 from fastapi.responses import Response
 from pydantic import BaseModel
 from starlette.concurrency import run_in_threadpool
-from starlette.middleware.cors import CORSMiddleware
 
 from tawin_nemo import __version__
 from tawin_nemo.api import schema
 from tawin_nemo.api.arrays import MEDIA_TYPE
 from tawin_nemo.serve.engine.catalog import ServedCatalog
 from tawin_nemo.serve.engine.engine import Engine
-from tawin_nemo.serve.engine.events import write_event
 from tawin_nemo.serve.engine.jobs import Done, Rejected
+from tawin_nemo.serve.engine.telemetry import write_event
 from tawin_nemo.serve.http import replies, requests, rollouts
+from tawin_nemo.serve.http.errors import ApiError, add_error_handlers, without_422
+from tawin_nemo.serve.http.middleware import add_middleware
 from tawin_nemo.serve.http.playground import playground
-from tawin_nemo.serve.http.problems import Problem, handle_problems
 from tawin_nemo.serve.http.requests import Asked, Terms
-from tawin_nemo.serve.http.web import Keyed, Limited, Observed, first_of, note, until_gone, without_422
 
 #: Reachable without a key: they say nothing about users.
 OPEN_PATHS = ("/", "/health", "/ready")
@@ -100,13 +99,13 @@ class DataPlane:
 
     async def ready(self) -> schema.Ready:
         if self.engine.closed:
-            raise Problem(503, f"the server is {self.engine.closed}", reason=self.engine.closed, retry_after=1)
+            raise ApiError(503, f"the server is {self.engine.closed}", reason=self.engine.closed, retry_after=1)
         try:
             async with asyncio.timeout(self.terms.settings.probe_s):
                 await asyncio.wrap_future(self.engine.probe())
         except Exception as error:  # whatever it is, this server cannot answer now
             text = f"the engine does not answer ({type(error).__name__})"
-            raise Problem(503, text, reason="fault", retry_after=1) from error
+            raise ApiError(503, text, reason="fault", retry_after=1) from error
         return schema.Ready(
             status="ready", ranks=self.engine.leader.ranks.size,
             weight_version=self.engine.weights, catalog_version=self.engine.catalog.version,
@@ -118,22 +117,22 @@ class DataPlane:
     async def _answered(self, request: Request, make: Callable[[ServedCatalog], Asked]) -> tuple[Asked, Done]:
         """Enqueue and wait, until the answer, the deadline or the client's leave, whichever is first."""
         if self.engine.closed:
-            raise Problem.of(Rejected(self.engine.closed, f"the server is {self.engine.closed}; try again later"))
+            raise ApiError.of(Rejected(self.engine.closed, f"the server is {self.engine.closed}; try again later"))
         asked = await self._submitted(make)
         job, future = asked.job, asyncio.wrap_future(asked.job.future)
         future.add_done_callback(lambda ended: ended.cancelled() or ended.exception())  # it may come too late
         try:
-            came = await first_of(future, until_gone(request), job.deadline - time.monotonic())
+            outcome = await _first_of(future, request, job.deadline - time.monotonic())
         finally:
             if not future.done():
                 self.engine.cancel(job)
-        if came == "gone":
-            raise Problem(499, "the client is gone", reason="disconnected")
-        if came == "late":
-            raise Problem(504, "the deadline passed; the work was given up", reason="deadline", code="deadline")
+        if outcome == "disconnected":
+            raise ApiError(499, "the client is gone", reason="disconnected")
+        if outcome == "deadline":
+            raise ApiError(504, "the deadline passed; the work was given up", reason="deadline", code="deadline")
         done = future.result()
-        note(
-            request, width=job.width, draws=job.draws, prompts=len(job.prompts), tokens=len(job.prompts.flat),
+        request.state.log_fields.update(
+            width=job.width, draws=job.draws, prompts=len(job.prompts), tokens=len(job.prompts.flat),
             queue_ms=round(1000 * done.queue_s, 2), run_ms=round(1000 * done.run_s, 2),
             weight_version=done.weight_version, catalog_version=done.catalog_version,
         )  # fmt: skip
@@ -153,6 +152,21 @@ class DataPlane:
     def _remember(self, request: Request, body: schema.Strict) -> None:
         if self.terms.settings.log_history:
             write_event("history", id=request.state.request_id, body=body.model_dump())
+
+
+async def _first_of(work: asyncio.Future[Any], request: Request, seconds: float) -> str:
+    """Wait for the first of: the work is ``done``, the client has ``disconnected``, the ``deadline`` has passed."""
+
+    async def disconnected() -> None:
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
+
+    gone = asyncio.ensure_future(disconnected())
+    try:
+        await asyncio.wait({work, gone}, timeout=max(0.0, seconds), return_when=asyncio.FIRST_COMPLETED)
+        return "done" if work.done() else "disconnected" if gone.done() else "deadline"
+    finally:
+        gone.cancel()
 
 
 def _as_json(reply: BaseModel) -> Response:
@@ -183,16 +197,13 @@ def data_app(plane: DataPlane | None, *, keys: Collection[str] = ()) -> FastAPI:
     app.add_api_route("/ready", routes.ready, **get)  # type: ignore[arg-type]
     app.add_api_route("/metrics", routes.metrics, response_class=Response, **get)  # type: ignore[arg-type]
     app.add_api_route("/", playground, include_in_schema=False)
-    handle_problems(app)
+    add_error_handlers(app)
     app.openapi = without_422(app.openapi)  # type: ignore[method-assign]
     if plane is not None:
         settings = plane.terms.settings
-        app.add_middleware(Limited, max_bytes=1024 * settings.max_body_kb, seconds=settings.read_timeout_s)
-        app.add_middleware(Keyed, keys=keys, open_paths=OPEN_PATHS)
-        if settings.cors_origins:
-            app.add_middleware(
-                CORSMiddleware, allow_origins=settings.cors_origins, allow_methods=["GET", "POST"],
-                allow_headers=["Authorization", "Content-Type"],
-            )  # fmt: skip
-        app.add_middleware(Observed, metrics=plane.engine.metrics, plane="data")
+        add_middleware(
+            app, plane="data", metrics=plane.engine.metrics, keys=keys, open_paths=OPEN_PATHS,
+            max_body_bytes=1024 * settings.max_body_kb, read_timeout_s=settings.read_timeout_s,
+            cors_origins=settings.cors_origins,
+        )  # fmt: skip
     return app

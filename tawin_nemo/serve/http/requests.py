@@ -1,4 +1,4 @@
-"""From a request of the data plane to a job of the engine. Raises Problem for what cannot be answered."""
+"""From a request of the data plane to a job of the engine. Raises ApiError for what cannot be answered."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tawin_nemo.rollout.engine import draw_seed
 from tawin_nemo.rollout.filters import ItemFilter
 from tawin_nemo.serve.engine.catalog import ServedCatalog
 from tawin_nemo.serve.engine.jobs import Done, Job
-from tawin_nemo.serve.http.problems import Problem
+from tawin_nemo.serve.http.errors import ApiError
 from tawin_nemo.types import TokenRows
 from tawin_nemo.util.errors import DataError
 
@@ -50,12 +50,12 @@ def recommendation(request: RecommendationRequest, catalog: ServedCatalog, terms
     _within(request.n, terms.settings.max_beams, "n")
     _within(beams, terms.settings.max_beams, "beams")
     if beams < request.n:
-        raise Problem(400, f"beams={beams} is below n={request.n}; ask for at least as many", param="beams")
+        raise ApiError(400, f"beams={beams} is below n={request.n}; ask for at least as many", param="beams")
     history, prompts = _reader(request, catalog, terms)
     denied = set(_numbers(request.deny, catalog, "deny", terms.settings.max_items))
     if request.exclude_history:
         if request.prompt is not None:
-            raise Problem(400, "exclude_history needs history or history_titles", param="exclude_history")
+            raise ApiError(400, "exclude_history needs history or history_titles", param="exclude_history")
         denied |= set(history)
     trie, given = catalog.trie, None
     if request.allow is not None:
@@ -83,7 +83,7 @@ def score(request: ScoreRequest, catalog: ServedCatalog, terms: Terms) -> Asked:
     items = _numbers(request.items, catalog, "items", min(terms.settings.max_items, terms.settings.max_beams))
     removed = [item for item in items if catalog.place_I[item] < 0]
     if removed:
-        raise Problem(400, f"item {removed[0]} was removed from the catalog", param="items")
+        raise ApiError(400, f"item {removed[0]} was removed from the catalog", param="items")
     given = ItemFilter.only(catalog.trie, _places(items, catalog))
     width = given.allowed_paths(catalog.trie)
     return Asked(_job(request, catalog, prompts, terms, width=width, given=given), history, items)
@@ -94,22 +94,22 @@ def completion(request: CompletionRequest, catalog: ServedCatalog, terms: Terms)
     settings = terms.settings
     if request.model != terms.model_id:
         text = f"model {request.model!r} is not served here; {terms.model_id!r} is"
-        raise Problem(404, text, param="model", code="model_not_found")
+        raise ApiError(404, text, param="model", code="model_not_found")
     texts = [request.prompt] if isinstance(request.prompt, str) else request.prompt
     if not texts:
-        raise Problem(400, "prompt: give at least one", param="prompt")
+        raise ApiError(400, "prompt: give at least one", param="prompt")
     _within(len(texts), settings.max_prompts, "prompt")
     _within(request.n, settings.max_beams, "n")
     longest = catalog.trie.max_depth
     if request.max_tokens is not None and request.max_tokens < longest:
         text = f"answers are whole items of up to {longest} tokens; leave max_tokens out or ask for at least as many"
-        raise Problem(400, text, param="max_tokens")
+        raise ApiError(400, text, param="max_tokens")
     if not request.use_beam_search and request.best_of is not None:
-        raise Problem(400, "best_of goes with use_beam_search=true", param="best_of")
+        raise ApiError(400, "best_of goes with use_beam_search=true", param="best_of")
     beams = request.best_of or max(request.n, terms.beams)
     _within(beams, settings.max_beams, "best_of")
     if beams < request.n:
-        raise Problem(400, f"best_of={beams} is below n={request.n}", param="best_of")
+        raise ApiError(400, f"best_of={beams} is below n={request.n}", param="best_of")
     prompts = _joined([_tokens(text, catalog, terms) for text in texts])
     deadline = time.monotonic() + settings.deadline_s
     if request.use_beam_search:
@@ -139,7 +139,7 @@ def _reader(request: Reader, catalog: ServedCatalog, terms: Terms) -> tuple[list
     ways = [name for name in ("history", "history_titles", "prompt") if getattr(request, name) is not None]
     if len(ways) != 1:
         text = f"give one of history, history_titles and prompt; got {', '.join(ways) or 'none'}"
-        raise Problem(400, text, param="history")
+        raise ApiError(400, text, param="history")
     if request.prompt is not None:
         return [], _tokens(request.prompt, catalog, terms)
     if request.history is not None:
@@ -149,19 +149,19 @@ def _reader(request: Reader, catalog: ServedCatalog, terms: Terms) -> tuple[list
     try:
         prompts = catalog.prompt(history)
     except DataError as error:
-        raise Problem(400, str(error), param=ways[0]) from error
+        raise ApiError(400, str(error), param=ways[0]) from error
     return history, _fitting(prompts, catalog, terms, ways[0])
 
 
 def _tokens(text: str, catalog: ServedCatalog, terms: Terms) -> TokenRows:
     if len(text) > 64 * terms.positions:  # no token is that long: not worth the tokenizer's time
-        raise Problem(400, f"the prompt has {len(text)} characters, more than the model takes", param="prompt")
+        raise ApiError(400, f"the prompt has {len(text)} characters, more than the model takes", param="prompt")
     try:
         prompts = catalog.tokens(text)
     except DataError as error:
-        raise Problem(400, str(error), param="prompt") from error
+        raise ApiError(400, str(error), param="prompt") from error
     if not len(prompts.flat):
-        raise Problem(400, "the prompt has no tokens", param="prompt")
+        raise ApiError(400, "the prompt has no tokens", param="prompt")
     return _fitting(prompts, catalog, terms, "prompt")
 
 
@@ -169,9 +169,9 @@ def _fitting(prompts: TokenRows, catalog: ServedCatalog, terms: Terms, param: st
     length, longest = len(prompts.flat), catalog.trie.max_depth
     if length + longest > terms.positions:
         text = f"the prompt has {length} tokens, the longest item {longest}, and the model takes {terms.positions}"
-        raise Problem(400, f"{text} together; shorten the prompt", param=param)
+        raise ApiError(400, f"{text} together; shorten the prompt", param=param)
     if prompts.flat.max() >= terms.vocab:
-        raise Problem(400, "the prompt has tokens that the model does not know", param=param)
+        raise ApiError(400, "the prompt has tokens that the model does not know", param=param)
     return prompts
 
 
@@ -181,7 +181,7 @@ def _numbers(given: Sequence[int | str], catalog: ServedCatalog, param: str, mos
     for name in given:
         number = catalog.number_of.get(name) if isinstance(name, str) else name
         if number is None or number >= len(catalog.titles):
-            raise Problem(400, f"{param}: item {str(name)[:80]!r} is not known", param=param, code="unknown_item")
+            raise ApiError(400, f"{param}: item {str(name)[:80]!r} is not known", param=param, code="unknown_item")
         numbers.append(number)
     return numbers
 
@@ -191,7 +191,7 @@ def _titled(titles: Sequence[str], catalog: ServedCatalog, most: int) -> list[in
     unknown = next((title for title in titles if title not in catalog.titled), None)
     if unknown is not None:
         text = f"history_titles: no item is titled {unknown[:80]!r}; GET /v1/items/search finds titles"
-        raise Problem(400, text, param="history_titles", code="unknown_item")
+        raise ApiError(400, text, param="history_titles", code="unknown_item")
     return [catalog.titled[title] for title in titles]
 
 
@@ -207,4 +207,4 @@ def _joined(rows: Sequence[TokenRows]) -> TokenRows:
 
 def _within(value: int, most: int, param: str) -> None:
     if value > most:
-        raise Problem(400, f"{param}: {value} is above this server's limit of {most}", param=param)
+        raise ApiError(400, f"{param}: {value} is above this server's limit of {most}", param=param)

@@ -12,26 +12,26 @@ from tawin_nemo.rollout.scoring import joined
 from tawin_nemo.serve.engine.catalog import ServedCatalog
 from tawin_nemo.serve.engine.engine import Engine
 from tawin_nemo.serve.engine.jobs import Done, Job
-from tawin_nemo.serve.http.problems import Problem
+from tawin_nemo.serve.http.errors import ApiError
 from tawin_nemo.serve.http.requests import Asked, Terms
 from tawin_nemo.types import Candidates, TokenRows
 
 
 def asked(request: RolloutRequest, catalog: ServedCatalog, terms: Terms) -> Asked:
-    """A search of all prompts, or their draws. Raises Problem for what cannot be answered."""
+    """A search of all prompts, or their draws. Raises ApiError for what cannot be answered."""
     settings, trie = terms.settings, catalog.trie
     if (request.beams is None) == (request.draws is None):
-        raise Problem(400, "give one of beams and draws", param="beams")
+        raise ApiError(400, "give one of beams and draws", param="beams")
     width, draws = request.beams or 1, request.draws or 0
     if max(width, draws) > settings.max_beams:
         text = f"{max(width, draws)} is above serve.max_beams={settings.max_beams} of this server"
-        raise Problem(400, text, param="draws" if draws else "beams")
+        raise ApiError(400, text, param="draws" if draws else "beams")
     if width > trie.num_leaves:
-        raise Problem(400, f"beams={width}: the catalog has {trie.num_leaves} distinct paths", param="beams")
+        raise ApiError(400, f"beams={width}: the catalog has {trie.num_leaves} distinct paths", param="beams")
     if draws and request.score_space == "vocab":
-        raise Problem(400, "draws are made in trie space", param="score_space")
+        raise ApiError(400, "draws are made in trie space", param="score_space")
     if draws and len(request.seeds or []) != len(request.prompts):
-        raise Problem(400, f"{len(request.prompts)} prompts need as many seeds", param="seeds")
+        raise ApiError(400, f"{len(request.prompts)} prompts need as many seeds", param="seeds")
     prompts = TokenRows.from_lists(request.prompts)
     _check(prompts, catalog, terms)
     seconds = min(request.timeout_s or settings.rollout_deadline_s, settings.rollout_deadline_s)
@@ -47,12 +47,12 @@ def _check(prompts: TokenRows, catalog: ServedCatalog, terms: Terms) -> None:
     lengths, longest = prompts.lengths, catalog.trie.max_depth
     row = int(lengths.argmax())
     if lengths.min() == 0:
-        raise Problem(400, f"prompt {int(lengths.argmin())} has no tokens", param="prompts")
+        raise ApiError(400, f"prompt {int(lengths.argmin())} has no tokens", param="prompts")
     if lengths[row] + longest > terms.positions:
         text = f"prompt {row} has {lengths[row]} tokens, the longest item {longest}, and the model takes"
-        raise Problem(400, f"{text} {terms.positions} together", param="prompts")
+        raise ApiError(400, f"{text} {terms.positions} together", param="prompts")
     if prompts.flat.max() >= terms.vocab:
-        raise Problem(400, f"token {prompts.flat.max()} is none of the model's {terms.vocab}", param="prompts")
+        raise ApiError(400, f"token {prompts.flat.max()} is none of the model's {terms.vocab}", param="prompts")
 
 
 def reply(asked: Asked, done: Done, terms: Terms) -> bytes:

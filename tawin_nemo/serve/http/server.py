@@ -148,25 +148,29 @@ class _Quiet(uvicorn.Server):
         yield
 
 
-def _impatient(seconds: float) -> type[H11Protocol]:
-    """Closes a connection whose first request does not have its head in time; for bodies see ``web.Limited``."""
+def _protocol_with_head_timeout(seconds: float) -> type[H11Protocol]:
+    """Uvicorn's HTTP protocol, but a connection is closed unless its first request's head arrives within ``seconds``.
 
-    class Impatient(H11Protocol):
+    Uvicorn has a time limit for idle connections between requests only; ``middleware.BodyLimits`` limits bodies.
+    """
+
+    class HeadTimeout(H11Protocol):
         def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
             super().connection_made(transport)
-            self.loop.call_later(seconds, self._give_up)
+            self.loop.call_later(seconds, self._close_without_request)
 
-        def _give_up(self) -> None:
+        def _close_without_request(self) -> None:
             if self.cycle is None and not self.transport.is_closing():
                 self.transport.close()
 
-    return Impatient
+    return HeadTimeout
 
 
 def _config(app: FastAPI, seconds: float) -> uvicorn.Config:
     return uvicorn.Config(
-        app, http=_impatient(seconds), ws="none", lifespan="off", loop="asyncio", log_config=None, access_log=False,
-        server_header=False, proxy_headers=False, timeout_keep_alive=30, timeout_graceful_shutdown=LAST_REPLIES,
+        app, http=_protocol_with_head_timeout(seconds), ws="none", lifespan="off", loop="asyncio", log_config=None,
+        access_log=False, server_header=False, proxy_headers=False, timeout_keep_alive=30,
+        timeout_graceful_shutdown=LAST_REPLIES,
     )  # fmt: skip
 
 
