@@ -10,6 +10,7 @@ import argparse
 import contextlib
 import errno
 import json
+import os
 import sys
 import traceback
 from collections.abc import Callable, Sequence

@@ -1,6 +1,7 @@
-"""The body of a rollout reply: a safetensors file whose metadata name what the arrays come from.
+"""The body of a rollout reply: a safetensors file whose metadata name the server, catalog and versions.
 
-Integers travel as int32, scores and log-probs in the number format of the search, so that nothing is rounded.
+Integers are encoded as int32, scores and log-probs in the dtype of the search, so that nothing is rounded.
+B: prompts; W: candidates of each; T: tokens of the longest path.
 """
 
 from __future__ import annotations
@@ -21,19 +22,23 @@ _INTEGERS = ("items", "tokens", "lengths")
 
 @dataclass(frozen=True)
 class RolloutReply:
-    """W candidates for each of B prompts, best score first, with where they come from."""
+    """W candidates for each of B prompts by descending score, and the server, catalog and versions they come from.
 
-    items_BW: Tensor  # place among the items that the fingerprint counts; -1 where fewer than W exist
-    tokens_BWT: Tensor  # token paths, padded with 0
-    lengths_BW: Tensor  # tokens of each path; 0 for -1
-    scores_BW: Tensor  # -inf for -1
-    logprobs_BWT: Tensor  # of each token, in the space that was searched; 0 at padding
-    instance: str  # of the server's start
-    catalog: str  # fingerprint
+    A prompt with fewer than W candidates is padded: item -1, length 0, score -inf.
+    """
+
+    items_BW: Tensor  # index among the catalog's live items; -1: padding
+    tokens_BWT: Tensor  # token ids of the paths, padded with 0
+    lengths_BW: Tensor  # tokens of each path; 0: padding
+    scores_BW: Tensor  # -inf: padding
+    logprobs_BWT: Tensor  # of each token in the search's score space, padded with 0
+    instance: str  # id of the server's start
+    catalog: str  # fingerprint of the catalog
     weight_version: int
     catalog_version: int
 
     def encoded(self) -> bytes:
+        """The reply as a safetensors file; ``decoded`` is the inverse."""
         tensors = {
             "items": self.items_BW, "tokens": self.tokens_BWT, "lengths": self.lengths_BW, "scores": self.scores_BW,
             "logprobs": self.logprobs_BWT,
@@ -47,23 +52,24 @@ class RolloutReply:
 
     @classmethod
     def decoded(cls, data: bytes) -> RolloutReply:
-        """Raises TawinError for bytes that are no such reply."""
+        """The reply in a safetensors file, integers as int64. Raises TawinError for anything else."""
         try:
             tensors = safetensors.torch.load(data)
             size = int.from_bytes(data[:8], "little")
-            facts = json.loads(data[8 : 8 + size])["__metadata__"]
+            metadata = json.loads(data[8 : 8 + size])["__metadata__"]
             tensors |= {name: tensors[name].long() for name in _INTEGERS}
             reply = cls(
                 tensors["items"], tensors["tokens"], tensors["lengths"], tensors["scores"], tensors["logprobs"],
-                facts["instance"], facts["catalog"], int(facts["weight_version"]), int(facts["catalog_version"]),
+                metadata["instance"], metadata["catalog"], int(metadata["weight_version"]),
+                int(metadata["catalog_version"]),
             )  # fmt: skip
         except (SafetensorError, ValueError, KeyError, TypeError) as error:
-            raise TawinError(f"what came is no rollout ({type(error).__name__}: {error})") from error
+            raise TawinError(f"the response is no rollout ({type(error).__name__}: {error})") from error
         lists, paths = reply.items_BW.shape, reply.tokens_BWT.shape
         if len(lists) != 2 or not (
             reply.lengths_BW.shape == reply.scores_BW.shape == lists == paths[:2]
             and len(paths) == 3
             and reply.logprobs_BWT.shape == paths
         ):
-            raise TawinError(f"what came is no rollout: items {list(lists)}, tokens {list(paths)}")
+            raise TawinError(f"the response is no rollout: items {list(lists)}, tokens {list(paths)}")
         return reply

@@ -1,4 +1,4 @@
-"""Requests and replies of the data plane."""
+"""Pydantic models of the data plane's requests and replies."""
 
 from __future__ import annotations
 
@@ -16,97 +16,122 @@ Space = Literal["trie", "vocab"]
 
 
 class Strict(BaseModel):
-    """Unknown fields are refused: a misspelt limit must not pass silently."""
+    """Base of all request bodies: unknown fields are rejected, so that a misspelt field is never ignored silently."""
 
     model_config = ConfigDict(extra="forbid")
 
 
-class Reader(Strict):
-    """Who is to be served, in one of three ways, and on what terms."""
+class HistoryRequest(Strict):
+    """Base of requests about one user: exactly one of `history`, `history_titles` and `prompt` must be set."""
 
-    history: list[ItemRef] | None = Field(None, description="items, oldest first: numbers or external ids")
-    history_titles: list[Title] | None = Field(None, description="the same by exact titles")
-    prompt: Prompt | None = Field(None, description="a whole prompt as the model was trained on it")
-    score_space: Space | None = Field(None, description="what beams are ranked by (default: the server's)")
+    history: list[ItemRef] | None = Field(
+        None, description="the user's items, oldest first, as item numbers or external ids"
+    )
+    history_titles: list[Title] | None = Field(None, description="the user's items, oldest first, as exact titles")
+    prompt: Prompt | None = Field(None, description="a complete prompt in the format of training")
+    score_space: Space | None = Field(
+        None,
+        description="`trie`: probabilities over admissible tokens; `vocab`: over all tokens; default: the server's",
+    )
     weight_version: Annotated[StrictInt, Field(ge=0)] | None = Field(
-        None, description="answer with these weights or not at all (409)"
+        None, description="required weight version; 409 if another one is in use"
     )
     timeout_s: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = Field(
-        None, description="give up after so many seconds (504); at most the server's own limit"
+        None, description="seconds until the request is cancelled with 504; at most serve.deadline_s"
     )
 
 
-class RecommendationRequest(Reader):
-    n: Count = Field(10, description="results")
-    beams: Count | None = Field(None, description="width of the search; at least n")
-    exclude_history: StrictBool = Field(False, description="do not recommend items of the history")
-    allow: list[ItemRef] | None = Field(None, description="only these items")
-    deny: list[ItemRef] = Field(default_factory=list, description="none of these items")
+class RecommendationRequest(HistoryRequest):
+    """Body of `POST /v1/recommendations`: the n best catalog items for a user."""
+
+    n: Count = Field(10, description="number of items to return")
+    beams: Count | None = Field(None, description="beam width; at least n")
+    exclude_history: StrictBool = Field(False, description="exclude the items of the history")
+    allow: list[ItemRef] | None = Field(None, description="recommend these items only")
+    deny: list[ItemRef] = Field(default_factory=list, description="never recommend these items")
     exact: StrictBool = Field(
-        False, description="search again with twice the beams, up to the server's limit, until the n best are proven"
+        False, description="repeat the search with twice the beams, up to serve.max_beams, until the n best are proven"
     )
-    min_score: Finite | None = Field(None, description="leave out results that score less")
-    return_tokens: StrictBool = Field(False, description="token path and log-probs of every result")
+    min_score: Finite | None = Field(None, description="omit items with a lower score")
+    return_tokens: StrictBool = Field(False, description="return token ids, token texts and log-probs of every item")
 
 
 class Versions(BaseModel):
+    """The versions of weights and catalog that a reply was made with; both are counted up by the server."""
+
     weight_version: int
     catalog_version: int
 
 
 class Recommended(BaseModel):
+    """One recommended item. Token fields are set only with `return_tokens`."""
+
     item: int
     external_id: str
     title: str
-    score: float = Field(description="summed log-probs, divided by length ** rollout.length_penalty")
-    probability: float = Field(description="of the item's path, in the score space")
+    score: float = Field(description="sum of the tokens' log-probs, divided by length ** rollout.length_penalty")
+    probability: float = Field(description="probability of the item's token path in the score space")
     tokens: list[int] | None = None
     token_texts: list[str] | None = None
-    logprobs: list[float] | None = Field(None, description="of each token; 0 where there is no alternative")
+    logprobs: list[float] | None = Field(
+        None, description="log-prob of each token; in the trie space 0 for a token without alternatives"
+    )
 
 
 class RecommendationReply(Versions):
+    """Reply of `POST /v1/recommendations`: items by descending score."""
+
     id: str
-    beams: int = Field(description="width of the search that these items come from")
+    beams: int = Field(description="beam width of the last search")
     exact: bool | None = Field(
-        description="the items are proven to be the n best of the allowed ones; null: not known, with a length penalty"
+        description="whether the items are proven to be the n best allowed ones; null with a length penalty"
     )
     items: list[Recommended]
 
 
-class ScoreRequest(Reader):
-    items: list[ItemRef] = Field(min_length=1, description="items to be scored")
+class ScoreRequest(HistoryRequest):
+    """Body of `POST /v1/score`: the log-probability of each listed item for a user."""
+
+    items: list[ItemRef] = Field(min_length=1, description="items to score")
 
 
 class Scored(BaseModel):
+    """One scored item."""
+
     item: int
     external_id: str
     title: str
-    logprob: float | None = Field(description="of the item's path; null: impossible")
+    logprob: float | None = Field(description="log-prob of the item's token path; null if the model cannot generate it")
 
 
 class ScoreReply(Versions):
+    """Reply of `POST /v1/score`: items in the order of the request."""
+
     id: str
     items: list[Scored]
 
 
 class CompletionRequest(Strict):
-    """The part of OpenAI's completions that means something where every answer is a catalog item."""
+    """Body of `POST /v1/completions`: those fields of OpenAI's completions API that apply to whole catalog items."""
 
     model: StrictStr
     prompt: Prompt | list[Prompt]
     n: Count = 1
-    best_of: Count | None = Field(None, description="beams of use_beam_search; at least n")
-    use_beam_search: StrictBool = Field(False, description="the n best items; otherwise n independent draws")
+    best_of: Count | None = Field(None, description="beam width with use_beam_search; at least n")
+    use_beam_search: StrictBool = Field(False, description="return the n best items instead of n independent draws")
     logprobs: Annotated[StrictInt, Field(ge=0, le=5)] | None = None
     seed: Annotated[StrictInt, Field(ge=0, le=2**63 - 1)] | None = None
     temperature: Annotated[float, Field(ge=0.01, le=100, allow_inf_nan=False)] = 1.0
-    max_tokens: Count | None = Field(None, description="not below the longest item: answers are whole items")
+    max_tokens: Count | None = Field(
+        None, description="at least the length of the longest item, because completions are whole items"
+    )
     stream: Literal[False] = False
     user: StrictStr | None = None
 
 
 class CompletionLogprobs(BaseModel):
+    """Tokens of a completion with their log-probabilities, in the format of OpenAI's API."""
+
     tokens: list[str]
     token_logprobs: list[float]
     top_logprobs: list[dict[str, float]] | None = None
@@ -114,6 +139,8 @@ class CompletionLogprobs(BaseModel):
 
 
 class Choice(BaseModel):
+    """One completion: an item's text as the model generates it, the item's number and its external id."""
+
     index: int
     text: str
     finish_reason: Literal["stop"] = "stop"
@@ -123,12 +150,16 @@ class Choice(BaseModel):
 
 
 class Usage(BaseModel):
+    """Numbers of tokens, as in OpenAI's API: prompts, completions and their sum."""
+
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
 
 
 class CompletionReply(Versions):
+    """Reply of `POST /v1/completions`: the choices of the first prompt, then those of the second, and so on."""
+
     id: str
     object: Literal["text_completion"] = "text_completion"
     created: int
@@ -138,29 +169,41 @@ class CompletionReply(Versions):
 
 
 class RolloutRequest(Strict):
-    """A batch of prompts for a training job: ``beams`` searches, ``draws`` draws with a seed for every prompt."""
+    """Body of `POST /v1/rollouts`: a batch of token prompts of a training job, for a beam search with `beams` or for
+    `draws` independent draws per prompt."""
 
-    prompts: list[list[Annotated[StrictInt, Field(ge=0, lt=2**31)]]] = Field(min_length=1, description="token ids")
-    beams: Count | None = Field(None, description="search with so many beams; all that they find is returned")
-    draws: Count | None = Field(None, description="instead: so many independent draws in trie space")
-    seeds: list[Annotated[StrictInt, Field(ge=0, lt=2**63)]] | None = Field(None, description="draws: one per prompt")
-    temperature: Annotated[float, Field(ge=1e-6, le=1e6, allow_inf_nan=False)] = Field(1.0, description="of draws")
-    score_space: Space | None = Field(None, description="what beams are ranked by (default: the server's)")
+    prompts: list[list[Annotated[StrictInt, Field(ge=0, lt=2**31)]]] = Field(
+        min_length=1, description="token ids of each prompt"
+    )
+    beams: Count | None = Field(None, description="beam width; all candidates of the search are returned")
+    draws: Count | None = Field(
+        None, description="independent draws per prompt, in the trie score space; excludes beams"
+    )
+    seeds: list[Annotated[StrictInt, Field(ge=0, lt=2**63)]] | None = Field(
+        None, description="one seed per prompt; required with draws"
+    )
+    temperature: Annotated[float, Field(ge=1e-6, le=1e6, allow_inf_nan=False)] = Field(
+        1.0, description="sampling temperature of draws"
+    )
+    score_space: Space | None = Field(
+        None,
+        description="`trie`: probabilities over admissible tokens; `vocab`: over all tokens; default: the server's",
+    )
     weight_version: Annotated[StrictInt, Field(ge=0)] | None = Field(
-        None, description="answer with these weights or not at all (409)"
+        None, description="required weight version; 409 if another one is in use"
     )
     timeout_s: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = Field(
-        None, description="give up after so many seconds (504); at most serve.rollout_deadline_s"
+        None, description="seconds until the request is cancelled with 504; at most serve.rollout_deadline_s"
     )
 
 
 class RolloutTerms(Versions):
-    """What a training job has to agree with before it takes rollouts from here, and how much it may ask at once."""
+    """Reply of `GET /v1/rollouts`: what a training job must match before it uses this server, and the limits."""
 
-    instance: str = Field(description="of this start of the server")
-    catalog: str = Field(description="fingerprint of the catalog: ids, titles, token paths in their order")
+    instance: str = Field(description="id of this start of the server")
+    catalog: str = Field(description="fingerprint of the catalog: ids, titles and token paths in their order")
     tokenizer: str = Field(description="fingerprint of the tokenizer")
-    precision: str = Field(description="number format that searches run in")
+    precision: str = Field(description="number format of the model: fp32 or bf16")
     length_penalty: float
     max_beams: int
     max_body_kb: int
@@ -169,17 +212,23 @@ class RolloutTerms(Versions):
 
 
 class Item(BaseModel):
+    """One catalog item: number, external id and title."""
+
     item: int
     external_id: str
     title: str
 
 
 class ItemsReply(Versions):
+    """Reply of `GET /v1/items/search`: one page of the matching items."""
+
     items: list[Item]
-    total: int = Field(description="items that match, also those that are not shown")
+    total: int = Field(description="number of matching items on all pages")
 
 
 class ModelCard(Versions):
+    """The served model, in the format of OpenAI's models API, with the catalog's fingerprint and number of items."""
+
     id: str
     object: Literal["model"] = "model"
     created: int
@@ -189,20 +238,28 @@ class ModelCard(Versions):
 
 
 class ModelsReply(Versions):
+    """Reply of `GET /v1/models`: a list with the one served model."""
+
     object: Literal["list"] = "list"
     data: list[ModelCard]
 
 
 class Health(BaseModel):
+    """Reply of `GET /health`: the HTTP server answers."""
+
     status: str
 
 
 class Ready(Versions):
+    """Reply of `GET /ready`: the engine and all its `ranks` answer."""
+
     status: str
     ranks: int
 
 
 class ErrorInfo(BaseModel):
+    """An error: `message` for people, `type` and `code` for programs, `param` names the field at fault."""
+
     message: str
     type: str
     param: str | None = None
@@ -210,24 +267,24 @@ class ErrorInfo(BaseModel):
 
 
 class ErrorReply(BaseModel):
-    """As OpenAI's."""
+    """Body of every error response, in the format of OpenAI's API."""
 
     error: ErrorInfo
 
 
-#: Statuses with an ErrorReply, for the OpenAPI document.
+#: Responses with an ErrorReply by status, for the OpenAPI documents.
 ERRORS: dict[int | str, dict[str, Any]] = {
     code: {"model": ErrorReply, "description": text}
     for code, text in {
-        400: "the request cannot be understood or names what is not there",
-        401: "no key, or a wrong one",
-        404: "no such thing",
-        405: "no such method",
-        408: "the request came too slowly",
-        409: "another weight version is in use",
+        400: "the request is invalid or refers to something unknown",
+        401: "the key is missing or wrong",
+        404: "not found",
+        405: "method not allowed",
+        408: "the request body arrived too slowly",
+        409: "conflict: for example, another weight version is in use",
         413: "the body is too large",
-        429: "too many requests are waiting; see Retry-After",
-        500: "a fault of the server",
+        429: "the queue is full; see Retry-After",
+        500: "internal error",
         503: "paused, draining or not ready; see Retry-After",
         504: "the deadline passed",
     }.items()

@@ -1,4 +1,7 @@
-"""Keys and tokens come from files: a command line can be read by every user of the machine."""
+"""Keys and tokens are read from files, because every user of a machine can read command lines.
+
+A file holds one key per line; empty lines and lines that start with # are ignored.
+"""
 
 from __future__ import annotations
 
@@ -8,11 +11,14 @@ from pathlib import Path
 
 from tawin_nemo.util.errors import ConfigError
 
-SHORTEST = 16
+MIN_KEY_LENGTH = 16
 
 
 def read_keys(file: str, option: str = "serve.api_keys_file") -> list[str]:
-    """The keys of a file that ``option`` names; none without a file. Raises ConfigError for short or missing keys."""
+    """The keys in ``file``, none for an empty name; ``option``: the setting that errors name.
+
+    Raises ConfigError for a file that is unreadable or holds no keys, and for short keys or keys with spaces.
+    """
     if not file:
         return []
     keys = _words(Path(file), option)
@@ -22,25 +28,29 @@ def read_keys(file: str, option: str = "serve.api_keys_file") -> list[str]:
 
 
 def read_token(file: str, option: str) -> str:
-    """The one token of a file that ``option`` names. Raises ConfigError for a file that does not hold exactly one."""
+    """The one token in ``file``; ``option``: the setting that errors name.
+
+    Raises ConfigError for a file that is unreadable or does not hold exactly one token of at least 16 characters.
+    """
     tokens = _words(Path(file), option)
     if len(tokens) != 1:
         raise ConfigError(f"{option}={file} holds {len(tokens)} tokens; write exactly one")
     return tokens[0]
 
 
-def control_token(file: str, made: Path, keys: list[str]) -> str:
-    """The control plane's token: from a file, or a new one in ``made``, which only this user can read.
+def control_token(file: str, generated: Path, keys: list[str]) -> str:
+    """The control plane's token: the one in ``file``, or without a file a new one.
 
-    Raises ConfigError for a file that does not hold exactly one, and for a token that is also a user's key.
+    A new token is written to ``generated``, which only this user can read. Raises ConfigError for a file that does not
+    hold exactly one token, and for a token that is also one of the users' ``keys``.
     """
     if file:
         token = read_token(file, "serve.control_token_file")
     else:
         token = secrets.token_urlsafe(32)
-        made.parent.mkdir(parents=True, exist_ok=True)
-        made.unlink(missing_ok=True)
-        with os.fdopen(os.open(made, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="utf-8") as out:
+        generated.parent.mkdir(parents=True, exist_ok=True)
+        generated.unlink(missing_ok=True)
+        with os.fdopen(os.open(generated, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="utf-8") as out:
             out.write(token + "\n")
     if token in keys:
         raise ConfigError("the control plane's token is also a user's key; give it one of its own")
@@ -55,6 +65,6 @@ def _words(path: Path, key: str) -> list[str]:
         raise ConfigError(f"{key}={path} cannot be read: {error}") from error
     words = [line for line in lines if line and not line.startswith("#")]
     for number, word in enumerate(words, 1):
-        if len(word) < SHORTEST or any(map(str.isspace, word)):
-            raise ConfigError(f"{key}={path}: key {number} is shorter than {SHORTEST} characters or holds spaces")
+        if len(word) < MIN_KEY_LENGTH or any(map(str.isspace, word)):
+            raise ConfigError(f"{key}={path}: key {number} is shorter than {MIN_KEY_LENGTH} characters or holds spaces")
     return words

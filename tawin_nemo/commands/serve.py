@@ -1,4 +1,4 @@
-"""``tawin-nemo serve``: from a recipe and a checkpoint to a server that runs until it is told to leave."""
+"""``tawin-nemo serve``: run a server with a recipe and a checkpoint until a signal or ``/shutdown``."""
 
 from __future__ import annotations
 
@@ -27,21 +27,21 @@ from tawin_nemo.models.megatron.parallel import runtime
 from tawin_nemo.rollout.engine import RolloutEngine
 from tawin_nemo.rollout.lm import LM, MeteredLM
 from tawin_nemo.run.world import World
-from tawin_nemo.serve.engine.admission import Limits
-from tawin_nemo.serve.engine.catalog import ServedCatalog, Writing, read_items
+from tawin_nemo.serve.engine.catalog import PromptFormat, ServedCatalog, read_items
 from tawin_nemo.serve.engine.engine import Engine
-from tawin_nemo.serve.engine.metrics import Metrics
+from tawin_nemo.serve.engine.jobs import Limits
 from tawin_nemo.serve.engine.ranks import Alone, Leader, Ranks, follow
 from tawin_nemo.serve.engine.replica import FromTensors, Replica
-from tawin_nemo.serve.http.requests import Terms
-from tawin_nemo.serve.http.server import Secrets, Server, settings_of
+from tawin_nemo.serve.engine.telemetry import Metrics
+from tawin_nemo.serve.http.requests import ServerContext
+from tawin_nemo.serve.http.server import Secrets, Server, roots_and_folder
 from tawin_nemo.util.errors import ConfigError
 from tawin_nemo.util.files import write_json
 from tawin_nemo.util.log import get_logger
 
 log = get_logger(__name__)
-SWITCH = 1e-4  # seconds
-FIRST = 1  # version of the weights and of the catalog that a server starts with
+SWITCH_INTERVAL_S = 1e-4  # of Python threads
+FIRST_VERSION = 1  # of the weights and of the catalog that a server starts with
 
 
 class Together:
@@ -64,7 +64,9 @@ class Together:
 
 
 def serve(world: World) -> dict[str, Any]:
-    """Serve ``checkpoint`` until SIGTERM or /shutdown. Rank 0 speaks HTTP, the others follow it.
+    """Serve ``checkpoint`` until SIGTERM or /shutdown; rank 0 runs the HTTP server, the other ranks follow it.
+
+    Returns ``served``, ``weight_version`` and ``catalog_version`` on rank 0, an empty result on the others.
 
     Raises ConfigError (layout, ports, keys), CatalogError (``serve.catalogue``), TawinError when the engine breaks.
     """
@@ -72,10 +74,11 @@ def serve(world: World) -> dict[str, Any]:
         rollout = replace(world.recipe.rollout, placement="colocated")
         world = replace(world, recipe=replace(world.recipe, rollout=rollout))
     recipe, settings = world.recipe, world.recipe.serve
-    # The engine lets go of the interpreter's lock at every call of torch, thousands of times a step. A thread that
-    # takes it, to build a catalog say, may keep it so long each time; by default 5 ms: requests would take seconds.
-    sys.setswitchinterval(SWITCH)
-    gc.freeze()  # what was imported and read so far stays; looking it through now and then would stop every request
+    # The engine releases the interpreter's lock at every call of torch, thousands of times per step. Another thread
+    # that takes it, for example to build a catalog, keeps it for one switch interval each time. With the default of
+    # 5 ms requests would take seconds.
+    sys.setswitchinterval(SWITCH_INTERVAL_S)
+    gc.freeze()  # exclude all objects so far from garbage collections, which block every request
     tp, pp = recipe.rollout_layout
     if tp * pp != runtime.world_size():
         raise ConfigError(
@@ -85,32 +88,32 @@ def serve(world: World) -> dict[str, Any]:
     build_from_tensors = from_tensors(world.shape, model_in(recipe), recipe.rollout_layout)
     replica = Replica(loader(world), length_penalty=recipe.rollout.length_penalty, from_tensors=build_from_tensors)
     catalog = first_catalog(world)
-    replica.models[FIRST] = replica.load("")
-    replica.tries[FIRST] = catalog.trie
+    replica.models[FIRST_VERSION] = replica.load("")
+    replica.tries[FIRST_VERSION] = catalog.trie
     ranks: Ranks = Together() if runtime.world_size() > 1 else Alone()
     if runtime.world_rank() > 0:
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
-            signal.signal(number, signal.SIG_IGN)  # rank 0 drains, then lets this one go
+            signal.signal(number, signal.SIG_IGN)  # rank 0 drains and then stops this rank
         follow(replica, ranks)
         return {}
-    model = replica.models[FIRST]
+    model = replica.models[FIRST_VERSION]
     catalog.validate(vocab=model.vocab_size, positions=model.max_positions)
     catalog.warm()
-    roots, folder = settings_of(settings, world.run_dir)
+    roots, folder = roots_and_folder(settings, world.run_dir)
     keys = read_keys(settings.api_keys_file)
     token = control_token(settings.control_token_file, folder / "control_token", keys)
     metrics = Metrics()
     engine = Engine(
-        Leader(replica, ranks), catalog, metrics=metrics, weights=FIRST, on_thread=runtime.use_device,
+        Leader(replica, ranks), catalog, metrics=metrics, weights=FIRST_VERSION, on_thread=runtime.use_device,
         limits=Limits.of(settings),
     )  # fmt: skip
-    terms = Terms(
+    context = ServerContext(
         settings, recipe.name, min(settings.beams or recipe.eval.beams, settings.max_beams),
         recipe.rollout.score_space, recipe.rollout.length_penalty, model.max_positions, model.vocab_size,
         world.tokenizer.fingerprint, model_in(recipe).precision,
     )  # fmt: skip
-    del model, catalog  # they may be replaced, and must not stay in memory for this frame
-    server = Server(engine, terms, Secrets(keys, token), roots=roots)
+    del model, catalog  # so that this frame does not keep them in memory after they are replaced
+    server = Server(engine, context, Secrets(keys, token), roots=roots)
     engine.start()
     server.run(lambda: _announce(server, world, folder))
     return {"served": True, "weight_version": engine.weights, "catalog_version": engine.catalog.version}
@@ -118,32 +121,35 @@ def serve(world: World) -> dict[str, Any]:
 
 def _announce(server: Server, world: World, folder: Path) -> None:
     settings, (data, control) = world.recipe.serve, server.ports
-    place = {
+    addresses = {
         "data": f"http://{reachable(settings.host)}:{data}",
         "control": f"http://{reachable(settings.control_host)}:{control}",
         "pid": os.getpid(),
     }  # fmt: skip
-    write_json(folder / "address.json", place)
-    log.info("serving %s on %s, control plane on %s", world.recipe.name, place["data"], place["control"])
+    write_json(folder / "address.json", addresses)
+    log.info("serving %s on %s, control plane on %s", world.recipe.name, addresses["data"], addresses["control"])
 
 
 def reachable(host: str) -> str:
-    """What others call an address that is listened on."""
+    """The host name under which other machines reach a server that listens on ``host``."""
     name = socket.gethostname() if host in ("0.0.0.0", "::") else host
     return f"[{name}]" if ":" in name else name
 
 
 def first_catalog(world: World) -> ServedCatalog:
-    """The data set's catalog, or that of ``serve.catalogue``, as version 1."""
+    """Version 1 of the served catalog: that of ``serve.catalogue``, or of the data set. Raises CatalogError."""
     data = world.recipe.data
-    writing = Writing(world.tokenizer, world.template, data.max_history, data.max_prompt_tokens)
-    known = ServedCatalog.of(world.catalog, world.item_texts, writing)
+    prompt_format = PromptFormat(world.tokenizer, world.template, data.max_history, data.max_prompt_tokens)
+    trained = ServedCatalog.of(world.catalog, world.item_texts, prompt_format)
     file = world.recipe.serve.catalogue
-    return known.replaced(read_items(Path(file)), FIRST) if file else known
+    return trained.replaced(read_items(Path(file)), FIRST_VERSION) if file else trained
 
 
 def loader(world: World) -> Callable[[str], LM]:
-    """Makes a model with the weights of a stage, a step or a Hugging Face folder; of the recipe for an empty path."""
+    """A function that loads a model from a stage, a step or a Hugging Face folder; empty path: the recipe's weights.
+
+    The function raises CheckpointError for weights that cannot be loaded, ConfigError for a disaggregated placement.
+    """
 
     def load(path: str) -> LM:
         runtime.use_device()
@@ -164,7 +170,7 @@ def loader(world: World) -> Callable[[str], LM]:
 
 
 def from_tensors(shape: Backbone, cfg: ModelConfig, layout: tuple[int, int]) -> FromTensors:
-    """How a training job's tensors become a model under ``layout`` (TP, PP), in the number format of ``cfg``."""
+    """How a model is built from a training job's tensors, with ``layout`` (TP, PP) and the precision of ``cfg``."""
 
     def build(rows: Iterable[Mapping[str, Tensor]]) -> LM:
         runtime.use_device()
@@ -177,5 +183,5 @@ def from_tensors(shape: Backbone, cfg: ModelConfig, layout: tuple[int, int]) -> 
 
 
 def model_in(recipe: Recipe) -> ModelConfig:
-    """The model as searches run it."""
+    """The recipe's model in the precision of evaluation, which the server uses."""
     return in_precision(recipe.model, recipe.eval.precision)

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 
 import torch
 
+from tawin_nemo.util.launch import ranks_of_node
 from tawin_nemo.util.log import get_logger
 
 log = get_logger(__name__)
@@ -55,16 +56,6 @@ def available_threads(
     if limit := env.get("OMP_NUM_THREADS", "").split(",")[0]:
         own = min(own, int(limit))
     return max(1, own)
-
-
-def ranks_of_node(env: Mapping[str, str]) -> int:
-    """Processes of this job on this node, from torchrun's or srun's variables; 1 without a launcher."""
-    if "LOCAL_WORLD_SIZE" in env:
-        return int(env["LOCAL_WORLD_SIZE"])
-    if "RANK" not in env and env.get("SLURM_STEP_ID"):
-        per_node = env.get("SLURM_STEP_TASKS_PER_NODE", env.get("SLURM_TASKS_PER_NODE", "1"))  # 8(x4) or 8,7
-        return max(int(part.split("(")[0]) for part in per_node.split(","))
-    return 1
 
 
 @dataclass(frozen=True)
@@ -163,7 +154,7 @@ def stage_tuner(fixed: int, *, what: str) -> ThreadTuner:
     GPU the CPU's threads only launch kernels. Both keep ``available_threads``.
     """
     limit = available_threads()
-    measures = not torch.cuda.is_available() and ranks_of_node(os.environ) == 1
+    measures = not torch.cuda.is_available() and ranks_of_node() == 1
     return ThreadTuner(fixed if fixed or measures else limit, limit, what=what)
 
 

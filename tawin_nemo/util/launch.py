@@ -34,3 +34,13 @@ def read_launch(env: Mapping[str, str] = os.environ) -> Launch:
 def is_launched(env: Mapping[str, str] = os.environ) -> bool:
     """Whether torchrun or srun started this process, perhaps as the only one."""
     return "RANK" in env or bool(env.get("SLURM_STEP_ID"))
+
+
+def ranks_of_node(env: Mapping[str, str] = os.environ) -> int:
+    """Processes of this job on this node, from torchrun's or srun's variables; 1 without a launcher."""
+    if "LOCAL_WORLD_SIZE" in env:
+        return int(env["LOCAL_WORLD_SIZE"])
+    if "RANK" not in env and env.get("SLURM_STEP_ID"):
+        per_node = env.get("SLURM_STEP_TASKS_PER_NODE", env.get("SLURM_TASKS_PER_NODE", "1"))  # 8(x4) or 8,7
+        return max(int(part.split("(")[0]) for part in per_node.split(","))
+    return 1

@@ -66,7 +66,7 @@ class Generator:
 
     @classmethod
     def of(cls, catalog: ServedCatalog, weights: Path) -> Generator:
-        eos = catalog.writing.tokenizer.eos_id
+        eos = catalog.prompt_format.tokenizer.eos_id
         model = AutoModelForCausalLM.from_pretrained(weights, attn_implementation="sdpa").eval()
         item_of: dict[tuple[int, ...], int] = {}
         for number in catalog.number_J.tolist():

@@ -146,7 +146,7 @@ def catalog_swap(served: Served, catalog: ServedCatalog, names: Sequence[str]) -
 
 def as_item(catalog: ServedCatalog, number: int) -> ItemToAdd:
     """An item as the control plane takes it."""
-    codes = codes_in(catalog.texts[number]) if catalog.writing.template.kind == "sid" else []
+    codes = codes_in(catalog.texts[number]) if catalog.prompt_format.template.kind == "sid" else []
     return ItemToAdd(external_id=catalog.external_ids[number], title=catalog.titles[number], codes=codes)
 
 

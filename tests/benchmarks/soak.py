@@ -66,7 +66,7 @@ class World:
         first = {name: as_item(catalog, number) for number, name in enumerate(catalog.external_ids)}
         new = _new_items(setting)
         texts = ["".join(item.codes) if item.codes else item.title for item in new]
-        paths = answer_paths(texts, catalog.writing.tokenizer, catalog.writing.template)
+        paths = answer_paths(texts, catalog.prompt_format.tokenizer, catalog.prompt_format.template)
         path_of = {name: tuple(catalog.paths[number].tolist()) for name, number in catalog.number_of.items()}
         path_of |= {item.external_id: tuple(paths[row].tolist()) for row, item in enumerate(new)}
         items = first | {item.external_id: item for item in new}
@@ -81,7 +81,7 @@ class World:
 def _new_items(setting: Setting) -> list[ItemToAdd]:
     """Items that the catalog does not have: other mixtures of its codes, or of the words of its titles."""
     catalog, rng = setting.catalog, random.Random(1)
-    sid = catalog.writing.template.kind == "sid"
+    sid = catalog.prompt_format.template.kind == "sid"
     parts = [codes_in(text) if sid else text.split() for text in catalog.texts]
     taken, made = set(catalog.texts), []
     while len(made) < NEW:
@@ -198,7 +198,7 @@ def judged(lines: Sequence[dict[str, Any]], world: World, sample: int) -> dict[s
             continue
         result["invalid_items"] += sum(name not in live for name, _ in line["items"])
         if place in chosen:
-            table = admissible([world.path_of[name] for name in live], catalog.writing.tokenizer.eos_id)
+            table = admissible([world.path_of[name] for name in live], catalog.prompt_format.tokenizer.eos_id)
             prompt = catalog.prompt(histories[line["history"]]).flat.tolist()
             paths = [world.path_of[name] for name, _ in line["items"]]
             right = oracle.scores(world.weights[line["weights"]], table, prompt, paths)

@@ -13,7 +13,7 @@ from tawin_nemo.config.schema import CatalogConfig, DataConfig, ModelConfig
 from tawin_nemo.data.catalog_builder import build_catalog
 from tawin_nemo.data.prompts import Template
 from tawin_nemo.data.tokenizer import build_tokenizer
-from tawin_nemo.serve.engine.catalog import ServedCatalog, Writing
+from tawin_nemo.serve.engine.catalog import PromptFormat, ServedCatalog
 from tests.serve.scene import GateLM, Scene, serving
 
 KINDS = {
@@ -40,7 +40,7 @@ def small_catalog() -> ServedCatalog:
     tokenizer = build_tokenizer(data, CatalogConfig(), ModelConfig(), TITLES, None)
     ids = [f"SKU-{number:03}" for number in range(len(TITLES))]
     catalog = build_catalog(TITLES, ids, TITLES, tokenizer, Template(), kind="title")
-    return ServedCatalog.of(catalog, TITLES, Writing(tokenizer, Template(), 10, 200))
+    return ServedCatalog.of(catalog, TITLES, PromptFormat(tokenizer, Template(), 10, 200))
 
 
 class ShopLM(GateLM):

@@ -33,13 +33,13 @@ from tawin_nemo.models.megatron.parallel import runtime
 from tawin_nemo.placement.weight_sync import build_engine, sync_weights
 from tawin_nemo.rollout.engine import Engine as Searches
 from tawin_nemo.run.timers import Timers
-from tawin_nemo.serve.engine.admission import Limits
 from tawin_nemo.serve.engine.catalog import ServedCatalog
 from tawin_nemo.serve.engine.engine import Engine
-from tawin_nemo.serve.engine.metrics import Metrics
+from tawin_nemo.serve.engine.jobs import Limits
 from tawin_nemo.serve.engine.ranks import Alone, Leader, follow
 from tawin_nemo.serve.engine.replica import Replica
-from tawin_nemo.serve.http.requests import Terms
+from tawin_nemo.serve.engine.telemetry import Metrics
+from tawin_nemo.serve.http.requests import ServerContext
 from tawin_nemo.serve.http.server import Secrets, Server
 from tawin_nemo.train.actor import Actor
 from tawin_nemo.train.reference import build_reference
@@ -49,7 +49,7 @@ from tawin_nemo.train.rollouts import PromptStream, Rollouts
 from tawin_nemo.types import DataParallel, Rollout
 from tawin_nemo.util.files import write_json
 from tests.distributed.rollout_worker import LR, PROMPTS, SHAPE, STEPS, prompts, small_catalog
-from tests.serve.scene import KEY, TOKEN, writing
+from tests.serve.scene import KEY, TOKEN, prompt_format
 
 RL = RlConfig(group_size=4, beta=0.01, ensure_target="replace_last", prompts_per_step=PROMPTS)
 
@@ -78,14 +78,14 @@ def made(tp: int, catalog: Catalog, settings: ServeConfig) -> Engine | None:
     if runtime.world_rank() > 0:
         follow(replica, ranks)
         return None
-    served = ServedCatalog.of(catalog, catalog.titles, writing())
+    served = ServedCatalog.of(catalog, catalog.titles, prompt_format())
     served.warm()
     return Engine(Leader(replica, ranks), served, limits=Limits.of(settings), metrics=Metrics(), weights=1)
 
 
 def server_of(engine: Engine, settings: ServeConfig, folder: Path) -> tuple[Server, Path]:
-    terms = Terms(settings, "small", 4, "trie", 0.0, SHAPE.max_position, SHAPE.vocab)
-    server = Server(engine, terms, Secrets([KEY], TOKEN), roots=[])
+    context = ServerContext(settings, "small", 4, "trie", 0.0, SHAPE.max_position, SHAPE.vocab)
+    server = Server(engine, context, Secrets([KEY], TOKEN), roots=[])
     data, control = server.ports
     file = folder / "address.json"
     write_json(file, {"data": f"http://127.0.0.1:{data}", "control": f"http://127.0.0.1:{control}"})
@@ -114,7 +114,7 @@ def serving(folder: Path, catalog: Catalog | None = None, **changes: Any) -> Ite
         assert ready.wait(120), "the server did not start"
         yield Running(engine, server, file)
     finally:
-        server.leave(0.0)
+        server.drain(0.0)
         thread.join(60)
     assert not thread.is_alive()
     assert engine.failed.exception(timeout=60) is None

@@ -22,13 +22,13 @@ from tawin_nemo.config.schema import CatalogConfig, DataConfig, ModelConfig, Ser
 from tawin_nemo.data.catalog_builder import build_catalog
 from tawin_nemo.data.prompts import Template
 from tawin_nemo.data.tokenizer import Tokenizer, build_tokenizer
-from tawin_nemo.serve.engine.admission import Limits
-from tawin_nemo.serve.engine.catalog import ServedCatalog, Writing
+from tawin_nemo.serve.engine.catalog import PromptFormat, ServedCatalog
 from tawin_nemo.serve.engine.engine import Engine
-from tawin_nemo.serve.engine.metrics import Metrics
+from tawin_nemo.serve.engine.jobs import Limits
 from tawin_nemo.serve.engine.ranks import Alone, Leader
 from tawin_nemo.serve.engine.replica import FromTensors, Replica
-from tawin_nemo.serve.http.requests import Terms
+from tawin_nemo.serve.engine.telemetry import Metrics
+from tawin_nemo.serve.http.requests import ServerContext
 from tawin_nemo.serve.http.server import Secrets, Server
 from tawin_nemo.types import TokenRows
 from tawin_nemo.util.errors import CheckpointError
@@ -52,13 +52,13 @@ def tokenizer() -> Tokenizer:
     return build_tokenizer(DataConfig(bpe_vocab_size=300), CatalogConfig(), ModelConfig(), TITLES, None)
 
 
-def writing(max_history: int = 5) -> Writing:
-    return Writing(tokenizer(), Template(), max_history, 200)
+def prompt_format(max_history: int = 5) -> PromptFormat:
+    return PromptFormat(tokenizer(), Template(), max_history, 200)
 
 
 def first_catalog() -> ServedCatalog:
     catalog = build_catalog(TITLES, IDS, TITLES, tokenizer(), Template(), kind="title")
-    return ServedCatalog.of(catalog, TITLES, writing())
+    return ServedCatalog.of(catalog, TITLES, prompt_format())
 
 
 @dataclass
@@ -149,13 +149,13 @@ def serving(
 
     parts = FromTensors(TENSORS, torch.float32, build_from_tensors)
     catalog, replica = catalog or first_catalog(), Replica(load, from_tensors=parts)
-    vocab = catalog.writing.tokenizer.size
+    vocab = catalog.prompt_format.tokenizer.size
     catalog.warm()
     replica.models[1], replica.tries[1] = load(""), catalog.trie
     engine = Engine(Leader(replica, Alone()), catalog, limits=Limits.of(settings), metrics=Metrics(), weights=1)
     del catalog  # or it would stay in memory
-    terms = Terms(settings, MODEL, settings.beams, "trie", 0.0, 2048, vocab)
-    server = Server(engine, terms, Secrets(list(keys), TOKEN), roots=list(roots))
+    context = ServerContext(settings, MODEL, settings.beams, "trie", 0.0, 2048, vocab)
+    server = Server(engine, context, Secrets(list(keys), TOKEN), roots=list(roots))
     data, control = (f"http://127.0.0.1:{port}" for port in server.ports)
     ready = threading.Event()
     thread = threading.Thread(target=server.run, args=(ready.set,), daemon=True)
@@ -166,7 +166,7 @@ def serving(
         yield Scene(server, engine, gate, data, control, made)
     finally:
         gate.set()
-        server.leave(0.0)
+        server.drain(0.0)
         thread.join(30)
     assert not thread.is_alive(), "the server did not end"
     assert engine.failed.exception(timeout=30) is None
@@ -199,7 +199,7 @@ def path_scores(
 
 def best_scores(scores: dict[int, float], allowed: Sequence[int], catalog: ServedCatalog, n: int) -> list[float]:
     """The n best scores of the allowed items, items on one path counting once."""
-    of_leaf = {int(catalog.trie.leaf_I[catalog.place_I[number]]): scores[number] for number in allowed}
+    of_leaf = {int(catalog.trie.leaf_I[catalog.trie_item_I[number]]): scores[number] for number in allowed}
     return sorted(of_leaf.values(), reverse=True)[:n]
 
 

@@ -12,7 +12,7 @@ import httpx
 import pytest
 
 from tawin_nemo.api.secrets_files import control_token, read_keys
-from tawin_nemo.serve.engine.events import NAME
+from tawin_nemo.serve.engine.telemetry import EVENT_LOGGER
 from tawin_nemo.util.errors import ConfigError
 from tests.serve.scene import IDS, KEY, TOKEN, Scene, serving
 
@@ -100,12 +100,40 @@ def test_request_ids_are_kept_where_they_are_harmless_and_made_where_not(scene: 
     assert re.fullmatch("[0-9a-f]{32}", made.headers["x-request-id"])
 
 
+@pytest.mark.parametrize("name", ["x" * 65, "a b", "id;drop", "é"])
+def test_an_unusable_request_id_is_replaced_without_a_word_in_the_log(
+    scene: Scene, name: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    with scene.http() as http:
+        answer = http.post("/v1/recommendations", json=ONE, headers={"X-Request-Id": name.encode()})
+    assert re.fullmatch("[0-9a-f]{32}", answer.headers["x-request-id"])
+    assert answer.json()["id"] == answer.headers["x-request-id"]
+    assert [record for record in caplog.records if record.name.startswith("asgi_correlation_id")] == []
+
+
+def test_every_error_carries_the_request_id(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*args: object) -> None:
+        raise RuntimeError("unexpected")
+
+    monkeypatch.setattr("tawin_nemo.serve.http.data_plane.replies.score", broken)
+    headers = {"X-Request-Id": "shop-18", "Authorization": f"Bearer {KEY}"}
+    good, wrong = {"history": [1], "items": [2]}, {"history": [1], "items": []}
+    for expected, path, body, extra in (
+        (500, "/v1/score", good, {}),
+        (400, "/v1/score", wrong, {}),
+        (404, "/v1/nothing", {}, {}),
+        (401, "/v1/score", good, {"Authorization": "Bearer wrong"}),
+    ):
+        answer = httpx.post(scene.data + path, json=body, headers={**headers, **extra})
+        assert (answer.status_code, answer.headers.get_list("x-request-id")) == (expected, ["shop-18"])
+
+
 @pytest.mark.parametrize("wanted", [False, True])
 def test_the_log_is_structured_and_holds_histories_only_if_asked(
     wanted: bool, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO)
-    events = logging.getLogger(NAME)
+    events = logging.getLogger(EVENT_LOGGER)
     events.addHandler(caplog.handler)
     try:  # until the server has stopped: it writes a line after its reply
         with serving(log_history=wanted) as scene, scene.http() as http:

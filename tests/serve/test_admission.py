@@ -9,8 +9,8 @@ from dataclasses import replace
 import pytest
 
 from tawin_nemo.config.schema import ServeConfig
-from tawin_nemo.serve.engine import admission
-from tawin_nemo.serve.engine.admission import Gate, Limits
+from tawin_nemo.serve.engine import jobs
+from tawin_nemo.serve.engine.jobs import AdmissionPolicy, Limits
 from tests.serve.scene import Scene, serving
 
 LIMITS = Limits(queue=8, tokens=1000, rows=100, join_after=2, gather_s=0.5)
@@ -19,56 +19,56 @@ LIMITS = Limits(queue=8, tokens=1000, rows=100, join_after=2, gather_s=0.5)
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     now = [100.0]
-    monkeypatch.setattr(admission.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(jobs.time, "monotonic", lambda: now[0])
     return now
 
 
 def test_a_single_client_never_waits(clock: list[float]) -> None:
-    gate = Gate(LIMITS)
+    policy = AdmissionPolicy(LIMITS)
     for _ in range(3):
-        assert gate.opens(waiting=1, running=0)
-        gate.called(ran=1, left=0, waiting=0)
-        assert gate.seconds(1) == 0
+        assert policy.admits(waiting=1, running=0)
+        policy.record_call(ran=1, left=0, waiting=0)
+        assert policy.wait_s(1) == 0
 
 
 def test_an_idle_engine_waits_for_as_many_as_were_there_and_no_longer_than_told(clock: list[float]) -> None:
-    gate = Gate(LIMITS)
-    gate.called(ran=3, left=3, waiting=1)  # four at once
-    gate.called(ran=3, left=0, waiting=0)
-    assert not gate.opens(waiting=3, running=0)
-    assert gate.seconds(3) == 0.5
-    assert gate.opens(waiting=4, running=0)
+    policy = AdmissionPolicy(LIMITS)
+    policy.record_call(ran=3, left=3, waiting=1)  # four at once
+    policy.record_call(ran=3, left=0, waiting=0)
+    assert not policy.admits(waiting=3, running=0)
+    assert policy.wait_s(3) == 0.5
+    assert policy.admits(waiting=4, running=0)
     clock[0] += 0.25
-    assert gate.seconds(1) == 0.25
+    assert policy.wait_s(1) == 0.25
     clock[0] += 0.25
-    assert gate.opens(waiting=1, running=0)
-    gate.called(ran=1, left=0, waiting=0)  # now it is a group of one
-    assert gate.opens(waiting=1, running=0)
+    assert policy.admits(waiting=1, running=0)
+    policy.record_call(ran=1, left=0, waiting=0)  # now it is a group of one
+    assert policy.admits(waiting=1, running=0)
 
 
 def test_turns_in_which_nothing_ran_say_nothing_about_the_group(clock: list[float]) -> None:
-    gate = Gate(LIMITS)
-    gate.called(ran=4, left=0, waiting=0)
+    policy = AdmissionPolicy(LIMITS)
+    policy.record_call(ran=4, left=0, waiting=0)
     clock[0] += 0.1
-    gate.called(ran=0, left=0, waiting=0)  # a probe
-    assert gate.seconds(1) == pytest.approx(0.4)
+    policy.record_call(ran=0, left=0, waiting=0)  # a probe
+    assert policy.wait_s(1) == pytest.approx(0.4)
 
 
 def test_those_that_wait_join_when_they_are_more_or_after_so_many_calls(clock: list[float]) -> None:
-    gate = Gate(LIMITS)
-    assert gate.opens(waiting=3, running=2)
-    assert not gate.opens(waiting=2, running=2)
-    assert not gate.opens(waiting=2, running=2)
-    assert gate.opens(waiting=2, running=2)
-    assert not gate.opens(waiting=1, running=4)  # the next one counts its own calls
-    assert not gate.opens(waiting=0, running=4)
+    policy = AdmissionPolicy(LIMITS)
+    assert policy.admits(waiting=3, running=2)
+    assert not policy.admits(waiting=2, running=2)
+    assert not policy.admits(waiting=2, running=2)
+    assert policy.admits(waiting=2, running=2)
+    assert not policy.admits(waiting=1, running=4)  # the next one counts its own calls
+    assert not policy.admits(waiting=0, running=4)
 
 
 def test_without_any_wait_whoever_comes_joins_at_once(clock: list[float]) -> None:
-    gate = Gate(replace(LIMITS, join_after=0, gather_s=0.0))
-    gate.called(ran=8, left=0, waiting=0)
-    assert gate.opens(waiting=1, running=0)
-    assert gate.opens(waiting=1, running=8)
+    policy = AdmissionPolicy(replace(LIMITS, join_after=0, gather_s=0.0))
+    policy.record_call(ran=8, left=0, waiting=0)
+    assert policy.admits(waiting=1, running=0)
+    assert policy.admits(waiting=1, running=8)
 
 
 def test_the_limits_are_those_of_the_recipe() -> None:
@@ -104,9 +104,9 @@ def test_an_idle_server_holds_the_first_of_a_group_until_the_others_are_there() 
             assert http.post("/v1/recommendations", json={"history": [item]}).status_code == 200
 
     with serving() as scene, ThreadPoolExecutor(3) as pool:
-        gate = Gate(replace(scene.engine.limits, gather_s=60.0))
-        gate.called(ran=3, left=0, waiting=0)
-        scene.engine._gate = gate
+        policy = AdmissionPolicy(replace(scene.engine.limits, gather_s=60.0))
+        policy.record_call(ran=3, left=0, waiting=0)
+        scene.engine._admission = policy
         first = pool.submit(one, scene, 4)
         scene.wait_until(lambda: len(scene.engine._queue) == 1)
         time.sleep(0.3)

@@ -99,7 +99,7 @@ def test_a_filter_that_allows_nothing_gives_an_empty_list(scene: Scene) -> None:
 
 def test_histories_by_number_id_and_title_and_a_raw_prompt_are_one_and_the_same(scene: Scene, catalog) -> None:
     history = [7, 9, 11, 13, 15, 17]  # the newest five are used
-    prompt = catalog.writing.template.prompt([TITLES[item] for item in history[-5:]])
+    prompt = catalog.prompt_format.template.prompt([TITLES[item] for item in history[-5:]])
     with scene.client() as client:
         replies = [
             client.recommend(history), client.recommend([IDS[item] for item in history]),
@@ -122,7 +122,7 @@ def test_scores_of_given_items_are_those_of_the_whole_catalog(scene: Scene) -> N
 
 
 def test_completions_by_beams_are_the_recommendations(scene: Scene, catalog) -> None:
-    prompts = [catalog.writing.template.prompt([TITLES[item]]) for item in (3, 8)]
+    prompts = [catalog.prompt_format.template.prompt([TITLES[item]]) for item in (3, 8)]
     with scene.client() as client:
         reply = client.complete(prompts, model=MODEL, n=3, use_beam_search=True, best_of=6, logprobs=1)
         for place, item in enumerate((3, 8)):
@@ -140,7 +140,7 @@ def test_completions_by_beams_are_the_recommendations(scene: Scene, catalog) -> 
 
 
 def test_draws_are_a_function_of_the_seed(scene: Scene, catalog) -> None:
-    prompt = catalog.writing.template.prompt([TITLES[3]])
+    prompt = catalog.prompt_format.template.prompt([TITLES[3]])
     with scene.client() as client:
         texts = [
             [choice.text for choice in client.complete(prompt, model=MODEL, n=12, seed=seed).choices]

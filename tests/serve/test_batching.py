@@ -99,7 +99,7 @@ def test_the_budgets_bound_what_runs_at_once_and_a_request_above_them_runs_alone
 
 
 def test_draws_and_searches_run_beside_each_other() -> None:
-    prompt = first_catalog().writing.template.prompt([TITLES[4]])
+    prompt = first_catalog().prompt_format.template.prompt([TITLES[4]])
     with serving() as scene, scene.client() as client:
         alone = [choice.text for choice in client.complete(prompt, model=MODEL, n=5, seed=3).choices]
         scene.gate.clear()

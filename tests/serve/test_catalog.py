@@ -15,7 +15,7 @@ from tawin_nemo.config.schema import CatalogConfig, DataConfig, ModelConfig
 from tawin_nemo.data.catalog_builder import build_catalog
 from tawin_nemo.data.prompts import Template
 from tawin_nemo.data.tokenizer import build_tokenizer
-from tawin_nemo.serve.engine.catalog import NewItem, ServedCatalog, Writing, read_items
+from tawin_nemo.serve.engine.catalog import NewItem, PromptFormat, ServedCatalog, read_items
 from tawin_nemo.util.errors import CatalogError, DataError
 from tests.serve import scene
 
@@ -29,15 +29,15 @@ def coded() -> ServedCatalog:
     tokenizer = build_tokenizer(DataConfig(), cfg, ModelConfig(), [], CODES)
     texts, names = ["".join(codes) for codes in CODES], ["x", "y", "z"]
     catalog = build_catalog(names, names, texts, tokenizer, TEMPLATE, kind="sid")
-    return ServedCatalog.of(catalog, texts, Writing(tokenizer, TEMPLATE, 3, 50))
+    return ServedCatalog.of(catalog, texts, PromptFormat(tokenizer, TEMPLATE, 3, 50))
 
 
 def test_items_of_codes_come_and_go(coded: ServedCatalog) -> None:
     changed = coded.changed([NewItem("new", "a lamp", ("<a_2>", "<b_2>"))], ["x"], 2)
     assert changed.trie.num_items == 3
     assert [changed.external_ids[number] for number in changed.number_J] == ["y", "z", "new"]
-    vocabulary = coded.writing.tokenizer.fast.get_vocab()
-    assert changed.paths[3].tolist() == [vocabulary["<a_2>"], vocabulary["<b_2>"], coded.writing.tokenizer.eos_id]
+    vocabulary = coded.prompt_format.tokenizer.fast.get_vocab()
+    assert changed.paths[3].tolist() == [vocabulary["<a_2>"], vocabulary["<b_2>"], coded.prompt_format.tokenizer.eos_id]
     assert np.array_equal(changed.prompt([0]).flat, coded.prompt([0]).flat)  # a removed item in a history
     assert changed.fingerprint != coded.fingerprint
     assert coded.trie.num_items == 3  # the old one is as it was
@@ -74,9 +74,9 @@ def test_a_shorter_code_is_a_path_of_its_own(coded: ServedCatalog) -> None:
 
 def test_a_history_is_shortened_as_in_training_and_one_that_cannot_be_is_refused(coded: ServedCatalog) -> None:
     def limited(tokens: int) -> ServedCatalog:
-        writing = Writing(coded.writing.tokenizer, TEMPLATE, 3, tokens)
+        prompt_format = PromptFormat(coded.prompt_format.tokenizer, TEMPLATE, 3, tokens)
         return ServedCatalog(
-            1, writing, coded.titles, coded.external_ids, coded.texts, coded.paths, coded.live_I, coded.trie
+            1, prompt_format, coded.titles, coded.external_ids, coded.texts, coded.paths, coded.live_I, coded.trie
         )
 
     whole = coded.prompt([2, 0, 1])

@@ -13,7 +13,6 @@ import pytest
 
 from tawin_nemo.rollout.filters import ItemFilter
 from tawin_nemo.serve.engine.jobs import Job
-from tawin_nemo.serve.engine.metrics import Metrics
 from tawin_nemo.serve.engine.orders import (
     Admit,
     Advance,
@@ -32,8 +31,9 @@ from tawin_nemo.serve.engine.orders import (
 from tawin_nemo.serve.engine.ranks import Leader, follow
 from tawin_nemo.serve.engine.replica import Replica
 from tawin_nemo.serve.engine.running import Running
+from tawin_nemo.serve.engine.telemetry import Metrics
 from tawin_nemo.serve.http import openapi
-from tawin_nemo.serve.http.server import bound
+from tawin_nemo.serve.http.server import listening_socket
 from tawin_nemo.types import TokenRows
 from tawin_nemo.util.errors import CheckpointError, DataError
 from tests.rollout.sequence_lm import TableLM
@@ -156,7 +156,7 @@ def test_replies_do_not_wait_for_the_client_to_acknowledge_their_head() -> None:
             accepted.append(writer.get_extra_info("socket").getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY))
             writer.close()
 
-        with bound("127.0.0.1", 0, "serve.port") as place:
+        with listening_socket("127.0.0.1", 0, "serve.port") as place:
             server = await asyncio.start_server(came, sock=place)
             async with server:
                 reader, writer = await asyncio.open_connection(*place.getsockname())

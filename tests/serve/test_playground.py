@@ -33,7 +33,7 @@ def test_the_page_can_show_the_walk_to_every_result(scene: Scene) -> None:
     """Texts of the tokens are those of the item, end of text last; a probability per branch gives the path's."""
     with scene.client() as client:
         reply = client.recommend([3, 4], n=5, return_tokens=True)
-    template = scene.engine.catalog.writing.template
+    template = scene.engine.catalog.prompt_format.template
     for item in reply.items:
         assert len(item.token_texts) == len(item.tokens) == len(item.logprobs)
         assert "".join(item.token_texts[:-1]) == template.answer(item.title)

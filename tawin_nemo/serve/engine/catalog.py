@@ -1,8 +1,9 @@
-"""The catalog in use and how it changes: items join and leave, numbers stay.
+"""The served catalog and its changes: items are added and removed, item numbers are stable.
 
-Items are numbered in the order in which they came and keep their number for the life of the server. An item that was
-removed is not recommended any more but may still stand in a history. Every change makes a new catalog with the next
-version; the old one goes on serving the requests that began with it.
+Items are numbered in the order in which they were added and keep their number for the life of the server. A removed
+item is not recommended any more but may still occur in a history. Every change makes a new, immutable catalog with the
+next version; requests that started with an older catalog finish with it. I: all item numbers; J: live items, in the
+order of the trie's items.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from tawin_nemo.util.errors import CatalogError, DataError
 
 @dataclass(frozen=True)
 class NewItem:
-    """``codes``: its semantic ID, where the catalog is written in those."""
+    """An item to add. ``codes``: its semantic ID, for a catalog of kind ``sid``; empty for a catalog of titles."""
 
     external_id: str
     title: str
@@ -35,8 +36,8 @@ class NewItem:
 
 
 @dataclass(frozen=True)
-class Writing:
-    """How items and prompts become tokens; the limits on a history's items and tokens are those of training."""
+class PromptFormat:
+    """How items and histories become tokens; histories are cut to the numbers of items and tokens used in training."""
 
     tokenizer: Tokenizer
     template: Template
@@ -44,8 +45,10 @@ class Writing:
     max_prompt_tokens: int
 
     def text_of(self, item: NewItem) -> str:
-        """What stands for the item in prompts and answers. Raises CatalogError for codes where titles are used, or
-        the other way round."""
+        """The item's text in prompts and answers: its codes or its title.
+
+        Raises CatalogError for an item without codes in a catalog of kind ``sid``, or with codes in one of titles.
+        """
         kind = self.template.kind
         if bool(item.codes) != (kind == "sid"):
             wants = "its codes" if kind == "sid" else "no codes"
@@ -55,10 +58,10 @@ class Writing:
 
 @dataclass(frozen=True, eq=False)
 class ServedCatalog:
-    """I items ever known, of which some are live; the trie holds the live ones only."""
+    """All I items that were ever added, and a trie of those that are live."""
 
     version: int
-    writing: Writing
+    prompt_format: PromptFormat
     titles: list[str]
     external_ids: list[str]
     texts: list[str]
@@ -67,10 +70,10 @@ class ServedCatalog:
     trie: TokenTrie  # over the live items
 
     @classmethod
-    def of(cls, catalog: Catalog, texts: Sequence[str], writing: Writing) -> ServedCatalog:
-        """Version 1, from the catalog that the model was trained with. Raises CatalogError for ids named twice."""
+    def of(cls, catalog: Catalog, texts: Sequence[str], prompt_format: PromptFormat) -> ServedCatalog:
+        """Version 1: the catalog that the model was trained with. Raises CatalogError for repeated external ids."""
         made = cls(
-            1, writing, list(catalog.titles), list(catalog.external_ids), list(texts), catalog.paths,
+            1, prompt_format, list(catalog.titles), list(catalog.external_ids), list(texts), catalog.paths,
             np.ones(len(catalog), dtype=bool), catalog.trie,
         )  # fmt: skip
         if len(made.number_of) < len(made.external_ids):
@@ -78,49 +81,54 @@ class ServedCatalog:
         return made
 
     def replaced(self, items: Sequence[NewItem], version: int) -> ServedCatalog:
-        """The catalog of these items and no others; unchanged ones keep their numbers, or get them back."""
+        """A catalog of exactly these items; unchanged items keep their numbers, and returning ones get theirs back.
+
+        Raises CatalogError for an item that is named twice, and as ``changed`` does.
+        """
         wanted = {item.external_id: item for item in items}
         if len(wanted) < len(items):
             raise CatalogError(f"items are named twice: {_few(_repeated([item.external_id for item in items]))}")
-        same = {name for name, item in wanted.items() if self._is_live(name) and self._is_written_so(item)}
+        same = {name for name, item in wanted.items() if self._is_live(name) and self._is_unchanged(item)}
         live = [self.external_ids[number] for number in self.number_J.tolist()]
         new = [item for item in items if item.external_id not in same]
         return self.changed(new, [name for name in live if name not in same], version)
 
-    def _is_written_so(self, item: NewItem) -> bool:
+    def _is_unchanged(self, item: NewItem) -> bool:
         number = self.number_of[item.external_id]
-        return self.titles[number] == item.title and self.texts[number] == self.writing.text_of(item)
+        return self.titles[number] == item.title and self.texts[number] == self.prompt_format.text_of(item)
 
     def changed(self, add: Sequence[NewItem], remove: Sequence[str], version: int) -> ServedCatalog:
-        """The catalog with items added and others (external ids) taken out.
+        """A catalog with ``add`` added and ``remove`` (external ids) removed.
 
-        An item that was removed before and comes back as it was has its number again, so that a catalog whose items
-        come and go does not grow; written differently it gets a new one. Raises CatalogError for an id that is live
-        already, an id to remove that is not, an id named twice, and as ``answer_paths`` and ``TokenTrie`` do.
+        A removed item that is added again unchanged gets its old number, so that a catalog whose items come and go does
+        not grow; with another title or other codes it gets a new number. Raises CatalogError for an id to add that is
+        live, an id to remove that is not, an id named twice, and as ``answer_paths`` and ``TokenTrie`` do.
         """
         live_I = self.live_I.copy()
         unknown = [name for name in remove if not self._is_live(name)]
         if unknown:
             raise CatalogError(f"cannot remove items that are not in the catalog: {_few(unknown)}")
         live_I[[self.number_of[name] for name in remove]] = False
-        gone = set(remove)
-        there = [item.external_id for item in add if self._is_live(item.external_id) and item.external_id not in gone]
-        if there:
-            raise CatalogError(f"items are in the catalog already: {_few(there)}; remove them in the same call")
+        removed = set(remove)
+        live = [name for name in (item.external_id for item in add) if self._is_live(name) and name not in removed]
+        if live:
+            raise CatalogError(f"items are in the catalog already: {_few(live)}; remove them in the same call")
         names = [item.external_id for item in add]
         if len(set(names)) < len(names):
             raise CatalogError(f"items are named twice: {_few(_repeated(names))}")
-        back = {item.external_id for item in add if item.external_id in self.number_of and self._is_written_so(item)}
-        live_I[[self.number_of[name] for name in back]] = True
-        return self._with([item for item in add if item.external_id not in back], live_I, version)
+        returning = {
+            item.external_id for item in add if item.external_id in self.number_of and self._is_unchanged(item)
+        }
+        live_I[[self.number_of[name] for name in returning]] = True
+        return self._with([item for item in add if item.external_id not in returning], live_I, version)
 
     def _with(self, add: Sequence[NewItem], live_I: np.ndarray, version: int) -> ServedCatalog:
-        names, writing, paths = [item.external_id for item in add], self.writing, self.paths
-        texts = [writing.text_of(item) for item in add]
+        names, prompt_format, paths = [item.external_id for item in add], self.prompt_format, self.paths
+        texts = [prompt_format.text_of(item) for item in add]
         if add:
             try:
-                new = answer_paths(texts, writing.tokenizer, writing.template)
-            except DataError as error:  # a code that the model never saw
+                new = answer_paths(texts, prompt_format.tokenizer, prompt_format.template)
+            except DataError as error:  # a code without tokens
                 raise CatalogError(str(error)) from error
             ends = np.concatenate([paths.offsets, paths.offsets[-1] + new.offsets[1:]])
             paths = TokenRows(np.concatenate([paths.flat, new.flat]), ends)
@@ -131,8 +139,8 @@ class ServedCatalog:
             raise CatalogError("a catalog without items cannot be served; keep at least one")
         trie = TokenTrie.from_paths(paths.take(number_J), names=[texts[number] for number in number_J])
         return ServedCatalog(
-            version, writing, [*self.titles, *(item.title for item in add)], [*self.external_ids, *names], texts, paths,
-            live_I, trie,
+            version, prompt_format, [*self.titles, *(item.title for item in add)], [*self.external_ids, *names], texts,
+            paths, live_I, trie,
         )  # fmt: skip
 
     def _is_live(self, external_id: str) -> bool:
@@ -142,72 +150,79 @@ class ServedCatalog:
     # -- names and numbers --------------------------------------------------------------------------------------
     @cached_property
     def number_of(self) -> dict[str, int]:
-        """External id -> item number; of an id that came back the newest."""
+        """External id -> item number; the newest number of an id that has several."""
         return {name: number for number, name in enumerate(self.external_ids)}
 
     @cached_property
-    def titled(self) -> dict[str, int]:
-        """Title -> item number: a live item before a removed one, then the first."""
+    def number_of_title(self) -> dict[str, int]:
+        """Title -> item number; of items with one title the first live one, or else the first."""
         order = [*np.flatnonzero(~self.live_I)[::-1].tolist(), *np.flatnonzero(self.live_I)[::-1].tolist()]
         return {self.titles[number]: number for number in order}
 
     @cached_property
     def number_J(self) -> np.ndarray:
-        """Item number of every item of the trie."""
+        """The item number of each item of the trie."""
         return np.flatnonzero(self.live_I)
 
     @cached_property
-    def place_I(self) -> np.ndarray:
-        """Item of the trie of every item number, -1 for a removed one."""
-        place_I = np.full(len(self.live_I), -1, dtype=np.int64)
-        place_I[self.number_J] = np.arange(len(self.number_J))
-        return place_I
+    def trie_item_I(self) -> np.ndarray:
+        """The trie's item for each item number; -1 for a removed item."""
+        trie_item_I = np.full(len(self.live_I), -1, dtype=np.int64)
+        trie_item_I[self.number_J] = np.arange(len(self.number_J))
+        return trie_item_I
 
     @property
     def trie_paths(self) -> TokenRows:
-        """The paths of the live items."""
+        """The token paths of the live items, in the order of the trie's items."""
         return self.paths.take(self.number_J)
 
     @cached_property
     def search_keys(self) -> list[str]:
-        """Titles of the live items as the search compares them."""
+        """The live items' titles in folded case, for ``/v1/items/search``."""
         return [self.titles[number].casefold() for number in self.number_J]
 
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 over ids, titles and token paths of the live items."""
+        """SHA-256 over the ids, titles and token paths of the live items."""
         live = self.number_J.tolist()
         ids, titles = ([names[number] for number in live] for names in (self.external_ids, self.titles))
         return fingerprint(ids, titles, self.trie_paths)
 
     def prompt(self, history: Sequence[int]) -> TokenRows:
-        """The prompt of a history of item numbers, oldest first, shortened as ``data.samples.encode_split`` does.
+        """The prompt [1 row] of a history of item numbers, oldest first, cut as ``data.samples.encode_split`` cuts it.
 
         Raises DataError for a single item that does not fit into a prompt.
         """
-        newest = list(history)[-self.writing.max_history :]
+        newest = list(history)[-self.prompt_format.max_history :]
         while True:
-            tokens = self.tokens(self.writing.template.prompt([self.texts[number] for number in newest]))
-            if len(tokens.flat) <= self.writing.max_prompt_tokens:
+            tokens = self.tokens(self.prompt_format.template.prompt([self.texts[number] for number in newest]))
+            if len(tokens.flat) <= self.prompt_format.max_prompt_tokens:
                 return tokens
             if len(newest) <= 1:
                 raise DataError(
                     f"the newest item alone makes a prompt of {len(tokens.flat)} tokens; this model was trained with "
-                    f"at most {self.writing.max_prompt_tokens}"
+                    f"at most {self.prompt_format.max_prompt_tokens}"
                 )
             newest = newest[1:]
 
     def tokens(self, text: str) -> TokenRows:
-        """A text as one row. Raises DataError for text that the tokenizer cannot express."""
-        return self.writing.tokenizer.encode_batch([text])
+        """The tokens of a text as one row. Raises DataError for text that the tokenizer cannot express."""
+        return self.prompt_format.tokenizer.encode_batch([text])
 
     def warm(self) -> None:
-        """Make what requests would otherwise wait for."""
-        _ = self.number_of, self.titled, self.place_I, self.search_keys, self.trie.spans, self.trie.tensors()
+        """Compute all cached properties now, so that no request waits for them."""
+        _ = (
+            self.number_of,
+            self.number_of_title,
+            self.trie_item_I,
+            self.search_keys,
+            self.trie.spans,
+            self.trie.tensors(),
+        )
         _ = self.trie.num_leaves, self.trie.max_depth, self.trie.decision_depth, self.trie.max_token, self.fingerprint
 
     def validate(self, *, vocab: int, positions: int) -> None:
-        """Raises CatalogError when a model of this size cannot answer with every item."""
+        """Raise CatalogError unless a model with this vocabulary and these positions can generate every item."""
         if self.trie.max_token >= vocab:
             raise CatalogError(f"the catalog uses token {self.trie.max_token}, the model has {vocab} tokens")
         empty = int(self.prompt([]).lengths[0])
@@ -219,7 +234,10 @@ class ServedCatalog:
 
 
 def read_items(path: Path) -> list[NewItem]:
-    """Items of a JSON lines file. Raises CatalogError that names the line."""
+    """Read items from a JSON lines file with ``external_id``, ``title`` and optional ``codes`` (list of strings).
+
+    Raises CatalogError that names the line of the first invalid item.
+    """
     items = []
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
@@ -232,7 +250,7 @@ def read_items(path: Path) -> list[NewItem]:
             record = json.loads(line)
             item = NewItem(record["external_id"], record["title"], tuple(record.get("codes", ())))
             if not all(isinstance(word, str) and word for word in (item.external_id, item.title, *item.codes)):
-                raise TypeError("external_id, title and codes are texts that are not empty")
+                raise TypeError("external_id, title and codes must be strings that are not empty")
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise CatalogError(f"{path}, line {number}: {type(error).__name__}: {error}") from error
         items.append(item)

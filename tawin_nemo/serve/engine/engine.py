@@ -1,8 +1,8 @@
-"""One thread owns the model: it lets waiting requests join, advances all of them by one model call, and answers.
+"""The engine: one thread owns the model, admits waiting requests, runs decoding steps and delivers results.
 
-Requests of different clients share model calls as long as they run on the same weights, catalog and score space.
-A request gets the weights that are current when it begins to run and the catalog that it was tokenised with, and
-keeps both to its end; a swap is only a change of what is current. Versions that nobody runs on are forgotten.
+Requests of different clients share model calls if they use the same weights, catalog and score space. A request keeps
+the weights that are current when it starts and the catalog that it was tokenized with until it ends, so that an update
+only changes what is current. Versions that no request uses any more are released.
 """
 
 from __future__ import annotations
@@ -15,13 +15,12 @@ from concurrent.futures import Future
 from typing import Any, TypeVar
 
 from tawin_nemo.rollout.lm import LM
-from tawin_nemo.serve.engine.admission import Gate, Limits
 from tawin_nemo.serve.engine.catalog import ServedCatalog
-from tawin_nemo.serve.engine.jobs import Job, Rejected, job_over
-from tawin_nemo.serve.engine.metrics import Metrics
+from tawin_nemo.serve.engine.jobs import AdmissionPolicy, Job, Limits, Rejected
 from tawin_nemo.serve.engine.orders import Forget, Probe, PutCatalog, Stop
 from tawin_nemo.serve.engine.ranks import Leader
 from tawin_nemo.serve.engine.running import Running
+from tawin_nemo.serve.engine.telemetry import Metrics
 from tawin_nemo.serve.engine.weight_sources import Source
 from tawin_nemo.util.errors import TawinError
 from tawin_nemo.util.log import get_logger
@@ -29,12 +28,16 @@ from tawin_nemo.util.log import get_logger
 T = TypeVar("T")
 log = get_logger(__name__)
 
-#: Seconds between signs of life to the other ranks while nothing is to do.
-HEARTBEAT = 0.5
+#: Seconds between heartbeats to the other ranks while the engine is idle.
+HEARTBEAT_S = 0.5
 
 
 class Engine:
-    """Start with ``start``; every public method may be called from any thread."""
+    """Queues jobs, runs them on its own thread, and swaps weights and catalogs. All public methods are thread-safe.
+
+    ``weights``: version of the weights that are loaded at the start; ``on_thread``: called once on the engine's thread
+    before anything else, to select the device.
+    """
 
     def __init__(
         self, leader: Leader, catalog: ServedCatalog, *, limits: Limits, metrics: Metrics, weights: int,
@@ -42,30 +45,31 @@ class Engine:
     ) -> None:  # fmt: skip
         self.leader, self.limits, self.metrics = leader, limits, metrics
         self.catalog, self.weights = catalog, weights
-        self.failed: Future[None] = Future()  # ends when the engine does; with the error, if one ended it
+        self.failed: Future[None] = Future()  # completes when the engine ends, with the error if one ended it
         self._on_thread = on_thread
         self._wake = threading.Condition()
         self._queue: deque[Job] = deque()
-        self._open: set[Job] = set()  # taken and not answered yet
+        self._open: set[Job] = set()  # accepted and not finished
         self._calls: deque[tuple[Callable[[], Any], Future[Any]]] = deque()
-        self._running, self._gate = Running(leader, metrics), Gate(limits)
+        self._running, self._admission = Running(leader, metrics), AdmissionPolicy(limits)
         self._installed = {catalog.version: catalog}
         self._closed, self._stopping = "", False
         self._swap = threading.Lock()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
-        self._show_versions()
+        self._update_gauges()
 
     def start(self) -> None:
+        """Start the engine's thread."""
         self._thread.start()
 
     # -- requests -----------------------------------------------------------------------------------------------
     @property
     def closed(self) -> str:
-        """Why no request is taken: paused, draining, or empty."""
+        """Why requests are rejected: ``paused`` or ``draining``; empty while they are accepted."""
         return self._closed
 
     def submit(self, job: Job) -> None:
-        """Put a job into the queue. Raises Rejected (queue_full, paused, draining, fault, stale_catalog) at once."""
+        """Queue a job. Raises Rejected (queue_full, paused, draining, fault, stale_catalog) without waiting."""
         with self._wake:
             if self.failed.done():
                 raise Rejected("fault", "the engine has stopped")
@@ -74,7 +78,7 @@ class Engine:
             if len(self._queue) >= self.limits.queue:
                 raise Rejected("queue_full", f"{len(self._queue)} requests are waiting already; try again later")
             if job.catalog.version not in self._installed:
-                raise Rejected("stale_catalog", "the catalog was replaced while the request was read")
+                raise Rejected("stale_catalog", "the catalog was replaced while the request was parsed")
             self._queue.append(job)
             self._open.add(job)
             self.metrics.queued.set(len(self._queue))
@@ -82,78 +86,79 @@ class Engine:
         job.future.add_done_callback(lambda future: self._open.discard(job))
 
     def cancel(self, job: Job) -> None:
-        """The job leaves before the next model call; its future ends with Rejected."""
+        """Remove a job before the next model call; its future ends with Rejected (aborted)."""
         job.cancelled = True
         with self._wake:
             if job in self._queue:
                 self._queue.remove(job)
                 self.metrics.queued.set(len(self._queue))
-                job.fail(Rejected("aborted", "the request was given up"))
+                job.fail(Rejected("aborted", "the request was aborted"))
             self._wake.notify()
 
     # -- control ------------------------------------------------------------------------------------------------
     def close(self, reason: str) -> None:
-        """Take no further requests (``paused`` or ``draining``); those that are here go on."""
+        """Reject further requests with ``reason`` (``paused`` or ``draining``); accepted ones continue."""
         with self._wake:
             if self._closed != "draining":
                 self._closed = reason
 
     def open(self) -> None:
-        """Take requests again after a pause. Raises Rejected while draining."""
+        """Accept requests again after a pause. Raises Rejected while draining."""
         with self._wake:
             if self._closed == "draining":
                 raise Rejected("draining", "the server is draining and will end; start another one")
             self._closed = ""
 
     def wait_idle(self, seconds: float) -> bool:
-        """Whether nothing waits or runs any more, within so many seconds."""
+        """Wait up to ``seconds`` until no request waits or runs; whether that is so."""
         end = time.monotonic() + seconds
         while self.busy and time.monotonic() < end and not self.failed.done():
             time.sleep(0.01)
         return not self.busy
 
     def abort(self) -> int:
-        """Give up everything that waits or runs; the number of requests."""
+        """Abort all waiting and running requests; returns their number. Raises Rejected when the engine has ended."""
         return self.call(self._abort).result()
 
     def _abort(self) -> int:
         jobs = list(self._open)
         for job in jobs:
-            job.cancelled = True  # they leave later in this turn
+            job.cancelled = True  # removed later in this iteration
         return len(jobs)
 
     @property
     def busy(self) -> int:
-        """Requests that were taken and not answered yet."""
+        """The number of requests that were accepted and have not ended."""
         return len(self._open)
 
-    def call(self, what: Callable[[], T]) -> Future[T]:
-        """Run something on the engine's thread, between two model calls."""
+    def call(self, function: Callable[[], T]) -> Future[T]:
+        """Run a function on the engine's thread between two model calls; the future gets its result or error."""
         future: Future[T] = Future()
         with self._wake:
             if self.failed.done():
                 future.set_exception(Rejected("fault", "the engine has stopped"))
                 return future
-            self._calls.append((what, future))
+            self._calls.append((function, future))
             self._wake.notify()
         return future
 
     def probe(self) -> Future[Any]:
-        """Ends well when every rank has answered."""
+        """A future that completes when every rank has responded."""
         return self.call(lambda: self.leader.apply(Probe()))
 
     def next_weights(self, version: int | None) -> int:
-        """What new weights will be called (default: one more). Raises Rejected for a version that is not newer."""
+        """The version of the next weights: ``version``, or the current one + 1. Raises Rejected unless it is newer."""
         new = self.weights + 1 if version is None else version
         if new <= self.weights:
             raise Rejected("invalid", f"weight_version {new} is not newer than {self.weights}, the one in use")
         return new
 
     def update_weights(self, source: Source, version: int | None = None) -> int:
-        """Load weights beside those in use and make them current; the new version as ``next_weights``.
+        """Load weights beside those in use and make them current; returns their version (see ``next_weights``).
 
-        A process alone reads them in the caller's thread while requests go on; ranks that share a model read them
-        together between two model calls. Raises TawinError as loading does, Rejected for a version that is not newer.
+        A single process loads in the caller's thread while requests continue. Ranks that share a model load together
+        between two model calls. Raises TawinError for weights that cannot be loaded, Rejected for a version that is
+        not newer.
         """
         with self._swap:
             new, leader = self.next_weights(version), self.leader
@@ -170,20 +175,20 @@ class Engine:
         self.metrics.swaps.labels("weights").inc()
 
     def activate(self, catalog: ServedCatalog) -> None:
-        """Make a catalog current for all requests that come from now on."""
+        """Make a catalog current for new requests; returns when all ranks have its trie."""
         with self._swap:
-            order = PutCatalog(catalog.version, catalog.trie_paths)  # here: it takes a while for many items
-            self.call(lambda: self._put_catalog(order, catalog)).result()
+            command = PutCatalog(catalog.version, catalog.trie_paths)  # slow for many items: not on the engine's thread
+            self.call(lambda: self._put_catalog(command, catalog)).result()
 
-    def _put_catalog(self, order: PutCatalog, catalog: ServedCatalog) -> None:
-        self.leader.put_catalog(order, catalog.trie)
+    def _put_catalog(self, command: PutCatalog, catalog: ServedCatalog) -> None:
+        self.leader.put_catalog(command, catalog.trie)
         with self._wake:
             self._installed[catalog.version] = catalog
             self.catalog = catalog
         self.metrics.swaps.labels("catalog").inc()
 
     def stop(self) -> None:
-        """End the thread and let the other ranks go; what still runs is given up."""
+        """End the engine's thread and the other ranks; requests that still run fail with Rejected (fault)."""
         with self._wake:
             self._stopping = True
             self._wake.notify()
@@ -194,7 +199,7 @@ class Engine:
         try:
             self._on_thread()
             while not self._stopping:
-                self._turn()
+                self._iterate()
             self.leader.apply(Stop())
             self._end(None)
         except Exception as error:
@@ -204,75 +209,75 @@ class Engine:
     def _end(self, error: Exception | None) -> None:
         with self._wake:
             self.failed.set_exception(error) if error else self.failed.set_result(None)
-            left, calls = list(self._open), [*self._calls]
+            jobs, calls = list(self._open), [*self._calls]
             self._queue.clear()
             self._calls.clear()
-        gone = Rejected("fault", "the engine has stopped")
-        for job in left:
-            job.fail(gone)
+        stopped = Rejected("fault", "the engine has stopped")
+        for job in jobs:
+            job.fail(stopped)
         for _, future in calls:
             if future.set_running_or_notify_cancel():
-                future.set_exception(gone)
+                future.set_exception(stopped)
 
-    def _turn(self) -> None:
+    def _iterate(self) -> None:
         with self._wake:
             if not (self._queue or self._calls or self._running.jobs or self._stopping):
-                waited = self._wake.wait(HEARTBEAT if self.leader.ranks.size > 1 else None)
-                if not waited:
+                notified = self._wake.wait(HEARTBEAT_S if self.leader.ranks.size > 1 else None)
+                if not notified:
                     self.leader.apply(Probe())
             self._gather()
             calls = [*self._calls]
             self._calls.clear()
-        for what, future in calls:
-            self._answer(what, future)
+        for function, future in calls:
+            self._execute(function, future)
         self._running.drop_unwanted()
-        if self._gate.opens(len(self._queue), ran := len(self._running.jobs)):
+        if self._admission.admits(len(self._queue), ran := len(self._running.jobs)):
             self._running.begin(self._next_jobs(), self.weights)
             ran = len(self._running.jobs)
         self._running.advance()
-        self._gate.called(ran, len(self._running.jobs), len(self._queue))
-        self._forget()
+        self._admission.record_call(ran, len(self._running.jobs), len(self._queue))
+        self._release_versions()
 
     def _gather(self) -> None:
-        """With nothing to run, wait for the requests that are likely to come together; under ``_wake``."""
+        """While idle, wait for requests that are likely to arrive together. The caller holds ``_wake``."""
         while not (self._running.jobs or self._calls or self._stopping):
-            if (seconds := self._gate.seconds(len(self._queue))) <= 0:
+            if (seconds := self._admission.wait_s(len(self._queue))) <= 0:
                 return
             self._wake.wait(seconds)
 
-    def _answer(self, what: Callable[[], Any], future: Future[Any]) -> None:
-        if not future.set_running_or_notify_cancel():  # whoever asked has stopped waiting
+    def _execute(self, function: Callable[[], Any], future: Future[Any]) -> None:
+        if not future.set_running_or_notify_cancel():  # the caller has cancelled it
             return
         try:
-            future.set_result(what())
+            future.set_result(function())
         except Exception as error:
             future.set_exception(error)
-            if self.leader.ranks.size > 1 and not isinstance(error, TawinError):  # that one all ranks have alike
+            if self.leader.ranks.size > 1 and not isinstance(error, TawinError):  # which all ranks raise alike
                 raise
 
     def _next_jobs(self) -> list[Job]:
-        """Jobs from the head of the queue, as many as fit beside those that run; at least one when none runs."""
+        """Remove jobs from the head of the queue, as many as fit into the limits; at least one when none runs."""
         now = time.monotonic()
-        taken: list[Job] = []
+        admitted: list[Job] = []
         tokens = self.limits.tokens - self.leader.replica.held()
         rows = self.limits.rows - self._running.rows
         with self._wake:
             while self._queue:
                 job = self._queue[0]
-                if (error := job_over(job, now, self.weights)) is not None:
+                if (error := job.rejection(now, self.weights)) is not None:
                     self._queue.popleft()
                     job.fail(error)
                     continue
                 cost = self._running.cost(job, self.weights)
-                if (cost > tokens or job.rows > rows) and (taken or self._running.jobs):
+                if (cost > tokens or job.rows > rows) and (admitted or self._running.jobs):
                     break
                 self._queue.popleft()
-                taken.append(job)
+                admitted.append(job)
                 tokens, rows = tokens - cost, rows - job.rows
             self.metrics.queued.set(len(self._queue))
-        return taken
+        return admitted
 
-    def _forget(self) -> None:
+    def _release_versions(self) -> None:
         replica = self.leader.replica
         if len(replica.models) == 1 and len(replica.tries) == 1:
             return
@@ -281,12 +286,12 @@ class Engine:
             weights = {self.weights, *self._running.weights}
             catalogs = {self.catalog.version, *(job.catalog.version for job in jobs)}
             self._installed = {version: item for version, item in self._installed.items() if version in catalogs}
-        gone = Forget(sorted(replica.models.keys() - weights), sorted(replica.tries.keys() - catalogs))
-        if gone.weights or gone.catalogs:
-            self.leader.apply(gone)
-        self._show_versions()
+        unused = Forget(sorted(replica.models.keys() - weights), sorted(replica.tries.keys() - catalogs))
+        if unused.weights or unused.catalogs:
+            self.leader.apply(unused)
+        self._update_gauges()
 
-    def _show_versions(self) -> None:
+    def _update_gauges(self) -> None:
         self.metrics.weight_version.set(self.weights)
         self.metrics.catalog_version.set(self.catalog.version)
         self.metrics.items.set(self.catalog.trie.num_items)

@@ -1,4 +1,4 @@
-"""The routes that operators and training jobs call, on a port and with a token of their own."""
+"""The routes for operators and training jobs: weights, catalog, pause and shutdown; separate port and token."""
 
 from __future__ import annotations
 
@@ -6,73 +6,87 @@ import gc
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from importlib import metadata
 from pathlib import Path
 
 import torch
 from fastapi import FastAPI
 from fastapi.responses import Response
 
+from tawin_nemo import __version__
 from tawin_nemo.api import control_schema as schema
 from tawin_nemo.api.schema import ERRORS, Health
 from tawin_nemo.serve.engine.catalog import NewItem, ServedCatalog, read_items
 from tawin_nemo.serve.engine.engine import Engine
 from tawin_nemo.serve.engine.jobs import Rejected
 from tawin_nemo.serve.engine.weight_sources import FromDisk
-from tawin_nemo.serve.http.problems import Problem, handle_problems
-from tawin_nemo.serve.http.requests import Terms
-from tawin_nemo.serve.http.web import Keyed, Limited, Observed, without_422
+from tawin_nemo.serve.http.errors import ApiError, add_error_handlers, without_422
+from tawin_nemo.serve.http.middleware import add_middleware
+from tawin_nemo.serve.http.requests import ServerContext
 from tawin_nemo.serve.http.weight_updates import WeightUpdates
 from tawin_nemo.util.errors import CheckpointError
 
 
 class ControlPlane:
-    """Handlers run in worker threads and may wait. One change of the catalog is made at a time.
+    """The handlers of the control plane's routes. They run in worker threads and may block.
 
-    ``roots``: folders that paths are confined to; ``leave(seconds)``: asks the process to drain and end.
+    ``roots``: folders that all paths in requests must lie in; ``drain(seconds)``: makes the process finish its
+    requests within so many seconds and end. Catalog changes are serialized by a lock.
     """
 
-    def __init__(self, engine: Engine, terms: Terms, *, roots: Sequence[Path], leave: Callable[[float], None]) -> None:
-        self.engine, self.terms = engine, terms
-        self._roots, self._leave = [root.resolve() for root in roots], leave
+    def __init__(
+        self, engine: Engine, context: ServerContext, *, roots: Sequence[Path], drain: Callable[[float], None]
+    ) -> None:
+        self.engine, self.context = engine, context
+        self._roots, self._drain = [root.resolve() for root in roots], drain
         self.updates = WeightUpdates(engine)
         self._building = threading.Lock()
-        self._candidates: dict[int, tuple[ServedCatalog, int]] = {}  # by version, with the version it was built on
+        self._candidates: dict[int, tuple[ServedCatalog, int]] = {}  # version -> candidate, version it was built on
         self._valid: set[int] = set()
         self._last_version = engine.catalog.version
 
-    # -- weights and flow -----------------------------------------------------------------------------------------
+    # -- weights and requests -----------------------------------------------------------------------------------------
     def update_weights_from_disk(self, body: schema.UpdateWeights) -> schema.Reply:
+        """Load weights from disk beside those in use and activate them for new requests.
+
+        With several ranks the engine answers no requests while all ranks load. If loading fails (400) the current
+        weights stay active.
+        """
         path = self._confined(body.model_path)
         try:
             version = self.engine.update_weights(FromDisk(str(path)), body.weight_version)
-        except CheckpointError as error:  # those in use stay
-            raise Problem(400, str(error), param="model_path", code="checkpoint_unusable") from error
-        return self._reply(f"weights of {path.name} are version {version}")
+        except CheckpointError as error:  # the current weights stay active
+            raise ApiError(400, str(error), param="model_path", code="checkpoint_unusable") from error
+        return self._reply(f"weights of {path.name} are active as version {version}")
 
     def init_weights_update_group(self, body: schema.InitGroup) -> schema.Reply:
-        """Meet a training job in a process group of its own; returns when all ranks are there."""
+        """Join a process group with a training job; returns when all ranks have joined."""
         return self._reply(self.updates.init(body))
 
     def update_weights_from_distributed(self, body: schema.UpdateFromDistributed) -> schema.Reply:
-        """Receive all weights through the group, check them, and use them for requests that come from then on."""
-        return self._reply(f"weights of {body.group_name} are version {self.updates.update(body)}")
+        """Receive all weights by broadcast from rank 0 of the process group and activate them for new requests.
+
+        Names, shapes and dtypes are checked before the transfer. If it fails (503) the current weights stay active.
+        """
+        return self._reply(f"weights of {body.group_name} are active as version {self.updates.update(body)}")
 
     def destroy_weights_update_group(self, body: schema.DestroyGroup) -> schema.Reply:
+        """Leave the process group; the weights that came through it stay active."""
         return self._reply(self.updates.destroy(body))
 
     def pause_generation(self, body: schema.Pause) -> schema.Reply:
+        """Reject new requests with 503 until `continue_generation`; wait for running requests, or abort them."""
         self.engine.close("paused")
-        given_up = self.engine.abort() if body.abort else 0
+        aborted = self.engine.abort() if body.abort else 0
         self.engine.wait_idle(body.wait_s)
-        return self._reply(f"paused; {self.engine.busy} requests still run, {given_up} were given up")
+        return self._reply(f"paused; {self.engine.busy} requests still run, {aborted} were aborted")
 
     def continue_generation(self, body: schema.Nothing) -> schema.Reply:
+        """Accept requests again after a pause; 503 while the server drains."""
         self.engine.open()
         return self._reply("serving")
 
     def flush_cache(self, body: schema.Nothing) -> schema.Reply:
-        """Give memory that nobody uses back. No answer is ever taken from a cache: nothing else is to be flushed."""
+        """Release unused memory to the system. The server keeps no cache of results, so nothing else is flushed."""
 
         def collect() -> None:
             gc.collect()
@@ -80,9 +94,10 @@ class ControlPlane:
                 torch.cuda.empty_cache()
 
         self.engine.call(collect).result()
-        return self._reply("memory that was not in use was given back")
+        return self._reply("unused memory was released")
 
     def drain(self, body: schema.Pause) -> schema.Reply:
+        """Reject new requests for good and wait up to `wait_s` seconds for running ones; the process stays alive."""
         self.engine.close("draining")
         if body.abort:
             self.engine.abort()
@@ -90,87 +105,91 @@ class ControlPlane:
         return self._reply("idle" if idle else f"{self.engine.busy} requests still run")
 
     def shutdown(self, body: schema.Pause) -> schema.Reply:
+        """Drain the server and end the process after at most `wait_s` seconds; returns at once."""
         self.engine.close("draining")
         if body.abort:
             self.engine.abort()
-        self._leave(body.wait_s)
-        return self._reply("the server ends when its requests have ended")
+        self._drain(body.wait_s)
+        return self._reply("the server ends when its requests are finished")
 
     # -- catalog ------------------------------------------------------------------------------------------------
     def build(self, body: schema.Build) -> schema.CatalogReply:
-        """Make a candidate beside the catalog in use."""
+        """Build a candidate catalog beside the active one, from a file or from added and removed items."""
         if body.path is not None and (body.add or body.remove):
-            raise Problem(400, "path is a whole catalog; it does not go with add and remove", param="path")
-        with self._building, _no_collection():
-            return self._shown(self._built(body))
+            raise ApiError(400, "path replaces the whole catalog; omit add and remove", param="path")
+        with self._building, _garbage_collection_off():
+            return self._candidate_reply(self._build(body))
 
     def validate(self, body: schema.Candidate) -> schema.CatalogReply:
-        with self._building, _no_collection():
+        """Check that the model can generate every item of a candidate catalog, and prepare the candidate for use."""
+        with self._building, _garbage_collection_off():
             version = self._candidate(body.catalog_version).version
-            self._validated(version)
-            return self._shown(version)
+            self._validate(version)
+            return self._candidate_reply(version)
 
     def activate(self, body: schema.Candidate) -> schema.CatalogReply:
-        """Requests that come from now on get the candidate; those that are here keep theirs."""
+        """Activate a validated candidate for new requests; running requests keep the catalog that they started with."""
         with self._building:
             version = body.catalog_version
             self._candidate(version)
             if version not in self._valid:
-                raise Problem(409, f"candidate {version} was not validated; POST /catalog/validate first")
-            return self._activated(version)
+                raise ApiError(409, f"candidate {version} was not validated; POST /catalog/validate first")
+            return self._activate(version)
 
     def items(self, body: schema.Change) -> schema.CatalogReply:
-        """Add and remove items live: build, validate and activate in one."""
-        with self._building, _no_collection():
-            version = self._built(schema.Build(add=body.add, remove=body.remove))
+        """Add and remove items of the active catalog: build, validate and activate in one call."""
+        with self._building, _garbage_collection_off():
+            version = self._build(schema.Build(add=body.add, remove=body.remove))
             try:
-                self._validated(version)
-                return self._activated(version)
+                self._validate(version)
+                return self._activate(version)
             finally:
                 self._candidates.pop(version, None)
 
-    def _built(self, body: schema.Build) -> int:
-        here = self.engine.catalog
+    def _build(self, body: schema.Build) -> int:
+        current = self.engine.catalog
         version = self._last_version + 1
         if body.path is not None:
-            made = here.replaced(read_items(self._confined(body.path)), version)
+            built = current.replaced(read_items(self._confined(body.path)), version)
         else:
             added = [NewItem(item.external_id, item.title, tuple(item.codes)) for item in body.add]
-            made = here.changed(added, body.remove, version)
+            built = current.changed(added, body.remove, version)
         self._last_version = version
-        self._candidates = {version: (made, here.version)}  # an older candidate gives way: each holds a whole trie
+        self._candidates = {version: (built, current.version)}  # one at a time: each holds a whole trie
         return version
 
-    def _validated(self, version: int) -> None:
+    def _validate(self, version: int) -> None:
         candidate = self._candidate(version)
-        candidate.validate(vocab=self.terms.vocab, positions=self.terms.positions)
+        candidate.validate(vocab=self.context.vocab_size, positions=self.context.max_positions)
         candidate.warm()
         self._valid = {version}
 
-    def _activated(self, version: int) -> schema.CatalogReply:
+    def _activate(self, version: int) -> schema.CatalogReply:
         candidate, base = self._candidates[version]
         if base != self.engine.catalog.version:
-            raise Problem(409, f"candidate {version} was built on {base}; {self.engine.catalog.version} is in use now")
+            text = f"candidate {version} was built on version {base}, but {self.engine.catalog.version} is active"
+            raise ApiError(409, f"{text}; build a new candidate")
         self.engine.activate(candidate)
-        reply = self._shown(version)
+        reply = self._candidate_reply(version)
         del self._candidates[version]
         return reply
 
     def _candidate(self, version: int) -> ServedCatalog:
         if version not in self._candidates:
-            raise Problem(404, f"there is no candidate {version}; there are {sorted(self._candidates)}")
+            raise ApiError(404, f"there is no candidate {version}; candidates: {sorted(self._candidates)}")
         return self._candidates[version][0]
 
-    def _shown(self, version: int) -> schema.CatalogReply:
-        made = self._candidates[version][0]
+    def _candidate_reply(self, version: int) -> schema.CatalogReply:
+        candidate = self._candidates[version][0]
         return schema.CatalogReply(
-            candidate=version, items=made.trie.num_items, paths=made.trie.num_leaves, fingerprint=made.fingerprint,
-            validated=version in self._valid, weight_version=self.engine.weights,
+            candidate=version, items=candidate.trie.num_items, paths=candidate.trie.num_leaves,
+            fingerprint=candidate.fingerprint, validated=version in self._valid, weight_version=self.engine.weights,
             catalog_version=self.engine.catalog.version,
         )  # fmt: skip
 
-    # -- what is there ----------------------------------------------------------------------------------------------
+    # -- status ----------------------------------------------------------------------------------------------
     def status(self) -> schema.StatusReply:
+        """Report the server's state, its number of requests, and the versions in use and in memory."""
         replica = self.engine.leader.replica
         return schema.StatusReply(
             state=self.engine.closed or "serving", requests=self.engine.busy, candidates=sorted(self._candidates),
@@ -180,9 +199,11 @@ class ControlPlane:
         )  # fmt: skip
 
     def health(self) -> Health:
+        """Liveness: the HTTP server answers. Needs no token."""
         return Health(status="alive")
 
     def metrics(self) -> Response:
+        """Metrics of the server in Prometheus' text format, the same as on the data plane."""
         return Response(self.engine.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
     def _reply(self, message: str) -> schema.Reply:
@@ -191,20 +212,20 @@ class ControlPlane:
         )
 
     def _confined(self, name: str) -> Path:
-        """The path without links and dots. Raises Problem when it is not below one of the roots or not there."""
+        """The resolved path. Raises ApiError when it lies outside of the roots (403) or does not exist (404)."""
         if "\0" in name:
-            raise Problem(400, "a path has no zero bytes", param="path")
+            raise ApiError(400, "a path cannot contain zero bytes", param="path")
         path = Path(name).resolve()
         if not any(path.is_relative_to(root) for root in self._roots):
-            raise Problem(403, "the path is not below serve.roots", param="path", code="path_not_allowed")
+            raise ApiError(403, "the path is not below serve.roots", param="path", code="path_not_allowed")
         if not path.exists():
-            raise Problem(404, "the path does not exist", param="path")
+            raise ApiError(404, "the path does not exist", param="path")
         return path
 
 
 @contextmanager
-def _no_collection() -> Iterator[None]:
-    """A million new items would be looked through for garbage again and again, while every request waits."""
+def _garbage_collection_off() -> Iterator[None]:
+    """Garbage collections would traverse a million new items again and again, and block every request meanwhile."""
     gc.disable()
     try:
         yield
@@ -213,13 +234,17 @@ def _no_collection() -> Iterator[None]:
 
 
 def control_app(plane: ControlPlane | None, *, token: str = "") -> FastAPI:
-    """The control plane's application; without a plane only its OpenAPI document can be had."""
+    """The control plane as an ASGI application with all middleware; ``token``: the bearer key that it requires.
+
+    Without a plane the application has no middleware and serves only to write its OpenAPI document. Raises Rejected
+    for a plane without a token.
+    """
     app = FastAPI(
-        title="tawin_nemo control plane", version=metadata.version("tawin-nemo"), docs_url=None, redoc_url=None,
-        description="Weights, catalog and life of a server. Not for users: it has a port and a token of its own.",
+        title="tawin_nemo control plane", version=__version__, docs_url=None, redoc_url=None,
+        description="Weights, catalog and shutdown of a server. Not for users: separate port and token.",
     )  # fmt: skip
     routes = plane if plane is not None else ControlPlane.__new__(ControlPlane)
-    errors = {**ERRORS, 403: {**ERRORS[404], "description": "a path outside of serve.roots"}}
+    errors = {**ERRORS, 403: {**ERRORS[404], "description": "the path is outside of serve.roots"}}
     names = (
         "update_weights_from_disk", "init_weights_update_group", "update_weights_from_distributed",
         "destroy_weights_update_group", "pause_generation", "continue_generation", "flush_cache", "drain", "shutdown",
@@ -227,17 +252,23 @@ def control_app(plane: ControlPlane | None, *, token: str = "") -> FastAPI:
     for name in names:
         app.add_api_route(f"/{name}", getattr(routes, name), methods=["POST"], responses=errors)
     for name in ("build", "validate", "activate", "items"):
-        app.add_api_route(f"/catalog/{name}", getattr(routes, name), methods=["POST"], responses=errors)
+        handler = getattr(routes, name)
+        app.add_api_route(f"/catalog/{name}", handler, methods=["POST"], responses=errors)
+        app.add_api_route(
+            f"/catalogue/{name}", handler, methods=["POST"], response_model=schema.DeprecatedCatalogReply,
+            deprecated=True, include_in_schema=False,
+        )  # fmt: skip
     for name in ("status", "health"):
         app.add_api_route(f"/{name}", getattr(routes, name), methods=["GET"], responses=errors)
     app.add_api_route("/metrics", routes.metrics, methods=["GET"], responses=errors, response_class=Response)
-    handle_problems(app)
+    add_error_handlers(app)
     app.openapi = without_422(app.openapi)  # type: ignore[method-assign]
     if plane is not None:
         if not token:
             raise Rejected("invalid", "the control plane needs a token")
-        settings = plane.terms.settings
-        app.add_middleware(Limited, max_bytes=64 * 1024 * settings.max_body_kb, seconds=settings.read_timeout_s)
-        app.add_middleware(Keyed, keys=[token], open_paths=("/health",))
-        app.add_middleware(Observed, metrics=plane.engine.metrics, plane="control")
+        settings = plane.context.settings
+        add_middleware(
+            app, plane="control", metrics=plane.engine.metrics, keys=[token], open_paths=("/health",),
+            max_body_bytes=64 * 1024 * settings.max_body_kb, read_timeout_s=settings.read_timeout_s,
+        )  # fmt: skip
     return app

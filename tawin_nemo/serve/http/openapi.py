@@ -1,4 +1,4 @@
-"""Writes the OpenAPI documents of both planes beside this file: ``python -m tawin_nemo.serve.http.openapi``."""
+"""Write the OpenAPI documents of both planes beside this file: ``python -m tawin_nemo.serve.http.openapi``."""
 
 from __future__ import annotations
 
@@ -14,12 +14,13 @@ FOLDER = Path(__file__).parent
 
 
 def documents() -> Mapping[str, str]:
-    """File name -> text."""
+    """The OpenAPI documents of both planes: file name -> JSON text."""
     made = {"openapi.json": data_app(None).openapi(), "openapi_control.json": control_app(None).openapi()}
     return {name: json.dumps(document, indent=1, sort_keys=True) + "\n" for name, document in made.items()}
 
 
 def main() -> None:
+    """Write the documents into this folder."""
     for name, text in documents().items():
         with atomic_path(FOLDER / name) as temporary:
             temporary.write_text(text, encoding="utf-8")

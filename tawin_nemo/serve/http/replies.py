@@ -1,37 +1,44 @@
-"""From what the engine found to replies of the data plane."""
+"""Build the data plane's replies from the engine's results.
+
+B: prompts; W: candidates of a prompt; T: tokens of a path; I, J: items of the catalog and of its trie.
+"""
 
 from __future__ import annotations
 
 import math
 import time
 
+import numpy as np
+
 from tawin_nemo.api import schema
+from tawin_nemo.api.arrays import RolloutReply
+from tawin_nemo.rollout.scoring import joined
 from tawin_nemo.serve.engine.catalog import ServedCatalog
-from tawin_nemo.serve.engine.jobs import Done, Hit, Job
-from tawin_nemo.serve.http.requests import Asked
+from tawin_nemo.serve.engine.jobs import Hit, Job, JobResult
+from tawin_nemo.serve.http.requests import ParsedRequest, ServerContext
 
 
 def item_of(hit: Hit, job: Job) -> int:
-    """Number of the first allowed item on the hit's path."""
+    """The number of the hit's item; of items with the same token path the first that the job's filter allows."""
     catalog = job.catalog
-    place = (
+    index = (
         int(catalog.trie.items(hit.leaf)[0]) if job.filter is None
         else job.filter.first_allowed(catalog.trie, hit.leaf)
     )  # fmt: skip
-    return int(catalog.number_J[place])
+    return int(catalog.number_J[index])
 
 
 def recommendation(
-    request: schema.RecommendationRequest, asked: Asked, done: Done, name: str, *, penalised: bool
+    request: schema.RecommendationRequest, parsed: ParsedRequest, result: JobResult, name: str, *, penalised: bool
 ) -> schema.RecommendationReply:
-    """``penalised``: with a length penalty nothing is proven."""
-    job, catalog = asked.job, asked.job.catalog
-    found = []
-    for hit in done.prompts[0].hits[: request.n]:
+    """The reply with id ``name``; ``exact`` is unknown (None) when scores are ``penalised`` by length."""
+    job, catalog = parsed.job, parsed.job.catalog
+    items = []
+    for hit in result.prompts[0].hits[: request.n]:
         if request.min_score is not None and hit.score < request.min_score:
-            break  # best first
+            break  # hits are sorted by score
         item = item_of(hit, job)
-        found.append(
+        items.append(
             schema.Recommended(
                 item=item, external_id=catalog.external_ids[item], title=catalog.titles[item], score=hit.score,
                 probability=math.exp(math.fsum(hit.logprobs)),
@@ -41,51 +48,67 @@ def recommendation(
             )
         )  # fmt: skip
     return schema.RecommendationReply(
-        id=name, items=found, beams=job.width, exact=None if penalised else done.prompts[0].proven(request.n),
-        weight_version=done.weight_version, catalog_version=done.catalog_version,
+        id=name, items=items, beams=job.width, exact=None if penalised else result.prompts[0].proven(request.n),
+        weight_version=result.weight_version, catalog_version=result.catalog_version,
     )  # fmt: skip
 
 
-def score(asked: Asked, done: Done, name: str) -> schema.ScoreReply:
-    catalog = asked.job.catalog
-    logprob_of = {hit.leaf: math.fsum(hit.logprobs) for hit in done.prompts[0].hits}
-    leaf_J, place_I = catalog.trie.leaf_I, catalog.place_I
+def score(parsed: ParsedRequest, result: JobResult, name: str) -> schema.ScoreReply:
+    """The summed log-probability of each item in the request's order; None for an item that cannot be generated."""
+    catalog = parsed.job.catalog
+    logprob_of = {hit.leaf: math.fsum(hit.logprobs) for hit in result.prompts[0].hits}
+    leaf_J, trie_item_I = catalog.trie.leaf_I, catalog.trie_item_I
     return schema.ScoreReply(
-        id=name, weight_version=done.weight_version, catalog_version=done.catalog_version,
+        id=name, weight_version=result.weight_version, catalog_version=result.catalog_version,
         items=[
             schema.Scored(
                 item=item, external_id=catalog.external_ids[item], title=catalog.titles[item],
-                logprob=logprob_of.get(int(leaf_J[place_I[item]])),
+                logprob=logprob_of.get(int(leaf_J[trie_item_I[item]])),
             )
-            for item in asked.items
+            for item in parsed.items
         ],
     )  # fmt: skip
 
 
-def completion(request: schema.CompletionRequest, asked: Asked, done: Done, name: str) -> schema.CompletionReply:
-    """Choices of the first prompt, then of the second, and so on."""
-    job, catalog = asked.job, asked.job.catalog
+def completion(
+    request: schema.CompletionRequest, parsed: ParsedRequest, result: JobResult, name: str
+) -> schema.CompletionReply:
+    """A reply in OpenAI's format: the choices of the first prompt, then those of the second, and so on."""
+    job, catalog = parsed.job, parsed.job.catalog
     choices: list[schema.Choice] = []
-    answered = 0
-    for ran in done.prompts:
-        for hit in ran.hits[: request.n]:
+    completion_tokens = 0
+    for prompt in result.prompts:
+        for hit in prompt.hits[: request.n]:
             item = item_of(hit, job)
-            answered += len(hit.tokens)
+            completion_tokens += len(hit.tokens)
             choices.append(
                 schema.Choice(
-                    index=len(choices), text=catalog.writing.template.answer(catalog.texts[item]), item=item,
+                    index=len(choices), text=catalog.prompt_format.template.answer(catalog.texts[item]), item=item,
                     external_id=catalog.external_ids[item],
                     logprobs=None if request.logprobs is None else _logprobs(hit, catalog),
                 )
             )  # fmt: skip
-    asked_tokens = len(job.prompts.flat)
+    prompt_tokens = len(job.prompts.flat)
     return schema.CompletionReply(
         id=name, created=int(time.time()), model=request.model, choices=choices,
         usage=schema.Usage(
-            prompt_tokens=asked_tokens, completion_tokens=answered, total_tokens=asked_tokens + answered
+            prompt_tokens=prompt_tokens, completion_tokens=completion_tokens,
+            total_tokens=prompt_tokens + completion_tokens,
         ),
-        weight_version=done.weight_version, catalog_version=done.catalog_version,
+        weight_version=result.weight_version, catalog_version=result.catalog_version,
     )  # fmt: skip
+
+
+def rollout(parsed: ParsedRequest, result: JobResult, context: ServerContext) -> bytes:
+    """A safetensors file with the candidates of all prompts in order, token paths padded to the longest one."""
+    rows = [prompt.candidates for prompt in result.prompts if prompt.candidates is not None]
+    candidates = joined(rows, np.arange(len(rows)))
+    longest = int(candidates.lengths_BW.max())
+    return RolloutReply(
+        candidates.items_BW, candidates.tokens_BWT[..., :longest], candidates.lengths_BW, candidates.scores_BW,
+        candidates.logprobs_BWT[..., :longest], context.instance, parsed.job.catalog.fingerprint,
+        result.weight_version, result.catalog_version,
+    ).encoded()  # fmt: skip
 
 
 def _logprobs(hit: Hit, catalog: ServedCatalog) -> schema.CompletionLogprobs:
@@ -97,4 +120,4 @@ def _logprobs(hit: Hit, catalog: ServedCatalog) -> schema.CompletionLogprobs:
 
 
 def _texts(hit: Hit, catalog: ServedCatalog) -> list[str]:
-    return [catalog.writing.tokenizer.decode([token]) for token in hit.tokens]
+    return [catalog.prompt_format.tokenizer.decode([token]) for token in hit.tokens]

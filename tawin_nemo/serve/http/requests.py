@@ -1,4 +1,7 @@
-"""From a request of the data plane to a job of the engine. Raises Problem for what cannot be answered."""
+"""Parse data-plane requests into the engine's jobs. Everything here raises ApiError for a request that is invalid.
+
+W: beams of a search; M: items that a filter lists; I: all item numbers of the catalog, removed ones included.
+"""
 
 from __future__ import annotations
 
@@ -8,203 +11,251 @@ import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from tawin_nemo.api.schema import CompletionRequest, Reader, RecommendationRequest, ScoreRequest
+from tawin_nemo.api.schema import CompletionRequest, HistoryRequest, RecommendationRequest, RolloutRequest, ScoreRequest
 from tawin_nemo.config.schema import ServeConfig
 from tawin_nemo.rollout.engine import draw_seed
 from tawin_nemo.rollout.filters import ItemFilter
 from tawin_nemo.serve.engine.catalog import ServedCatalog
-from tawin_nemo.serve.engine.jobs import Done, Job
-from tawin_nemo.serve.http.problems import Problem
+from tawin_nemo.serve.engine.jobs import Job, JobResult
+from tawin_nemo.serve.http.errors import ApiError
 from tawin_nemo.types import TokenRows
 from tawin_nemo.util.errors import DataError
 
 
 @dataclass(frozen=True)
-class Terms:
-    """What the server was started with, as far as requests are concerned."""
+class ServerContext:
+    """What is fixed for the life of a server and needed to parse and answer requests."""
 
     settings: ServeConfig
-    model_id: str
-    beams: int
-    space: str
+    model_id: str  # name of the model in the API
+    beams: int  # default beam width
+    score_space: str  # default: trie | vocab
     length_penalty: float
-    positions: int  # tokens that the model takes
-    vocab: int
+    max_positions: int  # tokens of the longest sequence that the model accepts
+    vocab_size: int
     tokenizer: str = ""  # fingerprint
     precision: str = "fp32"
-    instance: str = field(default_factory=lambda: uuid.uuid4().hex)  # of this start of the server
+    instance: str = field(default_factory=lambda: uuid.uuid4().hex)  # new at every start of the server
 
 
 @dataclass(frozen=True)
-class Asked:
-    """A job and the item numbers that its request named."""
+class ParsedRequest:
+    """A job, and the item numbers of the request's history and of its ``items`` field."""
 
     job: Job
     history: list[int]
     items: list[int]
 
 
-def recommendation(request: RecommendationRequest, catalog: ServedCatalog, terms: Terms) -> Asked:
-    """The n best of the allowed items: a search that never enters a part of the trie without any of them."""
-    beams = max(request.n, terms.beams) if request.beams is None else request.beams
-    _within(request.n, terms.settings.max_beams, "n")
-    _within(beams, terms.settings.max_beams, "beams")
+def parse_recommendation(
+    request: RecommendationRequest, catalog: ServedCatalog, context: ServerContext
+) -> ParsedRequest:
+    """A beam search for the n best allowed items, which enters only subtrees of the trie that hold one of them."""
+    beams = max(request.n, context.beams) if request.beams is None else request.beams
+    _check_limit(request.n, context.settings.max_beams, "n")
+    _check_limit(beams, context.settings.max_beams, "beams")
     if beams < request.n:
-        raise Problem(400, f"beams={beams} is below n={request.n}; ask for at least as many", param="beams")
-    history, prompts = _reader(request, catalog, terms)
-    denied = set(_numbers(request.deny, catalog, "deny", terms.settings.max_items))
+        raise ApiError(400, f"beams={beams} is below n={request.n}; set at least as many", param="beams")
+    history, prompts = _history_and_prompt(request, catalog, context)
+    denied = set(_item_numbers(request.deny, catalog, "deny", context.settings.max_items))
     if request.exclude_history:
         if request.prompt is not None:
-            raise Problem(400, "exclude_history needs history or history_titles", param="exclude_history")
+            raise ApiError(400, "exclude_history needs history or history_titles", param="exclude_history")
         denied |= set(history)
-    trie, given = catalog.trie, None
+    trie, item_filter = catalog.trie, None
     if request.allow is not None:
-        allowed = set(_numbers(request.allow, catalog, "allow", terms.settings.max_items)) - denied
-        given = ItemFilter.only(trie, _places(allowed, catalog))
+        allowed = set(_item_numbers(request.allow, catalog, "allow", context.settings.max_items)) - denied
+        item_filter = ItemFilter.only(trie, _trie_items(allowed, catalog))
     elif denied:
-        given = ItemFilter.without(trie, _places(denied, catalog))
-    paths = trie.num_leaves if given is None else given.allowed_paths(trie)
-    return Asked(_job(request, catalog, prompts, terms, width=max(1, min(beams, paths)), given=given), history, [])
+        item_filter = ItemFilter.without(trie, _trie_items(denied, catalog))
+    paths = trie.num_leaves if item_filter is None else item_filter.allowed_paths(trie)
+    width = max(1, min(beams, paths))
+    return ParsedRequest(_job(request, catalog, prompts, context, width=width, item_filter=item_filter), history, [])
 
 
-def wider(request: RecommendationRequest, asked: Asked, done: Done, terms: Terms) -> RecommendationRequest | None:
-    """The request with twice the beams, when it asks for proof and there is none yet; None at the server's limit."""
-    width = asked.job.width
-    if not request.exact or terms.length_penalty or done.prompts[0].proven(request.n):
+def widened(
+    request: RecommendationRequest, parsed: ParsedRequest, result: JobResult, context: ServerContext
+) -> RecommendationRequest | None:
+    """The request with twice the beams if it wants an exact ranking that is not proven yet; None when it is done.
+
+    None as well at the server's beam limit, and with a length penalty, under which no ranking can be proven.
+    """
+    width = parsed.job.width
+    if not request.exact or context.length_penalty or result.prompts[0].proven(request.n):
         return None
-    if width >= terms.settings.max_beams:
+    if width >= context.settings.max_beams:
         return None
-    return request.model_copy(update={"beams": min(2 * max(width, request.n), terms.settings.max_beams)})
+    return request.model_copy(update={"beams": min(2 * max(width, request.n), context.settings.max_beams)})
 
 
-def score(request: ScoreRequest, catalog: ServedCatalog, terms: Terms) -> Asked:
-    """A search of the given items only, with a beam for each of their paths: every one of them is found."""
-    history, prompts = _reader(request, catalog, terms)
-    items = _numbers(request.items, catalog, "items", min(terms.settings.max_items, terms.settings.max_beams))
-    removed = [item for item in items if catalog.place_I[item] < 0]
+def parse_score(request: ScoreRequest, catalog: ServedCatalog, context: ServerContext) -> ParsedRequest:
+    """A beam search among the listed items, with one beam per path, so that it reaches all of them."""
+    history, prompts = _history_and_prompt(request, catalog, context)
+    most = min(context.settings.max_items, context.settings.max_beams)
+    items = _item_numbers(request.items, catalog, "items", most)
+    removed = [item for item in items if catalog.trie_item_I[item] < 0]
     if removed:
-        raise Problem(400, f"item {removed[0]} was removed from the catalog", param="items")
-    given = ItemFilter.only(catalog.trie, _places(items, catalog))
-    width = given.allowed_paths(catalog.trie)
-    return Asked(_job(request, catalog, prompts, terms, width=width, given=given), history, items)
+        raise ApiError(400, f"item {removed[0]} was removed from the catalog", param="items")
+    item_filter = ItemFilter.only(catalog.trie, _trie_items(items, catalog))
+    width = item_filter.allowed_paths(catalog.trie)
+    job = _job(request, catalog, prompts, context, width=width, item_filter=item_filter)
+    return ParsedRequest(job, history, items)
 
 
-def completion(request: CompletionRequest, catalog: ServedCatalog, terms: Terms) -> Asked:
-    """The n best items of each prompt, or n draws; a draw is a function of seed and prompt number."""
-    settings = terms.settings
-    if request.model != terms.model_id:
-        text = f"model {request.model!r} is not served here; {terms.model_id!r} is"
-        raise Problem(404, text, param="model", code="model_not_found")
+def parse_completion(request: CompletionRequest, catalog: ServedCatalog, context: ServerContext) -> ParsedRequest:
+    """The n best items of each prompt, or n independent draws; a draw depends on the seed and the prompt's index."""
+    settings = context.settings
+    if request.model != context.model_id:
+        text = f"model {request.model!r} is not served here; {context.model_id!r} is"
+        raise ApiError(404, text, param="model", code="model_not_found")
     texts = [request.prompt] if isinstance(request.prompt, str) else request.prompt
     if not texts:
-        raise Problem(400, "prompt: give at least one", param="prompt")
-    _within(len(texts), settings.max_prompts, "prompt")
-    _within(request.n, settings.max_beams, "n")
+        raise ApiError(400, "prompt: the list is empty; send at least one prompt", param="prompt")
+    _check_limit(len(texts), settings.max_prompts, "prompt")
+    _check_limit(request.n, settings.max_beams, "n")
     longest = catalog.trie.max_depth
     if request.max_tokens is not None and request.max_tokens < longest:
-        text = f"answers are whole items of up to {longest} tokens; leave max_tokens out or ask for at least as many"
-        raise Problem(400, text, param="max_tokens")
+        text = f"completions are whole items of up to {longest} tokens; omit max_tokens or set at least as many"
+        raise ApiError(400, text, param="max_tokens")
     if not request.use_beam_search and request.best_of is not None:
-        raise Problem(400, "best_of goes with use_beam_search=true", param="best_of")
-    beams = request.best_of or max(request.n, terms.beams)
-    _within(beams, settings.max_beams, "best_of")
+        raise ApiError(400, "best_of needs use_beam_search=true", param="best_of")
+    beams = request.best_of or max(request.n, context.beams)
+    _check_limit(beams, settings.max_beams, "best_of")
     if beams < request.n:
-        raise Problem(400, f"best_of={beams} is below n={request.n}", param="best_of")
-    prompts = _joined([_tokens(text, catalog, terms) for text in texts])
+        raise ApiError(400, f"best_of={beams} is below n={request.n}; set at least as many", param="best_of")
+    prompts = TokenRows.from_lists([_prompt_tokens(text, catalog, context).flat for text in texts])
     deadline = time.monotonic() + settings.deadline_s
     if request.use_beam_search:
         width = min(beams, catalog.trie.num_leaves)
-        return Asked(Job(catalog, prompts, deadline, width=width, space=terms.space), [], [])
+        return ParsedRequest(Job(catalog, prompts, deadline, width=width, space=context.score_space), [], [])
     seed = secrets.randbits(62) if request.seed is None else request.seed
     job = Job(
         catalog, prompts, deadline, space="trie", draws=request.n, temperature=request.temperature,
         seeds=[draw_seed(seed, 0, row) for row in range(len(texts))],
     )  # fmt: skip
-    return Asked(job, [], [])
+    return ParsedRequest(job, [], [])
+
+
+def parse_rollout(request: RolloutRequest, catalog: ServedCatalog, context: ServerContext) -> ParsedRequest:
+    """One job for all prompts of a training batch: a beam search, or independent draws with a seed per prompt."""
+    settings, trie = context.settings, catalog.trie
+    if (request.beams is None) == (request.draws is None):
+        raise ApiError(400, "set exactly one of beams and draws", param="beams")
+    width, draws = request.beams or 1, request.draws or 0
+    if max(width, draws) > settings.max_beams:
+        text = f"{max(width, draws)} is above serve.max_beams={settings.max_beams} of this server"
+        raise ApiError(400, text, param="draws" if draws else "beams")
+    if width > trie.num_leaves:
+        raise ApiError(400, f"beams={width}: the catalog has {trie.num_leaves} distinct paths", param="beams")
+    if draws and request.score_space == "vocab":
+        raise ApiError(400, "draws are made in the trie score space; omit score_space", param="score_space")
+    if draws and len(request.seeds or []) != len(request.prompts):
+        text = f"draws need one seed per prompt: {len(request.prompts)} prompts, {len(request.seeds or [])} seeds"
+        raise ApiError(400, text, param="seeds")
+    prompts = TokenRows.from_lists(request.prompts)
+    _check_rollout_prompts(prompts, catalog, context)
+    seconds = min(request.timeout_s or settings.rollout_deadline_s, settings.rollout_deadline_s)
+    job = Job(
+        catalog, prompts, time.monotonic() + seconds, width=width, space=request.score_space or context.score_space,
+        weights=request.weight_version, draws=draws, temperature=request.temperature,
+        seeds=list(request.seeds or []), arrays=True,
+    )  # fmt: skip
+    return ParsedRequest(job, [], [])
+
+
+def _check_rollout_prompts(prompts: TokenRows, catalog: ServedCatalog, context: ServerContext) -> None:
+    lengths, longest = prompts.lengths, catalog.trie.max_depth
+    row = int(lengths.argmax())
+    if lengths.min() == 0:
+        raise ApiError(400, f"prompt {int(lengths.argmin())} has no tokens", param="prompts")
+    if lengths[row] + longest > context.max_positions:
+        text = f"prompt {row} has {lengths[row]} tokens and the longest item {longest}; the model takes"
+        raise ApiError(400, f"{text} {context.max_positions} together", param="prompts")
+    if prompts.flat.max() >= context.vocab_size:
+        text = f"token {prompts.flat.max()} is outside of the model's vocabulary of {context.vocab_size}"
+        raise ApiError(400, text, param="prompts")
 
 
 def _job(
-    request: Reader, catalog: ServedCatalog, prompts: TokenRows, terms: Terms, *, width: int,
-    given: ItemFilter | None,
+    request: HistoryRequest, catalog: ServedCatalog, prompts: TokenRows, context: ServerContext, *, width: int,
+    item_filter: ItemFilter | None,
 ) -> Job:  # fmt: skip
-    seconds = min(request.timeout_s or terms.settings.deadline_s, terms.settings.deadline_s)
+    seconds = min(request.timeout_s or context.settings.deadline_s, context.settings.deadline_s)
     return Job(
-        catalog, prompts, time.monotonic() + seconds, width=width, space=request.score_space or terms.space,
-        filter=given, weights=request.weight_version,
+        catalog, prompts, time.monotonic() + seconds, width=width, space=request.score_space or context.score_space,
+        filter=item_filter, weights=request.weight_version,
     )  # fmt: skip
 
 
-def _reader(request: Reader, catalog: ServedCatalog, terms: Terms) -> tuple[list[int], TokenRows]:
-    """The history's item numbers (none for a raw prompt) and the prompt."""
-    ways = [name for name in ("history", "history_titles", "prompt") if getattr(request, name) is not None]
-    if len(ways) != 1:
-        text = f"give one of history, history_titles and prompt; got {', '.join(ways) or 'none'}"
-        raise Problem(400, text, param="history")
+def _history_and_prompt(
+    request: HistoryRequest, catalog: ServedCatalog, context: ServerContext
+) -> tuple[list[int], TokenRows]:
+    """The history's item numbers (empty for a raw prompt) and the prompt as one row of tokens."""
+    fields = [name for name in ("history", "history_titles", "prompt") if getattr(request, name) is not None]
+    if len(fields) != 1:
+        text = f"set exactly one of history, history_titles and prompt; got {', '.join(fields) or 'none'}"
+        raise ApiError(400, text, param="history")
     if request.prompt is not None:
-        return [], _tokens(request.prompt, catalog, terms)
+        return [], _prompt_tokens(request.prompt, catalog, context)
     if request.history is not None:
-        history = _numbers(request.history, catalog, "history", terms.settings.max_history)
+        history = _item_numbers(request.history, catalog, "history", context.settings.max_history)
     else:
-        history = _titled(request.history_titles or [], catalog, terms.settings.max_history)
+        history = _numbers_of_titles(request.history_titles or [], catalog, context.settings.max_history)
     try:
         prompts = catalog.prompt(history)
     except DataError as error:
-        raise Problem(400, str(error), param=ways[0]) from error
-    return history, _fitting(prompts, catalog, terms, ways[0])
+        raise ApiError(400, str(error), param=fields[0]) from error
+    return history, _check_prompt(prompts, catalog, context, fields[0])
 
 
-def _tokens(text: str, catalog: ServedCatalog, terms: Terms) -> TokenRows:
-    if len(text) > 64 * terms.positions:  # no token is that long: not worth the tokenizer's time
-        raise Problem(400, f"the prompt has {len(text)} characters, more than the model takes", param="prompt")
+def _prompt_tokens(text: str, catalog: ServedCatalog, context: ServerContext) -> TokenRows:
+    if len(text) > 64 * context.max_positions:  # longer than any text of so many tokens: do not tokenize it
+        raise ApiError(400, f"the prompt has {len(text)} characters, more than the model takes", param="prompt")
     try:
         prompts = catalog.tokens(text)
     except DataError as error:
-        raise Problem(400, str(error), param="prompt") from error
+        raise ApiError(400, str(error), param="prompt") from error
     if not len(prompts.flat):
-        raise Problem(400, "the prompt has no tokens", param="prompt")
-    return _fitting(prompts, catalog, terms, "prompt")
+        raise ApiError(400, "the prompt has no tokens", param="prompt")
+    return _check_prompt(prompts, catalog, context, "prompt")
 
 
-def _fitting(prompts: TokenRows, catalog: ServedCatalog, terms: Terms, param: str) -> TokenRows:
-    length, longest = len(prompts.flat), catalog.trie.max_depth
-    if length + longest > terms.positions:
-        text = f"the prompt has {length} tokens, the longest item {longest}, and the model takes {terms.positions}"
-        raise Problem(400, f"{text} together; shorten the prompt", param=param)
-    if prompts.flat.max() >= terms.vocab:
-        raise Problem(400, "the prompt has tokens that the model does not know", param=param)
+def _check_prompt(prompts: TokenRows, catalog: ServedCatalog, context: ServerContext, param: str) -> TokenRows:
+    length, longest, most = len(prompts.flat), catalog.trie.max_depth, context.max_positions
+    if length + longest > most:
+        text = f"the prompt has {length} tokens and the longest item {longest}; the model takes {most} together"
+        raise ApiError(400, f"{text}; shorten the prompt", param=param)
+    if prompts.flat.max() >= context.vocab_size:
+        raise ApiError(400, "the prompt has tokens that the model does not know", param=param)
     return prompts
 
 
-def _numbers(given: Sequence[int | str], catalog: ServedCatalog, param: str, most: int) -> list[int]:
-    _within(len(given), most, param)
+def _item_numbers(items: Sequence[int | str], catalog: ServedCatalog, param: str, most: int) -> list[int]:
+    _check_limit(len(items), most, param)
     numbers = []
-    for name in given:
+    for name in items:
         number = catalog.number_of.get(name) if isinstance(name, str) else name
         if number is None or number >= len(catalog.titles):
-            raise Problem(400, f"{param}: item {str(name)[:80]!r} is not known", param=param, code="unknown_item")
+            raise ApiError(400, f"{param}: item {str(name)[:80]!r} is not known", param=param, code="unknown_item")
         numbers.append(number)
     return numbers
 
 
-def _titled(titles: Sequence[str], catalog: ServedCatalog, most: int) -> list[int]:
-    _within(len(titles), most, "history_titles")
-    unknown = next((title for title in titles if title not in catalog.titled), None)
+def _numbers_of_titles(titles: Sequence[str], catalog: ServedCatalog, most: int) -> list[int]:
+    _check_limit(len(titles), most, "history_titles")
+    unknown = next((title for title in titles if title not in catalog.number_of_title), None)
     if unknown is not None:
-        text = f"history_titles: no item is titled {unknown[:80]!r}; GET /v1/items/search finds titles"
-        raise Problem(400, text, param="history_titles", code="unknown_item")
-    return [catalog.titled[title] for title in titles]
+        text = f"history_titles: no item has the title {unknown[:80]!r}; GET /v1/items/search finds titles"
+        raise ApiError(400, text, param="history_titles", code="unknown_item")
+    return [catalog.number_of_title[title] for title in titles]
 
 
-def _places(numbers: Sequence[int] | set[int], catalog: ServedCatalog) -> list[int]:
-    """Items of the trie; removed ones are not in it."""
-    places = [int(catalog.place_I[number]) for number in numbers]
-    return [place for place in places if place >= 0]
+def _trie_items(numbers: Sequence[int] | set[int], catalog: ServedCatalog) -> list[int]:
+    """Indices in the trie of item numbers; removed items are not in the trie and are skipped."""
+    indices = [int(catalog.trie_item_I[number]) for number in numbers]
+    return [index for index in indices if index >= 0]
 
 
-def _joined(rows: Sequence[TokenRows]) -> TokenRows:
-    return TokenRows.from_lists([row.flat for row in rows])
-
-
-def _within(value: int, most: int, param: str) -> None:
+def _check_limit(value: int, most: int, param: str) -> None:
     if value > most:
-        raise Problem(400, f"{param}: {value} is above this server's limit of {most}", param=param)
+        raise ApiError(400, f"{param}: {value} is above this server's limit of {most}", param=param)
