@@ -13,12 +13,9 @@ import torch
 from tawin_nemo.catalog.semantic_ids import find_codes
 from tawin_nemo.commands.train import train
 from tawin_nemo.config.schema import Recipe
-from tawin_nemo.models.megatron.checkpoint import async_save
 from tawin_nemo.models.megatron.model import precision
 from tawin_nemo.models.megatron.parallel import disaggregated, runtime
 from tawin_nemo.models.megatron.parallel.disaggregated import RolloutRanks
-from tawin_nemo.placement.remote_engine import Stop
-from tawin_nemo.placement.rollout_ranks import serve
 from tawin_nemo.run import signals
 from tawin_nemo.run.datasets import prepared_root
 from tawin_nemo.run.failures import attempt_logs, recorded
@@ -34,9 +31,16 @@ log = get_logger(__name__)
 
 
 def run(recipe: Recipe, verb: Verb, **options: Any) -> dict[str, Any]:
-    """Start the process group, open the run, prepare the data on rank 0, build the world, call ``verb``."""
-    with started(recipe, computes=not options.get("dry_run")), contextlib.ExitStack() as stack:
+    """Start the process group, open the run, prepare the data on rank 0, build the world, call ``verb``.
+
+    A dry run in one process needs no process group, and so neither megatron nor the seconds that its import takes.
+    """
+    computes = not options.get("dry_run")
+    group = started(recipe, computes=computes) if computes or recipe.processes > 1 else checked(recipe)
+    with group, contextlib.ExitStack() as stack:
         if disaggregated.is_rollout_rank():
+            from tawin_nemo.placement.rollout_ranks import serve
+
             serve()
             return {}
         check_profile(recipe.profile)
@@ -58,6 +62,8 @@ def started(recipe: Recipe, *, computes: bool = True) -> Iterator[None]:
     Raises ConfigError when the launcher started another number of processes, or when the machine lacks what a
     precision needs and something is to be computed.
     """
+    from tawin_nemo.models.megatron.checkpoint import async_save
+
     with contextlib.ExitStack() as stack:
         stack.callback(runtime.shutdown)
         stack.callback(async_save.drain)
@@ -73,8 +79,19 @@ def started(recipe: Recipe, *, computes: bool = True) -> Iterator[None]:
         yield
 
 
+@contextlib.contextmanager
+def checked(recipe: Recipe) -> Iterator[None]:
+    """The checks of ``started`` for a process that computes nothing and has nobody to meet."""
+    check_processes(recipe)
+    check_precision(recipe, runs=False)
+    with recorded():
+        yield
+
+
 def dismiss(kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
     """Tell the rollout ranks that this run is over; after an error that other ranks may not know of, all just end."""
+    from tawin_nemo.placement.remote_engine import Stop
+
     line = disaggregated.line()
     if not disaggregated.is_rollout_rank() and not line.owed and isinstance(error, None | Preempted | UserError):
         line.ask(Stop())

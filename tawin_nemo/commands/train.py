@@ -5,13 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 from tawin_nemo.run.world import World
-from tawin_nemo.train.pipeline import plans, run_pipeline
-from tawin_nemo.train.rl import total_steps
+from tawin_nemo.train.plan import plans, total_steps
 
 
 def train(world: World, *, dry_run: bool = False) -> dict[str, Any]:
     """Run the whole pipeline, or only say what it would do."""
     if not dry_run:
+        from tawin_nemo.train.pipeline import run_pipeline  # megatron and more: seconds that a dry run does not need
+
         return run_pipeline(world)
     rl, body = world.recipe.rl, world.shape.body_parameters
     return {

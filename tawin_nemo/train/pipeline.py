@@ -7,14 +7,13 @@ resumes and completes a run.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from megatron.core.models.gpt import GPTModel
 
@@ -39,6 +38,7 @@ from tawin_nemo.run.mfu import peak_flops
 from tawin_nemo.run.stage import MetricSink, Stage, logged_seconds
 from tawin_nemo.run.world import World, read_json
 from tawin_nemo.train.actor import Actor
+from tawin_nemo.train.plan import Plan, plans
 from tawin_nemo.train.reference import Reference, build_reference
 from tawin_nemo.train.rl import train_rl
 from tawin_nemo.train.sft import train_sft
@@ -48,31 +48,6 @@ from tawin_nemo.util.files import write_json
 from tawin_nemo.util.log import get_logger
 
 log = get_logger(__name__)
-
-
-@dataclass(frozen=True)
-class Plan:
-    """One stage: its directory name, the stage whose weights it starts from (None = model.init), its rows."""
-
-    name: str
-    start: str | None
-    rows: np.ndarray
-    kind: str  # sft | rl
-
-
-def plans(world: World) -> Iterator[Plan]:
-    """The stages that the recipe asks for, in order."""
-    recipe = world.recipe
-    fresh = world.train_rows_for_rl
-    rl_start = "sft" if recipe.rl.init == "sft" else None
-    if recipe.sft.enabled:
-        yield Plan("sft", None, world.train_rows_for_sft, "sft")
-    if recipe.rl.enabled:
-        if recipe.compare.sft_continued and rl_start:
-            yield Plan("sft_continued", rl_start, fresh, "sft")
-        yield Plan("rl", rl_start, fresh, "rl")
-    if recipe.compare.sft_all:
-        yield Plan("sft_all", None, np.arange(len(world.samples["train"])), "sft")
 
 
 def run_pipeline(world: World) -> dict[str, Any]:

@@ -28,6 +28,7 @@ from tawin_nemo.run.stage import Progress, Stage, monitored
 from tawin_nemo.run.timers import Timers
 from tawin_nemo.run.world import World
 from tawin_nemo.train.actor import Actor, weighted_groups
+from tawin_nemo.train.plan import total_steps
 from tawin_nemo.train.reference import Reference, Refresh
 from tawin_nemo.train.rewards import Reward, build_reward
 from tawin_nemo.train.rl_metrics import count_work, prefixed, rollout_metrics
@@ -151,11 +152,6 @@ def save(stage: Stage, components: RlComponents, refresh: Refresh, done: Progres
 
 def due(step: int, interval: int) -> bool:
     return interval > 0 and step % interval == 0
-
-
-def total_steps(rl: RlConfig, rows: int) -> int:
-    """Steps of a run: ``rl.max_steps``, or what ``rl.epochs`` passes over ``rows`` need at most."""
-    return rl.max_steps or max(1, round(rl.epochs * rows / min(rl.prompts_per_step, rows)))
 
 
 def candidate_weights(rl: RlConfig, rollout: Rollout) -> Tensor:

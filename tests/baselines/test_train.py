@@ -56,6 +56,7 @@ def world(tmp_path):
             eval=EvalConfig(beams=8, ks=[1, 5]),
         ),
         run_dir=tmp_path / "run",
+        deadline=None,
         catalog=Catalog(titles, titles, "sid", PATHS, TokenTrie.from_paths(PATHS)),
         samples={"train": samples_of(300, seed=1), "valid": samples_of(40, seed=2), "test": samples_of(41, seed=3)},
     )

@@ -1,0 +1,41 @@
+"""Which stages a run has, their rows and steps; light to import, so that a dry run answers at once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from tawin_nemo.config.schema import RlConfig
+from tawin_nemo.run.world import World
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One stage: its directory name, the stage whose weights it starts from (None = model.init), its rows."""
+
+    name: str
+    start: str | None
+    rows: np.ndarray
+    kind: str  # sft | rl
+
+
+def plans(world: World) -> Iterator[Plan]:
+    """The stages that the recipe asks for, in order."""
+    recipe = world.recipe
+    fresh = world.train_rows_for_rl
+    rl_start = "sft" if recipe.rl.init == "sft" else None
+    if recipe.sft.enabled:
+        yield Plan("sft", None, world.train_rows_for_sft, "sft")
+    if recipe.rl.enabled:
+        if recipe.compare.sft_continued and rl_start:
+            yield Plan("sft_continued", rl_start, fresh, "sft")
+        yield Plan("rl", rl_start, fresh, "rl")
+    if recipe.compare.sft_all:
+        yield Plan("sft_all", None, np.arange(len(world.samples["train"])), "sft")
+
+
+def total_steps(rl: RlConfig, rows: int) -> int:
+    """Steps of a run: ``rl.max_steps``, or what ``rl.epochs`` passes over ``rows`` need at most."""
+    return rl.max_steps or max(1, round(rl.epochs * rows / min(rl.prompts_per_step, rows)))
