@@ -1,4 +1,4 @@
-"""Committed run and benchmark files: each says how it was made, and RESULTS.md quotes it correctly."""
+"""Committed run and benchmark files: each says how it was made, and the pages of recipes/results quote it correctly."""
 
 import json
 import re
@@ -12,6 +12,9 @@ pytestmark = pytest.mark.results
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 FILES = sorted((RECIPES / "results").glob("*.json"))
+#: The pages by topic that recipes/RESULTS.md lists.
+PAGES = sorted((RECIPES / "results").glob("*.md"))
+TEXT = "\n".join(page.read_text(encoding="utf-8") for page in PAGES)
 BENCHMARKS = [path for path in FILES if path.name.startswith("bench_")]
 #: Its own test makes it again: tests/tools/simulate/test_simulate.py.
 FIGURES = [path for path in FILES if path.name == "figure3.json"]
@@ -27,22 +30,20 @@ RUNS = [path for path in FILES if path not in [*BENCHMARKS, *FIGURES, *MEASURED,
 def test_a_measurement_says_how_it_was_made(path):
     result = json.loads(path.read_text(encoding="utf-8"))
     assert {"command", "commit", "date", "hardware"} <= result.keys()
-    text = (RECIPES / "RESULTS.md").read_text(encoding="utf-8")
-    assert f"results/{path.name}" in text
-    assert result["command"] in text
+    assert f"({path.name})" in TEXT
+    assert result["command"] in TEXT
 
 
 @pytest.mark.parametrize("path", RUNS, ids=lambda path: path.stem)
 def test_a_run_file_is_complete_and_quoted_correctly(path):
     run = json.loads(path.read_text(encoding="utf-8"))
     assert {"command", "commit", "date", "hardware", "seed", "wall_s", "invalid_rate", "stages"} <= run.keys()
-    text = (RECIPES / "RESULTS.md").read_text(encoding="utf-8")
-    assert f"results/{path.name}" in text
+    assert f"({path.name})" in TEXT
     for stage in run["stages"].values():
         for metric in ("recall@1", "recall@3", "ndcg@3"):
             mean = f"{stage['test']['means'][metric]:.4f}".lstrip("0")
             low, high = (f"{bound:.4f}".lstrip("0") for bound in stage["test"]["intervals"][metric])
-            assert re.search(rf"{re.escape(mean)}\**\s*\[{re.escape(low)}, {re.escape(high)}\]", text), (metric, mean)
+            assert re.search(rf"{re.escape(mean)}\**\s*\[{re.escape(low)}, {re.escape(high)}\]", TEXT), (metric, mean)
 
 
 @pytest.mark.parametrize("path", BENCHMARKS, ids=lambda path: path.stem)
@@ -53,10 +54,9 @@ def test_a_benchmark_file_is_complete_and_quoted_correctly(path):
         "shapes", "settings", "targets", "unfair", "machine",
     } <= result.keys()  # fmt: skip
     assert re.fullmatch(rf"bench_{result['benchmark']}(\.\w+)?\.json", path.name)
-    text = (RECIPES / "RESULTS.md").read_text(encoding="utf-8")
-    assert result["command"] in text
+    assert result["command"] in TEXT
     for line in summary.lines(path.name, result):
-        assert line in text, "paste what `python -m tests.benchmarks.summary recipes/results/bench_*.json` prints"
+        assert line in TEXT, "paste what `python -m tests.benchmarks.summary recipes/results/bench_*.json` prints"
 
 
 @pytest.mark.parametrize("path", GPU_RUNS, ids=lambda path: path.stem)
@@ -69,15 +69,19 @@ def test_a_gpu_file_is_complete_and_was_measured(path):
     assert all(part["status"] in ("passed", "failed", "skipped") for part in run["parts"].values())
 
 
+def test_the_index_lists_every_page():
+    index = (RECIPES / "RESULTS.md").read_text(encoding="utf-8")
+    assert [page.name for page in PAGES if f"(results/{page.name})" not in index] == []
+
+
 def test_the_rows_of_shared_ids_are_quoted_as_the_run_files_give_them():
-    text = (RECIPES / "RESULTS.md").read_text(encoding="utf-8")
     for line in shared_ids.lines():
-        assert line in text, "paste what `python -m tests.benchmarks.shared_ids` prints"
+        assert line in TEXT, "paste what `python -m tests.benchmarks.shared_ids` prints"
 
 
 def test_the_alignment_run_is_quoted_as_it_was_measured():
     result = json.loads((RECIPES / "results" / "semantic_ids" / "alignment.json").read_text(encoding="utf-8"))
-    lines = (RECIPES / "RESULTS.md").read_text(encoding="utf-8").splitlines()
+    lines = TEXT.splitlines()
     assert any(result["command"] in line for line in lines)
     for task, exact in result["tasks"].items():
         (line,) = [line for line in lines if line.startswith(f"| `{task}` |")]

@@ -1,4 +1,4 @@
-"""The targets of finished benchmarks as the Markdown table that recipes/RESULTS.md quotes.
+"""The targets of finished benchmarks as the Markdown table that the pages of recipes/results quote.
 
 python -m tests.benchmarks.summary recipes/results/bench_*.json
 """
@@ -25,7 +25,7 @@ def lines(name: str, result: dict[str, Any]) -> list[str]:
     """One line per target (one for a benchmark without any); ``name`` is the file's, ``bench_NAME[.VARIANT].json``."""
     title = name.removeprefix("bench_").removesuffix(".json").replace(".", ", ")
     head = (
-        f"| [{title}](results/{name}) | {seconds(result['ours_median_seconds'])} | "
+        f"| [{title}]({name}) | {seconds(result['ours_median_seconds'])} | "
         f"{seconds(result['baseline_median_seconds'])} | {number(result['floor_ratio'])} |"
     )
     targets = result["targets"] or {"": {"goal": "", "value": result["ratio"], "met": None}}

@@ -64,7 +64,7 @@ def test_a_report_ends_with_its_json_line(capsys: pytest.CaptureFixture[str], tm
     assert not last["targets"]["memory"]["met"]
     assert json.loads((tmp_path / "bench_rollout.json").read_text()) == last
     first, second = summary.lines("bench_rollout.json", last)
-    assert first == "| [rollout](results/bench_rollout.json) | 500 ms | 10 s | 5 | time | >= 12 | 20 | met |"
+    assert first == "| [rollout](bench_rollout.json) | 500 ms | 10 s | 5 | time | >= 12 | 20 | met |"
     assert second.endswith("| memory | <= 0.25 | 0.3 | **missed** |")
 
 

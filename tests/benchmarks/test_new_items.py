@@ -54,9 +54,9 @@ def test_held_out_is_a_share_and_depends_on_the_seed() -> None:
 @pytest.mark.parametrize("path", COMMITTED, ids=lambda path: path.stem)
 def test_a_committed_measurement_is_quoted_correctly(path: Path) -> None:
     result = json.loads(path.read_text(encoding="utf-8"))
-    text = (REPOSITORY / "recipes" / "RESULTS.md").read_text(encoding="utf-8")
+    text = (REPOSITORY / "recipes" / "results" / "semantic_ids.md").read_text(encoding="utf-8")
     assert {"command", "commit", "date", "hardware", "settings"} <= result.keys()
-    assert f"results/semantic_ids/{path.name}" in text
+    assert f"(semantic_ids/{path.name})" in text
     assert result["command"].replace(f"--seed {result['settings']['seed']} ", "") in text
     assert set(result["reached"].values()) == {result["new"]}
     for line in result["rows"]:

@@ -180,7 +180,7 @@ def test_the_committed_figure_can_be_made_again_and_is_quoted_correctly() -> Non
     stored = json.loads((ROOT / "recipes" / "results" / "figure3.json").read_text(encoding="utf-8"))
     assert (ROOT / "recipes" / "results" / "figure3.png").is_file()
     rows = summarise(correlations(simulate(stored["trials"], stored["seed"])), correlations(exact_moments()))
-    text = (ROOT / "recipes" / "RESULTS.md").read_text(encoding="utf-8")
+    text = (ROOT / "recipes" / "results" / "wpauc.md").read_text(encoding="utf-8")
     for k, row in rows.items():
         committed = stored["cutoffs"][k]
         for name, value in row.items():  # another numpy may draw other lists; the best beta is on a flat top
@@ -189,7 +189,7 @@ def test_the_committed_figure_can_be_made_again_and_is_quoted_correctly() -> Non
 
 
 def table_line(k: str, row: dict[str, float]) -> str:
-    """A row of the table in RESULTS.md."""
+    """A row of the table in wpauc.md."""
     return (
         f"| {k} | {row['argmax_alpha']:.3f} | {row['argmax_d']:.3f} | {row['correlation']:.3f} "
         f"| {row['exact_argmax_alpha']:.3f} | {row['exact_argmax_d']:.3f} | {row['exact_correlation']:.3f} "
