@@ -148,9 +148,9 @@ def parse_rollout(request: RolloutRequest, catalog: ServedCatalog, context: Serv
     if width > trie.num_leaves:
         raise ApiError(400, f"beams={width}: the catalog has {trie.num_leaves} distinct paths", param="beams")
     if draws and request.score_space == "vocab":
-        raise ApiError(400, "draws are made in the trie score space; omit score_space", param="score_space")
+        raise ApiError(400, "draws are made in trie space; omit score_space", param="score_space")
     if draws and len(request.seeds or []) != len(request.prompts):
-        text = f"draws need one seed per prompt: {len(request.prompts)} prompts, {len(request.seeds or [])} seeds"
+        text = f"{len(request.prompts)} prompts need as many seeds; got {len(request.seeds or [])}"
         raise ApiError(400, text, param="seeds")
     prompts = TokenRows.from_lists(request.prompts)
     _check_rollout_prompts(prompts, catalog, context)
@@ -172,7 +172,7 @@ def _check_rollout_prompts(prompts: TokenRows, catalog: ServedCatalog, context: 
         text = f"prompt {row} has {lengths[row]} tokens and the longest item {longest}; the model takes"
         raise ApiError(400, f"{text} {context.max_positions} together", param="prompts")
     if prompts.flat.max() >= context.vocab_size:
-        text = f"token {prompts.flat.max()} is outside of the model's vocabulary of {context.vocab_size}"
+        text = f"token {prompts.flat.max()} is none of the model's {context.vocab_size} tokens"
         raise ApiError(400, text, param="prompts")
 
 
