@@ -14,8 +14,8 @@ from tawin_nemo.config.schema import Recipe
 from tawin_nemo.models.megatron.checkpoint import async_save
 from tawin_nemo.models.megatron.model import precision
 from tawin_nemo.models.megatron.parallel import disaggregated, runtime
+from tawin_nemo.models.megatron.parallel.channel import Stop
 from tawin_nemo.models.megatron.parallel.disaggregated import RolloutRanks
-from tawin_nemo.placement.remote_engine import Stop
 from tawin_nemo.placement.rollout_ranks import serve
 from tawin_nemo.run import signals
 from tawin_nemo.run.failures import attempt_logs, recorded
@@ -70,9 +70,9 @@ def started(recipe: Recipe, *, computes: bool = True) -> Iterator[None]:
 
 def dismiss(kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
     """Tell the rollout ranks that this run is over; after an error that other ranks may not know of, all just end."""
-    line = disaggregated.line()
-    if not disaggregated.is_rollout_rank() and not line.owed and isinstance(error, None | Preempted | UserError):
-        line.ask(Stop())
+    channel, expected = disaggregated.rollout_channel(), isinstance(error, None | Preempted | UserError)
+    if expected and not disaggregated.is_rollout_rank() and not channel.awaits_response:
+        channel.broadcast(Stop())
 
 
 def check_processes(recipe: Recipe) -> None:

@@ -85,7 +85,7 @@ def attempt_logs(run_dir: Path) -> Iterator[None]:
     number = runtime.broadcast_object(_next_attempt(run_dir) if runtime.world_rank() == 0 else None)
     into = LogInto(run_dir / "logs" / f"attempt_{number}", number)
     if disaggregated.is_disaggregated():
-        disaggregated.line().ask(into)
+        disaggregated.rollout_channel().broadcast(into)
     with logging_into(into):
         yield
 

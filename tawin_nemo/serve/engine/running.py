@@ -12,8 +12,8 @@ import numpy as np
 
 from tawin_nemo.rollout.scoring import best, one_prompt
 from tawin_nemo.serve.engine.jobs import Done, Hit, Job, Ran, Rejected
+from tawin_nemo.serve.engine.messages import Admit, Advance, Draw, Drop, Lane
 from tawin_nemo.serve.engine.metrics import Metrics
-from tawin_nemo.serve.engine.orders import Admit, Advance, Draw, Drop, Lane
 from tawin_nemo.serve.engine.ranks import Leader
 from tawin_nemo.serve.engine.replica import FILTER_KINDS, no_places
 from tawin_nemo.types import Candidates, TokenRows, moved
