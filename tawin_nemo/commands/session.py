@@ -15,6 +15,7 @@ from tawin_nemo.commands.train import train
 from tawin_nemo.config.schema import Recipe
 from tawin_nemo.models.megatron.model import precision
 from tawin_nemo.models.megatron.parallel import disaggregated, runtime
+from tawin_nemo.models.megatron.parallel.channel import Stop
 from tawin_nemo.models.megatron.parallel.disaggregated import RolloutRanks
 from tawin_nemo.run import signals
 from tawin_nemo.run.datasets import prepared_root
@@ -90,11 +91,9 @@ def checked(recipe: Recipe) -> Iterator[None]:
 
 def dismiss(kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
     """Tell the rollout ranks that this run is over; after an error that other ranks may not know of, all just end."""
-    from tawin_nemo.placement.remote_engine import Stop
-
-    line = disaggregated.line()
-    if not disaggregated.is_rollout_rank() and not line.owed and isinstance(error, None | Preempted | UserError):
-        line.ask(Stop())
+    channel, expected = disaggregated.rollout_channel(), isinstance(error, None | Preempted | UserError)
+    if expected and not disaggregated.is_rollout_rank() and not channel.awaits_response:
+        channel.broadcast(Stop())
 
 
 def check_processes(recipe: Recipe) -> None:

@@ -1,7 +1,7 @@
-"""Searching on ranks that do nothing else (``rollout.placement: separate``), as training sees it.
+"""Disaggregated rollouts (``rollout.placement: separate``) as training sees them.
 
-Every training rank makes the same calls with the same arguments; the first one sends them to the rollout ranks, which
-run ``rollout_ranks.serve``. The classes above ``RemoteEngine`` are all that can be asked.
+Every training rank makes the same calls with the same arguments; the first one broadcasts them to the rollout ranks,
+which run ``rollout_ranks.serve``. ``MESSAGES`` are all that they accept, besides the log folder and ``Stop``.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ log = get_logger(__name__)
 
 
 @dataclass(frozen=True)
-class Build:
-    """Make a model and an engine."""
+class BuildEngine:
+    """Build a model and an engine in place of those there are, then gather ``rollout_ranks.layout_entry``."""
 
     recipe: Recipe
     shape: Backbone
@@ -35,7 +35,7 @@ class Build:
 
 @dataclass(frozen=True)
 class ReceiveWeights:
-    """Take part in resharding."""
+    """Take part in resharding the training ranks' weights into the engine's model."""
 
 
 @dataclass(frozen=True)
@@ -44,15 +44,15 @@ class CheckEqual:
 
 
 @dataclass(frozen=True)
-class WeightsAre:
-    """The weights that were received are of this version."""
+class SetWeightVersion:
+    """Stamp rollouts with this version of the weights from now on."""
 
     version: int
 
 
 @dataclass(frozen=True)
 class Generate:
-    """Answered by ``Found``."""
+    """Roll out; the response is a ``Generated``."""
 
     prompts: PromptBatch
     options: dict[str, Any]  # the keywords of Engine.generate
@@ -60,93 +60,105 @@ class Generate:
 
 @dataclass(frozen=True)
 class Search:
-    """Answered by ``Found``."""
+    """Search without rolling out, as evaluation does; the response is a ``Searched``."""
 
     prompts: TokenRows
     width: int
     token_budget: int | None
 
 
-@dataclass(frozen=True)
-class Found:
-    value: Any  # Rollout or Candidates, on the CPU
-    work: FlopCount  # of all replicas
+MESSAGES = (BuildEngine, ReceiveWeights, CheckEqual, SetWeightVersion, Generate, Search)
 
 
 @dataclass(frozen=True)
-class Stop:
-    """Nothing more will be asked."""
+class Generated:
+    """Response to ``Generate``."""
+
+    rollout: Rollout  # on the CPU
+    flops: FlopCount  # of all replicas since the last response
+
+
+@dataclass(frozen=True)
+class Searched:
+    """Response to ``Search``."""
+
+    candidates: Candidates  # on the CPU
+    flops: FlopCount
 
 
 class RemoteEngine:
     """An ``Engine`` whose model lies on the rollout ranks.
 
     Prompts are divided there: seen from training there is one replica, which ``dp`` says, and every training rank
-    hands over the same prompts and gets all results. ``begin`` and ``finish`` are the halves of ``generate``, between
-    which training goes on. The weights are undefined until the first ``receive_weights``. Raises ConfigError when the
-    model's shape cannot be divided as ``rollout.*`` says.
+    passes the same prompts and gets all results. ``begin`` and ``finish`` are the halves of ``generate``; training goes
+    on between them. The weights are undefined until the first ``receive_weights``. Raises ConfigError when the model's
+    shape does not fit the rollout layout (``rollout.tensor_model_parallel_size``, ``..pipeline_model_parallel_size``).
     """
 
     def __init__(self, recipe: Recipe, model: GPTModel, shape: Backbone, catalog: Catalog) -> None:
         check_rollout_model(shape, recipe.model, *recipe.rollout_layout)
         self.dp = DataParallel()
-        self._line, self._version, self._work = disaggregated.line(), 0, FlopCount()
-        self._line.holder = self  # the rollout ranks hold one model at a time
-        self._ask(Build(recipe, shape, catalog))
+        self._channel, self._version, self._flops = disaggregated.rollout_channel(), 0, FlopCount()
+        self._channel.model_owner = self  # the rollout ranks hold one model at a time
+        self._broadcast(BuildEngine(recipe, shape, catalog))
         self._refit = Refit(model, None)
         with disaggregated.whole_job():
-            #: What the rollout ranks say of themselves, for layout.json.
-            self.places = [place for place in runtime.gather_objects(None) if place is not None]
+            #: One entry of layout.json per rollout rank.
+            self.rank_layouts = [entry for entry in runtime.gather_objects(None) if entry is not None]
         tp, pp = recipe.rollout_layout
-        self.spread = len(self.places) // (tp * pp)
+        self.spread = len(self.rank_layouts) // (tp * pp)
         log.info("rollouts and evaluation on ranks of their own: TP %d x PP %d x DP %d", tp, pp, self.spread)
 
     @property
     def weight_version(self) -> int:
+        """Version of the weights on the rollout ranks; setting it tells them."""
         return self._version
 
     @weight_version.setter
     def weight_version(self, version: int) -> None:
-        self._ask(WeightsAre(version))
+        self._broadcast(SetWeightVersion(version))
         self._version = version
 
     def receive_weights(self) -> None:
-        self._ask(ReceiveWeights())
+        """Reshard the training model's present weights to the rollout ranks."""
+        self._broadcast(ReceiveWeights())
         self._refit()
 
     def check_equal(self) -> None:
-        """As ``Refit.check_equal``."""
-        self._ask(CheckEqual())
+        """Raises TawinError unless the rollout ranks' weights equal the training ranks', tensor by tensor."""
+        self._broadcast(CheckEqual())
         self._refit.check_equal()
 
     def search(self, prompts: TokenRows, width: int, *, token_budget: int | None = None) -> Candidates:
-        self._ask(Search(prompts, width, token_budget), answered=True)
-        found: Candidates = self._fetched()
-        return found
+        """The ``width`` best candidates of every prompt, on the CPU of every training rank."""
+        self._broadcast(Search(prompts, width, token_budget), responds=True)
+        response = self._channel.response(Searched)
+        self._flops += response.flops
+        return response.candidates
 
     def generate(self, prompts: PromptBatch, group_size: int, **options: Any) -> Rollout:
+        """A rollout of ``prompts``, on the CPU of every training rank; options are those of ``Engine.generate``."""
         self.begin(prompts, group_size, **options)
         return self.finish()
 
     def begin(self, prompts: PromptBatch, group_size: int, **options: Any) -> None:
-        """Let the rollout ranks search; nothing else can be asked of them until ``finish``."""
-        self._ask(Generate(prompts, {"group_size": group_size, **options}), answered=True)
+        """Start a rollout; until ``finish`` the engine takes no other call."""
+        self._broadcast(Generate(prompts, {"group_size": group_size, **options}), responds=True)
 
     def finish(self) -> Rollout:
-        """Wait for what ``begin`` began."""
-        rollout: Rollout = self._fetched()
-        return rollout
+        """Wait for the rollout that ``begin`` started."""
+        response = self._channel.response(Generated)
+        self._flops += response.flops
+        return response.rollout
 
     def pop_flops(self) -> FlopCount:
-        work, self._work = self._work, FlopCount()
-        return work
+        """Floating-point work of all replicas since the last call."""
+        flops, self._flops = self._flops, FlopCount()
+        return flops
 
-    def _fetched(self) -> Any:
-        found: Found = self._line.result()
-        self._work += found.work
-        return found.value
-
-    def _ask(self, message: Any, *, answered: bool = False) -> None:
-        if self._line.holder is not self:
-            raise TawinError(f"{type(message).__name__} was asked of an engine whose place a newer one has taken")
-        self._line.ask(message, answered=answered)
+    def _broadcast(self, message: Any, *, responds: bool = False) -> None:
+        if self._channel.model_owner is not self:
+            raise TawinError(
+                f"{type(message).__name__}: the rollout ranks hold the model of a newer engine; use that one"
+            )
+        self._channel.broadcast(message, responds=responds)

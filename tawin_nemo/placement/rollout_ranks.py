@@ -1,4 +1,4 @@
-"""What a rank that only searches does from its start to its end: one question of the training ranks after the other.
+"""What a rollout rank does from its start to its end: it handles one message of the training ranks after the other.
 
 It reads no data and writes no file but its log: recipe, catalog, weights and prompts come from the training ranks.
 An error ends it, and with it the job, whose launcher shows its traceback.
@@ -17,14 +17,15 @@ from tawin_nemo.config.backbones import FlopCount
 from tawin_nemo.models.megatron.parallel import disaggregated, runtime
 from tawin_nemo.placement.dispatch import dispatched, dispatched_search
 from tawin_nemo.placement.remote_engine import (
-    Build,
+    MESSAGES,
+    BuildEngine,
     CheckEqual,
-    Found,
     Generate,
+    Generated,
     ReceiveWeights,
     Search,
-    Stop,
-    WeightsAre,
+    Searched,
+    SetWeightVersion,
 )
 from tawin_nemo.placement.weight_sync import check_equal, engine_with_own_model
 from tawin_nemo.rollout.engine import RolloutEngine
@@ -36,54 +37,62 @@ from tawin_nemo.util.errors import TawinError
 
 
 def serve() -> None:
-    """Answer until the training ranks say ``Stop``.
+    """Handle messages until the training ranks broadcast ``Stop``.
 
-    SIGTERM and SIGUSR1 are only noted: the training ranks get them too, and end both sides when they have saved.
+    SIGTERM and SIGUSR1 are only noted: the training ranks get them too, and stop the whole job when they have saved.
     """
-    line = disaggregated.line()
     with contextlib.ExitStack() as stack:
         stack.enter_context(signals.listening())
-        engine: RolloutEngine | None = None
-        while not isinstance(message := line.receive(), Stop):
-            if isinstance(message, LogInto):
-                stack.enter_context(logging_into(message))
-            elif isinstance(message, Build):
-                engine = None  # its memory first
-                engine, model = engine_with_own_model(message.recipe, None, message.shape, message.catalog)
-                runtime.gather_objects(place(model))
-            else:
-                assert engine is not None, message
-                _answer(line, engine, message)
+        handler = _Handler(stack)
+        disaggregated.rollout_channel().follow((LogInto, *MESSAGES), handler)
 
 
-def _answer(line: disaggregated.Line, engine: RolloutEngine, message: object) -> None:
-    if isinstance(message, ReceiveWeights):
-        engine.receive_weights()
-    elif isinstance(message, WeightsAre):
-        engine.weight_version = message.version
-    elif isinstance(message, CheckEqual):
-        with contextlib.suppress(TawinError):  # the training ranks raise the same one
-            check_equal(engine)
-    elif isinstance(message, Generate):
-        failpoints.reach("rollout_rank.asked")
-        assert engine.dp is not None
-        generate = partial(engine.generate, **message.options)
-        rollout = dispatched(generate, message.prompts, DataParallel(), engine.dp)
-        line.answer(Found(rollout.to("cpu"), work_of_all(engine)))
-    elif isinstance(message, Search):
-        found = dispatched_search(engine, message.prompts, message.width, message.token_budget)
-        line.answer(Found(moved(found, "cpu"), work_of_all(engine)))
-    else:
-        raise TypeError(f"the rollout ranks do not understand {message}")
+class _Handler:
+    """Carries messages out; ``stack`` closes what it opens when the rank leaves."""
+
+    def __init__(self, stack: contextlib.ExitStack) -> None:
+        self._stack, self._channel = stack, disaggregated.rollout_channel()
+        self._engine: RolloutEngine | None = None
+
+    def __call__(self, message: object) -> None:
+        if isinstance(message, LogInto):
+            self._stack.enter_context(logging_into(message))
+        elif isinstance(message, BuildEngine):
+            self._engine = None  # frees its memory before the next one is built
+            self._engine, model = engine_with_own_model(message.recipe, None, message.shape, message.catalog)
+            runtime.gather_objects(layout_entry(model))
+        else:
+            assert self._engine is not None, message
+            self._with_engine(self._engine, message)
+
+    def _with_engine(self, engine: RolloutEngine, message: object) -> None:
+        if isinstance(message, ReceiveWeights):
+            engine.receive_weights()
+        elif isinstance(message, SetWeightVersion):
+            engine.weight_version = message.version
+        elif isinstance(message, CheckEqual):
+            with contextlib.suppress(TawinError):  # the training ranks raise the same one
+                check_equal(engine)
+        elif isinstance(message, Generate):
+            failpoints.reach("rollout_rank.asked")
+            assert engine.dp is not None
+            generate = partial(engine.generate, **message.options)
+            rollout = dispatched(generate, message.prompts, DataParallel(), engine.dp)
+            self._channel.respond(Generated(rollout.to("cpu"), flops_of_all(engine)))
+        elif isinstance(message, Search):
+            candidates = dispatched_search(engine, message.prompts, message.width, message.token_budget)
+            self._channel.respond(Searched(moved(candidates, "cpu"), flops_of_all(engine)))
+        else:
+            raise TypeError(f"rollout ranks have no handler for {type(message).__name__}")
 
 
-def work_of_all(engine: RolloutEngine) -> FlopCount:
-    """What the replicas ran since the last time, together."""
+def flops_of_all(engine: RolloutEngine) -> FlopCount:
+    """Floating-point work of all replicas since the last call, added up; every rollout rank calls it."""
     assert engine.dp is not None
     return sum(engine.dp.gather(engine.pop_flops()), FlopCount())
 
 
-def place(model: GPTModel) -> dict[str, Any]:
+def layout_entry(model: GPTModel) -> dict[str, Any]:
     """This rank's entry in layout.json."""
     groups, device = model.pg_collection, runtime.device()
     return {

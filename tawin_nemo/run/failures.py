@@ -86,7 +86,7 @@ def attempt_logs(run_dir: Path) -> Iterator[None]:
     number = runtime.on_rank_0(partial(_next_attempt, run_dir))
     into = LogInto(run_dir / "logs" / f"attempt_{number}", number)
     if disaggregated.is_disaggregated():
-        disaggregated.line().ask(into)
+        disaggregated.rollout_channel().broadcast(into)
     with logging_into(into):
         yield
 

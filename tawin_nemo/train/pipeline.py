@@ -82,7 +82,7 @@ def write_layout(run_dir: Path, model: GPTModel, engine: Engine, peak: float) ->
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         "peak_tflops": round(peak / 1e12, 4),
     }
-    ranks = runtime.gather_objects(mine) + (engine.places if isinstance(engine, RemoteEngine) else [])
+    ranks = runtime.gather_objects(mine) + (engine.rank_layouts if isinstance(engine, RemoteEngine) else [])
     if runtime.world_rank() == 0:
         write_json(run_dir / "layout.json", ranks)
 

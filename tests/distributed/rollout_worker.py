@@ -28,9 +28,10 @@ from tawin_nemo.models.megatron.model import reshard
 from tawin_nemo.models.megatron.model.build import build_model, full_shape, sharded_axis
 from tawin_nemo.models.megatron.optim.trainable import Trainable
 from tawin_nemo.models.megatron.parallel import disaggregated, runtime
+from tawin_nemo.models.megatron.parallel.channel import Stop
 from tawin_nemo.models.megatron.parallel.disaggregated import RolloutRanks
 from tawin_nemo.placement.dispatch import take_prompts
-from tawin_nemo.placement.remote_engine import RemoteEngine, Stop
+from tawin_nemo.placement.remote_engine import RemoteEngine
 from tawin_nemo.placement.rollout_ranks import serve
 from tawin_nemo.placement.weight_sync import build_engine, check_equal, sync_weights
 from tawin_nemo.rollout.engine import Engine, RolloutEngine
@@ -168,8 +169,8 @@ def check_sync(engine: Engine, pair: Pair, actor: Actor) -> None:
 def check_remote(engine: RemoteEngine, pair: Pair, training: GPTModel) -> None:
     """The weights on the rollout ranks are equal; a change that was not sent is found."""
     ranks = runtime.world_size()
-    assert [place["rank"] for place in engine.places] == list(range(ranks, ranks + pair.searching))
-    assert {(place["tp_size"], place["pp_size"]) for place in engine.places} == {pair.recipe.rollout_layout}
+    assert [entry["rank"] for entry in engine.rank_layouts] == list(range(ranks, ranks + pair.searching))
+    assert {(entry["tp_size"], entry["pp_size"]) for entry in engine.rank_layouts} == {pair.recipe.rollout_layout}
     check_equal(engine)
     bias = next(p for name, p in training.named_parameters() if name.endswith("linear_qkv.bias"))
     before = bias.data.clone()
@@ -229,7 +230,7 @@ def train(pair: Pair, folder: Path) -> dict[str, Any]:
     save_hf(model, shape, folder)
     rows = timers.report()["rows/generate"]
     if disaggregated.is_disaggregated():
-        disaggregated.line().ask(Stop())
+        disaggregated.rollout_channel().broadcast(Stop())
     return {
         "stats": stats,
         "rollouts": [

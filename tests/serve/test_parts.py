@@ -1,4 +1,4 @@
-"""Parts of the server alone: orders on the wire, ranks that follow, the OpenAPI documents."""
+"""Parts of the server alone: messages on the wire, ranks that follow, the OpenAPI documents."""
 
 from __future__ import annotations
 
@@ -11,9 +11,11 @@ import threading
 import numpy as np
 import pytest
 
+from tawin_nemo.models.megatron.parallel.channel import Stop, decode, encode
 from tawin_nemo.rollout.filters import ItemFilter
 from tawin_nemo.serve.engine.jobs import Job
-from tawin_nemo.serve.engine.orders import (
+from tawin_nemo.serve.engine.messages import (
+    MESSAGES,
     Admit,
     Advance,
     Draw,
@@ -21,12 +23,9 @@ from tawin_nemo.serve.engine.orders import (
     Forget,
     Lane,
     LoadWeights,
-    Order,
+    Message,
     Probe,
     PutCatalog,
-    Stop,
-    decode,
-    encode,
 )
 from tawin_nemo.serve.engine.ranks import Leader, follow
 from tawin_nemo.serve.engine.replica import Replica
@@ -45,7 +44,7 @@ NUMBERS = np.array([5, -1, 2**62], dtype=np.int64)
 
 
 @pytest.mark.parametrize(
-    "order",
+    "message",
     [
         Admit(LANE, ROWS, NUMBERS, NUMBERS + 1, NUMBERS * 0, ROWS),
         Advance(LANE),
@@ -58,12 +57,12 @@ NUMBERS = np.array([5, -1, 2**62], dtype=np.int64)
         Probe(),
         Stop(),
     ],
-    ids=lambda order: type(order).__name__,
+    ids=lambda message: type(message).__name__,
 )
-def test_orders_survive_the_wire(order: Order) -> None:
-    again = decode(encode(order))
-    assert type(again) is type(order)
-    assert plain(again) == plain(order)
+def test_messages_survive_encoding(message: Message) -> None:
+    again = decode(encode(message), MESSAGES)
+    assert type(again) is type(message)
+    assert plain(again) == plain(message)
 
 
 def plain(value):

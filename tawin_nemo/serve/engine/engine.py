@@ -14,10 +14,11 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Any, TypeVar
 
+from tawin_nemo.models.megatron.parallel.channel import Stop
 from tawin_nemo.rollout.lm import LM
 from tawin_nemo.serve.engine.catalog import ServedCatalog
 from tawin_nemo.serve.engine.jobs import AdmissionPolicy, Job, Limits, Rejected
-from tawin_nemo.serve.engine.orders import Forget, Probe, PutCatalog, Stop
+from tawin_nemo.serve.engine.messages import Forget, Probe, PutCatalog
 from tawin_nemo.serve.engine.ranks import Leader
 from tawin_nemo.serve.engine.running import Running
 from tawin_nemo.serve.engine.telemetry import Metrics

@@ -1,4 +1,4 @@
-"""Rank 0 tells the others each order before it carries it out itself; they follow until they are told to stop."""
+"""The ranks that share a served model: rank 0 broadcasts each message and carries it out itself; the others follow."""
 
 from __future__ import annotations
 
@@ -9,33 +9,28 @@ import torch
 from torch import Tensor
 
 from tawin_nemo.catalog.trie import TokenTrie
-from tawin_nemo.serve.engine.orders import LoadWeights, Order, Probe, PutCatalog, Stop, TakeWeights, decode, encode
+from tawin_nemo.models.megatron.parallel.channel import Channel, Link
+from tawin_nemo.serve.engine.messages import MESSAGES, LoadWeights, Message, Probe, PutCatalog, TakeWeights
 from tawin_nemo.serve.engine.replica import Replica
 from tawin_nemo.util.errors import TawinError
 
 
-class Ranks(Protocol):
-    """The processes that share one model."""
+class Ranks(Link, Protocol):
+    """The processes that share one model, and the collectives that they need besides messages."""
 
     size: int
 
-    def send(self, data: bytes) -> None:
-        """From rank 0 to all others; raises when one of them is gone."""
-        ...
-
-    def receive(self) -> bytes: ...
-
     def meet(self) -> None:
-        """Returns when all of them are here; raises when one of them is gone."""
+        """Block until all ranks have called it; raises when one of them is gone."""
         ...
 
     def share(self, tensor: Tensor | None, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        """Rank 0's tensor, on every rank, in CPU memory; the others pass None."""
+        """Rank 0's tensor of this shape and dtype, in CPU memory on every rank; the others pass None."""
         ...
 
 
 class Alone:
-    """One process."""
+    """One process without followers."""
 
     size = 1
 
@@ -43,7 +38,7 @@ class Alone:
         pass
 
     def receive(self) -> bytes:
-        raise RuntimeError("a process without others has nobody to follow")
+        raise RuntimeError("a server of one process has no rank 0 to follow")
 
     def meet(self) -> None:
         pass
@@ -54,54 +49,59 @@ class Alone:
 
 
 class Leader:
-    """Rank 0's way to the model: every order goes to all ranks."""
+    """Rank 0's access to the model: every message goes to all ranks."""
 
     def __init__(self, replica: Replica, ranks: Ranks) -> None:
         self.replica, self.ranks = replica, ranks
+        self._channel = Channel(ranks)
 
-    def apply(self, order: Order) -> Any:
-        """What rank 0 itself gets out of the order."""
-        self._send(order)
-        if isinstance(order, Probe):
+    def apply(self, message: Message) -> Any:
+        """Carry a message out on all ranks; returns what ``Replica.apply`` returns on rank 0."""
+        self._broadcast(message)
+        if isinstance(message, Probe):
             self.ranks.meet()
-        return self.replica.apply(order)
+        return self.replica.apply(message)
 
-    def put_catalog(self, order: PutCatalog, trie: TokenTrie) -> None:
-        """As ``apply``, with a trie that rank 0 has built already."""
-        self._send(order)
-        self.replica.tries[order.version] = trie
+    def put_catalog(self, message: PutCatalog, trie: TokenTrie) -> None:
+        """Give all ranks a catalog whose trie rank 0 has built already; the others build theirs."""
+        self._broadcast(message)
+        self.replica.tries[message.version] = trie
 
     def take_weights(self, version: int, tensors: Mapping[str, Tensor]) -> None:
-        """All tensors of a model, from rank 0's memory to all ranks, as a new version."""
-        self._send(TakeWeights(version))
+        """Send all tensors of a model from rank 0's memory to all ranks as weights ``version``.
+
+        Raises RuntimeError when rank 0 fails on the way: the other ranks then wait for the rest.
+        """
+        self._broadcast(TakeWeights(version))
         try:
             self.replica.models[version] = self.replica.build_from_tensors(
                 lambda name, shape, dtype: self.ranks.share(tensors[name], shape, dtype)
             )
-        except TawinError as error:  # the others wait for the rest
+        except TawinError as error:
             raise RuntimeError("the ranks stopped in the middle of new weights") from error
 
-    def _send(self, order: Order) -> None:
+    def _broadcast(self, message: Message) -> None:
         if self.ranks.size > 1:
-            self.ranks.send(encode(order))
+            self._channel.broadcast(message)
 
 
 def follow(replica: Replica, ranks: Ranks) -> None:
-    """Carry out rank 0's orders until ``Stop``. Errors end this rank, and with it all.
+    """Carry out rank 0's messages until ``Stop``; called by all other ranks.
 
-    The exception are weights that cannot be loaded: every rank finds that alike and goes on with those it has.
+    An error ends this rank, and with it the server. The exception is weights that cannot be loaded: every rank fails
+    alike and goes on with the weights it has.
     """
-    while True:
-        order = decode(ranks.receive())
-        if isinstance(order, Stop):
-            return
-        if isinstance(order, Probe):
+
+    def handle(message: Message) -> None:
+        if isinstance(message, Probe):
             ranks.meet()
-        if isinstance(order, TakeWeights):
+        if isinstance(message, TakeWeights):
             model = replica.build_from_tensors(lambda name, shape, dtype: ranks.share(None, shape, dtype))
-            replica.models[order.version] = model
+            replica.models[message.version] = model
         try:
-            replica.apply(order)
+            replica.apply(message)
         except TawinError:
-            if not isinstance(order, LoadWeights):
+            if not isinstance(message, LoadWeights):
                 raise
+
+    Channel(ranks).follow(MESSAGES, handle)

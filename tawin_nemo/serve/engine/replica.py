@@ -1,6 +1,6 @@
-"""One rank's models, catalogs and running searches: carries out orders, decides nothing.
+"""One rank's models, catalogs and running searches: carries out messages, decides nothing.
 
-Every rank of a model gets the same orders in the same order (``ranks``), so that all of them call the model alike.
+Every rank of a model gets the same messages in the same order (``ranks``), so that all of them call the model alike.
 """
 
 from __future__ import annotations
@@ -15,11 +15,12 @@ import torch
 from torch import Tensor
 
 from tawin_nemo.catalog.trie import TokenTrie
+from tawin_nemo.models.megatron.parallel.channel import Stop
 from tawin_nemo.rollout.beam import Answers, BeamSearch
 from tawin_nemo.rollout.filters import ItemFilter
 from tawin_nemo.rollout.lm import LM
 from tawin_nemo.rollout.sampling import constrained_sample
-from tawin_nemo.serve.engine.orders import (
+from tawin_nemo.serve.engine.messages import (
     Admit,
     Advance,
     Draw,
@@ -27,10 +28,9 @@ from tawin_nemo.serve.engine.orders import (
     Forget,
     Lane,
     LoadWeights,
-    Order,
+    Message,
     Probe,
     PutCatalog,
-    Stop,
     TakeWeights,
 )
 from tawin_nemo.types import Candidates
@@ -67,25 +67,28 @@ class Replica:
         self.searches: dict[Lane, BeamSearch] = {}
         self._length_penalty = length_penalty
 
-    def apply(self, order: Order) -> Any:
-        """Answers of ``Advance``, candidates of ``Draw``, None otherwise. Errors are those of search and loading."""
-        match order:
+    def apply(self, message: Message) -> Any:
+        """Carry out a message; returns the Answers of ``Advance``, the Candidates of ``Draw``, None otherwise.
+
+        Raises the errors of searching (DataError, CatalogError, ConfigError) and of loading (CheckpointError).
+        """
+        match message:
             case Admit():
-                self._admit(order)
+                self._admit(message)
             case Advance():
-                return self._advance(order.lane)
+                return self._advance(message.lane)
             case Drop():
-                self._drop(order)
+                self._drop(message)
             case Draw():
-                return self._draw(order)
+                return self._draw(message)
             case LoadWeights():
-                self.models[order.version] = self.load(order.path)
+                self.models[message.version] = self.load(message.path)
             case PutCatalog():
-                self.tries[order.version] = TokenTrie.from_paths(order.paths)
+                self.tries[message.version] = TokenTrie.from_paths(message.paths)
             case Forget():
-                for version in order.weights:
+                for version in message.weights:
                     del self.models[version]
-                for version in order.catalogs:
+                for version in message.catalogs:
                     del self.tries[version]
             case Probe() | Stop() | TakeWeights():  # what belongs to the last one is ``build_from_tensors``
                 pass
@@ -107,19 +110,22 @@ class Replica:
         trie = self.tries[lane.catalog]
         return length + width * (trie.decision_depth if lane.space == "trie" else trie.max_depth - 1)
 
-    def _admit(self, order: Admit) -> None:
-        lane = order.lane
+    def _admit(self, message: Admit) -> None:
+        lane = message.lane
         if lane not in self.searches:
             self.searches[lane] = BeamSearch(
                 self.models[lane.weights], self.tries[lane.catalog], 1,
                 score_space=lane.space, length_penalty=self._length_penalty,
             )  # fmt: skip
         filters = [
-            ItemFilter(FILTER_KINDS[kind], order.listed[row]) if kind else None
-            for row, kind in enumerate(order.kind_B.tolist())
+            ItemFilter(FILTER_KINDS[kind], message.listed[row]) if kind else None
+            for row, kind in enumerate(message.kind_B.tolist())
         ]
         self.searches[lane].admit(
-            order.prompts, order.ticket_B, widths=order.width_B.tolist(), filters=filters if any(filters) else None
+            message.prompts,
+            message.ticket_B,
+            widths=message.width_B.tolist(),
+            filters=filters if any(filters) else None,
         )
 
     def _advance(self, lane: Lane) -> Answers:
@@ -129,20 +135,20 @@ class Replica:
             del self.searches[lane]
         return answers
 
-    def _drop(self, order: Drop) -> None:
-        if order.ticket_B is None:
-            self.searches.pop(order.lane, None)
+    def _drop(self, message: Drop) -> None:
+        if message.ticket_B is None:
+            self.searches.pop(message.lane, None)
             return
-        search = self.searches[order.lane]
-        search.drop(order.ticket_B.tolist())
+        search = self.searches[message.lane]
+        search.drop(message.ticket_B.tolist())
         if not search.running:
-            del self.searches[order.lane]
+            del self.searches[message.lane]
 
-    def _draw(self, order: Draw) -> Candidates:
-        generators = [torch.Generator().manual_seed(int(seed)) for seed in order.seed_B]
+    def _draw(self, message: Draw) -> Candidates:
+        generators = [torch.Generator().manual_seed(int(seed)) for seed in message.seed_B]
         return constrained_sample(
-            self.models[order.lane.weights], order.prompts, self.tries[order.lane.catalog], order.draws,
-            generators=generators, temperature=order.temperature,
+            self.models[message.lane.weights], message.prompts, self.tries[message.lane.catalog], message.draws,
+            generators=generators, temperature=message.temperature,
         )  # fmt: skip
 
 

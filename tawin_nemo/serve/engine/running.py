@@ -17,7 +17,7 @@ import numpy as np
 
 from tawin_nemo.rollout.scoring import best, one_prompt
 from tawin_nemo.serve.engine.jobs import Hit, Job, JobResult, PromptResult, Rejected
-from tawin_nemo.serve.engine.orders import Admit, Advance, Draw, Drop, Lane
+from tawin_nemo.serve.engine.messages import Admit, Advance, Draw, Drop, Lane
 from tawin_nemo.serve.engine.ranks import Leader
 from tawin_nemo.serve.engine.replica import FILTER_KINDS, no_places
 from tawin_nemo.serve.engine.telemetry import Metrics

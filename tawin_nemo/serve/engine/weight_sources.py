@@ -9,7 +9,7 @@ from typing import Protocol
 from torch import Tensor
 
 from tawin_nemo.rollout.lm import LM
-from tawin_nemo.serve.engine.orders import LoadWeights
+from tawin_nemo.serve.engine.messages import LoadWeights
 from tawin_nemo.serve.engine.ranks import Leader
 from tawin_nemo.serve.engine.replica import Replica
 

@@ -1,13 +1,14 @@
-"""A job of two sides: ranks that train, and behind them ranks that only search (``rollout.placement: separate``).
+"""Disaggregated placement (``rollout.placement: separate``): ranks that train, then ranks that only search.
 
 megatron-core 0.16 takes torch's default process group to be the ranks of training, and has no argument that says
 otherwise: ``parallel_state`` lays its groups over all of it (``RankGenerator`` knows a rank offset, which
 ``initialize_model_parallel`` does not pass on), the optimizer aligns its parameter groups over it, distributed
 checkpoints plan over it. Process-group collections, or a ``HyperCommGrid`` with an offset, reach the model, DDP and the
 schedules, but neither of these two. Its resharding, on the other hand, wants source and target in the default group. So
-the default group of a training rank is that of training, where all that megatron assumes is true as it stands, and it
-is the whole job's only while weights travel (``whole_job``). Training ranks come first, so that their numbers agree in
-both. Rollout ranks stay in the whole job's group and have no ``parallel_state``: their model brings its own groups.
+the default group of a training rank holds the training ranks, for which all that megatron assumes is true, and is the
+whole job's only while weights are resharded (``whole_job``). Training ranks come first, so that their rank is the same
+in both groups. Rollout ranks stay in the whole job's group and have no ``parallel_state``: their model has groups of
+its own.
 """
 
 from __future__ import annotations
@@ -16,99 +17,99 @@ import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import torch.distributed as dist
 
 from tawin_nemo.models.megatron.parallel import groups
+from tawin_nemo.models.megatron.parallel.channel import Channel, GroupLink, broadcast_bytes, decode, encode
 
-#: Rollout ranks wait for work as long as training has none for them, for example all through SFT.
+R = TypeVar("R")
+
+#: Rollout ranks wait for the next message as long as training sends none, for example all through SFT.
 _IDLE = timedelta(days=365)
 
 
 @dataclass(frozen=True)
 class RolloutRanks:
-    """The rollout ranks of a job: the last ``ranks`` ones, divided into TP ``tp`` x PP ``pp`` x replicas."""
+    """The rollout ranks of a job: the last ``ranks`` processes, as TP ``tp`` x PP ``pp`` x as many replicas as fit."""
 
     ranks: int
     tp: int
     pp: int
 
 
-class Line:
-    """Messages between the first training rank and all rollout ranks, over gloo.
+class RolloutChannel(Channel):
+    """Messages from the first training rank to all rollout ranks over gloo, and the responses of the first of them.
 
-    Work goes one way (``ask``, ``receive``), answers the other (``answer``, ``result``). All ranks of a side call
-    alike; every training rank gets the answer. A question that is answered must be followed by its ``result``.
+    All ranks of a placement (all training ranks, all rollout ranks) make the same calls. A message that is broadcast
+    with ``responds=True`` must be followed by ``respond`` on the rollout ranks and by ``response`` on the training
+    ranks before the next message.
     """
 
     def __init__(self, first_rollout_rank: int, size: int) -> None:
         ends = [0, *range(first_rollout_rank, size)]
-        self._questions = dist.new_group(ends, backend="gloo", timeout=_IDLE)
-        self._answers = dist.new_group(ends[:2], backend="gloo", timeout=groups.time_limit())
-        self._asks, self._answering = dist.get_rank() == 0, dist.get_rank() == first_rollout_rank
-        self.owed = False  # a question was asked whose answer has not been fetched
-        self.holder: Any = None  # on a training rank: whose model the rollout ranks hold
+        super().__init__(GroupLink(dist.new_group(ends, backend="gloo", timeout=_IDLE)))
+        self._responses = dist.new_group(ends[:2], backend="gloo", timeout=groups.time_limit())
+        self._leads, self._responds = dist.get_rank() == 0, dist.get_rank() == first_rollout_rank
+        #: A message was broadcast whose response has not been received.
+        self.awaits_response = False
+        #: On a training rank: the engine whose model the rollout ranks hold at present.
+        self.model_owner: Any = None
 
-    def ask(self, message: Any, *, answered: bool = False) -> None:
-        if self.owed:
-            raise RuntimeError(f"{message} was asked before the last answer was fetched")
-        self.owed = answered
-        if self._asks:
-            self._carried(message, self._questions, 0)
+    def broadcast(self, message: Any, *, responds: bool = False) -> None:
+        """Called by the training ranks; the first one sends. Raises RuntimeError while a response is awaited."""
+        if self.awaits_response:
+            raise RuntimeError(f"{type(message).__name__} was broadcast before the last response was received")
+        self.awaits_response = responds
+        if self._leads:
+            super().broadcast(message)
 
-    def receive(self) -> Any:
-        return self._carried(None, self._questions, 0)
+    def respond(self, value: Any) -> None:
+        """Called by the rollout ranks; the first one's ``value``, a frozen dataclass, is sent."""
+        if self._responds:
+            broadcast_bytes(encode(value), group=self._responses, source=1)
 
-    def answer(self, value: Any) -> None:
-        """The value of the first rollout rank counts."""
-        if self._answering:
-            self._carried(value, self._answers, 1)
-
-    def result(self) -> Any:
-        found = self._carried(None, self._answers, 1) if self._asks else None
-        self.owed = False
-        if dist.get_world_size() == 1:
-            return found
-        box = [found]
-        dist.broadcast_object_list(box, src=0)
-        return box[0]
-
-    @staticmethod
-    def _carried(value: Any, group: dist.ProcessGroup, source: int) -> Any:
-        box = [value]
-        dist.broadcast_object_list(box, group=group, group_src=source)
-        return box[0]
+    def response(self, kind: type[R]) -> R:
+        """Called by the training ranks, which all get the response; it must be an instance of ``kind``."""
+        data = broadcast_bytes(None, group=self._responses, source=1) if self._leads else None
+        self.awaits_response = False
+        if dist.get_world_size() > 1:
+            data = broadcast_bytes(data, device=groups.collective_device())
+        assert data is not None
+        value = decode(data, (kind,))
+        assert isinstance(value, kind)
+        return value
 
 
 @dataclass(frozen=True)
-class _Sides:
+class _Placement:
     job: dist.ProcessGroup
-    size: int
-    training_ranks: int
-    searches: bool
-    line: Line
+    job_size: int
+    is_rollout_rank: bool
+    channel: RolloutChannel
 
 
-_sides: _Sides | None = None
+_placement: _Placement | None = None
 
 
 def split_job(rollout_ranks: RolloutRanks) -> None:
-    """Part the processes, which are all in one default group, into the two sides; every process calls it once.
+    """Divide the processes of the default group into training ranks and rollout ranks; every process calls it once.
 
-    All groups over both sides are made here: afterwards each side makes its own, and torch would mix up their names.
+    All groups that span both are made here: afterwards each part makes groups of its own, and torch, which numbers
+    groups by the calls of a process, would give different groups the same name.
     """
-    global _sides
+    global _placement
     job, size, rank = dist.group.WORLD, dist.get_world_size(), dist.get_rank()
     assert job is not None
     first = size - rollout_ranks.ranks
     groups.copy_service()
-    groups.search_on(range(first, size))
+    groups.set_rollout_ranks(range(first, size))
     groups.rollout_groups(rollout_ranks.tp, rollout_ranks.pp)
     groups.rollout_gather_group(rollout_ranks.tp, rollout_ranks.pp)
-    line = Line(first, size)
+    channel = RolloutChannel(first, size)
     training = dist.new_group(list(range(first)), timeout=groups.time_limit())
-    _sides = _Sides(job, size, first, rank >= first, line)
+    _placement = _Placement(job, size, rank >= first, channel)
     if rank < first:
         dist.group.WORLD = training
     else:  # megatron's layers ask for its random streams when they are built; nothing is drawn from them
@@ -118,44 +119,45 @@ def split_job(rollout_ranks: RolloutRanks) -> None:
 
 
 def is_disaggregated() -> bool:
-    return _sides is not None
+    """Whether this job has rollout ranks of its own."""
+    return _placement is not None
 
 
 def is_rollout_rank() -> bool:
-    """Whether this process is a rollout rank of a divided job."""
-    return _sides is not None and _sides.searches
+    """Whether this process only searches, for the training ranks of its job."""
+    return _placement is not None and _placement.is_rollout_rank
 
 
-def line() -> Line:
-    """Of a divided job."""
-    assert _sides is not None
-    return _sides.line
+def rollout_channel() -> RolloutChannel:
+    """The channel between the training ranks and the rollout ranks of a disaggregated job."""
+    assert _placement is not None
+    return _placement.channel
 
 
 def job_size() -> int:
-    """Processes of both sides; without sides, of the default group; 1 before there is one."""
-    if _sides is not None:
-        return _sides.size
+    """Number of processes of the job, training ranks and rollout ranks together; 1 before there is a process group."""
+    if _placement is not None:
+        return _placement.job_size
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
 @contextlib.contextmanager
 def whole_job() -> Iterator[None]:
-    """While inside, the default group holds all processes of the job: for resharding, which both sides take part in."""
-    if _sides is None or _sides.searches:
+    """While inside, the default group holds all processes of the job: for resharding between both kinds of ranks."""
+    if _placement is None or _placement.is_rollout_rank:
         yield
         return
     training = dist.group.WORLD
-    dist.group.WORLD = _sides.job
+    dist.group.WORLD = _placement.job
     try:
         yield
     finally:
         dist.group.WORLD = training
 
 
-def forget() -> None:
-    """The whole job's group is the default one again, and there are no sides; before the processes part."""
-    global _sides
-    if _sides is not None:
-        dist.group.WORLD = _sides.job
-        _sides = None
+def reset() -> None:
+    """Make the whole job's group the default one again and end the division; called before the groups are destroyed."""
+    global _placement
+    if _placement is not None:
+        dist.group.WORLD = _placement.job
+        _placement = None

@@ -23,8 +23,8 @@ if TYPE_CHECKING:  # megatron takes four seconds to import; whoever only asks fo
 #: A rank that waits longer than this for another one gives up with an error instead of hanging for ever.
 TIMEOUT = timedelta(minutes=30)
 _limit = TIMEOUT
-#: The ranks that search, where these are not all.
-_searching: range | None = None
+#: The ranks over which rollout groups are made; None: all processes.
+_rollout_range: range | None = None
 
 
 def time_limit() -> timedelta:
@@ -38,6 +38,11 @@ def set_time_limit(limit: timedelta) -> None:
     _limit = limit
 
 
+def collective_device() -> torch.device:
+    """Where tensors have to lie for collectives of the default group: this rank's GPU with NCCL, else the CPU."""
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+
+
 def training_groups() -> ProcessGroupCollection:
     """The groups of the layout that ``runtime.initialize`` laid out."""
     from megatron.core.process_groups_config import ProcessGroupCollection
@@ -45,10 +50,13 @@ def training_groups() -> ProcessGroupCollection:
     return ProcessGroupCollection.use_mpu_process_groups()
 
 
-def search_on(ranks: range) -> None:
-    """Rollout groups are made over these ranks only (``disaggregated.split_job``); all other processes call as well."""
-    global _searching
-    _searching = ranks
+def set_rollout_ranks(ranks: range) -> None:
+    """Make rollout groups over these ranks only (``disaggregated.split_job``).
+
+    Every process still calls the functions that make groups, as torch requires.
+    """
+    global _rollout_range
+    _rollout_range = ranks
 
 
 @cache
@@ -69,7 +77,7 @@ def rollout_groups(tp: int, pp: int) -> ProcessGroupCollection:
 def _rollout_ranks(tp: int, pp: int) -> RankGenerator:
     from megatron.core.parallel_state import RankGenerator
 
-    ranks = _searching or range(dist.get_world_size())
+    ranks = _rollout_range or range(dist.get_world_size())
     return RankGenerator(
         tp=tp, pp=pp, dp=len(ranks) // (tp * pp), cp=1, ep=1, order="tp-cp-ep-dp-pp", rank_offset=ranks.start
     )
@@ -116,10 +124,10 @@ def copy_service() -> CopyService:
     return service
 
 
-def forget() -> None:
-    """Called when the processes part or training is laid out anew."""
-    global _searching
-    _searching = None
+def reset() -> None:
+    """Drop all cached groups; called before the process groups are destroyed or training gets another layout."""
+    global _rollout_range
+    _rollout_range = None
     copy_service.cache_clear()
     rollout_groups.cache_clear()
     rollout_gather_group.cache_clear()

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from tawin_nemo.config.schema import ModelConfig
-from tawin_nemo.models.megatron.parallel import disaggregated, groups, shim
+from tawin_nemo.models.megatron.parallel import channel, disaggregated, groups, shim
 from tawin_nemo.models.megatron.parallel.disaggregated import RolloutRanks
 from tawin_nemo.models.megatron.parallel.groups import TIMEOUT, time_limit
 from tawin_nemo.types import DataParallel
@@ -124,15 +124,15 @@ def seed_step(seed: int, step: int) -> None:
 def _forget_layout() -> None:
     _mpu().destroy_model_parallel()
     if not disaggregated.is_disaggregated():  # else they were made for good, over both sides
-        groups.forget()
+        groups.reset()
 
 
 def shutdown() -> None:
     """Leave the process groups; safe to call when none were made."""
     if dist.is_initialized() and _mpu().model_parallel_is_initialized():
         _mpu().destroy_model_parallel()
-    groups.forget()
-    disaggregated.forget()
+    groups.reset()
+    disaggregated.reset()
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -180,7 +180,7 @@ def is_last_stage() -> bool:
 
 def device() -> torch.device:
     """Where this rank computes."""
-    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    return groups.collective_device()
 
 
 def use_device() -> None:
@@ -246,16 +246,7 @@ def on_rank_0(compute: Callable[[], T]) -> T:
 
 def broadcast_bytes(data: bytes | None) -> bytes:
     """World rank 0's bytes, on every rank; the others pass None."""
-    size = torch.tensor([0 if data is None else len(data)], device=device())
-    dist.broadcast(size, src=0)
-    box = (
-        torch.empty(int(size), dtype=torch.uint8)
-        if data is None
-        else torch.frombuffer(bytearray(data), dtype=torch.uint8)
-    )
-    box = box.to(device())
-    dist.broadcast(box, src=0)
-    return box.cpu().numpy().tobytes()
+    return channel.broadcast_bytes(data, device=device())
 
 
 def broadcast_tensor(tensor: Tensor | None, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:

@@ -17,7 +17,9 @@ import sys, types, warnings
 warnings.simplefilter("ignore")
 import torch
 import megatron.core.models.gpt, megatron.core.optimizer, megatron.core.pipeline_parallel, megatron.core.distributed
-from tawin_nemo.models.megatron import shim, trainable, lm
+from tawin_nemo.models.megatron.decode import lm
+from tawin_nemo.models.megatron.optim import trainable
+from tawin_nemo.models.megatron.parallel import shim
 
 def symbols():
     owners = {"torch.Tensor": torch.Tensor, "torch.nn.Module": torch.nn.Module}

@@ -1,0 +1,98 @@
+"""What rank 0 of a generation server makes all its ranks do; ``models.megatron.parallel.channel`` encodes it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import get_args
+
+import numpy as np
+
+from tawin_nemo.models.megatron.parallel.channel import Stop
+from tawin_nemo.types import TokenRows
+
+
+@dataclass(frozen=True)
+class Lane:
+    """Prompts that can share a model call: same weights, same catalog, same score space."""
+
+    weights: int
+    catalog: int
+    space: str  # trie | vocab
+
+
+@dataclass(frozen=True)
+class Admit:
+    """Prompts join a lane. ``kind_B`` says how ``listed`` filters: 0 not at all, 1 only these, 2 all but these."""
+
+    lane: Lane
+    prompts: TokenRows
+    ticket_B: np.ndarray
+    width_B: np.ndarray
+    kind_B: np.ndarray
+    listed: TokenRows  # positions in the sorted catalog
+
+
+@dataclass(frozen=True)
+class Advance:
+    """Make one model call for a lane."""
+
+    lane: Lane
+
+
+@dataclass(frozen=True)
+class Drop:
+    """Prompts leave a lane without an answer; without tickets all of them do, and the lane is closed."""
+
+    lane: Lane
+    ticket_B: np.ndarray | None
+
+
+@dataclass(frozen=True)
+class Draw:
+    """Draw ``draws`` independent candidates per prompt in one go, instead of a search."""
+
+    lane: Lane
+    prompts: TokenRows
+    seed_B: np.ndarray
+    draws: int
+    temperature: float
+
+
+@dataclass(frozen=True)
+class LoadWeights:
+    """Read weights from disk as a new version; running requests keep the version they started with."""
+
+    version: int
+    path: str
+
+
+@dataclass(frozen=True)
+class TakeWeights:
+    """Weights follow, tensor by tensor, and become a new version; running requests keep the one they started with."""
+
+    version: int
+
+
+@dataclass(frozen=True)
+class PutCatalog:
+    """Build the trie of a catalog's token paths as a new version."""
+
+    version: int
+    paths: TokenRows
+
+
+@dataclass(frozen=True)
+class Forget:
+    """Free weights and catalogs that no request uses any more."""
+
+    weights: list[int]
+    catalogs: list[int]
+
+
+@dataclass(frozen=True)
+class Probe:
+    """Every rank takes part in one collective, which fails when one of them is gone."""
+
+
+Message = Admit | Advance | Drop | Draw | LoadWeights | TakeWeights | PutCatalog | Forget | Probe | Stop
+MESSAGES: tuple[type, ...] = get_args(Message)
