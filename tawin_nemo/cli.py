@@ -195,14 +195,14 @@ def plan(arguments: argparse.Namespace) -> int:
         return backbone_from_hf(folder)
 
     named = [f"{name}={value}" for name in ("gpus", "gpu") if (value := getattr(arguments, name)) is not None]
-    found = plan_recipe(arguments.recipe, [*named, *arguments.overrides], read_shape)
-    print(plan_table(found), file=sys.stderr, flush=True)
-    print(json.dumps(plan_facts(found)), flush=True)
+    result = plan_recipe(arguments.recipe, [*named, *arguments.overrides], read_shape)
+    print(plan_table(result), file=sys.stderr, flush=True)
+    print(json.dumps(plan_facts(result)), flush=True)
     return 0
 
 
 def retrain(recipe: Any) -> int:
-    """A night; exit code 3 when its model was refused."""
+    """A nightly run; exit code 3 when the gate rejected its model."""
     from tawin_nemo.tools.retrain.verb import run_retrain
 
     result, code = run_retrain(recipe)

@@ -15,16 +15,16 @@ def evaluate(world: World) -> dict[str, Any]:
     engine = engine_of(world)
     result: dict[str, Any] = {"checkpoint": world.recipe.checkpoint}
     for split in world.recipe.eval.splits:
-        found = run_evaluation(
+        measured = run_evaluation(
             engine, world.samples[split], world.catalog, world.recipe.eval,
             dp=world.dp, label=f"evaluate {split}",
             popularity_I=item_counts(world.samples["train"], len(world.catalog)),
         )  # fmt: skip
         result[split] = {
-            **found.means,
-            "intervals": {name: list(pair) for name, pair in found.intervals.items()},
-            "rows": found.rows,
-            "invalid_rate": found.invalid_rate,
-            "beyond": found.beyond,
+            **measured.means,
+            "intervals": {name: list(pair) for name, pair in measured.intervals.items()},
+            "rows": measured.rows,
+            "invalid_rate": measured.invalid_rate,
+            "beyond": measured.beyond,
         }
     return result

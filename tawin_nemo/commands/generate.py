@@ -31,14 +31,16 @@ def generate(world: World) -> dict[str, Any]:
 def recommend(world: World, histories: list[list[int]], prompts: TokenRows, n: int) -> list[dict[str, Any]]:
     """One entry per prompt: its history and the best ``n`` items with scores."""
     width = min(max(n, world.recipe.eval.beams), world.catalog.trie.num_leaves)
-    found = engine_of(world).search(prompts, width)
+    candidates = engine_of(world).search(prompts, width)
     titles = world.catalog.titles
     return [
         {
             "history": [titles[item] for item in history],
             "items": [
                 {"item": item, "external_id": world.catalog.external_ids[item], "title": titles[item], "score": score}
-                for item, score in zip(found.items_BW[row].tolist()[:n], found.scores_BW[row].tolist()[:n], strict=True)
+                for item, score in zip(
+                    candidates.items_BW[row].tolist()[:n], candidates.scores_BW[row].tolist()[:n], strict=True
+                )
                 if item != NO_ITEM
             ],
         }

@@ -1,4 +1,4 @@
-"""From a recipe to a running verb: process group, run directory, data, world; and the end of it."""
+"""From a recipe to a running verb: process group, run directory, data, world; and a clean end."""
 
 from __future__ import annotations
 
@@ -58,10 +58,10 @@ def run(recipe: Recipe, verb: Verb, **options: Any) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def started(recipe: Recipe, *, computes: bool = True) -> Iterator[None]:
-    """The process group the recipe speaks of; at the end what is still being written is waited for and all part.
+    """The recipe's process group while inside; at the end pending checkpoints are finished and the ranks disconnect.
 
-    Raises ConfigError when the launcher started another number of processes, or when the machine lacks what a
-    precision needs and something is to be computed.
+    Raises ConfigError when the launcher started another number of processes, or when ``computes`` and this machine
+    does not support a precision of the recipe.
     """
     from tawin_nemo.models.megatron.checkpoint import async_save
 
@@ -90,14 +90,14 @@ def checked(recipe: Recipe) -> Iterator[None]:
 
 
 def dismiss(kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
-    """Tell the rollout ranks that this run is over; after an error that other ranks may not know of, all just end."""
+    """Stop the rollout ranks when a run ends; after an error that other ranks may not know of, the launcher does."""
     channel, expected = disaggregated.rollout_channel(), isinstance(error, None | Preempted | UserError)
     if expected and not disaggregated.is_rollout_rank() and not channel.awaits_response:
         channel.broadcast(Stop())
 
 
 def check_processes(recipe: Recipe) -> None:
-    """Raises ConfigError when the launcher started another number of processes than the recipe speaks of."""
+    """Raises ConfigError when the launcher started another number of processes than the recipe names."""
     nodes, devices, started = recipe.trainer.num_nodes, recipe.trainer.devices, read_launch().world_size
     if nodes * devices != started:
         raise ConfigError(
@@ -107,7 +107,8 @@ def check_processes(recipe: Recipe) -> None:
 
 
 def check_precision(recipe: Recipe, *, runs: bool) -> None:
-    """Raises ConfigError when ``runs`` and this machine lacks what a precision needs; says which were never tried."""
+    """Raises ConfigError when ``runs`` and this machine does not support a precision of the recipe; warns about
+    precisions that were never verified on its kind of device."""
     if recipe.baseline.model != "off":
         return
     if runs:
@@ -118,7 +119,7 @@ def check_precision(recipe: Recipe, *, runs: bool) -> None:
 
 
 def codes_path(recipe: Recipe) -> Path | None:
-    """The semantic-ID file that the recipe means. Raises ConfigError when it is not there."""
+    """The semantic-ID file of the recipe, None for a catalog of titles. Raises ConfigError when it is missing."""
     if recipe.catalog.kind != "sid":
         return None
     return find_codes(Path(recipe.data.root), recipe.catalog.index)

@@ -1,4 +1,4 @@
-"""The verb train: the whole pipeline of stages, or what it would do."""
+"""The verb train: the whole pipeline of stages, or a report of what it would run."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from tawin_nemo.train.plan import plans, total_steps
 
 
 def train(world: World, *, dry_run: bool = False) -> dict[str, Any]:
-    """Run the whole pipeline, or only say what it would do."""
+    """Run the whole pipeline, or with ``dry_run`` only report its stages and sizes."""
     if not dry_run:
         from tawin_nemo.train.pipeline import run_pipeline  # megatron and more: seconds that a dry run does not need
 

@@ -1,6 +1,6 @@
 """DAPO's objective (arXiv 2503.14476, Eq. 8-12): clip-higher and a mean over tokens; TAWin's weights by option.
 
-Its dynamic sampling is part of the rollout (``train/refill.py``). Its overlong filtering has no counterpart here: the
+Its dynamic sampling is part of the rollout (``train/rollouts.py``). Its overlong filtering has no counterpart here: the
 paths of a closed catalog have known lengths.
 """
 

@@ -1,4 +1,7 @@
-"""Optimizer steps whose loss or gradient is not finite: left out, counted, kept for a look, too many end the run."""
+"""Optimizer steps whose loss or gradient is not finite are skipped, counted and dumped for inspection.
+
+More than ``trainer.max_skipped_steps`` of them end the run.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +23,6 @@ from tawin_nemo.util.log import get_logger
 
 log = get_logger(__name__)
 
-
 Update = Callable[[], dict[str, float]]
 Guard = Callable[[Update, Sequence[TokenBatch]], dict[str, float]]
 
@@ -30,7 +32,7 @@ def unguarded(update: Update, batches: Sequence[TokenBatch]) -> dict[str, float]
 
 
 def step_guard(stage: Stage, done: Progress) -> Guard:
-    """``guarded`` for the steps of one stage; what is left out lies in ``STAGE/skipped``."""
+    """``guarded`` for the steps of one stage; token batches of skipped steps are dumped in ``STAGE/skipped``."""
     limit, directory = stage.trainer.max_skipped_steps, stage.directory / "skipped"
     return partial(guarded, done=done, limit=limit, directory=directory)
 
@@ -38,8 +40,8 @@ def step_guard(stage: Stage, done: Progress) -> Guard:
 def guarded(
     update: Update, batches: Sequence[TokenBatch], *, done: Progress, limit: int, directory: Path
 ) -> dict[str, float]:
-    """What ``update`` returns; on a step that is not finite ``{"skipped": 1.0}``, and the rank's token batches in
-    ``directory/step_N.rankR.safetensors`` (N counts from 1, as in metrics.jsonl).
+    """The statistics that ``update`` returns, or ``{"skipped": 1.0}`` for a step that is not finite; then the rank's
+    token batches are dumped in ``directory/step_N.rankR.safetensors`` (N counts from 1, as in metrics.jsonl).
 
     ``update`` leaves the weights alone when it raises NonFiniteStep, on all ranks alike. Raises TawinError at the step
     after ``limit`` (``trainer.max_skipped_steps``) skipped ones.
@@ -58,21 +60,21 @@ def guarded(
                 f"{message}. That makes {done.skipped_steps} of at most trainer.max_skipped_steps={limit}; "
                 "lower the learning rate or look at those rows"
             ) from error
-        log.warning("%s; step left out, %d of at most %d", message, done.skipped_steps, limit)
+        log.warning("%s; step skipped, %d of at most %d", message, done.skipped_steps, limit)
         return {"skipped": 1.0}
 
 
 def batch_tensors(batches: Sequence[TokenBatch]) -> dict[str, torch.Tensor]:
     """All tensors of the batches by ``NUMBER.FIELD``, nested ones as ``NUMBER.FIELD.FIELD``."""
-    found: dict[str, torch.Tensor] = {}
+    tensors: dict[str, torch.Tensor] = {}
     for number, batch in enumerate(batches):
-        _collect(batch, str(number), found)
-    return found
+        _collect(batch, str(number), tensors)
+    return tensors
 
 
-def _collect(node: Any, name: str, found: dict[str, torch.Tensor]) -> None:
+def _collect(node: Any, name: str, tensors: dict[str, torch.Tensor]) -> None:
     if isinstance(node, torch.Tensor):
-        found[name] = node.detach().cpu().contiguous().clone()  # clone: safetensors refuses shared memory
+        tensors[name] = node.detach().cpu().contiguous().clone()  # clone: safetensors accepts no shared memory
     elif is_dataclass(node):
         for item in fields(node):
-            _collect(getattr(node, item.name), f"{name}.{item.name}", found)
+            _collect(getattr(node, item.name), f"{name}.{item.name}", tensors)

@@ -1,8 +1,9 @@
-"""What is left of an attempt: its log files, and the error of a rank where launchers look for it.
+"""Log files of every attempt and rank, and error files where launchers look for them.
 
 ``RUN_DIR/logs/attempt_N/rank_R.log`` holds what this rank logged, with the traceback it died of. The same error goes
 to the file that torchrun names (``TORCHELASTIC_ERROR_FILE``); under srun, which names none, to ``rank_R.error.json``
-beside the log.
+beside the log. ``record`` of ``torch.distributed.elastic`` would write a file for a stop on request too, and a kill can
+leave its files half written, so only its ``ErrorHandler`` is used.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ _SYMPTOM = re.compile(
 
 
 def is_symptom(message: str) -> bool:
-    """Whether an error only says that another rank is gone."""
+    """Whether an error message only reports that another rank is gone."""
     return _SYMPTOM.search(message) is not None
 
 
@@ -74,7 +75,7 @@ def recorded() -> Iterator[None]:
 
 @dataclass(frozen=True)
 class LogInto:
-    """Where the ranks of an attempt write their log files; the rollout ranks are told so."""
+    """Where the ranks of an attempt write their log files; a message to the rollout ranks."""
 
     folder: Path
     number: int

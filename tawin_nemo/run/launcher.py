@@ -1,7 +1,9 @@
 """Several processes on this machine, started through torchrun's launcher; how they end decides how the command ends.
 
-A process that dies ends the others within seconds, and the last lines on the screen say which one it was and why. A
-signal is handed to all processes, which then have as long as their save takes.
+The command torchrun is not enough. It kills its processes ``GRACE`` seconds after a signal, while a checkpoint may
+take minutes to write: here signals are forwarded and the processes end by themselves. And it names the process whose
+error came first; a process that lost its peer may report that before the peer's own end is seen. When a process dies,
+the others end within seconds, and the last lines on the screen name it with its error.
 """
 
 from __future__ import annotations
@@ -29,7 +31,7 @@ _PR_SET_PDEATHSIG = 1
 def launch(processes: int, argv: Sequence[str], *, results: Collection[int] = ()) -> int:
     """Start one process per device; exit code of the first failure, 1 when that was a kill, 75 after a signal.
 
-    ``results``: exit codes with which a rank says what has come out, and not that it failed.
+    ``results``: exit codes of a rank that are a result and not a failure.
     """
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -40,10 +42,10 @@ def launch(processes: int, argv: Sequence[str], *, results: Collection[int] = ()
         rdzv_backend="c10d", rdzv_endpoint="localhost:0", max_restarts=0,
         signals_to_handle="SIGINT,SIGHUP,SIGQUIT", shutdown_timeout=GRACE,
     )  # fmt: skip
-    asked: list[int] = []
+    forwarded: list[int] = []
 
     def forward(number: int, frame: object) -> None:
-        asked.append(number)
+        forwarded.append(number)
         for child in psutil.Process().children():
             child.send_signal(number)
 
@@ -52,7 +54,7 @@ def launch(processes: int, argv: Sequence[str], *, results: Collection[int] = ()
         elastic_launch(config, sys.executable)("-m", "tawin_nemo", *argv)
     except ChildFailedError as error:
         rank, failure = first_failure(error.failures)
-        return int(failure.exitcode) if failure.exitcode in results else _told(rank, failure, asked)
+        return int(failure.exitcode) if failure.exitcode in results else _report(rank, failure, forwarded)
     except SignalException as error:  # torch's launcher has handed it on and waited for the processes
         print(f"tawin-nemo: {error.sigval.name}; the same command continues from the last checkpoint", file=sys.stderr)
         return 128 + int(error.sigval)
@@ -71,9 +73,9 @@ def end_with_launcher() -> None:
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
 
 
-def _told(rank: int, failure: Any, asked: Sequence[int]) -> int:
-    """Say on stderr what went wrong first; the exit code."""
-    if failure.exitcode == Preempted.exit_code or (asked and -failure.exitcode in asked):
+def _report(rank: int, failure: Any, forwarded: Sequence[int]) -> int:
+    """Print the first failure with its traceback on stderr; returns the exit code of the job."""
+    if failure.exitcode == Preempted.exit_code or (forwarded and -failure.exitcode in forwarded):
         return Preempted.exit_code
     ended = f"was killed by {failure.signal_name()}" if failure.exitcode < 0 else f"ended with {failure.exitcode}"
     print(
@@ -85,7 +87,7 @@ def _told(rank: int, failure: Any, asked: Sequence[int]) -> int:
 
 
 def _traceback(failure: Any) -> str:
-    """The rank's own, from its error file; none for a mistake of the user, whose message is on the screen."""
+    """Traceback of a rank from its error file; empty for a UserError, whose message is already on the screen."""
     message = failure.message if isinstance(failure.message, dict) else {}
     text = str(message.get("extraInfo", {}).get("py_callstack", ""))
     return "" if failure.exitcode == UserError.exit_code or not text else f"{text.rstrip()}\n"

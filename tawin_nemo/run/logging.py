@@ -1,4 +1,4 @@
-"""TensorBoard, W&B and MLflow through NeMo's ``exp_manager``; the only module that touches NeMo, and only when asked.
+"""TensorBoard, W&B and MLflow through NeMo's ``exp_manager``; the only module that imports NeMo.
 
 Importing NeMo takes seconds, so it happens inside the function. The recipe's ``exp_manager`` section is handed over
 as it is: its keys are NeMo's own (``create_tensorboard_logger``, ``create_wandb_logger``, ``wandb_logger_kwargs``,
@@ -37,7 +37,7 @@ def with_run_id(section: dict[str, Any], run_dir: Path) -> dict[str, Any]:
 def metric_sink(section: dict[str, Any], run_dir: Path, name: str) -> MetricSink | None:
     """A function that forwards metrics to the loggers ``exp_manager`` makes; None when the section is empty.
 
-    Raises ConfigError when NeMo refuses the section (unknown key, missing package).
+    Raises ConfigError when NeMo rejects the section (unknown key, missing package).
     """
     if not section or read_launch().rank != 0:
         return None

@@ -1,4 +1,4 @@
-"""The two numbers behind MFU: floating-point operations that a batch needs, and what the device could do."""
+"""Model FLOP utilisation (MFU): the FLOPs that a batch needs, and the peak FLOP/s of the device."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def training_flops(batches: Sequence[TokenBatch], shape: Backbone) -> float:
 
 def peak_flops(recipe: Recipe) -> float:
     """Peak of one process's device in FLOP/s: ``trainer.peak_tflops``, the table's, or measured once per process."""
-    return 1e12 * (recipe.trainer.peak_tflops or _found_peak(recipe.model.precision, torch.get_num_threads()))
+    return 1e12 * (recipe.trainer.peak_tflops or _device_peak(recipe.model.precision, torch.get_num_threads()))
 
 
 def total_peak_flops(recipe: Recipe) -> float:
@@ -42,7 +42,7 @@ def total_peak_flops(recipe: Recipe) -> float:
 
 
 @cache
-def _found_peak(precision: str, threads: int) -> float:
+def _device_peak(precision: str, threads: int) -> float:
     device = runtime.device()
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
     dtype = torch.float32 if precision == "fp32" else torch.bfloat16

@@ -1,4 +1,4 @@
-"""``profile=torch | nsys``: a profiler over steps 2-4 that a process takes of every stage."""
+"""``profile=torch | nsys``: profiles steps 2 to 4 of every stage (of those that this process runs)."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ def check_profile(kind: str) -> None:
 class StepProfiler:
     """Call ``step`` before every step and ``stop`` after the last one; does nothing for ``kind`` off.
 
-    torch: a Chrome trace and a table of the dearest operators in ``directory``, by world rank 0 (``writer``). nsys: the
-    range that ``nsys profile --capture-range=cudaProfilerApi`` records, in every process.
+    torch: a Chrome trace and a table of the most expensive operators in ``directory``, by world rank 0 (``writer``).
+    nsys: the range that ``nsys profile --capture-range=cudaProfilerApi`` records, in every process.
     """
 
     def __init__(self, kind: str, directory: Path, *, writer: bool) -> None:

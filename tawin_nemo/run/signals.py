@@ -1,4 +1,4 @@
-"""Stopping on request. Slurm and people ask with a signal; a run answers after the step it is in, and saves first.
+"""Stopping on request: after a signal of Slurm or a user a run finishes its current step, saves and stops.
 
 SIGTERM: a time limit, a preemption, ``scancel``. SIGUSR1: Slurm's ``--signal=USR1@300``, sent that many seconds before
 the limit. Slurm may send either to one task only, so the ranks agree after every step (``Stage.stop_if_asked``). Until

@@ -33,21 +33,21 @@ from tawin_nemo.util.log import get_logger, progress
 
 log = get_logger(__name__)
 
-#: Receives (stage name, step, metrics) for TensorBoard and friends; see train/nemo_logging.py.
+#: Receives (stage name, step, metrics) for TensorBoard and friends; see run/logging.py.
 MetricSink = Callable[[str, int, dict[str, float]], None]
 
 
 @dataclass
 class Progress:
-    """What a stage must remember besides weights and optimizer; a checkpoint's ``state.json`` holds it."""
+    """The state of a stage besides weights and optimizer, stored in a checkpoint's ``state.json``."""
 
     step: int = 0  # finished optimizer steps (SFT) or rollouts (RL)
     batches: int = 0  # batches of prompts that RL has drawn; more than steps where rollouts are refilled
     best_value: float | None = None  # of the validation metric; smaller is better
     best_step: int = -1
     bad_checks: int = 0
-    skipped_steps: int = 0  # optimizer steps left out because something was not finite
-    facts: dict[str, Any] = field(default_factory=dict)
+    skipped_steps: int = 0  # optimizer steps skipped because loss or gradient was not finite
+    facts: dict[str, Any] = field(default_factory=dict)  # the rollout that waits for the next step, as JSON
 
 
 class Stage:
@@ -216,23 +216,23 @@ class Stage:
 
     @property
     def chosen_checkpoint(self) -> Path:
-        """The checkpoint that this finished stage hands on."""
+        """The checkpoint of this finished stage that later stages and evaluation use."""
         return chosen_checkpoint(self.directory)
 
 
 def chosen_checkpoint(directory: Path) -> Path:
-    """The checkpoint that the finished stage in ``directory`` hands on."""
+    """The checkpoint of the finished stage in ``directory`` that later stages and evaluation use."""
     chosen = json.loads((directory / "done.json").read_text(encoding="utf-8"))["chosen_step"]
     return directory / "checkpoints" / f"step_{chosen}"
 
 
 def monitored(trainer: TrainerConfig, ks: Sequence[int]) -> str:
-    """The ranking metric of valid that says which checkpoint is best: ``trainer.monitor``, or NDCG@max(ks)."""
+    """The ranking metric on valid that decides which checkpoint is best: ``trainer.monitor``, or NDCG@max(ks)."""
     return trainer.monitor or f"ndcg@{max(ks)}"
 
 
 def logged_seconds(timings: Path) -> float:
-    """Wall time that the lines of a ``timings.jsonl`` tell; a line that a kill cut off counts nothing."""
+    """Sum of the seconds in a ``timings.jsonl``; a line that a kill cut off counts 0."""
     seconds = 0.0
     for line in timings.read_text(encoding="utf-8").splitlines():
         with contextlib.suppress(json.JSONDecodeError):

@@ -1,6 +1,6 @@
 """Where a step's time goes: seconds, tokens per second and model FLOP utilisation (MFU) of every phase.
 
-Wall-clock facts differ between equal runs, so they go to ``timings.jsonl`` and to the loggers, never to
+Wall-clock times differ between equal runs, so they go to ``timings.jsonl`` and to the loggers, never to
 ``metrics.jsonl``.
 """
 
@@ -19,7 +19,8 @@ from tawin_nemo.types import DataParallel, TokenBatch
 
 
 class Timers:
-    """Clock of one step: ``with timers("update"): ...`` adds to a phase, ``report`` reads everything and starts anew.
+    """Clock of one step: ``with timers("update"): ...`` adds to a phase, ``report`` returns everything
+    measured and resets the clock.
 
     ``peak_flops`` is the peak of all processes together, in FLOP/s. Phases must not be nested. On CUDA both ends of a
     phase wait for the device.
@@ -39,27 +40,27 @@ class Timers:
             self._seconds[phase] = self._seconds.get(phase, 0.0) + _now() - begin
 
     def count(self, phase: str, *, tokens: int, rows: float, flops: float) -> None:
-        """This replica's part of a phase: ``tokens`` that came out of it, ``rows`` that went through the decoder, and
-        the floating-point operations that this takes."""
+        """Add this replica's part of a phase: ``tokens`` produced, ``rows`` (tokens) that went through the decoder, and
+        the FLOPs of this."""
         self._counts[phase] = self._counts.get(phase, np.zeros(3)) + np.array([tokens, rows, flops])
 
     def report(self) -> dict[str, float]:
         """``seconds/PHASE`` of every phase, and of counted phases ``tokens_per_second/``, ``rows/`` and ``mfu/``, over
         all replicas; ``mfu/step`` is that of all phases together. Every replica calls it with the same phases."""
         seconds = {phase: max(value, 1e-9) for phase, value in self._seconds.items()}
-        facts = {f"seconds/{phase}": value for phase, value in seconds.items()}
+        measured = {f"seconds/{phase}": value for phase, value in seconds.items()}
         names = list(self._counts)
         totals = np.sum(self._dp.gather(np.array([self._counts[name] for name in names])), axis=0)
         for name, (tokens, rows, flops) in zip(names, totals, strict=True):
-            facts |= {
+            measured |= {
                 f"tokens_per_second/{name}": tokens / seconds[name],
                 f"rows/{name}": rows,
                 f"mfu/{name}": flops / (seconds[name] * self._peak),
             }
         if names:
-            facts["mfu/step"] = float(totals[:, 2].sum()) / (sum(seconds.values()) * self._peak)
+            measured["mfu/step"] = float(totals[:, 2].sum()) / (sum(seconds.values()) * self._peak)
         self._seconds, self._counts = {}, {}
-        return {name: float(f"{value:.6g}") for name, value in facts.items()}
+        return {name: float(f"{value:.6g}") for name, value in measured.items()}
 
 
 def count_update(timers: Timers, batches: Sequence[TokenBatch], shape: Backbone, *, passes: int = 1) -> None:

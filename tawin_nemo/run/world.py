@@ -1,4 +1,4 @@
-"""Everything a stage needs besides weights: data, tokenizer, catalog, samples, model shape, this rank's share."""
+"""Everything that a stage needs besides weights: data, tokenizer, catalog, samples, model shape, replicas."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ class World:
 def open_run_dir(recipe: Recipe, *, same_recipe: bool) -> Path:
     """Create or reopen the run directory.
 
-    Raises ConfigError when ``same_recipe`` is asked for (training) and it holds a run of another recipe.
+    Raises ConfigError when ``same_recipe`` (training) and the directory holds a run of another recipe.
     """
     run_dir = run_dir_of(recipe)
     stored, resolved = run_dir / "recipe.yaml", to_yaml(recipe)
@@ -142,7 +142,7 @@ def build_world(recipe: Recipe, run_dir: Path, data_root: Path, *, codes_path: P
 
 
 def keep_catalog(folder: Path, catalog: Catalog, tokenizer: Tokenizer) -> None:
-    """The run's trie on disk, for whoever reads the run later; on the next visit it must still be the same one.
+    """Store the run's trie in ``folder``; where an earlier attempt has stored one, compare it.
 
     Raises CatalogError when the data or the tokenizer now give another catalog than the run was trained with.
     """
@@ -192,7 +192,7 @@ def _check_lengths(samples: dict[str, Samples], catalog: Catalog, shape: Backbon
 
 
 def catalog_facts(catalog: Catalog, samples: dict[str, Samples]) -> dict[str, object]:
-    """What the report and a reader want to know about catalog and samples."""
+    """Sizes of catalog and samples, for catalogue.json and the report."""
     lengths = catalog.paths.lengths
     return {
         "items": len(catalog.titles),

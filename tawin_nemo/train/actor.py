@@ -1,4 +1,8 @@
-"""The policy that learns: packs rollouts into scored token batches and takes optimizer steps on them."""
+"""The policy that learns: packs rollouts into scored token batches and takes optimizer steps on them.
+
+Axes beyond ``types``: C candidates of the whole rollout (flattened B * G) that are packed, M paths of one packed batch,
+N log-probs of one packed batch.
+"""
 
 from __future__ import annotations
 
@@ -31,9 +35,9 @@ class PackedCandidates:
     """
 
     batch: TokenBatch
-    flat_M: Tensor  # the paths' places in the flattened [B * G] rollout, or B * G + b
-    candidate_N: Tensor  # 0..M-1
-    token_N: Tensor  # place in the path
+    flat_M: Tensor  # indices of the M paths in the flattened [B * G] rollout, or B * G + b
+    candidate_N: Tensor  # which of the M paths the log-prob belongs to
+    token_N: Tensor  # which token of its path
 
     def of_target_N(self, num_candidates: int) -> Tensor:
         """bool: the log-prob is one of a target that was added, not of a candidate."""
@@ -49,9 +53,9 @@ class Actor:
     def pack(self, rollout: Rollout, adv_BG: Tensor, omega_BG: Tensor) -> list[PackedCandidates]:
         """Every prompt once, followed by the tree of its candidates, under the token budget.
 
-        Without a KL term a candidate of weight or advantage 0 has gradient 0: it is left out, which changes nothing
-        but the time (groups without a hit are most of a rollout), and so are prompts of which none is left. One
-        candidate stays so that no rank has an empty update.
+        Without a KL term a candidate of weight or advantage 0 has gradient 0. It is not packed, nor is a prompt
+        without other candidates; this saves time (groups without a hit are most of a rollout) and changes nothing
+        else. One candidate always stays so that no rank has an empty update.
         """
         learns_BG = rollout.valid_BG if self._rl.beta > 0 else rollout.valid_BG & (adv_BG * omega_BG != 0)
         learns_C = learns_BG.flatten() if learns_BG.any() else rollout.valid_BG.flatten()
@@ -87,10 +91,10 @@ class Actor:
         return flat_C[order_C], row_C[order_C], both.take(order_C.numpy())
 
     def behaviour_logprobs(self, rollout: Rollout, packed: Sequence[PackedCandidates]) -> list[Tensor]:
-        """Log-probs of the candidates' tokens under the weights that made the rollout, targets left out.
+        """Log-probs of the candidates' tokens under the weights that made the rollout, one tensor per part.
 
-        Stored by the search where that is possible (NaN: not for this token); the others are scored now, before the
-        first update.
+        The search stores them where it can; the others (NaN) are scored now, before the first update. Targets that
+        ``rl.sft_weight`` added have none.
         """
         num = rollout.items_BG.numel()
         kept = [(~part.of_target_N(num)).nonzero().squeeze(1) for part in packed]
@@ -244,7 +248,7 @@ def weighted_groups(advantages_BG: Tensor, inserted_BG: Tensor | None, weight: f
 
 
 def _paths(rollout: Rollout, flat_C: Tensor) -> TokenRows:
-    """Token paths of candidates, given by their places in the flattened rollout."""
+    """Token paths of candidates, given by their indices in the flattened rollout."""
     lengths_C = rollout.lengths_BG.flatten().cpu()[flat_C].numpy()
     tokens_CT = rollout.tokens_BGT.flatten(0, 1).cpu()[flat_C].numpy()
     offsets = np.concatenate([[0], np.cumsum(lengths_C)]).astype(np.int64)

@@ -73,7 +73,7 @@ def run_pipeline(world: World) -> dict[str, Any]:
 
 
 def write_layout(run_dir: Path, model: GPTModel, engine: Engine, peak: float) -> None:
-    """layout.json: who holds what, one entry per process, for a look when memory is short, and MFU's ``peak``."""
+    """Write layout.json: layers, parameters, device and ``peak`` FLOP/s of every process."""
     device = runtime.device()
     mine = {
         **runtime.place(),
@@ -88,7 +88,7 @@ def write_layout(run_dir: Path, model: GPTModel, engine: Engine, peak: float) ->
 
 
 def earlier_seconds(run_dir: Path) -> float:
-    """Wall time of this run's earlier attempts; of those that were cut off, what their stages have logged."""
+    """Wall time of this run's earlier attempts in seconds: of a complete one from summary.json, else from the logs."""
     path = run_dir / "summary.json"
     if path.is_file():
         return float(str(read_json(path).get("wall_s", 0.0)))
@@ -96,7 +96,7 @@ def earlier_seconds(run_dir: Path) -> float:
 
 
 def run_stage(world: World, plan: Plan, sink: MetricSink | None) -> EvalResult:
-    """Train one stage unless it is done, evaluate it unless that is done, return the result on the last split."""
+    """Train one stage and evaluate it, each unless it is done; returns the result on the last of ``eval.splits``."""
     stage = Stage(
         world.run_dir / plan.name, world.recipe.trainer,
         deadline=world.deadline, sink=sink, profile=world.recipe.profile,

@@ -49,7 +49,7 @@ class Reference(Protocol):
         """Write the weights as a checkpoint (directory ``step_N``)."""
 
     def load(self, path: Path) -> None:
-        """Bring back what ``save`` wrote. Raises CheckpointError when it is not there or damaged."""
+        """Load the weights that ``save`` wrote. Raises CheckpointError when they are missing or damaged."""
 
 
 class NoReference:

@@ -36,17 +36,17 @@ def train_sft(
     """Fit ``rows`` of train, and the tasks of section ``align``, until ``sft.watch`` on valid stops rising
     (``sft.patience`` checks) or ``sft.epochs`` end.
 
-    ``cfg`` is section ``sft`` as this stage reads it: its epochs, checks and learning rate.
-    The checkpoint that was best by it is what the stage hands on. ``engine`` searches with the weights in training.
-    Order, dropout and learning rate are pure functions of seed and step, so a killed run continues bit for bit from
-    its newest checkpoint.
+    ``cfg`` is section ``sft`` as this stage reads it: its epochs, checks and learning rate. Later stages start from the
+    checkpoint that was best by ``sft.watch``. ``engine`` searches with the weights in training. Order,
+    dropout and learning rate are pure functions of seed and step, so a killed run continues bit for bit from its newest
+    checkpoint.
     """
     seed = world.recipe.seed
     data = sft_data(world, rows)
     per_epoch = -(-data.stream.n // data.stream.batch_size)
     total = cfg.epochs * per_epoch
     check_every = max(1, per_epoch // cfg.checks_per_epoch)
-    stage.protects_best = True  # the best checkpoint is what SFT hands on
+    stage.protects_best = True  # the best checkpoint is what later stages start from
     done = stage.resume(trainable)
     if done.best_value is None:
         _check(world, stage, trainable, engine, done, data.tasks)
@@ -65,8 +65,8 @@ def train_sft(
             stats = guard(partial(trainable.update, work, lr=lr), batches)
         done.step = step + 1
         count_update(timers, batches, trainable.shape)
-        facts = {"train/loss" if name == "loss" else name: value for name, value in stats.items()}
-        stage.write(done.step, {"epoch": done.step / per_epoch, **facts, "lr": lr}, timers.report())
+        metrics = {"train/loss" if name == "loss" else name: value for name, value in stats.items()}
+        stage.write(done.step, {"epoch": done.step / per_epoch, **metrics, "lr": lr}, timers.report())
         checked = done.step % check_every == 0
         if checked:
             _check(world, stage, trainable, engine, done, data.tasks)
@@ -86,7 +86,7 @@ def _check(
     done: Progress,
     tasks: tuple[TaskSet, ...] = (),
 ) -> None:
-    """What ``sft.watch`` says on valid, best so far, checkpoint, written after the log line that it counts on."""
+    """Evaluate ``sft.watch`` on valid, note whether it is the best so far, log it and then save a checkpoint."""
     seen = {f"valid/loss/{part.task.name}": task_loss(world, trainable, part.held_out) for part in tasks}
     seen["valid/loss"] = valid_loss(world, trainable)
     if world.recipe.sft.watch == "ndcg":
@@ -133,7 +133,7 @@ def valid_loss(world: World, trainable: Trainable) -> float:
 
 
 def task_loss(world: World, trainable: Trainable, rows: TaskRows) -> float:
-    """The same over the questions of a task."""
+    """Mean loss per scored token over the questions ``rows`` of a task, over all data-parallel ranks."""
     mine = rows.take(shard(np.arange(len(rows)), world.dp))
     return _mean_loss(world, trainable.score(task_batches(world, mine)))
 

@@ -58,7 +58,7 @@ class SftData:
     answers: TokenRows  # the paths of the catalog's items first
     answer_N: np.ndarray  # which of the answers each prompt has
     num_items: int
-    row_of: np.ndarray  # what the stream's numbers mean: places among the N
+    row_of: np.ndarray  # index among the N questions of each number that the stream gives
     stream: BatchStream
     tasks: tuple[TaskSet, ...]
 
@@ -151,9 +151,9 @@ def task_sets(world: World, rows: np.ndarray) -> Iterator[TaskSet]:
     histories = _as_split(world.samples["train"].take(rows)), _as_split(valid.take(tested))
     for task in tasks:
         learnt, held = histories if task.of_history else map(items_as_split, items)
-        found = TaskSet(wording.rows(task, learnt), wording.rows(task, held))
-        log.info("task %s: %d rows, tested on %d", task.name, len(found.train), len(found.held_out))
-        yield found
+        task_set = TaskSet(wording.rows(task, learnt), wording.rows(task, held))
+        log.info("task %s: %d rows, tested on %d", task.name, len(task_set.train), len(task_set.held_out))
+        yield task_set
 
 
 def wording_of(world: World) -> Wording:
@@ -176,17 +176,17 @@ def _intentions(path: Path, num_items: int, max_words: int) -> list[str]:
     if not path.is_file():
         raise ConfigError(f"align.intentions: there is no file {path}; write one JSON object {{item index: text}}")
     try:
-        told = read_json(path)
+        texts = read_json(path)
     except ValueError as error:
         raise ConfigError(f"align.intentions: {path} is not a JSON object ({error})") from error
     known = {str(item) for item in range(num_items)}
-    wrong = [key for key, text in told.items() if key not in known or not isinstance(text, str)]
+    wrong = [key for key, text in texts.items() if key not in known or not isinstance(text, str)]
     if wrong:
         raise ConfigError(
             f"align.intentions: {path} has {len(wrong)} entries that are not an item of 0 .. {num_items - 1} with a "
             f"text: {', '.join(map(repr, wrong[:5]))}"
         )
-    return [first_words(str(told.get(str(item), "")), max_words) for item in range(num_items)]
+    return [first_words(str(texts.get(str(item), "")), max_words) for item in range(num_items)]
 
 
 def _as_split(samples: Samples) -> Split:

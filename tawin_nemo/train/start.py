@@ -1,7 +1,7 @@
 """The weights that a stage starts from: random, pretrained, or those of a checkpoint.
 
-Pretrained weights do not know the tokens that were added to their tokenizer; the rows of those tokens begin as
-``model.new_tokens`` says.
+Pretrained weights do not know the tokens that were added to their tokenizer; the rows of those tokens are
+initialised by ``model.new_tokens``.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ from tawin_nemo.util.errors import ConfigError
 def starting_model(
     world: World, stage: str | None, *, checkpoint_path: str = "", dropout: float = 0.0, precision: str = AS_MODEL
 ) -> GPTModel:
-    """A model with the weights that the finished ``stage`` of this run hands on; where that is None, those of
-    ``checkpoint_path``, else of the recipe's ``start``, else of ``model.init``.
+    """A model with the weights of a finished ``stage`` of this run; where that is None, those of ``checkpoint_path``,
+    else of the recipe's ``start``, else of ``model.init``.
 
     Only SFT has dropout: under it the policy ratio of an unchanged policy would be noise around 1 and would be
     clipped. ``precision`` may differ from the recipe's (``reference.precision``, ``eval.precision``). Raises
@@ -83,7 +83,8 @@ def new_tokens(world: World) -> NewTokens:
 
 
 def words_of_codes(ids: np.ndarray, catalog: Catalog, title_I: TokenRows) -> TokenRows:
-    """For each token the title tokens of all items that are written with it, item by item; none for other tokens."""
+    """For each of ``ids`` the title tokens of all items whose paths contain it, item by item; a row is empty where no
+    item does."""
     item_E = np.repeat(np.arange(len(catalog)), catalog.paths.lengths)
     place_E = np.minimum(np.searchsorted(ids, catalog.paths.flat), max(len(ids) - 1, 0))
     used = np.flatnonzero(ids[place_E] == catalog.paths.flat) if len(ids) else np.zeros(0, dtype=np.int64)
@@ -94,7 +95,7 @@ def words_of_codes(ids: np.ndarray, catalog: Catalog, title_I: TokenRows) -> Tok
 
 
 def only_new_tokens(world: World) -> NewTokens:
-    """What ``model.freeze_backbone`` leaves to train. Raises ConfigError when that is nothing."""
+    """The tokens whose rows ``model.freeze_backbone`` trains. Raises ConfigError when there are none."""
     new = new_tokens(world)
     if len(new.ids) == 0:
         raise ConfigError(

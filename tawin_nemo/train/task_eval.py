@@ -41,19 +41,19 @@ def evaluate_tasks(
     if not active_tasks(world.recipe.align):
         return {}
     sets = [part for part in task_sets(world, rows) if part.task.wanted != DESCRIPTION]
-    found: dict[str, dict[str, dict[str, float]]] = {}
-    for way in dict.fromkeys(part.task.wanted for part in sets):  # one engine at a time: a model's place in memory
+    results: dict[str, dict[str, dict[str, float]]] = {}
+    for way in dict.fromkeys(part.task.wanted for part in sets):  # one engine at a time, to save memory
         catalog = _catalog(world, way)
         engine = build(catalog)
         engine.receive_weights()
-        found |= {part.task.name: _exact(world, engine, catalog, part) for part in sets if part.task.wanted == way}
-    for name, facts in found.items():
-        shown = ", ".join(f"{which} {value['exact']:.3f} of {value['rows']}" for which, value in facts.items())
+        results |= {part.task.name: _exact(world, engine, catalog, part) for part in sets if part.task.wanted == way}
+    for name, result in results.items():
+        shown = ", ".join(f"{which} {value['exact']:.3f} of {value['rows']}" for which, value in result.items())
         log.info("task %s: exact match %s", name, shown)
     if runtime.world_rank() == 0:
-        write_json(task_file(directory), found)
+        write_json(task_file(directory), results)
     runtime.barrier()
-    return found
+    return results
 
 
 def task_file(directory: Path) -> Path:
@@ -62,15 +62,15 @@ def task_file(directory: Path) -> Path:
 
 
 def _exact(world: World, engine: Engine, catalog: Catalog, part: TaskSet) -> dict[str, dict[str, float]]:
-    places = np.unique(np.linspace(0, len(part.train) - 1, min(TESTED_ROWS, len(part.train))).astype(np.int64))
-    chosen: dict[str, TaskRows] = {"held_out": part.held_out, "trained": part.train.take(places)}
+    index = np.unique(np.linspace(0, len(part.train) - 1, min(TESTED_ROWS, len(part.train))).astype(np.int64))
+    chosen: dict[str, TaskRows] = {"held_out": part.held_out, "trained": part.train.take(index)}
     cfg = replace(world.recipe.eval, ks=[1], beams=BEAMS)
-    facts = {}
+    shares: dict[str, dict[str, float]] = {}
     for which, rows in chosen.items():
         label = f"task {part.task.name} {which}"
         result = evaluate(engine, rows.samples, catalog, cfg, dp=world.dp, label=label)
-        facts[which] = {"rows": len(rows), "exact": result.means["recall@1"]}
-    return facts
+        shares[which] = {"rows": len(rows), "exact": result.means["recall@1"]}
+    return shares
 
 
 def _catalog(world: World, way: str) -> Catalog:
