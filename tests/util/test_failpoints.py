@@ -65,7 +65,9 @@ def test_a_text_that_means_nothing_is_refused(text: str):
 
 @pytest.mark.parametrize(("action", "number"), [("kill", signal.SIGKILL), ("kill:5", signal.SIGKILL)])
 def test_kills_for_real(action: str, number: int):
-    program = "import time; from tawin_nemo import failpoints; failpoints.reach('save.before_write'); time.sleep(60)"
+    program = (
+        "import time; from tawin_nemo.util import failpoints; failpoints.reach('save.before_write'); time.sleep(60)"
+    )
     environment = {"PYTHONPATH": ":".join(sys.path), failpoints.VARIABLE: f"save.before_write={action}"}
     done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, timeout=50)
     assert done.returncode == -number
