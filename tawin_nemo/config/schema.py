@@ -308,7 +308,7 @@ class TrainerConfig:
     threads: int = number(
         0,
         0,
-        help="CPU threads per process; 0 = measured on the first steps (GPU or several ranks: cores / ranks)",
+        help="CPU threads per process; 0 = this process's cores, shared by the ranks of its node",
     )
     peak_tflops: float = number(0.0, 0.0, help="one device's peak for MFU (0 = by GPU name, or a short measurement)")
     distributed_optimizer: bool = opt(True, "shard the optimizer state over data-parallel ranks")

@@ -25,7 +25,6 @@ from tawin_nemo.models.megatron.optim.trainable import Trainable
 from tawin_nemo.models.megatron.parallel import runtime
 from tawin_nemo.run import signals
 from tawin_nemo.run.profile import StepProfiler
-from tawin_nemo.run.threads import stage_tuner, timed_steps
 from tawin_nemo.util import failpoints
 from tawin_nemo.util.errors import Preempted
 from tawin_nemo.util.files import atomic_path, write_json
@@ -114,8 +113,7 @@ class Stage:
 
     def steps(self, done: int, total: int) -> Iterator[int]:
         """0-based steps ``done .. total - 1`` with a progress bar; the profiler runs in those that it wants."""
-        steps = timed_steps(range(done, total), stage_tuner(self.trainer.threads, what=self.name))
-        for step in progress(steps, what=self.name, total=total, initial=done):
+        for step in progress(range(done, total), what=self.name, total=total, initial=done):
             if self._saver is not None:
                 self._saver.check()
             self._profiler.step()

@@ -1,16 +1,14 @@
-"""Threads of a process: its share of the node, and the number that measured steps say is best."""
+"""Threads of a process: its share of the node, waiting without spinning."""
 
 from __future__ import annotations
 
 import os
 import subprocess
 import sys
-import time
 
 import pytest
 
-from tawin_nemo.run import threads
-from tawin_nemo.run.threads import STEPS_BETWEEN, STEPS_EACH, WARM_UP, WINDOW, ThreadTuner, available_threads
+from tawin_nemo.run.threads import available_threads
 
 
 @pytest.mark.parametrize(
@@ -32,101 +30,6 @@ from tawin_nemo.run.threads import STEPS_BETWEEN, STEPS_EACH, WARM_UP, WINDOW, T
 )  # fmt: skip
 def test_a_process_gets_its_share_of_the_node(env: dict[str, str], cores: int, machine: int, expected: int):
     assert available_threads(env, cores, machine) == expected
-
-
-class Steps:
-    """Runs a tuner over steps whose duration is a function of the threads."""
-
-    def __init__(self, limit: int, *, fixed: int = 0) -> None:
-        self.set: list[int] = []
-        self.tuner = ThreadTuner(fixed, limit, what="sft", set_threads=self.set.append)
-
-    def run(self, seconds: dict[int, float], steps: int) -> int:
-        for _ in range(steps):
-            self.tuner.observe(seconds[self.tuner.threads])
-        return self.tuner.threads
-
-
-ENOUGH = WARM_UP + 5 * (STEPS_EACH + 1)
-
-
-def test_the_fastest_number_wins():
-    assert Steps(4).run({1: 1.0, 2: 0.6, 4: 0.4}, ENOUGH) == 4
-    assert Steps(4).run({1: 1.0, 2: 0.6, 4: 0.9}, ENOUGH) == 2
-    assert Steps(2).run({1: 0.2, 2: 1.0}, ENOUGH) == 1
-
-
-def test_fewer_threads_win_a_draw():
-    assert Steps(4).run({1: 0.41, 2: 0.4, 4: 0.41}, ENOUGH) == 1
-
-
-def test_numbers_below_a_clearly_slower_one_are_not_tried():
-    steps = Steps(8)
-    steps.run({8: 0.2, 4: 0.5, 2: 9.0, 1: 9.0}, ENOUGH)
-    assert steps.set == [8, 4, 8]
-
-
-def test_the_first_steps_do_not_count():
-    steps = Steps(2)
-    for seconds in (60.0, 60.0, *[0.5] * STEPS_EACH):
-        steps.tuner.observe(seconds)
-    assert steps.tuner.threads == 1  # under measurement
-    assert steps.run({1: 0.9, 2: 0.5}, STEPS_EACH + 1) == 2
-
-
-def test_one_slow_step_decides_nothing():
-    steps = Steps(2)
-    durations = {1: 0.9, 2: 0.5}
-    steps.run(durations, WARM_UP + 1)
-    steps.tuner.observe(30.0)  # an evaluation, say
-    assert steps.run(durations, ENOUGH) == 2
-
-
-def test_steps_that_become_slow_are_measured_again():
-    steps = Steps(2)
-    assert steps.run({1: 0.9, 2: 0.5}, ENOUGH) == 2
-    steps.run({1: 0.9, 2: 0.5}, STEPS_BETWEEN)
-    assert steps.run({1: 0.9, 2: 3.0}, WINDOW + ENOUGH) == 1  # a neighbour has come
-    steps.run({1: 0.9, 2: 3.0}, STEPS_BETWEEN)
-    assert steps.run({1: 2.0, 2: 0.5}, WINDOW + ENOUGH) == 2  # and gone
-
-
-def test_measurements_do_not_follow_each_other_at_once():
-    steps = Steps(2)
-    steps.run({1: 0.9, 2: 0.5}, ENOUGH)
-    changes = len(steps.set)
-    steps.run({1: 9.0, 2: 5.0}, STEPS_BETWEEN - ENOUGH - 1)
-    assert len(steps.set) == changes
-
-
-@pytest.mark.parametrize(("fixed", "limit"), [(3, 8), (0, 1)])
-def test_what_is_fixed_or_has_no_alternative_is_set_once(fixed: int, limit: int):
-    steps = Steps(limit, fixed=fixed)
-    assert steps.run({fixed or limit: 1.0}, 3 * STEPS_BETWEEN) == (fixed or limit)
-    assert steps.set == [fixed or limit]
-
-
-def test_the_choice_is_logged_with_what_was_measured(monkeypatch: pytest.MonkeyPatch):
-    lines: list[str] = []
-    monkeypatch.setattr(threads.log, "info", lambda text, *values: lines.append(text % values))
-    Steps(2).run({1: 0.9, 2: 0.5}, ENOUGH)
-    assert lines == ["sft: 2 CPU threads (a step with 2: 0.5 s, 1: 0.9 s)"]
-
-
-def test_steps_are_timed_between_their_start_and_the_next_request():
-    seen: list[float] = []
-
-    class Recorder:
-        def observe(self, seconds: float) -> None:
-            seen.append(seconds)
-
-    numbers = []
-    for step in threads.timed_steps(range(3, 5), Recorder()):  # type: ignore[arg-type]
-        numbers.append(step)
-        time.sleep(0.01)
-    assert numbers == [3, 4]
-    assert len(seen) == 2
-    assert min(seen) >= 0.01
 
 
 def test_threads_of_the_command_line_wait_passively():

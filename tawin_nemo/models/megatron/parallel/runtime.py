@@ -65,6 +65,7 @@ def initialize(
     (``disaggregated``); a second call cannot change it.
     Raises ConfigError when the number of processes that train is not a multiple of TP x PP.
     """
+    _mpu()  # before the shim: torch.compile, which megatron imports, must see torch.cuda as it is
     if torch.cuda.is_available():
         torch.cuda.set_device(read_launch().local_rank % torch.cuda.device_count())
     else:
