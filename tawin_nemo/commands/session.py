@@ -63,7 +63,8 @@ def started(recipe: Recipe, *, computes: bool = True) -> Iterator[None]:
     Raises ConfigError when the launcher started another number of processes, or when ``computes`` and this machine
     does not support a precision of the recipe.
     """
-    # All of megatron before runtime.initialize: torch.compile, which its modules call, must see torch.cuda without the shim.
+    # All of megatron before the shim: torch.compile, which its modules call, must see torch.cuda as it is.
+    import tawin_nemo.train.pipeline  # noqa: F401
     from tawin_nemo.models.megatron.checkpoint import async_save
 
     with contextlib.ExitStack() as stack:
