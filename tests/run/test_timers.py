@@ -75,7 +75,7 @@ def test_the_peak_can_be_set_and_is_measured_otherwise(monkeypatch: pytest.Monke
     recipe = Recipe(trainer=TrainerConfig(peak_tflops=3.5))
     assert mfu.peak_flops(recipe) == 3.5e12
     assert 1e-4 < mfu.matmul_tflops(torch.float32, seconds=0.01) < 1e3
-    monkeypatch.setattr(mfu.sides, "job_size", lambda: 4)
+    monkeypatch.setattr(mfu.disaggregated, "job_size", lambda: 4)
     assert mfu.total_peak_flops(recipe) == 4 * 3.5e12
 
 
