@@ -187,9 +187,9 @@ def judged(lines: Sequence[dict[str, Any]], world: World, sample: int) -> dict[s
         "mixed_versions": 0,
         "largest_difference": 0.0,
     }
-    for place in sorted(range(len(given)), key=lambda place: given[place]["catalogue"]):
+    for place in sorted(range(len(given)), key=lambda place: given[place]["catalog"]):
         line = given[place]
-        while version < line["catalogue"]:
+        while version < line["catalog"]:
             version += 1
             added, removed = world.changes.get(version, (set(), set()))
             live = (live - removed) | added

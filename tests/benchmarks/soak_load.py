@@ -158,7 +158,7 @@ class Crowd:
         items = found["choices" if kind == "complete" else "items"]
         self._write({
             "kind": kind, "ok": True, "status": 200, "history": row, "weights": found["weight_version"],
-            "catalogue": found["catalog_version"],
+            "catalog": found["catalog_version"],
             "items": [[item["external_id"], item.get("score", item.get("logprob"))] for item in items],
         })  # fmt: skip
 

@@ -84,7 +84,7 @@ def test_a_reply_of_other_weights_than_it_names_is_wrong(setting: Setting) -> No
 
 def line(setting: Setting, seed: int, row: int, **changes: Any) -> dict[str, Any]:
     items = [list(item) for item in answered(setting, seed, row)]
-    return {"kind": "recommend", "ok": True, "status": 200, "history": row, "weights": seed + 1, "catalogue": 1,
+    return {"kind": "recommend", "ok": True, "status": 200, "history": row, "weights": seed + 1, "catalog": 1,
             "items": items} | changes  # fmt: skip
 
 

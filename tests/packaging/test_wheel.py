@@ -6,6 +6,7 @@ can be imported.
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
@@ -105,8 +106,9 @@ def test_the_installed_package_is_used(installed: Installed):
     program = "import tawin_nemo, tawin_nemo.data_prep as prep; print(tawin_nemo.__file__, prep.__file__)"
     for path in installed.evaluate(program).split():
         assert path.startswith(str(installed.python.parents[1])), path
-    for module in ("tests", "recipes", "data_prep"):
-        assert installed.evaluate(f"import importlib.util; print(importlib.util.find_spec({module!r}))") == "None"
+    for module in ("tests", "recipes", "data_prep"):  # nemo_toolkit installs a package named tests
+        program = f"import importlib.util; spec = importlib.util.find_spec({module!r}); print(spec and spec.origin)"
+        assert not installed.evaluate(program).startswith(str(REPOSITORY / module)), module
 
 
 def test_help(installed: Installed):
@@ -121,4 +123,6 @@ def test_data_is_prepared_and_a_copied_recipe_checked(installed: Installed):
     words = ["--recipe", str(recipe), *small, f"run_dir={installed.folder / 'run'}"]
     installed.run("prepare", *words)
     assert list(installed.folder.rglob("*.parquet"))
-    assert "quickstart" in installed.run("train", *words, "--dry-run")
+    planned = json.loads(installed.run("train", *words, "--dry-run").splitlines()[-1])
+    assert planned["dry_run"] is True
+    assert planned["run_dir"] == str(installed.folder / "run")
