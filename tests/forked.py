@@ -24,6 +24,8 @@ from multiprocessing import forkserver
 from multiprocessing.context import ForkServerContext, ForkServerProcess
 from pathlib import Path
 
+from tests import failpoints
+
 ROOT = Path(__file__).parents[1]
 
 
@@ -70,9 +72,7 @@ def _child(
         os.dup2(os.open(path, flags, 0o644), stream)
     for text in (sys.stdout, sys.stderr):
         text.reconfigure(line_buffering=True)
-    from tawin_nemo.util import failpoints
-
-    failpoints.arm(environment.get(failpoints.VARIABLE, ""))  # read at import where there is one
+    failpoints.arm(environment.get(failpoints.VARIABLE, ""))
     sys.exit(main(words))
 
 

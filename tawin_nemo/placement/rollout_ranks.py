@@ -32,7 +32,6 @@ from tawin_nemo.rollout.engine import RolloutEngine
 from tawin_nemo.run import signals
 from tawin_nemo.run.failures import LogInto, logging_into
 from tawin_nemo.types import DataParallel, moved
-from tawin_nemo.util import failpoints
 from tawin_nemo.util.errors import TawinError
 
 
@@ -74,7 +73,6 @@ class _Handler:
             with contextlib.suppress(TawinError):  # the training ranks raise the same one
                 check_equal(engine)
         elif isinstance(message, Generate):
-            failpoints.reach("rollout_rank.asked")
             assert engine.dp is not None
             generate = partial(engine.generate, **message.options)
             rollout = dispatched(generate, message.prompts, DataParallel(), engine.dp)

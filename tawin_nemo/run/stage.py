@@ -25,7 +25,6 @@ from tawin_nemo.models.megatron.optim.trainable import Trainable
 from tawin_nemo.models.megatron.parallel import runtime
 from tawin_nemo.run import signals
 from tawin_nemo.run.profile import StepProfiler
-from tawin_nemo.util import failpoints
 from tawin_nemo.util.errors import Preempted
 from tawin_nemo.util.files import atomic_path, write_json
 from tawin_nemo.util.log import get_logger, progress
@@ -135,7 +134,7 @@ class Stage:
 
     def _append(self, name: str, record: dict[str, Any]) -> None:
         with (self.directory / name).open("ab") as file:
-            failpoints.write(file, (json.dumps(record) + "\n").encode(), "log.mid_line")
+            file.write((json.dumps(record) + "\n").encode())
 
     # -- checkpoints ----------------------------------------------------------------------------------------------
     def save(self, trainable: Trainable, progress: Progress) -> None:

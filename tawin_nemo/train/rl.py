@@ -34,7 +34,6 @@ from tawin_nemo.train.rewards import Reward, build_reward
 from tawin_nemo.train.rl_metrics import count_work, prefixed, rollout_metrics
 from tawin_nemo.train.rollouts import PromptStream, Rollouts
 from tawin_nemo.types import Rollout
-from tawin_nemo.util import failpoints
 
 
 def train_rl(
@@ -98,7 +97,6 @@ def rl_step(components: RlComponents, *, step: int, lr: float) -> dict[str, floa
         rollout = rollouts.generate(prompts, step).to("cpu")
         with timers("reward"):
             rewards_BG = components.reward(rollout)
-        failpoints.reach("rl.after_rollout")
         metrics = rollout_metrics(rollout, rewards_BG, actor.dp) | rollouts.staleness(rollout, step)
         path_tokens = int(rollout.lengths_BG.sum())
         if rl.max_refill_batches:

@@ -12,7 +12,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from tawin_nemo.util import failpoints
 
 
 @contextmanager
@@ -27,7 +26,6 @@ def atomic_path(path: Path) -> Iterator[Path]:
         with temporary.open("rb") as file:
             os.fsync(file.fileno())
         os.chmod(temporary, 0o644)
-        failpoints.reach("file.before_rename")
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)

@@ -23,10 +23,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from tawin_nemo.util.failpoints import POINTS
 from tests.crash_matrix import cases
 from tests.crash_matrix.attempts import warm_up
 from tests.crash_matrix.cases import Outcome, Setting
+from tests.failpoints import POINTS
 from tests.train.runs import prepare_dataset
 
 RANK_RULES = ("save.mid_shard=kill@2/1", "rl.after_rollout=kill@2/1")

@@ -18,7 +18,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from tawin_nemo.util import failpoints
+from tests import failpoints
 from tests.train.runs import SMALL, command, environment
 
 #: Seconds after which an attempt counts as hung.
@@ -125,7 +125,7 @@ def launched(overrides: list[str], *, rules: str = "", term_at: str = "") -> Att
     arguments = command(*RECIPE, *overrides, "trainer.devices=2")
     start = time.monotonic()
     process = subprocess.Popen(
-        arguments, env={**environment(), failpoints.VARIABLE: rules}, stdout=subprocess.DEVNULL,
+        arguments, env={**environment(), **failpoints.environment(rules)}, stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
     lines, failed = [], None

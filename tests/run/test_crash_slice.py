@@ -10,8 +10,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from tawin_nemo.util.failpoints import POINTS
 from tests.crash_matrix import cases
+from tests.failpoints import POINTS
 from tests.train.runs import environment
 
 COMMITTED = Path(__file__).parents[2] / "recipes" / "results" / "crash_matrix.json"

@@ -8,12 +8,12 @@ import pytest
 
 from tawin_nemo.config.backbones import Backbone
 from tawin_nemo.config.schema import ModelConfig, TrainerConfig
-from tawin_nemo.models.megatron.checkpoint import files as checkpoint_files
 from tawin_nemo.models.megatron.model.build import build_model
 from tawin_nemo.models.megatron.optim.trainable import Trainable
 from tawin_nemo.models.megatron.parallel import runtime
 from tawin_nemo.run.stage import Progress, Stage, monitored
 from tawin_nemo.util.errors import CheckpointError
+from tests import failpoints
 
 SHAPE = Backbone("qwen2", 16, 2, 4, 2, 24, 21, rope_theta=1e4, max_position=64)
 
@@ -67,11 +67,11 @@ def test_an_error_of_the_thread_ends_the_next_step(actor: Trainable, tmp_path: P
     stage = Stage(tmp_path / "rl", TrainerConfig(async_save=True))
     steps = stage.steps(0, 3)
     next(steps)
-    checkpoint_files.failpoints.arm("save.mid_shard=enospc")
+    failpoints.arm("save.mid_shard=enospc")
     stage.save(actor, Progress(step=1))
     assert stage._saver is not None
     assert stage._saver._running is not None
     assert stage._saver._running.exception(timeout=60) is not None
-    checkpoint_files.failpoints.arm("")
+    failpoints.arm("")
     with pytest.raises(CheckpointError, match="No space left"):
         next(steps)

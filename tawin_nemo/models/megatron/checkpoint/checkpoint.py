@@ -30,7 +30,6 @@ from tawin_nemo.models.megatron.checkpoint.dcp_save import ShardSave
 from tawin_nemo.models.megatron.checkpoint.files import FORMAT, Ranks, list_checkpoints
 from tawin_nemo.models.megatron.checkpoint.sharded_state import HasOptimizer, load_state, optimizer_kind, sharded_state
 from tawin_nemo.models.megatron.parallel import runtime
-from tawin_nemo.util import failpoints
 from tawin_nemo.util.errors import CheckpointError
 from tawin_nemo.util.log import get_logger
 
@@ -74,7 +73,6 @@ def begin_save(
         },
     }
     temporary = path.with_name(f".{path.name}.tmp")
-    failpoints.reach("save.before_write")
     shards = ShardSave(snapshot=snapshot)
     with _explained(path):
         if runtime.world_rank() == 0:

@@ -25,10 +25,6 @@ from megatron.core.dist_checkpointing.strategies.torch import (
 )
 from torch.distributed.checkpoint.filesystem import FileSystem
 
-from tawin_nemo.util import failpoints
-
-#: A write of at least this many bytes is a tensor's data, not the frame around it.
-_DATA_BYTES = 1024
 
 
 class ShardSave(SaveShardedStrategy):
@@ -71,7 +67,7 @@ def _copied(part: ShardedBase) -> ShardedBase:
 
 
 class _Files(FileSystem):
-    """torch's file system with a failpoint in the middle of a tensor."""
+    """torch's file system; a failed write raises its own OSError."""
 
     @contextmanager
     def create_stream(self, path: str | os.PathLike, mode: str) -> Generator[Any, None, None]:
@@ -87,11 +83,10 @@ class _Files(FileSystem):
 
 
 class _Stream:
-    """A file open for writing; the first tensor that goes through it is written in two halves."""
+    """A file open for writing that keeps the error of a failed write in ``error``."""
 
     def __init__(self, stream: Any) -> None:
         self._stream = stream
-        self._met = False
         self.error: OSError | None = None
 
     def __getattr__(self, name: str) -> Any:
@@ -99,15 +94,7 @@ class _Stream:
 
     def write(self, data: Any) -> int:
         try:
-            return self._written(data)
+            return int(self._stream.write(data))
         except OSError as error:
             self.error = error
             raise
-
-    def _written(self, data: Any) -> int:
-        size = memoryview(data).nbytes
-        if self._met or size < _DATA_BYTES:
-            return int(self._stream.write(data))
-        self._met = True
-        failpoints.write(self._stream, memoryview(data).cast("B"), "save.mid_shard")
-        return size

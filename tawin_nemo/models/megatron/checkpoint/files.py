@@ -19,7 +19,6 @@ from typing import Any, TypeVar
 
 import torch.distributed as dist
 
-from tawin_nemo.util import failpoints
 from tawin_nemo.util.errors import CheckpointError
 from tawin_nemo.util.files import sha256
 
@@ -104,7 +103,6 @@ def prune(directory: Path, keep_last: int, keep: set[int]) -> None:
     for step, path in checkpoints[: max(len(checkpoints) - keep_last, 0)]:
         if step not in keep:
             path.rename(path.with_name(f".{path.name}.gone"))
-            failpoints.reach("prune.mid")
     for path in (*Path(directory).glob(".step_*"), *Path(directory).glob("step_*.damaged")):
         shutil.rmtree(path, ignore_errors=True)
 
@@ -150,15 +148,12 @@ def commit(temporary: Path, path: Path, record: dict[str, Any]) -> None:
     for name in (*record["files"], STATE_FILE):
         _fsync(temporary / name)
     _fsync(temporary)
-    failpoints.reach("save.before_rename")
     old = path.with_name(f".{path.name}.old")
     shutil.rmtree(old, ignore_errors=True)
     if path.exists():
         path.rename(old)
-        failpoints.reach("save.replacing")
     temporary.rename(path)
     _fsync(path.parent)
-    failpoints.reach("save.after_rename")
     shutil.rmtree(old, ignore_errors=True)
 
 

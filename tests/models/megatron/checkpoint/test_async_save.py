@@ -9,12 +9,11 @@ import pytest
 import torch
 
 from tawin_nemo.config.schema import ModelConfig
-from tawin_nemo.models.megatron.checkpoint import files as checkpoint_files
 from tawin_nemo.models.megatron.checkpoint.async_save import AsyncSaver, drain
 from tawin_nemo.models.megatron.checkpoint.checkpoint import newest_valid
 from tawin_nemo.models.megatron.parallel import runtime
-from tawin_nemo.util import failpoints
 from tawin_nemo.util.errors import CheckpointError
+from tests import failpoints
 from tests.models.megatron.checkpoint.test_checkpoint import load, save, trainable, update
 
 #: How long a test waits for a thread; it takes milliseconds.
@@ -29,31 +28,28 @@ def _one_process() -> None:
 class Held:
     """Holds the writing thread just before the rename, until ``go`` is set."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def __init__(self) -> None:
         self.there, self.go = threading.Event(), threading.Event()
-        monkeypatch.setattr(checkpoint_files.failpoints, "reach", self._reach)
 
-    def _reach(self, point: str) -> None:
-        if point == "save.before_rename":
-            self.there.set()
-            assert self.go.wait(PATIENCE)
+    def __call__(self) -> None:
+        self.there.set()
+        assert self.go.wait(PATIENCE)
 
 
 @pytest.mark.parametrize("distributed", [False, True], ids=["plain", "distributed-optimizer"])
-def test_same_bytes_although_training_goes_on(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, distributed: bool
-) -> None:
+def test_same_bytes_although_training_goes_on(tmp_path: Path, distributed: bool) -> None:
     actor = trainable(3, distributed=distributed)
     update(actor, 0)
     save(tmp_path / "sync" / "step_1", actor, step=1)
-    held, saver = Held(monkeypatch), AsyncSaver()
-    saver.save(tmp_path / "async" / "step_1", model=actor.model, trainable=actor, state={"step": 1})
-    expected = [update(actor, step) for step in (1, 2)]  # the file may not see these
-    assert held.there.wait(PATIENCE)
-    saver.check()  # in flight: says nothing, waits for nothing
-    assert not (tmp_path / "async" / "step_1").exists()
-    held.go.set()
-    saver.wait()
+    held, saver = Held(), AsyncSaver()
+    with failpoints.calling("save.before_rename", held):
+        saver.save(tmp_path / "async" / "step_1", model=actor.model, trainable=actor, state={"step": 1})
+        expected = [update(actor, step) for step in (1, 2)]  # the file may not see these
+        assert held.there.wait(PATIENCE)
+        saver.check()  # in flight: says nothing, waits for nothing
+        assert not (tmp_path / "async" / "step_1").exists()
+        held.go.set()
+        saver.wait()
     for name in ("__0_0.distcp", "common.pt"):
         one, other = ((tmp_path / kind / "step_1" / name).read_bytes() for kind in ("sync", "async"))
         assert one == other, name

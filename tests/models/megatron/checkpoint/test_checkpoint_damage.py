@@ -15,6 +15,7 @@ from tawin_nemo.models.megatron.checkpoint import files as checkpoint_files
 from tawin_nemo.models.megatron.checkpoint.checkpoint import find_problem, list_checkpoints, newest_valid, prune
 from tawin_nemo.models.megatron.optim.trainable import Trainable
 from tawin_nemo.util.errors import CheckpointError
+from tests import failpoints
 from tests.models.megatron.checkpoint.checkpoint_scene import load, save
 
 pytestmark = pytest.mark.usefixtures("one_process")
@@ -111,20 +112,15 @@ def test_an_interrupted_save_leaves_the_old_one(
     assert load(newest_valid(folder) or folder, actor) == {"step": 3}
 
 
-def test_a_kill_between_the_two_renames_loses_nothing(
-    two: tuple[Path, Trainable], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_kill_between_the_two_renames_loses_nothing(two: tuple[Path, Trainable]) -> None:
     """The old step_2 has been moved away, the new one is not in its place yet."""
     folder, actor = two
 
-    def killed(point: str) -> None:
-        if point == "save.replacing":
-            raise KeyboardInterrupt
+    def killed() -> None:
+        raise KeyboardInterrupt
 
-    with monkeypatch.context() as patch:
-        patch.setattr(checkpoint_files.failpoints, "reach", killed)
-        with pytest.raises(KeyboardInterrupt):
-            save(folder / "step_2", actor, step=20)
+    with failpoints.calling("save.replacing", killed), pytest.raises(KeyboardInterrupt):
+        save(folder / "step_2", actor, step=20)
     assert [step for step, _ in list_checkpoints(folder)] == [1]
     assert newest_valid(folder) == folder / "step_2"
     assert load(folder / "step_2", actor) == {"step": 2}
@@ -142,12 +138,12 @@ def test_what_was_passed_over_is_set_aside_until_the_next_save(two: tuple[Path, 
 
 def test_a_full_disk_is_explained_and_leaves_the_old_one(two: tuple[Path, Trainable]) -> None:
     folder, actor = two
-    checkpoint_files.failpoints.arm("save.mid_shard=enospc")
+    failpoints.arm("save.mid_shard=enospc")
     try:
         with pytest.raises(
             CheckpointError, match=r"step_3 could not be written .*No space left.*untouched.*free space"
         ):
             save(folder / "step_3", actor)
     finally:
-        checkpoint_files.failpoints.arm("")
+        failpoints.arm("")
     assert newest_valid(folder) == folder / "step_2"
