@@ -1,7 +1,7 @@
 """Commands of the pages: all are checked without running them, those of ``bash`` blocks run.
 
-A block of ``console`` shows a session (``$`` before commands, then output); its commands need data, time or a cluster, and
-are parsed: verb, options, recipe and keys through the product's own readers, scripts and files by name. A block of
+A block of ``console`` shows a session (``$`` before commands, then output); its commands need data, time or a cluster,
+and are parsed: verb, options, recipe and keys through the product's own readers, scripts and files by name. A block of
 ``bash`` is run, in this process where it is the product's, unless its first line is ``# not run in tests: REASON``.
 """
 
@@ -12,6 +12,7 @@ import os
 import re
 import shutil
 import subprocess
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -61,7 +62,7 @@ def test_is_a_command_that_exists(page: Path, command: Command, monkeypatch: pyt
         assert all(Path(word.split("::")[0]).exists() for word in words if word.startswith("tests/"))
         assert any(word.startswith("tests/") for word in words)
     elif words[:2] == ["pip", "install"]:
-        assert all(Path(file).is_file() for option, file in zip(words, words[1:], strict=False) if option == "-r")
+        assert all(Path(file).is_file() for option, file in pairwise(words) if option == "-r")
     elif words[0] in ("ruff", "mypy"):
         assert shutil.which(words[0])
     else:
