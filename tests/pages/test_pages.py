@@ -13,7 +13,20 @@ import pytest
 from tawin_nemo.cli import VERBS
 from tawin_nemo.config.load import leaf_fields, load_recipe
 from tawin_nemo.config.schema import Recipe
-from tests.pages.reader import FOLDERS, GENERATED, PAGES, ROOT, anchors, blocks, links, name, prose, resolved, spans
+from tests.pages.reader import (
+    FOLDERS,
+    GENERATED,
+    PAGES,
+    ROOT,
+    Block,
+    anchors,
+    blocks,
+    links,
+    name,
+    prose,
+    resolved,
+    spans,
+)
 from tests.test_import_dag import LAYERS
 
 README = ROOT / "README.md"
@@ -183,3 +196,22 @@ def test_the_layer_table_is_the_enforced_one():
         if folder != "__main__":  # the entry of `python -m`, no layer of its own
             enforced.setdefault(layer, set()).add(folder)
     assert told == enforced
+
+
+DIFFS = [(page, block) for page in PAGES for block in blocks(page) if block.language == "diff"]
+
+
+@pytest.mark.parametrize(("page", "block"), DIFFS, ids=lambda item: name(item) if isinstance(item, Path) else None)
+def test_a_diff_fits_its_files(page: Path, block: Block):
+    """What a shown diff removes or leaves stands in the file line by line, and the function that it names exists."""
+    for part in re.split(r"^--- ", block.text, flags=re.MULTILINE)[1:]:
+        file, *lines = part.splitlines()
+        path, kept = ROOT / file, [line for line in lines if line[:1] in ("-", " ")]
+        if not path.exists():  # a new file
+            assert not kept, file
+            continue
+        text = path.read_text(encoding="utf-8")
+        assert [line[1:] for line in kept if line[1:] not in text.splitlines()] == []
+        for line in lines:
+            assert not line.startswith("@@ ") or line.removeprefix("@@ ") in text
+            assert line[:1] in ("", "+", "-", " ", "@"), line
