@@ -10,12 +10,13 @@ import os
 from pathlib import Path
 
 import pytest
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
 # Time limits belong to the benchmarks: a busy machine makes no example wrong. Numbers of examples stand at the tests.
-settings.register_profile("tawin", deadline=None, print_blob=True)
+TIMED = [HealthCheck.too_slow]
+settings.register_profile("tawin", deadline=None, print_blob=True, suppress_health_check=TIMED)
 settings.load_profile("tawin")
 
 
