@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 
-
 @contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
     """Yield a temporary sibling of ``path``; rename it over ``path`` if the block ends without an error."""

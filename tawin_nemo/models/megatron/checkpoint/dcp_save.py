@@ -26,7 +26,6 @@ from megatron.core.dist_checkpointing.strategies.torch import (
 from torch.distributed.checkpoint.filesystem import FileSystem
 
 
-
 class ShardSave(SaveShardedStrategy):
     """Twin of megatron-core's ``TorchDistSaveShardedStrategy`` in two parts: ``save`` takes, ``write`` writes.
 
