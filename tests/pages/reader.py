@@ -8,6 +8,7 @@ from collections import Counter
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from textwrap import dedent
 from urllib.parse import unquote
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -20,13 +21,16 @@ GENERATED = [path for path in PAGES if (ROOT / "recipes" / "results") in path.pa
 NOT_RUN = "# not run in tests:"
 
 _BLOCK = re.compile(r"^( *)```([\w.]*)\n(.*?)^ *```$", re.MULTILINE | re.DOTALL)
+#: A block that is indented by four spaces, behind an empty line; commands in it begin with one of these programs.
+_INDENTED = re.compile(r"(?<=\n\n)((?: {4}.*\n)+)")
+_PROGRAM = re.compile(r"(?:[A-Z_]+=\S+ )*(?:tawin-nemo|python|bash|pytest|sbatch|curl) ")
 _LINK = re.compile(r"!?\[[^\]]*\]\(([^)\s]+)\)")
 _HEADING = re.compile(r"^#{1,6} +(.+?) *$", re.MULTILINE)
 
 
 @dataclass(frozen=True)
 class Block:
-    """A fenced code block: its language ("" when none is named) and its text."""
+    """A code block: its language ("" when none is named, "indented" when it is not fenced) and its text."""
 
     language: str
     text: str
@@ -42,11 +46,12 @@ def _text(page: Path) -> str:
 
 
 def blocks(page: Path) -> list[Block]:
-    return [Block(match[2], match[3]) for match in _BLOCK.finditer(_text(page))]
+    fenced = [Block(match[2], match[3]) for match in _BLOCK.finditer(_text(page))]
+    return fenced + [Block("indented", dedent(text)) for text in _INDENTED.findall(prose(page))]
 
 
 def prose(page: Path) -> str:
-    """The page without its code blocks."""
+    """The page without its fenced code blocks."""
     return _BLOCK.sub("", _text(page))
 
 
@@ -101,14 +106,16 @@ class Command:
 def commands(block: Block) -> list[Command]:
     """The commands of a shell block; none for other languages.
 
-    ``console``: the lines behind ``$``, the others are output. ``bash``: every line. ``a && b`` are two commands,
-    ``# ...`` is a comment.
+    ``console``: the lines behind ``$``, the others are output. ``bash``: every line. ``indented``: the lines that begin
+    with a known program. ``a && b`` are two commands, ``# ...`` is a comment.
     """
-    if block.language not in ("console", "bash", "sh"):
+    if block.language not in ("console", "bash", "indented"):
         return []
     lines = re.sub(r"\\\n\s*", "", block.text).splitlines()
     if block.language == "console":
         lines = [line.strip()[2:] for line in lines if line.strip().startswith("$ ")]
+    if block.language == "indented":
+        lines = [line for line in lines if _PROGRAM.match(line)]
     return [command for line in lines for command in _simple_commands(line)]
 
 

@@ -8,6 +8,7 @@ and are parsed: verb, options, recipe and keys through the product's own readers
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import re
 import shutil
@@ -18,9 +19,13 @@ from pathlib import Path
 import pytest
 
 from tawin_nemo.cli import _parser, main
-from tawin_nemo.config.load import load_recipe
+from tawin_nemo.config.load import leaf_fields, load_recipe
+from tawin_nemo.config.schema import Recipe
 from tawin_nemo.data_prep import prepare
 from tawin_nemo.tools.plan.verb import plan_recipe
+from tawin_nemo.tools.simulate.simulate import Options
+from tawin_nemo.tools.study.arms import unfold
+from tawin_nemo.tools.study.config import read_study
 from tests.pages.reader import GENERATED, NOT_RUN, PAGES, ROOT, Command, blocks, commands, name
 
 WRITTEN = [page for page in PAGES if page not in GENERATED]
@@ -33,7 +38,7 @@ RUN = [
     if block.language == "bash" and not block.text.startswith(NOT_RUN)
 ]
 #: Programs that come with Python or the system.
-SYSTEM = ("python3", "source", "curl")
+SYSTEM = ("python3", "source")
 
 
 def _id(item: object) -> str:
@@ -41,7 +46,7 @@ def _id(item: object) -> str:
 
 
 def test_there_are_commands_of_both_kinds():
-    assert len(SHOWN) >= 30
+    assert len(SHOWN) >= 80
     assert len(RUN) >= 4
     assert {"train", "serve", "keys"} <= {(c.product_arguments or [""])[0] for _, c in SHOWN}
 
@@ -53,7 +58,7 @@ def test_is_a_command_that_exists(page: Path, command: Command, monkeypatch: pyt
     if arguments is not None:
         _check_product(arguments, mistaken="did you mean" in page.read_text(encoding="utf-8"))
     elif words[:2] == ["python", "-m"]:
-        assert importlib.util.find_spec(words[2]) is not None
+        _check_module(words[2], words[3:])
     elif words[0] == "sbatch":
         _check_batch(command)
     elif words[0] == "bash":
@@ -63,6 +68,10 @@ def test_is_a_command_that_exists(page: Path, command: Command, monkeypatch: pyt
         assert any(word.startswith("tests/") for word in words)
     elif words[:2] == ["pip", "install"]:
         assert all(Path(file).is_file() for option, file in pairwise(words) if option == "-r")
+    elif words[0] == "python":
+        assert words[1] == "-c"
+    elif words[0] == "curl":
+        assert any(f"localhost:8000{route}" in words for route in _routes())
     elif words[0] in ("ruff", "mypy"):
         assert shutil.which(words[0])
     else:
@@ -72,12 +81,33 @@ def test_is_a_command_that_exists(page: Path, command: Command, monkeypatch: pyt
 def _check_product(arguments: list[str], *, mistaken: bool) -> None:
     """The verb takes these options, the recipe can be read, and every key in it and behind it is known."""
     known = _parser(arguments).parse_intermixed_args(arguments)
-    if known.verb in ("keys", "study", "simulate"):
-        assert known.recipe is None or Path(known.recipe).is_file()
+    if known.verb == "keys":
+        assert any(key.startswith(tuple(known.overrides)) for key, _ in leaf_fields(Recipe))
+    elif known.verb == "study":
+        unfold(read_study(known.recipe, known.overrides))
+    elif known.verb == "simulate":
+        Options.parse(known.overrides)
     elif known.verb == "plan":
         plan_recipe(known.recipe, [f"gpus={known.gpus or 8}", *known.overrides], lambda _: None)
     elif not (mistaken and "rl.tawn.k=3" in known.overrides):
         load_recipe(known.recipe, known.overrides)
+
+
+def _check_module(module: str, arguments: list[str]) -> None:
+    """The module is there, and knows every ``--option``; other words with ``=`` are recipe keys."""
+    found = importlib.util.find_spec(module)
+    assert found is not None
+    file = Path(found.origin).with_name("__main__.py") if found.submodule_search_locations else Path(found.origin)
+    text = file.read_text(encoding="utf-8") + (ROOT / "tests" / "benchmarks" / "harness.py").read_text(encoding="utf-8")
+    options = {word for word in arguments if word.startswith("--")} - {f"--{key}" for key, _ in leaf_fields(Recipe)}
+    assert [option for option in sorted(options) if f'"{option}"' not in text] == []
+    load_recipe(None, [word for word in arguments if "=" in word])
+
+
+def _routes() -> list[str]:
+    """Routes of the server's data plane."""
+    plane = ROOT / "tawin_nemo" / "serve" / "http" / "openapi.json"
+    return list(json.loads(plane.read_text(encoding="utf-8"))["paths"])
 
 
 def _check_batch(command: Command) -> None:
