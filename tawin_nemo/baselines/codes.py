@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from tawin_nemo.catalog.trie import TokenTrie
-from tawin_nemo.types import NO_ITEM, TokenRows
+from tawin_nemo.types import NO_ITEM, Record, TokenRows
 
 #: The first two entries of the vocabulary (T5's own numbers).
 PAD, END = 0, 1
@@ -41,7 +40,7 @@ class CodeBook:
 
 
 @dataclass(frozen=True)
-class CodeTree:
+class CodeTree(Record):
     """Prefixes of the rows as N states, state 0 the empty one; a state of only one row is final and leads to itself.
 
     ``child_token``, ``child_state`` hold the continuations of state n at ``offsets[n] .. offsets[n + 1] - 1``.
@@ -103,9 +102,3 @@ class CodeTree:
             taken_I = (exists_IC & (token_IC == code_I.unsqueeze(1))).int().argmax(dim=1, keepdim=True)
             state_I = torch.where(open_I, next_IC.gather(1, taken_I).squeeze(1), state_I)
         return torch.stack(columns, dim=1)
-
-    def to(self, device: torch.device) -> CodeTree:
-        tensors: dict[str, Any] = {
-            name: part.to(device) for name, part in vars(self).items() if isinstance(part, Tensor)
-        }
-        return replace(self, **tensors)

@@ -143,7 +143,7 @@ def encode_split(
 
 def _replaced(rows: TokenRows, places: np.ndarray, by: TokenRows) -> TokenRows:
     """``rows`` with those at ``places`` exchanged."""
-    both = TokenRows.joined([rows, by])
+    both = TokenRows.cat([rows, by])
     source = np.arange(len(rows))
     source[places] = len(rows) + np.arange(len(by))
     return both.take(source)

@@ -13,13 +13,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tawin_nemo.types import moved
+from tawin_nemo.types import Record
 
 KL_ESTIMATORS = ("k1", "k2", "k3")
 
 
 @dataclass(frozen=True)
-class PolicyTerms:
+class PolicyTerms(Record):
     """What the policy objective needs besides the actor's log-probs; constants, no gradient reaches them.
 
     The N tokens are those whose log-prob was scored. Tokens that the trie forces are absent from them in trie space
@@ -33,10 +33,6 @@ class PolicyTerms:
     omega_M: Tensor  # weight of the surrogate (TAWin, Eq. 22); ones for the plain algorithm
     length_M: Tensor  # |Y_m|: all tokens of the path incl. EOS (length_norm: full) or the branching ones
     importance_N: Tensor | None = None  # truncated training/rollout probability ratio of the old policy; None: ones
-
-    def to(self, device: torch.device | str) -> PolicyTerms:
-        there: PolicyTerms = moved(self, device)
-        return there
 
 
 @dataclass(frozen=True)

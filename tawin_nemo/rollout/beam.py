@@ -36,7 +36,6 @@ from tawin_nemo.rollout.scoring import (
     candidates_from,
     check_prompts,
     check_search,
-    joined,
     no_candidates,
     one_logprob,
     with_root_path,
@@ -98,7 +97,8 @@ def collected(answers: Sequence[Answers], width: int, trie: TokenTrie) -> Candid
     answers = [part for part in answers if len(part)]
     if not answers:
         return no_candidates(width, trie.max_depth)
-    return joined([part.found for part in answers], np.concatenate([part.ticket_B for part in answers]).argsort())
+    order = np.concatenate([part.ticket_B for part in answers]).argsort()
+    return Candidates.cat([part.found for part in answers]).take(torch.from_numpy(order))
 
 
 class BeamSearch:
@@ -189,7 +189,7 @@ class BeamSearch:
             old, cached, beams = self._beams.resized(widest), len(self._held_P), beams.resized(widest)
             self._cache, new_row_old, new_row = self._lm.join(self._cache, cache)
             beams = replace(beams, prompt_B=beams.prompt_B + cached)
-            self._beams = _renumbered(old, new_row_old).with_prompts(_renumbered(beams, new_row))
+            self._beams = Beams.cat([_renumbered(old, new_row_old), _renumbered(beams, new_row)])
         self._held_P = np.concatenate([self._held_P, self.tokens_of(prompts.lengths, widths)])
         self._stepped = False
 
@@ -248,7 +248,7 @@ class BeamSearch:
             candidates_from(self._trie, part.done_leaf_BW, part.done_score_BW, part.done_logp_BWT) for part in done
         ]
         lost = np.concatenate([part.lost_B.double().cpu().numpy() for part in done])
-        return Answers(tickets, joined(found, np.arange(len(tickets))), lost)
+        return Answers(tickets, Candidates.cat(found), lost)
 
     def _step_all(self) -> list[Beams]:
         """Step the prompts that do not wait for the model until all others do; returns those that got done."""

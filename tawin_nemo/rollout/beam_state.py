@@ -5,8 +5,7 @@ Prompts may have fewer beams than W; the places behind their own stay empty.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -16,10 +15,11 @@ from torch.nn.functional import pad
 from tawin_nemo.catalog.trie import TokenTrie
 from tawin_nemo.rollout.lm import LM
 from tawin_nemo.rollout.scoring import token_rows, without_nan
+from tawin_nemo.types import PromptRecord
 
 
 @dataclass(frozen=True)
-class Beams:
+class Beams(PromptRecord):
     """Beams of B prompts, best first. All beams of a prompt have ``depth_B`` tokens; an empty one has node -1.
 
     Every field has one entry per prompt along its first axis.
@@ -57,33 +57,18 @@ class Beams:
         extra = width - self.node_BW.shape[1]
         empty = {"node_BW": -1, "done_leaf_BW": -1, "score_BW": -torch.inf, "done_score_BW": -torch.inf}
 
-        def sized(name: str) -> Tensor:
-            tensor: Tensor = getattr(self, name)
+        def resize(name: str, tensor: Tensor) -> Tensor:
             if "_BW" not in name:
                 return tensor
             behind = (0, 0, 0, extra) if name.endswith("_BWT") else (0, extra)
             return pad(tensor, behind, value=empty.get(name, 0))
 
-        return Beams(*(sized(field.name) for field in fields(self)))
-
-    def take(self, rows_M: Tensor) -> Beams:
-        """M of the prompts."""
-        return self._each(lambda tensor: tensor.index_select(0, rows_M))
+        return replace(self, **{name: resize(name, tensor) for name, tensor in self.tensors().items()})
 
     def put(self, rows_M: Tensor, other: Beams) -> Beams:
-        """The state with M of its prompts replaced by those of ``other``."""
-        return _combined(lambda old, new: old.index_copy(0, rows_M, new), self, other)
-
-    def with_prompts(self, other: Beams) -> Beams:
-        """The state with the prompts of ``other`` behind its own."""
-        return _combined(lambda old, new: torch.cat([old, new]), self, other)
-
-    def _each(self, change: Callable[[Tensor], Tensor]) -> Beams:
-        return Beams(*(change(getattr(self, field.name)) for field in fields(self)))
-
-
-def _combined(combine: Callable[[Tensor, Tensor], Tensor], first: Beams, second: Beams) -> Beams:
-    return Beams(*(combine(getattr(first, field.name), getattr(second, field.name)) for field in fields(first)))
+        """The state with M of its prompts, at indices ``rows_M``, replaced by those of ``other``."""
+        new = other.tensors()
+        return replace(self, **{name: old.index_copy(0, rows_M, new[name]) for name, old in self.tensors().items()})
 
 
 def first_beams(

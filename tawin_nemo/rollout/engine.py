@@ -16,7 +16,7 @@ from tawin_nemo.rollout.beam import Answers, BeamSearch, collected
 from tawin_nemo.rollout.lm import LM, MeteredLM
 from tawin_nemo.rollout.negatives import distinct_first, draws_for
 from tawin_nemo.rollout.sampling import constrained_sample
-from tawin_nemo.rollout.scoring import SCORE_SPACES, best, check_prompts, joined
+from tawin_nemo.rollout.scoring import SCORE_SPACES, check_prompts
 from tawin_nemo.types import Candidates, DataParallel, PromptBatch, Rollout, TokenRows
 from tawin_nemo.util.errors import ConfigError, DataError
 
@@ -132,7 +132,7 @@ class Generator(ABC):
         if width < count:
             raise ConfigError(f"rollout.width={width} is below rl.group_size={count}; use 0 or at least that")
         self._check_width(width, "rollout.width" if self.cfg.width else "rl.group_size")
-        return best(self.search(prompts, width), count)
+        return self.search(prompts, width).top(count)
 
     def _draw(self, prompts: PromptBatch, draws: int, step: int) -> Candidates:
         return self.sample(prompts.prompts, draws, [draw_seed(self.seed, step, int(row)) for row in prompts.row_B])
@@ -241,7 +241,7 @@ class RolloutEngine(Generator):
                 )
             )  # fmt: skip
             start = upto
-        return joined(parts, order_N.argsort())
+        return Candidates.cat(parts).take(torch.from_numpy(order_N.argsort()))
 
 
 def _fitting(ends_N: np.ndarray, start: int, room: int, *, at_least: bool) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import fields, replace
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -78,11 +78,11 @@ def repeats_before(leaf_BW: Tensor) -> Tensor:
 def at_places(found: Candidates, place_BG: Tensor) -> Candidates:
     """The candidates at these places of each list."""
 
-    def taken(tensor: Tensor) -> Tensor:
+    def gather(tensor: Tensor) -> Tensor:
         index = place_BG if tensor.ndim == 2 else place_BG[..., None].expand(*place_BG.shape, tensor.shape[-1])
         return tensor.gather(1, index)
 
-    return Candidates(**{field.name: taken(getattr(found, field.name)) for field in fields(Candidates)})
+    return found.map(gather)
 
 
 def ensure_target(rollout: Rollout, catalog: Catalog) -> Rollout:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import fields
 from typing import Any
 
 import numpy as np
@@ -112,41 +110,3 @@ def candidates_from(trie: TokenTrie, leaf_BW: Tensor, scores_BW: Tensor, logprob
         scores_BW=scores_BW,
         logprobs_BWT=pad(logprobs_BWT, (0, depth - logprobs_BWT.shape[-1])),  # cuts off what no path has, too
     )
-
-
-def joined(parts: Sequence[Candidates], order_B: np.ndarray) -> Candidates:
-    """The parts one after another, padded to the longest path; row ``order_B[i]`` of that at place i."""
-    order = torch.from_numpy(order_B).to(parts[0].items_BW.device)
-    depth = max(part.tokens_BWT.shape[-1] for part in parts)
-
-    def join(tensors: list[Tensor]) -> Tensor:
-        return torch.cat(tensors)[order]
-
-    def longer(tensor_BWT: Tensor) -> Tensor:
-        return pad(tensor_BWT, (0, depth - tensor_BWT.shape[-1]))
-
-    return Candidates(
-        items_BW=join([part.items_BW for part in parts]),
-        leaf_BW=join([part.leaf_BW for part in parts]),
-        tokens_BWT=join([longer(part.tokens_BWT) for part in parts]),
-        lengths_BW=join([part.lengths_BW for part in parts]),
-        scores_BW=join([part.scores_BW for part in parts]),
-        logprobs_BWT=join([longer(part.logprobs_BWT) for part in parts]),
-    )
-
-
-def best(found: Candidates, count: int) -> Candidates:
-    """The first ``count`` places of each list."""
-    return Candidates(
-        items_BW=found.items_BW[:, :count],
-        leaf_BW=found.leaf_BW[:, :count],
-        tokens_BWT=found.tokens_BWT[:, :count],
-        lengths_BW=found.lengths_BW[:, :count],
-        scores_BW=found.scores_BW[:, :count],
-        logprobs_BWT=found.logprobs_BWT[:, :count],
-    )
-
-
-def one_prompt(found: Candidates, row: int) -> Candidates:
-    """The list of one prompt."""
-    return Candidates(**{item.name: getattr(found, item.name)[row : row + 1] for item in fields(Candidates)})

@@ -94,8 +94,8 @@ def sft_data(world: World, rows: np.ndarray) -> SftData:
     counts = [len(part.train) for part in tasks]
     shares = [round(getattr(world.recipe.align, part.task.name) * len(part.train)) for part in tasks]
     return SftData(
-        prompts=TokenRows.joined([train.prompts, *(part.train.samples.prompts for part in tasks)]),
-        answers=TokenRows.joined(answers),
+        prompts=TokenRows.cat([train.prompts, *(part.train.samples.prompts for part in tasks)]),
+        answers=TokenRows.cat(answers),
         answer_N=np.concatenate(answer_N),
         num_items=len(paths),
         row_of=np.concatenate([rows, len(train) + np.arange(sum(counts))]).astype(np.int64),
