@@ -42,6 +42,7 @@ class Field:
 
     @property
     def dtype(self) -> type[pl.DataType]:
+        """The polars type of the column."""
         return pl.Int64 if self.kind == "int" else pl.String
 
 
@@ -55,6 +56,7 @@ class Problems:
     lines: int = 0
 
     def add(self, reason: str, line: int) -> None:
+        """Count one more line, numbered from 1, that is unusable for ``reason``."""
         self.counts[reason] = self.counts.get(reason, 0) + 1
         found = self.examples.setdefault(reason, [])
         if len(found) < EXAMPLES:
@@ -62,9 +64,11 @@ class Problems:
 
     @property
     def total(self) -> int:
+        """Unusable lines, over all reasons."""
         return sum(self.counts.values())
 
     def as_dict(self) -> dict[str, Any]:
+        """Counts and first line numbers per reason, as the report of a preparation lists them."""
         reasons = {
             reason: {"lines": self.counts[reason], "first_lines": self.examples[reason]}
             for reason in sorted(self.counts)

@@ -24,11 +24,13 @@ class Blueprint:
     paths: TokenRows | None = None
 
     def to_json(self) -> dict[str, Any]:
+        """The blueprint as a value that ``json.dumps`` takes; ``from_json`` reads it back."""
         paths = None if self.paths is None else [self.paths[item].tolist() for item in range(self.num_items)]
         return {**vars(self), "config": asdict(self.config), "paths": paths}
 
     @classmethod
     def from_json(cls, record: dict[str, Any]) -> Blueprint:
+        """Read what ``to_json`` returned. Raises KeyError or TypeError for a record with missing or foreign entries."""
         paths = record["paths"]
         return cls(
             BaselineConfig(**record["config"]), record["num_items"], record["max_history"],

@@ -29,6 +29,7 @@ class Caser(EmbeddingRecommender):
         self.dense = nn.Linear(HORIZONTAL * window + VERTICAL * hidden, hidden)
 
     def state(self, history_BL: Tensor) -> Tensor:
+        """The user vector [B, D] from the last ``window`` items of ``history_BL`` (left-padded with ``NO_ITEM``)."""
         missing = max(0, self.window - history_BL.shape[1])
         rows_BL = F.pad(history_BL[:, -self.window :], (missing, 0), value=NO_ITEM)
         image_BDL = self.embed(rows_BL).transpose(1, 2)

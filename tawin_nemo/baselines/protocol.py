@@ -1,4 +1,4 @@
-"""What all sequential recommenders share: histories in, scores of all items out, a loss per row.
+"""The interface of sequential recommenders: histories in, scores of all items out, a loss per row.
 
 A history is a row of item indices, oldest first, padded on the left with NO_ITEM (``left_padded`` makes such rows).
 Padding has no influence on any result, whatever its width.
@@ -32,14 +32,14 @@ class SequentialRecommender(nn.Module, ABC):
 
     @abstractmethod
     def scores(self, history_BL: Tensor, width: int | None = None) -> Tensor:
-        """Scores [B, I], higher is better; call it in eval mode. -inf: not among what the model lists.
+        """Scores [B, I], higher is better, -inf for items that the model does not list; call it in eval mode.
 
         ``width`` is the beam width of models that search (None = their default); the others score all items.
         """
 
     @abstractmethod
     def loss(self, history_BL: Tensor, target_B: Tensor, negatives_BN: Tensor | None = None) -> Tensor:
-        """Loss of each row [B]: over all items without ``negatives_BN``, binary cross-entropy against them with it."""
+        """Loss of each row [B]: softmax cross-entropy over all items, or binary against ``negatives_BN`` where given."""
 
 
 class EmbeddingRecommender(SequentialRecommender):
@@ -61,17 +61,19 @@ class EmbeddingRecommender(SequentialRecommender):
 
     @abstractmethod
     def state(self, history_BL: Tensor) -> Tensor:
-        """What is known of the user, [B, D]."""
+        """The user vector [B, D] that is multiplied with item vectors."""
 
     def embed(self, history_BL: Tensor) -> Tensor:
         """Item embeddings [B, L, D]; exactly 0 at padding."""
         return self.items(history_BL + 1)
 
     def scores(self, history_BL: Tensor, width: int | None = None) -> Tensor:
+        """Scores [B, I]: inner products of states and item vectors; ``width`` is not used."""
         state_BD = self.state(history_BL)
         return state_BD @ self.items.weight[1:].T if self.output is None else self.output(state_BD)
 
     def loss(self, history_BL: Tensor, target_B: Tensor, negatives_BN: Tensor | None = None) -> Tensor:
+        """Loss of each row [B]: ``softmax_loss`` over all items, or ``bce_loss`` against ``negatives_BN``."""
         if negatives_BN is None:
             return softmax_loss(self.scores(history_BL), target_B)
         items_BM = torch.cat([target_B.unsqueeze(1), negatives_BN], dim=1)
@@ -79,7 +81,7 @@ class EmbeddingRecommender(SequentialRecommender):
         return bce_loss(scores_BM[:, 0], scores_BM[:, 1:])
 
     def _scores_of(self, state_BD: Tensor, items_BM: Tensor) -> Tensor:
-        """Scores of the named items only."""
+        """Scores [B, M] of the items ``items_BM``."""
         if self.output is None:
             return torch.einsum("bd,bmd->bm", state_BD, self.items(items_BM + 1))
         return torch.einsum("bd,bmd->bm", state_BD, self.output.weight[items_BM]) + self.output.bias[items_BM]
@@ -99,7 +101,7 @@ def left_padded(rows: TokenRows) -> Tensor:
 
 
 def left_aligned(history_BL: Tensor) -> tuple[Tensor, Tensor]:
-    """The same rows with the padding behind the items, and ``length_B``.
+    """Move the padding of left-padded histories behind the items; also returns ``length_B``.
 
     A causal model that reads such a row meets no padding before its last item.
 
@@ -108,11 +110,11 @@ def left_aligned(history_BL: Tensor) -> tuple[Tensor, Tensor]:
     """
     longest = history_BL.shape[1]
     length_B = (history_BL != NO_ITEM).sum(dim=1)
-    place_BL = torch.arange(longest, device=history_BL.device) + (longest - length_B).unsqueeze(1)
-    moved_BL = history_BL.gather(1, place_BL.clamp(max=longest - 1))
-    return moved_BL.masked_fill(place_BL >= longest, NO_ITEM), length_B
+    column_BL = torch.arange(longest, device=history_BL.device) + (longest - length_B).unsqueeze(1)
+    moved_BL = history_BL.gather(1, column_BL.clamp(max=longest - 1))
+    return moved_BL.masked_fill(column_BL >= longest, NO_ITEM), length_B
 
 
 def last_of(hidden_BLD: Tensor, length_B: Tensor) -> Tensor:
-    """The entry of each left-aligned row's last item, [B, D]."""
+    """Hidden state [B, D] at each left-aligned row's last item."""
     return hidden_BLD[torch.arange(len(hidden_BLD), device=hidden_BLD.device), (length_B - 1).clamp(min=0)]

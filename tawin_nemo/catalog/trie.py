@@ -78,6 +78,7 @@ class TokenTrie:
 
     @property
     def num_items(self) -> int:
+        """Number of items I, those with equal paths included."""
         return len(self.arrays.pool_offsets) - 1
 
     @property
@@ -107,6 +108,7 @@ class TokenTrie:
 
     @cached_property
     def max_token(self) -> int:
+        """The largest token id on any path; the model's vocabulary must be larger."""
         return int(self.arrays.pool_tokens.max())
 
     @cached_property

@@ -44,6 +44,7 @@ class BatchStream:
         return np.concatenate(parts)
 
     def order(self, epoch: int) -> np.ndarray:
+        """Row numbers of epoch ``epoch`` before they are shuffled: each source's share, source after source."""
         """The rows of an epoch as they come."""
         return epoch_order(self.n, self.seed, epoch)
 

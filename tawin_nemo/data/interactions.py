@@ -62,6 +62,8 @@ class ItemFrame:
 
 @dataclass(frozen=True)
 class Dataset:
+    """A prepared data set: its items, its three splits and the manifest that the preparation wrote."""
+
     items: ItemFrame
     train: Split
     valid: Split

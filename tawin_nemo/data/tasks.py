@@ -78,6 +78,7 @@ class TaskTemplate(Template):
 
     @property
     def head(self) -> str:
+        """The text in front of the question: the compact marker, or the instruction in Alpaca's template."""
         if self.name == "compact":
             return self.task.marker
         return f"{ALPACA_START}{self.task.instruction}{ALPACA_INPUT}"

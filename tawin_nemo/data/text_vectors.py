@@ -89,6 +89,7 @@ class TextModel:
         return _unit_rows(counts.transform(texts) @ self.components_DW.T)
 
     def save(self, folder: Path) -> None:
+        """Write the vocabulary and the matrices into an existing folder; ``load`` reads them back."""
         (folder / WORDS).write_text(json.dumps(self.words), encoding="utf-8")
         np.save(folder / MODEL, np.vstack([self.idf_W, self.components_DW]))
 

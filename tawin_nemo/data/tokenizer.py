@@ -71,6 +71,7 @@ class Tokenizer:
 
     @property
     def eos_id(self) -> int:
+        """Token id of the end of text."""
         return int(self.backend.token_to_id(self.eos_token))
 
     @property

@@ -102,6 +102,7 @@ def _listed_paths(leaf_BK: np.ndarray) -> int:
 
 
 def metric_names(ks: Sequence[int]) -> list[str]:
+    """The columns ``recall@K`` of all cut-offs, then ``ndcg@K``: the order of tables and reports."""
     return [f"{metric}@{k}" for metric in ("recall", "ndcg") for k in ks]
 
 

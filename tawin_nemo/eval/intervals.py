@@ -22,6 +22,7 @@ class Interval:
 
     @property
     def excludes_zero(self) -> bool:
+        """Whether the whole interval lies on one side of 0."""
         return self.low > 0 or self.high < 0
 
 

@@ -45,6 +45,8 @@ RL_PLOTS = (
 
 @dataclass(frozen=True)
 class Fact:
+    """A named entry in the summary table of a report, already formatted."""
+
     name: str
     value: str
 

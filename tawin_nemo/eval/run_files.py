@@ -64,6 +64,7 @@ class ReportInput:
         return node
 
     def stage(self, name: str) -> StageRecord | None:
+        """The stage called ``name``, or None if the run has none of that name yet."""
         return next((stage for stage in self.stages if stage.name == name), None)
 
 

@@ -45,6 +45,7 @@ class Beams(PromptRecord):
 
     @property
     def live_BW(self) -> Tensor:
+        """bool [B, W]: the slot holds an unfinished beam."""
         return self.node_BW >= 0
 
     @property

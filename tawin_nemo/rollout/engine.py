@@ -38,10 +38,14 @@ class Engine(Protocol):
     weight_version: int
 
     @property
-    def dp(self) -> DataParallel | None: ...
+    def dp(self) -> DataParallel | None:
+        """This process's rank among the replicas of the rollout model; None where they are those of training."""
+        ...
 
     @property
-    def spread(self) -> int: ...
+    def spread(self) -> int:
+        """Number of replicas among which one call divides its prompts."""
+        ...
 
     def receive_weights(self) -> None:
         """Bring the weights that are searched with up to date."""

@@ -27,10 +27,12 @@ class ItemFilter:
 
     @classmethod
     def only(cls, trie: TokenTrie, items: Collection[int]) -> ItemFilter:
+        """A filter that allows the paths of ``items`` (item indices) and nothing else."""
         return cls("only", _places(trie, items))
 
     @classmethod
     def without(cls, trie: TokenTrie, items: Collection[int]) -> ItemFilter:
+        """A filter that allows every path but those all of whose items are in ``items`` (item indices)."""
         return cls("except", _places(trie, items))
 
     def allowed_paths(self, trie: TokenTrie) -> int:

@@ -50,6 +50,7 @@ class GroupFacts:
 
     @classmethod
     def of(cls, rollout: Rollout) -> GroupFacts:
+        """Count the groups of one rollout, on the device where it lies."""
         valid_BG, hit_BG = rollout.valid_BG, rollout.is_target_BG & rollout.valid_BG
         inserted_BG = torch.zeros_like(hit_BG) if rollout.inserted_BG is None else rollout.inserted_BG
         return cls(

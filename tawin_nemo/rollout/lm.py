@@ -21,7 +21,9 @@ class LM(Protocol):
     """
 
     @property
-    def vocab_size(self) -> int: ...
+    def vocab_size(self) -> int:
+        """Number of tokens V that the model gives probabilities to; token ids are below it."""
+        ...
 
     @property
     def max_positions(self) -> int:
@@ -86,32 +88,40 @@ class MeteredLM:
 
     @property
     def vocab_size(self) -> int:
+        """Token ids of ``lm`` are below this."""
         return self.lm.vocab_size
 
     @property
     def max_positions(self) -> int:
+        """Tokens of the longest prompt and path together that ``lm`` takes."""
         return self.lm.max_positions
 
     def prefill(self, prompts: TokenRows) -> Any:
+        """Run B prompts and count their tokens and attention pairs."""
         lengths_B = prompts.lengths.astype(np.float64)
         self._prompts += FlopCount(tokens=len(prompts.flat), pairs=float((lengths_B * (lengths_B + 1) / 2).sum()))
         self._num_prompts += len(prompts)
         return self.lm.prefill(prompts)
 
     def extend(self, cache: Any, parent_R: Tensor, chains: TokenRows) -> Any:
+        """Append chains of tokens to rows of the cache and count their tokens."""
         self._behind += FlopCount(tokens=len(chains.flat))
         return self.lm.extend(cache, parent_R, chains)
 
     def rows(self, cache: Any) -> int:
+        """Number of rows of the cache; counts nothing."""
         return self.lm.rows(cache)
 
     def keep(self, cache: Any, prompt_M: Tensor) -> tuple[Any, Tensor]:
+        """Reduce the cache to some prompts; counts nothing."""
         return self.lm.keep(cache, prompt_M)
 
     def join(self, first: Any, second: Any) -> tuple[Any, Tensor, Tensor]:
+        """Merge two caches; counts nothing."""
         return self.lm.join(first, second)
 
     def logprobs(self, cache: Any, row_N: Tensor, position_E: Tensor, token_E: Tensor, space: str) -> Tensor:
+        """Log-probs [E] of edges; counts the output logits: E in trie space, N times V in vocab space."""
         logits = len(token_E) if space == "trie" else len(row_N) * self.vocab_size
         self._behind += FlopCount(logits=logits)
         return self.lm.logprobs(cache, row_N, position_E, token_E, space)

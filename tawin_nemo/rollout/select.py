@@ -30,6 +30,7 @@ class Rules:
 
     @classmethod
     def of(cls, trie: TokenTrie, space: str, length_penalty: float, like: Tensor) -> Rules:
+        """The rules of a search in ``space`` whose scores have the device and the floating type of ``like``."""
         norms = [max(1, length) ** length_penalty for length in range(trie.max_depth + 1)]  # no path has length 0
         norm_T = torch.tensor(norms, dtype=torch.float64)
         best_norm_T = norm_T[-1:].expand_as(norm_T) if length_penalty > 0 else torch.cat([norm_T[1:], norm_T[-1:]])

@@ -41,6 +41,7 @@ class Codebooks:
 
     @property
     def levels(self) -> int:
+        """Number of code levels L."""
         return len(self.vectors_LKD)
 
     @property

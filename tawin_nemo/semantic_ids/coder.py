@@ -53,6 +53,7 @@ class ItemCoder:
         return read_ID if self.network is None else _in_pieces(self.network.decode, read_ID)
 
     def save(self, folder: Path) -> None:
+        """Write codebooks and network into an existing folder; ``load`` reads them back."""
         np.save(folder / CODEBOOKS, self.books.vectors_LKD)
         shape = asdict(self.network.shape) if self.network else None
         (folder / NETWORK).write_text(json.dumps({"method": self.method, "shape": shape}) + "\n", encoding="utf-8")

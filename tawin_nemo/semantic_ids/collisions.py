@@ -161,4 +161,5 @@ def with_dedup_token(codes_IL: np.ndarray) -> np.ndarray:
 
 
 def listed(items: np.ndarray, shown: int = 5) -> str:
+    """The first ``shown`` item numbers as text for a message, with an ellipsis if there are more."""
     return ", ".join(map(str, items[:shown].tolist())) + (" ..." if len(items) > shown else "")

@@ -98,6 +98,7 @@ class Earlier:
 
     @property
     def seed(self) -> int:
+        """The random seed that the index was made with."""
         return int(self.manifest["request"]["seed"])
 
     def settings(self, cfg: SemanticIdsConfig) -> SemanticIdsConfig:

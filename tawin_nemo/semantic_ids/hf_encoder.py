@@ -51,6 +51,8 @@ def encoder_checksums(folder: Path) -> dict[str, str]:
 
 @dataclass(frozen=True)
 class Encoded:
+    """Vectors of I texts, and how many of the texts were truncated."""
+
     vectors_ID: np.ndarray  # float32, rows of length 1
     cut: int  # texts that were longer than max_tokens
 

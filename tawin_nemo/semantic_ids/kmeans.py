@@ -59,6 +59,7 @@ def spread_of(x_ID: np.ndarray) -> float:
 
 
 def refuse_few_items(items: int, codes: int) -> None:
+    """Raise DataError if there are fewer items than codes in one level."""
     if items < codes:
         raise DataError(
             f"{items} items cannot fill semantic_ids.codes={codes} codes of one level; "

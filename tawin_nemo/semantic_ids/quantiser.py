@@ -97,10 +97,12 @@ class Autoencoder(nn.Module):
         self.register_buffer("scale", torch.ones(()))
 
     def encode(self, x_ND: Tensor) -> Tensor:
+        """Latent vectors of N item vectors, [N, latent dimensions]; inputs are standardised first."""
         latent_ND: Tensor = self.encoder((x_ND - self.mean_D) / self.scale)
         return latent_ND
 
     def decode(self, latent_ND: Tensor) -> Tensor:
+        """Item vectors, in their original scale, of N latent vectors."""
         x_ND: Tensor = self.decoder(latent_ND) * self.scale + self.mean_D
         return x_ND
 

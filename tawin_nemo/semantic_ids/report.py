@@ -97,6 +97,7 @@ def measure(
 
 
 def level_use(code_I: np.ndarray) -> LevelUse:
+    """Codes in use, entropy in bits and largest share of one level, from the code of each item."""
     share_K = np.bincount(code_I) / len(code_I)
     share_K = share_K[share_K > 0]
     return LevelUse(len(share_K), float(-(share_K * np.log2(share_K)).sum()), float(share_K.max()))
