@@ -2,36 +2,63 @@
 
 A training row is a history and the item that follows it, as everywhere in this package; sliding-window data hold
 every shorter history as a row of its own. The stage is ``RUN_DIR/MODEL``; its files are those of ``Stage``, the
-checkpoints are described in ``models/seqrec/load.py``.
+checkpoints are described in ``baselines/load.py``.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from tawin_nemo.baselines.build import Blueprint, build_recommender, check_config
 from tawin_nemo.baselines.evaluate import evaluate_baseline, valid_metrics
-from tawin_nemo.baselines.load import MODEL_FILE, Fitting, load_checkpoint
-from tawin_nemo.baselines.losses import sample_negatives
-from tawin_nemo.baselines.protocol import SequentialRecommender, left_padded
-from tawin_nemo.baselines.stage import BaselineStage
+from tawin_nemo.baselines.load import MODEL_FILE, Fitting, find_problem, load_checkpoint, save_checkpoint
+from tawin_nemo.baselines.protocol import SequentialRecommender, left_padded, sample_negatives
 from tawin_nemo.data.batches import BatchStream, micro_batches
 from tawin_nemo.data.samples import Samples
 from tawin_nemo.eval.bias import item_counts
 from tawin_nemo.eval.result import EvalResult
+from tawin_nemo.models.megatron.checkpoint import checkpoint
 from tawin_nemo.models.megatron.parallel import runtime
 from tawin_nemo.run.schedule import scheduled
-from tawin_nemo.run.stage import MetricSink, Progress, monitored
+from tawin_nemo.run.stage import MetricSink, Progress, Stage, monitored
 from tawin_nemo.run.world import World
 from tawin_nemo.util.errors import ConfigError, TawinError
 from tawin_nemo.util.files import write_json
 from tawin_nemo.util.log import get_logger
 
 log = get_logger(__name__)
-
 #: History items in one forward pass; rows of similar length go together, so that little padding is computed.
 ITEMS_PER_PASS = 512
+
+
+class BaselineStage(Stage):
+    """``resume`` and ``save`` take a ``Fitting`` in place of a Trainable; one process."""
+
+    def resume(self, trainable: Any) -> Progress:
+        """Load the newest checkpoint that is whole; a fresh stage starts at step 0."""
+        newest = checkpoint.newest_valid(self.checkpoints, find_problem)
+        if newest is None:
+            self._rewind(-1)
+            return Progress()
+        progress = Progress(**load_checkpoint(newest, trainable.model, trainable.optimizer)["progress"])
+        checkpoint.set_aside(self.checkpoints, progress.step)
+        self._rewind(progress.step)
+        log.info("%s continues after step %d", self.name, progress.step)
+        return progress
+
+    def save(self, trainable: Any, progress: Progress) -> None:
+        """Write ``checkpoints/step_N`` and remove what ``keep_last`` and the best step do not protect.
+
+        The best checkpoint always stays: it is what the stage hands on.
+        """
+        self._flush()
+        state = {"progress": vars(progress), "stage": self.name}
+        save_checkpoint(self.checkpoints / f"step_{progress.step}", trainable, state)
+        self._saved_step = progress.step
+        checkpoint.prune(self.checkpoints, keep_last=self.trainer.keep_last, keep={progress.best_step})
 
 
 def run_baseline(world: World, sink: MetricSink | None = None) -> EvalResult:

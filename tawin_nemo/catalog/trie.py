@@ -21,9 +21,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tawin_nemo.catalog.trie_build import TrieArrays, build_arrays
-from tawin_nemo.catalog.trie_files import load_arrays, save_arrays
-from tawin_nemo.catalog.trie_spans import Spans
+from tawin_nemo.catalog.trie_arrays import Spans, TrieArrays, load_arrays, save_arrays
+from tawin_nemo.catalog.trie_build import build_arrays
 from tawin_nemo.types import TokenRows
 
 

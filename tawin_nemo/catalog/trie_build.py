@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from tawin_nemo.catalog.trie_arrays import TrieArrays
 from tawin_nemo.types import TokenRows
 from tawin_nemo.util.errors import CatalogError
 
@@ -172,22 +173,6 @@ def _halves(alike: _Alike) -> list[_Alike]:
 
 def _part(alike: _Alike, which: np.ndarray | slice) -> _Alike:
     return _Alike(alike.places_A[which], alike.rows_A[which], alike.head_A[which], alike.column)
-
-
-@dataclass(frozen=True)
-class TrieArrays:
-    """The trie in memory and on disk: n inner nodes, E edges, I items, V = n + I node ids.
-
-    Integers are as narrow as the sizes allow; only ``pool_tokens`` and ``child_tokens`` are always int32.
-    """
-
-    child_offsets: np.ndarray  # [n + 1] edges of inner node v are child_offsets[v] .. child_offsets[v + 1] - 1
-    child_tokens: np.ndarray  # [E] first token of the edge's label, ascending within a node
-    child_nodes: np.ndarray  # [E]
-    node_depth: np.ndarray  # [V] tokens from the root; 0 for id n + p if place p has the path of place p - 1
-    node_item: np.ndarray  # [V] the item at a leaf's place; for an inner node the item of its first leaf
-    pool_tokens: np.ndarray  # [sum of lengths] the paths in item order
-    pool_offsets: np.ndarray  # [I + 1]
 
 
 def build_arrays(rows: TokenRows, names: Sequence[str] | None) -> TrieArrays:

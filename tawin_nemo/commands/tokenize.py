@@ -14,13 +14,13 @@ import polars as pl
 from tawin_nemo.catalog.semantic_ids import find_codes
 from tawin_nemo.config.schema import Recipe, SemanticIdsConfig
 from tawin_nemo.data.interactions import BRAND, CATEGORY, ITEMS_FILE, MANIFEST, Dataset, load_dataset
+from tawin_nemo.semantic_ids.clustering import refuse_few_items
 from tawin_nemo.semantic_ids.codebooks import mean_codebooks
 from tawin_nemo.semantic_ids.coder import WITH_NETWORK, ItemCoder, fit, settle
 from tawin_nemo.semantic_ids.collisions import listed
 from tawin_nemo.semantic_ids.encoders import embed, item_texts, keep_encoder
 from tawin_nemo.semantic_ids.growth import CODES, FORMAT, ITEMS, Earlier, Tokenized, is_finished
 from tawin_nemo.semantic_ids.index_files import read_index, write_index, write_info
-from tawin_nemo.semantic_ids.kmeans import refuse_few_items
 from tawin_nemo.semantic_ids.plot import draw
 from tawin_nemo.semantic_ids.report import IndexReport, measure, words_of_texts
 from tawin_nemo.util.errors import DataError

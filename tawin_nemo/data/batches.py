@@ -44,7 +44,6 @@ class BatchStream:
         return np.concatenate(parts)
 
     def order(self, epoch: int) -> np.ndarray:
-        """Row numbers of epoch ``epoch`` before they are shuffled: each source's share, source after source."""
         """The rows of an epoch as they come."""
         return epoch_order(self.n, self.seed, epoch)
 
@@ -72,6 +71,7 @@ class MixedStream(BatchStream):
         return cls(n, min(batch_size, n), seed, tuple(sizes), tuple(shares))
 
     def order(self, epoch: int) -> np.ndarray:
+        """The row numbers of one epoch in the order in which batches take them: a share of each source, shuffled."""
         parts, first = [], 0
         for source, (size, share) in enumerate(zip(self.sizes, self.shares, strict=True)):
             if share == size:

@@ -13,8 +13,8 @@ from tawin_nemo.catalog.items import Catalog
 from tawin_nemo.config.backbones import FlopCount
 from tawin_nemo.config.schema import RolloutConfig
 from tawin_nemo.rollout.beam import Answers, BeamSearch, collected
+from tawin_nemo.rollout.groups import distinct_first, draws_for
 from tawin_nemo.rollout.lm import LM, MeteredLM
-from tawin_nemo.rollout.negatives import distinct_first, draws_for
 from tawin_nemo.rollout.sampling import constrained_sample
 from tawin_nemo.rollout.scoring import SCORE_SPACES, check_prompts
 from tawin_nemo.types import Candidates, DataParallel, PromptBatch, Rollout, TokenRows

@@ -14,9 +14,8 @@ from safetensors.torch import load_file, save_file
 
 from tawin_nemo.config.schema import SemanticIdsConfig
 from tawin_nemo.semantic_ids import collisions
-from tawin_nemo.semantic_ids.balanced import balanced_residual_kmeans
+from tawin_nemo.semantic_ids.clustering import balanced_residual_kmeans, residual_kmeans
 from tawin_nemo.semantic_ids.codebooks import CHUNK_ROWS, Codebooks, mean_codebooks
-from tawin_nemo.semantic_ids.kmeans import residual_kmeans
 from tawin_nemo.semantic_ids.quantiser import Autoencoder, NetworkShape
 from tawin_nemo.semantic_ids.train_quantiser import Plan, Watcher, train_quantiser
 from tawin_nemo.util.errors import ConfigError, DataError

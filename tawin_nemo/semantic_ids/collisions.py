@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from scipy.optimize import linear_sum_assignment
 
+from tawin_nemo.semantic_ids.clustering import transport_plan
 from tawin_nemo.semantic_ids.codebooks import Codebooks, squared_distances
-from tawin_nemo.semantic_ids.sinkhorn import transport_plan
 from tawin_nemo.util.errors import DataError
 
 #: What stands in the column of the dedup token for an item that needs none.

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tawin_nemo.semantic_ids.sinkhorn import transport_plan
+from tawin_nemo.semantic_ids.clustering import transport_plan
 
 SINKHORN_ITERATIONS = 50
 

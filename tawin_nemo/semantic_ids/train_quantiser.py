@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from tawin_nemo.config.schema import RqVaeConfig
-from tawin_nemo.semantic_ids.kmeans import refuse_few_different, refuse_few_items, residual_kmeans, spread_of
+from tawin_nemo.semantic_ids.clustering import refuse_few_different, refuse_few_items, residual_kmeans, spread_of
 from tawin_nemo.semantic_ids.quantiser import Autoencoder, NetworkShape, Quantised
 from tawin_nemo.util.files import atomic_path
 from tawin_nemo.util.log import progress, say

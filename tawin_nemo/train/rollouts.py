@@ -26,7 +26,7 @@ from tawin_nemo.placement.ahead import RolloutAhead
 from tawin_nemo.placement.dispatch import dispatched, generating
 from tawin_nemo.placement.weight_sync import check_version
 from tawin_nemo.rollout.engine import Engine
-from tawin_nemo.rollout.negatives import ensure_target
+from tawin_nemo.rollout.groups import ensure_target
 from tawin_nemo.run.stage import Progress
 from tawin_nemo.run.timers import Timers
 from tawin_nemo.types import DataParallel, PromptBatch, Rollout

@@ -3,9 +3,8 @@
 import pytest
 import torch
 
-from tawin_nemo.baselines.codes import END, PAD, CodeBook, CodeTree
 from tawin_nemo.baselines.protocol import left_padded
-from tawin_nemo.baselines.tiger import PLACES, Tiger
+from tawin_nemo.baselines.tiger import END, PAD, PLACES, CodeBook, CodeTree, Tiger
 from tawin_nemo.types import NO_ITEM, TokenRows
 from tests.baselines.patterns import ITEMS, PATHS, histories, model_of
 

@@ -17,7 +17,7 @@ from tawin_nemo.catalog.items import Catalog
 from tawin_nemo.catalog.trie import TokenTrie
 from tawin_nemo.config.schema import RolloutConfig
 from tawin_nemo.rollout.engine import RolloutEngine, draw_seed
-from tawin_nemo.rollout.negatives import distinct_first, draws_for
+from tawin_nemo.rollout.groups import distinct_first, draws_for
 from tawin_nemo.types import Candidates, PromptBatch, TokenRows
 from tawin_nemo.util.errors import ConfigError
 

@@ -9,9 +9,13 @@ from hypothesis import strategies as st
 from scipy.optimize import linear_sum_assignment
 
 from tawin_nemo.semantic_ids import codebooks as codebooks_module
-from tawin_nemo.semantic_ids.balanced import balanced_assignment, balanced_residual_kmeans, balanced_sizes
+from tawin_nemo.semantic_ids.clustering import (
+    balanced_assignment,
+    balanced_residual_kmeans,
+    balanced_sizes,
+    residual_kmeans,
+)
 from tawin_nemo.semantic_ids.codebooks import Codebooks, mean_codebooks, nearest, squared_distances
-from tawin_nemo.semantic_ids.kmeans import residual_kmeans
 from tawin_nemo.util.errors import DataError
 from tests.semantic_ids.vectors import blobs, relative_error
 

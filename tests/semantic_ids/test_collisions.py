@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from tawin_nemo.semantic_ids.clustering import transport_plan
 from tawin_nemo.semantic_ids.codebooks import Codebooks
 from tawin_nemo.semantic_ids.collisions import (
     NO_TOKEN,
@@ -17,7 +18,6 @@ from tawin_nemo.semantic_ids.collisions import (
     sinkhorn_assigned,
     with_dedup_token,
 )
-from tawin_nemo.semantic_ids.sinkhorn import transport_plan
 from tawin_nemo.util.errors import DataError
 
 

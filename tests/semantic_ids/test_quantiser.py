@@ -11,8 +11,8 @@ import torch
 
 from tawin_nemo.config.schema import RqVaeConfig
 from tawin_nemo.semantic_ids import train_quantiser as training
+from tawin_nemo.semantic_ids.clustering import residual_kmeans
 from tawin_nemo.semantic_ids.codebooks import Codebooks
-from tawin_nemo.semantic_ids.kmeans import residual_kmeans
 from tawin_nemo.semantic_ids.quantiser import Autoencoder, NetworkShape, ResidualQuantiser, choose
 from tawin_nemo.semantic_ids.train_quantiser import Plan, train_quantiser
 from tawin_nemo.util.errors import DataError
