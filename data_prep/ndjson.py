@@ -58,9 +58,9 @@ class Problems:
     def add(self, reason: str, line: int) -> None:
         """Count one more line, numbered from 1, that is unusable for ``reason``."""
         self.counts[reason] = self.counts.get(reason, 0) + 1
-        found = self.examples.setdefault(reason, [])
-        if len(found) < EXAMPLES:
-            found.append(line)
+        lines = self.examples.setdefault(reason, [])
+        if len(lines) < EXAMPLES:
+            lines.append(line)
 
     @property
     def total(self) -> int:

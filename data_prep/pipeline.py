@@ -23,10 +23,10 @@ def build(raw: RawData, *, k: int, max_title_words: int, max_history: int) -> Pr
     when a filter leaves nothing.
     """
     steps = [Step("readable reviews", raw.reviews.readable, None, None)]
-    _refuse_empty(raw, steps, f"is {raw.problems[0].path} the raw review file?")
+    _check_not_empty(raw, steps, f"is {raw.problems[0].path} the raw review file?")
     steps.append(_step(f"time window {raw.period}", raw.reviews.inside))
     seen = f"{_day(raw.reviews.first_time)} and {_day(raw.reviews.last_time)}"
-    _refuse_empty(raw, steps, f"the reviews lie between {seen}: set prepare.start and prepare.end")
+    _check_not_empty(raw, steps, f"the reviews lie between {seen}: set prepare.start and prepare.end")
     reviews = raw.reviews.inside.unique(subset=[USER, ITEM, TIME], keep="first", maintain_order=True)
     steps.append(_step("exact duplicates removed", reviews))
 
@@ -34,18 +34,18 @@ def build(raw: RawData, *, k: int, max_title_words: int, max_history: int) -> Pr
     reviews = reviews.join(items.select(ITEM), on=ITEM, how="semi", maintain_order="left")
     steps.append(_step("valid titles", reviews))
     reasons = ", ".join(f"{reason}: {count['items']}" for reason, count in faults.items())
-    _refuse_empty(raw, steps, f"items refused ({reasons}); does the metadata belong to the reviews?")
+    _check_not_empty(raw, steps, f"items refused ({reasons}); does the metadata belong to the reviews?")
 
     user_N, item_N = _codes(reviews[USER]), _codes(reviews[ITEM])
     reviews = reviews.filter(pl.Series(k_core(user_N, item_N, k)))
     steps.append(_step(f"{k}-core", reviews))
-    _refuse_empty(raw, steps, f"lower prepare.k_core (now {k}) or widen the time window")
+    _check_not_empty(raw, steps, f"lower prepare.k_core (now {k}) or widen the time window")
 
     samples = sliding_windows(_codes(reviews[USER]), _codes(reviews[ITEM]), reviews[TIME].to_numpy(), max_history)
     users, kept = reviews[USER].n_unique(), reviews[ITEM].unique().sort()
     steps.append(Step(f"samples (history <= {max_history})", len(samples), users, len(kept)))
     if len(samples) < 10:
-        raise DataError(_story(raw, steps) + f" Only {len(samples)} samples are left; a split of 8:1:1 needs 10.")
+        raise DataError(_summary(raw, steps) + f" Only {len(samples)} samples are left; a split of 8:1:1 needs 10.")
     texts = kept.alias(ITEM).to_frame().join(items, on=ITEM, how="left", maintain_order="left")
     frame = texts.rename({ITEM: EXTERNAL_ID}).with_row_index(ITEM).with_columns(pl.col(ITEM).cast(pl.Int64))
     splits = dict(zip(SPLITS, split_by_time(samples), strict=True))
@@ -85,15 +85,15 @@ def _step(name: str, reviews: pl.DataFrame) -> Step:
     return Step(name, reviews.height, reviews[USER].n_unique(), reviews[ITEM].n_unique())
 
 
-def _refuse_empty(raw: RawData, steps: list[Step], remedy: str) -> None:
+def _check_not_empty(raw: RawData, steps: list[Step], remedy: str) -> None:
     if steps[-1].interactions == 0:
-        raise DataError(f"{_story(raw, steps)} The step '{steps[-1].name}' removed everything: {remedy}")
+        raise DataError(f"{_summary(raw, steps)} The step '{steps[-1].name}' removed everything: {remedy}")
 
 
-def _story(raw: RawData, steps: list[Step]) -> str:
-    story = " -> ".join(f"{step.name}: {step.interactions:,}" for step in steps)
+def _summary(raw: RawData, steps: list[Step]) -> str:
+    summary = " -> ".join(f"{step.name}: {step.interactions:,}" for step in steps)
     skipped = sum(problem.total for problem in raw.problems)
-    return f"data set {raw.name} is empty after filtering. {story} ({skipped} unusable lines skipped)."
+    return f"data set {raw.name} is empty after filtering. {summary} ({skipped} unusable lines skipped)."
 
 
 def _day(seconds: int) -> str:

@@ -93,16 +93,16 @@ def _source_files(source: str, root: Path, prepare: PrepareConfig) -> list[Path]
     ]
 
 
-def _one_file(root: Path, key: str, named: str, found: list[Path]) -> Path:
+def _one_file(root: Path, key: str, named: str, paths: list[Path]) -> Path:
     if named:
         path = root / named
         if not path.is_file():
             raise DataError(f"{key}={named!r}: there is no file {path}")
         return path
-    if len(found) != 1:
-        candidates = ", ".join(path.name for path in found) or "none"
+    if len(paths) != 1:
+        candidates = ", ".join(path.name for path in paths) or "none"
         raise DataError(f"set {key} to one file in {root}; candidates: {candidates}")
-    return found[0]
+    return paths[0]
 
 
 def _default_name(source: str, root: Path, files: list[Path]) -> str:

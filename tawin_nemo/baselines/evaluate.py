@@ -28,13 +28,13 @@ from tawin_nemo.util.log import progress
 
 
 @dataclass(frozen=True)
-class Ranked:
+class Rankings:
     """What is kept of the rankings of B rows."""
 
     rank_B: np.ndarray
     sharing_B: np.ndarray  # items that hold the target's place, the target included
-    listed_B: np.ndarray  # places of the list
-    top_BK: np.ndarray  # items at its first places, NO_ITEM behind its end
+    listed_B: np.ndarray  # list_length of the list
+    top_BK: np.ndarray  # items at its first list_length, NO_ITEM behind its end
 
 
 def target_rank(scores_BI: Tensor, target_B: Tensor) -> Tensor:
@@ -62,20 +62,20 @@ def evaluate_baseline(
 
     ``popularity_I`` as in ``eval.evaluate``. Raises DataError without rows, TawinError when a score is not a number.
     """
-    found = rank_rows(model, samples, cfg.beams, max(COVERAGE_K, *cfg.ks), label)
-    per_user = per_user_table(samples, found.rank_B, found.sharing_B, found.listed_B, cfg)
+    rankings = rank_rows(model, samples, cfg.beams, max(COVERAGE_K, *cfg.ks), label)
+    per_user = per_user_table(samples, rankings.rank_B, rankings.sharing_B, rankings.listed_B, cfg)
     intervals = {name: normal_interval(per_user[name].to_numpy()) for name in metric_names(cfg.ks)}
-    leaf_BK = np.where(found.top_BK == NO_ITEM, -1, catalog.leaf_I[found.top_BK])
-    listed = np.unique(found.top_BK[:, :COVERAGE_K])
-    longest = int(found.listed_B.max())
+    leaf_BK = np.where(rankings.top_BK == NO_ITEM, -1, catalog.leaf_I[rankings.top_BK])
+    listed = np.unique(rankings.top_BK[:, :COVERAGE_K])
+    longest = int(rankings.listed_B.max())
     return EvalResult(
         means={name: interval.mean for name, interval in intervals.items()},
         intervals={name: (interval.low, interval.high) for name, interval in intervals.items()},
         rows=len(samples),
         invalid_rate=0.0,
-        collisions=int((found.sharing_B > 1).sum()),
-        short_rows=float((found.listed_B < longest).mean()),
-        coverage=int((listed != NO_ITEM).sum()) / len(model.carrier_I.unique()),
+        collisions=int((rankings.sharing_B > 1).sum()),
+        short_rows=float((rankings.listed_B < longest).mean()),
+        coverage=int((listed != NO_ITEM).sum()) / len(model.representative_I.unique()),
         beams=longest,
         collision=cfg.collision,
         per_user=per_user,
@@ -85,35 +85,35 @@ def evaluate_baseline(
 
 def valid_metrics(model: SequentialRecommender, samples: Samples, cfg: EvalConfig) -> dict[str, float]:
     """Means on ``samples`` for early stopping; a search is as wide as the largest cut-off, which is much faster."""
-    found = rank_rows(model, samples, max(cfg.ks), max(cfg.ks), "valid")
-    table = per_user_table(samples, found.rank_B, found.sharing_B, found.listed_B, cfg)
+    rankings = rank_rows(model, samples, max(cfg.ks), max(cfg.ks), "valid")
+    table = per_user_table(samples, rankings.rank_B, rankings.sharing_B, rankings.listed_B, cfg)
     return {name: float(table[name].to_numpy().mean()) for name in metric_names(cfg.ks)}
 
 
 @torch.no_grad()
-def rank_rows(model: SequentialRecommender, samples: Samples, width: int, places: int, label: str) -> Ranked:
-    """Rankings of all rows, of which the first ``places`` are kept; errors as in ``evaluate_baseline``."""
+def rank_rows(model: SequentialRecommender, samples: Samples, width: int, list_length: int, label: str) -> Rankings:
+    """Rankings of all rows, of which the first ``list_length`` are kept; errors as in ``evaluate_baseline``."""
     if len(samples) == 0:
         raise DataError(f"{label}: no rows to evaluate; check data.eval_limit and the split")
     model.eval()
-    carrier_I = model.carrier_I
-    items_I = torch.arange(model.num_items, device=carrier_I.device)
+    representative_I = model.representative_I
+    items_I = torch.arange(model.num_items, device=representative_I.device)
     by_length = np.argsort(-samples.history.lengths, kind="stable")
     rank_B, listed_B = (np.empty(len(samples), dtype=np.int64) for _ in range(2))
-    top_BK = np.full((len(samples), places), NO_ITEM)
+    top_BK = np.full((len(samples), list_length), NO_ITEM)
     chunks = [by_length[start : start + CHUNK_ROWS] for start in range(0, len(samples), CHUNK_ROWS)]
     for rows in progress(chunks, what=label):
-        history_BL = left_padded(samples.history.take(rows)).to(carrier_I.device)
+        history_BL = left_padded(samples.history.take(rows)).to(representative_I.device)
         scores_BI = model.scores(history_BL, width)
         if bool(scores_BI.isnan().any()):
             raise TawinError(f"{label}: scores are not numbers; lower baseline.lr")
-        scores_BI = scores_BI.masked_fill(carrier_I != items_I, float("-inf"))
-        target_B = torch.from_numpy(samples.target_N[rows].astype(np.int64)).to(carrier_I.device)
-        rank_B[rows] = target_rank(scores_BI, carrier_I[target_B]).cpu().numpy()
+        scores_BI = scores_BI.masked_fill(representative_I != items_I, float("-inf"))
+        target_B = torch.from_numpy(samples.target_N[rows].astype(np.int64)).to(representative_I.device)
+        rank_B[rows] = target_rank(scores_BI, representative_I[target_B]).cpu().numpy()
         listed_B[rows] = (scores_BI > float("-inf")).sum(dim=1).cpu().numpy()
-        best = scores_BI.topk(min(places, model.num_items), dim=1)
+        best = scores_BI.topk(min(list_length, model.num_items), dim=1)
         items_BK = best.indices.masked_fill(best.values == float("-inf"), NO_ITEM)
         top_BK[rows, : items_BK.shape[1]] = items_BK.cpu().numpy()
-    carriers = carrier_I.cpu().numpy()
+    carriers = representative_I.cpu().numpy()
     sharing_I = np.bincount(carriers, minlength=model.num_items)[carriers]
-    return Ranked(rank_B, sharing_I[samples.target_N], listed_B, top_BK)
+    return Rankings(rank_B, sharing_I[samples.target_N], listed_B, top_BK)

@@ -27,7 +27,7 @@ WEIGHTS, OPTIMIZER = "weights.pt", "optimizer.pt"
 
 
 @dataclass(frozen=True, eq=False)
-class Fitting:
+class ModelAndOptimizer:
     """A model and the optimizer that moves it."""
 
     model: SequentialRecommender
@@ -72,7 +72,7 @@ class Scorer:
     def scores(self, histories: Sequence[np.ndarray]) -> Tensor:
         """Scores [B, I], float32 on the CPU; histories are item indices, oldest first, at least one each."""
         rows = TokenRows.from_lists([np.asarray(history)[-self.max_history :] for history in histories])
-        device = self.model.carrier_I.device
+        device = self.model.representative_I.device
         return self.model.scores(left_padded(rows).to(device)).float().cpu()
 
 
@@ -99,11 +99,11 @@ def _blueprint(folder: Path) -> Blueprint:
     return Blueprint.from_json(json.loads((folder / MODEL_FILE).read_text(encoding="utf-8")))
 
 
-def save_checkpoint(path: Path, fitting: Fitting, state: dict[str, Any]) -> None:
+def save_checkpoint(path: Path, trainable: ModelAndOptimizer, state: dict[str, Any]) -> None:
     """Write the directory ``path``, whole or not at all."""
     with atomic_directory(path) as temporary:
-        torch.save(fitting.model.state_dict(), temporary / WEIGHTS)
-        torch.save(fitting.optimizer.state_dict(), temporary / OPTIMIZER)
+        torch.save(trainable.model.state_dict(), temporary / WEIGHTS)
+        torch.save(trainable.optimizer.state_dict(), temporary / OPTIMIZER)
         record = {"state": state, "files": {name: sha256(temporary / name) for name in (WEIGHTS, OPTIMIZER)}}
         (temporary / STATE_FILE).write_text(json.dumps(record, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 

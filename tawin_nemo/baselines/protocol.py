@@ -49,10 +49,10 @@ class SequentialRecommender(nn.Module, ABC):
     def __init__(self, num_items: int) -> None:
         super().__init__()
         self.num_items = num_items
-        carrier_I = torch.arange(num_items)
+        representative_I = torch.arange(num_items)
         #: For each item the item that stands for it in rankings: itself, unless a model cannot tell some items apart.
-        self.register_buffer("carrier_I", carrier_I, persistent=False)
-        self.carrier_I: Tensor
+        self.register_buffer("representative_I", representative_I, persistent=False)
+        self.representative_I: Tensor
 
     @abstractmethod
     def scores(self, history_BL: Tensor, width: int | None = None) -> Tensor:

@@ -34,7 +34,7 @@ BEAMS = 50
 #: have the size of the learning rate; embeddings of size 1 stay the random directions that they begin with under them.
 INITIAL = 0.1
 #: Places from the newest code backwards that are told apart; older ones share the last.
-PLACES = 64
+MAX_CODE_AGE = 64
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ class CodeTree(Record):
     child_token: Tensor  # [E]
     child_state: Tensor  # [E]
     item_N: Tensor  # first item of a final state's row, -1 elsewhere
-    carrier_I: Tensor  # first item with the same row
+    representative_I: Tensor  # first item with the same row
     num_rows: int  # distinct rows
 
     @classmethod
@@ -96,7 +96,7 @@ class CodeTree(Record):
             child_token=flat[:, 0],
             child_state=flat[:, 1],
             item_N=torch.tensor(items),
-            carrier_I=torch.from_numpy(first[inverse]),
+            representative_I=torch.from_numpy(first[inverse]),
             num_rows=trie.num_leaves,
         )
 
@@ -134,7 +134,7 @@ class Tiger(SequentialRecommender):
         self.loss_space = loss_space
         book = CodeBook.from_paths(paths)
         self.tree = CodeTree.from_rows(book.rows)
-        self.carrier_I = self.tree.carrier_I
+        self.representative_I = self.tree.representative_I
         codes_IC, _ = book.rows.padded(PAD)
         self.register_buffer("codes_IC", torch.cat([torch.full_like(codes_IC[:1], PAD), codes_IC]), persistent=False)
         self.codes_IC: Tensor  # row i + 1 holds item i's codes and END, row 0 is padding
@@ -155,7 +155,7 @@ class Tiger(SequentialRecommender):
             )
         )
         self.t5.lm_head.weight = self.t5.shared.weight  # without the factor of 1 / sqrt(hidden) that T5's option brings
-        self.place = nn.Embedding(PLACES, hidden)
+        self.place = nn.Embedding(MAX_CODE_AGE, hidden)
         nn.init.normal_(self.place.weight, std=INITIAL)
 
     def loss(self, history_BL: Tensor, target_B: Tensor, negatives_BN: Tensor | None = None) -> Tensor:
@@ -205,8 +205,8 @@ class Tiger(SequentialRecommender):
 
     def read(self, tokens_BS: Tensor, mask_BS: Tensor) -> Tensor:
         """The encoder's states [B, S, D]; each code is told how many codes ago it was, see the module's text."""
-        place_BS = (mask_BS.sum(dim=1, keepdim=True) - mask_BS.cumsum(dim=1)).clamp(0, PLACES - 1)
-        embedded_BSD = self.t5.shared(tokens_BS) + self.place(place_BS)
+        age_BS = (mask_BS.sum(dim=1, keepdim=True) - mask_BS.cumsum(dim=1)).clamp(0, MAX_CODE_AGE - 1)
+        embedded_BSD = self.t5.shared(tokens_BS) + self.place(age_BS)
         encoded: Tensor = self.t5.encoder(inputs_embeds=embedded_BSD, attention_mask=mask_BS).last_hidden_state
         return encoded
 
@@ -216,11 +216,11 @@ class Tiger(SequentialRecommender):
         width = min(width or BEAMS, self.tree.num_rows)
         parts = []
         for part_BL in history_BL.split(SEARCH_ROWS):
-            items_BW, found_BW = self.search(part_BL, width)
-            spare_BI = found_BW.new_full((len(part_BL), self.num_items + 1), float("-inf"))
+            items_BW, score_BW = self.search(part_BL, width)
+            spare_BI = score_BW.new_full((len(part_BL), self.num_items + 1), float("-inf"))
             column_BW = torch.where(items_BW == NO_ITEM, self.num_items, items_BW)
-            spare_BI.scatter_(1, column_BW, found_BW)
-            parts.append(spare_BI[:, : self.num_items][:, self.carrier_I])
+            spare_BI.scatter_(1, column_BW, score_BW)
+            parts.append(spare_BI[:, : self.num_items][:, self.representative_I])
         return torch.cat(parts)
 
     def search(self, history_BL: Tensor, width: int) -> tuple[Tensor, Tensor]:

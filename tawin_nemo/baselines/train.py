@@ -14,7 +14,7 @@ from torch import Tensor
 
 from tawin_nemo.baselines.build import Blueprint, build_recommender, check_config
 from tawin_nemo.baselines.evaluate import evaluate_baseline, valid_metrics
-from tawin_nemo.baselines.load import MODEL_FILE, Fitting, find_problem, load_checkpoint, save_checkpoint
+from tawin_nemo.baselines.load import MODEL_FILE, ModelAndOptimizer, find_problem, load_checkpoint, save_checkpoint
 from tawin_nemo.baselines.protocol import SequentialRecommender, left_padded, sample_negatives
 from tawin_nemo.data.batches import BatchStream, micro_batches
 from tawin_nemo.data.samples import Samples
@@ -35,7 +35,7 @@ ITEMS_PER_PASS = 512
 
 
 class BaselineStage(Stage):
-    """``resume`` and ``save`` take a ``Fitting`` in place of a Trainable; one process."""
+    """``resume`` and ``save`` take a ``ModelAndOptimizer`` in place of a Trainable; one process."""
 
     def resume(self, trainable: Any) -> Progress:
         """Load the newest checkpoint that is whole; a fresh stage starts at step 0."""
@@ -116,21 +116,21 @@ def train_baseline(world: World, stage: BaselineStage, model: SequentialRecommen
     stream = BatchStream(len(train), batch_size, seed=recipe.seed)
     per_epoch = -(-len(train) // batch_size)
     optimizer = torch.optim.Adam(model.parameters(), lr=cfg.lr, weight_decay=cfg.weight_decay)
-    fitting = Fitting(model, optimizer)
-    done = stage.resume(fitting)
+    trainable = ModelAndOptimizer(model, optimizer)
+    done = stage.resume(trainable)
     for step in stage.steps(done.step, cfg.epochs * per_epoch):
         if done.bad_checks >= cfg.patience:
             break
         runtime.seed_step(recipe.seed, step + 1)
         lr = scheduled(cfg, step, cfg.epochs * per_epoch)
-        facts = fit(world, fitting, train.take(stream.batch(step)), lr=lr)
+        metrics = train_step(world, trainable, train.take(stream.batch(step)), lr=lr)
         done.step = step + 1
-        stage.write(done.step, {"epoch": done.step / per_epoch, **facts, "lr": lr})
+        stage.write(done.step, {"epoch": done.step / per_epoch, **metrics, "lr": lr})
         if done.step % per_epoch == 0:
-            _check(world, stage, fitting, done)
+            _check(world, stage, trainable, done)
         elif done.step % recipe.trainer.save_interval == 0:
-            stage.save(fitting, done)
-        stage.stop_if_asked(lambda: stage.save(fitting, done), done)
+            stage.save(trainable, done)
+        stage.stop_if_asked(lambda: stage.save(trainable, done), done)
     if done.bad_checks < cfg.patience:
         log.warning(
             "%s used all baseline.epochs=%d without early stopping; raise baseline.epochs", stage.name, cfg.epochs
@@ -138,13 +138,13 @@ def train_baseline(world: World, stage: BaselineStage, model: SequentialRecommen
     stage.finish(done, chosen_step=done.best_step)
 
 
-def fit(world: World, fitting: Fitting, samples: Samples, *, lr: float) -> dict[str, float]:
+def train_step(world: World, trainable: ModelAndOptimizer, samples: Samples, *, lr: float) -> dict[str, float]:
     """One optimizer step on the mean loss of ``samples``; the loss and the gradient norm before clipping."""
-    for group in fitting.optimizer.param_groups:
+    for group in trainable.optimizer.param_groups:
         group["lr"] = lr
-    model, clip = fitting.model, world.recipe.trainer.clip_grad
+    model, clip = trainable.model, world.recipe.trainer.clip_grad
     model.train()
-    fitting.optimizer.zero_grad(set_to_none=True)
+    trainable.optimizer.zero_grad(set_to_none=True)
     total = 0.0
     for rows in micro_batches(samples.history.lengths, ITEMS_PER_PASS):
         loss = _row_losses(world, model, samples.take(rows)).sum() / len(samples)
@@ -153,7 +153,7 @@ def fit(world: World, fitting: Fitting, samples: Samples, *, lr: float) -> dict[
     if total != total:
         raise TawinError(f"the loss of {world.recipe.baseline.model} is not a number; lower baseline.lr")
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), clip if clip > 0 else float("inf"))
-    fitting.optimizer.step()
+    trainable.optimizer.step()
     return {"train/loss": total, "grad_norm": float(norm)}
 
 
@@ -167,9 +167,9 @@ def _row_losses(world: World, model: SequentialRecommender, samples: Samples) ->
     return model.loss(history_BL, target_B, negatives_BN)
 
 
-def _check(world: World, stage: BaselineStage, fitting: Fitting, done: Progress) -> None:
+def _check(world: World, stage: BaselineStage, trainable: ModelAndOptimizer, done: Progress) -> None:
     """Metrics on valid, best so far, checkpoint. The checkpoint is written after the log line that it counts on."""
-    means = valid_metrics(fitting.model, world.samples["valid"], world.recipe.eval)
+    means = valid_metrics(trainable.model, world.samples["valid"], world.recipe.eval)
     watched = monitored(world.recipe.trainer, world.recipe.eval.ks)
     value = -means[watched]  # Progress keeps the smallest
     better = done.best_value is None or value < done.best_value
@@ -178,4 +178,4 @@ def _check(world: World, stage: BaselineStage, fitting: Fitting, done: Progress)
         done.best_value, done.best_step = value, done.step
     stage.write(done.step, {f"valid/{name}": mean for name, mean in means.items()})
     log.info("%s step %d valid %s %.4f%s", stage.name, done.step, watched, -value, " (best)" if better else "")
-    stage.save(fitting, done)
+    stage.save(trainable, done)

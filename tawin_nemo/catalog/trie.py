@@ -114,7 +114,7 @@ class TokenTrie:
     def leaf_I(self) -> np.ndarray:
         """Leaf of every item, int64."""
         leaf_I = np.empty(self.num_items, dtype=np.int64)
-        leaf_I[self._order_I] = np.repeat(self.num_inner + self._first_place_D, self._group_size_D)
+        leaf_I[self._order_I] = np.repeat(self.num_inner + self._first_rank_D, self._group_size_D)
         return leaf_I
 
     @cached_property
@@ -131,7 +131,7 @@ class TokenTrie:
 
     def shared_leaves(self) -> np.ndarray:
         """Leaves of two or more items, ascending."""
-        return self.num_inner + self._first_place_D[self._group_size_D > 1]
+        return self.num_inner + self._first_rank_D[self._group_size_D > 1]
 
     @property
     def index_bytes(self) -> int:
@@ -161,17 +161,17 @@ class TokenTrie:
         ``token_E`` is the first token of the edge's label, ascending within a node. Leaves and -1 have no edges.
         """
         t = self.tensors(nodes_N.device)
-        place_N = nodes_N.clamp(max=self.num_inner) + 1
-        start_N = _pick(t.child_offsets, place_N)
-        count_N = _pick(t.child_offsets, place_N + 1) - start_N
+        slot_N = nodes_N.clamp(max=self.num_inner) + 1
+        start_N = _pick(t.child_offsets, slot_N)
+        count_N = _pick(t.child_offsets, slot_N + 1) - start_N
         position_E, edge_E = _runs(start_N, count_N)
         return position_E, _pick(t.child_tokens, edge_E), _pick(t.child_nodes, edge_E)
 
     def follow(self, nodes_N: Tensor, tokens_N: Tensor) -> Tensor:
         """``child_N``: the child whose label begins with the token; -1 if there is none."""
         t = self.tensors(nodes_N.device)
-        place_N = nodes_N.clamp(max=self.num_inner) + 1
-        low_N, end_N = _pick(t.child_offsets, place_N), _pick(t.child_offsets, place_N + 1)
+        slot_N = nodes_N.clamp(max=self.num_inner) + 1
+        low_N, end_N = _pick(t.child_offsets, slot_N), _pick(t.child_offsets, slot_N + 1)
         last = len(t.child_tokens) - 1
         if last < 0:
             return torch.full_like(nodes_N, -1)
@@ -181,8 +181,8 @@ class TokenTrie:
             below_N = _pick(t.child_tokens, middle_N.clamp(max=last)) < tokens_N
             low_N, high_N = torch.where(below_N, middle_N + 1, low_N), torch.where(below_N, high_N, middle_N)
         edge_N = low_N.clamp(max=last)
-        found_N = (low_N < end_N) & (_pick(t.child_tokens, edge_N) == tokens_N)
-        return torch.where(found_N, _pick(t.child_nodes, edge_N), -1)
+        exists_N = (low_N < end_N) & (_pick(t.child_tokens, edge_N) == tokens_N)
+        return torch.where(exists_N, _pick(t.child_nodes, edge_N), -1)
 
     def is_leaf(self, nodes_N: Tensor) -> Tensor:
         """Bool: the node is a finished path; False for -1."""
@@ -247,8 +247,8 @@ class TokenTrie:
 
     def items(self, position: int) -> np.ndarray:
         """Items whose path ends at this leaf, ascending; empty anywhere else."""
-        group = int(np.searchsorted(self._first_place_D, position - self.num_inner))
-        if group == len(self._first_place_D) or self._first_place_D[group] != position - self.num_inner:
+        group = int(np.searchsorted(self._first_rank_D, position - self.num_inner))
+        if group == len(self._first_rank_D) or self._first_rank_D[group] != position - self.num_inner:
             return np.zeros(0, dtype=np.int64)
         place = position - self.num_inner
         return self._order_I[place : place + int(self._group_size_D[group])].astype(np.int64)
@@ -266,13 +266,13 @@ class TokenTrie:
         return self.arrays.node_item[self.num_inner :]
 
     @cached_property
-    def _first_place_D(self) -> np.ndarray:
+    def _first_rank_D(self) -> np.ndarray:
         """Places at which a path differs from the place before: the D leaves."""
         return np.flatnonzero(self.arrays.node_depth[self.num_inner :])
 
     @cached_property
     def _group_size_D(self) -> np.ndarray:
-        return np.diff(np.append(self._first_place_D, self.num_items))
+        return np.diff(np.append(self._first_rank_D, self.num_items))
 
 
 def _pick(table: Tensor, index: Tensor) -> Tensor:

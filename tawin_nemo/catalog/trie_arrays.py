@@ -28,8 +28,8 @@ class TrieArrays:
     child_offsets: np.ndarray  # [n + 1] edges of inner node v are child_offsets[v] .. child_offsets[v + 1] - 1
     child_tokens: np.ndarray  # [E] first token of the edge's label, ascending within a node
     child_nodes: np.ndarray  # [E]
-    node_depth: np.ndarray  # [V] tokens from the root; 0 for id n + p if place p has the path of place p - 1
-    node_item: np.ndarray  # [V] the item at a leaf's place; for an inner node the item of its first leaf
+    node_depth: np.ndarray  # [V] tokens from the root; 0 for id n + p if rank p has the path of rank p - 1
+    node_item: np.ndarray  # [V] the item at a leaf's rank; for an inner node the item of its first leaf
     pool_tokens: np.ndarray  # [sum of lengths] the paths in item order
     pool_offsets: np.ndarray  # [I + 1]
 
@@ -75,11 +75,11 @@ def _load(folder: Path, name: str, checksums: dict[str, str]) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Spans:
-    """Places are positions in the sorted catalog; V node ids as in TokenTrie, entries of unused ids mean nothing."""
+    """Ranks are positions in the sorted catalog; V node ids as in TokenTrie, entries of unused ids mean nothing."""
 
-    place_I: np.ndarray  # place of every item
-    first_V: np.ndarray  # first place below the node
-    end_V: np.ndarray  # the place behind the last one
+    rank_I: np.ndarray  # rank of every item
+    first_V: np.ndarray  # first rank below the node
+    end_V: np.ndarray  # the rank behind the last one
     choices_V: np.ndarray  # nodes with a choice above the node
 
     @classmethod
@@ -87,8 +87,8 @@ class Spans:
         """O(V log depth): every step doubles how far each node's pointer reaches."""
         inner, order_I = len(arrays.child_offsets) - 1, arrays.node_item[len(arrays.child_offsets) - 1 :]
         items = len(order_I)
-        place_I = np.empty(items, dtype=np.int64)
-        place_I[order_I] = np.arange(items)
+        rank_I = np.empty(items, dtype=np.int64)
+        rank_I[order_I] = np.arange(items)
         starts_D = np.flatnonzero(arrays.node_depth[inner:])
         group_I = np.searchsorted(starts_D, np.arange(items), side="right")
         leaf_end_I = np.append(starts_D, items)[group_I]
@@ -104,8 +104,8 @@ class Spans:
         choices_V[children_E] = 1
         while above_V.any():
             choices_V, above_V = choices_V + choices_V[above_V], above_V[above_V]
-        first_n = place_I[arrays.node_item[:inner]]
-        return cls(place_I, np.concatenate([first_n, np.arange(items)]), leaf_end_I[last_V - inner], choices_V)
+        first_n = rank_I[arrays.node_item[:inner]]
+        return cls(rank_I, np.concatenate([first_n, np.arange(items)]), leaf_end_I[last_V - inner], choices_V)
 
     def tensors(self, device: torch.device) -> dict[str, Tensor]:
         """The arrays by name on ``device``; on the CPU they share memory."""

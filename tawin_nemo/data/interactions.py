@@ -80,9 +80,9 @@ def read_manifest(root: Path) -> dict[str, Any]:
         raise DataError(f"{root} is not a prepared data set: no readable {MANIFEST} ({error.strerror})") from error
     except ValueError as error:
         raise DataError(f"{path} is not valid JSON ({error}); {_AGAIN}") from error
-    found = manifest.get("format") if isinstance(manifest, dict) else None
-    if found != FORMAT or not isinstance(manifest.get("files"), dict):
-        raise DataError(f"{path} has format {found!r}, expected {FORMAT!r}; {_AGAIN}")
+    actual = manifest.get("format") if isinstance(manifest, dict) else None
+    if actual != FORMAT or not isinstance(manifest.get("files"), dict):
+        raise DataError(f"{path} has format {actual!r}, expected {FORMAT!r}; {_AGAIN}")
     return manifest
 
 
@@ -95,9 +95,9 @@ def verify_files(root: Path, manifest: dict[str, Any]) -> None:
         path = root / name
         if not path.is_file():
             raise DataError(f"{path} is missing although {MANIFEST} lists it; {_AGAIN}")
-        if (found := sha256(path)) != expected:
+        if (actual := sha256(path)) != expected:
             raise DataError(
-                f"{path} is damaged or was edited: SHA-256 {found[:12]}.. instead of {expected[:12]}..; {_AGAIN}"
+                f"{path} is damaged or was edited: SHA-256 {actual[:12]}.. instead of {expected[:12]}..; {_AGAIN}"
             )
 
 

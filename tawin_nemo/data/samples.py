@@ -46,12 +46,12 @@ class PromptEncoder:
         """``tokenizer.encode_batch`` of the template's prompts, one per history (oldest item first)."""
         joined = self._join(histories)
         probe = np.unique(np.linspace(0, len(histories) - 1, min(_PROBED_ROWS, len(histories))).astype(np.int64))
-        expected, found = self.encode_whole(histories.take(probe)), joined.take(probe)
-        if np.array_equal(found.flat, expected.flat) and np.array_equal(found.offsets, expected.offsets):
+        expected, actual = self.encode_full_prompts(histories.take(probe)), joined.take(probe)
+        if np.array_equal(actual.flat, expected.flat) and np.array_equal(actual.offsets, expected.offsets):
             return joined
-        return self.encode_whole(histories)
+        return self.encode_full_prompts(histories)
 
-    def encode_whole(self, histories: TokenRows) -> TokenRows:
+    def encode_full_prompts(self, histories: TokenRows) -> TokenRows:
         """The same by its definition: render every prompt, tokenise it."""
         return self._tokenizer.encode_batch(
             [self._template.prompt([self._texts[item] for item in histories[row]]) for row in range(len(histories))]
@@ -141,11 +141,11 @@ def encode_split(
     return Samples(prompts, split.target_N, split.user_N, _newest(split.history, kept_N))
 
 
-def _replaced(rows: TokenRows, places: np.ndarray, by: TokenRows) -> TokenRows:
-    """``rows`` with those at ``places`` exchanged."""
+def _replaced(rows: TokenRows, positions: np.ndarray, by: TokenRows) -> TokenRows:
+    """``rows`` with those at ``positions`` exchanged."""
     both = TokenRows.cat([rows, by])
     source = np.arange(len(rows))
-    source[places] = len(rows) + np.arange(len(by))
+    source[positions] = len(rows) + np.arange(len(by))
     return both.take(source)
 
 

@@ -101,7 +101,7 @@ class TaskRows:
 
 
 @dataclass(frozen=True)
-class Wording:
+class TaskEncoder:
     """How items are written: ``texts[way][item]``, with an empty text where an item has none."""
 
     texts: Mapping[str, Sequence[str]]
@@ -116,15 +116,15 @@ class Wording:
         """
         given, wanted = self.texts[task.given], self.texts[task.wanted]
         has_given, has_wanted = (np.array([bool(text) for text in texts], dtype=bool) for texts in (given, wanted))
-        rows = np.flatnonzero(self._asked(task, split, has_given) & has_wanted[split.target_N])
+        rows = np.flatnonzero(self._has_question(task, split, has_given) & has_wanted[split.target_N])
         if len(rows) == 0:
             raise ConfigError(
                 f"align.{task.name} has no rows: no item of these has a {task.given} and a {task.wanted}; set "
                 f"align.{task.name}=0"
             )
-        asked = Split(split.user_N[rows], split.history.take(rows), split.target_N[rows], split.time_N[rows])
+        questions = Split(split.user_N[rows], split.history.take(rows), split.target_N[rows], split.time_N[rows])
         template = TaskTemplate(self.template.name, _kind(task.given), task)
-        samples = encode_split(asked, given, self.tokenizer, template, self.data)
+        samples = encode_split(questions, given, self.tokenizer, template, self.data)
         return TaskRows(task, samples, self.paths(task.wanted).take(samples.target_N))
 
     def paths(self, way: str) -> TokenRows:
@@ -133,19 +133,19 @@ class Wording:
         texts = self.texts[way]
         known = [item for item, text in enumerate(texts) if text]
         paths = answer_paths([texts[item] for item in known], self.tokenizer, template)
-        place_I = np.full(len(texts), len(known))
-        place_I[known] = np.arange(len(known))
-        nothing = np.array([self.tokenizer.eos_id])
-        both = TokenRows(np.concatenate([paths.flat, nothing]), np.append(paths.offsets, len(paths.flat) + 1))
-        return both.take(place_I)
+        row_I = np.full(len(texts), len(known))
+        row_I[known] = np.arange(len(known))
+        eos = np.array([self.tokenizer.eos_id])
+        both = TokenRows(np.concatenate([paths.flat, eos]), np.append(paths.offsets, len(paths.flat) + 1))
+        return both.take(row_I)
 
     @staticmethod
-    def _asked(task: Task, split: Split, has_given: np.ndarray) -> np.ndarray:
+    def _has_question(task: Task, split: Split, has_given: np.ndarray) -> np.ndarray:
         """Whether all items of a row's question have a text."""
         if not task.of_history:
             return has_given[split.target_N]
-        lacking = np.concatenate([[0], np.cumsum(~has_given[split.history.flat])])
-        return np.asarray(np.diff(lacking[split.history.offsets]) == 0)
+        missing = np.concatenate([[0], np.cumsum(~has_given[split.history.flat])])
+        return np.asarray(np.diff(missing[split.history.offsets]) == 0)
 
 
 def _kind(way: str) -> str:
@@ -167,10 +167,10 @@ def held_out_items(num_items: int, share: float, seed: int) -> tuple[np.ndarray,
     return np.sort(order[held:]), np.sort(order[:held])
 
 
-def first_words(text: str, most: int) -> str:
+def truncate_words(text: str, most: int) -> str:
     """At most ``most`` words, with single spaces.
 
-    >>> first_words("a  long\\n story", 2)
+    >>> truncate_words("a  long\\n story", 2)
     'a long'
     """
     return " ".join(text.split()[:most])

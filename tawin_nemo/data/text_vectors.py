@@ -32,8 +32,12 @@ def load_item_vectors(path: Path, num_items: int, *, key: str = "rl.reward_sourc
     except (OSError, ValueError, EOFError) as error:
         raise DataError(f"{where} cannot be read as .npy ({error}); write it with numpy.save") from error
     if not isinstance(vectors, np.ndarray) or vectors.ndim != 2 or vectors.dtype.kind not in "fiu":
-        found = f"{vectors.dtype} of shape {vectors.shape}" if isinstance(vectors, np.ndarray) else "an .npz archive"
-        raise DataError(f"{where} holds {found}; it must be one array of numbers with the shape [items, dimensions]")
+        description = (
+            f"{vectors.dtype} of shape {vectors.shape}" if isinstance(vectors, np.ndarray) else "an .npz archive"
+        )
+        raise DataError(
+            f"{where} holds {description}; it must be one array of numbers with the shape [items, dimensions]"
+        )
     if len(vectors) != num_items:
         raise DataError(
             f"{where} has {len(vectors)} rows and the catalog {num_items} items; "

@@ -27,14 +27,14 @@ def beyond_accuracy(
     each row's prompt shows; ``popularity_I`` counts each item in train (``item_counts``). A bias that no row has (no
     candidates, or no histories) is left out.
     """
-    found = {f"coverage@{k}": coverage(leaf_BK[:, :k], catalog) for k in ks}
-    found[f"first_codes@{DIVERSITY_K}"] = float(first_codes(leaf_BK[:, :DIVERSITY_K], catalog).mean())
+    metrics = {f"coverage@{k}": coverage(leaf_BK[:, :k], catalog) for k in ks}
+    metrics[f"first_codes@{DIVERSITY_K}"] = float(first_codes(leaf_BK[:, :DIVERSITY_K], catalog).mean())
     if popularity_I is not None:
         for k in ks:
             bias_B = popularity_bias(leaf_BK[:, :k], catalog, history, popularity_I)
             if not np.isnan(bias_B).all():
-                found[f"popularity_bias@{k}"] = float(np.nanmean(bias_B))
-    return found
+                metrics[f"popularity_bias@{k}"] = float(np.nanmean(bias_B))
+    return metrics
 
 
 def item_counts(samples: Samples, num_items: int) -> np.ndarray:

@@ -36,7 +36,7 @@ COVERAGE_K = 10
 
 
 @dataclass(frozen=True)
-class _Found:
+class _Rankings:
     """What is kept of the candidates of some rows."""
 
     rank_B: np.ndarray
@@ -74,7 +74,7 @@ def evaluate(
     found = _search(engine, samples, catalog, cfg, mine, label)
     parts = dp.gather((mine, found))
     order_B = np.concatenate([rows for rows, _ in parts]).argsort(kind="stable")
-    everything = _join([part for _, part in parts], order_B, _kept_places(cfg))
+    everything = _join([part for _, part in parts], order_B, _list_length(cfg))
     per_user = per_user_table(
         samples, everything.rank_B, catalog.sharing_I[samples.target_N], everything.candidates_B, cfg
     )
@@ -112,7 +112,7 @@ def per_user_table(
     """One line per row of the split: row, user, target, rank, sharing, candidates, then the metrics with credit."""
     credit_B = 1.0 / sharing_B if cfg.collision == "fractional" else np.ones(len(rank_B))
     rank = torch.from_numpy(rank_B)
-    facts = {
+    identity = {
         "row": samples.row_N,
         "user": samples.user_N,
         "target": samples.target_N,
@@ -120,11 +120,11 @@ def per_user_table(
         "sharing": sharing_B,
         "candidates": candidates_B,
     }
-    columns: dict[str, np.ndarray] = {name: np.asarray(values, dtype=np.int64) for name, values in facts.items()}
+    columns: dict[str, np.ndarray] = {name: np.asarray(values, dtype=np.int64) for name, values in identity.items()}
     for k in cfg.ks:
         columns[f"recall@{k}"] = recall_at_k(rank, k).numpy() * credit_B
         columns[f"ndcg@{k}"] = ndcg_at_k(rank, k).numpy() * credit_B
-    return pl.DataFrame({name: columns[name] for name in [*facts, *metric_names(cfg.ks)]})
+    return pl.DataFrame({name: columns[name] for name in [*identity, *metric_names(cfg.ks)]})
 
 
 def target_rank(leaf_BW: Tensor, target_leaf_B: Tensor) -> Tensor:
@@ -161,30 +161,30 @@ def check_candidates(found: Candidates, catalog: Catalog) -> tuple[np.ndarray, n
 
 def _search(
     engine: Engine, samples: Samples, catalog: Catalog, cfg: EvalConfig, rows: np.ndarray, label: str
-) -> _Found:
+) -> _Rankings:
     """Longest prompts first, so that a chunk too large for the memory fails at once; results in the rows' order."""
     by_length = np.argsort(-samples.prompts.lengths[rows], kind="stable")
-    size = CHUNK_ROWS * engine.spread
+    size = CHUNK_ROWS * engine.num_replicas
     chunks = [by_length[start : start + size] for start in range(0, len(rows), size)]
     parts = [_search_chunk(engine, samples, catalog, cfg, rows[chunk]) for chunk in progress(chunks, what=label)]
-    return _join(parts, by_length.argsort(kind="stable"), _kept_places(cfg))
+    return _join(parts, by_length.argsort(kind="stable"), _list_length(cfg))
 
 
-def _search_chunk(engine: Engine, samples: Samples, catalog: Catalog, cfg: EvalConfig, rows: np.ndarray) -> _Found:
+def _search_chunk(engine: Engine, samples: Samples, catalog: Catalog, cfg: EvalConfig, rows: np.ndarray) -> _Rankings:
     width = min(cfg.beams, catalog.trie.num_leaves)  # so many beams rank the whole catalog, more could not do better
     found = engine.search(samples.prompts.take(rows), width, token_budget=cfg.token_budget)
     returned_BW, invalid_BW = check_candidates(found, catalog)
     leaf_BW = found.leaf_BW.cpu()
-    return _Found(
+    return _Rankings(
         rank_B=target_rank(leaf_BW, torch.from_numpy(catalog.leaf_I[samples.target_N[rows]])).numpy(),
         candidates_B=(returned_BW & ~invalid_BW).sum(-1),
         invalid=int(invalid_BW.sum()),
         returned=int(returned_BW.sum()),
-        top_leaf_BK=_filled(leaf_BW.numpy(), _kept_places(cfg)),
+        top_leaf_BK=_filled(leaf_BW.numpy(), _list_length(cfg)),
     )
 
 
-def _kept_places(cfg: EvalConfig) -> int:
+def _list_length(cfg: EvalConfig) -> int:
     return max(COVERAGE_K, *cfg.ks)
 
 
@@ -194,10 +194,10 @@ def _filled(leaf_BW: np.ndarray, places: int) -> np.ndarray:
     return np.pad(leaf_BW[:, :places], ((0, 0), (0, missing)), constant_values=-1)
 
 
-def _join(parts: Sequence[_Found], order_B: np.ndarray, places: int) -> _Found:
+def _join(parts: Sequence[_Rankings], order_B: np.ndarray, places: int) -> _Rankings:
     """The parts one after another, then put into ``order_B``."""
     empty = np.zeros(0, np.int64)
-    return _Found(
+    return _Rankings(
         rank_B=np.concatenate([empty, *(part.rank_B for part in parts)])[order_B],
         candidates_B=np.concatenate([empty, *(part.candidates_B for part in parts)])[order_B],
         invalid=sum(part.invalid for part in parts),

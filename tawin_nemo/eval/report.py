@@ -44,7 +44,7 @@ RL_PLOTS = (
 
 
 @dataclass(frozen=True)
-class Fact:
+class SummaryRow:
     """A named entry in the summary table of a report, already formatted."""
 
     name: str
@@ -52,7 +52,7 @@ class Fact:
 
 
 @dataclass(frozen=True)
-class Versus:
+class StageComparison:
     """Paired differences of one stage against one baseline."""
 
     ours: str
@@ -84,7 +84,7 @@ def render(report: ReportInput) -> str:
     return environment.get_template("report.html.j2").render(
         name=report.setting("name", report.run_dir.name),
         titles={stage.name: TITLES.get(stage.name, stage.name) for stage in report.stages},
-        run_facts=list(_run_facts(report)),
+        run_rows=list(_run_rows(report)),
         timing=[(stage, _duration(stage.seconds)) for stage in report.stages],
         tested=tested,
         split=report.split,
@@ -96,7 +96,7 @@ def render(report: ReportInput) -> str:
         sft_plots=list(_sft_plots(report)),
         rl_plots=list(_rl_plots(report)),
         window=_window(report),
-        data_facts=list(_data_facts(report, tested)),
+        data_rows=list(_data_rows(report, tested)),
         recipe_text=report.recipe_text,
     )
 
@@ -125,13 +125,13 @@ def _best(tested: list[StageRecord], names: list[str]) -> dict[str, float]:
     return {name: max(stage.result.means[name] for stage in tested if stage.result) for name in names}
 
 
-def _versus(tested: list[StageRecord], names: list[str]) -> list[Versus]:
+def _versus(tested: list[StageRecord], names: list[str]) -> list[StageComparison]:
     found = []
     results: dict[str, EvalResult] = {stage.name: stage.result for stage in tested if stage.result is not None}
     for theirs in (name for name in BASELINES if name in results):
         for ours in (name for name in results if name != theirs and (name, theirs) != BASELINES):
             pairs = tuple(compare(results[ours], results[theirs], metric) for metric in names)
-            found.append(Versus(ours, theirs, pairs))
+            found.append(StageComparison(ours, theirs, pairs))
     return found
 
 
@@ -186,32 +186,34 @@ def _window(report: ReportInput) -> Markup | None:
 
 
 # -- facts --------------------------------------------------------------------------------------------------------
-def _run_facts(report: ReportInput) -> Iterator[Fact]:
+def _run_rows(report: ReportInput) -> Iterator[SummaryRow]:
     parallel = [f"TP {report.setting('model.tensor_model_parallel_size')}",
                 f"PP {report.setting('model.pipeline_model_parallel_size')}"]  # fmt: skip
     processes = int(report.setting("trainer.num_nodes", 1)) * int(report.setting("trainer.devices", 1))
-    yield Fact("Backbone", f"{report.setting('model.backbone', '–')}, init {report.setting('model.init', '–')}")
-    yield Fact("Precision", str(report.setting("model.precision", "–")))
-    yield Fact("Processes", f"{processes} ({', '.join(parallel)})")
-    yield Fact("Seed", str(report.setting("seed", "–")))
+    yield SummaryRow("Backbone", f"{report.setting('model.backbone', '–')}, init {report.setting('model.init', '–')}")
+    yield SummaryRow("Precision", str(report.setting("model.precision", "–")))
+    yield SummaryRow("Processes", f"{processes} ({', '.join(parallel)})")
+    yield SummaryRow("Seed", str(report.setting("seed", "–")))
     if report.setting("rl.enabled", False):
         keys = ("algorithm", "group_size", "prompts_per_step", "lr", "beta", "kl", "reward", "policy_space", "rows")
-        yield Fact("RL", ", ".join(f"{key} {report.setting(f'rl.{key}')}" for key in keys))
-    yield Fact("Evaluation", ", ".join(f"{key} {report.setting(f'eval.{key}')}" for key in ("beams", "collision")))
+        yield SummaryRow("RL", ", ".join(f"{key} {report.setting(f'rl.{key}')}" for key in keys))
+    yield SummaryRow(
+        "Evaluation", ", ".join(f"{key} {report.setting(f'eval.{key}')}" for key in ("beams", "collision"))
+    )
     if "wall_s" in report.summary:
-        yield Fact("Wall time", _duration(float(report.summary["wall_s"])))
+        yield SummaryRow("Wall time", _duration(float(report.summary["wall_s"])))
     versions = [f"Python {platform.python_version()}", *(f"{name} {_version(name)}" for name in PACKAGES)]
-    yield Fact("Versions (of the report's writer)", ", ".join(versions))
+    yield SummaryRow("Versions (of the report's writer)", ", ".join(versions))
 
 
-def _data_facts(report: ReportInput, tested: list[StageRecord]) -> Iterator[Fact]:
+def _data_rows(report: ReportInput, tested: list[StageRecord]) -> Iterator[SummaryRow]:
     for name, value in report.catalog.items():
         shown = ", ".join(f"{k} {_number(v)}" for k, v in value.items()) if isinstance(value, dict) else _number(value)
-        yield Fact(name.replace("_", " "), shown)
+        yield SummaryRow(name.replace("_", " "), shown)
     if tested and tested[-1].result is not None:
         found = tested[-1].result
         shared = f"{found.collisions:,} of {found.rows:,} ({found.collision})"
-        yield Fact(f"{report.split} rows whose target shares its path", shared)
+        yield SummaryRow(f"{report.split} rows whose target shares its path", shared)
 
 
 def _number(value: Any) -> str:

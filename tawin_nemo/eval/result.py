@@ -66,23 +66,23 @@ class EvalResult:
 
     def write(self, directory: Path, split: str) -> None:
         """Write both files, the table first: whoever finds the JSON finds the table too."""
-        facts = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "per_user"}
+        content = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "per_user"}
         with atomic_path(directory / f"{split}.per_user.parquet") as temporary:
             self.per_user.write_parquet(temporary)
-        write_json(directory / f"{split}.json", facts)
+        write_json(directory / f"{split}.json", content)
 
     @classmethod
     def read(cls, directory: Path, split: str) -> EvalResult:
         """What ``write`` wrote. Raises DataError when a file is absent or is not what ``write`` writes."""
         path, table = directory / f"{split}.json", directory / f"{split}.per_user.parquet"
         try:
-            facts: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+            content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
             per_user = pl.read_parquet(table)
-            means, intervals = facts["means"], facts["intervals"]
+            means, intervals = content["means"], content["intervals"]
             names = [name for name in per_user.columns if name in means]  # JSON files are sorted, tables keep the order
-            facts["means"] = {name: means[name] for name in names}
-            facts["intervals"] = {name: (intervals[name][0], intervals[name][1]) for name in names}
-            return cls(**facts, per_user=per_user)
+            content["means"] = {name: means[name] for name in names}
+            content["intervals"] = {name: (intervals[name][0], intervals[name][1]) for name in names}
+            return cls(**content, per_user=per_user)
         except (OSError, ValueError, KeyError, TypeError, pl.exceptions.PolarsError) as error:
             raise DataError(f"cannot read the evaluation {path} with {table.name}: {error}; evaluate again") from error
 

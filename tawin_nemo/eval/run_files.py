@@ -79,13 +79,13 @@ def load_report(run_dir: Path) -> ReportInput:
     recipe = yaml.safe_load(text)
     if not isinstance(recipe, dict):
         raise DataError(f"{run_dir / 'recipe.yaml'} holds {type(recipe).__name__} instead of a mapping")
-    found = {
+    stage_names = {
         path.name
         for path in run_dir.iterdir()
         if (path / "metrics.jsonl").is_file() or any(_has_result(path, s) for s in SPLITS)
     }
-    others = sorted(found - {*STAGES, LAST_STAGE})
-    names = [name for name in (*STAGES, *others, LAST_STAGE) if name in found]
+    others = sorted(stage_names - {*STAGES, LAST_STAGE})
+    names = [name for name in (*STAGES, *others, LAST_STAGE) if name in stage_names]
     split = next((s for s in SPLITS if any(_has_result(run_dir / name, s) for name in names)), SPLITS[0])
     return ReportInput(
         run_dir=run_dir,

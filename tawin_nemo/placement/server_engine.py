@@ -25,7 +25,7 @@ from tawin_nemo.models.megatron.parallel import runtime
 from tawin_nemo.placement.server_pool import ServerPool
 from tawin_nemo.placement.servers import Agreed, GenerationServer
 from tawin_nemo.rollout.engine import Generator
-from tawin_nemo.rollout.scoring import no_candidates
+from tawin_nemo.rollout.scoring import empty_candidates
 from tawin_nemo.types import NO_ITEM, Candidates, DataParallel, TokenRows
 
 
@@ -40,7 +40,7 @@ class ServerEngine(Generator):
         self, recipe: Recipe, model: GPTModel, shape: Backbone, catalog: Catalog, *, tokenizer: str = ""
     ) -> None:  # fmt: skip
         super().__init__(catalog, recipe.rollout, seed=recipe.seed)
-        self.dp, self.spread = DataParallel(), len(recipe.rollout.servers)
+        self.dp, self.num_replicas = DataParallel(), len(recipe.rollout.servers)
         self._model, self._shape = model, shape
         agreed = Agreed(catalog.fingerprint, tokenizer, recipe.model.precision, recipe.rollout.length_penalty)
         self._pool: ServerPool | None = None
@@ -87,7 +87,7 @@ class ServerEngine(Generator):
         depth: int, token_budget: int | None,
     ) -> Candidates:  # fmt: skip
         if len(prompts) == 0:
-            return no_candidates(width, self.catalog.trie.max_depth)
+            return empty_candidates(width, self.catalog.trie.max_depth)
 
         def fetch() -> bytes:
             assert self._pool is not None

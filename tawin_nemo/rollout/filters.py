@@ -23,22 +23,22 @@ class ItemFilter:
     """``only`` the listed items may be answered, or all ``except`` them; of items on one path any allowed one does."""
 
     kind: str  # only | except
-    place_M: np.ndarray  # sorted distinct places (``catalog.trie_spans``)
+    rank_M: np.ndarray  # sorted distinct ranks (``catalog.trie_arrays.Spans``)
 
     @classmethod
     def only(cls, trie: TokenTrie, items: Collection[int]) -> ItemFilter:
         """A filter that allows the paths of ``items`` (item indices) and nothing else."""
-        return cls("only", _places(trie, items))
+        return cls("only", _ranks(trie, items))
 
     @classmethod
     def without(cls, trie: TokenTrie, items: Collection[int]) -> ItemFilter:
         """A filter that allows every path but those all of whose items are in ``items`` (item indices)."""
-        return cls("except", _places(trie, items))
+        return cls("except", _ranks(trie, items))
 
     def allowed_paths(self, trie: TokenTrie) -> int:
         """Distinct paths that at least one allowed item has."""
         ends_D = np.append(np.flatnonzero(trie.arrays.node_depth[trie.num_inner :]), trie.num_items)
-        listed_D = np.diff(np.searchsorted(self.place_M, ends_D))
+        listed_D = np.diff(np.searchsorted(self.rank_M, ends_D))
         if self.kind == "only":
             return int((listed_D > 0).sum())
         return int((listed_D < np.diff(ends_D)).sum())
@@ -46,12 +46,12 @@ class ItemFilter:
     def first_allowed(self, trie: TokenTrie, leaf: int) -> int:
         """The lowest allowed item of a leaf that this filter lets through."""
         items = trie.items(leaf)
-        listed = np.isin(trie.spans.place_I[items], self.place_M)
+        listed = np.isin(trie.spans.rank_I[items], self.rank_M)
         return int(items[listed if self.kind == "only" else ~listed][0])
 
 
-def _places(trie: TokenTrie, items: Collection[int]) -> np.ndarray:
-    return np.unique(trie.spans.place_I[np.fromiter(items, dtype=np.int64, count=len(items))])
+def _ranks(trie: TokenTrie, items: Collection[int]) -> np.ndarray:
+    return np.unique(trie.spans.rank_I[np.fromiter(items, dtype=np.int64, count=len(items))])
 
 
 class Filters:
@@ -60,7 +60,7 @@ class Filters:
     def __init__(self, trie: TokenTrie, filters: Sequence[ItemFilter], device: torch.device) -> None:
         self.filters, self._trie = list(filters), trie
         self._stride = trie.num_items + 1
-        keys = [row * self._stride + item.place_M for row, item in enumerate(self.filters)]
+        keys = [row * self._stride + item.rank_M for row, item in enumerate(self.filters)]
         self._key_X = torch.from_numpy(np.concatenate([np.zeros(0, dtype=np.int64), *keys])).to(device)
         self._only_R = torch.tensor([item.kind == "only" for item in self.filters], device=device)
         spans = trie.spans.tensors(device)

@@ -47,26 +47,26 @@ def residual_kmeans(
 
     Raises DataError for fewer items than codes, or a level that has fewer different residuals than codes.
     """
-    refuse_few_items(len(x_ID), codes)
-    spread = spread_of(x_ID)
-    rest = np.array(x_ID, dtype=np.float32)
+    check_enough_items(len(x_ID), codes)
+    spread = total_std(x_ID)
+    residual = np.array(x_ID, dtype=np.float32)
     centres_LKD, codes_LI = [], []
     for level in progress(range(levels), what="residual k-means, levels"):
-        refuse_few_different(rest, codes, level, spread)
-        centres_KD = kmeans_centres(rest, codes, iterations=iterations, seed=seed + level)
-        code_I = nearest(rest, centres_KD)
-        rest -= centres_KD[code_I]
+        check_enough_distinct(residual, codes, level, spread)
+        centres_KD = kmeans_centres(residual, codes, iterations=iterations, seed=seed + level)
+        code_I = nearest(residual, centres_KD)
+        residual -= centres_KD[code_I]
         centres_LKD.append(centres_KD)
         codes_LI.append(code_I)
     return Codebooks(np.stack(centres_LKD)), np.stack(codes_LI, axis=1)
 
 
-def spread_of(x_ID: np.ndarray) -> float:
+def total_std(x_ID: np.ndarray) -> float:
     """Root of the mean squared distance to the mean."""
     return float(np.sqrt(x_ID.var(axis=0, dtype=np.float64).sum()))
 
 
-def refuse_few_items(items: int, codes: int) -> None:
+def check_enough_items(items: int, codes: int) -> None:
     """Raise DataError if there are fewer items than codes in one level."""
     if items < codes:
         raise DataError(
@@ -75,7 +75,7 @@ def refuse_few_items(items: int, codes: int) -> None:
         )
 
 
-def refuse_few_different(rest_ID: np.ndarray, codes: int, level: int, spread: float) -> None:
+def check_enough_distinct(rest_ID: np.ndarray, codes: int, level: int, spread: float) -> None:
     """A level with fewer different rows than codes would leave codes without a meaning."""
     # a random direction tells different rows apart (almost surely) at the cost of one product
     direction_D = np.random.default_rng(0).normal(size=rest_ID.shape[1])
@@ -218,14 +218,14 @@ def balanced_residual_kmeans(
 
     The codes are the balanced ones, not always the nearest. Raises as ``residual_kmeans``.
     """
-    refuse_few_items(len(x_ID), codes)
-    spread = spread_of(x_ID)
-    rest = np.array(x_ID, dtype=np.float32)
+    check_enough_items(len(x_ID), codes)
+    spread = total_std(x_ID)
+    residual = np.array(x_ID, dtype=np.float32)
     centres_LKD, codes_LI = [], []
     for level in range(levels):
-        refuse_few_different(rest, codes, level, spread)
-        centres_KD, code_I = balanced_kmeans(rest, codes, iterations=iterations, seed=seed + level)
-        rest -= centres_KD[code_I]
+        check_enough_distinct(residual, codes, level, spread)
+        centres_KD, code_I = balanced_kmeans(residual, codes, iterations=iterations, seed=seed + level)
+        residual -= centres_KD[code_I]
         centres_LKD.append(centres_KD)
         codes_LI.append(code_I)
     return Codebooks(np.stack(centres_LKD)), np.stack(codes_LI, axis=1)

@@ -53,11 +53,11 @@ class Codebooks:
         """Codes [I, L] int32: at every level the code nearest to what the levels before left over."""
         codes_IL = np.empty((len(x_ID), self.levels), dtype=np.int32)
         for begin in range(0, len(x_ID), CHUNK_ROWS):
-            rest = np.array(x_ID[begin : begin + CHUNK_ROWS], dtype=np.float32)
+            residual = np.array(x_ID[begin : begin + CHUNK_ROWS], dtype=np.float32)
             for level, centres_KD in enumerate(self.vectors_LKD):
-                code_N = nearest(rest, centres_KD)
-                rest -= centres_KD[code_N]
-                codes_IL[begin : begin + len(rest), level] = code_N
+                code_N = nearest(residual, centres_KD)
+                residual -= centres_KD[code_N]
+                codes_IL[begin : begin + len(residual), level] = code_N
         return codes_IL
 
     def decode(self, codes_IL: np.ndarray) -> np.ndarray:
@@ -67,7 +67,7 @@ class Codebooks:
             total_ID += centres_KD[codes_IL[:, level]]
         return total_ID
 
-    def rest(self, x_ID: np.ndarray, codes_IL: np.ndarray) -> np.ndarray:
+    def residual(self, x_ID: np.ndarray, codes_IL: np.ndarray) -> np.ndarray:
         """What all levels but the last leave over, [I, D]: the last level's code is chosen for it."""
         return np.asarray(x_ID, dtype=np.float32) - self.decode(codes_IL[:, : self.levels - 1])
 
@@ -79,11 +79,11 @@ def mean_codebooks(x_ID: np.ndarray, codes_IL: np.ndarray, codes: int) -> Codebo
     are the best that a greedy reader of its codes could have (least squares, one level after the other). A code that
     nothing uses has the zero vector.
     """
-    rest = np.array(x_ID, dtype=np.float64)
-    vectors_LKD = np.zeros((codes_IL.shape[1], codes, rest.shape[1]))
+    residual = np.array(x_ID, dtype=np.float64)
+    vectors_LKD = np.zeros((codes_IL.shape[1], codes, residual.shape[1]))
     for level, code_I in enumerate(codes_IL.T):
         totals_KD = vectors_LKD[level]
-        np.add.at(totals_KD, code_I, rest)
+        np.add.at(totals_KD, code_I, residual)
         totals_KD /= np.maximum(np.bincount(code_I, minlength=codes), 1)[:, None]
-        rest -= totals_KD[code_I]
+        residual -= totals_KD[code_I]
     return Codebooks(vectors_LKD.astype(np.float32))

@@ -17,7 +17,7 @@ from tawin_nemo.semantic_ids import collisions
 from tawin_nemo.semantic_ids.clustering import balanced_residual_kmeans, residual_kmeans
 from tawin_nemo.semantic_ids.codebooks import CHUNK_ROWS, Codebooks, mean_codebooks
 from tawin_nemo.semantic_ids.quantiser import Autoencoder, NetworkShape
-from tawin_nemo.semantic_ids.train_quantiser import Plan, Watcher, train_quantiser
+from tawin_nemo.semantic_ids.train_quantiser import EpochCallback, Plan, train_quantiser
 from tawin_nemo.util.errors import ConfigError, DataError
 
 CODEBOOKS, WEIGHTS, NETWORK = "codebooks.npy", "network.safetensors", "network.json"
@@ -81,7 +81,7 @@ def fit(
     *,
     seed: int,
     checkpoint: Path | None = None,
-    watch: Watcher | None = None,
+    on_epoch: EpochCallback | None = None,
 ) -> tuple[ItemCoder, np.ndarray]:
     """The coder that ``cfg.method`` makes, and its codes [I, L] before collisions are dealt with.
 
@@ -93,7 +93,7 @@ def fit(
     if cfg.method in WITH_NETWORK:
         residual = cfg.method == "rqkmeans_plus"
         plan = Plan(cfg.levels, cfg.codes, seed=seed, kmeans_iterations=cfg.kmeans_iterations, residual=residual)
-        network = train_quantiser(x_ID, cfg.rqvae, plan, checkpoint=checkpoint, watch=watch)
+        network = train_quantiser(x_ID, cfg.rqvae, plan, checkpoint=checkpoint, on_epoch=on_epoch)
         books = Codebooks(network.quantiser.vectors_LKD.detach().numpy().copy())
         coder = ItemCoder(cfg.method, books, network)
         return coder, coder.encode(x_ID)
@@ -116,13 +116,13 @@ def random_codes(items: int, *, levels: int, codes: int, seed: int, taken: np.nd
     return (fresh[:, None] // places % codes).astype(np.int32)
 
 
-def settle(codes_IL: np.ndarray, coder: ItemCoder, x_ID: np.ndarray, how: str) -> np.ndarray:
+def resolve_collisions(codes_IL: np.ndarray, coder: ItemCoder, x_ID: np.ndarray, how: str) -> np.ndarray:
     """Codes after ``semantic_ids.collisions`` = ``how``; raises DataError where that cannot be done."""
     if how == "keep":
         return codes_IL
     if how == "dedup":
         return collisions.with_dedup_token(codes_IL)
-    choose = collisions.assigned if how == "assign" else collisions.sinkhorn_assigned
+    choose = collisions.assign_unique if how == "assign" else collisions.assign_unique_sinkhorn
     return choose(codes_IL, coder.books, coder.latents(x_ID))
 
 

@@ -37,7 +37,7 @@ def shared_rows(codes_IL: np.ndarray) -> np.ndarray:
     return shared_I
 
 
-def assigned(codes_IL: np.ndarray, books: Codebooks, latents_ID: np.ndarray) -> np.ndarray:
+def assign_unique(codes_IL: np.ndarray, books: Codebooks, latents_ID: np.ndarray) -> np.ndarray:
     """Codes [I, L] without collisions, the last ones chosen anew where a family has some.
 
     Within such a family the sum of the squared distances to the last codes is the least that different codes allow
@@ -50,12 +50,12 @@ def assigned(codes_IL: np.ndarray, books: Codebooks, latents_ID: np.ndarray) -> 
         return codes_IL
     anew = np.sort(np.concatenate(crowded))
     result_IL = codes_IL.copy()
-    places = Places(np.delete(codes_IL, anew, axis=0), books)
-    result_IL[anew] = places.give(codes_IL[anew], latents_ID[anew], anew)
+    free_codes = FreeCodes(np.delete(codes_IL, anew, axis=0), books)
+    result_IL[anew] = free_codes.assign(codes_IL[anew], latents_ID[anew], anew)
     return result_IL
 
 
-class Places:
+class FreeCodes:
     """The last codes that are free in every family of first codes."""
 
     def __init__(self, taken_IL: np.ndarray, books: Codebooks) -> None:
@@ -64,7 +64,7 @@ class Places:
         for *first, last in taken_IL[:, : books.levels].tolist():
             self.taken[tuple(first)].add(last)
 
-    def give(self, wish_NL: np.ndarray, latents_ND: np.ndarray, names_N: np.ndarray) -> np.ndarray:
+    def assign(self, wish_NL: np.ndarray, latents_ND: np.ndarray, names_N: np.ndarray) -> np.ndarray:
         """Free codes [N, L] for rows whose first codes are ``wish_NL``'s where there is room; ``names_N`` in errors."""
         codes_NL = wish_NL.copy()
         left_over: list[int] = []
@@ -72,15 +72,15 @@ class Places:
             first = tuple(wish_NL[rows_G[0], :-1].tolist())
             free = self._free(first)
             cost_GF = self._cost(latents_ND[rows_G], wish_NL[rows_G])[:, free]
-            seated, columns = linear_sum_assignment(cost_GF)  # leaves rows out where columns are fewer
-            codes_NL[rows_G[seated], -1] = free[columns]
+            assigned, columns = linear_sum_assignment(cost_GF)  # leaves rows out where columns are fewer
+            codes_NL[rows_G[assigned], -1] = free[columns]
             self.taken[first].update(free[columns].tolist())
-            left_over += np.delete(rows_G, seated).tolist()
+            left_over += np.delete(rows_G, assigned).tolist()
         for row in left_over:
-            codes_NL[row] = self._elsewhere(latents_ND[row], codes_NL[row], int(names_N[row]))
+            codes_NL[row] = self._nearest_family_with_room(latents_ND[row], codes_NL[row], int(names_N[row]))
         return codes_NL
 
-    def _elsewhere(self, latent_D: np.ndarray, codes_L: np.ndarray, name: int) -> np.ndarray:
+    def _nearest_family_with_room(self, latent_D: np.ndarray, codes_L: np.ndarray, name: int) -> np.ndarray:
         """The nearest family with room, by the last code but one; then its nearest free last code."""
         level = self.books.levels - 2
         before = latent_D - self.books.decode(codes_L[None, :level])[0]
@@ -103,11 +103,11 @@ class Places:
         return np.setdiff1d(np.arange(self.books.codes), sorted(self.taken[first]))
 
     def _cost(self, latents_GD: np.ndarray, codes_GL: np.ndarray) -> np.ndarray:
-        return squared_distances(self.books.rest(latents_GD, codes_GL), self.books.vectors_LKD[-1])
+        return squared_distances(self.books.residual(latents_GD, codes_GL), self.books.vectors_LKD[-1])
 
 
-def sinkhorn_assigned(codes_IL: np.ndarray, books: Codebooks, latents_ID: np.ndarray) -> np.ndarray:
-    """As ``assigned``, by Sinkhorn's algorithm (LC-Rec's way, Zheng et al. 2024, Section 3.1): not optimal.
+def assign_unique_sinkhorn(codes_IL: np.ndarray, books: Codebooks, latents_ID: np.ndarray) -> np.ndarray:
+    """As ``assign_unique``, by Sinkhorn's algorithm (LC-Rec's way, Zheng et al. 2024, Section 3.1): not optimal.
 
     Each round gives every item the code with the most mass in a plan that uses the free codes evenly; the first item of
     those that still agree keeps it, the others go on with what is free. Raises DataError naming items that are alike
@@ -120,13 +120,13 @@ def sinkhorn_assigned(codes_IL: np.ndarray, books: Codebooks, latents_ID: np.nda
         if len(items_G) > books.codes:
             raise DataError(
                 f"{len(items_G)} items begin with the codes {codes_IL[items_G[0], :-1].tolist()} and the last level "
-                f"has {books.codes}: items {listed(items_G)}; set semantic_ids.collisions=assign or dedup"
+                f"has {books.codes}: items {format_items(items_G)}; set semantic_ids.collisions=assign or dedup"
             )
-        rest_GD = books.rest(latents_ID[items_G], codes_IL[items_G])
-        code_G = _sinkhorn_codes(squared_distances(rest_GD, books.vectors_LKD[-1]))
+        residual_GD = books.residual(latents_ID[items_G], codes_IL[items_G])
+        code_G = _sinkhorn_codes(squared_distances(residual_GD, books.vectors_LKD[-1]))
         if (code_G < 0).any():
             raise DataError(
-                f"items {listed(items_G[code_G < 0])} keep equal codes {codes_IL[items_G[0]].tolist()} under "
+                f"items {format_items(items_G[code_G < 0])} keep equal codes {codes_IL[items_G[0]].tolist()} under "
                 "semantic_ids.collisions=sinkhorn (equal texts?); use assign or dedup"
             )
         result_IL[items_G, -1] = code_G
@@ -160,6 +160,6 @@ def with_dedup_token(codes_IL: np.ndarray) -> np.ndarray:
     return np.column_stack([codes_IL, token_I])
 
 
-def listed(items: np.ndarray, shown: int = 5) -> str:
+def format_items(items: np.ndarray, shown: int = 5) -> str:
     """The first ``shown`` item numbers as text for a message, with an ellipsis if there are more."""
     return ", ".join(map(str, items[:shown].tolist())) + (" ..." if len(items) > shown else "")

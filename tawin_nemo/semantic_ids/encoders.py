@@ -68,14 +68,14 @@ def _plain(text: str) -> str:
 def embed(texts: Sequence[str], cfg: TextConfig, out: Path, *, seed: int, like: Path | None = None) -> Embeddings:
     """Vectors of the texts, in the folder ``out`` with its manifest; a finished folder of the same request is reused.
 
-    ``seed`` is of the SVD (encoder=tfidf). ``like``: folder with what ``keep_encoder`` left; the vectors are made
+    ``seed`` is of the SVD (encoder=tfidf). ``like``: folder with what ``copy_encoder_files`` left; the vectors are made
     in the same way. Raises ConfigError for an encoder that is absent or another than ``like``'s, DataError for unusable
     vectors, naming items.
     """
     maker = _maker(cfg, seed)
     request = {"maker": maker, "items": len(texts), "texts_sha256": _texts_sha256(texts)}
     if like:
-        _refuse_other(maker, _read_json(like / MANIFEST_COPY)["maker"])
+        _check_same_encoder(maker, _read_json(like / MANIFEST_COPY)["maker"])
         request["text_model"] = sha256(like / MODEL) if cfg.encoder == "tfidf" else ""
     if cfg.encoder == "file":
         request["vectors_sha256"] = sha256(_vector_file(cfg))
@@ -93,7 +93,7 @@ def embed(texts: Sequence[str], cfg: TextConfig, out: Path, *, seed: int, like: 
     return Embeddings(vectors_ID, manifest)
 
 
-def keep_encoder(vectors: Path, folder: Path) -> None:
+def copy_encoder_files(vectors: Path, folder: Path) -> None:
     """Copy what later items need from a folder of vectors: its manifest, and the TextModel if there is one."""
     shutil.copyfile(vectors / MANIFEST, folder / MANIFEST_COPY)
     for name in (WORDS, MODEL):
@@ -112,7 +112,7 @@ def _maker(cfg: TextConfig, seed: int) -> dict[str, Any]:
     return shared | {"max_tokens": cfg.max_tokens, "precision": cfg.precision, "checksums": sums}
 
 
-def _refuse_other(maker: dict[str, Any], before: dict[str, Any]) -> None:
+def _check_same_encoder(maker: dict[str, Any], before: dict[str, Any]) -> None:
     if changed := sorted(key for key in {*maker, *before} if maker.get(key) != before.get(key)):
         raise ConfigError(
             f"semantic_ids.text would make other vectors than those of the growing index: {', '.join(changed)} differ "

@@ -12,18 +12,20 @@ import numpy as np
 from tawin_nemo.config.schema import SemanticIdsConfig, TextConfig
 from tawin_nemo.data.interactions import MANIFEST
 from tawin_nemo.semantic_ids.coder import ItemCoder, random_codes
-from tawin_nemo.semantic_ids.collisions import NO_TOKEN, Places, groups_of
+from tawin_nemo.semantic_ids.collisions import NO_TOKEN, FreeCodes, groups_of
 from tawin_nemo.util.errors import DataError
 from tawin_nemo.util.files import sha256
 from tawin_nemo.util.log import say
 
 
-def grow(codes_IL: np.ndarray, coder: ItemCoder, x_ND: np.ndarray, how: str, *, seed: int = 0) -> np.ndarray:
+def encode_new_items(
+    codes_IL: np.ndarray, coder: ItemCoder, x_ND: np.ndarray, how: str, *, seed: int = 0
+) -> np.ndarray:
     """Codes of N new items, with as many columns as ``codes_IL`` (existing items) has.
 
-    ``how`` is ``semantic_ids.collisions`` of the existing index. assign, sinkhorn: nobody shares codes; items of one
-    family get its free last codes as in ``collisions.assigned``. dedup: shared codes get the next numbers of the last
-    column. keep: codes may be shared. Raises DataError naming an item (of ``x_ND``) for which no code is left,
+    ``how`` is ``semantic_ids.collisions`` of the existing index. assign, sinkhorn: no two items share codes; items of one
+    family get its free last codes as in ``collisions.assign_unique``. dedup: shared codes get the next numbers of the
+    last column. keep: codes may be shared. Raises DataError naming an item (of ``x_ND``) for which no code is left,
     ConfigError as ``random_codes``.
     """
     if not len(x_ND):
@@ -36,7 +38,7 @@ def grow(codes_IL: np.ndarray, coder: ItemCoder, x_ND: np.ndarray, how: str, *, 
         if how == "dedup":
             new_NL = _numbered(codes_IL, new_NL)
         elif how != "keep":
-            new_NL = Places(codes_IL, books).give(new_NL, coder.latents(x_ND), np.arange(len(x_ND)))
+            new_NL = FreeCodes(codes_IL, books).assign(new_NL, coder.latents(x_ND), np.arange(len(x_ND)))
     return np.pad(new_NL, ((0, 0), (0, codes_IL.shape[1] - new_NL.shape[1])), constant_values=NO_TOKEN)
 
 
@@ -76,7 +78,7 @@ class Tokenized:
 
 
 @dataclass(frozen=True, eq=False)
-class Earlier:
+class ExistingIndex:
     """What ``tokenize`` wrote before: item ``i`` has the external id ``external_ids[i]`` and the codes of row i."""
 
     folder: Path
@@ -86,7 +88,7 @@ class Earlier:
     coder: ItemCoder
 
     @classmethod
-    def read(cls, folder: Path) -> Earlier:
+    def read(cls, folder: Path) -> ExistingIndex:
         """Raises DataError for a folder that is no index, or whose files are absent, altered or do not fit together."""
         manifest = read_manifest(folder)
         _verify(folder, manifest)
@@ -110,11 +112,11 @@ class Earlier:
             text = replace(text, source=self.manifest["text"]["source"])
         return replace(cfg, **settings, text=text)
 
-    def grown(self, external_ids: list[str], x_ID: np.ndarray) -> Tokenized:
+    def extend(self, external_ids: list[str], x_ID: np.ndarray) -> Tokenized:
         """Codes of a newer catalog: items are the same if their external ids are.
 
-        Codes of items that have left are not given to others. Raises as ``growth.grow``, with the external ids of the
-        first new items.
+        Codes of items that have left are not given to others. Raises as ``encode_new_items``, with the external ids of
+        the first new items.
         """
         place = {name: item for item, name in enumerate(self.external_ids)}
         before_I = np.array([place.get(name, -1) for name in external_ids])
@@ -123,7 +125,9 @@ class Earlier:
         say(f"{len(external_ids) - len(new_N)} items keep their codes, {len(new_N)} are new, {gone} have left")
         how = self.manifest["request"]["settings"]["collisions"]
         try:
-            fresh_NL = grow(self.codes_IL, self.coder, x_ID[new_N], how, seed=self.seed + len(self.codes_IL))
+            fresh_NL = encode_new_items(
+                self.codes_IL, self.coder, x_ID[new_N], how, seed=self.seed + len(self.codes_IL)
+            )
         except DataError as error:
             names = ", ".join(external_ids[item] for item in new_N[:5])
             raise DataError(f"{error} (counting new items from 0; the first are {names})") from error

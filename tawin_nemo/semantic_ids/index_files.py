@@ -17,7 +17,7 @@ from string import ascii_lowercase
 import numpy as np
 
 from tawin_nemo.catalog.semantic_ids import load_codes
-from tawin_nemo.semantic_ids.collisions import NO_TOKEN, listed
+from tawin_nemo.semantic_ids.collisions import NO_TOKEN, format_items
 from tawin_nemo.util.errors import CatalogError
 from tawin_nemo.util.files import atomic_path
 
@@ -33,7 +33,7 @@ class IndexCodes:
     levels: int
 
 
-def words_of(codes_IL: np.ndarray, layout: str = "minionerec") -> list[list[str]]:
+def code_tokens(codes_IL: np.ndarray, layout: str = "minionerec") -> list[list[str]]:
     """Tokens of every item. lcrec: an item without dedup token gets the number 0 where others have one."""
     if layout == "lcrec":
         codes_IL = np.where(codes_IL == NO_TOKEN, 0, codes_IL)
@@ -46,7 +46,7 @@ def words_of(codes_IL: np.ndarray, layout: str = "minionerec") -> list[list[str]
 
 def write_index(path: Path, codes_IL: np.ndarray, layout: str = "minionerec") -> None:
     """``path``, whole or not at all, items in order."""
-    index = {str(item): words for item, words in enumerate(words_of(codes_IL, layout))}
+    index = {str(item): words for item, words in enumerate(code_tokens(codes_IL, layout))}
     with atomic_path(path) as temporary:
         temporary.write_text(json.dumps(index) + "\n", encoding="utf-8")
 
@@ -55,7 +55,7 @@ def write_info(path: Path, codes_IL: np.ndarray, titles: Sequence[str]) -> None:
     """MiniOneRec's list of items: ID, title and item number, with tabs; white space within a title becomes a space."""
     lines = [
         f"{''.join(words)}\t{' '.join(title.split())}\t{item}\n"
-        for item, (words, title) in enumerate(zip(words_of(codes_IL), titles, strict=True))
+        for item, (words, title) in enumerate(zip(code_tokens(codes_IL), titles, strict=True))
     ]
     with atomic_path(path) as temporary:
         temporary.write_text("".join(lines), encoding="utf-8")
@@ -81,7 +81,7 @@ def read_index(path: Path, num_items: int, *, levels: int = 0, codes: int = 0) -
             [any(number >= codes for number in _numbers(words)[:shortest]) for words in words_I]
         )
     found = [
-        f"{bad_I.sum()} items {problem}: {listed(np.flatnonzero(bad_I))} (first: {words_I[int(bad_I.argmax())]})"
+        f"{bad_I.sum()} items {problem}: {format_items(np.flatnonzero(bad_I))} (first: {words_I[int(bad_I.argmax())]})"
         for problem, bad_I in problems.items()
         if bad_I.any()
     ]

@@ -16,12 +16,12 @@ SINKHORN_ITERATIONS = 50
 
 
 @dataclass(frozen=True)
-class Quantised:
+class QuantizerOutput:
     """``latent_ND`` equals the sum of the code vectors; its gradient goes to the encoder unchanged."""
 
     latent_ND: Tensor
     codes_NL: Tensor
-    rests_LND: Tensor  # what each level had to describe, without gradient
+    residuals_LND: Tensor  # what each level had to describe, without gradient
     codebook_loss: Tensor
     commitment_loss: Tensor
 
@@ -38,32 +38,32 @@ class ResidualQuantiser(nn.Module):
         super().__init__()
         self.vectors_LKD = nn.Parameter(torch.zeros(levels, codes, dims))
 
-    def forward(self, latent_ND: Tensor, epsilons_L: tuple[float, ...] = ()) -> Quantised:
+    def forward(self, latent_ND: Tensor, epsilons_L: tuple[float, ...] = ()) -> QuantizerOutput:
         """``epsilons_L``: Sinkhorn's entropy per level, as a share of the largest distance (0 = the nearest code)."""
-        rest_ND, codes, rests = latent_ND, [], []
+        residual_ND, codes, rests = latent_ND, [], []
         codebook_loss = commitment_loss = latent_ND.new_zeros(())
         for level, vectors_KD in enumerate(self.vectors_LKD):
             epsilon = epsilons_L[level] if epsilons_L else 0.0
-            code_N = choose(rest_ND.detach(), vectors_KD.detach(), epsilon)
+            code_N = choose(residual_ND.detach(), vectors_KD.detach(), epsilon)
             chosen_ND = vectors_KD[code_N]
-            rests.append(rest_ND.detach())
+            rests.append(residual_ND.detach())
             codes.append(code_N)
-            codebook_loss = codebook_loss + F.mse_loss(chosen_ND, rest_ND.detach())
-            commitment_loss = commitment_loss + F.mse_loss(rest_ND, chosen_ND.detach())
-            rest_ND = rest_ND - chosen_ND.detach()
+            codebook_loss = codebook_loss + F.mse_loss(chosen_ND, residual_ND.detach())
+            commitment_loss = commitment_loss + F.mse_loss(residual_ND, chosen_ND.detach())
+            residual_ND = residual_ND - chosen_ND.detach()
         # the value of the sum of the chosen vectors, the gradient of the latent
-        through_ND = latent_ND - rest_ND.detach()
-        return Quantised(through_ND, torch.stack(codes, 1), torch.stack(rests), codebook_loss, commitment_loss)
+        through_ND = latent_ND - residual_ND.detach()
+        return QuantizerOutput(through_ND, torch.stack(codes, 1), torch.stack(rests), codebook_loss, commitment_loss)
 
 
-def choose(rest_ND: Tensor, vectors_KD: Tensor, epsilon: float) -> Tensor:
+def choose(residual_ND: Tensor, vectors_KD: Tensor, epsilon: float) -> Tensor:
     """The nearest vector of each row, or with ``epsilon`` > 0 the one with the most mass in a balanced plan."""
-    distance_NK = torch.addmm(vectors_KD.square().sum(1), rest_ND, vectors_KD.T, alpha=-2)
+    distance_NK = torch.addmm(vectors_KD.square().sum(1), residual_ND, vectors_KD.T, alpha=-2)
     if epsilon == 0:
         return distance_NK.argmin(dim=1)
-    distance_NK = (distance_NK + rest_ND.square().sum(1, keepdim=True)).clamp_min(0)
+    distance_NK = (distance_NK + residual_ND.square().sum(1, keepdim=True)).clamp_min(0)
     cost_NK = distance_NK / distance_NK.max().clamp_min(1e-12)
-    mass_K = torch.full((len(vectors_KD),), len(rest_ND) / len(vectors_KD), device=rest_ND.device)
+    mass_K = torch.full((len(vectors_KD),), len(residual_ND) / len(vectors_KD), device=residual_ND.device)
     return transport_plan(cost_NK, mass_K, epsilon=epsilon, iterations=SINKHORN_ITERATIONS).argmax(dim=1)
 
 

@@ -72,7 +72,7 @@ def measure(
     """Report of an index with ``levels`` tokens for every item and perhaps more columns (NO_TOKEN = none).
 
     ``test_target_N``: item of each test row. ``read_ID``: what a decoder makes of the codes. ``words``: of each item's
-    brand and category, see ``words_of_texts``; empty = purity is not measured. ``seed`` draws the pairs.
+    brand and category, see ``word_sets``; empty = purity is not measured. ``seed`` draws the pairs.
     """
     base_IL = codes_IL[:, :levels]
     shared_I = shared_rows(codes_IL)
@@ -109,7 +109,7 @@ def relative_error(x_ID: np.ndarray, read_ID: np.ndarray) -> float:
     return float(np.square(x - read_ID).sum() / np.square(x - x.mean(axis=0)).sum())
 
 
-def words_of_texts(texts: Sequence[str]) -> list[frozenset[str]]:
+def word_sets(texts: Sequence[str]) -> list[frozenset[str]]:
     """Words of two or more letters or digits, lower case, of every text."""
     return [frozenset(_WORDS.findall(text.lower())) for text in texts]
 

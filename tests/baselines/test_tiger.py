@@ -105,7 +105,7 @@ def test_items_on_one_path_share_score_and_carrier():
     paths = TokenRows.from_lists([[2, 3, 1], [2, 4, 1], [2, 3, 1], [5, 1]])
     torch.manual_seed(0)
     model = Tiger(paths, hidden=8, layers=1, heads=2, dropout=0.0).eval()
-    assert model.carrier_I.tolist() == [0, 1, 0, 3]
+    assert model.representative_I.tolist() == [0, 1, 0, 3]
     scores_I = model.scores(torch.tensor([[1, 3]]))[0]
     assert scores_I[0] == scores_I[2]
     assert scores_I[[0, 1, 3]].exp().sum().item() == pytest.approx(1.0, abs=1e-5)

@@ -91,8 +91,8 @@ def test_metered_lm_counts_rows_pairs_and_head_rows():
     rows, edges = torch.tensor([0, 1]), torch.tensor([0, 0, 1])
     assert lm.logprobs("longer", rows, edges, edges, "trie") == "logp"
     lm.logprobs("longer", rows, edges, edges, "vocab")
-    assert lm.take() == FlopCount(tokens=4 + 3, pairs=6.0 + 1.0 + 3 * 2.0, logits=3 + 2 * 50)
-    assert lm.take() == FlopCount()
+    assert lm.pop_flops() == FlopCount(tokens=4 + 3, pairs=6.0 + 1.0 + 3 * 2.0, logits=3 + 2 * 50)
+    assert lm.pop_flops() == FlopCount()
 
 
 # -- timers --------------------------------------------------------------------------------------------------------

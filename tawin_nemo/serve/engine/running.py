@@ -146,7 +146,7 @@ class Running:
             for row, ticket in enumerate(finished.ticket_B.tolist()):
                 entry = self._of_ticket[ticket]
                 entry.results[entry.tickets.index(ticket)] = _result(
-                    entry.job, finished.found, row, float(finished.lost_B[row])
+                    entry.job, finished.candidates, row, float(finished.pruned_score_B[row])
                 )
                 if len(entry.results) == len(entry.tickets):
                     self._remove(entry)
