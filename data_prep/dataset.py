@@ -1,4 +1,4 @@
-"""The prepared folder: Parquet files, statistics for people, and a manifest that vouches for all of it."""
+"""The prepared folder: Parquet files, readable statistics, and a manifest with checksums; leak checks of its splits."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def _right_aligned(history: TokenRows, width: int) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Step:
-    """What is left after one filter; users and items are None where they are not known yet."""
+    """Counts after one filter; users and items are None where they are not known yet."""
 
     name: str
     interactions: int
@@ -112,7 +112,7 @@ class Prepared:
 
 
 def write_dataset(prepared: Prepared, out: Path, request: dict[str, Any]) -> Path:
-    """Write the folder ``out``, whole or not at all; the same input gives the same bytes.
+    """Write the folder ``out`` atomically; the same input gives the same bytes.
 
     ``request`` (parameters and source files with size and SHA-256) goes into the manifest and decides later whether the
     folder can be reused. Raises DataError if the leak check fails.

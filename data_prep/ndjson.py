@@ -48,7 +48,7 @@ class Field:
 
 @dataclass
 class Problems:
-    """What was wrong with the lines of one file: how many per reason, and where the first ones are."""
+    """Unusable lines of one file: their number per reason and the first line numbers."""
 
     path: Path
     counts: dict[str, int] = field(default_factory=dict)
@@ -76,7 +76,7 @@ class Problems:
         return {"lines": self.lines, "unusable": self.total, "reasons": reasons}
 
     def report(self) -> None:
-        """Tell the person at the terminal, one line per reason."""
+        """Log one line per reason."""
         for reason in sorted(self.counts):
             where = ", ".join(map(str, self.examples[reason]))
             say(f"{self.path.name}: {self.counts[reason]} lines skipped ({reason}), e.g. lines {where}")
@@ -144,7 +144,7 @@ def _read_chunk(stream: BinaryIO, path: Path) -> bytes:
 
 
 def _parse_fast(chunk: bytes, count: int, fields: list[Field]) -> pl.DataFrame | None:
-    """The chunk as a frame, or None if any of its lines has to be looked at."""
+    """The chunk as a frame, or None if any of its lines needs to be parsed by itself."""
     try:
         frame = pl.read_ndjson(io.BytesIO(chunk), schema={wanted.name: wanted.dtype for wanted in fields})
     except (pl.exceptions.PolarsError, UnicodeDecodeError):

@@ -1,4 +1,4 @@
-"""What a reader of raw files hands to the filters."""
+"""The records that readers of raw files return and the filters read."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ REVIEW_SCHEMA = {USER: pl.String, ITEM: pl.String, TIME: pl.Int64}
 
 @dataclass(frozen=True)
 class Reviews:
-    """Reviews inside the time window (REVIEW_SCHEMA, in file order), and what was there before the window."""
+    """Reviews inside the time window (REVIEW_SCHEMA, in file order), and the counts before the window is applied."""
 
     inside: pl.DataFrame
     readable: int
@@ -40,7 +40,7 @@ class RawData:
 
 
 def collect_reviews(frames: Iterable[pl.DataFrame], period: Period) -> Reviews:
-    """Gather frames of REVIEW_SCHEMA; what lies outside the period is counted and let go at once."""
+    """Gather frames of REVIEW_SCHEMA; rows outside of the period are counted and dropped at once."""
     parts = [pl.DataFrame(schema=REVIEW_SCHEMA)]
     readable, first, last = 0, None, None
     for frame in frames:

@@ -1,7 +1,9 @@
-"""A made-up review log in the raw Amazon format, with structure to learn and dirt to survive.
+"""A made-up review log in the raw Amazon format, with structure to learn and malformed lines to skip.
 
 A user's next item follows the current one by a small successor graph (accessories of the same brand), else it comes
 from the user's favourite brand and category, else from anywhere by popularity.
+
+I items, U users, R reviews, L steps of a user.
 """
 
 from __future__ import annotations
@@ -136,7 +138,7 @@ def _write(path: Path, lines: list[bytes]) -> None:
 
 @dataclass(frozen=True)
 class World:
-    """The truth behind the raw files: the catalog and R reviews by user, in time order within a user."""
+    """The ground truth of the raw files: the catalog and R reviews by user, in time order within a user."""
 
     catalog: Catalog
     asins: list[str]
@@ -160,7 +162,7 @@ def make_world(num_items: int, num_users: int, reviews_per_user: float, seed: in
 
 
 def write_raw(folder: Path, num_items: int, num_users: int, reviews_per_user: float, seed: int) -> World:
-    """Write REVIEWS_FILE and METADATA_FILE, dirt included, into ``folder`` and return the truth behind them."""
+    """Write REVIEWS_FILE and METADATA_FILE, dirt included, into ``folder`` and return their ground truth."""
     world = make_world(num_items, num_users, reviews_per_user, seed)
     generator = np.random.default_rng([seed, 1])
     folder.mkdir(parents=True, exist_ok=True)
@@ -195,7 +197,7 @@ def oracle_ranking(world: World, item_N: np.ndarray, k: int) -> np.ndarray:
 
 
 def identifiers(letter: str, count: int) -> list[str]:
-    """``count`` different identifiers whose order says nothing about their number."""
+    """``count`` different identifiers whose order is independent of their number."""
     return [f"{letter}{(number * 387_420_489 + 123_456_789) % 10**9:09d}" for number in range(count)]
 
 

@@ -17,7 +17,7 @@ class Caser(EmbeddingRecommender):
     """Horizontal filters of every height 1 .. L with max pooling, vertical filters, one dense layer (Eq. 4-10).
 
     ``window`` is L; shorter histories are filled with zero vectors, longer ones lose their oldest items. The paper's
-    user embedding is left out: rows are told apart by their history alone, as for the other models. Output vectors
+    user embedding is omitted: rows differ by their history alone, as for the other models. Output vectors
     and biases are their own table, as in the paper.
     """
 

@@ -1,9 +1,11 @@
 """Full-catalog ranking of a sequential recommender, in the evaluator's own tables.
 
 Rank: the number of items with a strictly higher score, plus those with the same score and a smaller index. So a model
-that gives all items one score ranks them by index, and no tie is decided in the target's favour. Nothing is left out
-of the ranking, also not what the user already has. TIGER ranks code rows: items that share one hold one place and
-divide the credit (``eval.collision``), and what its search did not find has no rank.
+that gives all items one score ranks them by index, and no tie is decided in the target's favour. All items are
+ranked, also those that the user already has. TIGER ranks code rows: items that share one have one rank and divide the
+credit (``eval.collision``), and items that its search did not return have none.
+
+K first items of a list.
 """
 
 from __future__ import annotations
@@ -29,16 +31,16 @@ from tawin_nemo.util.log import progress
 
 @dataclass(frozen=True)
 class Rankings:
-    """What is kept of the rankings of B rows."""
+    """Target ranks and first items of the rankings of B rows."""
 
     rank_B: np.ndarray
-    sharing_B: np.ndarray  # items that hold the target's place, the target included
-    listed_B: np.ndarray  # list_length of the list
-    top_BK: np.ndarray  # items at its first list_length, NO_ITEM behind its end
+    sharing_B: np.ndarray  # items that share the target's rank, the target included
+    listed_B: np.ndarray  # items in the list
+    top_BK: np.ndarray  # its first items, NO_ITEM behind its end
 
 
 def target_rank(scores_BI: Tensor, target_B: Tensor) -> Tensor:
-    """0-based rank of each row's target among all items, -1 where its score is -inf; ties as in the module's text. [B]
+    """0-based rank [B] of each row's target among all items, -1 where its score is -inf; equal scores rank by index.
 
     >>> target_rank(torch.tensor([[0.5, 2.0, 0.5, 1.0]] * 3), torch.tensor([0, 2, 1])).tolist()
     [2, 3, 0]
@@ -60,7 +62,8 @@ def evaluate_baseline(
 ) -> EvalResult:
     """Rank the whole catalog for every row; models that search use ``cfg.beams`` beams.
 
-    ``popularity_I`` as in ``eval.evaluate``. Raises DataError without rows, TawinError when a score is not a number.
+    ``popularity_I`` [I] counts each item in train (``bias.item_counts``) and adds the popularity bias. Raises
+    DataError without rows, TawinError when a score is not a number.
     """
     rankings = rank_rows(model, samples, cfg.beams, max(COVERAGE_K, *cfg.ks), label)
     per_user = per_user_table(samples, rankings.rank_B, rankings.sharing_B, rankings.listed_B, cfg)
@@ -84,7 +87,7 @@ def evaluate_baseline(
 
 
 def valid_metrics(model: SequentialRecommender, samples: Samples, cfg: EvalConfig) -> dict[str, float]:
-    """Means on ``samples`` for early stopping; a search is as wide as the largest cut-off, which is much faster."""
+    """Means on ``samples`` for early stopping; a search uses as many beams as the largest cut-off, for speed."""
     rankings = rank_rows(model, samples, max(cfg.ks), max(cfg.ks), "valid")
     table = per_user_table(samples, rankings.rank_B, rankings.sharing_B, rankings.listed_B, cfg)
     return {name: float(table[name].to_numpy().mean()) for name in metric_names(cfg.ks)}
@@ -92,7 +95,10 @@ def valid_metrics(model: SequentialRecommender, samples: Samples, cfg: EvalConfi
 
 @torch.no_grad()
 def rank_rows(model: SequentialRecommender, samples: Samples, width: int, list_length: int, label: str) -> Rankings:
-    """Rankings of all rows, of which the first ``list_length`` are kept; errors as in ``evaluate_baseline``."""
+    """Rankings of all rows, of which the first ``list_length`` items are kept.
+
+    ``width``: beams of models that search. Raises DataError without rows, TawinError when a score is not a number.
+    """
     if len(samples) == 0:
         raise DataError(f"{label}: no rows to evaluate; check data.eval_limit and the split")
     model.eval()
@@ -114,6 +120,6 @@ def rank_rows(model: SequentialRecommender, samples: Samples, width: int, list_l
         best = scores_BI.topk(min(list_length, model.num_items), dim=1)
         items_BK = best.indices.masked_fill(best.values == float("-inf"), NO_ITEM)
         top_BK[rows, : items_BK.shape[1]] = items_BK.cpu().numpy()
-    carriers = representative_I.cpu().numpy()
-    sharing_I = np.bincount(carriers, minlength=model.num_items)[carriers]
+    representatives = representative_I.cpu().numpy()
+    sharing_I = np.bincount(representatives, minlength=model.num_items)[representatives]
     return Rankings(rank_B, sharing_I[samples.target_N], listed_B, top_BK)

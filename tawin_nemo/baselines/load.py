@@ -28,7 +28,7 @@ WEIGHTS, OPTIMIZER = "weights.pt", "optimizer.pt"
 
 @dataclass(frozen=True, eq=False)
 class ModelAndOptimizer:
-    """A model and the optimizer that moves it."""
+    """A model and its optimizer, saved and restored together."""
 
     model: SequentialRecommender
     optimizer: torch.optim.Optimizer
@@ -63,7 +63,7 @@ def load_baseline(
 
 @dataclass(frozen=True, eq=False)
 class Scorer:
-    """A trained model behind ragged histories; it reads the newest ``max_history`` items of each."""
+    """Scores of a trained model for ragged histories, of which it reads the newest ``max_history`` items."""
 
     model: SequentialRecommender
     max_history: int
@@ -77,7 +77,7 @@ class Scorer:
 
 
 def load_scorer(stage: Path, num_items: int) -> Scorer:
-    """A finished stage that scores every item of a catalog of ``num_items``, for rewards.
+    """Load a finished stage that scores every item of a catalog of ``num_items``, for rewards.
 
     Raises ConfigError that names rl.reward_source when ``stage`` is no finished baseline, is of another catalog, or
     is tiger, which scores only what its search finds.
@@ -100,7 +100,7 @@ def _blueprint(folder: Path) -> Blueprint:
 
 
 def save_checkpoint(path: Path, trainable: ModelAndOptimizer, state: dict[str, Any]) -> None:
-    """Write the directory ``path``, whole or not at all."""
+    """Write the checkpoint directory ``path`` atomically."""
     with atomic_directory(path) as temporary:
         torch.save(trainable.model.state_dict(), temporary / WEIGHTS)
         torch.save(trainable.optimizer.state_dict(), temporary / OPTIMIZER)
@@ -129,7 +129,7 @@ def load_checkpoint(path: Path, model: nn.Module, optimizer: torch.optim.Optimiz
 
 
 def find_problem(path: Path) -> str | None:
-    """Why ``path`` is not a complete, undamaged checkpoint; None if it is."""
+    """The reason why ``path`` is not a complete, undamaged checkpoint; None if it is one."""
     try:
         files = json.loads((path / STATE_FILE).read_text(encoding="utf-8"))["files"]
         damaged = [name for name in (WEIGHTS, OPTIMIZER) if sha256(path / name) != files[name]]

@@ -1,9 +1,11 @@
 """TIGER (arXiv 2305.05065): a T5 reads the semantic-ID codes of the history and writes those of the next item.
 
-Left out: the paper's hashed user-id token, so that rows are told apart by their history alone, as for the other
+Left out: the paper's hashed user-id token, so that rows differ by their history alone, as for the other
 models. Added: each code of the history carries an embedding of how many codes ago it was, where T5 knows distances
 between codes only. Ranking: beam search over the catalog's codes only; a code's log-probability is normalised over
 the codes that lead to items, so that steps without a choice cost nothing.
+
+C codes of an item or continuations of a state, S codes of a history, N states or flattened beams.
 """
 
 from __future__ import annotations
@@ -33,7 +35,7 @@ BEAMS = 50
 #: Fresh weights, as a share of T5's own, which go with Adafactor: its steps are in proportion to the weights. Adam's
 #: have the size of the learning rate; embeddings of size 1 stay the random directions that they begin with under them.
 INITIAL = 0.1
-#: Places from the newest code backwards that are told apart; older ones share the last.
+#: Codes further back than this share one age embedding.
 MAX_CODE_AGE = 64
 
 
@@ -75,7 +77,7 @@ class CodeTree(Record):
 
     @classmethod
     def from_rows(cls, rows: TokenRows) -> CodeTree:
-        """Raises CatalogError as ``TokenTrie.from_paths`` does."""
+        """The tree of I rows. Raises CatalogError for no rows, an empty row, or a row that begins another one."""
         trie = TokenTrie.from_paths(rows)
         positions, items, edges = [trie.root], [], []  # positions grows while it is walked: breadth first
         for state, position in enumerate(positions):
@@ -125,7 +127,7 @@ class CodeTree(Record):
 
 
 class Tiger(SequentialRecommender):
-    """``paths`` are the items' token paths, end of text last; items on one path share their place in the ranking."""
+    """``paths`` are the items' token paths, end of text last; items on one path share their rank."""
 
     def __init__(
         self, paths: TokenRows, *, hidden: int, layers: int, heads: int, dropout: float, loss_space: str = "vocab"
@@ -204,7 +206,7 @@ class Tiger(SequentialRecommender):
         return tokens_BS, (tokens_BS != PAD).long()
 
     def read(self, tokens_BS: Tensor, mask_BS: Tensor) -> Tensor:
-        """The encoder's states [B, S, D]; each code is told how many codes ago it was, see the module's text."""
+        """The encoder's states [B, S, D]; the age of each code is added as an embedding, see the module docstring."""
         age_BS = (mask_BS.sum(dim=1, keepdim=True) - mask_BS.cumsum(dim=1)).clamp(0, MAX_CODE_AGE - 1)
         embedded_BSD = self.t5.shared(tokens_BS) + self.place(age_BS)
         encoded: Tensor = self.t5.encoder(inputs_embeds=embedded_BSD, attention_mask=mask_BS).last_hidden_state
@@ -212,7 +214,7 @@ class Tiger(SequentialRecommender):
 
     @torch.no_grad()
     def scores(self, history_BL: Tensor, width: int | None = None) -> Tensor:
-        """Log-probability of each item that the search found, -inf for all others; see the module's text."""
+        """Log-probability [B, I] of each item that the search returned, -inf for all others."""
         width = min(width or BEAMS, self.tree.num_rows)
         parts = []
         for part_BL in history_BL.split(SEARCH_ROWS):

@@ -35,10 +35,13 @@ ITEMS_PER_PASS = 512
 
 
 class BaselineStage(Stage):
-    """``resume`` and ``save`` take a ``ModelAndOptimizer`` in place of a Trainable; one process."""
+    """A stage whose weights are a plain torch module, in one process: the files of ``Stage``, other checkpoints.
+
+    ``resume`` and ``save`` take a ``ModelAndOptimizer`` instead of a Trainable.
+    """
 
     def resume(self, trainable: Any) -> Progress:
-        """Load the newest checkpoint that is whole; a fresh stage starts at step 0."""
+        """Load the newest valid checkpoint; returns its progress, or that of step 0 if there is none."""
         newest = checkpoint.newest_valid(self.checkpoints, find_problem)
         if newest is None:
             self._rewind(-1)
@@ -50,9 +53,9 @@ class BaselineStage(Stage):
         return progress
 
     def save(self, trainable: Any, progress: Progress) -> None:
-        """Write ``checkpoints/step_N`` and remove what ``keep_last`` and the best step do not protect.
+        """Write ``checkpoints/step_N`` and remove checkpoints beyond ``trainer.keep_last``.
 
-        The best checkpoint always stays: it is what the stage hands on.
+        The best checkpoint is always kept: it is the result of the stage.
         """
         self._flush()
         state = {"progress": vars(progress), "stage": self.name}

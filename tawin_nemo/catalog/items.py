@@ -44,17 +44,17 @@ class Catalog:
 
     @property
     def leaf_I(self) -> np.ndarray:
-        """Trie leaf of every item."""
+        """Trie leaf of every item, int64 [I]."""
         return self.trie.leaf_I
 
     @property
     def sharing_I(self) -> np.ndarray:
-        """Items on the same token path, the item itself included (1 = unique)."""
+        """Number of items on each item's token path, itself included (1 = unique). int64 [I]."""
         return self.trie.sharing_I
 
     @cached_property
     def fingerprint(self) -> str:
-        """As the function of this name says of all items."""
+        """SHA-256 over external ids, titles and token paths of all items, see the function ``fingerprint``."""
         return fingerprint(self.external_ids, self.titles, self.paths)
 
     def duplicates(self) -> list[tuple[int, ...]]:
@@ -73,7 +73,7 @@ class Catalog:
 
 
 def fingerprint(external_ids: Sequence[str], titles: Sequence[str], paths: TokenRows) -> str:
-    """SHA-256 over ids, titles and token paths of items in their order: equal where two processes number them alike."""
+    """SHA-256 over ids, titles and token paths of items in order: equal only if two processes number items alike."""
     digest = hashlib.sha256()
     for names in zip(external_ids, titles, strict=True):
         digest.update(json.dumps(names).encode())

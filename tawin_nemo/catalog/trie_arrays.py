@@ -20,7 +20,7 @@ _FORMAT = "tawin_nemo.token_trie/2"
 
 @dataclass(frozen=True)
 class TrieArrays:
-    """The trie in memory and on disk: n inner nodes, E edges, I items, V = n + I node ids.
+    """The arrays of a trie, the same in memory and on disk.
 
     Integers are as narrow as the sizes allow; only ``pool_tokens`` and ``child_tokens`` are always int32.
     """
@@ -35,7 +35,7 @@ class TrieArrays:
 
 
 def save_arrays(arrays: TrieArrays, folder: Path, tokenizer: str) -> None:
-    """Write the folder whole or not at all; ``tokenizer`` is the fingerprint of what made the token ids."""
+    """Write the arrays and a manifest into ``folder``, atomically; ``tokenizer`` is the tokenizer's fingerprint."""
     names = [field.name for field in fields(TrieArrays)]
     with atomic_directory(folder) as temporary:
         for name in names:
@@ -45,15 +45,18 @@ def save_arrays(arrays: TrieArrays, folder: Path, tokenizer: str) -> None:
 
 
 def load_arrays(folder: Path, tokenizer: str) -> TrieArrays:
-    """Memory-map a saved trie; raises CatalogError that names the file and the remedy if anything is amiss."""
+    """Memory-map the arrays in ``folder``.
+
+    Raises CatalogError, naming file and remedy, for a missing or altered file, another format or another tokenizer.
+    """
     file = folder / "manifest.json"
     try:
         manifest = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise CatalogError(f"{folder} holds no readable trie ({error}); build it again") from error
-    found = manifest.get("format") if isinstance(manifest, dict) else None
-    if found != _FORMAT or not isinstance(manifest.get("sha256"), dict):
-        raise CatalogError(f"{file} is of format {found!r}, not {_FORMAT!r}; build the trie again")
+    actual = manifest.get("format") if isinstance(manifest, dict) else None
+    if actual != _FORMAT or not isinstance(manifest.get("sha256"), dict):
+        raise CatalogError(f"{file} is of format {actual!r}, not {_FORMAT!r}; build the trie again")
     if manifest.get("tokenizer") != tokenizer:
         raise CatalogError(
             f"{file}: the trie was made with tokenizer {manifest.get('tokenizer')!r}, not {tokenizer!r}, so its token "
@@ -75,7 +78,11 @@ def _load(folder: Path, name: str, checksums: dict[str, str]) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Spans:
-    """Ranks are positions in the sorted catalog; V node ids as in TokenTrie, entries of unused ids mean nothing."""
+    """Items below each node, as a range of ranks in the sorted catalog. Entries of unused node ids are meaningless.
+
+    The items below a node are neighbours in the sorted catalog, so "is an allowed item below this node?" takes two
+    binary searches in a sorted list of ranks, whatever the size of the catalog.
+    """
 
     rank_I: np.ndarray  # rank of every item
     first_V: np.ndarray  # first rank below the node
@@ -84,7 +91,7 @@ class Spans:
 
     @classmethod
     def of(cls, arrays: TrieArrays) -> Spans:
-        """O(V log depth): every step doubles how far each node's pointer reaches."""
+        """Compute the spans by pointer doubling, in O(V log depth)."""
         inner, order_I = len(arrays.child_offsets) - 1, arrays.node_item[len(arrays.child_offsets) - 1 :]
         items = len(order_I)
         rank_I = np.empty(items, dtype=np.int64)
@@ -108,5 +115,5 @@ class Spans:
         return cls(rank_I, np.concatenate([first_n, np.arange(items)]), leaf_end_I[last_V - inner], choices_V)
 
     def tensors(self, device: torch.device) -> dict[str, Tensor]:
-        """The arrays by name on ``device``; on the CPU they share memory."""
+        """The arrays as tensors on ``device``, by name; on the CPU they share memory with the arrays."""
         return {item.name: torch.from_numpy(getattr(self, item.name)).to(device) for item in fields(self)}

@@ -2,7 +2,9 @@
 
 A node is a maximal run of sorted paths that share more tokens with each other than with the paths outside the run
 (an LCP interval: Abouelhoda, Kurtz, Ohlebusch 2004). Every step works on whole arrays; Python loops run over the
-tokens that fit one sort word, and over depths.
+tokens that fit one sort word, and over depths. Ranks are positions in the sorted order.
+
+I items, D distinct paths, A ranks under work, M marked ones of these, R runs, n inner nodes, E edges.
 """
 
 from __future__ import annotations
@@ -165,7 +167,7 @@ class _Sorter:
 
 
 def _halves(alike: _Alike) -> list[_Alike]:
-    """The same as two, cut between groups near the middle; fewer rows and groups leave more bits for tokens."""
+    """Split ``alike`` between groups near the middle; fewer rows and groups leave more bits for tokens."""
     head_G = np.flatnonzero(alike.head_A)
     cut = int(head_G[min(int(np.searchsorted(head_G, len(alike.head_A) // 2)), len(head_G) - 1)])
     return [_part(alike, slice(0, cut)), _part(alike, slice(cut, None))]
@@ -176,7 +178,10 @@ def _part(alike: _Alike, which: np.ndarray | slice) -> _Alike:
 
 
 def build_arrays(rows: TokenRows, names: Sequence[str] | None) -> TrieArrays:
-    """The trie over ``rows``; raises what ``TokenTrie.from_paths`` names."""
+    """The trie in which item i ends at the leaf of ``rows[i]``; ``names`` (one per item) make messages readable.
+
+    Raises CatalogError for no rows, an empty row, a token outside 0 .. 2^31 - 1, or a row that begins another one.
+    """
     _check_paths(rows, names)
     paths = sort_paths(rows)
     _check_prefix_free(paths, names)

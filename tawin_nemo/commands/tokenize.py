@@ -21,8 +21,7 @@ from tawin_nemo.semantic_ids.collisions import format_items
 from tawin_nemo.semantic_ids.encoders import copy_encoder_files, embed, item_texts
 from tawin_nemo.semantic_ids.growth import CODES, FORMAT, ITEMS, ExistingIndex, Tokenized, is_finished
 from tawin_nemo.semantic_ids.index_files import read_index, write_index, write_info
-from tawin_nemo.semantic_ids.plot import draw
-from tawin_nemo.semantic_ids.report import IndexReport, measure, word_sets
+from tawin_nemo.semantic_ids.report import IndexReport, measure, plot_index, word_sets
 from tawin_nemo.util.errors import DataError
 from tawin_nemo.util.files import atomic_directory, sha256, write_json
 from tawin_nemo.util.log import say
@@ -148,7 +147,9 @@ def _write(
         copy_encoder_files(vectors, folder)
         (folder / ITEMS).write_text(json.dumps(dataset.items.external_ids) + "\n", encoding="utf-8")
         write_json(folder / REPORT, asdict(report) | {"kept_items": made.kept})
-        draw(folder / PICTURE, x_ID, made.codes_IL, levels, title=f"{dataset.manifest['name']}: {made.coder.method}")
+        plot_index(
+            folder / PICTURE, x_ID, made.codes_IL, levels, title=f"{dataset.manifest['name']}: {made.coder.method}"
+        )
         files = {path.name: sha256(path) for path in sorted(folder.iterdir())}
         write_json(folder / MANIFEST, {"format": FORMAT, "request": request, "text": asdict(cfg.text), "files": files})
         folder.chmod(0o755)

@@ -1,4 +1,4 @@
-"""Item texts -> token paths, tokenised in the context of a prompt."""
+"""Builds the catalog: token paths of item texts, tokenised in the context of a prompt."""
 
 from __future__ import annotations
 

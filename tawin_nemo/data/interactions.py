@@ -42,7 +42,7 @@ class Split:
         return len(self.user_N)
 
     def slice(self, begin: int, end: int) -> Split:
-        """Rows begin..end-1, without copying."""
+        """Samples begin .. end - 1, without copying."""
         offsets = self.history.offsets[begin : end + 1]
         history = TokenRows(self.history.flat[offsets[0] : offsets[-1]], offsets - offsets[0])
         return Split(self.user_N[begin:end], history, self.target_N[begin:end], self.time_N[begin:end])

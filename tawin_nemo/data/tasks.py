@@ -1,8 +1,8 @@
-"""Alignment tasks: what SFT may learn beside the next item, so that codes and words come to mean the same.
+"""Alignment tasks: SFT on translations between codes and text, beside the prediction of the next item.
 
 The tasks are those of MiniOneRec (arXiv 2510.24431: codes of a history -> codes, title <-> codes, codes of a history ->
-title, titles of a history -> codes) and of LC-Rec (arXiv 2311.09049: description <-> codes, intention -> codes). A task
-is written by the template of all prompts with words of its own: an instruction (alpaca) or a marker token (compact).
+title, titles of a history -> codes) and of LC-Rec (arXiv 2311.09049: description <-> codes, intention -> codes). Tasks
+use the same prompt template as the next item, each with its own instruction (alpaca) or marker token (compact).
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from tawin_nemo.data.tokenizer import Tokenizer
 from tawin_nemo.types import TokenRows
 from tawin_nemo.util.errors import ConfigError
 
-#: What an item can be written as; all but the codes are words.
+#: The ways to write an item; all but the codes are natural language.
 CODES, TITLE, DESCRIPTION, INTENTION = "codes", "title", "description", "intention"
 
 
 @dataclass(frozen=True)
 class Task:
-    """One way of asking: ``given`` and ``wanted`` say how items are written in the question and in the answer."""
+    """An alignment task: ``given`` and ``wanted`` are the ways to write items in the question and in the answer."""
 
     name: str  # the key of section ``align``
     given: str
@@ -37,7 +37,7 @@ class Task:
 
     @property
     def marker(self) -> str:
-        """Its token in the compact template."""
+        """The token that marks the task in the compact template."""
         return f"<|{self.name}|>"
 
 
@@ -72,7 +72,7 @@ def active_tasks(align: AlignConfig) -> tuple[Task, ...]:
 
 @dataclass(frozen=True)
 class TaskTemplate(Template):
-    """``Template`` with the words of a task in front; ``kind`` is how the question writes items."""
+    """``Template`` with a task's instruction or marker; ``kind`` is the way in which the question writes items."""
 
     task: Task = TASKS[0]
 
@@ -96,13 +96,13 @@ class TaskRows:
         return len(self.samples)
 
     def take(self, rows: np.ndarray) -> TaskRows:
-        """The named rows, in that order."""
+        """The questions at indices ``rows`` [M], in that order."""
         return replace(self, samples=self.samples.take(rows), answers=self.answers.take(rows))
 
 
 @dataclass(frozen=True)
 class TaskEncoder:
-    """How items are written: ``texts[way][item]``, with an empty text where an item has none."""
+    """Tokenises tasks. ``texts[way][item]`` is an item's text, empty where it has none of that way."""
 
     texts: Mapping[str, Sequence[str]]
     tokenizer: Tokenizer
@@ -110,9 +110,10 @@ class TaskEncoder:
     data: DataConfig
 
     def rows(self, task: Task, split: Split) -> TaskRows:
-        """The rows of ``split`` as questions of ``task``; those whose question or answer has no text are left out.
+        """The rows of ``split`` as questions of ``task``; those whose question or answer has no text are skipped.
 
-        Raises ConfigError when no row is left, CatalogError and DataError as ``answer_paths`` and ``encode_split``.
+        Raises ConfigError when no row is left, CatalogError for texts that cannot be tokenised unambiguously, and
+        DataError for an item that does not fit into a prompt.
         """
         given, wanted = self.texts[task.given], self.texts[task.wanted]
         has_given, has_wanted = (np.array([bool(text) for text in texts], dtype=bool) for texts in (given, wanted))
@@ -128,7 +129,7 @@ class TaskEncoder:
         return TaskRows(task, samples, self.paths(task.wanted).take(samples.target_N))
 
     def paths(self, way: str) -> TokenRows:
-        """Every item written that way as an answer, EOS included; an item without such a text is EOS alone."""
+        """Token paths of all items as answers in ``way``, EOS included; an item without such a text is EOS alone."""
         template = Template(self.template.name, _kind(way))
         texts = self.texts[way]
         known = [item for item, text in enumerate(texts) if text]
@@ -141,7 +142,7 @@ class TaskEncoder:
 
     @staticmethod
     def _has_question(task: Task, split: Split, has_given: np.ndarray) -> np.ndarray:
-        """Whether all items of a row's question have a text."""
+        """bool [N]: all items of the row's question have a text."""
         if not task.of_history:
             return has_given[split.target_N]
         missing = np.concatenate([[0], np.cumsum(~has_given[split.history.flat])])
@@ -149,26 +150,26 @@ class TaskEncoder:
 
 
 def _kind(way: str) -> str:
-    """The template's word for it: codes are joined, words are put between marks."""
+    """``Template.kind`` for a way of writing items: codes are joined, texts are separated by marks."""
     return "sid" if way == CODES else "title"
 
 
 def items_as_split(items: np.ndarray) -> Split:
-    """One row per item, whose history is that item itself: the questions about single items."""
+    """One sample per item, whose history is the item itself: the questions about single items."""
     items = np.asarray(items, dtype=np.int64)
     none = np.zeros(len(items), dtype=np.int64)
     return Split(none, TokenRows(items, np.arange(len(items) + 1)), items, none)
 
 
 def held_out_items(num_items: int, share: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Items that the tasks about single items train on, and those that they are tested on; both ascending."""
+    """Items that tasks about single items train on, and those that they are tested on; both ascending."""
     order = np.random.default_rng([seed, 5]).permutation(num_items)
     held = round(share * num_items)
     return np.sort(order[held:]), np.sort(order[:held])
 
 
 def truncate_words(text: str, most: int) -> str:
-    """At most ``most`` words, with single spaces.
+    """The first ``most`` words of ``text``, separated by single spaces.
 
     >>> truncate_words("a  long\\n story", 2)
     'a long'

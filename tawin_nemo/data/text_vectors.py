@@ -47,7 +47,7 @@ def load_item_vectors(path: Path, num_items: int, *, key: str = "rl.reward_sourc
 
 
 def usable_vectors(vectors_ID: np.ndarray, where: str) -> np.ndarray:
-    """``vectors_ID`` itself. Raises DataError, beginning with ``where``, that names items with NaN or all-zero rows."""
+    """Return ``vectors_ID``. Raises DataError, beginning with ``where``, that names items with NaN or all-zero rows."""
     for wrong_I, what in ((~np.isfinite(vectors_ID).all(axis=1), "not finite"), (~vectors_ID.any(axis=1), "all zero")):
         if wrong_I.any():
             items = np.flatnonzero(wrong_I).tolist()
@@ -70,7 +70,7 @@ def text_vectors(texts: Sequence[str], *, dims: int = TEXT_DIMS, seed: int = 0) 
 
 @dataclass(frozen=True, eq=False)
 class TextModel:
-    """TF-IDF and SVD fitted once, for texts that come later: W words, D dimensions."""
+    """TF-IDF and SVD, fitted once and applied to later texts: W words, D dimensions."""
 
     words: list[str]
     idf_W: np.ndarray  # float32
@@ -78,7 +78,7 @@ class TextModel:
 
     @classmethod
     def fit(cls, texts: Sequence[str], *, dims: int, seed: int) -> TextModel:
-        """Raises DataError when no text has a word."""
+        """Fit vocabulary, IDF and SVD on ``texts``. Raises DataError when no text has a word."""
         counts = _tf_idf()
         words_IW = _fitted(counts, texts, "give the items texts")
         svd = _svd(min(dims, *words_IW.shape), seed).fit(words_IW)
@@ -87,7 +87,7 @@ class TextModel:
         )
 
     def vectors(self, texts: Sequence[str]) -> np.ndarray:
-        """[I, D] float32, rows as those of ``text_vectors``; words that ``fit`` has not seen count for nothing."""
+        """[I, D] float32, rows as those of ``text_vectors``; words that ``fit`` has not seen are ignored."""
         counts = _tf_idf(vocabulary=self.words)
         counts.idf_ = self.idf_W
         return _unit_rows(counts.transform(texts) @ self.components_DW.T)
@@ -99,7 +99,7 @@ class TextModel:
 
     @classmethod
     def load(cls, folder: Path) -> TextModel:
-        """Raises DataError for files that are absent or of another kind."""
+        """Read a model that ``save`` wrote. Raises DataError for files that are missing or malformed."""
         try:
             idf_W, *components = np.load(folder / MODEL, allow_pickle=False)
             return cls(json.loads((folder / WORDS).read_text(encoding="utf-8")), idf_W, np.stack(components))

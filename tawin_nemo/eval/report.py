@@ -1,4 +1,4 @@
-"""The report of a run: one self-contained HTML page that says what was run, what came out and how sure that is."""
+"""The report of a run: one self-contained HTML page with settings, results and their confidence intervals."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tawin_nemo.maths.tawin import weight_profile
 from tawin_nemo.util.errors import DataError
 from tawin_nemo.util.files import atomic_path
 
-#: What a stage is compared with, row by row.
+#: Stages that the others are compared with, row by row.
 BASELINES = ("sft", "sft_continued")
 PACKAGES = ("tawin-nemo", "torch", "megatron-core", "transformers", "numpy")
 
@@ -61,7 +61,7 @@ class StageComparison:
 
 
 def write_report(run_dir: Path) -> Path:
-    """Write ``run_dir/report.html`` from what lies there; returns its path. Raises DataError for malformed files."""
+    """Write ``run_dir/report.html`` from the files of the run. Raises DataError if one of these is malformed."""
     path = run_dir / "report.html"
     html = render(load_report(run_dir))
     with atomic_path(path) as temporary:
@@ -70,7 +70,7 @@ def write_report(run_dir: Path) -> Path:
 
 
 def render(report: ReportInput) -> str:
-    """The page as text; depends on the files of the run and the installed versions only."""
+    """The HTML page; depends on the files of the run and the installed versions only."""
     environment = Environment(
         loader=PackageLoader("tawin_nemo", "eval"),
         autoescape=True,
@@ -108,9 +108,9 @@ def _metric_names(tested: list[StageRecord]) -> list[str]:
 
 
 def _beyond_names(tested: list[StageRecord]) -> list[str]:
-    """What some evaluation says beside its hits, by name and cut-off; those of older versions say nothing."""
-    found = {name for stage in tested if stage.result is not None for name in stage.result.beyond}
-    return sorted(found, key=lambda name: (name.partition("@")[0], int(name.partition("@")[2])))
+    """Metrics beyond accuracy that at least one evaluation has, by name and cut-off; older versions wrote none."""
+    names = {name for stage in tested if stage.result is not None for name in stage.result.beyond}
+    return sorted(names, key=lambda name: (name.partition("@")[0], int(name.partition("@")[2])))
 
 
 def _beyond_text(value: float | None, name: str) -> str:
@@ -126,13 +126,13 @@ def _best(tested: list[StageRecord], names: list[str]) -> dict[str, float]:
 
 
 def _versus(tested: list[StageRecord], names: list[str]) -> list[StageComparison]:
-    found = []
+    rows = []
     results: dict[str, EvalResult] = {stage.name: stage.result for stage in tested if stage.result is not None}
     for theirs in (name for name in BASELINES if name in results):
         for ours in (name for name in results if name != theirs and (name, theirs) != BASELINES):
             pairs = tuple(compare(results[ours], results[theirs], metric) for metric in names)
-            found.append(StageComparison(ours, theirs, pairs))
-    return found
+            rows.append(StageComparison(ours, theirs, pairs))
+    return rows
 
 
 # -- plots --------------------------------------------------------------------------------------------------------
@@ -185,7 +185,7 @@ def _window(report: ReportInput) -> Markup | None:
     return Markup(figures.window_profile(weights, anchor=anchor, label=label))
 
 
-# -- facts --------------------------------------------------------------------------------------------------------
+# -- tables -------------------------------------------------------------------------------------------------------
 def _run_rows(report: ReportInput) -> Iterator[SummaryRow]:
     parallel = [f"TP {report.setting('model.tensor_model_parallel_size')}",
                 f"PP {report.setting('model.pipeline_model_parallel_size')}"]  # fmt: skip
@@ -211,8 +211,8 @@ def _data_rows(report: ReportInput, tested: list[StageRecord]) -> Iterator[Summa
         shown = ", ".join(f"{k} {_number(v)}" for k, v in value.items()) if isinstance(value, dict) else _number(value)
         yield SummaryRow(name.replace("_", " "), shown)
     if tested and tested[-1].result is not None:
-        found = tested[-1].result
-        shared = f"{found.collisions:,} of {found.rows:,} ({found.collision})"
+        result = tested[-1].result
+        shared = f"{result.collisions:,} of {result.rows:,} ({result.collision})"
         yield SummaryRow(f"{report.split} rows whose target shares its path", shared)
 
 

@@ -1,4 +1,4 @@
-"""Reads what a run left in its directory; the report and other readers work on these records only."""
+"""Reads the files of a run directory into records, on which the report and other readers work."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class StageRecord:
 
 @dataclass(frozen=True, eq=False)
 class ReportInput:
-    """Everything a report shows. Absent files give empty dicts, absent stages are left out."""
+    """Everything a report shows. Missing files give empty dicts, missing stages are omitted."""
 
     run_dir: Path
     recipe: dict[str, Any]  # resolved

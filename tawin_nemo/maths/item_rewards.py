@@ -1,4 +1,4 @@
-"""Dense rewards that compare items: by their meaning, or by what another recommender thinks (ReRe, arXiv 2510.12211).
+"""Dense rewards that compare items: by their meaning, or by the scores of another recommender (ReRe, arXiv 2510.12211).
 
 Both are added to the rule reward, so that the target stays the best candidate of its group; the public code of the
 paper trains on each of them alone **[choice]**. A warning that the paper gives with them: they are not the goal.
@@ -59,7 +59,7 @@ def semantic_reward(
 
 
 def collaborative_reward(scores_BI: Tensor, items_BG: Tensor, is_target_BG: Tensor, *, weight: float = 1.0) -> Tensor:
-    """Rule reward plus ``weight`` times what a sequential recommender thinks of the candidate. [B, G], scores' dtype.
+    """Rule reward plus ``weight`` times a sequential recommender's probability of the candidate. [B, G], scores' dtype.
 
     ``scores_BI`` are the recommender's raw scores of all items for each prompt's history (logits). ReRe uses the raw
     logit, whose scale depends on how the recommender was trained and which easily outweighs the 1 of a hit. Here it is

@@ -32,7 +32,7 @@ def kmeans_centres(x_ND: np.ndarray, codes: int, *, iterations: int, seed: int) 
 
 
 def seeds(x_ND: np.ndarray, codes: int, seed: int) -> np.ndarray:
-    """First centres: k-means++ on a random sample of the rows."""
+    """Initial centres [K, D]: k-means++ on a random sample of the rows."""
     from sklearn.cluster import kmeans_plusplus  # scikit-learn takes a second to import
 
     count = min(len(x_ND), SEEDING_ROWS_PER_CODE * codes)
@@ -62,7 +62,7 @@ def residual_kmeans(
 
 
 def total_std(x_ID: np.ndarray) -> float:
-    """Root of the mean squared distance to the mean."""
+    """Total standard deviation: the root of the mean squared distance of I vectors to their mean."""
     return float(np.sqrt(x_ID.var(axis=0, dtype=np.float64).sum()))
 
 
@@ -76,16 +76,16 @@ def check_enough_items(items: int, codes: int) -> None:
 
 
 def check_enough_distinct(rest_ID: np.ndarray, codes: int, level: int, spread: float) -> None:
-    """A level with fewer different rows than codes would leave codes without a meaning."""
+    """Raise DataError if a level has fewer distinct residuals than codes; ``level`` counts from 0."""
     # a random direction tells different rows apart (almost surely) at the cost of one product
     direction_D = np.random.default_rng(0).normal(size=rest_ID.shape[1])
     along_I = rest_ID @ direction_D
-    place_I = np.round(along_I / (spread * SAME)) if spread > np.finfo(np.float32).tiny else np.zeros(len(rest_ID))
-    different, first_I, count_I = np.unique(place_I, return_index=True, return_counts=True)
+    bin_I = np.round(along_I / (spread * SAME)) if spread > np.finfo(np.float32).tiny else np.zeros(len(rest_ID))
+    different, first_I, count_I = np.unique(bin_I, return_index=True, return_counts=True)
     if len(different) >= codes:
         return
     most = int(count_I.argmax())
-    alike = np.flatnonzero(place_I == place_I[first_I[most]])[:5].tolist()
+    alike = np.flatnonzero(bin_I == bin_I[first_I[most]])[:5].tolist()
     remedies = [f"set semantic_ids.codes to {len(different)} or less"] if len(different) > 1 else []
     remedies += [f"set semantic_ids.levels to {level}"] if level > 1 else []
     remedies += ["give the items different texts"]
@@ -216,7 +216,8 @@ def balanced_residual_kmeans(
 ) -> tuple[Codebooks, np.ndarray]:
     """Residual k-means with balanced sizes at every level: codebooks, codes [I, L].
 
-    The codes are the balanced ones, not always the nearest. Raises as ``residual_kmeans``.
+    The codes are the balanced ones, not always the nearest. Raises DataError for fewer items than codes, or a
+    level that has fewer different residuals than codes.
     """
     check_enough_items(len(x_ID), codes)
     spread = total_std(x_ID)

@@ -1,4 +1,7 @@
-"""A fitted tokenizer of items: vectors -> codes -> vectors, with all that new items need later, in a few files."""
+"""A fitted item tokenizer (vectors -> codes -> vectors) and its files, from which new items can be encoded.
+
+I items, L levels, D dimensions.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +37,7 @@ class ItemCoder:
     network: Autoencoder | None = None
 
     def latents(self, x_ID: np.ndarray) -> np.ndarray:
-        """What the codebooks describe, [I, latent dimensions] float32."""
+        """Latent vectors that the codebooks quantise, [I, latent dimensions] float32."""
         if self.network is None:
             return np.asarray(x_ID, dtype=np.float32)
         return _in_pieces(self.network.encode, x_ID)
@@ -61,18 +64,18 @@ class ItemCoder:
 
     @classmethod
     def load(cls, folder: Path) -> ItemCoder:
-        """What ``save`` wrote. Raises DataError for a file that is absent or of another kind."""
+        """Read a coder that ``save`` wrote. Raises DataError for a file that is missing or malformed."""
         try:
-            facts = json.loads((folder / NETWORK).read_text(encoding="utf-8"))
+            content = json.loads((folder / NETWORK).read_text(encoding="utf-8"))
             books = Codebooks(np.load(folder / CODEBOOKS, allow_pickle=False))
-            if facts["shape"] is None:
-                return cls(facts["method"], books)
-            shape = NetworkShape(**(facts["shape"] | {"widths": tuple(facts["shape"]["widths"])}))
+            if content["shape"] is None:
+                return cls(content["method"], books)
+            shape = NetworkShape(**(content["shape"] | {"widths": tuple(content["shape"]["widths"])}))
             network = Autoencoder(shape, books.levels, books.codes)
             network.load_state_dict(load_file(folder / WEIGHTS))
         except (OSError, EOFError, ValueError, KeyError, TypeError, RuntimeError) as error:
             raise DataError(f"{folder} holds no tokenizer that can be read ({error}); make it again") from error
-        return cls(facts["method"], books, network.eval())
+        return cls(content["method"], books, network.eval())
 
 
 def fit(
@@ -83,9 +86,10 @@ def fit(
     checkpoint: Path | None = None,
     on_epoch: EpochCallback | None = None,
 ) -> tuple[ItemCoder, np.ndarray]:
-    """The coder that ``cfg.method`` makes, and its codes [I, L] before collisions are dealt with.
+    """The coder that ``cfg.method`` makes, and its codes [I, L] before collisions are resolved.
 
-    Raises DataError for fewer items, or fewer different vectors, than codes. ``checkpoint`` as in ``train_quantiser``.
+    Raises DataError for fewer items, or fewer different vectors, than codes. ``checkpoint`` and ``on_epoch`` are those
+    of ``train_quantiser``.
     """
     if cfg.method == "random":
         codes_IL = random_codes(len(x_ID), levels=cfg.levels, codes=cfg.codes, seed=seed)
@@ -104,8 +108,8 @@ def fit(
 
 def random_codes(items: int, *, levels: int, codes: int, seed: int, taken: np.ndarray | None = None) -> np.ndarray:
     """Different codes for all items, drawn evenly; none of the rows of ``taken``. Raises ConfigError if too few."""
-    places = codes ** np.arange(levels - 1, -1, -1, dtype=np.int64)
-    used = set() if taken is None else set((taken[:, :levels].astype(np.int64) @ places).tolist())
+    weights = codes ** np.arange(levels - 1, -1, -1, dtype=np.int64)
+    used = set() if taken is None else set((taken[:, :levels].astype(np.int64) @ weights).tolist())
     if items + len(used) > codes**levels:
         raise ConfigError(
             f"{items + len(used)} items, but semantic_ids.codes={codes} ** semantic_ids.levels={levels} gives only "
@@ -113,11 +117,15 @@ def random_codes(items: int, *, levels: int, codes: int, seed: int, taken: np.nd
         )
     drawn = random.Random(seed).sample(range(codes**levels), min(codes**levels, items + len(used)))
     fresh = np.array([number for number in drawn if number not in used][:items], dtype=np.int64)
-    return (fresh[:, None] // places % codes).astype(np.int32)
+    return (fresh[:, None] // weights % codes).astype(np.int32)
 
 
 def resolve_collisions(codes_IL: np.ndarray, coder: ItemCoder, x_ID: np.ndarray, how: str) -> np.ndarray:
-    """Codes after ``semantic_ids.collisions`` = ``how``; raises DataError where that cannot be done."""
+    """Codes [I, L or L + 1] after resolving collisions by ``how`` (``semantic_ids.collisions``).
+
+    keep leaves equal codes, dedup adds a token, assign and sinkhorn choose other last codes. Raises DataError where
+    there are not enough codes.
+    """
     if how == "keep":
         return codes_IL
     if how == "dedup":

@@ -1,7 +1,9 @@
-"""Items with equal codes: told apart by their last code, or by one more token; nothing is ever dropped.
+"""Items with equal codes are distinguished by their last code or by an added token; no item is dropped.
 
-Both ways of choosing another last code look at all items with the same codes before it (a *family*), at what is left of
-their latents for the last codebook, and never give a code that is taken.
+Both ways of choosing another last code look at all items with the same codes before it (a *family*) and at the
+residuals of their latents for the last codebook, and never assign a code twice.
+
+I items, N rows, G rows of one family, R of these without a code, F free codes, K codes of a level, L levels.
 """
 
 from __future__ import annotations
@@ -16,9 +18,9 @@ from tawin_nemo.semantic_ids.clustering import transport_plan
 from tawin_nemo.semantic_ids.codebooks import Codebooks, squared_distances
 from tawin_nemo.util.errors import DataError
 
-#: What stands in the column of the dedup token for an item that needs none.
+#: Value of the dedup column for an item that needs no dedup token.
 NO_TOKEN = -1
-#: Sinkhorn: entropy as a share of the family's largest distance, scalings, and rounds until no two items are alike.
+#: Sinkhorn: entropy as a share of the family's largest distance, scalings, and rounds until no two items are equal.
 EPSILON, ITERATIONS, ROUNDS = 0.003, 50, 20
 
 
@@ -30,7 +32,7 @@ def groups_of(codes_IL: np.ndarray) -> list[np.ndarray]:
 
 
 def shared_rows(codes_IL: np.ndarray) -> np.ndarray:
-    """Whether another item has the same codes, bool [I]."""
+    """bool [I]: another item has the same codes."""
     shared_I = np.zeros(len(codes_IL), dtype=bool)
     for group in groups_of(codes_IL):
         shared_I[group] = len(group) > 1
@@ -38,9 +40,9 @@ def shared_rows(codes_IL: np.ndarray) -> np.ndarray:
 
 
 def assign_unique(codes_IL: np.ndarray, books: Codebooks, latents_ID: np.ndarray) -> np.ndarray:
-    """Codes [I, L] without collisions, the last ones chosen anew where a family has some.
+    """Codes [I, L] without collisions, with new last codes in families that have collisions.
 
-    Within such a family the sum of the squared distances to the last codes is the least that different codes allow
+    Within such a family the sum of the squared distances to the last codes is minimal under distinct codes
     (scipy's linear assignment). Of a family with more items than the last level has codes, those that this assignment
     leaves out go to the nearest family with room. Raises DataError naming an item for which there is none.
     """
@@ -56,7 +58,7 @@ def assign_unique(codes_IL: np.ndarray, books: Codebooks, latents_ID: np.ndarray
 
 
 class FreeCodes:
-    """The last codes that are free in every family of first codes."""
+    """The unused last codes of every family of first codes; ``taken_IL`` are the codes in use."""
 
     def __init__(self, taken_IL: np.ndarray, books: Codebooks) -> None:
         self.books = books
@@ -107,11 +109,14 @@ class FreeCodes:
 
 
 def assign_unique_sinkhorn(codes_IL: np.ndarray, books: Codebooks, latents_ID: np.ndarray) -> np.ndarray:
-    """As ``assign_unique``, by Sinkhorn's algorithm (LC-Rec's way, Zheng et al. 2024, Section 3.1): not optimal.
+    """Codes [I, L] without collisions by Sinkhorn's algorithm, as in LC-Rec (Zheng et al. 2024, Section 3.1).
+
+    An approximation of ``assign_unique``, which is optimal.
 
     Each round gives every item the code with the most mass in a plan that uses the free codes evenly; the first item of
-    those that still agree keeps it, the others go on with what is free. Raises DataError naming items that are alike
-    after ROUNDS rounds (equal vectors part one a round), and the items of a family larger than the codebook.
+    those that agree keeps it, the others continue with the free codes. Raises DataError naming items that are
+    equal after ROUNDS rounds (a round separates one of several equal vectors), or the items of a family that is larger
+    than the codebook.
     """
     shared_I, result_IL = shared_rows(codes_IL), codes_IL.copy()
     for items_G in groups_of(codes_IL[:, :-1]):
@@ -134,7 +139,7 @@ def assign_unique_sinkhorn(codes_IL: np.ndarray, books: Codebooks, latents_ID: n
 
 
 def _sinkhorn_codes(cost_GK: np.ndarray) -> np.ndarray:
-    """Different codes; -1 for rows that are still without one after ROUNDS rounds."""
+    """Distinct codes [G]; -1 for rows that have none after ROUNDS rounds."""
     code_G = np.full(len(cost_GK), -1)
     free_K = np.ones(cost_GK.shape[1], dtype=bool)
     cost = torch.from_numpy(cost_GK / max(cost_GK.max(), np.finfo(np.float64).tiny))

@@ -37,7 +37,7 @@ class Embeddings:
 
 
 def item_texts(titles: Sequence[str], descriptions: Sequence[str], fields: str) -> list[str]:
-    """What is embedded of each item, without markup. Raises DataError that names items without any word."""
+    """The text of each item that is embedded, without markup. Raises DataError that names items without any word."""
     texts = [clean_text(title) for title in titles]
     if fields == "title_description":
         described = [_plain(text) for text in descriptions]
@@ -79,14 +79,14 @@ def embed(texts: Sequence[str], cfg: TextConfig, out: Path, *, seed: int, like: 
         request["text_model"] = sha256(like / MODEL) if cfg.encoder == "tfidf" else ""
     if cfg.encoder == "file":
         request["vectors_sha256"] = sha256(_vector_file(cfg))
-    if (found := _finished(out, request)) is not None:
+    if (finished := _finished(out, request)) is not None:
         say(f"{out} holds the vectors of these texts already; reused")
-        return found
+        return finished
     with atomic_directory(out) as folder:
-        vectors_ID, facts = _vectors(texts, cfg, out, folder, seed, like, request)
+        vectors_ID, details = _vectors(texts, cfg, out, folder, seed, like, request)
         np.save(folder / VECTORS, usable_vectors(vectors_ID, f"semantic_ids.text.encoder={cfg.encoder}"))
         files = {path.name: sha256(path) for path in sorted(folder.iterdir())}
-        manifest = {"format": FORMAT, **request, **facts, "dims": int(vectors_ID.shape[1]), "files": files}
+        manifest = {"format": FORMAT, **request, **details, "dims": int(vectors_ID.shape[1]), "files": files}
         write_json(folder / MANIFEST, manifest)
         folder.chmod(0o755)
     shutil.rmtree(_work(out), ignore_errors=True)
@@ -136,9 +136,9 @@ def _vectors(
         model.save(folder)
         return model.vectors(texts), {"words": len(model.words)}
     encoded = encode_texts(texts, cfg, encoder_folder(cfg), _work(out), request)
-    if encoded.cut:
-        say(f"{encoded.cut} of {len(texts)} texts were cut at semantic_ids.text.max_tokens={cfg.max_tokens}")
-    return encoded.vectors_ID, {"texts_cut": encoded.cut}
+    if encoded.num_truncated:
+        say(f"{encoded.num_truncated} of {len(texts)} texts were cut at semantic_ids.text.max_tokens={cfg.max_tokens}")
+    return encoded.vectors_ID, {"texts_cut": encoded.num_truncated}
 
 
 def _vector_file(cfg: TextConfig) -> Path:
@@ -149,7 +149,7 @@ def _vector_file(cfg: TextConfig) -> Path:
 
 
 def _work(out: Path) -> Path:
-    """Where unfinished shards lie."""
+    """The folder of unfinished shards."""
     return out.with_name(f"{out.name}.work")
 
 

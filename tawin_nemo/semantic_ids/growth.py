@@ -1,4 +1,7 @@
-"""New items under frozen codebooks: existing items keep their codes, new ones get codes that nobody has."""
+"""New items under frozen codebooks: existing items keep their codes, new ones get unused codes.
+
+I existing or all items, N new items, L code levels, D dimensions.
+"""
 
 from __future__ import annotations
 
@@ -23,10 +26,10 @@ def encode_new_items(
 ) -> np.ndarray:
     """Codes of N new items, with as many columns as ``codes_IL`` (existing items) has.
 
-    ``how`` is ``semantic_ids.collisions`` of the existing index. assign, sinkhorn: no two items share codes; items of one
-    family get its free last codes as in ``collisions.assign_unique``. dedup: shared codes get the next numbers of the
-    last column. keep: codes may be shared. Raises DataError naming an item (of ``x_ND``) for which no code is left,
-    ConfigError as ``random_codes``.
+    ``how`` is ``semantic_ids.collisions`` of the existing index. assign, sinkhorn: no two items share codes; items of
+    one family get its free last codes as in ``collisions.assign_unique``. dedup: shared codes get the next
+    numbers of the last column. keep: codes may be shared. Raises DataError naming an item (of ``x_ND``) for which
+    no code is left, ConfigError for random codes that are too few.
     """
     if not len(x_ND):
         return codes_IL[:0]
@@ -59,18 +62,18 @@ def _numbered(codes_IL: np.ndarray, new_NL: np.ndarray) -> np.ndarray:
     return np.column_stack([new_NL, token_N]).astype(codes_IL.dtype)
 
 
-# -- An index folder that is there already: verified, read, and grown by the items that are new.
+# -- An existing index folder: verified, read, and extended by new items.
 
 
 FORMAT = "tawin_nemo.semantic_ids.v1"
 CODES, ITEMS = "codes.npy", "items.json"
-#: Where vectors are found and how fast they are made may change while an index grows.
+#: Keys of section ``semantic_ids.text`` that may change while an index grows: where vectors lie and batch sizes.
 _OWN_KEYS = ("source", "processes", "shard_items", "batch_size")
 
 
 @dataclass(frozen=True, eq=False)
 class Tokenized:
-    """Codes [I, L or more] of all items, the coder behind them, and how many of the items had theirs before."""
+    """Codes [I, L or more] of all items, the coder behind them, and the number of items that kept earlier codes."""
 
     codes_IL: np.ndarray
     coder: ItemCoder
@@ -79,7 +82,7 @@ class Tokenized:
 
 @dataclass(frozen=True, eq=False)
 class ExistingIndex:
-    """What ``tokenize`` wrote before: item ``i`` has the external id ``external_ids[i]`` and the codes of row i."""
+    """An index folder that ``tokenize`` wrote: item ``i`` has the name ``external_ids[i]`` and the codes of row i."""
 
     folder: Path
     manifest: dict[str, Any]
@@ -89,7 +92,10 @@ class ExistingIndex:
 
     @classmethod
     def read(cls, folder: Path) -> ExistingIndex:
-        """Raises DataError for a folder that is no index, or whose files are absent, altered or do not fit together."""
+        """Read and verify an index folder.
+
+        Raises DataError for a folder that is no index, or whose files are missing, altered or inconsistent.
+        """
         manifest = read_manifest(folder)
         _verify(folder, manifest)
         external_ids = json.loads((folder / ITEMS).read_text(encoding="utf-8"))
@@ -104,7 +110,7 @@ class ExistingIndex:
         return int(self.manifest["request"]["seed"])
 
     def settings(self, cfg: SemanticIdsConfig) -> SemanticIdsConfig:
-        """``cfg`` with everything that was decided when the index was made: method, sizes, collisions, encoder."""
+        """``cfg`` with the settings that the index was made with: method, sizes, collisions, encoder."""
         settings = {key: value for key, value in self.manifest["request"]["settings"].items() if key != "rqvae"}
         own = {key: getattr(cfg.text, key) for key in _OWN_KEYS}
         text = TextConfig(**(self.manifest["text"] | own))
@@ -113,13 +119,13 @@ class ExistingIndex:
         return replace(cfg, **settings, text=text)
 
     def extend(self, external_ids: list[str], x_ID: np.ndarray) -> Tokenized:
-        """Codes of a newer catalog: items are the same if their external ids are.
+        """Codes of a newer catalog; items are identified by their external ids.
 
         Codes of items that have left are not given to others. Raises as ``encode_new_items``, with the external ids of
         the first new items.
         """
-        place = {name: item for item, name in enumerate(self.external_ids)}
-        before_I = np.array([place.get(name, -1) for name in external_ids])
+        row_of = {name: item for item, name in enumerate(self.external_ids)}
+        before_I = np.array([row_of.get(name, -1) for name in external_ids])
         new_N = np.flatnonzero(before_I < 0)
         gone = len(self.external_ids) - (len(external_ids) - len(new_N))
         say(f"{len(external_ids) - len(new_N)} items keep their codes, {len(new_N)} are new, {gone} have left")
@@ -138,7 +144,7 @@ class ExistingIndex:
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest of an index folder. Raises DataError."""
+    """The manifest of an index folder. Raises DataError if it is missing, unreadable or of another format."""
     path = folder / MANIFEST
     try:
         manifest: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
@@ -158,7 +164,7 @@ def _verify(folder: Path, manifest: dict[str, Any]) -> None:
 
 
 def is_finished(folder: Path, request: dict[str, Any]) -> bool:
-    """Whether the folder holds the result of exactly this request, unaltered."""
+    """True if the folder holds the result of exactly this request, unaltered."""
     if not (folder / MANIFEST).is_file():
         return False
     try:

@@ -1,4 +1,7 @@
-"""The quantiser's two halves in torch: codebooks that pass gradients straight through, and the networks around them."""
+"""Residual quantiser with straight-through gradients, and the autoencoder around it, as torch modules.
+
+N rows, L levels, K codes per level, D dimensions.
+"""
 
 from __future__ import annotations
 
@@ -21,13 +24,13 @@ class QuantizerOutput:
 
     latent_ND: Tensor
     codes_NL: Tensor
-    residuals_LND: Tensor  # what each level had to describe, without gradient
+    residuals_LND: Tensor  # input of each level, without gradient
     codebook_loss: Tensor
     commitment_loss: Tensor
 
 
 class ResidualQuantiser(nn.Module):
-    """L codebooks of K vectors, each for what the levels before left over.
+    """L codebooks of K vectors, each for the residual of the levels before.
 
     Residual quantisation with commitment to every partial sum (Lee et al. 2022, "Autoregressive image generation using
     residual quantization", Eq. 5-8; the straight-through estimator of van den Oord et al. 2017). Losses are means over

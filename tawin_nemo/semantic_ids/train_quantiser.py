@@ -26,13 +26,13 @@ INIT_ROWS_PER_CODE = 64
 #: Added to every code's count where its moving average is divided by it (van den Oord et al. 2017, Appendix A.1).
 EMA_SMOOTHING = 1e-5
 
-#: What a training reports after each epoch: (epoch, mean loss of reconstruction).
+#: Called after each epoch with (epoch, mean reconstruction error).
 EpochCallback = Callable[[int, float], None]
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What a training needs beside the vectors and RqVaeConfig."""
+    """Settings of a training besides RqVaeConfig: sizes, seed and initialisation of the codebooks."""
 
     levels: int
     codes: int
@@ -49,10 +49,10 @@ def train_quantiser(
     checkpoint: Path | None = None,
     on_epoch: EpochCallback | None = None,
 ) -> Autoencoder:
-    """A trained autoencoder in evaluation mode, on the CPU.
+    """Train an autoencoder with residual codebooks; returns it in evaluation mode, on the CPU.
 
     ``checkpoint``: file that keeps the state every ``cfg.save_interval`` epochs; a run with the same vectors and
-    settings goes on from it with the same result as one that was never stopped. Raises DataError for fewer items, or
+    settings continues from it with the same result as an uninterrupted one. Raises DataError for fewer items, or
     fewer different ones, than codes.
     """
     check_enough_items(len(x_ID), plan.codes)
@@ -144,7 +144,7 @@ class _Training:
 
     @torch.no_grad()
     def _move_codebooks(self, output: QuantizerOutput) -> None:
-        """Codebooks as moving averages of what chose their codes."""
+        """Move the codebooks to exponential moving averages of the residuals that chose their codes."""
         decay = self.cfg.ema_decay
         for level, residual_ND in enumerate(output.residuals_LND):
             code_N = output.codes_NL[:, level]
@@ -158,7 +158,7 @@ class _Training:
 
     @torch.no_grad()
     def _restart_idle(self, output: QuantizerOutput) -> None:
-        """Codes that nothing has used for a while move onto random rows of the last batch."""
+        """Reset codes that were unused for ``restart_after`` epochs to random rows of the last batch."""
         for level, residual_ND in enumerate(output.residuals_LND):
             idle = torch.nonzero(self.idle_LK[level] >= self.cfg.restart_after)[:, 0]
             rows = torch.randint(len(residual_ND), (len(idle),), generator=self.draw)
@@ -169,7 +169,7 @@ class _Training:
                 self.total_LKD[level, idle.to(self.device)] = fresh_ND
                 self.idle_LK[level, idle] = 0
 
-    # -- stop and go on ----------------------------------------------------------------------------------------------
+    # -- resume -----------------------------------------------------------------------------------------------------
     def save(self, path: Path, epochs: int) -> None:
         state = {
             "key": self.key, "epochs": epochs, "model": self.model.state_dict(), "draw": self.draw.get_state(),
@@ -180,7 +180,7 @@ class _Training:
             torch.save(state, temporary)
 
     def restore(self, path: Path) -> int:
-        """Epochs that are done; 0 without a usable file of the same training."""
+        """Load the state in ``path``; returns the epochs that are done, 0 without a file of the same training."""
         if not path.is_file():
             return 0
         state: dict[str, Any] = torch.load(path, map_location=self.device, weights_only=True)

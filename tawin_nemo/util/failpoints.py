@@ -1,9 +1,9 @@
-"""Places where a test may kill this process or fill its disk; nothing happens unless ``TAWIN_FAILPOINTS`` is set.
+"""Named points at which a test can kill this process or simulate a full disk, set by ``TAWIN_FAILPOINTS``.
 
 The variable holds ``POINT=ACTION[@PASS][/RANK]``, several separated by commas: at the PASS-th time (default 1) that the
-process comes to POINT it does ACTION, on every rank or only on RANK. Actions: ``kill`` (SIGKILL), ``kill:MS`` (the same
+process reaches POINT it does ACTION, on every rank or only on RANK. Actions: ``kill`` (SIGKILL), ``kill:MS`` (the same
 MS milliseconds later, while the program goes on), ``term`` (SIGTERM), ``enospc`` (the error of a full disk), ``raise``
-(any other error). Each says so on stderr, so that a test can count what it has caused.
+(any other error). Each writes a line to stderr, so that a test can count the failures it has caused.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ POINTS = (
     "save.before_rename",  # every file is written and fsynced, under the temporary name
     "save.replacing",  # an older checkpoint of this name is moved away, the new one not yet in its place
     "save.after_rename",
-    "prune.mid",  # a checkpoint that goes has been renamed but not removed
+    "prune.mid",  # an old checkpoint has been renamed but not removed
     "log.mid_line",  # half of a line of metrics.jsonl or timings.jsonl
     "rl.after_rollout",
-    "rollout_rank.asked",  # a rank that only searches has been given prompts
+    "rollout_rank.asked",  # a rollout rank has received prompts
     "file.before_rename",  # any JSON, report or table that is written under a temporary name
 )
 _RULE = re.compile(r"([\w.]+)=(kill|kill:\d+|term|enospc|raise)(?:@(\d+))?(?:/(\d+))?")
@@ -38,7 +38,7 @@ _RULE = re.compile(r"([\w.]+)=(kill|kill:\d+|term|enospc|raise)(?:@(\d+))?(?:/(\
 
 @dataclass
 class _Rule:
-    """What happens at one point; ``left`` counts the passes down."""
+    """An action at one point; ``left`` is the number of passes until it happens."""
 
     point: str
     action: str
@@ -50,7 +50,10 @@ _rules: list[_Rule] = []
 
 
 def arm(text: str) -> None:
-    """Replace the rules; an empty text disarms. Raises ConfigError for a text that is none."""
+    """Replace all rules by those in ``text`` (syntax as in the module docstring); an empty text removes them.
+
+    Raises ConfigError for a malformed rule or an unknown point.
+    """
     _rules[:] = [_parsed(part) for part in text.split(",") if part]
 
 
@@ -65,7 +68,7 @@ def _parsed(part: str) -> _Rule:
 
 
 def reach(point: str) -> None:
-    """The program is at ``point``."""
+    """Perform the action of every rule whose turn it is at ``point``."""
     for rule in _rules:
         if rule.point == point and rule.rank in (None, read_launch().rank):
             rule.left -= 1
@@ -74,7 +77,7 @@ def reach(point: str) -> None:
 
 
 def write(file: BinaryIO, data: bytes | memoryview, point: str) -> None:
-    """``file.write(data)``, with ``point`` in the middle of the bytes."""
+    """Write ``data`` to ``file``, reaching ``point`` after half of the bytes are flushed."""
     if not _rules:
         file.write(data)
         return

@@ -19,8 +19,7 @@ from tawin_nemo.semantic_ids.coder import ItemCoder, fit, random_codes, resolve_
 from tawin_nemo.semantic_ids.collisions import NO_TOKEN, shared_rows, with_dedup_token
 from tawin_nemo.semantic_ids.growth import encode_new_items
 from tawin_nemo.semantic_ids.index_files import code_tokens, read_index, write_index, write_info
-from tawin_nemo.semantic_ids.plot import draw
-from tawin_nemo.semantic_ids.report import level_use, measure, purity, relative_error, word_sets
+from tawin_nemo.semantic_ids.report import level_use, measure, plot_index, purity, relative_error, word_sets
 from tawin_nemo.util.errors import CatalogError, ConfigError, DataError
 from tests.semantic_ids.vectors import blobs
 
@@ -217,5 +216,5 @@ def test_purity_sees_codes_that_follow_the_words() -> None:
 
 
 def test_the_picture_is_a_png(tmp_path: Path) -> None:
-    draw(tmp_path / "codes.png", blobs(30), np.zeros((30, 2), dtype=np.int32), 2, title="one code")
+    plot_index(tmp_path / "codes.png", blobs(30), np.zeros((30, 2), dtype=np.int32), 2, title="one code")
     assert (tmp_path / "codes.png").read_bytes().startswith(b"\x89PNG")
