@@ -15,8 +15,8 @@ from tawin_nemo.config.schema import DataConfig, PrepareConfig
 from tawin_nemo.data.interactions import MANIFEST, read_manifest, verify_files
 from tawin_nemo.data_prep import amazon, inter_layout, synthetic, yelp
 from tawin_nemo.data_prep.dataset import STATISTICS, Prepared, write_dataset
-from tawin_nemo.data_prep.periods import PUBLISHED, Period, period
 from tawin_nemo.data_prep.pipeline import build
+from tawin_nemo.data_prep.raw import PUBLISHED, Period, period
 from tawin_nemo.util.errors import DataError, UserError
 from tawin_nemo.util.files import sha256
 from tawin_nemo.util.log import say

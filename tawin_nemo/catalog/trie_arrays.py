@@ -1,6 +1,7 @@
 """The arrays of a path-compressed trie: in memory, on disk, and the spans of items below its nodes.
 
-I items, E edges, n inner nodes, V = n + I node ids."""
+I items, E edges, n inner nodes, V = n + I node ids.
+"""
 
 from __future__ import annotations
 

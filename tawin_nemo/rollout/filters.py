@@ -46,7 +46,7 @@ class ItemFilter:
         return int((listed_D < np.diff(ends_D)).sum())
 
     def first_allowed(self, trie: TokenTrie, leaf: int) -> int:
-        """The allowed item with the lowest index at ``leaf``. Raises IndexError if the filter allows none of its items."""
+        """The allowed item with the lowest index at ``leaf``. Raises IndexError if the filter allows none."""
         items = trie.items(leaf)
         listed = np.isin(trie.spans.rank_I[items], self.rank_M)
         return int(items[listed if self.kind == "only" else ~listed][0])

@@ -1,6 +1,7 @@
 """Groups of candidates: distinct draws, the target put into groups without it, and counts for the log.
 
-M groups without their target."""
+M groups without their target.
+"""
 
 from __future__ import annotations
 

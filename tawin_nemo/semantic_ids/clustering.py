@@ -1,6 +1,7 @@
 """Residual k-means, plain and balanced, and assignments of rows to codes of given sizes: optimal, and by Sinkhorn.
 
-N rows, K codes of one level, R rows of one code; I items, L levels, D dimensions."""
+N rows, K codes of one level, R rows of one code; I items, L levels, D dimensions.
+"""
 
 from __future__ import annotations
 

@@ -40,7 +40,7 @@ class Wish:
     def filter(self, trie: TokenTrie) -> ItemFilter | None:
         if self.kind is None:
             return None
-        return ItemFilter(self.kind, np.sort(trie.spans.place_I[sorted(self.listed)]))
+        return ItemFilter(self.kind, np.sort(trie.spans.rank_I[sorted(self.listed)]))
 
 
 @st.composite
@@ -165,7 +165,7 @@ def test_a_prompt_without_beams_is_refused() -> None:
 @given(catalogs())
 def test_spans_say_what_lies_below_and_above_every_node(paths: list[list[int]]) -> None:
     trie = TokenTrie.from_paths(paths)
-    spans, order = trie.spans, np.argsort(trie.spans.place_I)
+    spans, order = trie.spans, np.argsort(trie.spans.rank_I)
     below = {node: set(trie.items(node).tolist()) for node in set(trie.leaf_I.tolist())}
     above = dict.fromkeys(range(trie.num_inner + trie.num_items), 0)
     offsets, children = trie.arrays.child_offsets.tolist(), trie.arrays.child_nodes.tolist()

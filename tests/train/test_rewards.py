@@ -18,8 +18,7 @@ from tawin_nemo.baselines.load import DONE_FILE, MODEL_FILE, ModelAndOptimizer, 
 from tawin_nemo.config.schema import BaselineConfig, RlConfig
 from tawin_nemo.data.samples import Samples
 from tawin_nemo.data.text_vectors import text_vectors
-from tawin_nemo.maths.item_rewards import collaborative_reward, semantic_reward
-from tawin_nemo.maths.rewards import ranking_reward, rule_reward
+from tawin_nemo.maths.rewards import collaborative_reward, ranking_reward, rule_reward, semantic_reward
 from tawin_nemo.train.rewards import CollaborativeReward, RankingReward, RuleReward, SemanticReward, build_reward
 from tawin_nemo.types import NO_ITEM, PromptBatch, Rollout, TokenRows
 from tawin_nemo.util.errors import ConfigError, DataError

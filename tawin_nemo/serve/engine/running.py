@@ -103,7 +103,7 @@ class Running:
             entries.append(entry)
         sizes = [len(job.prompts) for job in jobs]
         kinds = [FILTER_KINDS.index("" if job.filter is None else job.filter.kind) for job in jobs]
-        listed = [no_places() if job.filter is None else job.filter.place_M for job in jobs]
+        listed = [no_places() if job.filter is None else job.filter.rank_M for job in jobs]
         command = Admit(
             lane,
             TokenRows.from_lists([job.prompts[row] for job in jobs for row in range(len(job.prompts))]),
