@@ -105,8 +105,8 @@ def collaborative_reward(scores_BI: Tensor, items_BG: Tensor, is_target_BG: Tens
     ``weight = 1`` none can reach the target, at 1 it can at most draw level, above 1 the recommender may overrule the
     target. Candidates drawn several times count several times in the softmax. Padding gets 0.
 
-    Besides reward hacking (see the module docstring) this reward can leak targets: a recommender trained on the very rows that
-    RL uses has seen their targets.
+    Besides reward hacking (see the module docstring) this reward can leak targets: a recommender trained
+    on the rows that RL uses has seen their targets.
 
     Args:
         scores_BI: Scores of items 0 .. I - 1; -inf where the recommender lists an item not at all, which adds 0.

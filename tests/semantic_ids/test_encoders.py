@@ -116,7 +116,7 @@ def test_vectors_are_means_of_the_last_layer_one_text_at_a_time(encoder: Path, t
         with torch.no_grad():
             mean_D = plain.model(ids).last_hidden_state[0].mean(dim=0).numpy()
         np.testing.assert_allclose(row, mean_D / np.linalg.norm(mean_D), atol=1e-5)
-    assert found.cut == 30  # all titles are longer than four words
+    assert found.num_truncated == 30  # all titles are longer than four words
 
 
 def test_a_stopped_run_goes_on_behind_its_last_shard(

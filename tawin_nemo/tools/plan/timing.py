@@ -1,6 +1,5 @@
 """Step times from FLOPs and a stated MFU, with what a search must at least take to read the weights and what an update
-must at least take to exchange gradients. Collectives inside a model (TP, PP) are the MFU's business.
-"""
+must at least take to exchange gradients. Collectives inside a model (TP, PP) are the MFU's business."""
 
 from __future__ import annotations
 
