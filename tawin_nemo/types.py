@@ -232,7 +232,7 @@ class TokenBatch:
     end_S: Tensor  # index into S behind the token's last descendant
     chain_B: Tensor  # tokens of each prompt's chain
     tree_B: Tensor  # tokens of its tree; S = sum(chain_B + tree_B)
-    place_P: Tensor  # index into S, ascending, each once
+    index_P: Tensor  # index into S, ascending, each once
     row_N: Tensor  # index into P
     target_N: Tensor  # the token whose log-prob is read
     children: Children | None = None

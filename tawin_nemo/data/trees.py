@@ -95,14 +95,14 @@ def tree_batch(
 
     index_UD = _token_indices(begin_U, trees.shared_U, depths)
     chain_B = _chains(end_S, size_B)
-    place_P, row_N, target_N, children, index = _scores(trees, end_B - size_B + prompts.lengths - 1, index_UD, trie)
+    index_P, row_N, target_N, children, index = _scores(trees, end_B - size_B + prompts.lengths - 1, index_UD, trie)
     batch = TokenBatch(
         tokens_S=torch.from_numpy(tokens_S),
         position_S=torch.from_numpy(position_S),
         end_S=torch.from_numpy(end_S),
         chain_B=torch.from_numpy(chain_B),
         tree_B=torch.from_numpy(size_B - chain_B),
-        place_P=torch.from_numpy(place_P),
+        index_P=torch.from_numpy(index_P),
         row_N=torch.from_numpy(row_N),
         target_N=torch.from_numpy(target_N),
         children=children,
@@ -229,7 +229,7 @@ def _scores(
     index_R = last_B[trees.prompt_U[answer_R]]
     deeper = depth_R > 0
     index_R[deeper] = index_UD[answer_R[deeper], depth_R[deeper] - 1]
-    place_P, first_P, row_R = np.unique(index_R, return_index=True, return_inverse=True)
+    index_P, first_P, row_R = np.unique(index_R, return_index=True, return_inverse=True)
     # Answers that are equal read the same log-probs.
     count_U = np.bincount(answer_R, minlength=len(trees.prompt_U))
     answer_N, nth_N = ragged(count_U[trees.distinct_A])
@@ -240,7 +240,7 @@ def _scores(
     if trie is not None:
         assert trees.scored.node_R is not None
         children = _children(trie, trees.scored.node_R[first_P], row_N, target_N)
-    return place_P, row_N, target_N, children, AnswerIndex(torch.from_numpy(answer_N), torch.from_numpy(token_N))
+    return index_P, row_N, target_N, children, AnswerIndex(torch.from_numpy(answer_N), torch.from_numpy(token_N))
 
 
 def _children(trie: TokenTrie, node_P: np.ndarray, row_N: np.ndarray, target_N: np.ndarray) -> Children:

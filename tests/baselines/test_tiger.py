@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from tawin_nemo.baselines.protocol import left_padded
-from tawin_nemo.baselines.tiger import END, PAD, PLACES, CodeBook, CodeTree, Tiger
+from tawin_nemo.baselines.tiger import END, PAD, MAX_CODE_AGE, CodeBook, CodeTree, Tiger
 from tawin_nemo.types import NO_ITEM, TokenRows
 from tests.baselines.patterns import ITEMS, PATHS, histories, model_of
 
@@ -122,7 +122,7 @@ def test_the_encoder_reads_the_codes_without_gaps_and_end(model):
 def test_older_codes_share_a_place_when_the_history_is_long(model):
     history_BL = torch.arange(60)[None] % ITEMS
     tokens_BS, mask_BS = model.encoder_input(history_BL)
-    assert tokens_BS.shape[1] > PLACES
+    assert tokens_BS.shape[1] > MAX_CODE_AGE
     assert model.read(tokens_BS, mask_BS).isfinite().all()
 
 
