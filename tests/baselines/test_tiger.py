@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from tawin_nemo.baselines.protocol import left_padded
-from tawin_nemo.baselines.tiger import END, PAD, MAX_CODE_AGE, CodeBook, CodeTree, Tiger
+from tawin_nemo.baselines.tiger import END, MAX_CODE_AGE, PAD, CodeBook, CodeTree, Tiger
 from tawin_nemo.types import NO_ITEM, TokenRows
 from tests.baselines.patterns import ITEMS, PATHS, histories, model_of
 
