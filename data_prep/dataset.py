@@ -32,7 +32,7 @@ def leak_check(splits: Mapping[str, Split], num_items: int, max_history: int) ->
     """Check order in time, item indices and windows of train, valid and test.
 
     Raises DataError if times are not ascending within and across the splits, an item index is outside
-    0..num_items-1, or a history is empty or longer than ``max_history``. Windows are counted, not refused: sample
+    0..num_items-1, or a history is empty or longer than ``max_history``. Broken windows are only counted: sample
     n + 1 of a user must have the history (history of sample n + its target), cut to the newest ``max_history``, and a
     user's first sample a history of one item; anything else means that a history has gaps or holds later items.
     """

@@ -108,10 +108,10 @@ def _read_items(path: Path) -> pl.DataFrame:
         raise DataError(f"{path} must be an object {{item number: {{title, ...}}}}")
     names = [str(item) for item in range(len(entries))]
     if set(entries) != set(names):
-        lacking, odd = [name for name in names if name not in entries], sorted(set(entries) - set(names))
+        missing, odd = [name for name in names if name not in entries], sorted(set(entries) - set(names))
         raise DataError(
             f"{path} must be an object with the keys 0..{len(entries) - 1} for its {len(entries)} items; "
-            f"{_shown(lacking)} missing, {_shown(odd)} not among them"
+            f"{_shown(missing)} missing, {_shown(odd)} not among them"
         )
     rows = [entries[str(item)] for item in range(len(entries))]
     if wrong := [item for item, row in enumerate(rows) if not _has_title(row)]:

@@ -34,7 +34,7 @@ def build(raw: RawData, *, k: int, max_title_words: int, max_history: int) -> Pr
     reviews = reviews.join(items.select(ITEM), on=ITEM, how="semi", maintain_order="left")
     steps.append(_step("valid titles", reviews))
     reasons = ", ".join(f"{reason}: {count['items']}" for reason, count in faults.items())
-    _check_not_empty(raw, steps, f"items refused ({reasons}); does the metadata belong to the reviews?")
+    _check_not_empty(raw, steps, f"items rejected ({reasons}); does the metadata belong to the reviews?")
 
     user_N, item_N = _codes(reviews[USER]), _codes(reviews[ITEM])
     reviews = reviews.filter(pl.Series(k_core(user_N, item_N, k)))
@@ -63,14 +63,14 @@ def _valid_items(items: pl.DataFrame, reviews: pl.DataFrame, max_words: int) -> 
     judged = reviewed.join(first.with_columns(known=True), on=ITEM, how="left").with_columns(
         pl.when(pl.col("known").is_null()).then(pl.lit("no metadata")).otherwise(pl.col("fault")).alias("fault")
     )
-    refused = judged.filter(pl.col("fault").is_not_null()).sort(ITEM)
+    rejected = judged.filter(pl.col("fault").is_not_null()).sort(ITEM)
     faults = {
         str(reason): {
             "items": part.height,
             "reviews": int(part["reviews"].sum()),
             "first_items": part[ITEM].head(5).to_list(),
         }
-        for (reason,), part in refused.group_by("fault", maintain_order=True)
+        for (reason,), part in rejected.group_by("fault", maintain_order=True)
     }
     valid = judged.filter(pl.col("fault").is_null()).select(ITEM, *ITEM_TEXTS)
     return valid, dict(sorted(faults.items()))
@@ -130,11 +130,11 @@ def sliding_windows(user_N: np.ndarray, item_N: np.ndarray, time_N: np.ndarray, 
     """
     order = np.lexsort((time_N, user_N))  # lexsort is stable: equal times keep their input order
     user, item, time = user_N[order], item_N[order], time_N[order]
-    place = np.arange(len(user))
+    row = np.arange(len(user))
     is_first = np.ones(len(user), dtype=bool)
     is_first[1:] = user[1:] != user[:-1]
-    first_place = np.maximum.accumulate(np.where(is_first, place, 0))
-    position = place - first_place
+    first_row = np.maximum.accumulate(np.where(is_first, row, 0))
+    position = row - first_row
 
     samples = np.flatnonzero(~is_first)
     samples = samples[np.argsort(time[samples], kind="stable")]  # they were in the order of user and position

@@ -96,12 +96,12 @@ def write_reviews(
         summary=pl.lit("Fine"),
     )
     lines = frame.write_ndjson().encode().splitlines(keepends=True)
-    extra, places = [], []
+    extra, indices = [], []
     for kind, share in REVIEW_DIRT.items():
-        for place in generator.integers(len(lines), size=max(1, round(share * len(lines)))):
-            extra.append(_damage(lines[place], kind))
-            places.append(int(place))
-    keys = np.concatenate([np.arange(len(lines)), np.array(places)])
+        for index in generator.integers(len(lines), size=max(1, round(share * len(lines)))):
+            extra.append(_damage(lines[index], kind))
+            indices.append(int(index))
+    keys = np.concatenate([np.arange(len(lines)), np.array(indices)])
     order = np.argsort(keys, kind="stable")
     every = lines + extra
     _write(path, [every[index] for index in order])
@@ -225,8 +225,8 @@ class _Groups:
 
     def draw(self, group_N: np.ndarray, uniform_N: np.ndarray) -> np.ndarray:
         low, high = self.low_K[group_N], self.high_K[group_N]
-        place = np.searchsorted(self.edge_I, low + uniform_N * (high - low), side="right")
-        return self.item_I[np.minimum(place, len(self.item_I) - 1)]
+        index = np.searchsorted(self.edge_I, low + uniform_N * (high - low), side="right")
+        return self.item_I[np.minimum(index, len(self.item_I) - 1)]
 
     def has_items(self, group_N: np.ndarray) -> np.ndarray:
         return self.high_K[group_N] > self.low_K[group_N]

@@ -4,7 +4,7 @@ Axis letters are suffixes of tensor names, everywhere in this package:
 
     B prompts (users)   G candidates of one prompt   T tokens     V vocabulary   W beams      K metric cut-off
     I items             C children of a trie node    E edges      L code length  D width      H heads
-    N, R flat rows      P places in a batch whose next-token distribution is wanted
+    M, N, R flat rows   P positions of a batch whose next-token distribution is needed
     S sequence (Megatron is sequence first: ``hidden_SBD``)
 
 Records hold tensors of one step and never outlive it; padding is 0 for tokens and -1 for item indices.
@@ -182,7 +182,7 @@ class Rollout(PromptRecord):
     logprobs_BGT: Tensor | None  # in the policy space, 0 at padding, NaN = not known; None = another space was searched
     is_target_BG: Tensor  # bool: the candidate is the target, or shares the target's token path
     weight_version: int
-    inserted_BG: Tensor | None = None  # bool: the candidate was put in by ensure_target; None = nobody put anything in
+    inserted_BG: Tensor | None = None  # bool: the candidate was inserted by ensure_target; None = none was inserted
 
     @property
     def valid_BG(self) -> Tensor:

@@ -50,7 +50,7 @@ class SequentialRecommender(nn.Module, ABC):
         super().__init__()
         self.num_items = num_items
         representative_I = torch.arange(num_items)
-        #: For each item the item that stands for it in rankings: itself, unless a model cannot tell some items apart.
+        #: For each item the item that represents it in rankings: itself, unless a model confuses some items.
         self.register_buffer("representative_I", representative_I, persistent=False)
         self.representative_I: Tensor
 

@@ -48,7 +48,7 @@ class CodeBook:
 
     @classmethod
     def from_paths(cls, paths: TokenRows) -> CodeBook:
-        """Number the token paths of a catalog anew, each level apart (TIGER's level offsets).
+        """Number the tokens of all paths of a catalog again, separately per level (TIGER's level offsets).
 
         The last token of every path is its end of text and becomes END. Equal paths become equal rows.
         """

@@ -19,7 +19,7 @@ from tawin_nemo.util.errors import CatalogError
 class Catalog:
     """Items 0 .. I - 1 with their token paths (EOS included) and the trie over those paths.
 
-    Items written alike (duplicate titles, colliding semantic IDs) share one leaf; the model cannot tell them apart.
+    Items with equal paths (duplicate titles, colliding semantic IDs) share one leaf; the model cannot distinguish them.
     Raises CatalogError if the parts do not have one entry per item.
     """
 

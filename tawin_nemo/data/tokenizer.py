@@ -112,7 +112,7 @@ class Tokenizer:
                     f"the tokenizer has no tokens for {text[:200]!r}; it knows the template and the codes of the index "
                     "it was built from: use the same catalog.index and data.template, or data.tokenizer=bpe"
                 )
-        return DataError("the tokenizer refused a batch of texts, but no single one of them")
+        return DataError("the tokenizer failed on a batch of texts, but on none of them alone")
 
     def decode(self, tokens: Iterable[int]) -> str:
         """The text of ``tokens``, special tokens included, spaces untouched."""
@@ -170,7 +170,7 @@ def read_vocabulary(directory: Path) -> dict[str, int]:
 
 @contextmanager
 def _reading(directory: Path) -> Iterator[None]:
-    """Raises ConfigError for a folder without a tokenizer and for whatever is wrong with the one that is there."""
+    """Raises ConfigError for a folder without a tokenizer and for one that cannot be read."""
     if not (directory / "tokenizer.json").is_file():
         raise ConfigError(f"no tokenizer.json in {directory}; set data.tokenizer to a folder that has one")
     try:

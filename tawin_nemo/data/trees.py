@@ -224,7 +224,7 @@ def _next_outside(shared_U: np.ndarray, depths: int) -> np.ndarray:
 def _scores(
     trees: _Trees, last_B: np.ndarray, index_UD: np.ndarray, trie: TokenTrie | None
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, Children | None, AnswerIndex]:
-    """Places, row and target of every log-prob, children, index. ``last_B`` is the place of a prompt's last token."""
+    """Indices, row and target of every log-prob, children, index. ``last_B`` is the index of a prompt's last token."""
     answer_R, depth_R = trees.scored.answer_R, trees.scored.depth_R
     index_R = last_B[trees.prompt_U[answer_R]]
     deeper = depth_R > 0
@@ -289,8 +289,8 @@ def _check_paths(paths: TokenRows, trie: TokenTrie, node_U: Tensor, names: np.nd
     if not len(bad):
         return
     row = int(bad[np.argmin(names[bad])])
-    place, tokens = int(at_U[row]), paths[row].tolist()
-    what = f"leaves the catalog at its token {place} ({tokens[place]})" if place < len(tokens) else "is cut short"
+    index, tokens = int(at_U[row]), paths[row].tolist()
+    what = f"leaves the catalog at its token {index} ({tokens[index]})" if index < len(tokens) else "is cut short"
     raise CatalogError(
         f"answer {names[row]} {what}: {tokens}; build the answers from catalog.paths with the same tokenizer"
     )

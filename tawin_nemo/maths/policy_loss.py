@@ -159,7 +159,7 @@ def token_stats(logp_N: Tensor, terms: PolicyTerms, clipped_N: Tensor) -> dict[s
     """Sums over tokens for the log: ratio, clipping, and the distance of the policy from that of the rollout.
 
     ``shift_kl`` estimates KL(rollout policy || this policy) without bias (k3), ``prob_error`` is the mean change of a
-    token's probability. Before the first update of a rollout both should be 0: what is left is the mismatch between
+    token's probability. Before the first update of a rollout both should be 0: the remainder is the mismatch between
     the training and the rollout forward pass.
     """
     with torch.no_grad():

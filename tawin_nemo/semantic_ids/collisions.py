@@ -50,10 +50,10 @@ def assign_unique(codes_IL: np.ndarray, books: Codebooks, latents_ID: np.ndarray
     crowded = [items_G for items_G in groups_of(codes_IL[:, :-1]) if shared_I[items_G].any()]
     if not crowded:
         return codes_IL
-    anew = np.sort(np.concatenate(crowded))
+    reassigned = np.sort(np.concatenate(crowded))
     result_IL = codes_IL.copy()
-    free_codes = FreeCodes(np.delete(codes_IL, anew, axis=0), books)
-    result_IL[anew] = free_codes.assign(codes_IL[anew], latents_ID[anew], anew)
+    free_codes = FreeCodes(np.delete(codes_IL, reassigned, axis=0), books)
+    result_IL[reassigned] = free_codes.assign(codes_IL[reassigned], latents_ID[reassigned], reassigned)
     return result_IL
 
 
@@ -98,7 +98,7 @@ class FreeCodes:
                 return moved_L
         raise DataError(
             f"item {name}: all {self.books.codes**2} IDs that begin with {codes_L[:level].tolist()} are taken; make "
-            "the index anew with more semantic_ids.codes or semantic_ids.levels, or use semantic_ids.collisions=dedup"
+            "the index again with more semantic_ids.codes or semantic_ids.levels, or use semantic_ids.collisions=dedup"
         )
 
     def _free(self, first: tuple[int, ...]) -> np.ndarray:

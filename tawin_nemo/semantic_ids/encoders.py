@@ -24,7 +24,7 @@ from tawin_nemo.util.log import say
 
 FORMAT = "tawin_nemo.text_vectors.v1"
 VECTORS = "vectors.npy"
-#: The manifest of the vectors, where it lies in the folder of an index.
+#: The manifest of the vectors, its name in the folder of an index.
 MANIFEST_COPY = "text_vectors.json"
 
 
@@ -158,7 +158,7 @@ def _read_json(path: Path) -> dict[str, Any]:
         read: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         return read
     except (OSError, ValueError) as error:
-        raise DataError(f"{path} cannot be read ({error}); tokenize the catalog anew") from error
+        raise DataError(f"{path} cannot be read ({error}); tokenize the catalog again") from error
 
 
 def _finished(out: Path, request: dict[str, Any]) -> Embeddings | None:

@@ -73,7 +73,7 @@ _OWN_KEYS = ("source", "processes", "shard_items", "batch_size")
 
 @dataclass(frozen=True, eq=False)
 class Tokenized:
-    """Codes [I, L or more] of all items, the coder behind them, and the number of items that kept earlier codes."""
+    """Codes [I, L or more] of all items, their coder, and the number of items that kept earlier codes."""
 
     codes_IL: np.ndarray
     coder: ItemCoder
@@ -101,7 +101,9 @@ class ExistingIndex:
         external_ids = json.loads((folder / ITEMS).read_text(encoding="utf-8"))
         codes_IL = np.load(folder / CODES, allow_pickle=False)
         if len(codes_IL) != len(external_ids):
-            raise DataError(f"{folder} has codes for {len(codes_IL)} items and {len(external_ids)} names; make it anew")
+            raise DataError(
+                f"{folder} has codes for {len(codes_IL)} items and {len(external_ids)} names; tokenize again"
+            )
         return cls(folder, manifest, external_ids, codes_IL, ItemCoder.load(folder))
 
     @property

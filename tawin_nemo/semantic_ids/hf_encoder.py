@@ -68,7 +68,7 @@ def encode_texts(texts: Sequence[str], cfg: TextConfig, folder: Path, work: Path
     _prepare(work, request)
     missing = [number for number, path in enumerate(paths) if not path.is_file()]
     if len(missing) < len(paths):
-        say(f"{len(paths) - len(missing)} of {len(paths)} shards of vectors are there already")
+        say(f"{len(paths) - len(missing)} of {len(paths)} shards of vectors are already computed")
     if missing and cfg.processes == 1:
         encoder = _Encoder(folder, cfg)
         for number in progress(

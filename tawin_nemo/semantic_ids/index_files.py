@@ -27,7 +27,7 @@ _WORD = re.compile(r"<([a-z])_(\d{1,9})>")
 @dataclass(frozen=True, eq=False)
 class IndexCodes:
     """``codes_IL`` int32; an item with fewer tokens than the longest has NO_TOKEN at the end. ``levels``: tokens that
-    every item has; what is behind them tells apart items that would otherwise be equal."""
+    every item has; further tokens distinguish items that would otherwise be equal."""
 
     codes_IL: np.ndarray
     levels: int

@@ -125,7 +125,7 @@ def word_sets(texts: Sequence[str]) -> list[frozenset[str]]:
 def purity(first_I: np.ndarray, words: Sequence[frozenset[str]], seed: int) -> Purity | None:
     """Share of item pairs with a common word: among pairs with the same first code, and among random pairs.
 
-    From at most PAIRS random pairs each, an item never with itself. Items without words are left out; None if no two
+    From at most PAIRS random pairs each, an item never with itself. Items without words are skipped; None if no two
     items with words have one first code.
     """
     items_N = np.array([item for item, own in enumerate(words) if own], dtype=np.int64)

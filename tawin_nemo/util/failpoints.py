@@ -2,7 +2,7 @@
 
 The variable holds ``POINT=ACTION[@PASS][/RANK]``, several separated by commas: at the PASS-th time (default 1) that the
 process reaches POINT it does ACTION, on every rank or only on RANK. Actions: ``kill`` (SIGKILL), ``kill:MS`` (the same
-MS milliseconds later, while the program goes on), ``term`` (SIGTERM), ``enospc`` (the error of a full disk), ``raise``
+MS milliseconds later, asynchronously), ``term`` (SIGTERM), ``enospc`` (the error of a full disk), ``raise``
 (any other error). Each writes a line to stderr, so that a test can count the failures it has caused.
 """
 
