@@ -8,8 +8,7 @@ import polars as pl
 
 from tawin_nemo.data.interactions import BRAND, CATEGORY, DESCRIPTION
 from tawin_nemo.data_prep.ndjson import Field, Problems, read_frames
-from tawin_nemo.data_prep.periods import Period
-from tawin_nemo.data_prep.raw import ITEM_SCHEMA, RawData, Reviews, collect_reviews, frequent_items
+from tawin_nemo.data_prep.raw import ITEM_SCHEMA, Period, RawData, Reviews, collect_reviews, frequent_items
 from tawin_nemo.data_prep.titles import clean_column, join_json_list
 from tawin_nemo.types import EXTERNAL_ID, ITEM, TIME, TITLE, USER
 

@@ -25,13 +25,13 @@ def find_name(root: Path) -> str:
     """NAME of the only ``NAME.train.inter`` in ``root``. Raises DataError if there is none or more than one."""
     names = sorted(path.name.removesuffix(".train.inter") for path in root.glob("*.train.inter"))
     if len(names) != 1:
-        found = f"found {', '.join(names)}" if names else "found none"
-        raise DataError(f"{root} must hold exactly one NAME.train.inter, {found}")
+        contents = f"found {', '.join(names)}" if names else "found none"
+        raise DataError(f"{root} must hold exactly one NAME.train.inter, {contents}")
     return names[0]
 
 
 def source_files(root: Path) -> list[Path]:
-    """All files of the layout. Raises DataError naming the ones that are absent."""
+    """All files of the layout. Raises DataError naming the missing ones."""
     name = find_name(root)
     files = [root / f"{name}.{split}.inter" for split in SPLITS] + [root / f"{name}.item.json"]
     if missing := [path.name for path in files if not path.is_file()]:
@@ -108,10 +108,10 @@ def _read_items(path: Path) -> pl.DataFrame:
         raise DataError(f"{path} must be an object {{item number: {{title, ...}}}}")
     names = [str(item) for item in range(len(entries))]
     if set(entries) != set(names):
-        lacking, odd = [name for name in names if name not in entries], sorted(set(entries) - set(names))
+        missing, odd = [name for name in names if name not in entries], sorted(set(entries) - set(names))
         raise DataError(
             f"{path} must be an object with the keys 0..{len(entries) - 1} for its {len(entries)} items; "
-            f"{_shown(lacking)} missing, {_shown(odd)} not among them"
+            f"{_shown(missing)} missing, {_shown(odd)} not among them"
         )
     rows = [entries[str(item)] for item in range(len(entries))]
     if wrong := [item for item, row in enumerate(rows) if not _has_title(row)]:

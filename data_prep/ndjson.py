@@ -42,12 +42,13 @@ class Field:
 
     @property
     def dtype(self) -> type[pl.DataType]:
+        """The polars type of the column."""
         return pl.Int64 if self.kind == "int" else pl.String
 
 
 @dataclass
 class Problems:
-    """What was wrong with the lines of one file: how many per reason, and where the first ones are."""
+    """Unusable lines of one file: their number per reason and the first line numbers."""
 
     path: Path
     counts: dict[str, int] = field(default_factory=dict)
@@ -55,16 +56,19 @@ class Problems:
     lines: int = 0
 
     def add(self, reason: str, line: int) -> None:
+        """Count one more line, numbered from 1, that is unusable for ``reason``."""
         self.counts[reason] = self.counts.get(reason, 0) + 1
-        found = self.examples.setdefault(reason, [])
-        if len(found) < EXAMPLES:
-            found.append(line)
+        lines = self.examples.setdefault(reason, [])
+        if len(lines) < EXAMPLES:
+            lines.append(line)
 
     @property
     def total(self) -> int:
+        """Unusable lines, over all reasons."""
         return sum(self.counts.values())
 
     def as_dict(self) -> dict[str, Any]:
+        """Counts and first line numbers per reason, as the report of a preparation lists them."""
         reasons = {
             reason: {"lines": self.counts[reason], "first_lines": self.examples[reason]}
             for reason in sorted(self.counts)
@@ -72,7 +76,7 @@ class Problems:
         return {"lines": self.lines, "unusable": self.total, "reasons": reasons}
 
     def report(self) -> None:
-        """Tell the person at the terminal, one line per reason."""
+        """Log one line per reason."""
         for reason in sorted(self.counts):
             where = ", ".join(map(str, self.examples[reason]))
             say(f"{self.path.name}: {self.counts[reason]} lines skipped ({reason}), e.g. lines {where}")
@@ -140,7 +144,7 @@ def _read_chunk(stream: BinaryIO, path: Path) -> bytes:
 
 
 def _parse_fast(chunk: bytes, count: int, fields: list[Field]) -> pl.DataFrame | None:
-    """The chunk as a frame, or None if any of its lines has to be looked at."""
+    """The chunk as a frame, or None if any of its lines needs to be parsed by itself."""
     try:
         frame = pl.read_ndjson(io.BytesIO(chunk), schema={wanted.name: wanted.dtype for wanted in fields})
     except (pl.exceptions.PolarsError, UnicodeDecodeError):

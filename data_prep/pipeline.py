@@ -8,12 +8,11 @@ from typing import Any
 import numpy as np
 import polars as pl
 
+from tawin_nemo.data.interactions import Split
 from tawin_nemo.data_prep.dataset import Prepared, Step
-from tawin_nemo.data_prep.kcore import k_core
 from tawin_nemo.data_prep.raw import ITEM_TEXTS, RawData
 from tawin_nemo.data_prep.titles import title_faults
-from tawin_nemo.data_prep.windows import sliding_windows, split_by_time
-from tawin_nemo.types import EXTERNAL_ID, ITEM, SPLITS, TIME, TITLE, USER
+from tawin_nemo.types import EXTERNAL_ID, ITEM, SPLITS, TIME, TITLE, USER, TokenRows
 from tawin_nemo.util.errors import DataError
 
 
@@ -24,10 +23,10 @@ def build(raw: RawData, *, k: int, max_title_words: int, max_history: int) -> Pr
     when a filter leaves nothing.
     """
     steps = [Step("readable reviews", raw.reviews.readable, None, None)]
-    _refuse_empty(raw, steps, f"is {raw.problems[0].path} the raw review file?")
+    _check_not_empty(raw, steps, f"is {raw.problems[0].path} the raw review file?")
     steps.append(_step(f"time window {raw.period}", raw.reviews.inside))
     seen = f"{_day(raw.reviews.first_time)} and {_day(raw.reviews.last_time)}"
-    _refuse_empty(raw, steps, f"the reviews lie between {seen}: set prepare.start and prepare.end")
+    _check_not_empty(raw, steps, f"the reviews lie between {seen}: set prepare.start and prepare.end")
     reviews = raw.reviews.inside.unique(subset=[USER, ITEM, TIME], keep="first", maintain_order=True)
     steps.append(_step("exact duplicates removed", reviews))
 
@@ -35,18 +34,18 @@ def build(raw: RawData, *, k: int, max_title_words: int, max_history: int) -> Pr
     reviews = reviews.join(items.select(ITEM), on=ITEM, how="semi", maintain_order="left")
     steps.append(_step("valid titles", reviews))
     reasons = ", ".join(f"{reason}: {count['items']}" for reason, count in faults.items())
-    _refuse_empty(raw, steps, f"items refused ({reasons}); does the metadata belong to the reviews?")
+    _check_not_empty(raw, steps, f"items rejected ({reasons}); does the metadata belong to the reviews?")
 
     user_N, item_N = _codes(reviews[USER]), _codes(reviews[ITEM])
     reviews = reviews.filter(pl.Series(k_core(user_N, item_N, k)))
     steps.append(_step(f"{k}-core", reviews))
-    _refuse_empty(raw, steps, f"lower prepare.k_core (now {k}) or widen the time window")
+    _check_not_empty(raw, steps, f"lower prepare.k_core (now {k}) or widen the time window")
 
     samples = sliding_windows(_codes(reviews[USER]), _codes(reviews[ITEM]), reviews[TIME].to_numpy(), max_history)
     users, kept = reviews[USER].n_unique(), reviews[ITEM].unique().sort()
     steps.append(Step(f"samples (history <= {max_history})", len(samples), users, len(kept)))
     if len(samples) < 10:
-        raise DataError(_story(raw, steps) + f" Only {len(samples)} samples are left; a split of 8:1:1 needs 10.")
+        raise DataError(_summary(raw, steps) + f" Only {len(samples)} samples are left; a split of 8:1:1 needs 10.")
     texts = kept.alias(ITEM).to_frame().join(items, on=ITEM, how="left", maintain_order="left")
     frame = texts.rename({ITEM: EXTERNAL_ID}).with_row_index(ITEM).with_columns(pl.col(ITEM).cast(pl.Int64))
     splits = dict(zip(SPLITS, split_by_time(samples), strict=True))
@@ -64,14 +63,14 @@ def _valid_items(items: pl.DataFrame, reviews: pl.DataFrame, max_words: int) -> 
     judged = reviewed.join(first.with_columns(known=True), on=ITEM, how="left").with_columns(
         pl.when(pl.col("known").is_null()).then(pl.lit("no metadata")).otherwise(pl.col("fault")).alias("fault")
     )
-    refused = judged.filter(pl.col("fault").is_not_null()).sort(ITEM)
+    rejected = judged.filter(pl.col("fault").is_not_null()).sort(ITEM)
     faults = {
         str(reason): {
             "items": part.height,
             "reviews": int(part["reviews"].sum()),
             "first_items": part[ITEM].head(5).to_list(),
         }
-        for (reason,), part in refused.group_by("fault", maintain_order=True)
+        for (reason,), part in rejected.group_by("fault", maintain_order=True)
     }
     valid = judged.filter(pl.col("fault").is_null()).select(ITEM, *ITEM_TEXTS)
     return valid, dict(sorted(faults.items()))
@@ -86,15 +85,15 @@ def _step(name: str, reviews: pl.DataFrame) -> Step:
     return Step(name, reviews.height, reviews[USER].n_unique(), reviews[ITEM].n_unique())
 
 
-def _refuse_empty(raw: RawData, steps: list[Step], remedy: str) -> None:
+def _check_not_empty(raw: RawData, steps: list[Step], remedy: str) -> None:
     if steps[-1].interactions == 0:
-        raise DataError(f"{_story(raw, steps)} The step '{steps[-1].name}' removed everything: {remedy}")
+        raise DataError(f"{_summary(raw, steps)} The step '{steps[-1].name}' removed everything: {remedy}")
 
 
-def _story(raw: RawData, steps: list[Step]) -> str:
-    story = " -> ".join(f"{step.name}: {step.interactions:,}" for step in steps)
+def _summary(raw: RawData, steps: list[Step]) -> str:
+    summary = " -> ".join(f"{step.name}: {step.interactions:,}" for step in steps)
     skipped = sum(problem.total for problem in raw.problems)
-    return f"data set {raw.name} is empty after filtering. {story} ({skipped} unusable lines skipped)."
+    return f"data set {raw.name} is empty after filtering. {summary} ({skipped} unusable lines skipped)."
 
 
 def _day(seconds: int) -> str:
@@ -102,3 +101,52 @@ def _day(seconds: int) -> str:
         return datetime.fromtimestamp(seconds, tz=UTC).strftime("%Y-%m-%d")
     except (ValueError, OverflowError, OSError):
         return f"{seconds} (not UTC seconds)"
+
+
+def k_core(user_N: np.ndarray, item_N: np.ndarray, k: int) -> np.ndarray:
+    """Mask of the interactions that remain when users and items with fewer than k of them go, until nothing changes.
+
+    ``user_N`` and ``item_N`` are non-negative integer codes. Interactions are counted with their multiplicity. The
+    result is the unique largest set in which every user and every item has at least k interactions, so the order of
+    removal does not matter. Each round is linear in the interactions that are left.
+    """
+    alive = np.arange(len(user_N))
+    while len(alive):
+        user, item = user_N[alive], item_N[alive]
+        keep = (np.bincount(user)[user] >= k) & (np.bincount(item)[item] >= k)
+        if keep.all():
+            break
+        alive = alive[keep]
+    mask_N = np.zeros(len(user_N), dtype=bool)
+    mask_N[alive] = True
+    return mask_N
+
+
+def sliding_windows(user_N: np.ndarray, item_N: np.ndarray, time_N: np.ndarray, max_history: int) -> Split:
+    """Every interaction of a user but the first becomes a target; its history is the up to ``max_history`` before it.
+
+    Ties in time are broken by the order of the input (the review file's) within a user, and by user, then by position,
+    between samples. A sample's time is its target's; the samples are in global time order.
+    """
+    order = np.lexsort((time_N, user_N))  # lexsort is stable: equal times keep their input order
+    user, item, time = user_N[order], item_N[order], time_N[order]
+    row = np.arange(len(user))
+    is_first = np.ones(len(user), dtype=bool)
+    is_first[1:] = user[1:] != user[:-1]
+    first_row = np.maximum.accumulate(np.where(is_first, row, 0))
+    position = row - first_row
+
+    samples = np.flatnonzero(~is_first)
+    samples = samples[np.argsort(time[samples], kind="stable")]  # they were in the order of user and position
+    length = np.minimum(position[samples], max_history)
+    offsets = np.concatenate([[0], np.cumsum(length)]).astype(np.int64)
+    start_of_flat = np.repeat(samples - length - offsets[:-1], length)
+    history = TokenRows(item[start_of_flat + np.arange(offsets[-1])], offsets)
+    return Split(user[samples], history, item[samples], time[samples])
+
+
+def split_by_time(samples: Split) -> tuple[Split, Split, Split]:
+    """Train, valid and test: the first 80 %, the next 10 % and the last 10 % of the rows (borders rounded down)."""
+    count = len(samples)
+    train, valid = count * 8 // 10, count * 9 // 10
+    return samples.slice(0, train), samples.slice(train, valid), samples.slice(valid, count)

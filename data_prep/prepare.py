@@ -15,8 +15,8 @@ from tawin_nemo.config.schema import DataConfig, PrepareConfig
 from tawin_nemo.data.interactions import MANIFEST, read_manifest, verify_files
 from tawin_nemo.data_prep import amazon, inter_layout, synthetic, yelp
 from tawin_nemo.data_prep.dataset import STATISTICS, Prepared, write_dataset
-from tawin_nemo.data_prep.periods import PUBLISHED, Period, period
 from tawin_nemo.data_prep.pipeline import build
+from tawin_nemo.data_prep.raw import PUBLISHED, Period, period
 from tawin_nemo.util.errors import DataError, UserError
 from tawin_nemo.util.files import sha256
 from tawin_nemo.util.log import say
@@ -27,7 +27,7 @@ SOURCES = ("synthetic", "amazon", "yelp", "inter")
 def prepare(
     source: str, root: Path, out: Path, *, prepare: PrepareConfig, data: DataConfig, seed: int, name: str = ""
 ) -> Path:
-    """Turn what lies in ``root`` into the prepared folder ``out`` and return it.
+    """Prepare the raw or ready-made data in ``root`` as the folder ``out`` and return it.
 
     ``source`` is one of SOURCES, ``auto`` (see ``detect``) or ``prepared`` (returns ``root``). A finished folder with
     the same parameters and sources is reused. ``name`` (empty = taken from the files) goes into the manifest; it or
@@ -54,7 +54,10 @@ def prepare(
 
 
 def detect(root: Path) -> str:
-    """What lies in ``root``: prepared, inter, amazon or yelp. Raises DataError naming what was looked for."""
+    """The format of the data in ``root``: prepared, inter, amazon or yelp.
+
+    Raises DataError, naming the expected files, if it is none of these.
+    """
     if not root.is_dir():
         raise DataError(f"data.root={str(root)!r} is not a folder; give the folder that holds the data")
     if (root / MANIFEST).is_file():
@@ -77,7 +80,7 @@ def _json_files(root: Path, stem: str) -> list[Path]:
 
 
 def _source_files(source: str, root: Path, prepare: PrepareConfig) -> list[Path]:
-    """The files that decide about the result; reviews and metadata are the first two of raw layouts."""
+    """The files that the result depends on; reviews and metadata are the first two of raw layouts."""
     if source == "synthetic":
         return []
     if source == "inter":
@@ -93,16 +96,16 @@ def _source_files(source: str, root: Path, prepare: PrepareConfig) -> list[Path]
     ]
 
 
-def _one_file(root: Path, key: str, named: str, found: list[Path]) -> Path:
+def _one_file(root: Path, key: str, named: str, paths: list[Path]) -> Path:
     if named:
         path = root / named
         if not path.is_file():
             raise DataError(f"{key}={named!r}: there is no file {path}")
         return path
-    if len(found) != 1:
-        candidates = ", ".join(path.name for path in found) or "none"
+    if len(paths) != 1:
+        candidates = ", ".join(path.name for path in paths) or "none"
         raise DataError(f"set {key} to one file in {root}; candidates: {candidates}")
-    return found[0]
+    return paths[0]
 
 
 def _default_name(source: str, root: Path, files: list[Path]) -> str:
@@ -116,7 +119,7 @@ def _default_name(source: str, root: Path, files: list[Path]) -> str:
 def _request(
     source: str, files: list[Path], prepare: PrepareConfig, data: DataConfig, seed: int, name: str
 ) -> dict[str, Any]:
-    """All that decides about the bytes of the result."""
+    """Everything that the bytes of the result depend on."""
     parameters: dict[str, Any] = {"source": source, "name": name, "max_history": data.max_history}
     settings = asdict(prepare)
     if source != "inter":
@@ -175,7 +178,7 @@ def _read_synthetic(prepare: PrepareConfig, window: Period, limits: dict[str, in
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Command line; 2 on a UserError, with its message on stderr."""
+    """Run the command line; returns exit code 0, or 2 on a UserError, whose message goes to stderr."""
     parser = argparse.ArgumentParser(prog="python -m tawin_nemo.data_prep.prepare", description="Prepare a data set.")
     parser.add_argument("--source", default="auto", choices=("auto", *SOURCES), help="what lies in --root")
     parser.add_argument("--root", type=Path, default=Path("."), help="folder with the raw files")

@@ -1,19 +1,36 @@
-"""A made-up review log in the raw Amazon format, with structure to learn and dirt to survive.
+"""A made-up review log in the raw Amazon format, with structure to learn and malformed lines to skip.
 
 A user's next item follows the current one by a small successor graph (accessories of the same brand), else it comes
 from the user's favourite brand and category, else from anywhere by popularity.
+
+I items, U users, R reviews, L steps of a user.
 """
 
 from __future__ import annotations
 
+import gzip
+import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import polars as pl
 
 from tawin_nemo.data_prep.synthetic_catalog import SUCCESSORS, Catalog, make_catalog
-from tawin_nemo.data_prep.synthetic_raw import write_metadata, write_reviews
+from tawin_nemo.util.files import atomic_path
 
+#: Shares of the items whose metadata is spoiled in one way each; the last four make the item unusable.
+ITEM_DIRT = {"html": 0.02, "copied": 0.005, "empty": 0.004, "script": 0.003, "long": 0.003, "absent": 0.003}
+#: Extra review lines as shares of the good ones; at least one of each.
+REVIEW_DIRT = {
+    "repeated": 0.01,
+    "broken": 0.002,
+    "no user": 0.001,
+    "no time": 0.001,
+    "odd time": 0.001,
+    "array": 0.0005,
+}
 #: Probability that the next item is a successor of the current one, and that it is drawn near the user's taste.
 P_SUCCESSOR, P_TASTE = 0.64, 0.22
 SUCCESSOR_WEIGHTS = np.array([0.48, 0.21, 0.12, 0.08, 0.06, 0.05])
@@ -21,13 +38,107 @@ P_STAY_IN_CATEGORY, P_FAVOURITE_BRAND = 0.7, 0.6
 FIRST_DAY, START_DAYS = 1_473_984_000, 620  # 2016-09-16 in UTC seconds; first reviews within so many days of it
 DAY = 86_400
 MAX_REVIEWS = 60
-
 REVIEWS_FILE, METADATA_FILE = "Synthetic.json.gz", "meta_Synthetic.json.gz"
+
+
+def write_metadata(path: Path, catalog: Catalog, asins: list[str], generator: np.random.Generator) -> None:
+    """One line per item, some spoiled, one repeated and one broken."""
+    order = generator.permutation(len(catalog))
+    spoiled: dict[int, str] = {}
+    begin = 0
+    for kind, share in ITEM_DIRT.items():
+        count = max(1, round(share * len(catalog)))
+        spoiled |= {int(item): kind for item in order[begin : begin + count]}
+        begin += count
+    donor = int(order[-1])
+    lines = []
+    for item, asin in enumerate(asins):
+        kind = spoiled.get(item, "")
+        if kind != "absent":
+            title = catalog.titles[donor if kind == "copied" else item]
+            lines.append(_line(_metadata(catalog, item, asin, _spoil(title, kind))))
+    lines += [lines[0], lines[-1][: len(lines[-1]) // 2] + b"\n"]
+    _write(path, lines)
+
+
+def _metadata(catalog: Catalog, item: int, asin: str, title: str) -> dict[str, Any]:
+    words = catalog.titles[item].split()
+    return {
+        "asin": asin,
+        "title": title,
+        "description": [f"{' '.join(words[2:5])} by {words[0]}.", "Ships from the warehouse &amp; from stores."],
+        "brand": catalog.brand_names[catalog.brand_I[item]],
+        "category": [catalog.category_names[catalog.category_I[item]], " ".join(words[3:5])],
+        "price": f"${5 + item % 90}.99",
+        "feature": [],
+    }
+
+
+def _spoil(title: str, kind: str) -> str:
+    if kind == "html":
+        first, rest = title.split(" ", 1)
+        return f"<b>{first}</b>&nbsp; {rest} "
+    if kind == "script":
+        return f"{title} var aPageStart = (new Date()).getTime();"
+    if kind == "long":
+        return " ".join([title] * 12)
+    return "" if kind == "empty" else title
+
+
+def write_reviews(
+    path: Path, users: list[str], asins: list[str], time_R: np.ndarray, generator: np.random.Generator
+) -> None:
+    """One line per review, and the extra lines of REVIEW_DIRT in between."""
+    frame = pl.DataFrame({"reviewerID": users, "asin": asins, "unixReviewTime": time_R}).with_columns(
+        overall=pl.Series(generator.integers(1, 6, len(users))).cast(pl.Float64),
+        verified=pl.lit(True),
+        reviewText=pl.lit("Does what it says."),
+        summary=pl.lit("Fine"),
+    )
+    lines = frame.write_ndjson().encode().splitlines(keepends=True)
+    extra, indices = [], []
+    for kind, share in REVIEW_DIRT.items():
+        for index in generator.integers(len(lines), size=max(1, round(share * len(lines)))):
+            extra.append(_damage(lines[index], kind))
+            indices.append(int(index))
+    keys = np.concatenate([np.arange(len(lines)), np.array(indices)])
+    order = np.argsort(keys, kind="stable")
+    every = lines + extra
+    _write(path, [every[index] for index in order])
+
+
+def _damage(line: bytes, kind: str) -> bytes:
+    if kind == "repeated":
+        return line
+    if kind == "broken":
+        return line[: len(line) * 2 // 3] + b"\n"
+    if kind == "array":
+        return b'["not", "a", "review"]\n'
+    review = json.loads(line)
+    if kind == "odd time":
+        return _line(review | {"unixReviewTime": "last summer"})
+    del review["reviewerID" if kind == "no user" else "unixReviewTime"]
+    return _line(review)
+
+
+def _line(value: dict[str, Any]) -> bytes:
+    return json.dumps(value).encode() + b"\n"
+
+
+def _write(path: Path, lines: list[bytes]) -> None:
+    """Gzip without name and time in its header, so that the same lines give the same bytes."""
+    with (
+        atomic_path(path) as temporary,
+        temporary.open("wb") as raw,
+        gzip.GzipFile(filename="", fileobj=raw, mode="wb", compresslevel=1, mtime=0) as file,
+    ):
+        for begin in range(0, len(lines), 10_000):
+            file.write(b"".join(lines[begin : begin + 10_000]))
 
 
 @dataclass(frozen=True)
 class World:
-    """The truth behind the raw files: the catalog and R reviews by user, in time order within a user."""
+    """The ground truth of the raw files: the catalog and R reviews by user, in time order within a user."""
 
     catalog: Catalog
     asins: list[str]
@@ -51,7 +162,7 @@ def make_world(num_items: int, num_users: int, reviews_per_user: float, seed: in
 
 
 def write_raw(folder: Path, num_items: int, num_users: int, reviews_per_user: float, seed: int) -> World:
-    """Write REVIEWS_FILE and METADATA_FILE, dirt included, into ``folder`` and return the truth behind them."""
+    """Write REVIEWS_FILE and METADATA_FILE, dirt included, into ``folder`` and return their ground truth."""
     world = make_world(num_items, num_users, reviews_per_user, seed)
     generator = np.random.default_rng([seed, 1])
     folder.mkdir(parents=True, exist_ok=True)
@@ -86,7 +197,7 @@ def oracle_ranking(world: World, item_N: np.ndarray, k: int) -> np.ndarray:
 
 
 def identifiers(letter: str, count: int) -> list[str]:
-    """``count`` different identifiers whose order says nothing about their number."""
+    """``count`` different identifiers whose order is independent of their number."""
     return [f"{letter}{(number * 387_420_489 + 123_456_789) % 10**9:09d}" for number in range(count)]
 
 
@@ -114,8 +225,8 @@ class _Groups:
 
     def draw(self, group_N: np.ndarray, uniform_N: np.ndarray) -> np.ndarray:
         low, high = self.low_K[group_N], self.high_K[group_N]
-        place = np.searchsorted(self.edge_I, low + uniform_N * (high - low), side="right")
-        return self.item_I[np.minimum(place, len(self.item_I) - 1)]
+        index = np.searchsorted(self.edge_I, low + uniform_N * (high - low), side="right")
+        return self.item_I[np.minimum(index, len(self.item_I) - 1)]
 
     def has_items(self, group_N: np.ndarray) -> np.ndarray:
         return self.high_K[group_N] > self.low_K[group_N]

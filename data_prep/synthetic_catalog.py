@@ -95,9 +95,9 @@ def _successors(slots: np.ndarray, shape: tuple[int, ...], generator: np.random.
     category, brand, family, variant = np.unravel_index(slots, shape)
     # Two successor families per family: steps along one random cycle through the families of each category.
     cycle = np.stack([generator.permutation(FAMILIES_PER_CATEGORY) for _ in range(shape[0])])
-    place = np.argsort(cycle, axis=1)[category, family]
-    first = cycle[category, (place + 1) % FAMILIES_PER_CATEGORY]
-    second = cycle[category, (place + 2) % FAMILIES_PER_CATEGORY]
+    position = np.argsort(cycle, axis=1)[category, family]
+    first = cycle[category, (position + 1) % FAMILIES_PER_CATEGORY]
+    second = cycle[category, (position + 2) % FAMILIES_PER_CATEGORY]
     rival, larger = (brand + 1) % BRANDS_PER_CATEGORY, (variant + 1) % VARIANTS
     wanted_SI = [
         (brand, first, variant),
@@ -107,7 +107,7 @@ def _successors(slots: np.ndarray, shape: tuple[int, ...], generator: np.random.
         (brand, first, larger),
         (brand, second, larger),
     ]
-    wanted_IS = np.stack([np.ravel_multi_index((category, *place), shape) for place in wanted_SI], axis=1)
+    wanted_IS = np.stack([np.ravel_multi_index((category, *indices), shape) for indices in wanted_SI], axis=1)
     # A slot without an item stands for the next slot that has one.
     successor_IS = np.searchsorted(slots, wanted_IS) % len(slots)
     own = np.arange(len(slots))[:, None]

@@ -1,4 +1,4 @@
-"""Item titles: cleaned of HTML, and refused where they are not a title."""
+"""Item titles: cleaned of HTML, and rejected where they are not a title."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def clean_text(text: str) -> str:
 
 
 def clean_column(texts: pl.Series) -> pl.Series:
-    """``clean_text`` of a String column, null as "". Only texts that need it are touched one by one."""
+    """``clean_text`` of a String column, null as "". Only texts that need cleaning are processed one by one."""
     texts = texts.fill_null("")
     dirty = texts.str.contains(_NEEDS_CLEANING).arg_true()
     if not len(dirty):

@@ -9,8 +9,7 @@ import polars as pl
 
 from tawin_nemo.data.interactions import BRAND, CATEGORY, DESCRIPTION
 from tawin_nemo.data_prep.ndjson import LINE, Field, Problems, read_frames
-from tawin_nemo.data_prep.periods import Period
-from tawin_nemo.data_prep.raw import ITEM_SCHEMA, RawData, Reviews, collect_reviews
+from tawin_nemo.data_prep.raw import ITEM_SCHEMA, Period, RawData, Reviews, collect_reviews
 from tawin_nemo.data_prep.titles import clean_column
 from tawin_nemo.types import EXTERNAL_ID, ITEM, TIME, TITLE, USER
 

@@ -1,4 +1,4 @@
-"""From a recipe's baseline section to a model; what a model is made of, as a record that is stored with its weights."""
+"""Builds a baseline model from section ``baseline`` of a recipe, by a blueprint that is stored with its weights."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tawin_nemo.util.errors import ConfigError
 
 @dataclass(frozen=True, eq=False)
 class Blueprint:
-    """All that a model's shape depends on. ``paths``: the items' token paths, only for tiger."""
+    """Everything that the shape of a model depends on. ``paths``: the items' token paths, only for tiger."""
 
     config: BaselineConfig
     num_items: int
@@ -24,11 +24,13 @@ class Blueprint:
     paths: TokenRows | None = None
 
     def to_json(self) -> dict[str, Any]:
+        """The blueprint as a value that ``json.dumps`` takes; ``from_json`` reads it back."""
         paths = None if self.paths is None else [self.paths[item].tolist() for item in range(self.num_items)]
         return {**vars(self), "config": asdict(self.config), "paths": paths}
 
     @classmethod
     def from_json(cls, record: dict[str, Any]) -> Blueprint:
+        """Read what ``to_json`` returned. Raises KeyError or TypeError for a record with missing or foreign entries."""
         paths = record["paths"]
         return cls(
             BaselineConfig(**record["config"]), record["num_items"], record["max_history"],
@@ -37,7 +39,7 @@ class Blueprint:
 
 
 def check_config(cfg: BaselineConfig, *, semantic_ids: bool) -> None:
-    """Raises ConfigError for a combination that no model can be built from."""
+    """Raise ConfigError for a combination of settings from which no model can be built."""
     if cfg.model == "tiger" and cfg.loss == "bce":
         raise ConfigError(
             "baseline.loss=bce: tiger writes codes and has no sampled negatives; set baseline.loss=softmax"
@@ -53,7 +55,7 @@ def check_config(cfg: BaselineConfig, *, semantic_ids: bool) -> None:
 def build_recommender(blueprint: Blueprint) -> SequentialRecommender:
     """A model with fresh weights, drawn from torch's global generator.
 
-    Raises ConfigError for baseline.model=off and as ``check_config`` does.
+    Raises ConfigError for baseline.model=off and for combinations that ``check_config`` rejects.
     """
     cfg, items, longest = blueprint.config, blueprint.num_items, blueprint.max_history
     check_config(cfg, semantic_ids=blueprint.paths is not None)

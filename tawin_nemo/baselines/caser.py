@@ -17,7 +17,7 @@ class Caser(EmbeddingRecommender):
     """Horizontal filters of every height 1 .. L with max pooling, vertical filters, one dense layer (Eq. 4-10).
 
     ``window`` is L; shorter histories are filled with zero vectors, longer ones lose their oldest items. The paper's
-    user embedding is left out: rows are told apart by their history alone, as for the other models. Output vectors
+    user embedding is omitted: rows differ by their history alone, as for the other models. Output vectors
     and biases are their own table, as in the paper.
     """
 
@@ -29,6 +29,7 @@ class Caser(EmbeddingRecommender):
         self.dense = nn.Linear(HORIZONTAL * window + VERTICAL * hidden, hidden)
 
     def state(self, history_BL: Tensor) -> Tensor:
+        """The user vector [B, D] from the last ``window`` items of ``history_BL`` (left-padded with ``NO_ITEM``)."""
         missing = max(0, self.window - history_BL.shape[1])
         rows_BL = F.pad(history_BL[:, -self.window :], (missing, 0), value=NO_ITEM)
         image_BDL = self.embed(rows_BL).transpose(1, 2)

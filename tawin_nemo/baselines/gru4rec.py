@@ -20,6 +20,7 @@ class GRU4Rec(EmbeddingRecommender):
         self.out = nn.Linear(hidden, hidden)
 
     def state(self, history_BL: Tensor) -> Tensor:
+        """The user vector [B, D]: the GRU's hidden state after the newest item of ``history_BL`` (left-padded)."""
         rows_BL, length_B = left_aligned(history_BL)
         hidden_BLD, _ = self.gru(self.dropout(self.embed(rows_BL)))
         return self.out(self.dropout(last_of(hidden_BLD, length_B)))

@@ -27,8 +27,8 @@ WEIGHTS, OPTIMIZER = "weights.pt", "optimizer.pt"
 
 
 @dataclass(frozen=True, eq=False)
-class Fitting:
-    """A model and the optimizer that moves it."""
+class ModelAndOptimizer:
+    """A model and its optimizer, saved and restored together."""
 
     model: SequentialRecommender
     optimizer: torch.optim.Optimizer
@@ -63,7 +63,7 @@ def load_baseline(
 
 @dataclass(frozen=True, eq=False)
 class Scorer:
-    """A trained model behind ragged histories; it reads the newest ``max_history`` items of each."""
+    """Scores of a trained model for ragged histories, of which it reads the newest ``max_history`` items."""
 
     model: SequentialRecommender
     max_history: int
@@ -72,12 +72,12 @@ class Scorer:
     def scores(self, histories: Sequence[np.ndarray]) -> Tensor:
         """Scores [B, I], float32 on the CPU; histories are item indices, oldest first, at least one each."""
         rows = TokenRows.from_lists([np.asarray(history)[-self.max_history :] for history in histories])
-        device = self.model.carrier_I.device
+        device = self.model.representative_I.device
         return self.model.scores(left_padded(rows).to(device)).float().cpu()
 
 
 def load_scorer(stage: Path, num_items: int) -> Scorer:
-    """A finished stage that scores every item of a catalog of ``num_items``, for rewards.
+    """Load a finished stage that scores every item of a catalog of ``num_items``, for rewards.
 
     Raises ConfigError that names rl.reward_source when ``stage`` is no finished baseline, is of another catalog, or
     is tiger, which scores only what its search finds.
@@ -99,11 +99,11 @@ def _blueprint(folder: Path) -> Blueprint:
     return Blueprint.from_json(json.loads((folder / MODEL_FILE).read_text(encoding="utf-8")))
 
 
-def save_checkpoint(path: Path, fitting: Fitting, state: dict[str, Any]) -> None:
-    """Write the directory ``path``, whole or not at all."""
+def save_checkpoint(path: Path, trainable: ModelAndOptimizer, state: dict[str, Any]) -> None:
+    """Write the checkpoint directory ``path`` atomically."""
     with atomic_directory(path) as temporary:
-        torch.save(fitting.model.state_dict(), temporary / WEIGHTS)
-        torch.save(fitting.optimizer.state_dict(), temporary / OPTIMIZER)
+        torch.save(trainable.model.state_dict(), temporary / WEIGHTS)
+        torch.save(trainable.optimizer.state_dict(), temporary / OPTIMIZER)
         record = {"state": state, "files": {name: sha256(temporary / name) for name in (WEIGHTS, OPTIMIZER)}}
         (temporary / STATE_FILE).write_text(json.dumps(record, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
@@ -129,7 +129,7 @@ def load_checkpoint(path: Path, model: nn.Module, optimizer: torch.optim.Optimiz
 
 
 def find_problem(path: Path) -> str | None:
-    """Why ``path`` is not a complete, undamaged checkpoint; None if it is."""
+    """The reason why ``path`` is not a complete, undamaged checkpoint; None if it is one."""
     try:
         files = json.loads((path / STATE_FILE).read_text(encoding="utf-8"))["files"]
         damaged = [name for name in (WEIGHTS, OPTIMIZER) if sha256(path / name) != files[name]]

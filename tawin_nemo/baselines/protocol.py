@@ -1,4 +1,4 @@
-"""What all sequential recommenders share: histories in, scores of all items out, a loss per row.
+"""The interface of sequential recommenders: histories in, scores of all items out, a loss per row.
 
 A history is a row of item indices, oldest first, padded on the left with NO_ITEM (``left_padded`` makes such rows).
 Padding has no influence on any result, whatever its width.
@@ -11,12 +11,36 @@ from abc import ABC, abstractmethod
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from tawin_nemo.baselines.losses import bce_loss, softmax_loss
 from tawin_nemo.types import NO_ITEM, TokenRows
 
 #: Standard deviation of fresh embeddings.
 INIT_STD = 0.02
+
+
+def softmax_loss(scores_BI: Tensor, target_B: Tensor) -> Tensor:
+    """``-log softmax(scores)[target]`` over all items. [B]"""
+    return F.cross_entropy(scores_BI, target_B, reduction="none")
+
+
+def bce_loss(positive_B: Tensor, negatives_BN: Tensor) -> Tensor:
+    """``-log sigmoid(positive) - mean_n log(1 - sigmoid(negative_n))`` (SASRec, arXiv 1808.09781, Eq. 7). [B]
+
+    With one negative this is the paper's loss; more are averaged, so that both parts keep their weight.
+    """
+    return F.softplus(-positive_B) + F.softplus(negatives_BN).mean(dim=1)
+
+
+def sample_negatives(target_B: Tensor, num_items: int, count: int) -> Tensor:
+    """``count`` items per row, uniform over all items but the target, with replacement. [B, count]
+
+    Draws from torch's global generator of the target's device. Raises ValueError for a catalog of one item.
+    """
+    if num_items < 2:
+        raise ValueError(f"a negative needs a second item, the catalog has {num_items}")
+    draw_BN = torch.randint(num_items - 1, (len(target_B), count), device=target_B.device)
+    return draw_BN + (draw_BN >= target_B.unsqueeze(1)).long()
 
 
 class SequentialRecommender(nn.Module, ABC):
@@ -25,21 +49,21 @@ class SequentialRecommender(nn.Module, ABC):
     def __init__(self, num_items: int) -> None:
         super().__init__()
         self.num_items = num_items
-        carrier_I = torch.arange(num_items)
-        #: For each item the item that stands for it in rankings: itself, unless a model cannot tell some items apart.
-        self.register_buffer("carrier_I", carrier_I, persistent=False)
-        self.carrier_I: Tensor
+        representative_I = torch.arange(num_items)
+        #: For each item the item that represents it in rankings: itself, unless a model confuses some items.
+        self.register_buffer("representative_I", representative_I, persistent=False)
+        self.representative_I: Tensor
 
     @abstractmethod
     def scores(self, history_BL: Tensor, width: int | None = None) -> Tensor:
-        """Scores [B, I], higher is better; call it in eval mode. -inf: not among what the model lists.
+        """Scores [B, I], higher is better, -inf for items that the model does not list; call it in eval mode.
 
         ``width`` is the beam width of models that search (None = their default); the others score all items.
         """
 
     @abstractmethod
     def loss(self, history_BL: Tensor, target_B: Tensor, negatives_BN: Tensor | None = None) -> Tensor:
-        """Loss of each row [B]: over all items without ``negatives_BN``, binary cross-entropy against them with it."""
+        """Loss of each row [B]: softmax cross-entropy over all items, or binary with ``negatives_BN`` as negatives."""
 
 
 class EmbeddingRecommender(SequentialRecommender):
@@ -61,17 +85,19 @@ class EmbeddingRecommender(SequentialRecommender):
 
     @abstractmethod
     def state(self, history_BL: Tensor) -> Tensor:
-        """What is known of the user, [B, D]."""
+        """The user vector [B, D] that is multiplied with item vectors."""
 
     def embed(self, history_BL: Tensor) -> Tensor:
         """Item embeddings [B, L, D]; exactly 0 at padding."""
         return self.items(history_BL + 1)
 
     def scores(self, history_BL: Tensor, width: int | None = None) -> Tensor:
+        """Scores [B, I]: inner products of states and item vectors; ``width`` is not used."""
         state_BD = self.state(history_BL)
         return state_BD @ self.items.weight[1:].T if self.output is None else self.output(state_BD)
 
     def loss(self, history_BL: Tensor, target_B: Tensor, negatives_BN: Tensor | None = None) -> Tensor:
+        """Loss of each row [B]: ``softmax_loss`` over all items, or ``bce_loss`` against ``negatives_BN``."""
         if negatives_BN is None:
             return softmax_loss(self.scores(history_BL), target_B)
         items_BM = torch.cat([target_B.unsqueeze(1), negatives_BN], dim=1)
@@ -79,7 +105,7 @@ class EmbeddingRecommender(SequentialRecommender):
         return bce_loss(scores_BM[:, 0], scores_BM[:, 1:])
 
     def _scores_of(self, state_BD: Tensor, items_BM: Tensor) -> Tensor:
-        """Scores of the named items only."""
+        """Scores [B, M] of the items ``items_BM``."""
         if self.output is None:
             return torch.einsum("bd,bmd->bm", state_BD, self.items(items_BM + 1))
         return torch.einsum("bd,bmd->bm", state_BD, self.output.weight[items_BM]) + self.output.bias[items_BM]
@@ -99,7 +125,7 @@ def left_padded(rows: TokenRows) -> Tensor:
 
 
 def left_aligned(history_BL: Tensor) -> tuple[Tensor, Tensor]:
-    """The same rows with the padding behind the items, and ``length_B``.
+    """Move the padding of left-padded histories behind the items; also returns ``length_B``.
 
     A causal model that reads such a row meets no padding before its last item.
 
@@ -108,11 +134,11 @@ def left_aligned(history_BL: Tensor) -> tuple[Tensor, Tensor]:
     """
     longest = history_BL.shape[1]
     length_B = (history_BL != NO_ITEM).sum(dim=1)
-    place_BL = torch.arange(longest, device=history_BL.device) + (longest - length_B).unsqueeze(1)
-    moved_BL = history_BL.gather(1, place_BL.clamp(max=longest - 1))
-    return moved_BL.masked_fill(place_BL >= longest, NO_ITEM), length_B
+    column_BL = torch.arange(longest, device=history_BL.device) + (longest - length_B).unsqueeze(1)
+    moved_BL = history_BL.gather(1, column_BL.clamp(max=longest - 1))
+    return moved_BL.masked_fill(column_BL >= longest, NO_ITEM), length_B
 
 
 def last_of(hidden_BLD: Tensor, length_B: Tensor) -> Tensor:
-    """The entry of each left-aligned row's last item, [B, D]."""
+    """Hidden state [B, D] at each left-aligned row's last item."""
     return hidden_BLD[torch.arange(len(hidden_BLD), device=hidden_BLD.device), (length_B - 1).clamp(min=0)]

@@ -30,6 +30,7 @@ class SASRec(EmbeddingRecommender):
                 nn.init.xavier_uniform_(part)
 
     def state(self, history_BL: Tensor) -> Tensor:
+        """The user vector [B, D]: the last block's output at the newest item of ``history_BL`` (left-padded)."""
         rows_BL, length_B = left_aligned(history_BL[:, -self.positions.num_embeddings :])
         longest = rows_BL.shape[1]
         age_BL = (length_B.unsqueeze(1) - 1 - torch.arange(longest, device=rows_BL.device)).clamp(min=0)

@@ -2,36 +2,66 @@
 
 A training row is a history and the item that follows it, as everywhere in this package; sliding-window data hold
 every shorter history as a row of its own. The stage is ``RUN_DIR/MODEL``; its files are those of ``Stage``, the
-checkpoints are described in ``models/seqrec/load.py``.
+checkpoints are described in ``baselines/load.py``.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from tawin_nemo.baselines.build import Blueprint, build_recommender, check_config
 from tawin_nemo.baselines.evaluate import evaluate_baseline, valid_metrics
-from tawin_nemo.baselines.load import MODEL_FILE, Fitting, load_checkpoint
-from tawin_nemo.baselines.losses import sample_negatives
-from tawin_nemo.baselines.protocol import SequentialRecommender, left_padded
-from tawin_nemo.baselines.stage import BaselineStage
+from tawin_nemo.baselines.load import MODEL_FILE, ModelAndOptimizer, find_problem, load_checkpoint, save_checkpoint
+from tawin_nemo.baselines.protocol import SequentialRecommender, left_padded, sample_negatives
 from tawin_nemo.data.batches import BatchStream, micro_batches
 from tawin_nemo.data.samples import Samples
 from tawin_nemo.eval.bias import item_counts
 from tawin_nemo.eval.result import EvalResult
+from tawin_nemo.models.megatron.checkpoint import checkpoint
 from tawin_nemo.models.megatron.parallel import runtime
 from tawin_nemo.run.schedule import scheduled
-from tawin_nemo.run.stage import MetricSink, Progress, monitored
+from tawin_nemo.run.stage import MetricSink, Progress, Stage, monitored
 from tawin_nemo.run.world import World
 from tawin_nemo.util.errors import ConfigError, TawinError
 from tawin_nemo.util.files import write_json
 from tawin_nemo.util.log import get_logger
 
 log = get_logger(__name__)
-
 #: History items in one forward pass; rows of similar length go together, so that little padding is computed.
 ITEMS_PER_PASS = 512
+
+
+class BaselineStage(Stage):
+    """A stage whose weights are a plain torch module, in one process: the files of ``Stage``, other checkpoints.
+
+    ``resume`` and ``save`` take a ``ModelAndOptimizer`` instead of a Trainable.
+    """
+
+    def resume(self, trainable: Any) -> Progress:
+        """Load the newest valid checkpoint; returns its progress, or that of step 0 if there is none."""
+        newest = checkpoint.newest_valid(self.checkpoints, find_problem)
+        if newest is None:
+            self._rewind(-1)
+            return Progress()
+        progress = Progress(**load_checkpoint(newest, trainable.model, trainable.optimizer)["progress"])
+        checkpoint.set_aside(self.checkpoints, progress.step)
+        self._rewind(progress.step)
+        log.info("%s continues after step %d", self.name, progress.step)
+        return progress
+
+    def save(self, trainable: Any, progress: Progress) -> None:
+        """Write ``checkpoints/step_N`` and remove checkpoints beyond ``trainer.keep_last``.
+
+        The best checkpoint is always kept: it is the result of the stage.
+        """
+        self._flush()
+        state = {"progress": vars(progress), "stage": self.name}
+        save_checkpoint(self.checkpoints / f"step_{progress.step}", trainable, state)
+        self._saved_step = progress.step
+        checkpoint.prune(self.checkpoints, keep_last=self.trainer.keep_last, keep={progress.best_step})
 
 
 def run_baseline(world: World, sink: MetricSink | None = None) -> EvalResult:
@@ -89,21 +119,21 @@ def train_baseline(world: World, stage: BaselineStage, model: SequentialRecommen
     stream = BatchStream(len(train), batch_size, seed=recipe.seed)
     per_epoch = -(-len(train) // batch_size)
     optimizer = torch.optim.Adam(model.parameters(), lr=cfg.lr, weight_decay=cfg.weight_decay)
-    fitting = Fitting(model, optimizer)
-    done = stage.resume(fitting)
+    trainable = ModelAndOptimizer(model, optimizer)
+    done = stage.resume(trainable)
     for step in stage.steps(done.step, cfg.epochs * per_epoch):
         if done.bad_checks >= cfg.patience:
             break
         runtime.seed_step(recipe.seed, step + 1)
         lr = scheduled(cfg, step, cfg.epochs * per_epoch)
-        facts = fit(world, fitting, train.take(stream.batch(step)), lr=lr)
+        metrics = train_step(world, trainable, train.take(stream.batch(step)), lr=lr)
         done.step = step + 1
-        stage.write(done.step, {"epoch": done.step / per_epoch, **facts, "lr": lr})
+        stage.write(done.step, {"epoch": done.step / per_epoch, **metrics, "lr": lr})
         if done.step % per_epoch == 0:
-            _check(world, stage, fitting, done)
+            _check(world, stage, trainable, done)
         elif done.step % recipe.trainer.save_interval == 0:
-            stage.save(fitting, done)
-        stage.stop_if_asked(lambda: stage.save(fitting, done), done)
+            stage.save(trainable, done)
+        stage.stop_if_asked(lambda: stage.save(trainable, done), done)
     if done.bad_checks < cfg.patience:
         log.warning(
             "%s used all baseline.epochs=%d without early stopping; raise baseline.epochs", stage.name, cfg.epochs
@@ -111,13 +141,13 @@ def train_baseline(world: World, stage: BaselineStage, model: SequentialRecommen
     stage.finish(done, chosen_step=done.best_step)
 
 
-def fit(world: World, fitting: Fitting, samples: Samples, *, lr: float) -> dict[str, float]:
+def train_step(world: World, trainable: ModelAndOptimizer, samples: Samples, *, lr: float) -> dict[str, float]:
     """One optimizer step on the mean loss of ``samples``; the loss and the gradient norm before clipping."""
-    for group in fitting.optimizer.param_groups:
+    for group in trainable.optimizer.param_groups:
         group["lr"] = lr
-    model, clip = fitting.model, world.recipe.trainer.clip_grad
+    model, clip = trainable.model, world.recipe.trainer.clip_grad
     model.train()
-    fitting.optimizer.zero_grad(set_to_none=True)
+    trainable.optimizer.zero_grad(set_to_none=True)
     total = 0.0
     for rows in micro_batches(samples.history.lengths, ITEMS_PER_PASS):
         loss = _row_losses(world, model, samples.take(rows)).sum() / len(samples)
@@ -126,7 +156,7 @@ def fit(world: World, fitting: Fitting, samples: Samples, *, lr: float) -> dict[
     if total != total:
         raise TawinError(f"the loss of {world.recipe.baseline.model} is not a number; lower baseline.lr")
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), clip if clip > 0 else float("inf"))
-    fitting.optimizer.step()
+    trainable.optimizer.step()
     return {"train/loss": total, "grad_norm": float(norm)}
 
 
@@ -140,9 +170,9 @@ def _row_losses(world: World, model: SequentialRecommender, samples: Samples) ->
     return model.loss(history_BL, target_B, negatives_BN)
 
 
-def _check(world: World, stage: BaselineStage, fitting: Fitting, done: Progress) -> None:
+def _check(world: World, stage: BaselineStage, trainable: ModelAndOptimizer, done: Progress) -> None:
     """Metrics on valid, best so far, checkpoint. The checkpoint is written after the log line that it counts on."""
-    means = valid_metrics(fitting.model, world.samples["valid"], world.recipe.eval)
+    means = valid_metrics(trainable.model, world.samples["valid"], world.recipe.eval)
     watched = monitored(world.recipe.trainer, world.recipe.eval.ks)
     value = -means[watched]  # Progress keeps the smallest
     better = done.best_value is None or value < done.best_value
@@ -151,4 +181,4 @@ def _check(world: World, stage: BaselineStage, fitting: Fitting, done: Progress)
         done.best_value, done.best_step = value, done.step
     stage.write(done.step, {f"valid/{name}": mean for name, mean in means.items()})
     log.info("%s step %d valid %s %.4f%s", stage.name, done.step, watched, -value, " (best)" if better else "")
-    stage.save(fitting, done)
+    stage.save(trainable, done)

@@ -19,7 +19,7 @@ from tawin_nemo.util.errors import CatalogError
 class Catalog:
     """Items 0 .. I - 1 with their token paths (EOS included) and the trie over those paths.
 
-    Items written alike (duplicate titles, colliding semantic IDs) share one leaf; the model cannot tell them apart.
+    Items with equal paths (duplicate titles, colliding semantic IDs) share one leaf; the model cannot distinguish them.
     Raises CatalogError if the parts do not have one entry per item.
     """
 
@@ -44,17 +44,17 @@ class Catalog:
 
     @property
     def leaf_I(self) -> np.ndarray:
-        """Trie leaf of every item."""
+        """Trie leaf of every item, int64 [I]."""
         return self.trie.leaf_I
 
     @property
     def sharing_I(self) -> np.ndarray:
-        """Items on the same token path, the item itself included (1 = unique)."""
+        """Number of items on each item's token path, itself included (1 = unique). int64 [I]."""
         return self.trie.sharing_I
 
     @cached_property
     def fingerprint(self) -> str:
-        """As the function of this name says of all items."""
+        """SHA-256 over external ids, titles and token paths of all items, see the function ``fingerprint``."""
         return fingerprint(self.external_ids, self.titles, self.paths)
 
     def duplicates(self) -> list[tuple[int, ...]]:
@@ -73,7 +73,7 @@ class Catalog:
 
 
 def fingerprint(external_ids: Sequence[str], titles: Sequence[str], paths: TokenRows) -> str:
-    """SHA-256 over ids, titles and token paths of items in their order: equal where two processes number them alike."""
+    """SHA-256 over ids, titles and token paths of items in order: equal only if two processes number items alike."""
     digest = hashlib.sha256()
     for names in zip(external_ids, titles, strict=True):
         digest.update(json.dumps(names).encode())

@@ -14,14 +14,14 @@ from tawin_nemo.util.errors import CatalogError, ConfigError
 def find_codes(root: Path, index: str, *, key: str = "catalog.index") -> Path:
     """The index file: absolute, or below ``root``; a ``*`` in its name must match exactly one file.
 
-    Raises ConfigError that names ``key`` and the code files there.
+    Raises ConfigError, naming ``key`` and the code files in the folder, if there is no such file or more than one.
     """
     path = root / index  # an absolute index stays as it is
-    found = sorted(path.parent.glob(path.name)) if "*" in path.name else [path][: path.is_file()]
-    if len(found) == 1:
-        return found[0]
+    matches = sorted(path.parent.glob(path.name)) if "*" in path.name else [path][: path.is_file()]
+    if len(matches) == 1:
+        return matches[0]
     there = ", ".join(sorted(other.name for other in path.parent.glob("*index*.json"))) or "none"
-    what = f"{len(found)} files match" if found else "no file"
+    what = f"{len(matches)} files match" if matches else "no file"
     raise ConfigError(f"{key}={index}: {what} {path}; code files there: {there}. Set {key} to one")
 
 
@@ -50,9 +50,9 @@ def load_codes(path: Path, num_items: int) -> list[list[str]]:
             key for key, codes in depth.items() if abs(codes - usual) > 1
         ],
     }
-    found = [f"{len(keys)} {problem}: {_shorten(keys)}" for problem, keys in problems.items() if keys]
-    if found:
-        raise CatalogError(f"{path} does not fit the catalog of {num_items} items; {'; '.join(found)}")
+    messages = [f"{len(keys)} {problem}: {_shorten(keys)}" for problem, keys in problems.items() if keys]
+    if messages:
+        raise CatalogError(f"{path} does not fit the catalog of {num_items} items; {'; '.join(messages)}")
     codes_of = dict(pairs)
     return [codes_of[name] for name in names]
 

@@ -1,13 +1,13 @@
 """Path-compressed (radix) trie over the catalog's token paths, as frozen arrays.
 
 Only nodes with a choice are kept. Inner nodes are 0 .. num_inner - 1 in the order of (depth, first leaf); node
-``num_inner + p`` is the leaf of the distinct path that begins at place p of the sorted items, so that items with equal
-paths lie at the places behind their leaf. The root is node 0: the only leaf if all items share one path, and deeper
-than 0 if all paths begin alike. An edge carries a *label* of one or more tokens; no two labels of one node begin with
-the same token.
+``num_inner + r`` is the leaf of the distinct path that begins at rank r of the sorted items, so that items with equal
+paths have the ranks behind their leaf. The root is node 0: the only leaf if all items share one path, and deeper than 0
+if all paths begin alike. An edge carries a *label* of one or more tokens; no two labels of one node begin with the same
+token.
 
-People and slow oracles walk token by token: a *position* is ``node + num_nodes * (tokens still to go to that node)``,
-so a node id is the position at that node, and ``root`` the position before the first token.
+Inspection and slow oracles walk token by token: a *position* is ``node + num_nodes * (tokens still to go to that
+node)``, so a node id is the position at that node, and ``root`` the position before the first token.
 """
 
 from __future__ import annotations
@@ -21,9 +21,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tawin_nemo.catalog.trie_build import TrieArrays, build_arrays
-from tawin_nemo.catalog.trie_files import load_arrays, save_arrays
-from tawin_nemo.catalog.trie_spans import Spans
+from tawin_nemo.catalog.trie_arrays import Spans, TrieArrays, load_arrays, save_arrays
+from tawin_nemo.catalog.trie_build import build_arrays
 from tawin_nemo.types import TokenRows
 
 
@@ -78,21 +77,22 @@ class TokenTrie:
 
     @property
     def num_items(self) -> int:
+        """Number of items I, those with equal paths included."""
         return len(self.arrays.pool_offsets) - 1
 
     @property
     def num_inner(self) -> int:
-        """Nodes with a choice."""
+        """Number of nodes with a choice."""
         return len(self.arrays.child_offsets) - 1
 
     @property
     def num_nodes(self) -> int:
-        """Upper bound of the node ids; ids of items that share the leaf before theirs are not used."""
+        """Upper bound of the node ids; ids of items that share the leaf of the rank before are unused."""
         return self.num_inner + self.num_items
 
     @cached_property
     def num_leaves(self) -> int:
-        """Distinct paths."""
+        """Number of distinct paths."""
         return int(np.count_nonzero(self.arrays.node_depth[self.num_inner :]))
 
     @cached_property
@@ -107,30 +107,31 @@ class TokenTrie:
 
     @cached_property
     def max_token(self) -> int:
+        """The largest token id on any path; the model's vocabulary must be larger."""
         return int(self.arrays.pool_tokens.max())
 
     @cached_property
     def leaf_I(self) -> np.ndarray:
         """Leaf of every item, int64."""
         leaf_I = np.empty(self.num_items, dtype=np.int64)
-        leaf_I[self._order_I] = np.repeat(self.num_inner + self._first_place_D, self._group_size_D)
+        leaf_I[self._order_I] = np.repeat(self.num_inner + self._first_rank_D, self._group_size_D)
         return leaf_I
 
     @cached_property
     def sharing_I(self) -> np.ndarray:
-        """Items on the same path, the item itself included (1 = unique)."""
+        """Number of items on each item's path, itself included (1 = unique). int64 [I]."""
         sharing_I = np.empty(self.num_items, dtype=np.int64)
         sharing_I[self._order_I] = np.repeat(self._group_size_D, self._group_size_D)
         return sharing_I
 
     @cached_property
     def spans(self) -> Spans:
-        """The items below and the choices above every node; made at the first use."""
+        """The items below and the choices above every node; computed at the first use."""
         return Spans.of(self.arrays)
 
     def shared_leaves(self) -> np.ndarray:
         """Leaves of two or more items, ascending."""
-        return self.num_inner + self._first_place_D[self._group_size_D > 1]
+        return self.num_inner + self._first_rank_D[self._group_size_D > 1]
 
     @property
     def index_bytes(self) -> int:
@@ -160,17 +161,17 @@ class TokenTrie:
         ``token_E`` is the first token of the edge's label, ascending within a node. Leaves and -1 have no edges.
         """
         t = self.tensors(nodes_N.device)
-        place_N = nodes_N.clamp(max=self.num_inner) + 1
-        start_N = _pick(t.child_offsets, place_N)
-        count_N = _pick(t.child_offsets, place_N + 1) - start_N
+        slot_N = nodes_N.clamp(max=self.num_inner) + 1
+        start_N = _pick(t.child_offsets, slot_N)
+        count_N = _pick(t.child_offsets, slot_N + 1) - start_N
         position_E, edge_E = _runs(start_N, count_N)
         return position_E, _pick(t.child_tokens, edge_E), _pick(t.child_nodes, edge_E)
 
     def follow(self, nodes_N: Tensor, tokens_N: Tensor) -> Tensor:
         """``child_N``: the child whose label begins with the token; -1 if there is none."""
         t = self.tensors(nodes_N.device)
-        place_N = nodes_N.clamp(max=self.num_inner) + 1
-        low_N, end_N = _pick(t.child_offsets, place_N), _pick(t.child_offsets, place_N + 1)
+        slot_N = nodes_N.clamp(max=self.num_inner) + 1
+        low_N, end_N = _pick(t.child_offsets, slot_N), _pick(t.child_offsets, slot_N + 1)
         last = len(t.child_tokens) - 1
         if last < 0:
             return torch.full_like(nodes_N, -1)
@@ -180,8 +181,8 @@ class TokenTrie:
             below_N = _pick(t.child_tokens, middle_N.clamp(max=last)) < tokens_N
             low_N, high_N = torch.where(below_N, middle_N + 1, low_N), torch.where(below_N, high_N, middle_N)
         edge_N = low_N.clamp(max=last)
-        found_N = (low_N < end_N) & (_pick(t.child_tokens, edge_N) == tokens_N)
-        return torch.where(found_N, _pick(t.child_nodes, edge_N), -1)
+        exists_N = (low_N < end_N) & (_pick(t.child_tokens, edge_N) == tokens_N)
+        return torch.where(exists_N, _pick(t.child_nodes, edge_N), -1)
 
     def is_leaf(self, nodes_N: Tensor) -> Tensor:
         """Bool: the node is a finished path; False for -1."""
@@ -214,7 +215,7 @@ class TokenTrie:
         item_N = _pick(self.tensors(leaf_N.device).node_item, leaf_N.clamp(min=0))
         return item_N.masked_fill_(leaf_N < 0, -1)
 
-    # --- token by token, for people and slow oracles ------------------------------------------------------------
+    # --- token by token, for inspection and slow oracles ------------------------------------------------------------
 
     @property
     def root(self) -> int:
@@ -241,16 +242,16 @@ class TokenTrie:
         if position < 0:
             return -1
         tokens, positions = self.children(position)
-        place = int(np.searchsorted(tokens, token))
-        return int(positions[place]) if place < len(tokens) and tokens[place] == token else -1
+        index = int(np.searchsorted(tokens, token))
+        return int(positions[index]) if index < len(tokens) and tokens[index] == token else -1
 
     def items(self, position: int) -> np.ndarray:
         """Items whose path ends at this leaf, ascending; empty anywhere else."""
-        group = int(np.searchsorted(self._first_place_D, position - self.num_inner))
-        if group == len(self._first_place_D) or self._first_place_D[group] != position - self.num_inner:
+        group = int(np.searchsorted(self._first_rank_D, position - self.num_inner))
+        if group == len(self._first_rank_D) or self._first_rank_D[group] != position - self.num_inner:
             return np.zeros(0, dtype=np.int64)
-        place = position - self.num_inner
-        return self._order_I[place : place + int(self._group_size_D[group])].astype(np.int64)
+        rank = position - self.num_inner
+        return self._order_I[rank : rank + int(self._group_size_D[group])].astype(np.int64)
 
     @cached_property
     def _tensor_cache(self) -> dict[str, TrieTensors]:
@@ -265,13 +266,13 @@ class TokenTrie:
         return self.arrays.node_item[self.num_inner :]
 
     @cached_property
-    def _first_place_D(self) -> np.ndarray:
-        """Places at which a path differs from the place before: the D leaves."""
+    def _first_rank_D(self) -> np.ndarray:
+        """Ranks at which a path differs from the one before: the D leaves."""
         return np.flatnonzero(self.arrays.node_depth[self.num_inner :])
 
     @cached_property
     def _group_size_D(self) -> np.ndarray:
-        return np.diff(np.append(self._first_place_D, self.num_items))
+        return np.diff(np.append(self._first_rank_D, self.num_items))
 
 
 def _pick(table: Tensor, index: Tensor) -> Tensor:

@@ -2,7 +2,9 @@
 
 A node is a maximal run of sorted paths that share more tokens with each other than with the paths outside the run
 (an LCP interval: Abouelhoda, Kurtz, Ohlebusch 2004). Every step works on whole arrays; Python loops run over the
-tokens that fit one sort word, and over depths.
+tokens that fit one sort word, and over depths. Ranks are positions in the sorted order.
+
+I items, D distinct paths, A ranks under work, M marked ones of these, R runs, n inner nodes, E edges.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from tawin_nemo.catalog.trie_arrays import TrieArrays
 from tawin_nemo.types import TokenRows
 from tawin_nemo.util.errors import CatalogError
 
@@ -36,10 +39,10 @@ class SortedPaths:
 
     tokens: np.ndarray  # [sum of lengths] int32
     offsets: np.ndarray  # [I + 1]
-    order_I: np.ndarray  # item at each place of the sorted order
-    length_I: np.ndarray  # by place
-    shared_I: np.ndarray  # by place: leading tokens in common with the place before; 0 at place 0
-    is_first_I: np.ndarray  # by place: the path differs from that of the place before
+    order_I: np.ndarray  # item at each rank of the sorted order
+    length_I: np.ndarray  # by rank
+    shared_I: np.ndarray  # by rank: leading tokens in common with the rank before; 0 at rank 0
+    is_first_I: np.ndarray  # by rank: the path differs from that of the rank before
 
 
 def sort_paths(rows: TokenRows) -> SortedPaths:
@@ -62,9 +65,9 @@ def sort_paths(rows: TokenRows) -> SortedPaths:
 
 @dataclass(frozen=True)
 class _Alike:
-    """A places whose rows share their first ``column`` tokens within a group; groups are runs of neighbours."""
+    """A ranks whose rows share their first ``column`` tokens within a group; groups are runs of neighbours."""
 
-    places_A: np.ndarray
+    ranks_A: np.ndarray
     rows_A: np.ndarray
     head_A: np.ndarray  # bool: first of its group
     column: int
@@ -101,7 +104,7 @@ class _Sorter:
             rows_A[:] = word_A
         else:
             rows_A = alike.rows_A[word_A.view(np.int64)]
-            self.order_I[alike.places_A] = rows_A
+            self.order_I[alike.ranks_A] = rows_A
         del word_A
 
         shared_A = np.full(size - 1, column, dtype=self.shared_I.dtype)
@@ -114,14 +117,14 @@ class _Sorter:
         left_A = np.flatnonzero(same_A[1:] | same_A[:-1])
         if alike is None:
             self.shared_I[1:] = shared_A
-            places_A = left_A
+            ranks_A = left_A
         else:
             inside_A = ~alike.head_A[1:]
-            self.shared_I[alike.places_A[1:][inside_A]] = shared_A[inside_A]
-            places_A = alike.places_A[left_A]
+            self.shared_I[alike.ranks_A[1:][inside_A]] = shared_A[inside_A]
+            ranks_A = alike.ranks_A[left_A]
         if not len(left_A):
             return []
-        return self._unfinished(_Alike(places_A, rows_A[left_A], ~same_A[left_A], column + len(bits)))
+        return self._unfinished(_Alike(ranks_A, rows_A[left_A], ~same_A[left_A], column + len(bits)))
 
     def _packed(self, alike: _Alike | None, size: int, room: int) -> tuple[np.ndarray, list[int]]:
         """Words of group number and the next columns, and the bits of each column; no bits if none has room."""
@@ -158,60 +161,47 @@ class _Sorter:
         ended_G = np.logical_and.reduceat(length_A <= alike.column, head_G)
         ended_A = np.repeat(ended_G, np.diff(np.append(head_G, len(length_A))))
         again_A = ended_A & ~alike.head_A
-        self.shared_I[alike.places_A[again_A]] = length_A[again_A]
-        self.is_first_I[alike.places_A[again_A]] = False
+        self.shared_I[alike.ranks_A[again_A]] = length_A[again_A]
+        self.is_first_I[alike.ranks_A[again_A]] = False
         return [] if ended_G.all() else [_part(alike, ~ended_A)]
 
 
 def _halves(alike: _Alike) -> list[_Alike]:
-    """The same as two, cut between groups near the middle; fewer rows and groups leave more bits for tokens."""
+    """Split ``alike`` between groups near the middle; fewer rows and groups leave more bits for tokens."""
     head_G = np.flatnonzero(alike.head_A)
     cut = int(head_G[min(int(np.searchsorted(head_G, len(alike.head_A) // 2)), len(head_G) - 1)])
     return [_part(alike, slice(0, cut)), _part(alike, slice(cut, None))]
 
 
 def _part(alike: _Alike, which: np.ndarray | slice) -> _Alike:
-    return _Alike(alike.places_A[which], alike.rows_A[which], alike.head_A[which], alike.column)
-
-
-@dataclass(frozen=True)
-class TrieArrays:
-    """The trie in memory and on disk: n inner nodes, E edges, I items, V = n + I node ids.
-
-    Integers are as narrow as the sizes allow; only ``pool_tokens`` and ``child_tokens`` are always int32.
-    """
-
-    child_offsets: np.ndarray  # [n + 1] edges of inner node v are child_offsets[v] .. child_offsets[v + 1] - 1
-    child_tokens: np.ndarray  # [E] first token of the edge's label, ascending within a node
-    child_nodes: np.ndarray  # [E]
-    node_depth: np.ndarray  # [V] tokens from the root; 0 for id n + p if place p has the path of place p - 1
-    node_item: np.ndarray  # [V] the item at a leaf's place; for an inner node the item of its first leaf
-    pool_tokens: np.ndarray  # [sum of lengths] the paths in item order
-    pool_offsets: np.ndarray  # [I + 1]
+    return _Alike(alike.ranks_A[which], alike.rows_A[which], alike.head_A[which], alike.column)
 
 
 def build_arrays(rows: TokenRows, names: Sequence[str] | None) -> TrieArrays:
-    """The trie over ``rows``; raises what ``TokenTrie.from_paths`` names."""
+    """The trie in which item i ends at the leaf of ``rows[i]``; ``names`` (one per item) make messages readable.
+
+    Raises CatalogError for no rows, an empty row, a token outside 0 .. 2^31 - 1, or a row that begins another one.
+    """
     _check_paths(rows, names)
     paths = sort_paths(rows)
     _check_prefix_free(paths, names)
     first_D = None if paths.is_first_I.all() else np.flatnonzero(paths.is_first_I)
     nodes = _open_nodes(paths.shared_I if first_D is None else paths.shared_I[first_D])
-    edge_place_E = nodes.edge_place_E if first_D is None else first_D[nodes.edge_place_E]
-    node_place_n = nodes.node_place_n if first_D is None else first_D[nodes.node_place_n]
-    num_inner, num_items = len(node_place_n), len(paths.order_I)
+    edge_rank_E = nodes.edge_rank_E if first_D is None else first_D[nodes.edge_rank_E]
+    node_rank_n = nodes.node_rank_n if first_D is None else first_D[nodes.node_rank_n]
+    num_inner, num_items = len(node_rank_n), len(paths.order_I)
 
-    child_nodes_E = edge_place_E.astype(narrow_index(num_inner + num_items)) + num_inner
+    child_nodes_E = edge_rank_E.astype(narrow_index(num_inner + num_items)) + num_inner
     child_nodes_E[nodes.inner_edge_M] = nodes.inner_child_M
     length_I = paths.length_I * paths.is_first_I
     depth_E = np.repeat(nodes.node_depth_n, np.diff(nodes.offsets))
-    start_E = paths.offsets[paths.order_I[edge_place_E]]
+    start_E = paths.offsets[paths.order_I[edge_rank_E]]
     return TrieArrays(
-        child_offsets=nodes.offsets.astype(narrow_index(len(edge_place_E) + 1)),
+        child_offsets=nodes.offsets.astype(narrow_index(len(edge_rank_E) + 1)),
         child_tokens=paths.tokens[start_E + depth_E],
         child_nodes=child_nodes_E,
         node_depth=np.concatenate([nodes.node_depth_n, length_I]),
-        node_item=np.concatenate([paths.order_I[node_place_n], paths.order_I]),
+        node_item=np.concatenate([paths.order_I[node_rank_n], paths.order_I]),
         pool_tokens=paths.tokens,
         pool_offsets=paths.offsets,
     )
@@ -219,24 +209,24 @@ def build_arrays(rows: TokenRows, names: Sequence[str] | None) -> TrieArrays:
 
 @dataclass(frozen=True)
 class _Nodes:
-    """Inner nodes by (depth, first place) and their edges; places count distinct paths."""
+    """Inner nodes by (depth, first rank) and their edges; ranks count distinct paths."""
 
     offsets: np.ndarray  # [n + 1] into the edges
-    edge_place_E: np.ndarray  # first place below the edge
-    inner_edge_M: np.ndarray  # the M edges that lead to inner nodes; the others lead to the leaf at their place
+    edge_rank_E: np.ndarray  # first rank below the edge
+    inner_edge_M: np.ndarray  # the M edges that lead to inner nodes; the others lead to the leaf at their rank
     inner_child_M: np.ndarray
     node_depth_n: np.ndarray
-    node_place_n: np.ndarray  # first place below the node
+    node_rank_n: np.ndarray  # first rank below the node
 
 
 def _open_nodes(shared_D: np.ndarray) -> _Nodes:
     """LCP intervals of D distinct sorted paths, depth by depth; ``shared_D[0]`` is 0."""
     index = narrow_index(2 * len(shared_D))
-    pending_D = np.empty(len(shared_D), dtype=index)  # the edge whose first place this is and that awaits its node
+    pending_D = np.empty(len(shared_D), dtype=index)  # the edge whose first rank this is and that awaits its node
     num_nodes = num_edges = 0
-    offsets, edge_places, inner_edges, depths, node_places = [], [], [], [], []
-    # Places in runs that share at least the depth at hand; the first one always opens a run.
-    place_A, shared_A = np.arange(len(shared_D), dtype=index), shared_D
+    offsets, edge_ranks, inner_edges, depths, node_ranks = [], [], [], [], []
+    # Ranks in runs that share at least the depth at hand; the first one always opens a run.
+    rank_A, shared_A = np.arange(len(shared_D), dtype=index), shared_D
     for depth in np.flatnonzero(np.bincount(shared_D[1:])).tolist():
         parts_A, deeper_A = shared_A == depth, shared_A > depth
         parts_A[0] = False
@@ -247,27 +237,27 @@ def _open_nodes(shared_D: np.ndarray) -> _Nodes:
         opens_M[-1] = False
         edge_M = parts_M | opens_M
         edge_A = mark_M[edge_M]
-        edge_place_E, node_place_R = place_A[edge_A], place_A[mark_M[opens_M]]
+        edge_rank_E, node_rank_R = rank_A[edge_A], rank_A[mark_M[opens_M]]
         if num_nodes:
-            inner_edges.append(pending_D[node_place_R])
+            inner_edges.append(pending_D[node_rank_R])
         inner_E = np.flatnonzero(np.append(deeper_A[1:], False)[edge_A])
-        pending_D[edge_place_E[inner_E]] = num_edges + inner_E
+        pending_D[edge_rank_E[inner_E]] = num_edges + inner_E
         offsets.append(num_edges + np.flatnonzero(opens_M[edge_M]))
-        edge_places.append(edge_place_E)
-        depths.append(np.full(len(node_place_R), depth, dtype=shared_D.dtype))
-        node_places.append(node_place_R)
-        num_nodes, num_edges = num_nodes + len(node_place_R), num_edges + len(edge_place_E)
+        edge_ranks.append(edge_rank_E)
+        depths.append(np.full(len(node_rank_R), depth, dtype=shared_D.dtype))
+        node_ranks.append(node_rank_R)
+        num_nodes, num_edges = num_nodes + len(node_rank_R), num_edges + len(edge_rank_E)
         deeper_A[:-1] |= deeper_A[1:]
         if not deeper_A.all():
-            place_A, shared_A = place_A[deeper_A], shared_A[deeper_A]
+            rank_A, shared_A = rank_A[deeper_A], shared_A[deeper_A]
     nothing = np.zeros(0, dtype=index)
     return _Nodes(
         np.concatenate([*offsets, [num_edges]]),
-        np.concatenate([nothing, *edge_places]),
+        np.concatenate([nothing, *edge_ranks]),
         np.concatenate([nothing, *inner_edges]),
         np.arange(1, max(num_nodes, 1)),
         np.concatenate([nothing.astype(shared_D.dtype), *depths]),
-        np.concatenate([nothing, *node_places]),
+        np.concatenate([nothing, *node_ranks]),
     )
 
 

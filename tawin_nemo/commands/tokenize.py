@@ -14,15 +14,14 @@ import polars as pl
 from tawin_nemo.catalog.semantic_ids import find_codes
 from tawin_nemo.config.schema import Recipe, SemanticIdsConfig
 from tawin_nemo.data.interactions import BRAND, CATEGORY, ITEMS_FILE, MANIFEST, Dataset, load_dataset
+from tawin_nemo.semantic_ids.clustering import check_enough_items
 from tawin_nemo.semantic_ids.codebooks import mean_codebooks
-from tawin_nemo.semantic_ids.coder import WITH_NETWORK, ItemCoder, fit, settle
-from tawin_nemo.semantic_ids.collisions import listed
-from tawin_nemo.semantic_ids.encoders import embed, item_texts, keep_encoder
-from tawin_nemo.semantic_ids.growth import CODES, FORMAT, ITEMS, Earlier, Tokenized, is_finished
+from tawin_nemo.semantic_ids.coder import WITH_NETWORK, ItemCoder, fit, resolve_collisions
+from tawin_nemo.semantic_ids.collisions import format_items
+from tawin_nemo.semantic_ids.encoders import copy_encoder_files, embed, item_texts
+from tawin_nemo.semantic_ids.growth import CODES, FORMAT, ITEMS, ExistingIndex, Tokenized, is_finished
 from tawin_nemo.semantic_ids.index_files import read_index, write_index, write_info
-from tawin_nemo.semantic_ids.kmeans import refuse_few_items
-from tawin_nemo.semantic_ids.plot import draw
-from tawin_nemo.semantic_ids.report import IndexReport, measure, words_of_texts
+from tawin_nemo.semantic_ids.report import IndexReport, measure, plot_index, word_sets
 from tawin_nemo.util.errors import DataError
 from tawin_nemo.util.files import atomic_directory, sha256, write_json
 from tawin_nemo.util.log import say
@@ -40,21 +39,21 @@ def tokenize(recipe: Recipe, root: Path) -> dict[str, Any]:
     out = Path(cfg.output) if cfg.output else run / "semantic_ids"
     dataset = load_dataset(root)
     vectors = out.with_name(f"{out.name}.vectors")
-    earlier = Earlier.read(Path(cfg.grow_from)) if cfg.grow_from else None
-    if earlier:
-        cfg = earlier.settings(cfg)
-    seed = earlier.seed if earlier else recipe.seed
-    if not (earlier or cfg.given or cfg.method == "random"):
-        refuse_few_items(len(dataset.items.titles), cfg.codes)  # before the texts are embedded, which may take hours
+    existing = ExistingIndex.read(Path(cfg.grow_from)) if cfg.grow_from else None
+    if existing:
+        cfg = existing.settings(cfg)
+    seed = existing.seed if existing else recipe.seed
+    if not (existing or cfg.given or cfg.method == "random"):
+        check_enough_items(len(dataset.items.titles), cfg.codes)  # before the texts are embedded, which may take hours
     texts = item_texts(dataset.items.titles, dataset.items.descriptions, cfg.text.fields)
-    embeddings = embed(texts, cfg.text, vectors, seed=seed, like=earlier.folder if earlier else None)
-    request = _request(cfg, seed, dataset, embeddings.manifest, earlier, root)
+    embeddings = embed(texts, cfg.text, vectors, seed=seed, like=existing.folder if existing else None)
+    request = _request(cfg, seed, dataset, embeddings.manifest, existing, root)
     if is_finished(out, request):
         say(f"{out} holds this index already; reused")
         return _result(out)
     _look_for_duplicates(embeddings.vectors_ID, cfg)
-    if earlier:
-        made = earlier.grown(dataset.items.external_ids, embeddings.vectors_ID)
+    if existing:
+        made = existing.extend(dataset.items.external_ids, embeddings.vectors_ID)
     else:
         made = _made(embeddings.vectors_ID, cfg, seed, root, out)
     report = measure(
@@ -78,7 +77,7 @@ def _made(x_ID: np.ndarray, cfg: SemanticIdsConfig, seed: int, root: Path, out: 
         return Tokenized(found.codes_IL, ItemCoder("given", mean_codebooks(x_ID, base_IL, int(base_IL.max()) + 1)))
     checkpoint = _checkpoint(out) if cfg.method in WITH_NETWORK else None
     coder, codes_IL = fit(x_ID, cfg, seed=seed, checkpoint=checkpoint)
-    return Tokenized(settle(codes_IL, coder, x_ID, cfg.collisions), coder)
+    return Tokenized(resolve_collisions(codes_IL, coder, x_ID, cfg.collisions), coder)
 
 
 def _checkpoint(out: Path) -> Path:
@@ -90,7 +89,7 @@ def brand_and_category_words(root: Path) -> list[frozenset[str]]:
     path = root / ITEMS_FILE
     names = [name for name in (BRAND, CATEGORY) if name in pl.read_parquet_schema(path)]
     table = pl.read_parquet(path, columns=names).fill_null("")
-    return words_of_texts([" ".join(row) for row in table.iter_rows()] if names else [])
+    return word_sets([" ".join(row) for row in table.iter_rows()] if names else [])
 
 
 def _look_for_duplicates(x_ID: np.ndarray, cfg: SemanticIdsConfig) -> None:
@@ -101,7 +100,7 @@ def _look_for_duplicates(x_ID: np.ndarray, cfg: SemanticIdsConfig) -> None:
     groups = [items for items in alike.values() if len(items) > 1]
     if not groups:
         return
-    shown = "; ".join(listed(np.array(items)) for items in groups[:5])
+    shown = "; ".join(format_items(np.array(items)) for items in groups[:5])
     message = (
         f"{sum(map(len, groups))} items have the vector of another item ({len(groups)} groups, e.g. items {shown})"
     )
@@ -113,7 +112,12 @@ def _look_for_duplicates(x_ID: np.ndarray, cfg: SemanticIdsConfig) -> None:
 
 
 def _request(
-    cfg: SemanticIdsConfig, seed: int, dataset: Dataset, vectors: dict[str, Any], earlier: Earlier | None, root: Path
+    cfg: SemanticIdsConfig,
+    seed: int,
+    dataset: Dataset,
+    vectors: dict[str, Any],
+    existing: ExistingIndex | None,
+    root: Path,
 ) -> dict[str, Any]:
     """All that decides about the codes."""
     settings = asdict(replace(cfg, output="", grow_from=""))
@@ -125,7 +129,7 @@ def _request(
         "test": dataset.manifest["files"]["test.parquet"],
         "vectors": {"maker": vectors["maker"], "files": vectors["files"]},
         "given": sha256(find_codes(root, cfg.given, key="semantic_ids.given")) if cfg.given else None,
-        "grown_from": earlier.manifest["files"] if earlier else None,
+        "grown_from": existing.manifest["files"] if existing else None,
     }
 
 
@@ -140,10 +144,12 @@ def _write(
             write_info(folder / INFO, made.codes_IL, dataset.items.titles)
         np.save(folder / CODES, made.codes_IL)
         made.coder.save(folder)
-        keep_encoder(vectors, folder)
+        copy_encoder_files(vectors, folder)
         (folder / ITEMS).write_text(json.dumps(dataset.items.external_ids) + "\n", encoding="utf-8")
         write_json(folder / REPORT, asdict(report) | {"kept_items": made.kept})
-        draw(folder / PICTURE, x_ID, made.codes_IL, levels, title=f"{dataset.manifest['name']}: {made.coder.method}")
+        plot_index(
+            folder / PICTURE, x_ID, made.codes_IL, levels, title=f"{dataset.manifest['name']}: {made.coder.method}"
+        )
         files = {path.name: sha256(path) for path in sorted(folder.iterdir())}
         write_json(folder / MANIFEST, {"format": FORMAT, "request": request, "text": asdict(cfg.text), "files": files})
         folder.chmod(0o755)

@@ -44,11 +44,11 @@ class BatchStream:
         return np.concatenate(parts)
 
     def order(self, epoch: int) -> np.ndarray:
-        """The rows of an epoch as they come."""
+        """Row indices of one epoch in the order in which batches take them."""
         return epoch_order(self.n, self.seed, epoch)
 
     def epoch(self, step: int) -> float:
-        """Passes over the data that are complete before step ``step``."""
+        """Passes over the data before step ``step``, as a fraction."""
         return step * self.batch_size / self.n
 
 
@@ -66,11 +66,12 @@ class MixedStream(BatchStream):
 
     @classmethod
     def of(cls, sizes: Sequence[int], shares: Sequence[int], batch_size: int, seed: int) -> MixedStream:
-        """Batches are as large as an epoch at most. With one source it is ``BatchStream``, row by row."""
+        """A stream with batches of at most one epoch. With one source it equals ``BatchStream``, row by row."""
         n = sum(shares)
         return cls(n, min(batch_size, n), seed, tuple(sizes), tuple(shares))
 
     def order(self, epoch: int) -> np.ndarray:
+        """The row numbers of one epoch in the order in which batches take them: a share of each source, shuffled."""
         parts, first = [], 0
         for source, (size, share) in enumerate(zip(self.sizes, self.shares, strict=True)):
             if share == size:

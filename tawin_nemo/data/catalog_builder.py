@@ -1,4 +1,4 @@
-"""Item texts -> token paths, tokenised in the context of a prompt."""
+"""Builds the catalog: token paths of item texts, tokenised in the context of a prompt."""
 
 from __future__ import annotations
 
@@ -77,8 +77,8 @@ def _behind(prompt: str, answers: list[str], tokenizer: Tokenizer) -> TokenRows:
     head = tokenizer.encode_batch([prompt])[0]
     whole = tokenizer.encode_batch([prompt + answer for answer in answers])
     long_enough = whole.lengths >= len(head)
-    places = whole.offsets[:-1, None] + np.arange(len(head))
-    same = long_enough & (whole.flat[np.minimum(places, len(whole.flat) - 1)] == head).all(axis=1)
+    positions = whole.offsets[:-1, None] + np.arange(len(head))
+    same = long_enough & (whole.flat[np.minimum(positions, len(whole.flat) - 1)] == head).all(axis=1)
     if not same.all():
         item = int(np.flatnonzero(~same)[0])
         raise CatalogError(
@@ -93,10 +93,10 @@ def _behind(prompt: str, answers: list[str], tokenizer: Tokenizer) -> TokenRows:
 def _check_reserved(paths: TokenRows, texts: Sequence[str], tokenizer: Tokenizer, template: Template) -> None:
     """End of text ends a path and markers end an item; a title that spells one of them would be cut there."""
     markers = tokenizer.encode_batch(list(template.markers)).flat
-    found = np.flatnonzero(np.isin(paths.flat, [tokenizer.eos_id, *markers.tolist()]))
-    if len(found):
-        item = int(np.searchsorted(paths.offsets, found[0], side="right")) - 1
-        token = tokenizer.decode([int(paths.flat[found[0]])])
+    reserved = np.flatnonzero(np.isin(paths.flat, [tokenizer.eos_id, *markers.tolist()]))
+    if len(reserved):
+        item = int(np.searchsorted(paths.offsets, reserved[0], side="right")) - 1
+        token = tokenizer.decode([int(paths.flat[reserved[0]])])
         raise CatalogError(
             f"item {item} ({texts[item]!r}) contains the reserved token {token}; remove it from the text"
         )

@@ -42,7 +42,7 @@ class Split:
         return len(self.user_N)
 
     def slice(self, begin: int, end: int) -> Split:
-        """Rows begin..end-1, without copying."""
+        """Samples begin .. end - 1, without copying."""
         offsets = self.history.offsets[begin : end + 1]
         history = TokenRows(self.history.flat[offsets[0] : offsets[-1]], offsets - offsets[0])
         return Split(self.user_N[begin:end], history, self.target_N[begin:end], self.time_N[begin:end])
@@ -62,6 +62,8 @@ class ItemFrame:
 
 @dataclass(frozen=True)
 class Dataset:
+    """A prepared data set: its items, its three splits and the manifest that the preparation wrote."""
+
     items: ItemFrame
     train: Split
     valid: Split
@@ -78,9 +80,9 @@ def read_manifest(root: Path) -> dict[str, Any]:
         raise DataError(f"{root} is not a prepared data set: no readable {MANIFEST} ({error.strerror})") from error
     except ValueError as error:
         raise DataError(f"{path} is not valid JSON ({error}); {_AGAIN}") from error
-    found = manifest.get("format") if isinstance(manifest, dict) else None
-    if found != FORMAT or not isinstance(manifest.get("files"), dict):
-        raise DataError(f"{path} has format {found!r}, expected {FORMAT!r}; {_AGAIN}")
+    actual = manifest.get("format") if isinstance(manifest, dict) else None
+    if actual != FORMAT or not isinstance(manifest.get("files"), dict):
+        raise DataError(f"{path} has format {actual!r}, expected {FORMAT!r}; {_AGAIN}")
     return manifest
 
 
@@ -93,9 +95,9 @@ def verify_files(root: Path, manifest: dict[str, Any]) -> None:
         path = root / name
         if not path.is_file():
             raise DataError(f"{path} is missing although {MANIFEST} lists it; {_AGAIN}")
-        if (found := sha256(path)) != expected:
+        if (actual := sha256(path)) != expected:
             raise DataError(
-                f"{path} is damaged or was edited: SHA-256 {found[:12]}.. instead of {expected[:12]}..; {_AGAIN}"
+                f"{path} is damaged or was edited: SHA-256 {actual[:12]}.. instead of {expected[:12]}..; {_AGAIN}"
             )
 
 

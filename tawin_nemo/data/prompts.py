@@ -15,7 +15,7 @@ from tawin_nemo.util.errors import ConfigError
 #: Marker tokens of the compact template: in front of an item (once in front of all for codes) and of the answer.
 ITEM_MARK, ANSWER_MARK = "<|item|>", "<|next|>"
 
-#: What stands around the instruction of the alpaca template.
+#: The text around the instruction of the alpaca template.
 ALPACA_START = (
     "The instruction below comes with an input. Write the response that carries it out.\n\n### Instruction:\n"
 )
@@ -33,7 +33,7 @@ class Template:
     """Turns item texts (titles, or joined codes) into the text of a prompt and of an answer.
 
     ``name`` is compact or alpaca, ``kind`` is title or sid (``data.template`` and ``catalog.kind``). Raises
-    ConfigError for other words.
+    ConfigError for other values.
     """
 
     name: str = "compact"
@@ -47,19 +47,19 @@ class Template:
 
     @property
     def head(self) -> str:
-        """What stands in front of the first item."""
+        """The text in front of the first item."""
         return ITEM_MARK if self.name == "compact" else f"{ALPACA_START}{_INSTRUCTION}{ALPACA_INPUT}"
 
     @property
     def separator(self) -> str:
-        """What stands between two items."""
+        """The text between two items."""
         if self.name == "alpaca":
             return "\n"
         return ITEM_MARK if self.kind == "title" else ""
 
     @property
     def tail(self) -> str:
-        """What stands between the newest item and the answer."""
+        """The text between the newest item and the answer."""
         return ANSWER_MARK if self.name == "compact" else _ALPACA_TAIL
 
     @property
@@ -77,5 +77,5 @@ class Template:
         return self.head + self.separator.join(map(self.answer, history_texts)) + self.tail
 
     def answer(self, item_text: str) -> str:
-        """How an item is written, in the history and as the answer. End of text is a token, not part of this."""
+        """The text of an item in the history and as the answer, without the end-of-text token."""
         return f'"{item_text}"' if self.name == "alpaca" and self.kind == "title" else item_text

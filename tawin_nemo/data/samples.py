@@ -1,4 +1,7 @@
-"""A split of the dataset as token rows, ready for training, rollout and evaluation."""
+"""A split of the dataset as token rows, ready for training, rollout and evaluation.
+
+N samples; P pieces of text, tokenised once each, of which prompts are composed.
+"""
 
 from __future__ import annotations
 
@@ -23,6 +26,9 @@ from tawin_nemo.util.log import get_logger
 # these pieces. Where a tokenizer merges across the joints, which a probe shows, whole prompts are tokenised instead.
 
 
+log = get_logger(__name__)
+
+#: Prompts that are tokenised both ways to detect merges across pieces.
 _PROBED_ROWS = 256
 
 
@@ -46,13 +52,13 @@ class PromptEncoder:
         """``tokenizer.encode_batch`` of the template's prompts, one per history (oldest item first)."""
         joined = self._join(histories)
         probe = np.unique(np.linspace(0, len(histories) - 1, min(_PROBED_ROWS, len(histories))).astype(np.int64))
-        expected, found = self.encode_whole(histories.take(probe)), joined.take(probe)
-        if np.array_equal(found.flat, expected.flat) and np.array_equal(found.offsets, expected.offsets):
+        expected, actual = self.encode_full_prompts(histories.take(probe)), joined.take(probe)
+        if np.array_equal(actual.flat, expected.flat) and np.array_equal(actual.offsets, expected.offsets):
             return joined
-        return self.encode_whole(histories)
+        return self.encode_full_prompts(histories)
 
-    def encode_whole(self, histories: TokenRows) -> TokenRows:
-        """The same by its definition: render every prompt, tokenise it."""
+    def encode_full_prompts(self, histories: TokenRows) -> TokenRows:
+        """``encode`` by its definition, slowly: render every prompt and tokenise it."""
         return self._tokenizer.encode_batch(
             [self._template.prompt([self._texts[item] for item in histories[row]]) for row in range(len(histories))]
         )
@@ -68,9 +74,6 @@ class PromptEncoder:
         piece_P[first_N[items_N == 0]] = 1
         parts = self._pieces.take(piece_P)
         return TokenRows(parts.flat, parts.offsets[offsets_N])
-
-
-log = get_logger(__name__)
 
 
 @dataclass(frozen=True)
@@ -94,7 +97,7 @@ class Samples:
         return len(self.prompts)
 
     def take(self, rows: np.ndarray) -> Samples:
-        """The named rows in that order; they keep their row numbers in the split."""
+        """The samples at indices ``rows`` [M], in that order; they keep their row numbers in the split."""
         rows = np.asarray(rows, dtype=np.int64)
         return Samples(
             self.prompts.take(rows), self.target_N[rows], self.user_N[rows], self.history.take(rows), self.row_N[rows]
@@ -113,7 +116,7 @@ class Samples:
 def encode_split(
     split: Split, texts: Sequence[str], tokenizer: Tokenizer, template: Template, data: DataConfig
 ) -> Samples:
-    """Write every history as a prompt, in tokens.
+    """Tokenise the prompt of every history.
 
     ``texts`` are the item texts by item index. A history keeps its newest ``data.max_history`` items; a prompt longer
     than ``data.max_prompt_tokens`` then loses its oldest items, whole ones, until it fits.
@@ -141,11 +144,11 @@ def encode_split(
     return Samples(prompts, split.target_N, split.user_N, _newest(split.history, kept_N))
 
 
-def _replaced(rows: TokenRows, places: np.ndarray, by: TokenRows) -> TokenRows:
-    """``rows`` with those at ``places`` exchanged."""
-    both = TokenRows.joined([rows, by])
+def _replaced(rows: TokenRows, positions: np.ndarray, by: TokenRows) -> TokenRows:
+    """A copy of ``rows`` with those at ``positions`` replaced by ``by``."""
+    both = TokenRows.cat([rows, by])
     source = np.arange(len(rows))
-    source[places] = len(rows) + np.arange(len(by))
+    source[positions] = len(rows) + np.arange(len(by))
     return both.take(source)
 
 

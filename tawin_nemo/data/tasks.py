@@ -1,8 +1,8 @@
-"""Alignment tasks: what SFT may learn beside the next item, so that codes and words come to mean the same.
+"""Alignment tasks: SFT on translations between codes and text, beside the prediction of the next item.
 
 The tasks are those of MiniOneRec (arXiv 2510.24431: codes of a history -> codes, title <-> codes, codes of a history ->
-title, titles of a history -> codes) and of LC-Rec (arXiv 2311.09049: description <-> codes, intention -> codes). A task
-is written by the template of all prompts with words of its own: an instruction (alpaca) or a marker token (compact).
+title, titles of a history -> codes) and of LC-Rec (arXiv 2311.09049: description <-> codes, intention -> codes). Tasks
+use the same prompt template as the next item, each with its own instruction (alpaca) or marker token (compact).
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from tawin_nemo.data.tokenizer import Tokenizer
 from tawin_nemo.types import TokenRows
 from tawin_nemo.util.errors import ConfigError
 
-#: What an item can be written as; all but the codes are words.
+#: The ways to write an item; all but the codes are natural language.
 CODES, TITLE, DESCRIPTION, INTENTION = "codes", "title", "description", "intention"
 
 
 @dataclass(frozen=True)
 class Task:
-    """One way of asking: ``given`` and ``wanted`` say how items are written in the question and in the answer."""
+    """An alignment task: ``given`` and ``wanted`` are the ways to write items in the question and in the answer."""
 
     name: str  # the key of section ``align``
     given: str
@@ -37,7 +37,7 @@ class Task:
 
     @property
     def marker(self) -> str:
-        """Its token in the compact template."""
+        """The token that marks the task in the compact template."""
         return f"<|{self.name}|>"
 
 
@@ -72,12 +72,13 @@ def active_tasks(align: AlignConfig) -> tuple[Task, ...]:
 
 @dataclass(frozen=True)
 class TaskTemplate(Template):
-    """``Template`` with the words of a task in front; ``kind`` is how the question writes items."""
+    """``Template`` with a task's instruction or marker; ``kind`` is the way in which the question writes items."""
 
     task: Task = TASKS[0]
 
     @property
     def head(self) -> str:
+        """The text in front of the question: the compact marker, or the instruction in Alpaca's template."""
         if self.name == "compact":
             return self.task.marker
         return f"{ALPACA_START}{self.task.instruction}{ALPACA_INPUT}"
@@ -95,13 +96,13 @@ class TaskRows:
         return len(self.samples)
 
     def take(self, rows: np.ndarray) -> TaskRows:
-        """The named rows, in that order."""
+        """The questions at indices ``rows`` [M], in that order."""
         return replace(self, samples=self.samples.take(rows), answers=self.answers.take(rows))
 
 
 @dataclass(frozen=True)
-class Wording:
-    """How items are written: ``texts[way][item]``, with an empty text where an item has none."""
+class TaskEncoder:
+    """Tokenises tasks. ``texts[way][item]`` is an item's text, empty where it has none of that way."""
 
     texts: Mapping[str, Sequence[str]]
     tokenizer: Tokenizer
@@ -109,67 +110,68 @@ class Wording:
     data: DataConfig
 
     def rows(self, task: Task, split: Split) -> TaskRows:
-        """The rows of ``split`` as questions of ``task``; those whose question or answer has no text are left out.
+        """The rows of ``split`` as questions of ``task``; those whose question or answer has no text are skipped.
 
-        Raises ConfigError when no row is left, CatalogError and DataError as ``answer_paths`` and ``encode_split``.
+        Raises ConfigError when no row is left, CatalogError for texts that cannot be tokenised unambiguously, and
+        DataError for an item that does not fit into a prompt.
         """
         given, wanted = self.texts[task.given], self.texts[task.wanted]
         has_given, has_wanted = (np.array([bool(text) for text in texts], dtype=bool) for texts in (given, wanted))
-        rows = np.flatnonzero(self._asked(task, split, has_given) & has_wanted[split.target_N])
+        rows = np.flatnonzero(self._has_question(task, split, has_given) & has_wanted[split.target_N])
         if len(rows) == 0:
             raise ConfigError(
                 f"align.{task.name} has no rows: no item of these has a {task.given} and a {task.wanted}; set "
                 f"align.{task.name}=0"
             )
-        asked = Split(split.user_N[rows], split.history.take(rows), split.target_N[rows], split.time_N[rows])
+        questions = Split(split.user_N[rows], split.history.take(rows), split.target_N[rows], split.time_N[rows])
         template = TaskTemplate(self.template.name, _kind(task.given), task)
-        samples = encode_split(asked, given, self.tokenizer, template, self.data)
+        samples = encode_split(questions, given, self.tokenizer, template, self.data)
         return TaskRows(task, samples, self.paths(task.wanted).take(samples.target_N))
 
     def paths(self, way: str) -> TokenRows:
-        """Every item written that way as an answer, EOS included; an item without such a text is EOS alone."""
+        """Token paths of all items as answers in ``way``, EOS included; an item without such a text is EOS alone."""
         template = Template(self.template.name, _kind(way))
         texts = self.texts[way]
         known = [item for item, text in enumerate(texts) if text]
         paths = answer_paths([texts[item] for item in known], self.tokenizer, template)
-        place_I = np.full(len(texts), len(known))
-        place_I[known] = np.arange(len(known))
-        nothing = np.array([self.tokenizer.eos_id])
-        both = TokenRows(np.concatenate([paths.flat, nothing]), np.append(paths.offsets, len(paths.flat) + 1))
-        return both.take(place_I)
+        row_I = np.full(len(texts), len(known))
+        row_I[known] = np.arange(len(known))
+        eos = np.array([self.tokenizer.eos_id])
+        both = TokenRows(np.concatenate([paths.flat, eos]), np.append(paths.offsets, len(paths.flat) + 1))
+        return both.take(row_I)
 
     @staticmethod
-    def _asked(task: Task, split: Split, has_given: np.ndarray) -> np.ndarray:
-        """Whether all items of a row's question have a text."""
+    def _has_question(task: Task, split: Split, has_given: np.ndarray) -> np.ndarray:
+        """bool [N]: all items of the row's question have a text."""
         if not task.of_history:
             return has_given[split.target_N]
-        lacking = np.concatenate([[0], np.cumsum(~has_given[split.history.flat])])
-        return np.asarray(np.diff(lacking[split.history.offsets]) == 0)
+        missing = np.concatenate([[0], np.cumsum(~has_given[split.history.flat])])
+        return np.asarray(np.diff(missing[split.history.offsets]) == 0)
 
 
 def _kind(way: str) -> str:
-    """The template's word for it: codes are joined, words are put between marks."""
+    """``Template.kind`` for a way of writing items: codes are joined, texts are separated by marks."""
     return "sid" if way == CODES else "title"
 
 
 def items_as_split(items: np.ndarray) -> Split:
-    """One row per item, whose history is that item itself: the questions about single items."""
+    """One sample per item, whose history is the item itself: the questions about single items."""
     items = np.asarray(items, dtype=np.int64)
     none = np.zeros(len(items), dtype=np.int64)
     return Split(none, TokenRows(items, np.arange(len(items) + 1)), items, none)
 
 
 def held_out_items(num_items: int, share: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Items that the tasks about single items train on, and those that they are tested on; both ascending."""
+    """Items that tasks about single items train on, and those that they are tested on; both ascending."""
     order = np.random.default_rng([seed, 5]).permutation(num_items)
     held = round(share * num_items)
     return np.sort(order[held:]), np.sort(order[:held])
 
 
-def first_words(text: str, most: int) -> str:
-    """At most ``most`` words, with single spaces.
+def truncate_words(text: str, most: int) -> str:
+    """The first ``most`` words of ``text``, separated by single spaces.
 
-    >>> first_words("a  long\\n story", 2)
+    >>> truncate_words("a  long\\n story", 2)
     'a long'
     """
     return " ".join(text.split()[:most])

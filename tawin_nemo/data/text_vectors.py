@@ -32,8 +32,12 @@ def load_item_vectors(path: Path, num_items: int, *, key: str = "rl.reward_sourc
     except (OSError, ValueError, EOFError) as error:
         raise DataError(f"{where} cannot be read as .npy ({error}); write it with numpy.save") from error
     if not isinstance(vectors, np.ndarray) or vectors.ndim != 2 or vectors.dtype.kind not in "fiu":
-        found = f"{vectors.dtype} of shape {vectors.shape}" if isinstance(vectors, np.ndarray) else "an .npz archive"
-        raise DataError(f"{where} holds {found}; it must be one array of numbers with the shape [items, dimensions]")
+        description = (
+            f"{vectors.dtype} of shape {vectors.shape}" if isinstance(vectors, np.ndarray) else "an .npz archive"
+        )
+        raise DataError(
+            f"{where} holds {description}; it must be one array of numbers with the shape [items, dimensions]"
+        )
     if len(vectors) != num_items:
         raise DataError(
             f"{where} has {len(vectors)} rows and the catalog {num_items} items; "
@@ -43,7 +47,7 @@ def load_item_vectors(path: Path, num_items: int, *, key: str = "rl.reward_sourc
 
 
 def usable_vectors(vectors_ID: np.ndarray, where: str) -> np.ndarray:
-    """``vectors_ID`` itself. Raises DataError, beginning with ``where``, that names items with NaN or all-zero rows."""
+    """Return ``vectors_ID``. Raises DataError, beginning with ``where``, that names items with NaN or all-zero rows."""
     for wrong_I, what in ((~np.isfinite(vectors_ID).all(axis=1), "not finite"), (~vectors_ID.any(axis=1), "all zero")):
         if wrong_I.any():
             items = np.flatnonzero(wrong_I).tolist()
@@ -66,7 +70,7 @@ def text_vectors(texts: Sequence[str], *, dims: int = TEXT_DIMS, seed: int = 0) 
 
 @dataclass(frozen=True, eq=False)
 class TextModel:
-    """TF-IDF and SVD fitted once, for texts that come later: W words, D dimensions."""
+    """TF-IDF and SVD, fitted once and applied to later texts: W words, D dimensions."""
 
     words: list[str]
     idf_W: np.ndarray  # float32
@@ -74,7 +78,7 @@ class TextModel:
 
     @classmethod
     def fit(cls, texts: Sequence[str], *, dims: int, seed: int) -> TextModel:
-        """Raises DataError when no text has a word."""
+        """Fit vocabulary, IDF and SVD on ``texts``. Raises DataError when no text has a word."""
         counts = _tf_idf()
         words_IW = _fitted(counts, texts, "give the items texts")
         svd = _svd(min(dims, *words_IW.shape), seed).fit(words_IW)
@@ -83,18 +87,19 @@ class TextModel:
         )
 
     def vectors(self, texts: Sequence[str]) -> np.ndarray:
-        """[I, D] float32, rows as those of ``text_vectors``; words that ``fit`` has not seen count for nothing."""
+        """[I, D] float32, rows as those of ``text_vectors``; words that ``fit`` has not seen are ignored."""
         counts = _tf_idf(vocabulary=self.words)
         counts.idf_ = self.idf_W
         return _unit_rows(counts.transform(texts) @ self.components_DW.T)
 
     def save(self, folder: Path) -> None:
+        """Write the vocabulary and the matrices into an existing folder; ``load`` reads them back."""
         (folder / WORDS).write_text(json.dumps(self.words), encoding="utf-8")
         np.save(folder / MODEL, np.vstack([self.idf_W, self.components_DW]))
 
     @classmethod
     def load(cls, folder: Path) -> TextModel:
-        """Raises DataError for files that are absent or of another kind."""
+        """Read a model that ``save`` wrote. Raises DataError for files that are missing or malformed."""
         try:
             idf_W, *components = np.load(folder / MODEL, allow_pickle=False)
             return cls(json.loads((folder / WORDS).read_text(encoding="utf-8")), idf_W, np.stack(components))

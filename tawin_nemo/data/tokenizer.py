@@ -60,7 +60,7 @@ class Tokenizer:
 
     @cached_property
     def fast(self) -> PreTrainedTokenizerFast:
-        """Hugging Face's object for this tokenizer, made at the first use."""
+        """This tokenizer as a Hugging Face object, built at the first use."""
         if self.foreign is not None:
             return self.foreign
         from transformers import PreTrainedTokenizerFast
@@ -71,16 +71,17 @@ class Tokenizer:
 
     @property
     def eos_id(self) -> int:
+        """Token id of the end of text."""
         return int(self.backend.token_to_id(self.eos_token))
 
     @property
     def pad_id(self) -> int:
-        """The padding token, or end of text where there is none."""
+        """Token id of the padding token, or of the end of text where there is none."""
         return self.eos_id if self.pad_token is None else int(self.backend.token_to_id(self.pad_token))
 
     @cached_property
     def size(self) -> int:
-        """Rows that an embedding needs: the largest token id, added tokens included, plus one."""
+        """Number of rows that an embedding needs: the largest token id, added tokens included, plus one."""
         return max(self.backend.get_vocab(with_added_tokens=True).values()) + 1
 
     @cached_property
@@ -89,7 +90,7 @@ class Tokenizer:
         return hashlib.sha256(self.backend.to_str(pretty=True).encode()).hexdigest()
 
     def encode_batch(self, texts: Sequence[str]) -> TokenRows:
-        """Token rows of ``texts``, nothing added. Raises DataError for text the vocabulary cannot express."""
+        """Tokenise N texts without special tokens. Raises DataError for text the vocabulary cannot express."""
         rows: list[list[int]] = []
         for start in range(0, len(texts), _ENCODE_CHUNK):
             part = list(texts[start : start + _ENCODE_CHUNK])
@@ -111,14 +112,14 @@ class Tokenizer:
                     f"the tokenizer has no tokens for {text[:200]!r}; it knows the template and the codes of the index "
                     "it was built from: use the same catalog.index and data.template, or data.tokenizer=bpe"
                 )
-        return DataError("the tokenizer refused a batch of texts, but no single one of them")
+        return DataError("the tokenizer failed on a batch of texts, but on none of them alone")
 
     def decode(self, tokens: Iterable[int]) -> str:
         """The text of ``tokens``, special tokens included, spaces untouched."""
         return str(self.backend.decode([int(token) for token in tokens], skip_special_tokens=False))
 
     def save(self, directory: Path) -> None:
-        """Write the Hugging Face files into ``directory``; other files there (weights) are left alone."""
+        """Write the Hugging Face files into ``directory``; other files there (weights) are not touched."""
         with tempfile.TemporaryDirectory() as temporary:
             self.fast.save_pretrained(temporary)
             for source in sorted(Path(temporary).iterdir()):
@@ -150,15 +151,15 @@ def _config_of(directory: Path) -> dict[str, Any]:
 
 
 def _is_own(config: dict[str, Any]) -> bool:
-    """Whether ``Tokenizer.save`` wrote this, of codes or of a BPE: then ``tokenizer.json`` says everything."""
+    """True if ``Tokenizer.save`` wrote this config, for codes or BPE: ``tokenizer.json`` is then complete."""
     own = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": EOS, "pad_token": PAD}
     return all(config.get(key) == value for key, value in own.items())
 
 
-def words_of(directory: Path) -> dict[str, int]:
-    """The words that the tokenizer of a folder knows, with their numbers, without the rest of it: a fifth of the time.
+def read_vocabulary(directory: Path) -> dict[str, int]:
+    """The vocabulary of the tokenizer in a folder, token ids by text, in a fifth of the time of ``Tokenizer.load``.
 
-    Raises ConfigError as ``Tokenizer.load``.
+    Raises ConfigError when ``tokenizer.json`` is missing or unreadable.
     """
     directory = Path(directory)
     with _reading(directory):
@@ -169,7 +170,7 @@ def words_of(directory: Path) -> dict[str, int]:
 
 @contextmanager
 def _reading(directory: Path) -> Iterator[None]:
-    """Raises ConfigError for a folder without a tokenizer and for whatever is wrong with the one that is there."""
+    """Raises ConfigError for a folder without a tokenizer and for one that cannot be read."""
     if not (directory / "tokenizer.json").is_file():
         raise ConfigError(f"no tokenizer.json in {directory}; set data.tokenizer to a folder that has one")
     try:
@@ -198,7 +199,7 @@ def build_tokenizer(
     codes: Sequence[Sequence[str]] | None,
     task_markers: Sequence[str] = (),
 ) -> Tokenizer:
-    """The tokenizer that ``data.tokenizer`` asks for, able to write the template and every item as single codes.
+    """The tokenizer that ``data.tokenizer`` names, able to write the template and every item as single codes.
 
     ``task_markers`` become single tokens as well (those of alignment tasks in the compact template).
 

@@ -1,4 +1,4 @@
-"""Prompts with the trees of their answers as flat token batches in which every common beginning stands once.
+"""Prompts with the trees of their answers as flat token batches in which every common prefix is stored once.
 
 The distinct answers of a prompt in lexicographic order are a preorder of their tree: each shares its first
 ``shared_U`` tokens with the answer before it and adds the rest. Of depth d's token on the path of answer u, the last
@@ -6,7 +6,7 @@ answer up to u that shares at most d tokens is the one that added it, and the ne
 stands behind its last descendant. Both hold for all (u, d) at once, so nothing here loops over answers or tokens.
 
 Axes besides those of types.py: A answers, U distinct answers of one prompt (by prompt, then lexicographic), D depth
-(0-based place of a token in its answer).
+(0-based index of a token in its answer).
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from tawin_nemo.util.errors import CatalogError
 
 @dataclass(frozen=True)
 class AnswerIndex:
-    """Which answer, and which 0-based token of it, each of the N log-probs of a batch belongs to."""
+    """The answer, and the 0-based token in it, that each of the N log-probs of a batch belongs to."""
 
     answer_N: Tensor  # ascending
     token_N: Tensor  # ascending within an answer
@@ -42,7 +42,7 @@ class _Scored:
 
 @dataclass(frozen=True)
 class _Trees:
-    """What the distinct answers of each prompt have in common."""
+    """The distinct answers of all prompts and the prefixes that they share."""
 
     prompt_U: np.ndarray
     tokens_UT: np.ndarray  # padded with 0
@@ -83,26 +83,26 @@ def tree_batch(
 
     tokens_S, position_S, end_S = (np.empty(size_B.sum(), dtype=np.int64) for _ in range(3))
     row_E, position_E = ragged(prompts.lengths)
-    place_E = (end_B - size_B)[row_E] + position_E
-    tokens_S[place_E], position_S[place_E], end_S[place_E] = prompts.flat, position_E, end_B[row_E]
+    index_E = (end_B - size_B)[row_E] + position_E
+    tokens_S[index_E], position_S[index_E], end_S[index_E] = prompts.flat, position_E, end_B[row_E]
     answer_E, extra_E = ragged(added_U)
     depth_E = trees.shared_U[answer_E] + extra_E
-    prompt_E, place_E = trees.prompt_U[answer_E], begin_U[answer_E] + extra_E
-    tokens_S[place_E] = trees.tokens_UT[answer_E, depth_E]
-    position_S[place_E] = prompts.lengths[prompt_E] + depth_E
+    prompt_E, index_E = trees.prompt_U[answer_E], begin_U[answer_E] + extra_E
+    tokens_S[index_E] = trees.tokens_UT[answer_E, depth_E]
+    position_S[index_E] = prompts.lengths[prompt_E] + depth_E
     behind_E = _next_outside(trees.shared_U, depths)[answer_E, depth_E]
-    end_S[place_E] = np.minimum(np.append(begin_U, size_B.sum())[behind_E], end_B[prompt_E])
+    end_S[index_E] = np.minimum(np.append(begin_U, size_B.sum())[behind_E], end_B[prompt_E])
 
-    place_UD = _places(begin_U, trees.shared_U, depths)
+    index_UD = _token_indices(begin_U, trees.shared_U, depths)
     chain_B = _chains(end_S, size_B)
-    place_P, row_N, target_N, children, index = _scores(trees, end_B - size_B + prompts.lengths - 1, place_UD, trie)
+    index_P, row_N, target_N, children, index = _scores(trees, end_B - size_B + prompts.lengths - 1, index_UD, trie)
     batch = TokenBatch(
         tokens_S=torch.from_numpy(tokens_S),
         position_S=torch.from_numpy(position_S),
         end_S=torch.from_numpy(end_S),
         chain_B=torch.from_numpy(chain_B),
         tree_B=torch.from_numpy(size_B - chain_B),
-        place_P=torch.from_numpy(place_P),
+        index_P=torch.from_numpy(index_P),
         row_N=torch.from_numpy(row_N),
         target_N=torch.from_numpy(target_N),
         children=children,
@@ -179,7 +179,7 @@ def _check_rows(prompts: TokenRows, answers: TokenRows, prompt_A: np.ndarray) ->
 
 
 def _distinct(tokens_AT: np.ndarray, lengths_A: np.ndarray, prompt_A: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """One answer for each distinct one, by prompt and lexicographic order, and each answer's place among these."""
+    """One answer for each distinct one, by prompt and lexicographic order, and each answer's index among these."""
     keys_AT = np.zeros((len(tokens_AT), tokens_AT.shape[1] + 1), dtype=">u4")  # big-endian: bytes sort like numbers
     keys_AT[:, 0] = prompt_A
     keys_AT[:, 1:] = np.where(np.arange(tokens_AT.shape[1]) < lengths_A[:, None], tokens_AT + 1, 0)
@@ -204,8 +204,8 @@ def _chains(end_S: np.ndarray, size_B: np.ndarray) -> np.ndarray:
     return np.minimum.reduceat(stop_S, end_B - size_B) - (end_B - size_B)
 
 
-def _places(begin_U: np.ndarray, shared_U: np.ndarray, depths: int) -> np.ndarray:
-    """``place_UD``: index into S of the token at depth D of each answer's path (meaningless behind its inputs)."""
+def _token_indices(begin_U: np.ndarray, shared_U: np.ndarray, depths: int) -> np.ndarray:
+    """``index_UD``: index into S of the token at depth D of each answer's path (meaningless behind its inputs)."""
     adds_UD = shared_U[:, None] <= np.arange(depths)
     owner_UD = np.maximum.accumulate(np.where(adds_UD, np.arange(len(shared_U))[:, None], 0), axis=0)
     return (begin_U - shared_U)[owner_UD] + np.arange(depths)
@@ -222,14 +222,14 @@ def _next_outside(shared_U: np.ndarray, depths: int) -> np.ndarray:
 
 # -- what is scored ------------------------------------------------------------------------------------------------
 def _scores(
-    trees: _Trees, last_B: np.ndarray, place_UD: np.ndarray, trie: TokenTrie | None
+    trees: _Trees, last_B: np.ndarray, index_UD: np.ndarray, trie: TokenTrie | None
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, Children | None, AnswerIndex]:
-    """Places, row and target of every log-prob, children, index. ``last_B`` is the place of a prompt's last token."""
+    """Indices, row and target of every log-prob, children, index. ``last_B`` is the index of a prompt's last token."""
     answer_R, depth_R = trees.scored.answer_R, trees.scored.depth_R
-    place_R = last_B[trees.prompt_U[answer_R]]
+    index_R = last_B[trees.prompt_U[answer_R]]
     deeper = depth_R > 0
-    place_R[deeper] = place_UD[answer_R[deeper], depth_R[deeper] - 1]
-    place_P, first_P, row_R = np.unique(place_R, return_index=True, return_inverse=True)
+    index_R[deeper] = index_UD[answer_R[deeper], depth_R[deeper] - 1]
+    index_P, first_P, row_R = np.unique(index_R, return_index=True, return_inverse=True)
     # Answers that are equal read the same log-probs.
     count_U = np.bincount(answer_R, minlength=len(trees.prompt_U))
     answer_N, nth_N = ragged(count_U[trees.distinct_A])
@@ -240,7 +240,7 @@ def _scores(
     if trie is not None:
         assert trees.scored.node_R is not None
         children = _children(trie, trees.scored.node_R[first_P], row_N, target_N)
-    return place_P, row_N, target_N, children, AnswerIndex(torch.from_numpy(answer_N), torch.from_numpy(token_N))
+    return index_P, row_N, target_N, children, AnswerIndex(torch.from_numpy(answer_N), torch.from_numpy(token_N))
 
 
 def _children(trie: TokenTrie, node_P: np.ndarray, row_N: np.ndarray, target_N: np.ndarray) -> Children:
@@ -289,8 +289,8 @@ def _check_paths(paths: TokenRows, trie: TokenTrie, node_U: Tensor, names: np.nd
     if not len(bad):
         return
     row = int(bad[np.argmin(names[bad])])
-    place, tokens = int(at_U[row]), paths[row].tolist()
-    what = f"leaves the catalog at its token {place} ({tokens[place]})" if place < len(tokens) else "is cut short"
+    index, tokens = int(at_U[row]), paths[row].tolist()
+    what = f"leaves the catalog at its token {index} ({tokens[index]})" if index < len(tokens) else "is cut short"
     raise CatalogError(
         f"answer {names[row]} {what}: {tokens}; build the answers from catalog.paths with the same tokenizer"
     )

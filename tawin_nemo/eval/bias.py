@@ -1,7 +1,7 @@
-"""What lists of recommendations look like beside their hits: popular or not, varied or not, how much of the catalog.
+"""Metrics of recommendation lists beyond accuracy: popularity bias, diversity, coverage of the catalog.
 
-Lists name token paths by their leaf, best first, -1 where nothing was returned. Items that are written alike share a
-path: a path listed lists all of them, and its log-popularity is their mean.
+Lists hold the leaves of token paths, best first, -1 where nothing was returned. Items with equal texts share a path: a
+listed path counts for all of them, and its log-popularity is their mean. K entries of a list.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from tawin_nemo.catalog.items import Catalog
 from tawin_nemo.data.samples import Samples
 from tawin_nemo.types import TokenRows
 
-#: Places of each list among which first codes are counted.
+#: Entries of each list among which first codes are counted.
 DIVERSITY_K = 10
 
 
@@ -23,22 +23,22 @@ def beyond_accuracy(
 ) -> dict[str, float]:
     """``coverage@K``, ``first_codes@10`` and, where popularity is known, ``popularity_bias@K``.
 
-    ``leaf_BK`` holds at least ``max(ks)`` places, or fewer where the catalog has no more; ``history`` the items that
+    ``leaf_BK`` holds at least ``max(ks)`` entries, or fewer where the catalog has no more; ``history`` the items that
     each row's prompt shows; ``popularity_I`` counts each item in train (``item_counts``). A bias that no row has (no
-    candidates, or no histories) is left out.
+    candidates, or no histories) is omitted.
     """
-    found = {f"coverage@{k}": coverage(leaf_BK[:, :k], catalog) for k in ks}
-    found[f"first_codes@{DIVERSITY_K}"] = float(first_codes(leaf_BK[:, :DIVERSITY_K], catalog).mean())
+    metrics = {f"coverage@{k}": coverage(leaf_BK[:, :k], catalog) for k in ks}
+    metrics[f"first_codes@{DIVERSITY_K}"] = float(first_codes(leaf_BK[:, :DIVERSITY_K], catalog).mean())
     if popularity_I is not None:
         for k in ks:
             bias_B = popularity_bias(leaf_BK[:, :k], catalog, history, popularity_I)
             if not np.isnan(bias_B).all():
-                found[f"popularity_bias@{k}"] = float(np.nanmean(bias_B))
-    return found
+                metrics[f"popularity_bias@{k}"] = float(np.nanmean(bias_B))
+    return metrics
 
 
 def item_counts(samples: Samples, num_items: int) -> np.ndarray:
-    """How often each item is the target of a row: every interaction counts once, except the first of each user. [I]
+    """Number of rows whose target is the item: every interaction counts once, except the first of each user. [I]
 
     Histories are not counted: they repeat what earlier rows of the same user have as targets.
     """
@@ -73,12 +73,12 @@ def popularity_bias(leaf_BK: np.ndarray, catalog: Catalog, history: TokenRows, p
 
 
 def coverage(leaf_BK: np.ndarray, catalog: Catalog) -> float:
-    """Share of the catalog's items that some list holds."""
+    """Share of the catalog's items that appear in at least one list."""
     return float(np.isin(catalog.leaf_I, leaf_BK).mean())
 
 
 def first_codes(leaf_BK: np.ndarray, catalog: Catalog) -> np.ndarray:
-    """How many different first tokens the paths of each list have: in how many directions its beams look. [B] int64.
+    """Number of different first tokens among the paths of each list, a measure of its diversity. [B] int64.
 
     The first token that distinguishes anything: what all paths of the catalog begin with is skipped.
     """

@@ -1,10 +1,10 @@
 """Recall@K and NDCG@K of a policy over the full catalog: a table with one row per user first, means after.
 
-Rank and credit. A policy ranks token *paths*: each path holds one place of the beam list, however many items are
-written with it. The rank of a target is the 0-based place of its path (-1 when no beam ended there). A target that
-shares its path with s - 1 other items cannot be told apart from them; ``eval.collision`` says what a hit is then
-worth: ``fractional`` gives 1/s, the chance that one item picked from the path is the target, ``optimistic`` gives 1, as
-comparing strings does (MiniOneRec). Both multiply Recall@K and NDCG@K.
+Rank and credit. A policy ranks token *paths*: each path is one entry of the beam list, however many items share
+it. The rank of a target is the 0-based index of its path in the list (-1 when no beam ended there). A target that
+shares its path with s - 1 other items cannot be distinguished from them; ``eval.collision`` then decides the credit
+of a hit: ``fractional`` gives 1/s, the probability that one item drawn from the path is the target, ``optimistic``
+gives 1, as comparing strings does (MiniOneRec). Both multiply Recall@K and NDCG@K.
 """
 
 from __future__ import annotations
@@ -31,19 +31,19 @@ from tawin_nemo.util.log import progress
 
 #: Prompts whose candidates a replica holds in memory at once.
 CHUNK_ROWS = 512
-#: Places of each list that count for coverage.
+#: Entries of each list that count for coverage.
 COVERAGE_K = 10
 
 
 @dataclass(frozen=True)
-class _Found:
-    """What is kept of the candidates of some rows."""
+class _Rankings:
+    """Target ranks, counts and first leaves of the candidates of B rows."""
 
     rank_B: np.ndarray
     candidates_B: np.ndarray  # valid candidates in the list
     invalid: int
     returned: int
-    top_leaf_BK: np.ndarray  # the first places of each list, -1 where nothing was returned
+    top_leaf_BK: np.ndarray  # the first entries of each list, -1 where nothing was returned
 
 
 def evaluate(
@@ -58,9 +58,9 @@ def evaluate(
 ) -> EvalResult:
     """Search ``cfg.beams`` beams for every row and compare with its target.
 
-    ``dp``: this process among the replicas of training; an engine with replicas of its own (``engine.dp``) has them
-    instead. Rows are dealt out to the replicas and put together again in row order, so the result does not depend on
-    their number; every rank returns it. ``popularity_I`` (how often each item is a target in train,
+    ``dp``: this process's rank among the replicas of training; an engine with replicas of its own (``engine.dp``)
+    overrides it. Rows are divided among the replicas and gathered in row order, so the result does not depend on their
+    number; every rank returns it. ``popularity_I`` (how often each item is a target in train,
     ``bias.item_counts``) adds the popularity bias to ``beyond``. Raises DataError without rows, ConfigError for a
     cut-off beyond the beam list.
     """
@@ -71,10 +71,10 @@ def evaluate(
         raise ConfigError(f"eval.ks={list(cfg.ks)} goes beyond eval.beams={cfg.beams}; raise eval.beams")
     dp = engine.dp or dp
     mine = np.arange(len(samples))[dp.rank :: dp.size]
-    found = _search(engine, samples, catalog, cfg, mine, label)
-    parts = dp.gather((mine, found))
+    rankings = _search(engine, samples, catalog, cfg, mine, label)
+    parts = dp.gather((mine, rankings))
     order_B = np.concatenate([rows for rows, _ in parts]).argsort(kind="stable")
-    everything = _join([part for _, part in parts], order_B, _kept_places(cfg))
+    everything = _join([part for _, part in parts], order_B, _list_length(cfg))
     per_user = per_user_table(
         samples, everything.rank_B, catalog.sharing_I[samples.target_N], everything.candidates_B, cfg
     )
@@ -97,11 +97,12 @@ def evaluate(
 
 
 def _listed_paths(leaf_BK: np.ndarray) -> int:
-    """Different paths that some list holds."""
+    """Number of different paths that appear in at least one list."""
     return int(np.count_nonzero(np.unique(leaf_BK) >= 0))
 
 
 def metric_names(ks: Sequence[int]) -> list[str]:
+    """The columns ``recall@K`` of all cut-offs, then ``ndcg@K``: the order of tables and reports."""
     return [f"{metric}@{k}" for metric in ("recall", "ndcg") for k in ks]
 
 
@@ -111,7 +112,7 @@ def per_user_table(
     """One line per row of the split: row, user, target, rank, sharing, candidates, then the metrics with credit."""
     credit_B = 1.0 / sharing_B if cfg.collision == "fractional" else np.ones(len(rank_B))
     rank = torch.from_numpy(rank_B)
-    facts = {
+    identity = {
         "row": samples.row_N,
         "user": samples.user_N,
         "target": samples.target_N,
@@ -119,15 +120,15 @@ def per_user_table(
         "sharing": sharing_B,
         "candidates": candidates_B,
     }
-    columns: dict[str, np.ndarray] = {name: np.asarray(values, dtype=np.int64) for name, values in facts.items()}
+    columns: dict[str, np.ndarray] = {name: np.asarray(values, dtype=np.int64) for name, values in identity.items()}
     for k in cfg.ks:
         columns[f"recall@{k}"] = recall_at_k(rank, k).numpy() * credit_B
         columns[f"ndcg@{k}"] = ndcg_at_k(rank, k).numpy() * credit_B
-    return pl.DataFrame({name: columns[name] for name in [*facts, *metric_names(cfg.ks)]})
+    return pl.DataFrame({name: columns[name] for name in [*identity, *metric_names(cfg.ks)]})
 
 
 def target_rank(leaf_BW: Tensor, target_leaf_B: Tensor) -> Tensor:
-    """0-based place of each row's target leaf in its list, -1 where it is absent. [B] int64.
+    """0-based index of each row's target leaf in its list, -1 where it is absent. [B] int64.
 
     >>> target_rank(torch.tensor([[5, 7, 9], [5, 7, -1]]), torch.tensor([7, 4])).tolist()
     [1, -1]
@@ -136,15 +137,15 @@ def target_rank(leaf_BW: Tensor, target_leaf_B: Tensor) -> Tensor:
     return torch.where(hit_BW.any(-1), hit_BW.int().argmax(-1), -1)
 
 
-def check_candidates(found: Candidates, catalog: Catalog) -> tuple[np.ndarray, np.ndarray]:
-    """Two bool arrays [B, W]: where something was returned, and where that is not a catalog item.
+def check_candidates(candidates: Candidates, catalog: Catalog) -> tuple[np.ndarray, np.ndarray]:
+    """Two bool arrays [B, W]: a candidate was returned, and it is not a catalog item.
 
     A candidate is invalid unless it is, token for token, the path of the item that it claims to be. The search should
     make that impossible; here it is checked against the catalog's own token rows and not against the trie that the
     search walked.
     """
-    items_BW, tokens_BWT = found.items_BW.cpu().numpy(), found.tokens_BWT.cpu().numpy()
-    lengths_BW, leaf_BW = found.lengths_BW.cpu().numpy(), found.leaf_BW.cpu().numpy()
+    items_BW, tokens_BWT = candidates.items_BW.cpu().numpy(), candidates.tokens_BWT.cpu().numpy()
+    lengths_BW, leaf_BW = candidates.lengths_BW.cpu().numpy(), candidates.leaf_BW.cpu().numpy()
     returned_BW = (items_BW != NO_ITEM) | (lengths_BW > 0)
     known_BW = (items_BW >= 0) & (items_BW < len(catalog))
     item_BW = np.where(known_BW, items_BW, 0)
@@ -160,46 +161,46 @@ def check_candidates(found: Candidates, catalog: Catalog) -> tuple[np.ndarray, n
 
 def _search(
     engine: Engine, samples: Samples, catalog: Catalog, cfg: EvalConfig, rows: np.ndarray, label: str
-) -> _Found:
+) -> _Rankings:
     """Longest prompts first, so that a chunk too large for the memory fails at once; results in the rows' order."""
     by_length = np.argsort(-samples.prompts.lengths[rows], kind="stable")
-    size = CHUNK_ROWS * engine.spread
+    size = CHUNK_ROWS * engine.num_replicas
     chunks = [by_length[start : start + size] for start in range(0, len(rows), size)]
     parts = [_search_chunk(engine, samples, catalog, cfg, rows[chunk]) for chunk in progress(chunks, what=label)]
-    return _join(parts, by_length.argsort(kind="stable"), _kept_places(cfg))
+    return _join(parts, by_length.argsort(kind="stable"), _list_length(cfg))
 
 
-def _search_chunk(engine: Engine, samples: Samples, catalog: Catalog, cfg: EvalConfig, rows: np.ndarray) -> _Found:
+def _search_chunk(engine: Engine, samples: Samples, catalog: Catalog, cfg: EvalConfig, rows: np.ndarray) -> _Rankings:
     width = min(cfg.beams, catalog.trie.num_leaves)  # so many beams rank the whole catalog, more could not do better
-    found = engine.search(samples.prompts.take(rows), width, token_budget=cfg.token_budget)
-    returned_BW, invalid_BW = check_candidates(found, catalog)
-    leaf_BW = found.leaf_BW.cpu()
-    return _Found(
+    candidates = engine.search(samples.prompts.take(rows), width, token_budget=cfg.token_budget)
+    returned_BW, invalid_BW = check_candidates(candidates, catalog)
+    leaf_BW = candidates.leaf_BW.cpu()
+    return _Rankings(
         rank_B=target_rank(leaf_BW, torch.from_numpy(catalog.leaf_I[samples.target_N[rows]])).numpy(),
         candidates_B=(returned_BW & ~invalid_BW).sum(-1),
         invalid=int(invalid_BW.sum()),
         returned=int(returned_BW.sum()),
-        top_leaf_BK=_filled(leaf_BW.numpy(), _kept_places(cfg)),
+        top_leaf_BK=_filled(leaf_BW.numpy(), _list_length(cfg)),
     )
 
 
-def _kept_places(cfg: EvalConfig) -> int:
+def _list_length(cfg: EvalConfig) -> int:
     return max(COVERAGE_K, *cfg.ks)
 
 
-def _filled(leaf_BW: np.ndarray, places: int) -> np.ndarray:
-    """The first ``places`` of each list, -1 behind lists that are shorter."""
-    missing = max(0, places - leaf_BW.shape[1])
-    return np.pad(leaf_BW[:, :places], ((0, 0), (0, missing)), constant_values=-1)
+def _filled(leaf_BW: np.ndarray, length: int) -> np.ndarray:
+    """The first ``length`` entries of each list [B, K], padded with -1."""
+    missing = max(0, length - leaf_BW.shape[1])
+    return np.pad(leaf_BW[:, :length], ((0, 0), (0, missing)), constant_values=-1)
 
 
-def _join(parts: Sequence[_Found], order_B: np.ndarray, places: int) -> _Found:
-    """The parts one after another, then put into ``order_B``."""
+def _join(parts: Sequence[_Rankings], order_B: np.ndarray, length: int) -> _Rankings:
+    """Concatenate the parts and take their rows in ``order_B``."""
     empty = np.zeros(0, np.int64)
-    return _Found(
+    return _Rankings(
         rank_B=np.concatenate([empty, *(part.rank_B for part in parts)])[order_B],
         candidates_B=np.concatenate([empty, *(part.candidates_B for part in parts)])[order_B],
         invalid=sum(part.invalid for part in parts),
         returned=sum(part.returned for part in parts),
-        top_leaf_BK=np.concatenate([np.zeros((0, places), np.int64), *(part.top_leaf_BK for part in parts)])[order_B],
+        top_leaf_BK=np.concatenate([np.zeros((0, length), np.int64), *(part.top_leaf_BK for part in parts)])[order_B],
     )

@@ -83,9 +83,9 @@ def metric_bars(metrics: Sequence[str], rows: Mapping[str, Sequence[tuple[float,
         for i, (colour, (name, values)) in enumerate(zip(_colours(), rows.items(), strict=False)):
             offset = spread * ((i + 0.5) / len(rows) - 0.5)
             means, lows, highs = (np.array(column) for column in zip(*values, strict=True))
-            places = np.arange(len(metrics)) + offset
+            positions = np.arange(len(metrics)) + offset
             axes.errorbar(
-                places, means, yerr=(means - lows, highs - means), fmt="o", markersize=4, capsize=2.5,
+                positions, means, yerr=(means - lows, highs - means), fmt="o", markersize=4, capsize=2.5,
                 linewidth=1.2, color=colour, label=name,
             )  # fmt: skip
         axes.set_xticks(range(len(metrics)), metrics)

@@ -1,4 +1,7 @@
-"""How sure a mean over users is: 95 % intervals, paired differences, and the smallest effect a test could see."""
+"""How sure a mean over users is: 95 % intervals, paired differences, and the smallest effect a test could see.
+
+B rows, R resamples, U distinct values.
+"""
 
 from __future__ import annotations
 
@@ -22,6 +25,7 @@ class Interval:
 
     @property
     def excludes_zero(self) -> bool:
+        """Whether the whole interval lies on one side of 0."""
         return self.low > 0 or self.high < 0
 
 

@@ -1,7 +1,7 @@
 """Paired tests of two ways of training, over several seeds and the same users, from the ranks of the targets alone.
 
 ``values_SB`` is a metric of user b under the run of seed s. All seeds are evaluated on the same users, so seeds and
-users are *crossed*: a run is good or bad for everybody (seed effect), a user is easy or hard for every run (user
+users are *crossed*: a run is good or bad for all users (seed effect), a user is easy or hard for every run (user
 effect), and now and then one user is hit under one seed and not under another (noise).
 
 The default interval resamples both: seeds with replacement and, independently, users with replacement, every drawn
@@ -14,6 +14,8 @@ weights. Its expected variance, against the true ``seed^2/S + user^2/B + noise^2
 so it is too wide by the noise and too narrow by 1/S of the seed effect. With three seeds it errs to the wide side as
 long as the seed effect's standard deviation is below twice ``noise/sqrt(B)``; therefore the differences of the single
 seeds stand beside every interval.
+
+B users, S seeds, R resamples, C columns, X settings, U distinct values.
 """
 
 from __future__ import annotations
@@ -37,7 +39,7 @@ _METRICS = {"recall": recall_at_k, "ndcg": ndcg_at_k}
 
 @dataclass(frozen=True)
 class PairedTest:
-    """What is known about the mean of ``ours - theirs``."""
+    """Estimate, interval and p-value of the mean of ``ours - theirs``."""
 
     difference: Interval  # seeds and users resampled; users alone when there is one seed
     users_only: Interval  # these very weights, other users
@@ -140,8 +142,8 @@ def holm(p_values: Sequence[float]) -> list[float]:
     [0.06, 0.03, 0.06]
     """
     adjusted, worst = [0.0] * len(p_values), 0.0
-    for place, index in enumerate(sorted(range(len(p_values)), key=p_values.__getitem__)):
-        worst = max(worst, min(1.0, (len(p_values) - place) * p_values[index]))
+    for rank, index in enumerate(sorted(range(len(p_values)), key=p_values.__getitem__)):
+        worst = max(worst, min(1.0, (len(p_values) - rank) * p_values[index]))
         adjusted[index] = worst
     return adjusted
 

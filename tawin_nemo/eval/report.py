@@ -1,4 +1,4 @@
-"""The report of a run: one self-contained HTML page that says what was run, what came out and how sure that is."""
+"""The report of a run: one self-contained HTML page with settings, results and their confidence intervals."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tawin_nemo.maths.tawin import weight_profile
 from tawin_nemo.util.errors import DataError
 from tawin_nemo.util.files import atomic_path
 
-#: What a stage is compared with, row by row.
+#: Stages that the others are compared with, row by row.
 BASELINES = ("sft", "sft_continued")
 PACKAGES = ("tawin-nemo", "torch", "megatron-core", "transformers", "numpy")
 
@@ -44,13 +44,15 @@ RL_PLOTS = (
 
 
 @dataclass(frozen=True)
-class Fact:
+class SummaryRow:
+    """A named entry in the summary table of a report, already formatted."""
+
     name: str
     value: str
 
 
 @dataclass(frozen=True)
-class Versus:
+class StageComparison:
     """Paired differences of one stage against one baseline."""
 
     ours: str
@@ -59,7 +61,7 @@ class Versus:
 
 
 def write_report(run_dir: Path) -> Path:
-    """Write ``run_dir/report.html`` from what lies there; returns its path. Raises DataError for malformed files."""
+    """Write ``run_dir/report.html`` from the files of the run. Raises DataError if one of these is malformed."""
     path = run_dir / "report.html"
     html = render(load_report(run_dir))
     with atomic_path(path) as temporary:
@@ -68,7 +70,7 @@ def write_report(run_dir: Path) -> Path:
 
 
 def render(report: ReportInput) -> str:
-    """The page as text; depends on the files of the run and the installed versions only."""
+    """The HTML page; depends on the files of the run and the installed versions only."""
     environment = Environment(
         loader=PackageLoader("tawin_nemo", "eval"),
         autoescape=True,
@@ -82,7 +84,7 @@ def render(report: ReportInput) -> str:
     return environment.get_template("report.html.j2").render(
         name=report.setting("name", report.run_dir.name),
         titles={stage.name: TITLES.get(stage.name, stage.name) for stage in report.stages},
-        run_facts=list(_run_facts(report)),
+        run_rows=list(_run_rows(report)),
         timing=[(stage, _duration(stage.seconds)) for stage in report.stages],
         tested=tested,
         split=report.split,
@@ -94,7 +96,7 @@ def render(report: ReportInput) -> str:
         sft_plots=list(_sft_plots(report)),
         rl_plots=list(_rl_plots(report)),
         window=_window(report),
-        data_facts=list(_data_facts(report, tested)),
+        data_rows=list(_data_rows(report, tested)),
         recipe_text=report.recipe_text,
     )
 
@@ -106,9 +108,9 @@ def _metric_names(tested: list[StageRecord]) -> list[str]:
 
 
 def _beyond_names(tested: list[StageRecord]) -> list[str]:
-    """What some evaluation says beside its hits, by name and cut-off; those of older versions say nothing."""
-    found = {name for stage in tested if stage.result is not None for name in stage.result.beyond}
-    return sorted(found, key=lambda name: (name.partition("@")[0], int(name.partition("@")[2])))
+    """Metrics beyond accuracy that at least one evaluation has, by name and cut-off; older versions wrote none."""
+    names = {name for stage in tested if stage.result is not None for name in stage.result.beyond}
+    return sorted(names, key=lambda name: (name.partition("@")[0], int(name.partition("@")[2])))
 
 
 def _beyond_text(value: float | None, name: str) -> str:
@@ -123,14 +125,14 @@ def _best(tested: list[StageRecord], names: list[str]) -> dict[str, float]:
     return {name: max(stage.result.means[name] for stage in tested if stage.result) for name in names}
 
 
-def _versus(tested: list[StageRecord], names: list[str]) -> list[Versus]:
-    found = []
+def _versus(tested: list[StageRecord], names: list[str]) -> list[StageComparison]:
+    rows = []
     results: dict[str, EvalResult] = {stage.name: stage.result for stage in tested if stage.result is not None}
     for theirs in (name for name in BASELINES if name in results):
         for ours in (name for name in results if name != theirs and (name, theirs) != BASELINES):
             pairs = tuple(compare(results[ours], results[theirs], metric) for metric in names)
-            found.append(Versus(ours, theirs, pairs))
-    return found
+            rows.append(StageComparison(ours, theirs, pairs))
+    return rows
 
 
 # -- plots --------------------------------------------------------------------------------------------------------
@@ -183,33 +185,35 @@ def _window(report: ReportInput) -> Markup | None:
     return Markup(figures.window_profile(weights, anchor=anchor, label=label))
 
 
-# -- facts --------------------------------------------------------------------------------------------------------
-def _run_facts(report: ReportInput) -> Iterator[Fact]:
+# -- tables -------------------------------------------------------------------------------------------------------
+def _run_rows(report: ReportInput) -> Iterator[SummaryRow]:
     parallel = [f"TP {report.setting('model.tensor_model_parallel_size')}",
                 f"PP {report.setting('model.pipeline_model_parallel_size')}"]  # fmt: skip
     processes = int(report.setting("trainer.num_nodes", 1)) * int(report.setting("trainer.devices", 1))
-    yield Fact("Backbone", f"{report.setting('model.backbone', '–')}, init {report.setting('model.init', '–')}")
-    yield Fact("Precision", str(report.setting("model.precision", "–")))
-    yield Fact("Processes", f"{processes} ({', '.join(parallel)})")
-    yield Fact("Seed", str(report.setting("seed", "–")))
+    yield SummaryRow("Backbone", f"{report.setting('model.backbone', '–')}, init {report.setting('model.init', '–')}")
+    yield SummaryRow("Precision", str(report.setting("model.precision", "–")))
+    yield SummaryRow("Processes", f"{processes} ({', '.join(parallel)})")
+    yield SummaryRow("Seed", str(report.setting("seed", "–")))
     if report.setting("rl.enabled", False):
         keys = ("algorithm", "group_size", "prompts_per_step", "lr", "beta", "kl", "reward", "policy_space", "rows")
-        yield Fact("RL", ", ".join(f"{key} {report.setting(f'rl.{key}')}" for key in keys))
-    yield Fact("Evaluation", ", ".join(f"{key} {report.setting(f'eval.{key}')}" for key in ("beams", "collision")))
+        yield SummaryRow("RL", ", ".join(f"{key} {report.setting(f'rl.{key}')}" for key in keys))
+    yield SummaryRow(
+        "Evaluation", ", ".join(f"{key} {report.setting(f'eval.{key}')}" for key in ("beams", "collision"))
+    )
     if "wall_s" in report.summary:
-        yield Fact("Wall time", _duration(float(report.summary["wall_s"])))
+        yield SummaryRow("Wall time", _duration(float(report.summary["wall_s"])))
     versions = [f"Python {platform.python_version()}", *(f"{name} {_version(name)}" for name in PACKAGES)]
-    yield Fact("Versions (of the report's writer)", ", ".join(versions))
+    yield SummaryRow("Versions (of the report's writer)", ", ".join(versions))
 
 
-def _data_facts(report: ReportInput, tested: list[StageRecord]) -> Iterator[Fact]:
+def _data_rows(report: ReportInput, tested: list[StageRecord]) -> Iterator[SummaryRow]:
     for name, value in report.catalog.items():
         shown = ", ".join(f"{k} {_number(v)}" for k, v in value.items()) if isinstance(value, dict) else _number(value)
-        yield Fact(name.replace("_", " "), shown)
+        yield SummaryRow(name.replace("_", " "), shown)
     if tested and tested[-1].result is not None:
-        found = tested[-1].result
-        shared = f"{found.collisions:,} of {found.rows:,} ({found.collision})"
-        yield Fact(f"{report.split} rows whose target shares its path", shared)
+        result = tested[-1].result
+        shared = f"{result.collisions:,} of {result.rows:,} ({result.collision})"
+        yield SummaryRow(f"{report.split} rows whose target shares its path", shared)
 
 
 def _number(value: Any) -> str:

@@ -1,4 +1,4 @@
-"""What an evaluation found, and its two files: ``SPLIT.json`` (means) and ``SPLIT.per_user.parquet`` (one row each)."""
+"""The result of an evaluation and its files: ``SPLIT.json`` (means) and ``SPLIT.per_user.parquet`` (one row each)."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ BASELINES = ("sft", "sft_continued", "sft_all")
 
 
 def headline_metrics(ks: Sequence[int]) -> list[str]:
-    """Recall at the two smallest cut-offs and NDCG at the second: what the papers print."""
+    """Names of the metrics that the papers print: Recall at the two smallest cut-offs, NDCG at the second."""
     first = sorted(ks)[:2]
     return [*(f"recall@{k}" for k in first), f"ndcg@{first[-1]}"]
 
@@ -43,8 +43,8 @@ def results_table(results: Mapping[str, EvalResult], ks: Sequence[int], split: s
 def _difference(results: Mapping[str, EvalResult], baseline: str, metrics: Sequence[str]) -> str:
     cells = []
     for metric in metrics:
-        found = compare(results["rl"], results[baseline], metric).difference
-        cells.append(f"{found.mean:+.4f} [{found.low:+.4f}, {found.high:+.4f}]")
+        difference = compare(results["rl"], results[baseline], metric).difference
+        cells.append(f"{difference.mean:+.4f} [{difference.low:+.4f}, {difference.high:+.4f}]")
     return f"{f'rl - {baseline} (paired)':24}" + "".join(f"{cell:>28}" for cell in cells)
 
 
@@ -65,24 +65,24 @@ class EvalResult:
     beyond: dict[str, float] = field(default_factory=dict)  # popularity_bias@K, coverage@K, first_codes@10 (bias.py)
 
     def write(self, directory: Path, split: str) -> None:
-        """Write both files, the table first: whoever finds the JSON finds the table too."""
-        facts = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "per_user"}
+        """Write both files, the table first, so that a JSON file is never without its table."""
+        content = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "per_user"}
         with atomic_path(directory / f"{split}.per_user.parquet") as temporary:
             self.per_user.write_parquet(temporary)
-        write_json(directory / f"{split}.json", facts)
+        write_json(directory / f"{split}.json", content)
 
     @classmethod
     def read(cls, directory: Path, split: str) -> EvalResult:
-        """What ``write`` wrote. Raises DataError when a file is absent or is not what ``write`` writes."""
+        """Read the two files that ``write`` wrote. Raises DataError when one is missing or malformed."""
         path, table = directory / f"{split}.json", directory / f"{split}.per_user.parquet"
         try:
-            facts: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+            content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
             per_user = pl.read_parquet(table)
-            means, intervals = facts["means"], facts["intervals"]
+            means, intervals = content["means"], content["intervals"]
             names = [name for name in per_user.columns if name in means]  # JSON files are sorted, tables keep the order
-            facts["means"] = {name: means[name] for name in names}
-            facts["intervals"] = {name: (intervals[name][0], intervals[name][1]) for name in names}
-            return cls(**facts, per_user=per_user)
+            content["means"] = {name: means[name] for name in names}
+            content["intervals"] = {name: (intervals[name][0], intervals[name][1]) for name in names}
+            return cls(**content, per_user=per_user)
         except (OSError, ValueError, KeyError, TypeError, pl.exceptions.PolarsError) as error:
             raise DataError(f"cannot read the evaluation {path} with {table.name}: {error}; evaluate again") from error
 
@@ -97,7 +97,7 @@ class Comparison:
 
 
 def compare(ours: EvalResult, theirs: EvalResult, metric: str, *, resamples: int = 10_000, seed: int = 0) -> Comparison:
-    """Paired difference of ``metric``.
+    """Paired difference of ``metric`` with a 95 % bootstrap interval of ``resamples`` resamples.
 
     Raises DataError when the two tables do not hold the same users and targets in the same order, or lack the metric.
     """

@@ -1,4 +1,4 @@
-"""Reads what a run left in its directory; the report and other readers work on these records only."""
+"""Reads the files of a run directory into records, on which the report and other readers work."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class StageRecord:
 
 @dataclass(frozen=True, eq=False)
 class ReportInput:
-    """Everything a report shows. Absent files give empty dicts, absent stages are left out."""
+    """Everything a report shows. Missing files give empty dicts, missing stages are omitted."""
 
     run_dir: Path
     recipe: dict[str, Any]  # resolved
@@ -64,6 +64,7 @@ class ReportInput:
         return node
 
     def stage(self, name: str) -> StageRecord | None:
+        """The stage called ``name``, or None if the run has none of that name yet."""
         return next((stage for stage in self.stages if stage.name == name), None)
 
 
@@ -78,13 +79,13 @@ def load_report(run_dir: Path) -> ReportInput:
     recipe = yaml.safe_load(text)
     if not isinstance(recipe, dict):
         raise DataError(f"{run_dir / 'recipe.yaml'} holds {type(recipe).__name__} instead of a mapping")
-    found = {
+    stage_names = {
         path.name
         for path in run_dir.iterdir()
         if (path / "metrics.jsonl").is_file() or any(_has_result(path, s) for s in SPLITS)
     }
-    others = sorted(found - {*STAGES, LAST_STAGE})
-    names = [name for name in (*STAGES, *others, LAST_STAGE) if name in found]
+    others = sorted(stage_names - {*STAGES, LAST_STAGE})
+    names = [name for name in (*STAGES, *others, LAST_STAGE) if name in stage_names]
     split = next((s for s in SPLITS if any(_has_result(run_dir / name, s) for name in names)), SPLITS[0])
     return ReportInput(
         run_dir=run_dir,

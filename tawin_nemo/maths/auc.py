@@ -134,7 +134,7 @@ def recall_window(k: int, num_positives: int, num_negatives: int) -> tuple[float
 
 
 def recall_bounds(window_auc: Tensor | float, num_positives: int) -> tuple[Tensor, Tensor]:
-    """What a ranking's WPAUC in the window of ``recall_window`` leaves open of its Recall@K (Theorem 3.4).
+    """Bounds of a ranking's Recall@K given its WPAUC in the window of ``recall_window`` (Theorem 3.4).
 
     ``ceil(P (1 - sqrt(1 - w))) / P <= Recall@K <= floor(P sqrt(w)) / P``, for one ranking without ties. ``w`` is then a
     count of pairs over P^2, and the bounds are taken from that whole number: sqrt, floor and ceil of it are exact.

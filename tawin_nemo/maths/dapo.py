@@ -25,7 +25,8 @@ def dapo_loss(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The negative of ``(1 / sum_m |Y_m|) sum_m sum_t [omega_m min(rho A_m, clip(rho) A_m) - beta KL_t]``.
 
-    As ``grpo_loss``, but every token of the global batch weighs the same, forced ones included in the count.
+    It differs from ``grpo_loss`` in that every token of the global batch weighs the same, forced ones included in the
+    count.
     Arguments, result and errors are those of ``grpo_loss``.
     """
     surrogate_N, clipped_N = token_surrogate(logp_N, terms, objective)

@@ -27,7 +27,7 @@ def gspo_loss(
     ``s_m = exp((1/|Y_m|) sum_t (logp_t - old_t))``: forced tokens add nothing to the sum. The limits belong to the
     whole path and are far narrower than a token's (the paper uses 3e-4 and 4e-4). Before the first update of a rollout
     its gradient is GRPO's. ``clip_fraction`` counts the tokens of clipped candidates. A candidate without scored
-    tokens is a constant and is left out of the value. Arguments, result and errors are those of ``grpo_loss``.
+    tokens is a constant and is omitted from the value. Arguments, result and errors are those of ``grpo_loss``.
     """
     num = len(terms.advantage_M)
     length_M = terms.length_M.to(logp_N.dtype)

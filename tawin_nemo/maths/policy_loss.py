@@ -1,4 +1,4 @@
-"""What the clipped policy objectives share: ratios, clipping, KL estimators, aggregation, statistics.
+"""Shared parts of the clipped policy objectives: ratios, clipping, KL estimators, aggregation, statistics.
 
 The objectives themselves have a file each: ``grpo``, ``dapo`` and ``gspo``, all with one signature. Everything works on
 the N scored tokens of M candidates as flat vectors, so packing, padding and the order of rows do not exist here. All
@@ -13,14 +13,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tawin_nemo.types import moved
+from tawin_nemo.types import Record
 
 KL_ESTIMATORS = ("k1", "k2", "k3")
 
 
 @dataclass(frozen=True)
-class PolicyTerms:
-    """What the policy objective needs besides the actor's log-probs; constants, no gradient reaches them.
+class PolicyTerms(Record):
+    """Inputs of a policy objective besides the actor's log-probs: constants, no gradient flows into them.
 
     The N tokens are those whose log-prob was scored. Tokens that the trie forces are absent from them in trie space
     (their ratio is 1 and their KL 0), yet ``length_M`` may count them.
@@ -34,10 +34,6 @@ class PolicyTerms:
     length_M: Tensor  # |Y_m|: all tokens of the path incl. EOS (length_norm: full) or the branching ones
     importance_N: Tensor | None = None  # truncated training/rollout probability ratio of the old policy; None: ones
 
-    def to(self, device: torch.device | str) -> PolicyTerms:
-        there: PolicyTerms = moved(self, device)
-        return there
-
 
 @dataclass(frozen=True)
 class Counts:
@@ -49,7 +45,7 @@ class Counts:
 
 @dataclass(frozen=True)
 class Objective:
-    """The numbers of an objective: limits of the ratio, weight and estimator of the KL term."""
+    """Hyperparameters of an objective: limits of the ratio, weight and estimator of the KL term."""
 
     clip_low: float = 0.2  # the ratio is clipped below 1 - clip_low
     clip_high: float = 0.2  # ... and above 1 + clip_high
@@ -133,10 +129,10 @@ def candidate_sums(values_N: Tensor, candidate_N: Tensor, num_candidates: int) -
 
 
 def kl_values(logp_N: Tensor, terms: PolicyTerms, objective: Objective) -> Tensor | None:
-    """Per token, or None without a reference.
+    """KL estimate [N] of each token by ``objective.kl``, or None without reference log-probs.
 
     Raises:
-        ValueError: ``beta`` is not 0 and there are no reference log-probs; an estimator that is not known.
+        ValueError: ``beta`` is not 0 but there are no reference log-probs, or the estimator is unknown.
     """
     if terms.ref_logp_N is not None:
         return kl_estimate(logp_N, terms.ref_logp_N, objective.kl)
@@ -151,7 +147,7 @@ def kl_values(logp_N: Tensor, terms: PolicyTerms, objective: Objective) -> Tenso
 def with_kl(
     policy_loss: Tensor, kl: Tensor | None, objective: Objective, stats: dict[str, Tensor]
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """``policy_loss + beta * kl`` and all statistics, detached."""
+    """Return ``policy_loss + beta * kl`` and ``stats`` with both terms added, detached."""
     stats = {"policy_loss": policy_loss.detach(), **stats}
     if kl is None:
         return policy_loss, stats | {"loss": policy_loss.detach()}
@@ -160,10 +156,10 @@ def with_kl(
 
 
 def token_stats(logp_N: Tensor, terms: PolicyTerms, clipped_N: Tensor) -> dict[str, Tensor]:
-    """Sums over tokens of what one watches: ratio, clipping, and how far the policy is from the one of the rollout.
+    """Sums over tokens for the log: ratio, clipping, and the distance of the policy from that of the rollout.
 
     ``shift_kl`` estimates KL(rollout policy || this policy) without bias (k3), ``prob_error`` is the mean change of a
-    token's probability. Before the first update of a rollout both should be 0: what is left is the mismatch between
+    token's probability. Before the first update of a rollout both should be 0: the remainder is the mismatch between
     the training and the rollout forward pass.
     """
     with torch.no_grad():
@@ -183,7 +179,7 @@ _MEANS = {"ratio_sum": "ratio_mean", "clipped_sum": "clip_fraction",
 
 
 def mean_stats(summed: dict[str, float]) -> dict[str, float]:
-    """Statistics summed over micro-batches and ranks as what one logs: token sums become means over scored tokens.
+    """Turn statistics summed over micro-batches and ranks into logged ones: token sums become means over tokens.
 
     >>> mean_stats({"loss": 0.5, "ratio_sum": 8.0, "clipped_sum": 1.0, "scored_tokens": 8.0})
     {'loss': 0.5, 'scored_tokens': 8.0, 'ratio_mean': 1.0, 'clip_fraction': 0.125}

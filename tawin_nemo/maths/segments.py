@@ -1,4 +1,7 @@
-"""Log-softmax over the segments of a flat, sorted array: the children of many trie nodes in one go."""
+"""Log-softmax over the segments of a flat, sorted array: the children of many trie nodes in one call.
+
+E values, N segments.
+"""
 
 from __future__ import annotations
 

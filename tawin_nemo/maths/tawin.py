@@ -47,13 +47,13 @@ def soft_topk(logits: Tensor, k: float, tau: float) -> Tensor:
     # saturated as a whole has no lam; zeros keep its unused branch, and so its gradient, finite.
     scaled = torch.where(saturated, 0.0, logits.double() / tau)
     ordered, order = scaled.sort(dim=-1, descending=True, stable=True)
-    place = torch.arange(logits.shape[-1], device=logits.device)
+    index = torch.arange(logits.shape[-1], device=logits.device)
     with torch.no_grad():
-        tail = ordered.flip(-1).logcumsumexp(-1).flip(-1)  # logsumexp of the places >= m
-        lam = tail - torch.log((k - place.double()).clamp(min=0.0))
-        # The first place that holds; it is below k, because logcumsumexp never rounds below its largest term.
+        tail = ordered.flip(-1).logcumsumexp(-1).flip(-1)  # logsumexp of the indices >= m
+        lam = tail - torch.log((k - index.double()).clamp(min=0.0))
+        # The first index that qualifies; it is below k, because logcumsumexp never rounds below its largest term.
         num_full = (lam >= ordered).int().argmax(-1, keepdim=True)
-    free = place >= num_full
+    free = index >= num_full
     lam = ordered.masked_fill(~free, -math.inf).logsumexp(-1, keepdim=True) - torch.log(k - num_full.double())
     weights = torch.where(free, torch.exp((ordered - lam).clamp(max=0.0)), 1.0)
     weights = torch.zeros_like(weights).scatter(-1, order, weights)

@@ -20,11 +20,10 @@ import safetensors.torch
 import torch
 
 from tawin_nemo.config.schema import RlConfig
-from tawin_nemo.placement.dispatch import generating, join_prompts
+from tawin_nemo.placement.dispatch import generating
 from tawin_nemo.placement.remote_engine import RemoteEngine
 from tawin_nemo.placement.weight_sync import check_version
 from tawin_nemo.rollout.engine import Engine
-from tawin_nemo.rollout.groups import take_groups
 from tawin_nemo.run.timers import Timers
 from tawin_nemo.types import DataParallel, PromptBatch, Rollout, TokenRows
 from tawin_nemo.util.errors import CheckpointError, TawinError
@@ -53,7 +52,7 @@ class RolloutAhead:
         assert isinstance(self._engine, RemoteEngine)
         with timers("data"):
             own = prompts()
-            everything = join_prompts(self._dp.gather(own))
+            everything = PromptBatch.cat(self._dp.gather(own))
         self._engine.begin(everything, **generating(self._rl, step))
         yield
         with timers("generate"):
@@ -73,7 +72,7 @@ class RolloutAhead:
         if whole.logprobs_BGT is None or bool(whole.logprobs_BGT.isnan().any()):
             raise TawinError("rollout.ahead=1: a rollout without its own log-probs cannot be corrected for its age")
         place = {int(row): at for at, row in enumerate(whole.prompts.row_B)}
-        return take_groups(whole, torch.tensor([place[int(row)] for row in self._own_rows], dtype=torch.long))
+        return whole.take(torch.tensor([place[int(row)] for row in self._own_rows], dtype=torch.long))
 
     def facts(self, rollout: Rollout, *, step: int) -> dict[str, float]:
         """``rl/staleness``: versions between the weights that searched and those that learn."""

@@ -8,7 +8,7 @@ and keeps what is theirs.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -17,9 +17,7 @@ import torch
 from tawin_nemo.config.schema import RlConfig
 from tawin_nemo.data.batches import balanced_shard
 from tawin_nemo.rollout.engine import Engine
-from tawin_nemo.rollout.groups import join_groups, take_groups
-from tawin_nemo.rollout.scoring import joined
-from tawin_nemo.types import Candidates, DataParallel, PromptBatch, Rollout, TokenRows, moved
+from tawin_nemo.types import Candidates, DataParallel, PromptBatch, Rollout, TokenRows
 
 
 def dispatched(
@@ -31,26 +29,26 @@ def dispatched(
     (possibly none). The candidates of a prompt do not depend on how prompts are dealt out.
     """
     shares = training.gather(prompts)
-    everything = join_prompts(shares)
+    everything = PromptBatch.cat(shares)
     rows = np.arange(len(everything))
     mine = balanced_shard(rows, everything.prompts.lengths, rollout)
-    here = generate(take_prompts(everything, mine))
+    here = generate(everything.take(torch.from_numpy(mine)))
     device = here.items_BG.device
     parts = rollout.gather((mine, here.to("cpu")))
     order = np.concatenate([places for places, _ in parts]).argsort(kind="stable")
     first = sum(len(share) for share in shares[: training.rank])
     own = torch.from_numpy(order[first : first + len(prompts)])
-    return take_groups(join_groups([part for _, part in parts]), own).to(device)
+    return Rollout.cat([part for _, part in parts]).take(own).to(device)
 
 
 def dispatched_search(engine: Engine, prompts: TokenRows, width: int, token_budget: int | None) -> Candidates:
     """``engine.search`` with the prompts divided among its replicas, which all hold all prompts and get all results."""
     assert engine.dp is not None
     mine = balanced_shard(np.arange(len(prompts)), prompts.lengths, engine.dp)
-    here: Candidates = moved(engine.search(prompts.take(mine), width, token_budget=token_budget), "cpu")
+    here = engine.search(prompts.take(mine), width, token_budget=token_budget).to("cpu")
     parts = engine.dp.gather((mine, here))
     order = np.concatenate([places for places, _ in parts]).argsort(kind="stable")
-    return joined([part for _, part in parts], order)
+    return Candidates.cat([part for _, part in parts]).take(torch.from_numpy(order))
 
 
 def generating(rl: RlConfig, step: int) -> dict[str, Any]:
@@ -62,19 +60,3 @@ def generating(rl: RlConfig, step: int) -> dict[str, Any]:
         "policy_space": rl.policy_space,
         "step": step,
     }
-
-
-def take_prompts(prompts: PromptBatch, rows: np.ndarray) -> PromptBatch:
-    """The named prompts, in that order."""
-    index = torch.from_numpy(rows)
-    return PromptBatch(prompts.row_B[index], prompts.prompts.take(rows), prompts.target_B[index])
-
-
-def join_prompts(parts: Sequence[PromptBatch]) -> PromptBatch:
-    """The prompts of all parts, one part after another."""
-    flat = [row for part in parts for row in map(part.prompts.__getitem__, range(len(part)))]
-    return PromptBatch(
-        torch.cat([part.row_B for part in parts]),
-        TokenRows.from_lists(flat),
-        torch.cat([part.target_B for part in parts]),
-    )

@@ -106,8 +106,8 @@ class RemoteEngine:
             #: One entry of layout.json per rollout rank.
             self.rank_layouts = [entry for entry in runtime.gather_objects(None) if entry is not None]
         tp, pp = recipe.rollout_layout
-        self.spread = len(self.rank_layouts) // (tp * pp)
-        log.info("rollouts and evaluation on ranks of their own: TP %d x PP %d x DP %d", tp, pp, self.spread)
+        self.num_replicas = len(self.rank_layouts) // (tp * pp)
+        log.info("rollouts and evaluation on ranks of their own: TP %d x PP %d x DP %d", tp, pp, self.num_replicas)
 
     @property
     def weight_version(self) -> int:

@@ -31,7 +31,7 @@ from tawin_nemo.placement.weight_sync import check_equal, engine_with_own_model
 from tawin_nemo.rollout.engine import RolloutEngine
 from tawin_nemo.run import signals
 from tawin_nemo.run.failures import LogInto, logging_into
-from tawin_nemo.types import DataParallel, moved
+from tawin_nemo.types import DataParallel
 from tawin_nemo.util.errors import TawinError
 
 
@@ -79,7 +79,7 @@ class _Handler:
             self._channel.respond(Generated(rollout.to("cpu"), flops_of_all(engine)))
         elif isinstance(message, Search):
             candidates = dispatched_search(engine, message.prompts, message.width, message.token_budget)
-            self._channel.respond(Searched(moved(candidates, "cpu"), flops_of_all(engine)))
+            self._channel.respond(Searched(candidates.to("cpu"), flops_of_all(engine)))
         else:
             raise TypeError(f"rollout ranks have no handler for {type(message).__name__}")
 

@@ -25,7 +25,7 @@ from tawin_nemo.models.megatron.parallel import runtime
 from tawin_nemo.placement.server_pool import ServerPool
 from tawin_nemo.placement.servers import Agreed, GenerationServer
 from tawin_nemo.rollout.engine import Generator
-from tawin_nemo.rollout.scoring import joined, no_candidates
+from tawin_nemo.rollout.scoring import empty_candidates
 from tawin_nemo.types import NO_ITEM, Candidates, DataParallel, TokenRows
 
 
@@ -40,7 +40,7 @@ class ServerEngine(Generator):
         self, recipe: Recipe, model: GPTModel, shape: Backbone, catalog: Catalog, *, tokenizer: str = ""
     ) -> None:  # fmt: skip
         super().__init__(catalog, recipe.rollout, seed=recipe.seed)
-        self.dp, self.spread = DataParallel(), len(recipe.rollout.servers)
+        self.dp, self.num_replicas = DataParallel(), len(recipe.rollout.servers)
         self._model, self._shape = model, shape
         agreed = Agreed(catalog.fingerprint, tokenizer, recipe.model.precision, recipe.rollout.length_penalty)
         self._pool: ServerPool | None = None
@@ -87,13 +87,13 @@ class ServerEngine(Generator):
         depth: int, token_budget: int | None,
     ) -> Candidates:  # fmt: skip
         if len(prompts) == 0:
-            return no_candidates(width, self.catalog.trie.max_depth)
+            return empty_candidates(width, self.catalog.trie.max_depth)
 
         def fetch() -> bytes:
             assert self._pool is not None
             parts = self._pool.run(prompts.lengths, width, depth, token_budget or self.cfg.token_budget, ask)
             order = np.concatenate([rows for rows, _ in parts]).argsort(kind="stable")
-            found = joined([self._candidates(reply) for _, reply in parts], order)
+            found = Candidates.cat([self._candidates(reply) for _, reply in parts]).take(torch.from_numpy(order))
             first = parts[0][1]
             return RolloutReply(
                 found.items_BW, found.tokens_BWT, found.lengths_BW, found.scores_BW, found.logprobs_BWT,

@@ -14,7 +14,7 @@ finishing earlier, then by the better parent beam, then by the smaller token.
 
 What saves work and changes no result: beams that cannot overtake the W-th finished one are dropped; in trie space steps
 without a choice are skipped, tokens without a choice are run together, and those behind the last choice never
-(``chains``); prompts do not wait for each other, but all that need the model share one call of it.
+(``beam_state.run_chains``); prompts do not wait for each other, but all that need the model share one call of it.
 """
 
 from __future__ import annotations
@@ -33,13 +33,12 @@ from tawin_nemo.rollout.filters import Filters, ItemFilter
 from tawin_nemo.rollout.lm import LM
 from tawin_nemo.rollout.scoring import (
     SCORE_SPACES,
+    append_root_path,
     candidates_from,
     check_prompts,
     check_search,
-    joined,
-    no_candidates,
-    one_logprob,
-    with_root_path,
+    empty_candidates,
+    probe_logprob,
 )
 from tawin_nemo.rollout.select import Rules, step, to_next_choice
 from tawin_nemo.types import Candidates, TokenRows
@@ -52,16 +51,17 @@ RUN_AHEAD = 256
 
 
 @dataclass(frozen=True)
-class Answers:
-    """Prompts whose search is over.
+class FinishedPrompts:
+    """Results of B prompts whose search is complete.
 
-    Without a length penalty every path that is not among the found ones scores at most the larger of ``lost_B`` and the
-    last found one, since a path's score only falls on its way: results at or above ``lost_B`` are the best there are.
+    A path's score only falls from token to token. Without a length penalty every path outside of ``candidates`` scores
+    therefore at most the larger of ``pruned_score_B`` and the last candidate; candidates at or above ``pruned_score_B``
+    are exact.
     """
 
-    ticket_B: np.ndarray  # as given to ``BeamSearch.admit``
-    found: Candidates
-    lost_B: np.ndarray  # best score of what was given up for want of beams, -inf if nothing was
+    ticket_B: np.ndarray  # the caller's numbers of the prompts, as given to ``BeamSearch.admit``
+    candidates: Candidates
+    pruned_score_B: np.ndarray  # best score of a path that was pruned for lack of beams, -inf if none was
 
     def __len__(self) -> int:
         return len(self.ticket_B)
@@ -76,7 +76,7 @@ def constrained_beam_search(
     score_space: str = "trie",
     length_penalty: float = 0.0,
 ) -> Candidates:
-    """The W best items of each of B prompts; semantics in the module's text.
+    """The W best items of each of B prompts; semantics as in the module docstring.
 
     ``score_space``: log-probs over the admissible tokens (``trie``; forced tokens count exactly 0) or over the whole
     vocabulary (``vocab``). ``length_penalty`` p divides the final score by ``length ** p``, EOS counted. With W >= the
@@ -87,25 +87,26 @@ def constrained_beam_search(
     """
     search = BeamSearch(lm, trie, width, score_space=score_space, length_penalty=length_penalty)
     search.admit(prompts, np.arange(len(prompts)))
-    answers = []
+    finished = []
     while search.running:
-        answers.append(search.advance())
-    return collected(answers, width, trie)
+        finished.append(search.advance())
+    return collect_candidates(finished, width, trie)
 
 
-def collected(answers: Sequence[Answers], width: int, trie: TokenTrie) -> Candidates:
-    """All answers in the order of their tickets."""
-    answers = [part for part in answers if len(part)]
-    if not answers:
-        return no_candidates(width, trie.max_depth)
-    return joined([part.found for part in answers], np.concatenate([part.ticket_B for part in answers]).argsort())
+def collect_candidates(finished: Sequence[FinishedPrompts], width: int, trie: TokenTrie) -> Candidates:
+    """The candidates of all finished prompts, in ascending order of their tickets."""
+    finished = [part for part in finished if len(part)]
+    if not finished:
+        return empty_candidates(width, trie.max_depth)
+    order = np.concatenate([part.ticket_B for part in finished]).argsort()
+    return Candidates.cat([part.candidates for part in finished]).take(torch.from_numpy(order))
 
 
 class BeamSearch:
     """A beam search that new prompts can join while others run; each prompt's result is what it would be alone.
 
-    ``admit`` runs prompts, ``advance`` takes all of them to their next need of the model or to their end. Prompts that
-    are done leave the model's cache once they are half of it.
+    ``admit`` prefills prompts, ``advance`` steps all of them until they need the model again or finish. Finished
+    prompts are removed from the model's cache once they are half of it.
     """
 
     def __init__(
@@ -118,7 +119,7 @@ class BeamSearch:
         length_penalty: float = 0.0,
         run_ahead: int = RUN_AHEAD,
     ) -> None:
-        """Errors as in ``constrained_beam_search``; ``run_ahead`` as in ``chains.run_chains``."""
+        """Errors as in ``constrained_beam_search``; ``run_ahead`` as in ``beam_state.run_chains``."""
         check_search(lm, trie, width)
         if score_space not in SCORE_SPACES:
             raise ConfigError(f"score_space={score_space!r} is not known; use one of {', '.join(SCORE_SPACES)}")
@@ -132,18 +133,18 @@ class BeamSearch:
 
     @property
     def running(self) -> int:
-        """Prompts that are not done yet."""
+        """Number of prompts whose search is not complete."""
         return 0 if self._beams is None else len(self._beams)
 
     @property
-    def held(self) -> int:
-        """Tokens of the model's cache, counting for each of its prompts what its beams may still come to."""
+    def cache_tokens(self) -> int:
+        """Tokens reserved in the model's cache: for each of its prompts the most that it and its beams can need."""
         return int(self._held_P.sum())
 
-    def tokens_of(self, lengths_B: np.ndarray, widths_B: Sequence[int] | np.ndarray | None = None) -> np.ndarray:
-        """Tokens of the cache that prompts of these lengths come to with their beams (default W each), at most.
+    def max_cache_tokens(self, lengths_B: np.ndarray, widths_B: Sequence[int] | np.ndarray | None = None) -> np.ndarray:
+        """Upper bound [B] of the cache tokens that prompts of these lengths need with their beams (default W each).
 
-        No more than that many beams have a token at any depth that is run; chains run ahead can add a little.
+        Chains that are run ahead can add a few tokens to it.
         """
         depth = self._trie.decision_depth if self._space == "trie" else self._trie.max_depth - 1
         return lengths_B + np.asarray(self._width if widths_B is None else widths_B, dtype=np.int64) * depth
@@ -157,20 +158,20 @@ class BeamSearch:
         widths: Sequence[int] | None = None,
         filters: Sequence[ItemFilter | None] | None = None,
     ) -> None:
-        """Run B prompts and let them join; ``tickets`` are the caller's numbers for them.
+        """Prefill B prompts and add them to the running search; ``tickets`` are the caller's numbers for them.
 
-        ``widths``: beams of each prompt instead of W; ``filters``: what each may be answered with. Answers have as many
-        places as the widest prompt that runs beside them. Raises ConfigError for a width below 1.
+        ``widths``: beams of each prompt instead of W; ``filters``: the items that each may return, None = all. Results
+        have as many columns as the widest prompt that runs at the same time. Raises ConfigError for a width below 1.
         """
         check_prompts(self._lm, prompts, self._trie)
         if len(prompts) == 0:
             return
         if widths is not None:
             check_search(self._lm, self._trie, min(widths))
-        extended, run = with_root_path(prompts, self._trie) if self._space == "trie" else (prompts, 0)
+        extended, run = append_root_path(prompts, self._trie) if self._space == "trie" else (prompts, 0)
         cache = self._lm.prefill(extended)
         if self._rules is None:
-            like = one_logprob(self._lm, cache, self._trie, self._space)
+            like = probe_logprob(self._lm, cache, self._trie, self._space)
             self._rules = Rules.of(self._trie, self._space, self._length_penalty, like)
         ticket_B = torch.as_tensor(np.asarray(tickets, dtype=np.int64))
         logprobs = self._trie.decision_depth + 1 if self._space == "trie" else self._trie.max_depth
@@ -189,12 +190,12 @@ class BeamSearch:
             old, cached, beams = self._beams.resized(widest), len(self._held_P), beams.resized(widest)
             self._cache, new_row_old, new_row = self._lm.join(self._cache, cache)
             beams = replace(beams, prompt_B=beams.prompt_B + cached)
-            self._beams = _renumbered(old, new_row_old).with_prompts(_renumbered(beams, new_row))
-        self._held_P = np.concatenate([self._held_P, self.tokens_of(prompts.lengths, widths)])
+            self._beams = Beams.cat([_renumbered(old, new_row_old), _renumbered(beams, new_row)])
+        self._held_P = np.concatenate([self._held_P, self.max_cache_tokens(prompts.lengths, widths)])
         self._stepped = False
 
     def _filtered(self, beams: Beams, filters: Sequence[ItemFilter | None]) -> Beams:
-        """New prompts with their filters; those of prompts that are gone are forgotten."""
+        """Attach filters to new prompts, and drop the filters of prompts that have left."""
         assert self._rules is not None
         kept: list[ItemFilter] = []
         if self._rules.filters is not None and self._beams is not None:
@@ -205,23 +206,23 @@ class BeamSearch:
             filter_B[used_B >= 0] = torch.arange(len(rows), device=used_B.device)
             self._beams = replace(self._beams, filter_B=filter_B)
         row_B = [-1] * len(beams)
-        for place, item in enumerate(filters):
+        for row, item in enumerate(filters):
             if item is not None:
-                row_B[place] = len(kept)
+                row_B[row] = len(kept)
                 kept.append(item)
         if not kept:
             self._rules = replace(self._rules, filters=None)
             return beams
         device = beams.node_BW.device
-        asked = Filters(self._trie, kept, device)
-        self._rules = replace(self._rules, filters=asked)
+        active = Filters(self._trie, kept, device)
+        self._rules = replace(self._rules, filters=active)
         filter_B, root_B = torch.tensor(row_B, device=device), beams.node_BW[:, 0]
-        nothing_B = asked.blocked(filter_B, root_B)  # such a prompt is over before it begins
-        node_BW = beams.node_BW.masked_fill(nothing_B[:, None], -1)
+        blocked_B = active.blocked(filter_B, root_B)  # no item is allowed: the prompt is finished at once
+        node_BW = beams.node_BW.masked_fill(blocked_B[:, None], -1)
         return replace(beams, filter_B=filter_B, node_BW=node_BW)
 
     def drop(self, tickets: Collection[int]) -> None:
-        """Prompts that nobody wants answered any more leave at once."""
+        """Cancel prompts by their tickets and release their cache; unknown tickets are ignored."""
         if self._beams is None:
             return
         gone_B = torch.isin(self._beams.ticket_B.cpu(), torch.tensor(list(tickets), dtype=torch.long))
@@ -230,8 +231,8 @@ class BeamSearch:
             self._release_cache()
 
     @plain_calls
-    def advance(self) -> Answers:
-        """Step until every prompt waits for the model, call it once, and step again; prompts that got done."""
+    def advance(self) -> FinishedPrompts:
+        """Step until every prompt waits for the model, run it once, step again; returns the prompts that finished."""
         done = [] if self._stepped else self._step_all()
         if self._beams is not None:
             self._cache, self._beams = run_chains(
@@ -241,17 +242,17 @@ class BeamSearch:
             self._release_cache()
         self._stepped = True
         if not done:
-            none = no_candidates(self._width, self._trie.max_depth)
-            return Answers(np.zeros(0, dtype=np.int64), none, np.zeros(0))
+            none = empty_candidates(self._width, self._trie.max_depth)
+            return FinishedPrompts(np.zeros(0, dtype=np.int64), none, np.zeros(0))
         tickets = np.concatenate([part.ticket_B.cpu().numpy() for part in done])
-        found = [
+        candidates = [
             candidates_from(self._trie, part.done_leaf_BW, part.done_score_BW, part.done_logp_BWT) for part in done
         ]
-        lost = np.concatenate([part.lost_B.double().cpu().numpy() for part in done])
-        return Answers(tickets, joined(found, np.arange(len(tickets))), lost)
+        pruned = np.concatenate([part.pruned_score_B.double().cpu().numpy() for part in done])
+        return FinishedPrompts(tickets, Candidates.cat(candidates), pruned)
 
     def _step_all(self) -> list[Beams]:
-        """Step the prompts that do not wait for the model until all others do; returns those that got done."""
+        """Step all prompts until each waits for the model; returns those that finished."""
         assert self._rules is not None
         done = []
         while self._beams is not None:
@@ -273,7 +274,7 @@ class BeamSearch:
         return done
 
     def _leave(self, beams: Beams, over_B: Tensor) -> Beams:
-        """Prompts whose search is over leave; their keys stay in the cache until ``_release_cache``."""
+        """Remove finished prompts from the search; their keys stay in the cache until ``_release_cache``."""
         going_M = (~over_B).nonzero()[:, 0]
         if len(going_M):
             self._beams = beams.take(going_M)
@@ -282,7 +283,7 @@ class BeamSearch:
         return beams.take(over_B.nonzero()[:, 0])
 
     def _release_cache(self) -> None:
-        """Drop the prompts that are done from the model's cache when they are at least half of it."""
+        """Remove finished prompts from the model's cache once they are at least half of it."""
         beams = self._beams
         if beams is None or 2 * len(beams) > len(self._held_P):
             return

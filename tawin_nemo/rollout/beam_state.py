@@ -1,12 +1,12 @@
 """The state of a beam search: W beams and the W best finished paths of each of B prompts, as dense tensors.
 
-Prompts may have fewer beams than W; the places behind their own stay empty.
+Prompts may have fewer beams than W; their slots from ``width_B`` on stay empty. M prompts, or M beams or rows, are
+selected out of all; R chains of tokens are run in one call.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -15,11 +15,12 @@ from torch.nn.functional import pad
 
 from tawin_nemo.catalog.trie import TokenTrie
 from tawin_nemo.rollout.lm import LM
-from tawin_nemo.rollout.scoring import token_rows, without_nan
+from tawin_nemo.rollout.scoring import check_no_nan, token_rows
+from tawin_nemo.types import PromptRecord
 
 
 @dataclass(frozen=True)
-class Beams:
+class Beams(PromptRecord):
     """Beams of B prompts, best first. All beams of a prompt have ``depth_B`` tokens; an empty one has node -1.
 
     Every field has one entry per prompt along its first axis.
@@ -29,7 +30,7 @@ class Beams:
     prompt_B: Tensor  # the prompt's number in the model's cache, ascending
     width_B: Tensor  # beams of the prompt, at most W
     filter_B: Tensor  # row of the search's filters, -1 = every item is allowed
-    lost_B: Tensor  # best score of a path, finished or not, that the number of beams made the search give up
+    pruned_score_B: Tensor  # best score of a path, finished or not, that was pruned for lack of beams
     depth_B: Tensor  # tokens of the path that every beam has
     node_BW: Tensor  # trie node that the beam is heading to, or stands at
     score_BW: Tensor  # sum of log-probs, -inf where empty
@@ -45,45 +46,31 @@ class Beams:
 
     @property
     def live_BW(self) -> Tensor:
+        """bool [B, W]: the slot holds an unfinished beam."""
         return self.node_BW >= 0
 
     @property
     def own_BW(self) -> Tensor:
-        """bool: a place that belongs to the prompt."""
+        """bool [B, W]: the slot is one of the prompt's ``width_B`` own."""
         return torch.arange(self.node_BW.shape[1], device=self.width_B.device) < self.width_B[:, None]
 
     def resized(self, width: int) -> Beams:
-        """The state with another W, at least that of its widest prompt."""
+        """A copy with W = ``width``, which must be at least the largest ``width_B``; new slots are empty."""
         extra = width - self.node_BW.shape[1]
         empty = {"node_BW": -1, "done_leaf_BW": -1, "score_BW": -torch.inf, "done_score_BW": -torch.inf}
 
-        def sized(name: str) -> Tensor:
-            tensor: Tensor = getattr(self, name)
+        def resize(name: str, tensor: Tensor) -> Tensor:
             if "_BW" not in name:
                 return tensor
             behind = (0, 0, 0, extra) if name.endswith("_BWT") else (0, extra)
             return pad(tensor, behind, value=empty.get(name, 0))
 
-        return Beams(*(sized(field.name) for field in fields(self)))
-
-    def take(self, rows_M: Tensor) -> Beams:
-        """M of the prompts."""
-        return self._each(lambda tensor: tensor.index_select(0, rows_M))
+        return replace(self, **{name: resize(name, tensor) for name, tensor in self.tensors().items()})
 
     def put(self, rows_M: Tensor, other: Beams) -> Beams:
-        """The state with M of its prompts replaced by those of ``other``."""
-        return _combined(lambda old, new: old.index_copy(0, rows_M, new), self, other)
-
-    def with_prompts(self, other: Beams) -> Beams:
-        """The state with the prompts of ``other`` behind its own."""
-        return _combined(lambda old, new: torch.cat([old, new]), self, other)
-
-    def _each(self, change: Callable[[Tensor], Tensor]) -> Beams:
-        return Beams(*(change(getattr(self, field.name)) for field in fields(self)))
-
-
-def _combined(combine: Callable[[Tensor, Tensor], Tensor], first: Beams, second: Beams) -> Beams:
-    return Beams(*(combine(getattr(first, field.name), getattr(second, field.name)) for field in fields(first)))
+        """A copy with M prompts, at indices ``rows_M``, replaced by those of ``other``."""
+        new = other.tensors()
+        return replace(self, **{name: old.index_copy(0, rows_M, new[name]) for name, old in self.tensors().items()})
 
 
 def first_beams(
@@ -116,7 +103,7 @@ def first_beams(
         prompt_B=prompt_B,
         width_B=torch.full_like(prompt_B, width) if width_B is None else width_B.to(device),
         filter_B=torch.full_like(prompt_B, -1) if filter_B is None else filter_B.to(device),
-        lost_B=torch.full((len(ticket_B),), -torch.inf, dtype=like.dtype, device=device),
+        pruned_score_B=torch.full((len(ticket_B),), -torch.inf, dtype=like.dtype, device=device),
         depth_B=torch.full_like(prompt_B, run),
         node_BW=node_BW,
         score_BW=score_BW,
@@ -141,7 +128,7 @@ VOCAB_CHAIN = 8
 
 
 def waiting(trie: TokenTrie, beams: Beams, space: str) -> Tensor:
-    """bool [B, W]: the next token's log-probs are not known yet."""
+    """bool [B, W]: the beam cannot advance before the model has run its next chain."""
     behind_BW = beams.live_BW & (beams.run_BW < beams.depth_B[:, None])
     return behind_BW if space == "vocab" else behind_BW & (_choice_depth(trie, beams) == beams.depth_B[:, None])
 
@@ -189,19 +176,19 @@ def with_first_token(lm: LM, cache: Any, trie: TokenTrie, beams: Beams) -> Beams
 def _with_known_tokens(
     lm: LM, cache: Any, trie: TokenTrie, beams: Beams, beam_R: Tensor, start_R: Tensor, first_row: int
 ) -> Beams:
-    """Enter the log-probs of the tokens behind R chains just run; ``start_R``: place of a chain's first token."""
+    """Enter the log-probs of the tokens behind R chains just run; ``start_R``: depth of a chain's first token."""
     node_R, length_R = beams.node_BW.flatten()[beam_R], beams.run_BW.flatten()[beam_R] - start_R
     stop_R = torch.minimum(start_R + 1 + length_R, trie.depth_of(node_R))  # behind a node several tokens are possible
     known_R = stop_R - start_R - 1
     chain_M = torch.repeat_interleave(known_R)
-    place_M = torch.arange(len(chain_M), device=chain_M.device) - (known_R.cumsum(0) - known_R)[chain_M]
-    row_M = first_row + (length_R.cumsum(0) - length_R)[chain_M] + place_M
+    offset_M = torch.arange(len(chain_M), device=chain_M.device) - (known_R.cumsum(0) - known_R)[chain_M]
+    row_M = first_row + (length_R.cumsum(0) - length_R)[chain_M] + offset_M
     if not len(row_M):
         return beams
     token_M = trie.labels(node_R, start_R + 1, stop_R)
-    logp_M = without_nan(lm.logprobs(cache, row_M, torch.arange(len(row_M), device=row_M.device), token_M, "vocab"))
+    logp_M = check_no_nan(lm.logprobs(cache, row_M, torch.arange(len(row_M), device=row_M.device), token_M, "vocab"))
     logp_NT = beams.logp_BWT.flatten(0, 1).clone()
-    logp_NT[beam_R[chain_M], start_R[chain_M] + 1 + place_M] = logp_M
+    logp_NT[beam_R[chain_M], start_R[chain_M] + 1 + offset_M] = logp_M
     return replace(beams, logp_BWT=logp_NT.view_as(beams.logp_BWT))
 
 

@@ -1,4 +1,4 @@
-"""Runs searches over many prompts within the memory, and turns them into rollouts."""
+"""Rollout engine: searches over many prompts within a token budget, and rollouts made of their candidates."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ import torch
 from tawin_nemo.catalog.items import Catalog
 from tawin_nemo.config.backbones import FlopCount
 from tawin_nemo.config.schema import RolloutConfig
-from tawin_nemo.rollout.beam import Answers, BeamSearch, collected
+from tawin_nemo.rollout.beam import BeamSearch, FinishedPrompts, collect_candidates
+from tawin_nemo.rollout.groups import draws_for, keep_distinct
 from tawin_nemo.rollout.lm import LM, MeteredLM
-from tawin_nemo.rollout.negatives import distinct_first, draws_for
 from tawin_nemo.rollout.sampling import constrained_sample
-from tawin_nemo.rollout.scoring import SCORE_SPACES, best, check_prompts, joined
+from tawin_nemo.rollout.scoring import SCORE_SPACES, check_prompts
 from tawin_nemo.types import Candidates, DataParallel, PromptBatch, Rollout, TokenRows
 from tawin_nemo.util.errors import ConfigError, DataError
 
-#: Called with the number of prompts that just got done.
+#: Called with the number of prompts that have just finished.
 Progress = Callable[[int], None]
 
 #: New prompts join a running search when this share of the token budget is free: fewer would be run inefficiently.
@@ -28,41 +28,49 @@ JOIN_SHARE = 0.25
 
 
 class Engine(Protocol):
-    """Who searches for training and evaluation: this process's own ``RolloutEngine``, or ranks elsewhere.
+    """The interface of rollouts for training and evaluation: this process's ``RolloutEngine``, or remote ranks.
 
-    ``weight_version`` says which weights are searched with; whoever changes them sets it, and every rollout carries it.
-    ``dp``: this process's place among the model's replicas, None where they are those of training. ``spread``: among
-    how many replicas one call divides its prompts.
+    ``weight_version``: version of the weights that are searched with. Whoever changes the weights sets it, and every
+    rollout carries it.
     """
 
     weight_version: int
 
     @property
-    def dp(self) -> DataParallel | None: ...
+    def dp(self) -> DataParallel | None:
+        """This process's rank among the replicas of the rollout model; None where they are those of training."""
+        ...
 
     @property
-    def spread(self) -> int: ...
+    def num_replicas(self) -> int:
+        """Number of replicas among which one call divides its prompts."""
+        ...
 
     def receive_weights(self) -> None:
-        """Bring the weights that are searched with up to date."""
+        """Copy the newest weights of the actor into the rollout model."""
 
     def search(self, prompts: TokenRows, width: int, *, token_budget: int | None = None) -> Candidates:
-        """As ``RolloutEngine.search``."""
+        """Beam search for N prompts; returns ``width`` candidates each, in the order of the prompts.
+
+        ``token_budget`` (tokens of prompts and beams at once) defaults to ``rollout.token_budget``. Raises ConfigError,
+        DataError, CatalogError and TawinError as ``constrained_beam_search``.
+        """
 
     def generate(
         self, prompts: PromptBatch, group_size: int, *, negatives: str, policy_space: str, step: int,
         oversample: float = 1.5,
     ) -> Rollout:  # fmt: skip
-        """As ``RolloutEngine.generate``."""
+        """G candidates for each of B prompts; arguments and errors are those of ``Generator.generate``."""
 
     def pop_flops(self) -> FlopCount:
-        """What the model ran since the last time: this replica's, or all that one call is spread among."""
+        """FLOPs of the model since the last call, summed over ``num_replicas`` replicas; resets the count to zero."""
 
 
 class Generator(ABC):
-    """Rollouts out of searches and draws over one catalog, wherever these are made.
+    """Turns search results and samples over one catalog into rollouts; subclasses say where these are computed.
 
-    ``weight_version`` says which weights are searched with; whoever changes them sets it, and every rollout carries it.
+    ``weight_version``: version of the weights that are searched with. Whoever changes the weights sets it, and every
+    rollout carries it.
     """
 
     def __init__(self, catalog: Catalog, cfg: RolloutConfig, *, seed: int) -> None:
@@ -71,11 +79,11 @@ class Generator(ABC):
 
     @abstractmethod
     def search(self, prompts: TokenRows, width: int, *, token_budget: int | None = None) -> Candidates:
-        """Beam search for N prompts, results in their order."""
+        """Beam search for N prompts; returns ``width`` candidates each, in the order of the prompts."""
 
     @abstractmethod
     def sample(self, prompts: TokenRows, draws: int, seeds: Sequence[int]) -> Candidates:
-        """Independent draws for N prompts, results in their order; one seed per prompt."""
+        """``draws`` independent samples for each of N prompts, in their order; ``seeds`` holds one seed per prompt."""
 
     def generate(
         self,
@@ -90,7 +98,7 @@ class Generator(ABC):
         """G = ``group_size`` candidates for each of B prompts, best score first.
 
         ``negatives``: ``beam`` searches with ``cfg.width`` beams (0 = G) and keeps the best G; ``sample`` draws G items
-        with replacement; ``dynamic`` draws ``ceil(oversample * G)`` and keeps distinct ones (``distinct_first``; the
+        with replacement; ``dynamic`` draws ``ceil(oversample * G)`` and keeps distinct ones (``keep_distinct``; the
         kept group is then no sample of the policy). Draws come from a seed that depends on nothing but (seed, step,
         ``row_B``). A candidate is a hit if it ends at the target's leaf, that is, also if it is another item written
         alike. ``logprobs_BGT`` is None if the searched space is not ``policy_space``: the actor has to score the
@@ -106,24 +114,24 @@ class Generator(ABC):
                 f"targets must be items 0 .. {len(self.catalog) - 1}; got {target_B.min()} .. {target_B.max()}"
             )
         target_leaf_B = torch.from_numpy(self.catalog.leaf_I[target_B])
-        space = "trie"  # what draws are made in
+        space = "trie"  # samples are always drawn in trie space
         if negatives == "beam":
-            found, space = self._best_beams(prompts.prompts, group_size), self.cfg.score_space
+            candidates, space = self._best_beams(prompts.prompts, group_size), self.cfg.score_space
         elif negatives == "sample":
-            found = self._draw(prompts, group_size, step)
+            candidates = self._draw(prompts, group_size, step)
         elif negatives == "dynamic":
-            found = self._draw(prompts, draws_for(group_size, oversample), step)
-            found = distinct_first(found, target_leaf_B.to(found.leaf_BW.device), group_size)
+            candidates = self._draw(prompts, draws_for(group_size, oversample), step)
+            candidates = keep_distinct(candidates, target_leaf_B.to(candidates.leaf_BW.device), group_size)
         else:
             raise ConfigError(f"rl.negatives={negatives!r} is not known; use one of beam, sample, dynamic")
         return Rollout(
             prompts=prompts,
-            items_BG=found.items_BW,
-            tokens_BGT=found.tokens_BWT,
-            lengths_BG=found.lengths_BW,
-            scores_BG=found.scores_BW,
-            logprobs_BGT=found.logprobs_BWT if space == policy_space else None,
-            is_target_BG=found.leaf_BW == target_leaf_B.to(found.leaf_BW.device)[:, None],
+            items_BG=candidates.items_BW,
+            tokens_BGT=candidates.tokens_BWT,
+            lengths_BG=candidates.lengths_BW,
+            scores_BG=candidates.scores_BW,
+            logprobs_BGT=candidates.logprobs_BWT if space == policy_space else None,
+            is_target_BG=candidates.leaf_BW == target_leaf_B.to(candidates.leaf_BW.device)[:, None],
             weight_version=self.weight_version,
         )
 
@@ -132,7 +140,7 @@ class Generator(ABC):
         if width < count:
             raise ConfigError(f"rollout.width={width} is below rl.group_size={count}; use 0 or at least that")
         self._check_width(width, "rollout.width" if self.cfg.width else "rl.group_size")
-        return best(self.search(prompts, width), count)
+        return self.search(prompts, width).top(count)
 
     def _draw(self, prompts: PromptBatch, draws: int, step: int) -> Candidates:
         return self.sample(prompts.prompts, draws, [draw_seed(self.seed, step, int(row)) for row in prompts.row_B])
@@ -149,8 +157,8 @@ class Generator(ABC):
 class RolloutEngine(Generator):
     """Beam search and sampling of one model over one catalog.
 
-    ``receive_weights`` brings a model that is not the one in training up to date. ``dp``: this process's place among
-    the model's replicas, None where they are those of training.
+    ``receive_weights`` updates a model that does not share the weights of the actor. ``dp``: this process's rank among
+    the replicas of the rollout model, None where they are those of training.
     """
 
     def __init__(
@@ -167,11 +175,11 @@ class RolloutEngine(Generator):
         self.lm = lm
         self.dp = dp
         self.receive_weights = receive_weights
-        self.spread = 1
+        self.num_replicas = 1
 
     def pop_flops(self) -> FlopCount:
-        """What the model ran since the last call; nothing if nobody counts."""
-        return self.lm.take() if isinstance(self.lm, MeteredLM) else FlopCount()
+        """FLOPs of the model since the last call, then reset to zero; always zero for a model without a meter."""
+        return self.lm.pop_flops() if isinstance(self.lm, MeteredLM) else FlopCount()
 
     def search(
         self,
@@ -182,26 +190,27 @@ class RolloutEngine(Generator):
         token_budget: int | None = None,
         progress: Progress | None = None,
     ) -> Candidates:
-        """Beam search for N prompts, results in their order (``constrained_beam_search``; errors as there).
+        """Beam search for N prompts, in their order; semantics and errors are those of ``constrained_beam_search``.
 
-        ``score_space`` and ``token_budget`` default to the configuration; see ``stream``.
+        ``score_space`` and ``token_budget`` default to the configuration (section ``rollout``). ``progress`` is called
+        with the number of prompts that have just finished.
         Raises ConfigError for more beams than the catalog has paths.
         """
-        answers = []
+        finished = []
         for part in self.stream(prompts, width, score_space=score_space, token_budget=token_budget):
-            answers.append(part)
+            finished.append(part)
             if progress is not None:
                 progress(len(part))
-        return collected(answers, width, self.catalog.trie)
+        return collect_candidates(finished, width, self.catalog.trie)
 
     def stream(
         self, prompts: TokenRows, width: int, *, score_space: str | None = None, token_budget: int | None = None
-    ) -> Iterator[Answers]:
-        """As ``search``, but results come as soon as they are there; tickets are the prompts' places.
+    ) -> Iterator[FinishedPrompts]:
+        """Beam search that yields prompts as soon as they finish; a ticket is the prompt's row in ``prompts``.
 
-        Prompts run longest first, as many at once as fit into ``token_budget`` tokens, a prompt counting once and
-        its beams with all tokens that they may come to; when prompts are done, others take their place. A single
-        prompt that is larger than the budget runs alone.
+        Longest prompts run first, as many at once as fit into ``token_budget`` tokens, a prompt counting once and its
+        beams with all tokens that they may need; finished prompts are replaced by waiting ones. A single prompt that is
+        larger than the budget runs alone. Arguments and errors are those of ``search``.
         """
         self._check_width(width)
         check_prompts(self.lm, prompts, self.catalog.trie)
@@ -211,20 +220,20 @@ class RolloutEngine(Generator):
             score_space=score_space or self.cfg.score_space, length_penalty=self.cfg.length_penalty,
         )  # fmt: skip
         order_N = np.argsort(-prompts.lengths, kind="stable")
-        ends_N = search.tokens_of(prompts.lengths[order_N]).cumsum()
-        came = 0
-        while came < len(prompts) or search.running:
-            room = budget - search.held
-            if came < len(prompts) and (not search.held or room >= JOIN_SHARE * budget):
-                upto = _fitting(ends_N, came, room, at_least=not search.held)
-                search.admit(prompts.take(order_N[came:upto]), order_N[came:upto])
-                came = upto
-            answers = search.advance()
-            if len(answers):
-                yield answers
+        ends_N = search.max_cache_tokens(prompts.lengths[order_N]).cumsum()
+        started = 0
+        while started < len(prompts) or search.running:
+            room = budget - search.cache_tokens
+            if started < len(prompts) and (not search.cache_tokens or room >= JOIN_SHARE * budget):
+                upto = _fitting(ends_N, started, room, at_least=not search.cache_tokens)
+                search.admit(prompts.take(order_N[started:upto]), order_N[started:upto])
+                started = upto
+            finished = search.advance()
+            if len(finished):
+                yield finished
 
     def sample(self, prompts: TokenRows, draws: int, seeds: Sequence[int]) -> Candidates:
-        """Independent draws for N prompts, results in their order (``constrained_sample``); one seed per prompt."""
+        """``draws`` samples for each of N prompts, in their order, by ``constrained_sample``; one seed per prompt."""
         trie = self.catalog.trie
         check_prompts(self.lm, prompts, trie)
         order_N = np.argsort(-prompts.lengths, kind="stable")
@@ -241,7 +250,7 @@ class RolloutEngine(Generator):
                 )
             )  # fmt: skip
             start = upto
-        return joined(parts, order_N.argsort())
+        return Candidates.cat(parts).take(torch.from_numpy(order_N.argsort()))
 
 
 def _fitting(ends_N: np.ndarray, start: int, room: int, *, at_least: bool) -> int:
@@ -255,5 +264,5 @@ def _fitting(ends_N: np.ndarray, start: int, room: int, *, at_least: bool) -> in
 
 
 def draw_seed(seed: int, step: int, row: int) -> int:
-    """Seed of one prompt's draws: independent of batch, chunk and rank."""
+    """Seed of one prompt's samples, a function of its arguments alone: the same for any batch, chunk or rank."""
     return int(np.random.SeedSequence([seed, step, row]).generate_state(1, np.uint64)[0] >> np.uint64(1))

@@ -1,9 +1,11 @@
 """Searches over a part of the catalog: an edge below which nothing is allowed is never taken.
 
 Log-probs stay those of the whole catalog (trie space is not normalised anew), so that scores of filtered and
-unfiltered searches can be compared. A filtered search is the search that one would see if the model gave every path
+unfiltered searches can be compared. A filtered search is the search that one would get if the model gave every path
 without an allowed item probability 0: no allowed item is crowded out by forbidden ones, and with at least as many
 beams as there are allowed paths the result is the exact ranking of the allowed items.
+
+M listed items of one filter, X those of all filters, R filters, D distinct paths.
 """
 
 from __future__ import annotations
@@ -20,45 +22,47 @@ from tawin_nemo.catalog.trie import TokenTrie
 
 @dataclass(frozen=True, eq=False)
 class ItemFilter:
-    """``only`` the listed items may be answered, or all ``except`` them; of items on one path any allowed one does."""
+    """``only`` the listed items are allowed, or all ``except`` them. A path is allowed if any of its items is."""
 
     kind: str  # only | except
-    place_M: np.ndarray  # sorted distinct places (``catalog.trie_spans``)
+    rank_M: np.ndarray  # sorted distinct ranks (``catalog.trie_arrays.Spans``)
 
     @classmethod
     def only(cls, trie: TokenTrie, items: Collection[int]) -> ItemFilter:
-        return cls("only", _places(trie, items))
+        """A filter that allows the paths of ``items`` (item indices) and nothing else."""
+        return cls("only", _ranks(trie, items))
 
     @classmethod
     def without(cls, trie: TokenTrie, items: Collection[int]) -> ItemFilter:
-        return cls("except", _places(trie, items))
+        """A filter that allows every path but those all of whose items are in ``items`` (item indices)."""
+        return cls("except", _ranks(trie, items))
 
     def allowed_paths(self, trie: TokenTrie) -> int:
-        """Distinct paths that at least one allowed item has."""
+        """Number of distinct paths that at least one allowed item has."""
         ends_D = np.append(np.flatnonzero(trie.arrays.node_depth[trie.num_inner :]), trie.num_items)
-        listed_D = np.diff(np.searchsorted(self.place_M, ends_D))
+        listed_D = np.diff(np.searchsorted(self.rank_M, ends_D))
         if self.kind == "only":
             return int((listed_D > 0).sum())
         return int((listed_D < np.diff(ends_D)).sum())
 
     def first_allowed(self, trie: TokenTrie, leaf: int) -> int:
-        """The lowest allowed item of a leaf that this filter lets through."""
+        """The allowed item with the lowest index at ``leaf``. Raises IndexError if the filter allows none."""
         items = trie.items(leaf)
-        listed = np.isin(trie.spans.place_I[items], self.place_M)
+        listed = np.isin(trie.spans.rank_I[items], self.rank_M)
         return int(items[listed if self.kind == "only" else ~listed][0])
 
 
-def _places(trie: TokenTrie, items: Collection[int]) -> np.ndarray:
-    return np.unique(trie.spans.place_I[np.fromiter(items, dtype=np.int64, count=len(items))])
+def _ranks(trie: TokenTrie, items: Collection[int]) -> np.ndarray:
+    return np.unique(trie.spans.rank_I[np.fromiter(items, dtype=np.int64, count=len(items))])
 
 
 class Filters:
-    """The filters of some prompts, asked together; row r is the r-th filter and row -1 lets everything through."""
+    """The filters of several prompts, applied together; row r is the r-th filter, row -1 allows every item."""
 
     def __init__(self, trie: TokenTrie, filters: Sequence[ItemFilter], device: torch.device) -> None:
         self.filters, self._trie = list(filters), trie
         self._stride = trie.num_items + 1
-        keys = [row * self._stride + item.place_M for row, item in enumerate(self.filters)]
+        keys = [row * self._stride + item.rank_M for row, item in enumerate(self.filters)]
         self._key_X = torch.from_numpy(np.concatenate([np.zeros(0, dtype=np.int64), *keys])).to(device)
         self._only_R = torch.tensor([item.kind == "only" for item in self.filters], device=device)
         spans = trie.spans.tensors(device)

@@ -1,4 +1,4 @@
-"""What a search needs of a language model, and no more: prompts in once, then chains of tokens, then edge log-probs."""
+"""The language-model interface of searches: prefill prompts, extend chains of tokens, read log-probs of trie edges."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tawin_nemo.types import TokenRows
 
 
 class LM(Protocol):
-    """A causal language model over a growing tree of tokens whose cache the caller does not look into.
+    """A causal language model over a growing tree of tokens, with an opaque key-value cache.
 
     Every token that was run is a *row* of the cache; rows are numbered in the order in which they came, the last
     token of prompt b being row b. A row can be continued at any time, any number of times. All ranks that share one
@@ -21,7 +21,9 @@ class LM(Protocol):
     """
 
     @property
-    def vocab_size(self) -> int: ...
+    def vocab_size(self) -> int:
+        """Number of tokens V that the model gives probabilities to; token ids are below it."""
+        ...
 
     @property
     def max_positions(self) -> int:
@@ -45,7 +47,7 @@ class LM(Protocol):
         ...
 
     def keep(self, cache: Any, prompt_M: Tensor) -> tuple[Any, Tensor]:
-        """The cache of M of its prompts only (ascending), and ``new_R``: each old row's new number, -1 if it went.
+        """The cache of M of its prompts only (ascending), and ``new_R``: the new number of each old row, -1 if removed.
 
         Kept rows stay in their order, except that the last tokens of the kept prompts are again rows 0 .. M - 1.
         The old cache must not be used again.
@@ -68,57 +70,65 @@ class LM(Protocol):
         ...
 
 
-# -- A language model that counts what a search makes it compute.
+# -- FLOP counting.
 
 
 class MeteredLM:
-    """Passes every call of the LM protocol on to ``lm``; ``take`` says what was run since the last time.
+    """Forwards every call of the LM protocol to ``lm`` and counts FLOPs, which ``pop_flops`` returns and resets.
 
-    Counting looks at sizes only, so it waits for no device. The keys that a token behind the prompts sees are taken to
-    be a mean prompt: exact for the prompts, a few tokens short for what comes behind them.
+    Counting looks at sizes only, so it does not synchronise the device. A token behind the prompts is assumed to attend
+    to a prompt of mean length: exact for the prompts, a few keys short for the tokens behind them.
     """
 
     def __init__(self, lm: LM) -> None:
         self.lm = lm
         self._prompts = FlopCount()
         self._num_prompts = 0
-        self._behind = FlopCount()
+        self._extended = FlopCount()
 
     @property
     def vocab_size(self) -> int:
+        """Token ids of ``lm`` are below this."""
         return self.lm.vocab_size
 
     @property
     def max_positions(self) -> int:
+        """Tokens of the longest prompt and path together that ``lm`` takes."""
         return self.lm.max_positions
 
     def prefill(self, prompts: TokenRows) -> Any:
+        """Run B prompts and count their tokens and attention pairs."""
         lengths_B = prompts.lengths.astype(np.float64)
         self._prompts += FlopCount(tokens=len(prompts.flat), pairs=float((lengths_B * (lengths_B + 1) / 2).sum()))
         self._num_prompts += len(prompts)
         return self.lm.prefill(prompts)
 
     def extend(self, cache: Any, parent_R: Tensor, chains: TokenRows) -> Any:
-        self._behind += FlopCount(tokens=len(chains.flat))
+        """Append chains of tokens to rows of the cache and count their tokens."""
+        self._extended += FlopCount(tokens=len(chains.flat))
         return self.lm.extend(cache, parent_R, chains)
 
     def rows(self, cache: Any) -> int:
+        """Number of rows of the cache; counts nothing."""
         return self.lm.rows(cache)
 
     def keep(self, cache: Any, prompt_M: Tensor) -> tuple[Any, Tensor]:
+        """Reduce the cache to some prompts; counts nothing."""
         return self.lm.keep(cache, prompt_M)
 
     def join(self, first: Any, second: Any) -> tuple[Any, Tensor, Tensor]:
+        """Merge two caches; counts nothing."""
         return self.lm.join(first, second)
 
     def logprobs(self, cache: Any, row_N: Tensor, position_E: Tensor, token_E: Tensor, space: str) -> Tensor:
+        """Log-probs [E] of edges; counts the output logits: E in trie space, N times V in vocab space."""
         logits = len(token_E) if space == "trie" else len(row_N) * self.vocab_size
-        self._behind += FlopCount(logits=logits)
+        self._extended += FlopCount(logits=logits)
         return self.lm.logprobs(cache, row_N, position_E, token_E, space)
 
-    def take(self) -> FlopCount:
-        """Everything since the last call, and start from zero."""
+    def pop_flops(self) -> FlopCount:
+        """FLOP counts since the last call; resets them to zero."""
         mean_prompt = self._prompts.tokens / max(1, self._num_prompts)
-        total = self._prompts + self._behind + FlopCount(pairs=self._behind.tokens * mean_prompt)
-        self._prompts, self._num_prompts, self._behind = FlopCount(), 0, FlopCount()
+        total = self._prompts + self._extended + FlopCount(pairs=self._extended.tokens * mean_prompt)
+        self._prompts, self._num_prompts, self._extended = FlopCount(), 0, FlopCount()
         return total

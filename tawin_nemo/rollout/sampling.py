@@ -12,14 +12,14 @@ from tawin_nemo.catalog.trie import TokenTrie
 from tawin_nemo.maths.segments import segment_log_softmax
 from tawin_nemo.rollout.lm import LM
 from tawin_nemo.rollout.scoring import (
+    append_root_path,
     candidates_from,
+    check_no_nan,
     check_prompts,
     check_search,
-    no_candidates,
-    one_logprob,
+    empty_candidates,
+    probe_logprob,
     token_rows,
-    with_root_path,
-    without_nan,
 )
 from tawin_nemo.types import Candidates, TokenRows
 from tawin_nemo.util.errors import ConfigError
@@ -55,9 +55,9 @@ def constrained_sample(
     if len(generators) != len(prompts):
         raise ConfigError(f"{len(prompts)} prompts need as many generators; got {len(generators)}")
     if len(prompts) == 0:
-        return no_candidates(draws, trie.max_depth)
-    cache = lm.prefill(with_root_path(prompts, trie)[0])
-    like = one_logprob(lm, cache, trie, "trie")
+        return empty_candidates(draws, trie.max_depth)
+    cache = lm.prefill(append_root_path(prompts, trie)[0])
+    like = probe_logprob(lm, cache, trie, "trie")
     uniform_NT = _uniform(generators, draws, trie.decision_depth + 1).to(like.device)
     logp_NT = like.new_zeros(uniform_NT.shape)  # by the depth of the choice
     node_N = torch.zeros(len(uniform_NT), dtype=torch.long, device=like.device)
@@ -68,7 +68,7 @@ def constrained_sample(
     row_L = live_L // draws
     while len(live_L):
         position_E, token_E, child_E = trie.edges_of(node_R)
-        logp_E = without_nan(lm.logprobs(cache, lm_row_R, position_E, token_E, "trie"))
+        logp_E = check_no_nan(lm.logprobs(cache, lm_row_R, position_E, token_E, "trie"))
         depth_L = trie.depth_of(node_N[live_L])
         edge_L = _pick(logp_E / temperature, position_E, row_L, uniform_NT[live_L, depth_L])
         logp_NT[live_L, depth_L] = logp_E[edge_L]

@@ -1,9 +1,7 @@
-"""What beam search and sampling share: checks of their arguments, and the result records."""
+"""Argument checks and result records that beam search and sampling share."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import fields
 from typing import Any
 
 import numpy as np
@@ -19,22 +17,22 @@ from tawin_nemo.util.errors import CatalogError, ConfigError, DataError, TawinEr
 SCORE_SPACES = ("trie", "vocab")
 
 
-def without_nan(logp_E: Tensor) -> Tensor:
-    """The log-probs as they are. Raises TawinError if one is NaN."""
+def check_no_nan(logp_E: Tensor) -> Tensor:
+    """Return the log-probs unchanged; raises TawinError if one is NaN."""
     if bool(torch.isnan(logp_E).any()):
         raise TawinError("the language model returned NaN log-probs; look at its weights and its precision")
     return logp_E
 
 
 def token_rows(flat_S: Tensor, lengths_R: Tensor) -> TokenRows:
-    """Concatenated tokens of R rows as TokenRows."""
+    """R ragged rows from their concatenated tokens [S] and lengths [R]."""
     offsets = np.zeros(len(lengths_R) + 1, dtype=np.int64)
     np.cumsum(lengths_R.cpu().numpy(), out=offsets[1:])
     return TokenRows(flat_S.cpu().numpy(), offsets)
 
 
 def check_search(lm: LM, trie: TokenTrie, width: int) -> None:
-    """Raise ConfigError or CatalogError for arguments that no search can serve."""
+    """Raise ConfigError for ``width`` < 1, CatalogError for a catalog with tokens beyond the model's vocabulary."""
     if width < 1:
         raise ConfigError(f"a search needs at least one beam or draw per prompt; got {width}")
     if trie.max_token >= lm.vocab_size:
@@ -59,17 +57,18 @@ def check_prompts(lm: LM, prompts: TokenRows, trie: TokenTrie) -> None:
             f"set data.max_prompt_tokens to at most {lm.max_positions - trie.max_depth}"
         )
     if prompts.flat.min() < 0 or prompts.flat.max() >= lm.vocab_size:
-        place = int(((prompts.flat < 0) | (prompts.flat >= lm.vocab_size)).argmax())
+        position = int(((prompts.flat < 0) | (prompts.flat >= lm.vocab_size)).argmax())
         raise DataError(
-            f"prompt row {int(np.searchsorted(prompts.offsets, place, side='right')) - 1} has token "
-            f"{prompts.flat[place]}, the model's are 0 .. {lm.vocab_size - 1}; write prompts with the model's tokenizer"
+            f"prompt row {int(np.searchsorted(prompts.offsets, position, side='right')) - 1} has token "
+            f"{prompts.flat[position]}, the model's are 0 .. {lm.vocab_size - 1}; "
+            "write prompts with the model's tokenizer"
         )
 
 
-def with_root_path(prompts: TokenRows, trie: TokenTrie) -> tuple[TokenRows, int]:
-    """Prompts with the tokens that all paths begin with behind them, and the number of these; 0 for a single path.
+def append_root_path(prompts: TokenRows, trie: TokenTrie) -> tuple[TokenRows, int]:
+    """Append the tokens that all paths begin with to each prompt; also returns their number, 0 for a single path.
 
-    In trie space these tokens decide nothing, and the model may as well run them with the prompts.
+    In trie space these tokens have probability 1, so the model can run them with the prompts.
     """
     root = torch.zeros(1, dtype=torch.long)
     shared = 0 if bool(trie.is_leaf(root)) else int(trie.depth_of(root))
@@ -81,14 +80,14 @@ def with_root_path(prompts: TokenRows, trie: TokenTrie) -> tuple[TokenRows, int]
     return TokenRows(flat, prompts.offsets + shared * np.arange(len(prompts) + 1)), shared
 
 
-def one_logprob(lm: LM, cache: Any, trie: TokenTrie, space: str) -> Tensor:
-    """One log-prob, to learn the device and the type of all that will come."""
+def probe_logprob(lm: LM, cache: Any, trie: TokenTrie, space: str) -> Tensor:
+    """One log-prob [1], whose device and dtype are those of all later log-probs of ``lm``."""
     zero = torch.zeros(1, dtype=torch.long)
     return lm.logprobs(cache, zero, zero, zero + trie.max_token, space)
 
 
-def no_candidates(width: int, depth: int) -> Candidates:
-    """The result for zero prompts."""
+def empty_candidates(width: int, depth: int) -> Candidates:
+    """The result for zero prompts, with W = ``width`` and T = ``depth``."""
     index, real = torch.zeros((0, width), dtype=torch.long), torch.zeros((0, width))
     return Candidates(
         items_BW=index,
@@ -101,7 +100,10 @@ def no_candidates(width: int, depth: int) -> Candidates:
 
 
 def candidates_from(trie: TokenTrie, leaf_BW: Tensor, scores_BW: Tensor, logprobs_BWT: Tensor) -> Candidates:
-    """Fill in items, token paths and lengths; leaf -1 becomes NO_ITEM. Log-probs beyond ``logprobs_BWT`` are 0."""
+    """Candidates with the items, token paths and lengths of the leaves; leaf -1 becomes NO_ITEM.
+
+    ``logprobs_BWT`` is padded with 0, or cut, to the longest path among the candidates.
+    """
     tokens_NT, lengths_N = trie.paths_of(leaf_BW.flatten())
     depth = tokens_NT.shape[1]
     return Candidates(
@@ -112,41 +114,3 @@ def candidates_from(trie: TokenTrie, leaf_BW: Tensor, scores_BW: Tensor, logprob
         scores_BW=scores_BW,
         logprobs_BWT=pad(logprobs_BWT, (0, depth - logprobs_BWT.shape[-1])),  # cuts off what no path has, too
     )
-
-
-def joined(parts: Sequence[Candidates], order_B: np.ndarray) -> Candidates:
-    """The parts one after another, padded to the longest path; row ``order_B[i]`` of that at place i."""
-    order = torch.from_numpy(order_B).to(parts[0].items_BW.device)
-    depth = max(part.tokens_BWT.shape[-1] for part in parts)
-
-    def join(tensors: list[Tensor]) -> Tensor:
-        return torch.cat(tensors)[order]
-
-    def longer(tensor_BWT: Tensor) -> Tensor:
-        return pad(tensor_BWT, (0, depth - tensor_BWT.shape[-1]))
-
-    return Candidates(
-        items_BW=join([part.items_BW for part in parts]),
-        leaf_BW=join([part.leaf_BW for part in parts]),
-        tokens_BWT=join([longer(part.tokens_BWT) for part in parts]),
-        lengths_BW=join([part.lengths_BW for part in parts]),
-        scores_BW=join([part.scores_BW for part in parts]),
-        logprobs_BWT=join([longer(part.logprobs_BWT) for part in parts]),
-    )
-
-
-def best(found: Candidates, count: int) -> Candidates:
-    """The first ``count`` places of each list."""
-    return Candidates(
-        items_BW=found.items_BW[:, :count],
-        leaf_BW=found.leaf_BW[:, :count],
-        tokens_BWT=found.tokens_BWT[:, :count],
-        lengths_BW=found.lengths_BW[:, :count],
-        scores_BW=found.scores_BW[:, :count],
-        logprobs_BWT=found.logprobs_BWT[:, :count],
-    )
-
-
-def one_prompt(found: Candidates, row: int) -> Candidates:
-    """The list of one prompt."""
-    return Candidates(**{item.name: getattr(found, item.name)[row : row + 1] for item in fields(Candidates)})

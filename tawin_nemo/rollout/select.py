@@ -1,4 +1,6 @@
-"""One step of a beam search: every beam of some prompts advances by one token, the best continuations go on.
+"""One step of a beam search: every beam of some prompts advances by one token, the best continuations are kept.
+
+X columns of two concatenated lists, or flattened indices of continuations.
 
 All continuations of a prompt lie in one padded row, ordered by parent beam and then by token, so that the exact order
 "better score, then better parent, then smaller token" is "better score, then smaller column".
@@ -16,12 +18,12 @@ from tawin_nemo.catalog.trie import TokenTrie
 from tawin_nemo.rollout.beam_state import Beams
 from tawin_nemo.rollout.filters import Filters
 from tawin_nemo.rollout.lm import LM
-from tawin_nemo.rollout.scoring import without_nan
+from tawin_nemo.rollout.scoring import check_no_nan
 
 
 @dataclass(frozen=True)
 class Rules:
-    """What a search was asked for; ``norm_T`` and ``best_norm_T`` are indexed by a path's tokens so far."""
+    """Settings of a search on its device; ``norm_T`` and ``best_norm_T`` are indexed by the length of a path so far."""
 
     space: str  # trie | vocab
     norm_T: Tensor  # length ** length_penalty
@@ -30,6 +32,7 @@ class Rules:
 
     @classmethod
     def of(cls, trie: TokenTrie, space: str, length_penalty: float, like: Tensor) -> Rules:
+        """The rules of a search in ``space`` whose scores have the device and the floating type of ``like``."""
         norms = [max(1, length) ** length_penalty for length in range(trie.max_depth + 1)]  # no path has length 0
         norm_T = torch.tensor(norms, dtype=torch.float64)
         best_norm_T = norm_T[-1:].expand_as(norm_T) if length_penalty > 0 else torch.cat([norm_T[1:], norm_T[-1:]])
@@ -41,7 +44,7 @@ class _Table:
     """All continuations of each prompt in C >= W columns, by parent beam and token; a score of -inf is padding."""
 
     score_BC: Tensor
-    parent_BC: Tensor  # place among the prompt's beams
+    parent_BC: Tensor  # index among the prompt's beams
     edge_BC: Tensor  # into the E edges that are taken at choices; -1: the parent goes on without a choice
     child_E: Tensor
     logp_E: Tensor
@@ -52,7 +55,7 @@ class _Continuations:
     """The best K continuations of each prompt, best first."""
 
     score_BK: Tensor
-    parent_BK: Tensor  # place among the prompt's beams
+    parent_BK: Tensor  # index among the prompt's beams
     node_BK: Tensor
     logp_BK: Tensor  # of the token that is added
     real_BK: Tensor  # bool: not padding, and not impossible
@@ -60,7 +63,7 @@ class _Continuations:
 
 
 def step(lm: LM, cache: Any, trie: TokenTrie, beams: Beams, rules: Rules) -> Beams:
-    """All beams advance by one token. None of them may wait for the model (``chains.waiting``).
+    """All beams advance by one token. None of them may wait for the model (``beam_state.waiting``).
 
     Raises TawinError if the model returns NaN.
     """
@@ -69,13 +72,13 @@ def step(lm: LM, cache: Any, trie: TokenTrie, beams: Beams, rules: Rules) -> Bea
     # At most one token ends a path at each beam where paths end with an own token (EOS): 2 W are enough. Elsewhere
     # more paths can end within the best ones, and the W best that go on may lie behind all of them.
     for count in (min(2 * width, columns), columns):
-        found = _ranked(trie, beams, table, count)
-        goes_on_BK = found.real_BK & ~found.ends_BK
-        if count == columns or not bool((found.real_BK[:, -1] & (goes_on_BK.sum(1) < width)).any()):
+        continuations = _ranked(trie, beams, table, count)
+        goes_on_BK = continuations.real_BK & ~continuations.ends_BK
+        if count == columns or not bool((continuations.real_BK[:, -1] & (goes_on_BK.sum(1) < width)).any()):
             break
-    beams = _finish(beams, found, rules) if bool(found.ends_BK[:, :width].any()) else beams
-    unseen_B = found.score_BK[:, -1] if count < columns else torch.full_like(beams.lost_B, -torch.inf)
-    return _advance(beams, found, goes_on_BK, unseen_B, rules)
+    beams = _finish(beams, continuations, rules) if bool(continuations.ends_BK[:, :width].any()) else beams
+    unseen_B = continuations.score_BK[:, -1] if count < columns else torch.full_like(beams.pruned_score_B, -torch.inf)
+    return _advance(beams, continuations, goes_on_BK, unseen_B, rules)
 
 
 def to_next_choice(trie: TokenTrie, beams: Beams, rules: Rules) -> Beams:
@@ -113,7 +116,7 @@ def _has_hope(beams: Beams, score_BM: Tensor, rules: Rules) -> Tensor:
     the rank of any of them.
     """
     best_BM = score_BM / rules.best_norm_T[beams.depth_B][:, None]
-    return best_BM > beams.done_score_BW.gather(1, beams.width_B[:, None] - 1)  # -inf while a place is free
+    return best_BM > beams.done_score_BW.gather(1, beams.width_B[:, None] - 1)  # -inf while a slot is free
 
 
 def _continuations(lm: LM, cache: Any, trie: TokenTrie, beams: Beams, rules: Rules) -> _Table:
@@ -126,7 +129,7 @@ def _continuations(lm: LM, cache: Any, trie: TokenTrie, beams: Beams, rules: Rul
     logp_E = beams.score_BW.new_zeros(0)
     if len(beam_N):
         row_N = beams.row_BW.flatten()[beam_N]
-        logp_E = without_nan(lm.logprobs(cache, row_N, position_E, token_E, rules.space))
+        logp_E = check_no_nan(lm.logprobs(cache, row_N, position_E, token_E, rules.space))
         if rules.filters is not None:
             filter_E = beams.filter_B.index_select(0, beam_N // width).index_select(0, position_E)
             logp_E = logp_E.masked_fill(rules.filters.blocked(filter_E, child_E), -torch.inf)
@@ -186,13 +189,15 @@ def best_columns(score_BC: Tensor, count: int) -> Tensor:
     return columns - 1 - (key_BC.topk(count, dim=1).values & 0xFFFFFFFF)
 
 
-def _finish(beams: Beams, found: _Continuations, rules: Rules) -> Beams:
+def _finish(beams: Beams, continuations: _Continuations, rules: Rules) -> Beams:
     """Merge the paths that end within the best W continuations into the finished ones."""
     width = beams.node_BW.shape[1]
     norm_B1 = rules.norm_T[beams.depth_B + 1][:, None]
-    score_BW = torch.where(found.ends_BK[:, :width] & beams.own_BW, found.score_BK[:, :width] / norm_B1, -torch.inf)
-    logp_BWT = _longer(beams, found.parent_BK[:, :width], found.logp_BK[:, :width])
-    return _merged(beams, score_BW, found.node_BK[:, :width], logp_BWT)
+    score_BW = torch.where(
+        continuations.ends_BK[:, :width] & beams.own_BW, continuations.score_BK[:, :width] / norm_B1, -torch.inf
+    )
+    logp_BWT = _longer(beams, continuations.parent_BK[:, :width], continuations.logp_BK[:, :width])
+    return _merged(beams, score_BW, continuations.node_BK[:, :width], logp_BWT)
 
 
 def _merged(beams: Beams, score_BW: Tensor, leaf_BW: Tensor, logp_BWT: Tensor) -> Beams:
@@ -209,36 +214,40 @@ def _merged(beams: Beams, score_BW: Tensor, leaf_BW: Tensor, logp_BWT: Tensor) -
     )
 
 
-def _advance(beams: Beams, found: _Continuations, goes_on_BK: Tensor, unseen_B: Tensor, rules: Rules) -> Beams:
+def _advance(beams: Beams, continuations: _Continuations, goes_on_BK: Tensor, unseen_B: Tensor, rules: Rules) -> Beams:
     """The best W continuations that do not end a path, without those that can no longer enter the result.
 
-    ``unseen_B``: no continuation that is not among the found ones scores more.
+    ``unseen_B``: upper bound of the scores of all continuations outside of ``continuations``.
     """
     longer = replace(beams, depth_B=beams.depth_B + 1)
-    goes_on_BK = goes_on_BK & _has_hope(longer, found.score_BK, rules)
+    goes_on_BK = goes_on_BK & _has_hope(longer, continuations.score_BK, rules)
     column_K = torch.arange(goes_on_BK.shape[1], device=goes_on_BK.device)
-    place_BK = torch.where(found.ends_BK, column_K, goes_on_BK.cumsum(1) - 1)  # ends compete with all, others not
-    over_BK = (found.ends_BK | goes_on_BK) & (place_BK >= beams.width_B[:, None])
-    lost_B = found.score_BK.masked_fill(~over_BK, -torch.inf).amax(1)
-    longer = replace(longer, lost_B=torch.maximum(torch.maximum(beams.lost_B, lost_B), unseen_B))
+    rank_BK = torch.where(
+        continuations.ends_BK, column_K, goes_on_BK.cumsum(1) - 1
+    )  # ends compete with all, others not
+    over_BK = (continuations.ends_BK | goes_on_BK) & (rank_BK >= beams.width_B[:, None])
+    pruned_score_B = continuations.score_BK.masked_fill(~over_BK, -torch.inf).amax(1)
+    longer = replace(
+        longer, pruned_score_B=torch.maximum(torch.maximum(beams.pruned_score_B, pruned_score_B), unseen_B)
+    )
     order_BW = (~goes_on_BK).byte().argsort(dim=1, stable=True)[:, : beams.node_BW.shape[1]]
     goes_on_BW = goes_on_BK.gather(1, order_BW) & beams.own_BW
-    parent_BW = found.parent_BK.gather(1, order_BW)
+    parent_BW = continuations.parent_BK.gather(1, order_BW)
     return replace(
         longer,
-        node_BW=torch.where(goes_on_BW, found.node_BK.gather(1, order_BW), -1),
-        score_BW=torch.where(goes_on_BW, found.score_BK.gather(1, order_BW), -torch.inf),
+        node_BW=torch.where(goes_on_BW, continuations.node_BK.gather(1, order_BW), -1),
+        score_BW=torch.where(goes_on_BW, continuations.score_BK.gather(1, order_BW), -torch.inf),
         row_BW=beams.row_BW.gather(1, parent_BW),
         run_BW=beams.run_BW.gather(1, parent_BW),
-        logp_BWT=_longer(beams, parent_BW, found.logp_BK.gather(1, order_BW)),
+        logp_BWT=_longer(beams, parent_BW, continuations.logp_BK.gather(1, order_BW)),
     )
 
 
 def _longer(beams: Beams, parent_BM: Tensor, logp_BM: Tensor) -> Tensor:
     """The parents' log-probs of their tokens, with that of the next token where it was not known before."""
     logp_BMT = _rows(beams.logp_BWT, parent_BM)
-    place_BM1 = beams.depth_B[:, None, None].expand(*parent_BM.shape, 1)
-    return logp_BMT.scatter_(2, place_BM1, logp_BMT.gather(2, place_BM1) + logp_BM[..., None])
+    depth_BM1 = beams.depth_B[:, None, None].expand(*parent_BM.shape, 1)
+    return logp_BMT.scatter_(2, depth_BM1, logp_BMT.gather(2, depth_BM1) + logp_BM[..., None])
 
 
 def _rows(values_BWT: Tensor, index_BM: Tensor) -> Tensor:

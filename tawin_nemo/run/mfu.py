@@ -21,7 +21,7 @@ def batch_work(batches: Sequence[TokenBatch], vocab: int) -> FlopCount:
     for batch in batches:
         tokens = len(batch.tokens_S)
         seen = int((batch.end_S - torch.arange(tokens, device=batch.end_S.device)).sum())
-        logits = len(batch.place_P) * vocab if batch.children is None else len(batch.children.token_E)
+        logits = len(batch.index_P) * vocab if batch.children is None else len(batch.children.token_E)
         total += FlopCount(tokens, float(seen), logits)
     return total
 

@@ -1,4 +1,7 @@
-"""A fitted tokenizer of items: vectors -> codes -> vectors, with all that new items need later, in a few files."""
+"""A fitted item tokenizer (vectors -> codes -> vectors) and its files, from which new items can be encoded.
+
+I items, L levels, D dimensions.
+"""
 
 from __future__ import annotations
 
@@ -14,11 +17,10 @@ from safetensors.torch import load_file, save_file
 
 from tawin_nemo.config.schema import SemanticIdsConfig
 from tawin_nemo.semantic_ids import collisions
-from tawin_nemo.semantic_ids.balanced import balanced_residual_kmeans
+from tawin_nemo.semantic_ids.clustering import balanced_residual_kmeans, residual_kmeans
 from tawin_nemo.semantic_ids.codebooks import CHUNK_ROWS, Codebooks, mean_codebooks
-from tawin_nemo.semantic_ids.kmeans import residual_kmeans
 from tawin_nemo.semantic_ids.quantiser import Autoencoder, NetworkShape
-from tawin_nemo.semantic_ids.train_quantiser import Plan, Watcher, train_quantiser
+from tawin_nemo.semantic_ids.train_quantiser import EpochCallback, Plan, train_quantiser
 from tawin_nemo.util.errors import ConfigError, DataError
 
 CODEBOOKS, WEIGHTS, NETWORK = "codebooks.npy", "network.safetensors", "network.json"
@@ -35,7 +37,7 @@ class ItemCoder:
     network: Autoencoder | None = None
 
     def latents(self, x_ID: np.ndarray) -> np.ndarray:
-        """What the codebooks describe, [I, latent dimensions] float32."""
+        """Latent vectors that the codebooks quantise, [I, latent dimensions] float32."""
         if self.network is None:
             return np.asarray(x_ID, dtype=np.float32)
         return _in_pieces(self.network.encode, x_ID)
@@ -53,6 +55,7 @@ class ItemCoder:
         return read_ID if self.network is None else _in_pieces(self.network.decode, read_ID)
 
     def save(self, folder: Path) -> None:
+        """Write codebooks and network into an existing folder; ``load`` reads them back."""
         np.save(folder / CODEBOOKS, self.books.vectors_LKD)
         shape = asdict(self.network.shape) if self.network else None
         (folder / NETWORK).write_text(json.dumps({"method": self.method, "shape": shape}) + "\n", encoding="utf-8")
@@ -61,18 +64,18 @@ class ItemCoder:
 
     @classmethod
     def load(cls, folder: Path) -> ItemCoder:
-        """What ``save`` wrote. Raises DataError for a file that is absent or of another kind."""
+        """Read a coder that ``save`` wrote. Raises DataError for a file that is missing or malformed."""
         try:
-            facts = json.loads((folder / NETWORK).read_text(encoding="utf-8"))
+            content = json.loads((folder / NETWORK).read_text(encoding="utf-8"))
             books = Codebooks(np.load(folder / CODEBOOKS, allow_pickle=False))
-            if facts["shape"] is None:
-                return cls(facts["method"], books)
-            shape = NetworkShape(**(facts["shape"] | {"widths": tuple(facts["shape"]["widths"])}))
+            if content["shape"] is None:
+                return cls(content["method"], books)
+            shape = NetworkShape(**(content["shape"] | {"widths": tuple(content["shape"]["widths"])}))
             network = Autoencoder(shape, books.levels, books.codes)
             network.load_state_dict(load_file(folder / WEIGHTS))
         except (OSError, EOFError, ValueError, KeyError, TypeError, RuntimeError) as error:
             raise DataError(f"{folder} holds no tokenizer that can be read ({error}); make it again") from error
-        return cls(facts["method"], books, network.eval())
+        return cls(content["method"], books, network.eval())
 
 
 def fit(
@@ -81,11 +84,12 @@ def fit(
     *,
     seed: int,
     checkpoint: Path | None = None,
-    watch: Watcher | None = None,
+    on_epoch: EpochCallback | None = None,
 ) -> tuple[ItemCoder, np.ndarray]:
-    """The coder that ``cfg.method`` makes, and its codes [I, L] before collisions are dealt with.
+    """The coder that ``cfg.method`` makes, and its codes [I, L] before collisions are resolved.
 
-    Raises DataError for fewer items, or fewer different vectors, than codes. ``checkpoint`` as in ``train_quantiser``.
+    Raises DataError for fewer items, or fewer different vectors, than codes. ``checkpoint`` and ``on_epoch`` are those
+    of ``train_quantiser``.
     """
     if cfg.method == "random":
         codes_IL = random_codes(len(x_ID), levels=cfg.levels, codes=cfg.codes, seed=seed)
@@ -93,7 +97,7 @@ def fit(
     if cfg.method in WITH_NETWORK:
         residual = cfg.method == "rqkmeans_plus"
         plan = Plan(cfg.levels, cfg.codes, seed=seed, kmeans_iterations=cfg.kmeans_iterations, residual=residual)
-        network = train_quantiser(x_ID, cfg.rqvae, plan, checkpoint=checkpoint, watch=watch)
+        network = train_quantiser(x_ID, cfg.rqvae, plan, checkpoint=checkpoint, on_epoch=on_epoch)
         books = Codebooks(network.quantiser.vectors_LKD.detach().numpy().copy())
         coder = ItemCoder(cfg.method, books, network)
         return coder, coder.encode(x_ID)
@@ -104,8 +108,8 @@ def fit(
 
 def random_codes(items: int, *, levels: int, codes: int, seed: int, taken: np.ndarray | None = None) -> np.ndarray:
     """Different codes for all items, drawn evenly; none of the rows of ``taken``. Raises ConfigError if too few."""
-    places = codes ** np.arange(levels - 1, -1, -1, dtype=np.int64)
-    used = set() if taken is None else set((taken[:, :levels].astype(np.int64) @ places).tolist())
+    weights = codes ** np.arange(levels - 1, -1, -1, dtype=np.int64)
+    used = set() if taken is None else set((taken[:, :levels].astype(np.int64) @ weights).tolist())
     if items + len(used) > codes**levels:
         raise ConfigError(
             f"{items + len(used)} items, but semantic_ids.codes={codes} ** semantic_ids.levels={levels} gives only "
@@ -113,16 +117,20 @@ def random_codes(items: int, *, levels: int, codes: int, seed: int, taken: np.nd
         )
     drawn = random.Random(seed).sample(range(codes**levels), min(codes**levels, items + len(used)))
     fresh = np.array([number for number in drawn if number not in used][:items], dtype=np.int64)
-    return (fresh[:, None] // places % codes).astype(np.int32)
+    return (fresh[:, None] // weights % codes).astype(np.int32)
 
 
-def settle(codes_IL: np.ndarray, coder: ItemCoder, x_ID: np.ndarray, how: str) -> np.ndarray:
-    """Codes after ``semantic_ids.collisions`` = ``how``; raises DataError where that cannot be done."""
+def resolve_collisions(codes_IL: np.ndarray, coder: ItemCoder, x_ID: np.ndarray, how: str) -> np.ndarray:
+    """Codes [I, L or L + 1] after resolving collisions by ``how`` (``semantic_ids.collisions``).
+
+    keep leaves equal codes, dedup adds a token, assign and sinkhorn choose other last codes. Raises DataError where
+    there are not enough codes.
+    """
     if how == "keep":
         return codes_IL
     if how == "dedup":
         return collisions.with_dedup_token(codes_IL)
-    choose = collisions.assigned if how == "assign" else collisions.sinkhorn_assigned
+    choose = collisions.assign_unique if how == "assign" else collisions.assign_unique_sinkhorn
     return choose(codes_IL, coder.books, coder.latents(x_ID))
 
 

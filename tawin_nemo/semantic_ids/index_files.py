@@ -1,4 +1,4 @@
-"""Codes <-> the index files of MiniOneRec and LC-Rec.
+"""Read and write the index files of MiniOneRec and LC-Rec.
 
 Both write ``{"0": ["<a_12>", "<b_3>", "<c_77>"], ...}``: level 1 has the letter a, level 2 b, and so on; a dedup token
 is one more level. MiniOneRec leaves it out for items that need none and lists ``ID <tab> title <tab> item`` in a second
@@ -17,7 +17,7 @@ from string import ascii_lowercase
 import numpy as np
 
 from tawin_nemo.catalog.semantic_ids import load_codes
-from tawin_nemo.semantic_ids.collisions import NO_TOKEN, listed
+from tawin_nemo.semantic_ids.collisions import NO_TOKEN, format_items
 from tawin_nemo.util.errors import CatalogError
 from tawin_nemo.util.files import atomic_path
 
@@ -27,13 +27,13 @@ _WORD = re.compile(r"<([a-z])_(\d{1,9})>")
 @dataclass(frozen=True, eq=False)
 class IndexCodes:
     """``codes_IL`` int32; an item with fewer tokens than the longest has NO_TOKEN at the end. ``levels``: tokens that
-    every item has; what is behind them tells apart items that would otherwise be equal."""
+    every item has; further tokens distinguish items that would otherwise be equal."""
 
     codes_IL: np.ndarray
     levels: int
 
 
-def words_of(codes_IL: np.ndarray, layout: str = "minionerec") -> list[list[str]]:
+def code_tokens(codes_IL: np.ndarray, layout: str = "minionerec") -> list[list[str]]:
     """Tokens of every item. lcrec: an item without dedup token gets the number 0 where others have one."""
     if layout == "lcrec":
         codes_IL = np.where(codes_IL == NO_TOKEN, 0, codes_IL)
@@ -45,8 +45,8 @@ def words_of(codes_IL: np.ndarray, layout: str = "minionerec") -> list[list[str]
 
 
 def write_index(path: Path, codes_IL: np.ndarray, layout: str = "minionerec") -> None:
-    """``path``, whole or not at all, items in order."""
-    index = {str(item): words for item, words in enumerate(words_of(codes_IL, layout))}
+    """Write the index file ``path`` atomically, items in order; ``layout`` is minionerec or lcrec."""
+    index = {str(item): words for item, words in enumerate(code_tokens(codes_IL, layout))}
     with atomic_path(path) as temporary:
         temporary.write_text(json.dumps(index) + "\n", encoding="utf-8")
 
@@ -55,7 +55,7 @@ def write_info(path: Path, codes_IL: np.ndarray, titles: Sequence[str]) -> None:
     """MiniOneRec's list of items: ID, title and item number, with tabs; white space within a title becomes a space."""
     lines = [
         f"{''.join(words)}\t{' '.join(title.split())}\t{item}\n"
-        for item, (words, title) in enumerate(zip(words_of(codes_IL), titles, strict=True))
+        for item, (words, title) in enumerate(zip(code_tokens(codes_IL), titles, strict=True))
     ]
     with atomic_path(path) as temporary:
         temporary.write_text("".join(lines), encoding="utf-8")
@@ -80,13 +80,13 @@ def read_index(path: Path, num_items: int, *, levels: int = 0, codes: int = 0) -
         problems[f"have codes that are not below {codes}"] = np.array(
             [any(number >= codes for number in _numbers(words)[:shortest]) for words in words_I]
         )
-    found = [
-        f"{bad_I.sum()} items {problem}: {listed(np.flatnonzero(bad_I))} (first: {words_I[int(bad_I.argmax())]})"
+    messages = [
+        f"{bad_I.sum()} items {problem}: {format_items(np.flatnonzero(bad_I))} (first: {words_I[int(bad_I.argmax())]})"
         for problem, bad_I in problems.items()
         if bad_I.any()
     ]
-    if found:
-        raise CatalogError(f"{path} is not an index of this kind; {'; '.join(found)}")
+    if messages:
+        raise CatalogError(f"{path} is not an index of this kind; {'; '.join(messages)}")
     codes_IL = np.full((num_items, int(depth_I.max())), NO_TOKEN, dtype=np.int32)
     for item, words in enumerate(words_I):
         codes_IL[item, : len(words)] = _numbers(words)
@@ -94,10 +94,10 @@ def read_index(path: Path, num_items: int, *, levels: int = 0, codes: int = 0) -
 
 
 def _known(words: Sequence[str]) -> bool:
-    found = [_WORD.fullmatch(word) for word in words]
+    matches = [_WORD.fullmatch(word) for word in words]
     return all(
         match is not None and match[1] == letter
-        for match, letter in zip(found, ascii_lowercase[: len(words)], strict=True)
+        for match, letter in zip(matches, ascii_lowercase[: len(words)], strict=True)
     )
 
 

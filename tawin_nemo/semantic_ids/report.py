@@ -1,18 +1,26 @@
-"""What an index is worth: use of the codes, collisions, shape of its trie, error, and whether neighbours are alike."""
+"""Quality report of an index: use of the codes, collisions, shape of its trie, error, purity; and a plot.
+
+I items, N items or rows out of them, L levels, K codes, C first codes, P pairs, D dimensions.
+"""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
 from tawin_nemo.semantic_ids.codebooks import mean_codebooks
 from tawin_nemo.semantic_ids.collisions import NO_TOKEN, groups_of, shared_rows
+from tawin_nemo.util.files import atomic_path
 
-#: Pairs of items that neighbour purity looks at, per kind.
+#: Pairs of items that purity is measured on, per kind.
 PAIRS = 100_000
+#: Items in the plot; more would only cover each other.
+PLOTTED_ITEMS = 20_000
+LINE_STYLES = ("-", "--", ":", "-.")
 _WORDS = re.compile(r"[^\W_]{2,}")
 
 
@@ -71,8 +79,8 @@ def measure(
 ) -> IndexReport:
     """Report of an index with ``levels`` tokens for every item and perhaps more columns (NO_TOKEN = none).
 
-    ``test_target_N``: item of each test row. ``read_ID``: what a decoder makes of the codes. ``words``: of each item's
-    brand and category, see ``words_of_texts``; empty = purity is not measured. ``seed`` draws the pairs.
+    ``test_target_N``: item of each test row. ``read_ID``: vectors decoded from the codes. ``words``: of each item's
+    brand and category, see ``word_sets``; empty = purity is not measured. ``seed`` draws the pairs.
     """
     base_IL = codes_IL[:, :levels]
     shared_I = shared_rows(codes_IL)
@@ -97,6 +105,7 @@ def measure(
 
 
 def level_use(code_I: np.ndarray) -> LevelUse:
+    """Codes in use, entropy in bits and largest share of one level, from the code of each item."""
     share_K = np.bincount(code_I) / len(code_I)
     share_K = share_K[share_K > 0]
     return LevelUse(len(share_K), float(-(share_K * np.log2(share_K)).sum()), float(share_K.max()))
@@ -108,15 +117,15 @@ def relative_error(x_ID: np.ndarray, read_ID: np.ndarray) -> float:
     return float(np.square(x - read_ID).sum() / np.square(x - x.mean(axis=0)).sum())
 
 
-def words_of_texts(texts: Sequence[str]) -> list[frozenset[str]]:
+def word_sets(texts: Sequence[str]) -> list[frozenset[str]]:
     """Words of two or more letters or digits, lower case, of every text."""
     return [frozenset(_WORDS.findall(text.lower())) for text in texts]
 
 
 def purity(first_I: np.ndarray, words: Sequence[frozenset[str]], seed: int) -> Purity | None:
-    """How often two items have a word in common: with the same first code, and at random.
+    """Share of item pairs with a common word: among pairs with the same first code, and among random pairs.
 
-    From at most PAIRS random pairs each, an item never with itself. Items without words are left out; None if no two
+    From at most PAIRS random pairs each, an item never with itself. Items without words are skipped; None if no two
     items with words have one first code.
     """
     items_N = np.array([item for item, own in enumerate(words) if own], dtype=np.int64)
@@ -146,3 +155,32 @@ def _common(words: Sequence[frozenset[str]], left_P: np.ndarray, right_P: np.nda
     return float(
         np.mean([not words[a].isdisjoint(words[b]) for a, b in zip(left_P.tolist(), right_P.tolist(), strict=True)])
     )
+
+
+def plot_index(path: Path, x_ID: np.ndarray, codes_IL: np.ndarray, levels: int, *, title: str, seed: int = 0) -> None:
+    """Write a picture of an index as PNG, atomically.
+
+    Left: the first two principal components of a sample of the items; colours repeat every 20 first codes. Right: items
+    per code, most frequent first; a flat line is an evenly used level.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg  # takes half a second to import
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(12, 5), layout="constrained", dpi=120)
+    FigureCanvasAgg(figure)
+    plane, use = figure.subplots(1, 2)
+    rng = np.random.default_rng(seed)
+    sample = np.sort(rng.choice(len(x_ID), min(len(x_ID), PLOTTED_ITEMS), replace=False))
+    centred_ND = x_ID[sample].astype(np.float64) - x_ID[sample].mean(axis=0)
+    axes_D2 = np.linalg.eigh(centred_ND.T @ centred_ND)[1][:, :-3:-1]
+    across_N, up_N = (centred_ND @ axes_D2).T
+    plane.scatter(across_N, up_N, c=codes_IL[sample, 0] % 20, cmap="tab20", s=6, linewidths=0)
+    plane.set(title="items, by first code", xlabel="principal component 1", ylabel="principal component 2")
+    for level, code_I in enumerate(codes_IL[:, :levels].T):
+        count_K = np.sort(np.bincount(code_I))[::-1]
+        use.plot(count_K, LINE_STYLES[level % len(LINE_STYLES)], label=f"level {level + 1}")
+    use.set(title="use of the codes", xlabel="code, most frequent first", ylabel="items")
+    use.legend(frameon=False)
+    figure.suptitle(title, fontweight="bold")
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary, metadata={"Software": None})

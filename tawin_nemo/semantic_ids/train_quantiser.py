@@ -16,8 +16,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from tawin_nemo.config.schema import RqVaeConfig
-from tawin_nemo.semantic_ids.kmeans import refuse_few_different, refuse_few_items, residual_kmeans, spread_of
-from tawin_nemo.semantic_ids.quantiser import Autoencoder, NetworkShape, Quantised
+from tawin_nemo.semantic_ids.clustering import check_enough_distinct, check_enough_items, residual_kmeans, total_std
+from tawin_nemo.semantic_ids.quantiser import Autoencoder, NetworkShape, QuantizerOutput
 from tawin_nemo.util.files import atomic_path
 from tawin_nemo.util.log import progress, say
 
@@ -26,13 +26,13 @@ INIT_ROWS_PER_CODE = 64
 #: Added to every code's count where its moving average is divided by it (van den Oord et al. 2017, Appendix A.1).
 EMA_SMOOTHING = 1e-5
 
-#: What a training reports after each epoch: (epoch, mean loss of reconstruction).
-Watcher = Callable[[int, float], None]
+#: Called after each epoch with (epoch, mean reconstruction error).
+EpochCallback = Callable[[int, float], None]
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What a training needs beside the vectors and RqVaeConfig."""
+    """Settings of a training besides RqVaeConfig: sizes, seed and initialisation of the codebooks."""
 
     levels: int
     codes: int
@@ -42,22 +42,27 @@ class Plan:
 
 
 def train_quantiser(
-    x_ID: np.ndarray, cfg: RqVaeConfig, plan: Plan, *, checkpoint: Path | None = None, watch: Watcher | None = None
+    x_ID: np.ndarray,
+    cfg: RqVaeConfig,
+    plan: Plan,
+    *,
+    checkpoint: Path | None = None,
+    on_epoch: EpochCallback | None = None,
 ) -> Autoencoder:
-    """A trained autoencoder in evaluation mode, on the CPU.
+    """Train an autoencoder with residual codebooks; returns it in evaluation mode, on the CPU.
 
     ``checkpoint``: file that keeps the state every ``cfg.save_interval`` epochs; a run with the same vectors and
-    settings goes on from it with the same result as one that was never stopped. Raises DataError for fewer items, or
+    settings continues from it with the same result as an uninterrupted one. Raises DataError for fewer items, or
     fewer different ones, than codes.
     """
-    refuse_few_items(len(x_ID), plan.codes)
-    refuse_few_different(x_ID, plan.codes, 0, spread_of(x_ID))
+    check_enough_items(len(x_ID), plan.codes)
+    check_enough_distinct(x_ID, plan.codes, 0, total_std(x_ID))
     run = _Training(x_ID, cfg, plan)
     begin = run.restore(checkpoint) if checkpoint else 0
     for epoch in progress(range(begin, cfg.epochs), what="quantiser, epochs", total=cfg.epochs, initial=begin):
         loss = run.epoch(epoch)
-        if watch:
-            watch(epoch, loss)
+        if on_epoch:
+            on_epoch(epoch, loss)
         if checkpoint and (epoch + 1) % cfg.save_interval == 0:
             run.save(checkpoint, epoch + 1)
     return run.model.cpu().eval()
@@ -114,37 +119,37 @@ class _Training:
         for step, rows in enumerate(order.split(cfg.batch_size)):
             for group in self.optimizer.param_groups:
                 group["lr"] = cfg.lr * (1 + math.cos(math.pi * (epoch + step / steps) / cfg.epochs)) / 2
-            loss, found = self._step(self.x_ID[rows.to(self.device)])
+            loss, output = self._step(self.x_ID[rows.to(self.device)])
             total += loss * len(rows)
-            for level, code_N in enumerate(found.codes_NL.T.cpu()):
+            for level, code_N in enumerate(output.codes_NL.T.cpu()):
                 used_LK[level].index_add_(0, code_N, torch.ones_like(code_N))
         self.idle_LK = torch.where(used_LK > 0, 0, self.idle_LK + 1)
         if cfg.restart_after and epoch < cfg.epochs - 1:
-            self._restart_idle(found)
+            self._restart_idle(output)
         return total / items
 
-    def _step(self, x_ND: Tensor) -> tuple[float, Quantised]:
+    def _step(self, x_ND: Tensor) -> tuple[float, QuantizerOutput]:
         model = self.model
-        found = model.quantiser(model.encode(x_ND), self.epsilons_L)
-        error = F.mse_loss(model.decode(found.latent_ND), x_ND) / model.scale**2
-        loss = error + self.cfg.commitment * found.commitment_loss
+        output = model.quantiser(model.encode(x_ND), self.epsilons_L)
+        error = F.mse_loss(model.decode(output.latent_ND), x_ND) / model.scale**2
+        loss = error + self.cfg.commitment * output.commitment_loss
         if self.cfg.update == "gradient":
-            loss = loss + found.codebook_loss
+            loss = loss + output.codebook_loss
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         self.optimizer.step()
         if self.cfg.update == "ema":
-            self._move_codebooks(found)
-        return float(error.detach()), found
+            self._move_codebooks(output)
+        return float(error.detach()), output
 
     @torch.no_grad()
-    def _move_codebooks(self, found: Quantised) -> None:
-        """Codebooks as moving averages of what chose their codes."""
+    def _move_codebooks(self, output: QuantizerOutput) -> None:
+        """Move the codebooks to exponential moving averages of the residuals that chose their codes."""
         decay = self.cfg.ema_decay
-        for level, rest_ND in enumerate(found.rests_LND):
-            code_N = found.codes_NL[:, level]
-            count_K = torch.zeros_like(self.count_LK[level]).index_add_(0, code_N, torch.ones_like(rest_ND[:, 0]))
-            total_KD = torch.zeros_like(self.total_LKD[level]).index_add_(0, code_N, rest_ND)
+        for level, residual_ND in enumerate(output.residuals_LND):
+            code_N = output.codes_NL[:, level]
+            count_K = torch.zeros_like(self.count_LK[level]).index_add_(0, code_N, torch.ones_like(residual_ND[:, 0]))
+            total_KD = torch.zeros_like(self.total_LKD[level]).index_add_(0, code_N, residual_ND)
             self.count_LK[level].lerp_(count_K, 1 - decay)
             self.total_LKD[level].lerp_(total_KD, 1 - decay)
             all_counts = self.count_LK[level].sum()
@@ -152,19 +157,19 @@ class _Training:
             self.model.quantiser.vectors_LKD[level] = self.total_LKD[level] / (smooth_K * all_counts)[:, None]
 
     @torch.no_grad()
-    def _restart_idle(self, found: Quantised) -> None:
-        """Codes that nothing has used for a while move onto random rows of the last batch."""
-        for level, rest_ND in enumerate(found.rests_LND):
+    def _restart_idle(self, output: QuantizerOutput) -> None:
+        """Reset codes that were unused for ``restart_after`` epochs to random rows of the last batch."""
+        for level, residual_ND in enumerate(output.residuals_LND):
             idle = torch.nonzero(self.idle_LK[level] >= self.cfg.restart_after)[:, 0]
-            rows = torch.randint(len(rest_ND), (len(idle),), generator=self.draw)
+            rows = torch.randint(len(residual_ND), (len(idle),), generator=self.draw)
             if len(idle):
-                fresh_ND = rest_ND[rows.to(self.device)]
+                fresh_ND = residual_ND[rows.to(self.device)]
                 self.model.quantiser.vectors_LKD[level, idle.to(self.device)] = fresh_ND
                 self.count_LK[level, idle.to(self.device)] = 1.0
                 self.total_LKD[level, idle.to(self.device)] = fresh_ND
                 self.idle_LK[level, idle] = 0
 
-    # -- stop and go on ----------------------------------------------------------------------------------------------
+    # -- resume -----------------------------------------------------------------------------------------------------
     def save(self, path: Path, epochs: int) -> None:
         state = {
             "key": self.key, "epochs": epochs, "model": self.model.state_dict(), "draw": self.draw.get_state(),
@@ -175,7 +180,7 @@ class _Training:
             torch.save(state, temporary)
 
     def restore(self, path: Path) -> int:
-        """Epochs that are done; 0 without a usable file of the same training."""
+        """Load the state in ``path``; returns the epochs that are done, 0 without a file of the same training."""
         if not path.is_file():
             return 0
         state: dict[str, Any] = torch.load(path, map_location=self.device, weights_only=True)

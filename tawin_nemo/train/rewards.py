@@ -14,8 +14,7 @@ from torch import Tensor
 from tawin_nemo.baselines.load import load_scorer
 from tawin_nemo.config.schema import RlConfig
 from tawin_nemo.data.text_vectors import load_item_vectors, text_vectors
-from tawin_nemo.maths.item_rewards import collaborative_reward, semantic_reward
-from tawin_nemo.maths.rewards import ranking_reward
+from tawin_nemo.maths.rewards import collaborative_reward, ranking_reward, semantic_reward
 from tawin_nemo.run.world import World
 from tawin_nemo.types import Rollout, TokenRows
 from tawin_nemo.util.errors import ConfigError

@@ -11,23 +11,23 @@ from torch import Tensor
 from tawin_nemo.config.backbones import Backbone
 from tawin_nemo.maths.advantages import zero_std_groups
 from tawin_nemo.rollout.engine import Engine
-from tawin_nemo.rollout.groups import GroupFacts
+from tawin_nemo.rollout.groups import GroupStats
 from tawin_nemo.run.mfu import batch_work
 from tawin_nemo.run.timers import Timers, count_update
 from tawin_nemo.types import DataParallel, Rollout, TokenBatch
 
 
 def rollout_metrics(rollout: Rollout, rewards_BG: Tensor, dp: DataParallel) -> dict[str, float]:
-    """Reward, hits and the kinds of groups (``GroupFacts``), over all data-parallel ranks."""
+    """Reward, hits and the kinds of groups (``GroupStats``), over all data-parallel ranks."""
     valid = rollout.valid_BG
     mine = (
-        GroupFacts.of(rollout),
+        GroupStats.of(rollout),
         float((rewards_BG * valid).sum(dtype=torch.float64)),
         int(zero_std_groups(rewards_BG, valid).sum()),
     )
     parts = dp.gather(mine)
-    groups = sum((part for part, _, _ in parts), GroupFacts())
-    count, shares = max(1, groups.groups), groups.shares()
+    groups = sum((part for part, _, _ in parts), GroupStats())
+    count, shares = max(1, groups.groups), groups.means()
     return {
         "rl/reward": sum(rewards for _, rewards, _ in parts) / max(1, groups.candidates),
         "rl/hit_rate": 1.0 - shares.pop("frac_groups_without_target") - shares["frac_inserted_groups"],

@@ -26,8 +26,7 @@ from tawin_nemo.placement.ahead import RolloutAhead
 from tawin_nemo.placement.dispatch import dispatched, generating
 from tawin_nemo.placement.weight_sync import check_version
 from tawin_nemo.rollout.engine import Engine
-from tawin_nemo.rollout.groups import join_groups, take_groups
-from tawin_nemo.rollout.negatives import ensure_target
+from tawin_nemo.rollout.groups import ensure_target
 from tawin_nemo.run.stage import Progress
 from tawin_nemo.run.timers import Timers
 from tawin_nemo.types import DataParallel, PromptBatch, Rollout
@@ -165,7 +164,7 @@ class Rollouts:
 def informative(rollout: Rollout, rewards_BG: Tensor) -> tuple[Rollout, Tensor]:
     """The groups whose rewards differ: all others have advantage 0 throughout."""
     rows = (~zero_std_groups(rewards_BG, rollout.valid_BG)).nonzero().squeeze(1)
-    return take_groups(rollout, rows), rewards_BG[rows]
+    return rollout.take(rows), rewards_BG[rows]
 
 
 def refilled(
@@ -188,4 +187,4 @@ def refilled(
         added += 1
     if count() == 0:
         return rollout, rewards_BG, added
-    return join_groups([part for part, _ in kept]), torch.cat([rewards for _, rewards in kept]), added
+    return Rollout.cat([part for part, _ in kept]), torch.cat([rewards for _, rewards in kept]), added

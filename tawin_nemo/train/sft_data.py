@@ -19,12 +19,12 @@ from tawin_nemo.data.tasks import (
     INTENTION,
     TITLE,
     Task,
+    TaskEncoder,
     TaskRows,
-    Wording,
     active_tasks,
-    first_words,
     held_out_items,
     items_as_split,
+    truncate_words,
 )
 from tawin_nemo.data.trees import tree_batches
 from tawin_nemo.run.world import World, read_json
@@ -94,8 +94,8 @@ def sft_data(world: World, rows: np.ndarray) -> SftData:
     counts = [len(part.train) for part in tasks]
     shares = [round(getattr(world.recipe.align, part.task.name) * len(part.train)) for part in tasks]
     return SftData(
-        prompts=TokenRows.joined([train.prompts, *(part.train.samples.prompts for part in tasks)]),
-        answers=TokenRows.joined(answers),
+        prompts=TokenRows.cat([train.prompts, *(part.train.samples.prompts for part in tasks)]),
+        answers=TokenRows.cat(answers),
         answer_N=np.concatenate(answer_N),
         num_items=len(paths),
         row_of=np.concatenate([rows, len(train) + np.arange(sum(counts))]).astype(np.int64),
@@ -156,19 +156,19 @@ def task_sets(world: World, rows: np.ndarray) -> Iterator[TaskSet]:
         yield task_set
 
 
-def wording_of(world: World) -> Wording:
+def wording_of(world: World) -> TaskEncoder:
     """How the items of the catalog are written in the tasks."""
     align, items = world.recipe.align, world.dataset.items
     texts = {
         CODES: world.item_texts,
         TITLE: items.titles,
-        DESCRIPTION: [first_words(text, align.max_words) for text in items.descriptions],
+        DESCRIPTION: [truncate_words(text, align.max_words) for text in items.descriptions],
     }
     if align.intentions:
         texts[INTENTION] = _intentions(
             Path(world.recipe.data.root) / align.intentions, len(items.titles), align.max_words
         )
-    return Wording(texts, world.tokenizer, world.template, world.recipe.data)
+    return TaskEncoder(texts, world.tokenizer, world.template, world.recipe.data)
 
 
 def _intentions(path: Path, num_items: int, max_words: int) -> list[str]:
@@ -186,7 +186,7 @@ def _intentions(path: Path, num_items: int, max_words: int) -> list[str]:
             f"align.intentions: {path} has {len(wrong)} entries that are not an item of 0 .. {num_items - 1} with a "
             f"text: {', '.join(map(repr, wrong[:5]))}"
         )
-    return [first_words(str(texts.get(str(item), "")), max_words) for item in range(num_items)]
+    return [truncate_words(str(texts.get(str(item), "")), max_words) for item in range(num_items)]
 
 
 def _as_split(samples: Samples) -> Split:

@@ -13,7 +13,7 @@ import numpy as np
 from megatron.core.models.gpt import GPTModel
 
 from tawin_nemo.catalog.items import Catalog
-from tawin_nemo.data.tokenizer import words_of
+from tawin_nemo.data.tokenizer import read_vocabulary
 from tawin_nemo.models.megatron.checkpoint import checkpoint
 from tawin_nemo.models.megatron.hf.io import load_hf
 from tawin_nemo.models.megatron.hf.new_tokens import NewTokens
@@ -74,7 +74,7 @@ def new_tokens(world: World) -> NewTokens:
     folder = Path(recipe.model.init)
     if not (folder / "tokenizer.json").is_file():
         folder = Path(recipe.data.tokenizer)
-    known = words_of(folder)
+    known = read_vocabulary(folder)
     own = world.tokenizer.backend.get_vocab(with_added_tokens=True)
     ids = np.sort(np.array([token for word, token in own.items() if word not in known], dtype=np.int64))
     if recipe.model.new_tokens == "mean":

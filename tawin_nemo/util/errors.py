@@ -1,22 +1,22 @@
-"""Every error this package raises on purpose.
+"""All errors that this package raises deliberately.
 
-Exit codes of the command line: ``UserError`` and its subclasses end with 2 (the user can mend it), everything else
-with 1 (a fault of the machine or of this software), ``Preempted`` with 75 (run the same command again).
+Exit codes of the command line: ``UserError`` and its subclasses end with 2 (the user can correct it), everything else
+with 1 (a failure of the hardware or of this software), ``Preempted`` with 75 (run the same command again).
 Messages say three things: what is wrong, the value seen, what to do.
 """
 
-#: What `retrain` ends with when the gate refused a night's model: a result, not an error.
+#: Exit code of `retrain` when the gate rejected the new model: a result, not an error.
 REFUSED = 3
 
 
 class TawinError(Exception):
-    """Root of all deliberate errors."""
+    """Base class of all errors that this package raises deliberately."""
 
     exit_code = 1
 
 
 class UserError(TawinError, ValueError):
-    """A mistake that the user can mend: a recipe key, a missing file, an impossible combination."""
+    """A mistake that the user can correct: a recipe key, a missing file, an impossible combination."""
 
     exit_code = 2
 

@@ -1,4 +1,4 @@
-"""Files that are either whole or not there: temporary name, fsync, rename; checksums beside them."""
+"""Atomic writes of files and directories (temporary name, fsync, rename), and checksums."""
 
 from __future__ import annotations
 
@@ -32,7 +32,10 @@ def atomic_path(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def atomic_directory(path: Path) -> Iterator[Path]:
-    """The same for a directory; an older directory of that name is replaced only after the new one is whole."""
+    """Yield a temporary sibling directory; rename it to ``path`` if the block ends without an error.
+
+    An older directory of that name is removed only after the new one has its name.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.tmp", dir=path.parent))
     try:
@@ -50,10 +53,12 @@ def atomic_directory(path: Path) -> Iterator[Path]:
 
 
 def write_json(path: Path, value: Any) -> None:
+    """Write ``value`` atomically as indented JSON with sorted keys."""
     with atomic_path(path) as temporary:
         temporary.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def sha256(path: Path) -> str:
+    """SHA-256 of a file's content as hexadecimal digits."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

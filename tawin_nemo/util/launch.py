@@ -1,4 +1,4 @@
-"""What the launcher (torchrun or srun) says about this process; nothing else reads these environment variables.
+"""Rank and world size from the launcher (torchrun or srun); nothing else reads these environment variables.
 
 torchrun sets ``RANK``, ``WORLD_SIZE`` and ``LOCAL_RANK``; srun sets ``SLURM_PROCID``, ``SLURM_STEP_NUM_TASKS`` (or
 ``SLURM_NTASKS``) and ``SLURM_LOCALID``. A batch script outside srun also sees ``SLURM_PROCID=0`` and the tasks of its
@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Launch:
-    """This process among those that were started together."""
+    """Rank of this process among those that one launcher started."""
 
     rank: int = 0
     world_size: int = 1
@@ -32,7 +32,7 @@ def read_launch(env: Mapping[str, str] = os.environ) -> Launch:
 
 
 def is_launched(env: Mapping[str, str] = os.environ) -> bool:
-    """Whether torchrun or srun started this process, perhaps as the only one."""
+    """True if torchrun or srun started this process, perhaps as the only one."""
     return "RANK" in env or bool(env.get("SLURM_STEP_ID"))
 
 

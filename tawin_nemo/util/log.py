@@ -1,4 +1,4 @@
-"""Console logging and progress bars: rank 0 speaks, the others only warn."""
+"""Console logging and progress bars: rank 0 logs from level INFO, the others from WARNING."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _LINE = "{n_fmt}/{total_fmt} [{elapsed}, {remaining} to go, {rate_fmt}]"
 
 
 def get_logger(name: str) -> logging.Logger:
-    """A logger below ``tawin_nemo``; the handler (stderr, so that stdout stays machine-readable) is set once."""
+    """A logger below ``tawin_nemo``. Its one handler writes to stderr, so that stdout stays machine-readable."""
     root = logging.getLogger("tawin_nemo")
     if not root.handlers:
         handler = logging.StreamHandler(sys.stderr)
@@ -31,7 +31,11 @@ def get_logger(name: str) -> logging.Logger:
 
 
 def progress(items: Iterable[T], *, what: str, total: int | None = None, initial: int = 0) -> Iterator[T]:
-    """Iterate with a bar and an ETA on rank 0; into a file (Slurm, nohup) it writes a whole line every 30 s instead."""
+    """Iterate over ``items`` with a progress bar and an ETA on rank 0.
+
+    Where stderr is a file (Slurm, nohup) it logs a line every SECONDS_BETWEEN_LINES seconds instead. ``initial``: items
+    that were done before, of ``total``.
+    """
     if sys.stderr.isatty():
         quiet = read_launch().rank != 0
         yield from tqdm(items, desc=what, total=total, initial=initial, disable=quiet, dynamic_ncols=True)
@@ -49,6 +53,6 @@ def progress(items: Iterable[T], *, what: str, total: int | None = None, initial
 
 
 def say(message: str, **fields: Any) -> None:
-    """One line to the person at the terminal, with ``key=value`` fields at its end."""
+    """Log one line at level INFO, with ``key=value`` fields at its end."""
     tail = " ".join(f"{key}={value}" for key, value in fields.items())
     get_logger("tawin_nemo").info("%s%s", message, f" {tail}" if tail else "")

@@ -1,8 +1,8 @@
-"""Work below torch function modes: thousands of small calls of torch, none of which a mode has to see.
+"""Calls of torch that bypass torch function modes, for loops of thousands of small operations.
 
-On a machine without CUDA megatron-core runs on a mode that reads CUDA devices as CPU and so looks at each call of
-torch, at a cost like that of a small call itself. It is needed where megatron builds models, schedules passes and steps
-an optimizer; searches and passes through a model name no device.
+On a machine without CUDA, megatron-core runs under a function mode that maps CUDA devices to the CPU. The mode sees
+every call of torch, which costs about as much as a small operation itself. It is needed where megatron builds models,
+schedules passes and steps an optimizer, but not in searches and forward passes, which name no device.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ R = TypeVar("R")
 
 
 def without_modes() -> contextlib.AbstractContextManager[Any]:
-    """Inside, no torch function mode sees a call; nothing at all where CUDA is there, and with it no such mode."""
+    """A context in which no torch function mode sees a call; does nothing where CUDA is available."""
     return contextlib.nullcontext() if torch.cuda.is_available() else torch._C.DisableTorchFunction()
 
 
 def plain_calls(function: Callable[P, R]) -> Callable[P, R]:
-    """Run ``function`` without gradient and below every mode."""
+    """Decorator: run ``function`` without gradients and outside of every torch function mode."""
 
     @wraps(function)
     def plain(*args: P.args, **kwargs: P.kwargs) -> R:

@@ -9,7 +9,7 @@ import torch
 
 from tawin_nemo.baselines.build import Blueprint
 from tawin_nemo.baselines.load import (
-    Fitting,
+    ModelAndOptimizer,
     find_problem,
     load_baseline,
     load_checkpoint,
@@ -22,16 +22,16 @@ from tawin_nemo.util.files import write_json
 from tests.baselines.patterns import ITEMS, MODELS, PATHS, WINDOW, model_of
 
 
-def fitting_of(name: str, seed: int) -> Fitting:
+def fitting_of(name: str, seed: int) -> ModelAndOptimizer:
     """A model after one step, so that the optimizer has a state."""
     model = model_of(name, seed=seed)
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
     model.loss(torch.tensor([[1, 2]]), torch.tensor([3])).sum().backward()
     optimizer.step()
-    return Fitting(model.eval(), optimizer)
+    return ModelAndOptimizer(model.eval(), optimizer)
 
 
-def finished_stage(folder: Path, name: str, seed: int) -> Fitting:
+def finished_stage(folder: Path, name: str, seed: int) -> ModelAndOptimizer:
     fitting = fitting_of(name, seed)
     config = BaselineConfig(model=name, hidden=16, layers=2, heads=2, dropout=0.0)
     write_json(folder / "model.json", Blueprint(config, ITEMS, WINDOW, PATHS if name == "tiger" else None).to_json())

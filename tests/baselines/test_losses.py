@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from tawin_nemo.baselines.losses import bce_loss, sample_negatives, softmax_loss
+from tawin_nemo.baselines.protocol import bce_loss, sample_negatives, softmax_loss
 
 
 def test_softmax_loss_and_its_gradient():

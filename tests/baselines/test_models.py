@@ -4,8 +4,7 @@ import pytest
 import torch
 
 from tawin_nemo.baselines.build import Blueprint, build_recommender
-from tawin_nemo.baselines.losses import bce_loss, sample_negatives, softmax_loss
-from tawin_nemo.baselines.protocol import left_aligned, left_padded
+from tawin_nemo.baselines.protocol import bce_loss, left_aligned, left_padded, sample_negatives, softmax_loss
 from tawin_nemo.config.schema import BaselineConfig
 from tawin_nemo.types import NO_ITEM, TokenRows
 from tawin_nemo.util.errors import ConfigError

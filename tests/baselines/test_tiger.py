@@ -3,9 +3,8 @@
 import pytest
 import torch
 
-from tawin_nemo.baselines.codes import END, PAD, CodeBook, CodeTree
 from tawin_nemo.baselines.protocol import left_padded
-from tawin_nemo.baselines.tiger import PLACES, Tiger
+from tawin_nemo.baselines.tiger import END, MAX_CODE_AGE, PAD, CodeBook, CodeTree, Tiger
 from tawin_nemo.types import NO_ITEM, TokenRows
 from tests.baselines.patterns import ITEMS, PATHS, histories, model_of
 
@@ -106,7 +105,7 @@ def test_items_on_one_path_share_score_and_carrier():
     paths = TokenRows.from_lists([[2, 3, 1], [2, 4, 1], [2, 3, 1], [5, 1]])
     torch.manual_seed(0)
     model = Tiger(paths, hidden=8, layers=1, heads=2, dropout=0.0).eval()
-    assert model.carrier_I.tolist() == [0, 1, 0, 3]
+    assert model.representative_I.tolist() == [0, 1, 0, 3]
     scores_I = model.scores(torch.tensor([[1, 3]]))[0]
     assert scores_I[0] == scores_I[2]
     assert scores_I[[0, 1, 3]].exp().sum().item() == pytest.approx(1.0, abs=1e-5)
@@ -123,7 +122,7 @@ def test_the_encoder_reads_the_codes_without_gaps_and_end(model):
 def test_older_codes_share_a_place_when_the_history_is_long(model):
     history_BL = torch.arange(60)[None] % ITEMS
     tokens_BS, mask_BS = model.encoder_input(history_BL)
-    assert tokens_BS.shape[1] > PLACES
+    assert tokens_BS.shape[1] > MAX_CODE_AGE
     assert model.read(tokens_BS, mask_BS).isfinite().all()
 
 

@@ -84,7 +84,7 @@ class Fixed(SequentialRecommender):
 
     def __init__(self, scores: list[float]) -> None:
         super().__init__(len(scores))
-        self.carrier_I = torch.tensor([0, 1, 2, 1])
+        self.representative_I = torch.tensor([0, 1, 2, 1])
         self.fixed_I = torch.tensor(scores)
 
     def scores(self, history_BL, width=None):
@@ -173,7 +173,7 @@ def test_training_stops_after_patience_epochs_without_progress(world, monkeypatc
 def test_an_interrupted_run_continues_bit_for_bit(world, monkeypatch, tmp_path, model, loss):
     world = with_baseline(world, model=model, loss=loss, epochs=2)
     whole = run_baseline(SimpleNamespace(**{**vars(world), "run_dir": tmp_path / "whole"}))
-    fit = train.fit
+    fit = train.train_step
     for stops in (2, 3, 4):  # counted from where the attempt before left off: steps 2, 3 (saved), 4 .. of 12
         left = iter(range(stops))
 
@@ -182,10 +182,10 @@ def test_an_interrupted_run_continues_bit_for_bit(world, monkeypatch, tmp_path, 
                 raise KeyboardInterrupt
             return fit(*arguments, **options)
 
-        monkeypatch.setattr(train, "fit", dying)
+        monkeypatch.setattr(train, "train_step", dying)
         with pytest.raises(KeyboardInterrupt):
             run_baseline(world)
-    monkeypatch.setattr(train, "fit", fit)
+    monkeypatch.setattr(train, "train_step", fit)
     resumed = run_baseline(world)
     assert resumed.per_user.equals(whole.per_user)
     ours, theirs = (folder / model for folder in (world.run_dir, tmp_path / "whole"))
@@ -261,13 +261,13 @@ def test_impossible_combinations_are_refused_before_anything_is_written(world, o
 
 def test_earlier_rows_are_all_that_a_reward_model_sees(world, monkeypatch):
     seen = set()
-    fit = train.fit
+    fit = train.train_step
 
     def watched(world, fitting, samples, **options):
         seen.update(samples.row_N.tolist())
         return fit(world, fitting, samples, **options)
 
-    monkeypatch.setattr(train, "fit", watched)
+    monkeypatch.setattr(train, "train_step", watched)
     small = with_baseline(world, model="gru4rec", rows="earlier", epochs=2)
     small.earlier_rows = np.arange(240)
     run_baseline(small)
@@ -281,8 +281,8 @@ def test_micro_batches_do_not_change_the_step(world, monkeypatch):
         small = with_baseline(world, model="sasrec", dropout=0.0)
         runtime.seed_step(1, 0)
         model = train.build_recommender(train.blueprint_of(small))
-        fitting = train.Fitting(model, torch.optim.Adam(model.parameters()))
-        facts.append(train.fit(small, fitting, small.samples["train"].take(np.arange(20)), lr=1e-3))
+        fitting = train.ModelAndOptimizer(model, torch.optim.Adam(model.parameters()))
+        facts.append(train.train_step(small, fitting, small.samples["train"].take(np.arange(20)), lr=1e-3))
     for other in facts[1:]:
         assert other == pytest.approx(facts[0], rel=1e-5)
 

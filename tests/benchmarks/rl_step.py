@@ -87,11 +87,11 @@ class Ours:
             self.components.actor,
             self.components.actor.trainable.shape,
         )
-        self.meter.take()
+        self.meter.pop_flops()
         rollout = engine.generate(
             self.prompts, self.rl.group_size, negatives="beam", policy_space="trie", step=self.steps
         )
-        searched = self.meter.take()
+        searched = self.meter.pop_flops()
         ones_BG = torch.ones_like(rollout.scores_BG)
         scored = batch_work([part.batch for part in actor.pack(rollout, ones_BG, ones_BG)], shape.vocab)
         return (searched + scored + scored + scored + scored).forward_flops(shape)  # update = three forward passes

@@ -106,9 +106,9 @@ def run_length(
     count = len(prompts)
     sizes = [size for size in (1, 2, 4, 8) if size <= count]
     best, searched = harness.best_of({str(n): partial(sides.baseline, prompts, n) for n in sizes})
-    sides.meter.take()
+    sides.meter.pop_flops()
     ours = sides.ours(prompts)
-    work = sides.meter.take()
+    work = sides.meter.pop_flops()
     theirs = []
     runs: dict[str, Callable[[], Any]] = {
         "ours": lambda: sides.ours(prompts),

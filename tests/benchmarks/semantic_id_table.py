@@ -27,7 +27,7 @@ from tawin_nemo.commands.tokenize import brand_and_category_words
 from tawin_nemo.config.schema import DataConfig, PrepareConfig, RqVaeConfig, SemanticIdsConfig, TextConfig
 from tawin_nemo.data.interactions import Dataset, load_dataset
 from tawin_nemo.data_prep.prepare import prepare
-from tawin_nemo.semantic_ids.coder import ItemCoder, fit, settle
+from tawin_nemo.semantic_ids.coder import ItemCoder, fit, resolve_collisions
 from tawin_nemo.semantic_ids.collisions import groups_of
 from tawin_nemo.semantic_ids.encoders import embed, item_texts
 from tawin_nemo.semantic_ids.index_files import read_index
@@ -67,7 +67,7 @@ def rows_of(
         fitted = next((found for known, found in FITTED if known == key), None) or fit(x_ID, cfg, seed=seed)
         FITTED.append((key, fitted))
         coder, raw_IL = fitted
-        codes_IL = settle(raw_IL, coder, x_ID, cfg.collisions)
+        codes_IL = resolve_collisions(raw_IL, coder, x_ID, cfg.collisions)
         seconds = time.perf_counter() - begin
         target_N, read_ID = dataset.test.target_N, coder.decode(codes_IL)
         report = measure(codes_IL, cfg.levels, x_ID, test_target_N=target_N, read_ID=read_ID, words=words, seed=seed)

@@ -2,7 +2,7 @@
 
     python -m tests.benchmarks.semantic_ids --json recipes/results/bench_semantic_ids.json
 
-Sides of the k-means comparison: `tawin_nemo.semantic_ids.kmeans`; faiss.ResidualQuantizer (`pip install
+Sides of the k-means comparison: `tawin_nemo.semantic_ids.clustering`; faiss.ResidualQuantizer (`pip install
 faiss-cpu==1.15.1`, which is not in requirements.txt; left out with a note where it is absent), greedy as ours, training
 and codes; scikit-learn's KMeans with k-means++ on all rows, level after level. All run at most the same number of Lloyd
 iterations, on the same threads. Ours and RQ-VAE have the defaults of `tawin-nemo tokenize`; the assignment is that of
@@ -28,9 +28,9 @@ import torch
 from threadpoolctl import threadpool_limits
 
 from tawin_nemo.config.schema import SemanticIdsConfig
+from tawin_nemo.semantic_ids.clustering import residual_kmeans
 from tawin_nemo.semantic_ids.codebooks import Codebooks, nearest
 from tawin_nemo.semantic_ids.coder import ItemCoder
-from tawin_nemo.semantic_ids.kmeans import residual_kmeans
 from tawin_nemo.semantic_ids.quantiser import Autoencoder
 from tawin_nemo.semantic_ids.report import relative_error
 from tawin_nemo.semantic_ids.train_quantiser import Plan, train_quantiser

@@ -210,7 +210,7 @@ def floor_seconds(setting: Setting, bodies: Sequence[dict[str, Any]], machine: h
     lm = MeteredLM(MegatronLM(megatron_model(shape, transformers_model(shape)), shape))
     prompts = TokenRows.from_lists([setting.catalog.prompt(body["history"]).flat for body in bodies])
     constrained_beam_search(lm, prompts, setting.catalog.trie, bodies[0]["beams"])
-    return machine.floor_seconds(flops=lm.take().forward_flops(shape)) / len(bodies)
+    return machine.floor_seconds(flops=lm.pop_flops().forward_flops(shape)) / len(bodies)
 
 
 def benchmark(

@@ -28,7 +28,7 @@ def tokenizer_for(template: Template) -> Tokenizer:
 
 
 def whole(encoder: PromptEncoder, histories: TokenRows) -> list[list[int]]:
-    rows = encoder.encode_whole(histories)
+    rows = encoder.encode_full_prompts(histories)
     return [rows[row].tolist() for row in range(len(rows))]
 
 

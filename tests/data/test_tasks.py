@@ -12,7 +12,7 @@ from tawin_nemo.data.tasks import (
     INTENTION,
     TASKS,
     TITLE,
-    Wording,
+    TaskEncoder,
     active_tasks,
     held_out_items,
     items_as_split,
@@ -33,11 +33,11 @@ TARGETS = [1, 0, 4]
 TASK = {task.name: task for task in TASKS}
 
 
-def wording(template: str) -> Wording:
+def wording(template: str) -> TaskEncoder:
     data = DataConfig(tokenizer="bpe", template=template, bpe_vocab_size=320, max_history=4)
     markers = [task.marker for task in TASKS] if template == "compact" else []
     tokenizer = build_tokenizer(data, CatalogConfig(kind="sid"), ModelConfig(), TEXTS[TITLE], CODE_LISTS, markers)
-    return Wording(TEXTS, tokenizer, Template(template, "sid"), data)
+    return TaskEncoder(TEXTS, tokenizer, Template(template, "sid"), data)
 
 
 def histories() -> Split:
@@ -83,7 +83,7 @@ def test_markers_are_single_tokens_and_differ():
 
 def test_a_task_without_a_single_text_is_refused():
     told = wording("compact")
-    silent = Wording({**TEXTS, DESCRIPTION: [""] * 5}, told.tokenizer, told.template, told.data)
+    silent = TaskEncoder({**TEXTS, DESCRIPTION: [""] * 5}, told.tokenizer, told.template, told.data)
     with pytest.raises(ConfigError, match=r"align\.description_to_sid has no rows.*description.*set align"):
         silent.rows(TASK["description_to_sid"], items_as_split(np.arange(5)))
 

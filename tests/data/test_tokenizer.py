@@ -13,7 +13,7 @@ from transformers import AutoTokenizer
 
 from tawin_nemo.config.schema import CatalogConfig, DataConfig, ModelConfig
 from tawin_nemo.data.prompts import ANSWER_MARK, ITEM_MARK, Template
-from tawin_nemo.data.tokenizer import EOS, PAD, Tokenizer, build_tokenizer, words_of
+from tawin_nemo.data.tokenizer import EOS, PAD, Tokenizer, build_tokenizer, read_vocabulary
 from tawin_nemo.util.errors import CatalogError, ConfigError, DataError
 from tawin_nemo.util.files import sha256
 
@@ -106,7 +106,7 @@ def test_saved_tokenizer_is_read_by_auto_tokenizer_with_the_same_ids(make, tmp_p
     assert loaded.encode_batch([text])[0].tolist() == expected
     assert auto.encode(text, add_special_tokens=False) == expected
     assert (loaded.eos_id, loaded.pad_id, loaded.size) == (tokenizer.eos_id, tokenizer.pad_id, tokenizer.size)
-    assert words_of(tmp_path) == loaded.fast.get_vocab()
+    assert read_vocabulary(tmp_path) == loaded.fast.get_vocab()
     assert loaded.fingerprint == tokenizer.fingerprint == sha256(tmp_path / "tokenizer.json")
 
 
@@ -182,9 +182,9 @@ def test_a_broken_file_is_refused_by_folder(tmp_path: Path):
     with pytest.raises(ConfigError, match=f"the tokenizer in {tmp_path} cannot be read"):
         Tokenizer.load(tmp_path)
     with pytest.raises(ConfigError, match=f"the tokenizer in {tmp_path} cannot be read"):
-        words_of(tmp_path)
+        read_vocabulary(tmp_path)
     with pytest.raises(ConfigError, match=r"no tokenizer\.json in .*/elsewhere"):
-        words_of(tmp_path / "elsewhere")
+        read_vocabulary(tmp_path / "elsewhere")
 
 
 def test_words_that_only_the_config_adds_are_known_too(tmp_path: Path):
@@ -193,7 +193,7 @@ def test_words_that_only_the_config_adds_are_known_too(tmp_path: Path):
     told = json.loads(file.read_text())
     told["added_tokens_decoder"] = {"400": {"content": "<|late|>", "special": True}}
     file.write_text(json.dumps(told))
-    assert words_of(tmp_path)["<|late|>"] == 400
+    assert read_vocabulary(tmp_path)["<|late|>"] == 400
 
 
 @pytest.mark.real_data
@@ -202,7 +202,7 @@ def test_qwen_folder_without_config(qwen_tokenizer: Path):
     assert tokenizer.encode_batch(["Hello world"])[0].tolist() == [9707, 1879]
     assert tokenizer.eos_id == 151643
     assert tokenizer.size == 151643 + 22
-    assert words_of(qwen_tokenizer) == tokenizer.fast.get_vocab()
+    assert read_vocabulary(qwen_tokenizer) == tokenizer.fast.get_vocab()
 
 
 @pytest.mark.parametrize("build", [bpe, codes])

@@ -61,7 +61,7 @@ def check_layout(batch: TokenBatch, needed: list[set[tuple[int, ...]]], prompts:
         # a chain ends where the beginnings fork, or with them
         forks = [i for i in range(stop - start) if ends[start + i] < stop]
         assert chain == min(forks, default=stop - start)
-    places = batch.place_P.tolist()
+    places = batch.index_P.tolist()
     assert places == sorted(set(places))
     assert sorted(set(batch.row_N.tolist())) == list(range(len(places)))
 
@@ -119,7 +119,7 @@ def test_one_tree_spelled_out():
     assert batch.position_S.tolist() == [0, 1, 2, 3, 4]
     assert batch.end_S.tolist() == [5, 5, 5, 5, 5]  # all choices lie on one path: nothing forks
     assert (batch.chain_B.tolist(), batch.tree_B.tolist()) == ([5], [0])
-    assert batch.place_P.tolist() == [1, 2, 3, 4]
+    assert batch.index_P.tolist() == [1, 2, 3, 4]
     assert index.answer_N.tolist() == [0, 0, 1, 1, 1, 1, 2, 2, 2, 3, 3, 3, 3, 4, 4, 4, 4]
     assert index.token_N.tolist() == [0, 1, 0, 1, 2, 3, 0, 1, 2, 0, 1, 2, 3, 0, 1, 2, 3]
     assert batch.row_N.tolist() == index.token_N.tolist()
@@ -140,7 +140,7 @@ def test_a_single_answer_is_a_chain():
 
 def test_a_catalog_of_one_item_has_nothing_to_score():
     batch, index = tree_batch(rows([[2, 3]]), rows(ALONE), np.zeros(1, np.int64), TokenTrie.from_paths(ALONE))
-    assert len(batch.place_P) == len(batch.row_N) == len(index.answer_N) == 0
+    assert len(batch.index_P) == len(batch.row_N) == len(index.answer_N) == 0
     assert batch.tokens_S.tolist() == [2, 3]
     assert batch.children is not None
     assert len(batch.children.token_E) == 0

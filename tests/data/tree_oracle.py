@@ -26,7 +26,7 @@ def dense_places(batch: TokenBatch) -> list[Place]:
     """Every place of a batch as a plain row, from the visibility rule of ``TokenBatch`` alone."""
     tokens, ends, rows = batch.tokens_S.tolist(), batch.end_S.tolist(), batch.row_N.tolist()
     targets, places = batch.target_N.tolist(), []
-    for p, place in enumerate(batch.place_P.tolist()):
+    for p, place in enumerate(batch.index_P.tolist()):
         log_probs = [n for n, row in enumerate(rows) if row == p]
         admissible = None
         if batch.children is not None:

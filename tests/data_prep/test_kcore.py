@@ -6,7 +6,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tawin_nemo.data_prep.kcore import k_core
+from tawin_nemo.data_prep.pipeline import k_core
 
 pairs = st.lists(st.tuples(st.integers(0, 7), st.integers(0, 7)), max_size=60)
 

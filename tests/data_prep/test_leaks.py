@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from tawin_nemo.data.interactions import Split
-from tawin_nemo.data_prep.leaks import leak_check
-from tawin_nemo.data_prep.windows import sliding_windows, split_by_time
+from tawin_nemo.data_prep.dataset import leak_check
+from tawin_nemo.data_prep.pipeline import sliding_windows, split_by_time
 from tawin_nemo.types import SPLITS, TokenRows
 from tawin_nemo.util.errors import DataError
 

@@ -4,7 +4,7 @@ from datetime import UTC, datetime
 
 import pytest
 
-from tawin_nemo.data_prep.periods import period
+from tawin_nemo.data_prep.raw import period
 from tawin_nemo.util.errors import ConfigError
 
 

@@ -30,7 +30,6 @@ from tawin_nemo.models.megatron.optim.trainable import Trainable
 from tawin_nemo.models.megatron.parallel import disaggregated, runtime
 from tawin_nemo.models.megatron.parallel.channel import Stop
 from tawin_nemo.models.megatron.parallel.disaggregated import RolloutRanks
-from tawin_nemo.placement.dispatch import take_prompts
 from tawin_nemo.placement.remote_engine import RemoteEngine
 from tawin_nemo.placement.rollout_ranks import serve
 from tawin_nemo.placement.weight_sync import build_engine, check_equal, sync_weights
@@ -118,7 +117,7 @@ def prompts(step: int, dp: DataParallel) -> PromptBatch:
     draw = np.random.default_rng([6, step])
     rows = TokenRows.from_lists([draw.integers(1, SHAPE.vocab, size=4 + r % 3) for r in range(PROMPTS)])
     whole = PromptBatch(torch.arange(PROMPTS), rows, torch.from_numpy(draw.integers(0, 30, size=PROMPTS)))
-    return take_prompts(whole, balanced_shard(np.arange(PROMPTS), rows.lengths, dp))
+    return whole.take(torch.from_numpy(balanced_shard(np.arange(PROMPTS), rows.lengths, dp)))
 
 
 class Largest(TorchDispatchMode):

@@ -31,7 +31,7 @@ def make_catalog() -> Catalog:
 class ListedEngine:
     """Returns, for the prompt ``[r, ...]``, the items that ``lists[r]`` names; short lists are filled with NO_ITEM."""
 
-    dp, spread = None, 1  # it searches in this process alone
+    dp, num_replicas = None, 1  # it searches in this process alone
 
     def __init__(self, catalog: Catalog, lists: list[list[int]]) -> None:
         self.catalog, self.lists = catalog, lists

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tawin_nemo.maths.advantages import group_advantages
-from tawin_nemo.maths.item_rewards import collaborative_reward, semantic_reward
+from tawin_nemo.maths.rewards import collaborative_reward, semantic_reward
 from tawin_nemo.types import NO_ITEM
 
 

@@ -2,12 +2,10 @@
 
 import json
 
-import numpy as np
 import pytest
 import torch
 
 from tawin_nemo.placement.ahead import RolloutAhead
-from tawin_nemo.placement.dispatch import take_prompts
 from tawin_nemo.types import Rollout
 from tawin_nemo.util.errors import CheckpointError, TawinError
 from tests.train.actor_scene import PLAIN, Scene
@@ -23,7 +21,7 @@ def waiting(rollout: Rollout, *, version: int, rows: list[int]) -> RolloutAhead:
     made = RolloutAhead(engine=object(), total=9)
     first = RolloutAhead(engine=object(), total=9)
     first._waiting = Rollout(**{**vars(rollout), "weight_version": version})
-    made.restore(json.loads(json.dumps(first.state())), take_prompts(rollout.prompts, np.array(rows, np.int64)))
+    made.restore(json.loads(json.dumps(first.state())), rollout.prompts.take(torch.tensor(rows, dtype=torch.long)))
     return made
 
 
@@ -67,7 +65,7 @@ def test_a_rollout_without_its_own_logprobs_is_refused(rollout):
 def test_other_data_than_the_checkpoint_saw_are_refused(rollout):
     first = RolloutAhead(engine=object(), total=9)
     first._waiting = rollout
-    other = take_prompts(rollout.prompts, np.array([0]))
+    other = rollout.prompts.take(torch.tensor([0]))
     other.row_B[0] = 77
     with pytest.raises(CheckpointError, match="other rows than the data"):
         RolloutAhead(engine=object(), total=9).restore(first.state(), other)

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from tawin_nemo.placement.dispatch import dispatched, take_prompts
+from tawin_nemo.placement.dispatch import dispatched
 from tawin_nemo.types import DataParallel, PromptBatch, Rollout, TokenRows
 
 RANKS, G = 4, 2
@@ -69,7 +69,7 @@ def searched(batch: PromptBatch, seen: Callable[[list[int]], None]) -> Rollout:
 @pytest.mark.parametrize("count", [3, 9])
 def test_everybody_gets_the_candidates_of_their_own_prompts(count: int, rollout_size: int) -> None:
     whole, training, searching = prompts(count), Board(2), Board(rollout_size)
-    shares = [take_prompts(whole, np.arange(count)[replica::2]) for replica in range(2)]
+    shares = [whole.take(torch.arange(count)[replica::2]) for replica in range(2)]
     ran: dict[int, list[int]] = {}
 
     def rank(number: int) -> Rollout:

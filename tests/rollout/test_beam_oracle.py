@@ -16,7 +16,7 @@ from sequence_lm import SequenceLM, TableLM
 from token_synchronous import Path, token_synchronous_search
 
 from tawin_nemo.catalog.trie import TokenTrie
-from tawin_nemo.rollout.beam import BeamSearch, collected
+from tawin_nemo.rollout.beam import BeamSearch, collect_candidates
 from tawin_nemo.types import Candidates, TokenRows
 
 VOCAB, EOS = 50, 0
@@ -87,9 +87,9 @@ def search(case: Case, lm: SequenceLM) -> Candidates:
         running.admit(prompts.take(rows), rows)
         came += len(rows)
         answers.append(running.advance())
-        assert running.held >= running.running
-    assert running.held == 0
-    return collected(answers, case.width, trie)
+        assert running.cache_tokens >= running.running
+    assert running.cache_tokens == 0
+    return collect_candidates(answers, case.width, trie)
 
 
 def oracle(case: Case, lm: SequenceLM) -> list[list[Path]]:
@@ -186,7 +186,7 @@ def test_beams_that_go_on_are_found_behind_many_that_end() -> None:
     trie = TokenTrie.from_paths([[6, 4], [6, 5], [1], [2], [3], [7, 1, 1]])
     search = BeamSearch(ListedLM(VOCAB), trie, 2)
     search.admit(TokenRows.from_lists([[10]]), [0])
-    found = search.advance().found
+    found = search.advance().candidates
     assert found.items_BW.tolist() == [[2, 5]]
     assert found.scores_BW.tolist() == [[-0.5, -0.75]]
 
@@ -204,7 +204,7 @@ def test_chains_that_are_needed_later_fill_a_call_up() -> None:
         while running.running:
             answers.append(running.advance())
         assert answers[-1].ticket_B.tolist() == [7]
-        found.append(collected(answers, 6, trie))
+        found.append(collect_candidates(answers, 6, trie))
     assert all(torch.equal(other.leaf_BW, found[0].leaf_BW) for other in found)
     assert {ahead: lm.extensions for ahead, lm in lms.items()} == {0: 3, 4: 2, 32: 1}
     assert {ahead: len(lm.ran) for ahead, lm in lms.items()} == {0: 7, 4: 7, 32: 7}
@@ -217,11 +217,11 @@ def test_prompts_that_are_done_leave_the_cache(space: str) -> None:
     trie = TokenTrie.from_paths([[*rng.integers(1, 4, rng.integers(1, 9)).tolist(), EOS] for _ in range(60)])
     lm = TableLM(VOCAB)
     running = BeamSearch(lm, trie, 3, score_space=space)
-    one = int(running.tokens_of(np.array([2]))[0])
+    one = int(running.max_cache_tokens(np.array([2]))[0])
     for ticket in range(10):
         running.admit(TokenRows.from_lists([[10 + ticket, 11]]), [ticket])
         running.advance()
-        assert running.held <= 2 * one * max(1, running.running)
+        assert running.cache_tokens <= 2 * one * max(1, running.running)
     while running.running:
         running.advance()
-    assert running.held == 0
+    assert running.cache_tokens == 0

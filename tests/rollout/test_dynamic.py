@@ -17,7 +17,7 @@ from tawin_nemo.catalog.items import Catalog
 from tawin_nemo.catalog.trie import TokenTrie
 from tawin_nemo.config.schema import RolloutConfig
 from tawin_nemo.rollout.engine import RolloutEngine, draw_seed
-from tawin_nemo.rollout.negatives import distinct_first, draws_for
+from tawin_nemo.rollout.groups import draws_for, keep_distinct
 from tawin_nemo.types import Candidates, PromptBatch, TokenRows
 from tawin_nemo.util.errors import ConfigError
 
@@ -73,7 +73,7 @@ def test_the_rule_against_a_loop(leaves: list[int], target: int, data: st.DataOb
     group_size = data.draw(st.integers(1, len(leaves)))
     order = data.draw(st.permutations(range(10)))
     scores = {leaf: -float(place) for place, leaf in enumerate(order)}
-    kept = distinct_first(drawn(leaves, scores), torch.tensor([target]), group_size)
+    kept = keep_distinct(drawn(leaves, scores), torch.tensor([target]), group_size)
     assert kept.leaf_BW[0].tolist() == expected_leaves(leaves, scores, target, group_size)
     # every column belongs to its leaf
     assert torch.equal(kept.items_BW, kept.leaf_BW + 1000)
@@ -88,7 +88,7 @@ def test_by_hand() -> None:
     found = drawn([7, 7, 7, 3, 3, 5, 9], scores)
 
     def kept(target: int, group_size: int) -> list[int]:
-        return distinct_first(found, torch.tensor([target]), group_size).leaf_BW[0].tolist()
+        return keep_distinct(found, torch.tensor([target]), group_size).leaf_BW[0].tolist()
 
     assert kept(1, 3) == [7, 3, 5]  # the target was not drawn: the best three paths
     assert kept(9, 3) == [7, 3, 9]  # it was: it takes the place of the worst of them
@@ -100,7 +100,7 @@ def test_by_hand() -> None:
 def test_equal_scores_of_different_paths_do_not_confuse() -> None:
     scores = {7: -1.0, 3: -1.0}
     found = drawn([7, 3, 7, 3], scores)
-    assert sorted(distinct_first(found, torch.tensor([0]), 2).leaf_BW[0].tolist()) == [3, 7]
+    assert sorted(keep_distinct(found, torch.tensor([0]), 2).leaf_BW[0].tolist()) == [3, 7]
 
 
 @pytest.mark.parametrize(("group_size", "oversample"), [(3, 2.0), (4, 1.5), (9, 1.0), (5, 4.0)])

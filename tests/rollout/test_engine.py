@@ -68,11 +68,11 @@ def test_a_running_search_stays_within_the_budget(
     def watched(search: BeamSearch, prompts: TokenRows, tickets: np.ndarray) -> None:
         joined.append(search.running)
         admit(search, prompts, tickets)
-        held.append(search.held)
+        held.append(search.cache_tokens)
 
     monkeypatch.setattr(BeamSearch, "admit", watched)
     one = BeamSearch(engine.lm, engine.catalog.trie, 4, score_space=space)
-    largest = int(one.tokens_of(batch.prompts.lengths).max())
+    largest = int(one.max_cache_tokens(batch.prompts.lengths).max())
     for budget in (largest, 3 * largest, 4 * largest):
         held.clear()
         engine.search(batch.prompts, 4, score_space=space, token_budget=budget)
@@ -88,7 +88,7 @@ def test_results_come_as_soon_as_they_are_there(engine: RolloutEngine, batch: Pr
     whole, seen = engine.search(batch.prompts, 5), []
     for part in engine.stream(batch.prompts, 5, token_budget=200):
         seen += part.ticket_B.tolist()
-        assert torch.equal(part.found.leaf_BW, whole.leaf_BW[torch.from_numpy(part.ticket_B)])
+        assert torch.equal(part.candidates.leaf_BW, whole.leaf_BW[torch.from_numpy(part.ticket_B)])
     assert sorted(seen) == list(range(len(batch)))
 
 

@@ -9,7 +9,7 @@ import torch
 
 from tawin_nemo.catalog.items import Catalog
 from tawin_nemo.catalog.trie import TokenTrie
-from tawin_nemo.rollout.negatives import ensure_target
+from tawin_nemo.rollout.groups import ensure_target
 from tawin_nemo.types import NO_ITEM, PromptBatch, Rollout, TokenRows
 
 EOS = 1

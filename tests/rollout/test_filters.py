@@ -40,7 +40,7 @@ class Wish:
     def filter(self, trie: TokenTrie) -> ItemFilter | None:
         if self.kind is None:
             return None
-        return ItemFilter(self.kind, np.sort(trie.spans.place_I[sorted(self.listed)]))
+        return ItemFilter(self.kind, np.sort(trie.spans.rank_I[sorted(self.listed)]))
 
 
 @st.composite
@@ -95,10 +95,10 @@ def test_each_prompt_gets_what_it_would_get_alone(
         came = upto
         answer = running.advance()
         for row, ticket in enumerate(answer.ticket_B.tolist()):
-            leaves, scores = answer.found.leaf_BW[row].tolist(), answer.found.scores_BW[row].tolist()
+            leaves, scores = answer.candidates.leaf_BW[row].tolist(), answer.candidates.scores_BW[row].tolist()
             answers[ticket] = [(leaf, score) for leaf, score in zip(leaves, scores, strict=True) if leaf >= 0]
-            lost[ticket] = float(answer.lost_B[row])
-    assert running.held == 0
+            lost[ticket] = float(answer.pruned_score_B[row])
+    assert running.cache_tokens == 0
     assert answers.keys() == set(range(len(asked))) - dropped
     for ticket, found in answers.items():
         assert found == oracle(asked[ticket], paths, trie, lm, space)
@@ -120,11 +120,11 @@ def test_with_enough_beams_a_filter_gives_the_exact_ranking_of_what_it_allows() 
     search = BeamSearch(lm, trie, given.allowed_paths(trie))
     search.admit(TokenRows.from_lists([[10, 11]]), [0], filters=[given])
     while search.running:
-        found = search.advance().found
+        found = search.advance().candidates
     whole = BeamSearch(lm, trie, trie.num_leaves)
     whole.admit(TokenRows.from_lists([[10, 11]]), [0])
     while whole.running:
-        everything = whole.advance().found
+        everything = whole.advance().candidates
     score_of = dict(zip(everything.leaf_BW[0].tolist(), everything.scores_BW[0].tolist(), strict=True))
     leaves = {int(trie.leaf_I[item]) for item in allowed}
     assert len(leaves) == given.allowed_paths(trie) < 30  # some of them share a path
@@ -152,7 +152,7 @@ def test_a_filter_that_allows_nothing_gives_nothing() -> None:
     search.admit(TokenRows.from_lists([[10]]), [4], filters=[ItemFilter.only(trie, [])])
     answer = search.advance()
     assert answer.ticket_B.tolist() == [4]
-    assert (answer.found.items_BW == NO_ITEM).all()
+    assert (answer.candidates.items_BW == NO_ITEM).all()
     assert not search.running
 
 
@@ -165,7 +165,7 @@ def test_a_prompt_without_beams_is_refused() -> None:
 @given(catalogs())
 def test_spans_say_what_lies_below_and_above_every_node(paths: list[list[int]]) -> None:
     trie = TokenTrie.from_paths(paths)
-    spans, order = trie.spans, np.argsort(trie.spans.place_I)
+    spans, order = trie.spans, np.argsort(trie.spans.rank_I)
     below = {node: set(trie.items(node).tolist()) for node in set(trie.leaf_I.tolist())}
     above = dict.fromkeys(range(trie.num_inner + trie.num_items), 0)
     offsets, children = trie.arrays.child_offsets.tolist(), trie.arrays.child_nodes.tolist()

@@ -42,7 +42,7 @@ def two_leaf_tree(children: Children | None) -> TokenBatch:
     as_tensor = torch.tensor
     return TokenBatch(
         tokens_S=as_tensor([1, 2, 3, 4, 5]), position_S=as_tensor([0, 1, 2, 3, 3]), end_S=as_tensor([5, 5, 5, 4, 5]),
-        chain_B=as_tensor([3]), tree_B=as_tensor([2]), place_P=as_tensor([2, 3]), row_N=as_tensor([0, 0, 1]),
+        chain_B=as_tensor([3]), tree_B=as_tensor([2]), index_P=as_tensor([2, 3]), row_N=as_tensor([0, 0, 1]),
         target_N=as_tensor([4, 5, 6]), children=children,
     )  # fmt: skip
 
@@ -91,8 +91,8 @@ def test_metered_lm_counts_rows_pairs_and_head_rows():
     rows, edges = torch.tensor([0, 1]), torch.tensor([0, 0, 1])
     assert lm.logprobs("longer", rows, edges, edges, "trie") == "logp"
     lm.logprobs("longer", rows, edges, edges, "vocab")
-    assert lm.take() == FlopCount(tokens=4 + 3, pairs=6.0 + 1.0 + 3 * 2.0, logits=3 + 2 * 50)
-    assert lm.take() == FlopCount()
+    assert lm.pop_flops() == FlopCount(tokens=4 + 3, pairs=6.0 + 1.0 + 3 * 2.0, logits=3 + 2 * 50)
+    assert lm.pop_flops() == FlopCount()
 
 
 # -- timers --------------------------------------------------------------------------------------------------------

@@ -9,9 +9,13 @@ from hypothesis import strategies as st
 from scipy.optimize import linear_sum_assignment
 
 from tawin_nemo.semantic_ids import codebooks as codebooks_module
-from tawin_nemo.semantic_ids.balanced import balanced_assignment, balanced_residual_kmeans, balanced_sizes
+from tawin_nemo.semantic_ids.clustering import (
+    balanced_assignment,
+    balanced_residual_kmeans,
+    balanced_sizes,
+    residual_kmeans,
+)
 from tawin_nemo.semantic_ids.codebooks import Codebooks, mean_codebooks, nearest, squared_distances
-from tawin_nemo.semantic_ids.kmeans import residual_kmeans
 from tawin_nemo.util.errors import DataError
 from tests.semantic_ids.vectors import blobs, relative_error
 
@@ -36,11 +40,11 @@ def test_encode_is_greedy_and_decode_sums_up() -> None:
     x_ID = rng.normal(size=(20, 4)).astype(np.float32)
     codes_IL = books.encode(x_ID)
     for x, codes_L in zip(x_ID, codes_IL, strict=True):
-        rest = x.astype(np.float64)
+        residual = x.astype(np.float64)
         for level, code in enumerate(codes_L):
-            distance_K = ((rest - books.vectors_LKD[level]) ** 2).sum(1)
+            distance_K = ((residual - books.vectors_LKD[level]) ** 2).sum(1)
             assert distance_K[code] <= distance_K.min() + 1e-5
-            rest = rest - books.vectors_LKD[level, code]
+            residual = residual - books.vectors_LKD[level, code]
     total = sum(books.vectors_LKD[level, codes_IL[:, level]] for level in range(3))
     np.testing.assert_allclose(books.decode(codes_IL), total, atol=1e-6)
     with_token = np.column_stack([codes_IL, np.full(20, -1)])

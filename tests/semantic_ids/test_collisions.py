@@ -8,16 +8,16 @@ import numpy as np
 import pytest
 import torch
 
+from tawin_nemo.semantic_ids.clustering import transport_plan
 from tawin_nemo.semantic_ids.codebooks import Codebooks
 from tawin_nemo.semantic_ids.collisions import (
     NO_TOKEN,
-    assigned,
+    assign_unique,
+    assign_unique_sinkhorn,
     groups_of,
     shared_rows,
-    sinkhorn_assigned,
     with_dedup_token,
 )
-from tawin_nemo.semantic_ids.sinkhorn import transport_plan
 from tawin_nemo.util.errors import DataError
 
 
@@ -39,7 +39,7 @@ def test_groups_are_items_with_equal_codes() -> None:
 @pytest.mark.parametrize("seed", range(5))
 def test_assignment_is_the_cheapest_of_all(seed: int) -> None:
     codes_IL, books, latents_ID = family(4, 6, seed)
-    found = assigned(codes_IL, books, latents_ID)
+    found = assign_unique(codes_IL, books, latents_ID)
     cost = ((latents_ID[:4, None] - books.vectors_LKD[1]) ** 2).sum(-1)
     best = min(sum(cost[i, k] for i, k in enumerate(way)) for way in permutations(range(6), 4))
     assert cost[np.arange(4), found[:4, 1]].sum() == pytest.approx(best)
@@ -51,7 +51,7 @@ def test_assignment_is_the_cheapest_of_all(seed: int) -> None:
 
 def test_sinkhorn_tells_apart_and_a_full_family_fits() -> None:
     codes_IL, books, latents_ID = family(6, 6)
-    for method in (assigned, sinkhorn_assigned):
+    for method in (assign_unique, assign_unique_sinkhorn):
         found = method(codes_IL, books, latents_ID)
         assert sorted(found[:6, 1].tolist()) == list(range(6))
         assert not shared_rows(found).any()
@@ -60,20 +60,20 @@ def test_sinkhorn_tells_apart_and_a_full_family_fits() -> None:
 def test_equal_vectors_part_under_assign_and_are_named_under_sinkhorn_when_they_do_not() -> None:
     codes_IL, books, latents_ID = family(40, 64)
     latents_ID[:] = latents_ID[0]
-    assert not shared_rows(assigned(codes_IL, books, latents_ID)).any()
+    assert not shared_rows(assign_unique(codes_IL, books, latents_ID)).any()
     with pytest.raises(DataError, match=r"items 20, 21, 22, 23, 24 \.\.\. keep equal codes .*use assign or dedup"):
-        sinkhorn_assigned(codes_IL, books, latents_ID)
+        assign_unique_sinkhorn(codes_IL, books, latents_ID)
 
 
 def test_a_family_larger_than_the_codebook_moves_next_door_or_is_named() -> None:
     codes_IL, books, latents_ID = family(7, 6)
-    found = assigned(codes_IL, books, latents_ID)
+    found = assign_unique(codes_IL, books, latents_ID)
     assert not shared_rows(found).any()
     assert sorted(np.bincount(found[:7, 0]).tolist()) == [1, 6]
     with pytest.raises(DataError, match=r"7 items begin with the codes \[0\] and the last level has 6: items 0, 1"):
-        sinkhorn_assigned(codes_IL, books, latents_ID)
+        assign_unique_sinkhorn(codes_IL, books, latents_ID)
     with pytest.raises(DataError, match=r"item \d: all 4 IDs that begin with \[\] are taken"):
-        assigned(*family(4, 2))
+        assign_unique(*family(4, 2))
 
 
 def test_dedup_tokens_count_within_a_group() -> None:

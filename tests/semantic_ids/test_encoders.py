@@ -15,7 +15,7 @@ from transformers import BertConfig, BertModel, PreTrainedTokenizerFast, Qwen2Co
 from tawin_nemo.config.schema import TextConfig
 from tawin_nemo.data.text_vectors import TextModel, text_vectors
 from tawin_nemo.semantic_ids import hf_encoder
-from tawin_nemo.semantic_ids.encoders import embed, item_texts, keep_encoder
+from tawin_nemo.semantic_ids.encoders import copy_encoder_files, embed, item_texts
 from tawin_nemo.semantic_ids.hf_encoder import encode_texts, encoder_folder
 from tawin_nemo.util.errors import ConfigError, DataError
 from tests.semantic_ids.catalog import titles
@@ -64,7 +64,7 @@ def test_a_finished_folder_is_reused_only_for_the_same_request(tmp_path: Path) -
 
 def test_later_items_get_vectors_of_the_first_model(tmp_path: Path) -> None:
     first = embed(TEXTS, TextConfig(dims=4), tmp_path / "a", seed=0)
-    keep_encoder(tmp_path / "a", tmp_path)
+    copy_encoder_files(tmp_path / "a", tmp_path)
     more = embed([*TEXTS, "pipe wrench and hex bolt"], TextConfig(dims=4), tmp_path / "b", seed=0, like=tmp_path)
     np.testing.assert_array_equal(more.vectors_ID[:30], first.vectors_ID)
     with pytest.raises(ConfigError, match=r"than those of the growing index: dims differ \(now 5, then 4\)"):
@@ -116,7 +116,7 @@ def test_vectors_are_means_of_the_last_layer_one_text_at_a_time(encoder: Path, t
         with torch.no_grad():
             mean_D = plain.model(ids).last_hidden_state[0].mean(dim=0).numpy()
         np.testing.assert_allclose(row, mean_D / np.linalg.norm(mean_D), atol=1e-5)
-    assert found.cut == 30  # all titles are longer than four words
+    assert found.num_truncated == 30  # all titles are longer than four words
 
 
 def test_a_stopped_run_goes_on_behind_its_last_shard(

@@ -15,12 +15,11 @@ from tawin_nemo.catalog.semantic_ids import load_codes
 from tawin_nemo.catalog.trie import TokenTrie
 from tawin_nemo.config.schema import RqVaeConfig, SemanticIdsConfig
 from tawin_nemo.semantic_ids.codebooks import Codebooks
-from tawin_nemo.semantic_ids.coder import ItemCoder, fit, random_codes, settle
+from tawin_nemo.semantic_ids.coder import ItemCoder, fit, random_codes, resolve_collisions
 from tawin_nemo.semantic_ids.collisions import NO_TOKEN, shared_rows, with_dedup_token
-from tawin_nemo.semantic_ids.growth import grow
-from tawin_nemo.semantic_ids.index_files import read_index, words_of, write_index, write_info
-from tawin_nemo.semantic_ids.plot import draw
-from tawin_nemo.semantic_ids.report import level_use, measure, purity, relative_error, words_of_texts
+from tawin_nemo.semantic_ids.growth import encode_new_items
+from tawin_nemo.semantic_ids.index_files import code_tokens, read_index, write_index, write_info
+from tawin_nemo.semantic_ids.report import level_use, measure, plot_index, purity, relative_error, word_sets
 from tawin_nemo.util.errors import CatalogError, ConfigError, DataError
 from tests.semantic_ids.vectors import blobs
 
@@ -48,11 +47,11 @@ def fitted(request: pytest.FixtureRequest) -> tuple[ItemCoder, np.ndarray, np.nd
 def test_codes_trie_items_is_a_bijection(fitted) -> None:
     coder, raw_IL, x_ID = fitted
     for how in ("assign", "dedup"):
-        codes_IL = settle(raw_IL, coder, x_ID, how)
+        codes_IL = resolve_collisions(raw_IL, coder, x_ID, how)
         trie = trie_of(codes_IL)
         assert trie.num_leaves == len(x_ID)
         assert [trie.items(int(leaf)).tolist() for leaf in trie.leaf_I] == [[item] for item in range(len(x_ID))]
-    trie = trie_of(settle(raw_IL, coder, x_ID, "keep"))
+    trie = trie_of(resolve_collisions(raw_IL, coder, x_ID, "keep"))
     declared = shared_rows(raw_IL)
     assert [len(trie.items(int(leaf))) > 1 for leaf in trie.leaf_I] == declared.tolist()
     assert declared.any() == (coder.method not in ("random",))
@@ -84,8 +83,8 @@ def test_vectors_of_another_width_are_refused(fitted) -> None:
 
 def test_random_codes_differ_and_run_out() -> None:
     taken = random_codes(20, levels=2, codes=6, seed=0)
-    rest = random_codes(16, levels=2, codes=6, seed=0, taken=taken)
-    assert len({tuple(row) for row in [*taken.tolist(), *rest.tolist()]}) == 36
+    others = random_codes(16, levels=2, codes=6, seed=0, taken=taken)
+    assert len({tuple(row) for row in [*taken.tolist(), *others.tolist()]}) == 36
     with pytest.raises(
         ConfigError, match=r"37 items, but semantic_ids\.codes=6 \*\* semantic_ids\.levels=2 gives only 36"
     ):
@@ -96,15 +95,15 @@ def test_random_codes_differ_and_run_out() -> None:
 @pytest.mark.parametrize("how", ["assign", "dedup"])
 def test_new_items_get_codes_of_their_own(fitted, how: str) -> None:
     coder, raw_IL, x_ID = fitted
-    old_IL = settle(raw_IL, coder, x_ID, how)
+    old_IL = resolve_collisions(raw_IL, coder, x_ID, how)
     kept_IL = old_IL.copy()
     fresh_ND = np.concatenate([x_ID[:6], blobs(40, seed=3)])  # six of them equal old items
-    new_NL = grow(old_IL, coder, fresh_ND, how)
+    new_NL = encode_new_items(old_IL, coder, fresh_ND, how)
     both_IL = np.concatenate([old_IL, new_NL])
     np.testing.assert_array_equal(old_IL, kept_IL)
     assert not shared_rows(both_IL).any()
     assert trie_of(both_IL).num_leaves == len(both_IL)
-    np.testing.assert_array_equal(new_NL, grow(old_IL, coder, fresh_ND, how))
+    np.testing.assert_array_equal(new_NL, encode_new_items(old_IL, coder, fresh_ND, how))
 
 
 @settings(max_examples=20)
@@ -115,27 +114,27 @@ def test_growth_fills_the_space_to_the_last_code(seed: int) -> None:
     coder = ItemCoder("rqkmeans", Codebooks(rng.normal(size=(2, 4, 3)).astype(np.float32)))
     taken = random_codes(int(rng.integers(1, 12)), levels=2, codes=4, seed=seed)
     x_ND = rng.normal(size=(16 - len(taken), 3)).astype(np.float32)
-    new_NL = grow(taken, coder, x_ND, "assign")
+    new_NL = encode_new_items(taken, coder, x_ND, "assign")
     assert len({tuple(row) for row in [*taken.tolist(), *new_NL.tolist()]}) == 16
     with pytest.raises(DataError, match=r"item 0: all 16 IDs that begin with \[\] are taken"):
-        grow(np.concatenate([taken, new_NL]), coder, x_ND[:1], "assign")
+        encode_new_items(np.concatenate([taken, new_NL]), coder, x_ND[:1], "assign")
 
 
 def test_growth_takes_the_nearest_free_last_code() -> None:
     books = Codebooks(np.array([[[0.0], [100.0]], [[0.0], [1.0]]], dtype=np.float32))
     coder = ItemCoder("rqkmeans", books)
     old_IL = np.array([[0, 0]], dtype=np.int32)
-    assert grow(old_IL, coder, np.array([[0.1]]), "assign").tolist() == [[0, 1]]
-    assert sorted(grow(old_IL, coder, np.array([[0.1], [0.2]]), "assign").tolist()) == [[0, 1], [1, 0]]
-    assert grow(old_IL, coder, np.array([[0.1]]), "keep").tolist() == [[0, 0]]
-    assert grow(old_IL, coder, np.empty((0, 1)), "assign").shape == (0, 2)
+    assert encode_new_items(old_IL, coder, np.array([[0.1]]), "assign").tolist() == [[0, 1]]
+    assert sorted(encode_new_items(old_IL, coder, np.array([[0.1], [0.2]]), "assign").tolist()) == [[0, 1], [1, 0]]
+    assert encode_new_items(old_IL, coder, np.array([[0.1]]), "keep").tolist() == [[0, 0]]
+    assert encode_new_items(old_IL, coder, np.empty((0, 1)), "assign").shape == (0, 2)
 
 
 def test_growth_of_dedup_tokens_counts_on() -> None:
     books = Codebooks(np.array([[[0.0], [10.0]], [[0.0], [1.0]]], dtype=np.float32))
     coder = ItemCoder("rqkmeans", books)
     old_IL = with_dedup_token(np.array([[0, 0], [0, 0], [1, 0]], dtype=np.int32))
-    new_NL = grow(old_IL, coder, np.array([[0.0], [10.0], [11.0], [10.0]]), "dedup")
+    new_NL = encode_new_items(old_IL, coder, np.array([[0.0], [10.0], [11.0], [10.0]]), "dedup")
     assert new_NL.tolist() == [[0, 0, 2], [1, 0, 0], [1, 1, NO_TOKEN], [1, 0, 1]]
 
 
@@ -144,10 +143,10 @@ CODES = with_dedup_token(np.array([[3, 1, 4], [2, 7, 1], [3, 1, 4]], dtype=np.in
 
 
 def test_the_layouts(tmp_path: Path) -> None:
-    assert words_of(CODES)[:2] == [["<a_3>", "<b_1>", "<c_4>", "<d_0>"], ["<a_2>", "<b_7>", "<c_1>"]]
-    assert words_of(CODES, "lcrec")[1] == ["<a_2>", "<b_7>", "<c_1>", "<d_0>"]
+    assert code_tokens(CODES)[:2] == [["<a_3>", "<b_1>", "<c_4>", "<d_0>"], ["<a_2>", "<b_7>", "<c_1>"]]
+    assert code_tokens(CODES, "lcrec")[1] == ["<a_2>", "<b_7>", "<c_1>", "<d_0>"]
     write_index(tmp_path / "index.json", CODES)
-    assert load_codes(tmp_path / "index.json", 3) == words_of(CODES)
+    assert load_codes(tmp_path / "index.json", 3) == code_tokens(CODES)
     found = read_index(tmp_path / "index.json", 3)
     np.testing.assert_array_equal(found.codes_IL, CODES)
     assert found.levels == 3
@@ -201,7 +200,7 @@ def test_the_report_counts_what_a_person_would_count() -> None:
 
 
 def test_purity_sees_codes_that_follow_the_words() -> None:
-    words = words_of_texts([f"Brand{item % 5} & Co" if item % 7 else "!" for item in range(200)])
+    words = word_sets([f"Brand{item % 5} & Co" if item % 7 else "!" for item in range(200)])
     assert words[1] == frozenset({"brand1", "co"})
     assert words[0] == frozenset()
     words = [own - {"co"} for own in words]
@@ -217,5 +216,5 @@ def test_purity_sees_codes_that_follow_the_words() -> None:
 
 
 def test_the_picture_is_a_png(tmp_path: Path) -> None:
-    draw(tmp_path / "codes.png", blobs(30), np.zeros((30, 2), dtype=np.int32), 2, title="one code")
+    plot_index(tmp_path / "codes.png", blobs(30), np.zeros((30, 2), dtype=np.int32), 2, title="one code")
     assert (tmp_path / "codes.png").read_bytes().startswith(b"\x89PNG")

@@ -10,7 +10,7 @@ import pytest
 
 from tawin_nemo.semantic_ids.coder import random_codes
 from tawin_nemo.semantic_ids.collisions import shared_rows
-from tawin_nemo.semantic_ids.index_files import read_index, words_of
+from tawin_nemo.semantic_ids.index_files import code_tokens, read_index
 from tawin_nemo.semantic_ids.report import measure
 from tests.benchmarks import semantic_id_table as benchmark
 
@@ -36,7 +36,7 @@ def test_minionerecs_index(industrial: Path) -> None:
     assert round(report.shared_test_rows, 3) == 0.070
     assert report.items_with_more_tokens == 0
     given = json.loads((industrial / f"{benchmark.NAME}.index.minionerec.json").read_text(encoding="utf-8"))
-    assert words_of(found.codes_IL) == [given[str(item)] for item in range(ITEMS)]
+    assert code_tokens(found.codes_IL) == [given[str(item)] for item in range(ITEMS)]
 
 
 @pytest.mark.real_data
@@ -46,7 +46,7 @@ def test_the_constrained_index(industrial: Path) -> None:
     assert report.items_with_more_tokens == 683
     assert report.shared_test_rows == 0
     given = json.loads((industrial / f"{benchmark.NAME}.index.rqkmeans_constrained.json").read_text(encoding="utf-8"))
-    assert words_of(found.codes_IL) == [given[str(item)] for item in range(ITEMS)]
+    assert code_tokens(found.codes_IL) == [given[str(item)] for item in range(ITEMS)]
 
 
 @pytest.mark.parametrize("path", COMMITTED, ids=lambda path: path.stem)

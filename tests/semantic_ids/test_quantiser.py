@@ -11,8 +11,8 @@ import torch
 
 from tawin_nemo.config.schema import RqVaeConfig
 from tawin_nemo.semantic_ids import train_quantiser as training
+from tawin_nemo.semantic_ids.clustering import residual_kmeans
 from tawin_nemo.semantic_ids.codebooks import Codebooks
-from tawin_nemo.semantic_ids.kmeans import residual_kmeans
 from tawin_nemo.semantic_ids.quantiser import Autoencoder, NetworkShape, ResidualQuantiser, choose
 from tawin_nemo.semantic_ids.train_quantiser import Plan, train_quantiser
 from tawin_nemo.util.errors import DataError
@@ -45,16 +45,16 @@ def test_gradients_equal_the_explicit_ones() -> None:
     d_latent = outside_ND.numpy().copy()
     d_vectors, summed, codebook_loss = np.zeros_like(vectors), np.zeros((5, 2)), 0.0
     for row, latent in enumerate(latent_ND.detach().numpy()):
-        rest = latent.copy()
+        residual = latent.copy()
         for level in range(3):
-            code = int(((rest - vectors[level]) ** 2).sum(axis=1).argmin())
+            code = int(((residual - vectors[level]) ** 2).sum(axis=1).argmin())
             assert int(found.codes_NL[row, level]) == code
-            gap = rest - vectors[level, code]
+            gap = residual - vectors[level, code]
             codebook_loss += float((gap**2).sum()) / 10
             d_vectors[level, code] -= 2 * gap / 10
             d_latent[row] += 0.25 * 2 * gap / 10
-            rest = gap
-        summed[row] = latent - rest
+            residual = gap
+        summed[row] = latent - residual
     np.testing.assert_allclose(found.latent_ND.detach().numpy(), summed, atol=1e-12)
     assert float(found.codebook_loss.detach()) == pytest.approx(codebook_loss)
     assert latent_ND.grad is not None
@@ -65,9 +65,9 @@ def test_gradients_equal_the_explicit_ones() -> None:
 
 def test_sinkhorn_spreads_a_batch_over_the_codes() -> None:
     torch.manual_seed(0)
-    rest_ND, vectors_KD = torch.randn(32, 3) * 0.1 + 2, torch.randn(8, 3)
-    near = choose(rest_ND, vectors_KD, 0.0).bincount(minlength=8)
-    even = choose(rest_ND, vectors_KD, 0.01).bincount(minlength=8)
+    residual_ND, vectors_KD = torch.randn(32, 3) * 0.1 + 2, torch.randn(8, 3)
+    near = choose(residual_ND, vectors_KD, 0.0).bincount(minlength=8)
+    even = choose(residual_ND, vectors_KD, 0.01).bincount(minlength=8)
     assert int(near.max()) > 16
     assert int(even.max()) <= 8
     assert int((even > 0).sum()) > int((near > 0).sum())
@@ -77,7 +77,7 @@ def test_sinkhorn_spreads_a_batch_over_the_codes() -> None:
 def test_training_lowers_the_error_and_equal_seeds_are_equal() -> None:
     x_ID = blobs(200)
     losses: list[float] = []
-    model = train_quantiser(x_ID, TINY, PLAN, watch=lambda _, loss: losses.append(loss))
+    model = train_quantiser(x_ID, TINY, PLAN, on_epoch=lambda _, loss: losses.append(loss))
     assert losses[-1] < 0.5 * losses[0]
     again = train_quantiser(x_ID, TINY, PLAN)
     for first, second in zip(model.state_dict().values(), again.state_dict().values(), strict=True):
@@ -96,11 +96,13 @@ def test_a_stopped_training_goes_on_bit_for_bit(tmp_path: Path, update: str) -> 
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        train_quantiser(x_ID, cfg, PLAN, checkpoint=tmp_path / "state.pt", watch=stop)
+        train_quantiser(x_ID, cfg, PLAN, checkpoint=tmp_path / "state.pt", on_epoch=stop)
     seen: list[int] = []
-    rest = train_quantiser(x_ID, cfg, PLAN, checkpoint=tmp_path / "state.pt", watch=lambda epoch, _: seen.append(epoch))
+    residual = train_quantiser(
+        x_ID, cfg, PLAN, checkpoint=tmp_path / "state.pt", on_epoch=lambda epoch, _: seen.append(epoch)
+    )
     assert seen == [5, 6, 7, 8, 9, 10, 11]  # from the checkpoint behind epoch 4
-    for first, second in zip(whole.state_dict().values(), rest.state_dict().values(), strict=True):
+    for first, second in zip(whole.state_dict().values(), residual.state_dict().values(), strict=True):
         assert torch.equal(first, second)
 
 
@@ -109,7 +111,7 @@ def test_a_checkpoint_of_other_vectors_is_not_used(tmp_path: Path) -> None:
     seen: list[int] = []
     x_ID = blobs(200, seed=9)
     model = train_quantiser(
-        x_ID, TINY, PLAN, checkpoint=tmp_path / "state.pt", watch=lambda epoch, _: seen.append(epoch)
+        x_ID, TINY, PLAN, checkpoint=tmp_path / "state.pt", on_epoch=lambda epoch, _: seen.append(epoch)
     )
     assert seen[0] == 0
     assert torch.equal(model.quantiser.vectors_LKD, train_quantiser(x_ID, TINY, PLAN).quantiser.vectors_LKD)
@@ -143,7 +145,7 @@ def test_moving_averages_follow_the_published_update() -> None:
     _, found = run._step(run.x_ID[:32])
     for level in range(2):
         for code in range(8):
-            rows = found.rests_LND[level][found.codes_NL[:, level] == code]
+            rows = found.residuals_LND[level][found.codes_NL[:, level] == code]
             count = 0.9 * counts[level, code] + 0.1 * len(rows)
             total = 0.9 * before[level, code] + 0.1 * rows.sum(dim=0)
             torch.testing.assert_close(run.count_LK[level, code], count)

@@ -12,7 +12,7 @@ import pytest
 from tawin_nemo.catalog.semantic_ids import load_codes
 from tawin_nemo.commands.tokenize import brand_and_category_words, tokenize
 from tawin_nemo.config.load import load_recipe
-from tawin_nemo.semantic_ids.growth import Earlier
+from tawin_nemo.semantic_ids.growth import ExistingIndex
 from tawin_nemo.util.errors import CatalogError, ConfigError, DataError
 from tawin_nemo.util.files import sha256
 from tests.semantic_ids.catalog import prepared, titles
@@ -133,7 +133,7 @@ def test_a_grown_catalog_keeps_its_codes_by_external_id(shop: Path, tmp_path: Pa
 
 def test_growth_refuses_another_encoder_and_damaged_folders(shop: Path, tmp_path: Path) -> None:
     folder = Path(made(shop, tmp_path / "a")["index"]).parent
-    assert Earlier.read(folder).seed == 3
+    assert ExistingIndex.read(folder).seed == 3
     with pytest.raises(DataError, match="is not an index folder"):
         made(shop, tmp_path / "b", f"semantic_ids.grow_from={tmp_path}")
     with (folder / "codes.npy").open("ab") as file:

@@ -14,7 +14,7 @@ from tawin_nemo.models.megatron.model.build import build_model
 from tawin_nemo.models.megatron.optim.trainable import Trainable
 from tawin_nemo.models.megatron.parallel import runtime
 from tawin_nemo.rollout.engine import RolloutEngine
-from tawin_nemo.rollout.negatives import ensure_target
+from tawin_nemo.rollout.groups import ensure_target
 from tawin_nemo.train.actor import Actor
 from tawin_nemo.types import DataParallel, PromptBatch, Rollout, TokenRows
 

@@ -106,7 +106,7 @@ def test_every_learning_candidate_is_packed_once_and_every_prompt_too(space):
         tokens = scene.rollout.tokens_BGT.flatten(0, 1)[candidates, part.token_N]
         assert torch.equal(tokens, part.batch.target_N)
         prompt_lengths = torch.from_numpy(scene.rollout.prompts.prompts.lengths)[candidates // GROUP]
-        places = part.batch.place_P[part.batch.row_N]
+        places = part.batch.index_P[part.batch.row_N]
         assert torch.equal(part.batch.position_S[places], prompt_lengths - 1 + part.token_N)
 
 

@@ -9,7 +9,7 @@ import torch
 from tawin_nemo.data.trees import tree_batch
 from tawin_nemo.maths.advantages import group_advantages
 from tawin_nemo.models.megatron.optim.trainable import MicroBatch
-from tawin_nemo.rollout.negatives import ensure_target
+from tawin_nemo.rollout.groups import ensure_target
 from tawin_nemo.train.actor import insertion_ratios, weighted_groups
 from tests.train.actor_scene import LOGP_ATOL, PLAIN, WEIGHT_ATOL, Scene
 

@@ -14,12 +14,11 @@ import pytest
 import torch
 
 from tawin_nemo.baselines.build import Blueprint, build_recommender
-from tawin_nemo.baselines.load import DONE_FILE, MODEL_FILE, Fitting, save_checkpoint
+from tawin_nemo.baselines.load import DONE_FILE, MODEL_FILE, ModelAndOptimizer, save_checkpoint
 from tawin_nemo.config.schema import BaselineConfig, RlConfig
 from tawin_nemo.data.samples import Samples
 from tawin_nemo.data.text_vectors import text_vectors
-from tawin_nemo.maths.item_rewards import collaborative_reward, semantic_reward
-from tawin_nemo.maths.rewards import ranking_reward, rule_reward
+from tawin_nemo.maths.rewards import collaborative_reward, ranking_reward, rule_reward, semantic_reward
 from tawin_nemo.train.rewards import CollaborativeReward, RankingReward, RuleReward, SemanticReward, build_reward
 from tawin_nemo.types import NO_ITEM, PromptBatch, Rollout, TokenRows
 from tawin_nemo.util.errors import ConfigError, DataError
@@ -127,7 +126,7 @@ def stage(tmp_path: Path) -> Path:
     torch.nn.init.normal_(model.items.weight[1:])  # scores that differ
     folder = tmp_path / "sasrec"
     save_checkpoint(
-        folder / "checkpoints" / "step_4", Fitting(model, torch.optim.Adam(model.parameters())), {"step": 4}
+        folder / "checkpoints" / "step_4", ModelAndOptimizer(model, torch.optim.Adam(model.parameters())), {"step": 4}
     )
     (folder / MODEL_FILE).write_text(json.dumps(blueprint.to_json()))
     (folder / DONE_FILE).write_text(json.dumps({"step": 4, "chosen_step": 4}))

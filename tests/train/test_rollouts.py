@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import numpy as np
-import pytest
 import torch
 
-from tawin_nemo.rollout.groups import join_groups, take_groups
 from tawin_nemo.train.rollouts import informative, refilled
 from tawin_nemo.types import DataParallel, PromptBatch, Rollout, TokenRows
 
@@ -80,23 +77,3 @@ def test_replicas_count_together() -> None:
     together = DataParallel(0, 2, lambda value: [value, 5])
     got, rewards, added = refilled(*pair([0, 0], 10), lambda: pair([1], 20), wanted=4, most=3, dp=together)
     assert (added, len(got.prompts), tuple(rewards.shape)) == (0, 0, (0, G))
-
-
-def test_taking_and_joining_are_inverse() -> None:
-    whole = rollout([0, 1, 2, 3], 0)
-    parts = [take_groups(whole, torch.tensor([0, 1])), take_groups(whole, torch.tensor([2, 3]))]
-    again = join_groups(parts)
-    for name in ("items_BG", "tokens_BGT", "lengths_BG", "scores_BG", "logprobs_BGT", "is_target_BG"):
-        assert torch.equal(getattr(again, name), getattr(whole, name)), name
-    assert np.array_equal(again.prompts.prompts.flat, whole.prompts.prompts.flat)
-    assert torch.equal(again.prompts.target_B, whole.prompts.target_B)
-
-
-def test_joining_pads_tokens_and_wants_one_version() -> None:
-    joined = join_groups([rollout([1], 0, tokens=2), rollout([1], 1, tokens=4)])
-    assert joined.tokens_BGT[0, 0].tolist() == [0, 0, 0, 0]
-    assert joined.tokens_BGT[1, 0].tolist() == [1, 1, 1, 1]
-    assert joined.logprobs_BGT is not None
-    assert joined.logprobs_BGT.shape == (2, G, 4)
-    with pytest.raises(ValueError, match=r"versions \[4, 5\]"):
-        join_groups([rollout([1], 0), rollout([1], 1, version=5)])

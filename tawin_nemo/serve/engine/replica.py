@@ -16,7 +16,7 @@ from torch import Tensor
 
 from tawin_nemo.catalog.trie import TokenTrie
 from tawin_nemo.models.megatron.parallel.channel import Stop
-from tawin_nemo.rollout.beam import Answers, BeamSearch
+from tawin_nemo.rollout.beam import BeamSearch, FinishedPrompts
 from tawin_nemo.rollout.filters import ItemFilter
 from tawin_nemo.rollout.lm import LM
 from tawin_nemo.rollout.sampling import constrained_sample
@@ -68,7 +68,7 @@ class Replica:
         self._length_penalty = length_penalty
 
     def apply(self, message: Message) -> Any:
-        """Carry out a message; returns the Answers of ``Advance``, the Candidates of ``Draw``, None otherwise.
+        """Carry out a message; returns the FinishedPrompts of ``Advance``, the Candidates of ``Draw``, None otherwise.
 
         Raises the errors of searching (DataError, CatalogError, ConfigError) and of loading (CheckpointError).
         """
@@ -102,8 +102,8 @@ class Replica:
         return parts.build(rows)
 
     def held(self) -> int:
-        """Tokens of the models' caches, as ``BeamSearch.held``."""
-        return sum(search.held for search in self.searches.values())
+        """Tokens of the models' caches, as ``BeamSearch.cache_tokens``."""
+        return sum(search.cache_tokens for search in self.searches.values())
 
     def cost(self, lane: Lane, length: int, width: int) -> int:
         """Tokens that one more prompt may come to."""
@@ -128,7 +128,7 @@ class Replica:
             filters=filters if any(filters) else None,
         )
 
-    def _advance(self, lane: Lane) -> Answers:
+    def _advance(self, lane: Lane) -> FinishedPrompts:
         search = self.searches[lane]
         answers = search.advance()
         if not search.running:

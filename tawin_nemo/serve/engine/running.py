@@ -15,13 +15,12 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from tawin_nemo.rollout.scoring import best, one_prompt
 from tawin_nemo.serve.engine.jobs import Hit, Job, JobResult, PromptResult, Rejected
 from tawin_nemo.serve.engine.messages import Admit, Advance, Draw, Drop, Lane
 from tawin_nemo.serve.engine.ranks import Leader
 from tawin_nemo.serve.engine.replica import FILTER_KINDS, no_places
 from tawin_nemo.serve.engine.telemetry import Metrics
-from tawin_nemo.types import Candidates, TokenRows, moved
+from tawin_nemo.types import Candidates, TokenRows
 from tawin_nemo.util.log import get_logger
 
 log = get_logger(__name__)
@@ -104,7 +103,7 @@ class Running:
             entries.append(entry)
         sizes = [len(job.prompts) for job in jobs]
         kinds = [FILTER_KINDS.index("" if job.filter is None else job.filter.kind) for job in jobs]
-        listed = [no_places() if job.filter is None else job.filter.place_M for job in jobs]
+        listed = [no_places() if job.filter is None else job.filter.rank_M for job in jobs]
         command = Admit(
             lane,
             TokenRows.from_lists([job.prompts[row] for job in jobs for row in range(len(job.prompts))]),
@@ -147,7 +146,7 @@ class Running:
             for row, ticket in enumerate(finished.ticket_B.tolist()):
                 entry = self._of_ticket[ticket]
                 entry.results[entry.tickets.index(ticket)] = _result(
-                    entry.job, finished.found, row, float(finished.lost_B[row])
+                    entry.job, finished.candidates, row, float(finished.pruned_score_B[row])
                 )
                 if len(entry.results) == len(entry.tickets):
                     self._remove(entry)
@@ -197,7 +196,7 @@ def _result(job: Job, candidates: Candidates, row: int, pruned_score: float = -m
     """One prompt's result: hits without padding, or for a job with ``arrays`` its row of the candidates."""
     if job.arrays:
         width = job.draws or job.width  # a row is as wide as the widest prompt of the batch
-        return PromptResult([], pruned_score, moved(best(one_prompt(candidates, row), width), "cpu"))
+        return PromptResult([], pruned_score, candidates.map(lambda tensor: tensor[row : row + 1]).top(width).to("cpu"))
     leaves, lengths = candidates.leaf_BW[row].tolist(), candidates.lengths_BW[row].tolist()
     scores, tokens = candidates.scores_BW[row].tolist(), candidates.tokens_BWT[row].tolist()
     logprobs = candidates.logprobs_BWT[row].tolist()

@@ -8,14 +8,12 @@ from __future__ import annotations
 import math
 import time
 
-import numpy as np
-
 from tawin_nemo.api import schema
 from tawin_nemo.api.arrays import RolloutReply
-from tawin_nemo.rollout.scoring import joined
 from tawin_nemo.serve.engine.catalog import ServedCatalog
 from tawin_nemo.serve.engine.jobs import Hit, Job, JobResult
 from tawin_nemo.serve.http.requests import ParsedRequest, ServerContext
+from tawin_nemo.types import Candidates
 
 
 def item_of(hit: Hit, job: Job) -> int:
@@ -102,7 +100,7 @@ def completion(
 def rollout(parsed: ParsedRequest, result: JobResult, context: ServerContext) -> bytes:
     """A safetensors file with the candidates of all prompts in order, token paths padded to the longest one."""
     rows = [prompt.candidates for prompt in result.prompts if prompt.candidates is not None]
-    candidates = joined(rows, np.arange(len(rows)))
+    candidates = Candidates.cat(rows)
     longest = int(candidates.lengths_BW.max())
     return RolloutReply(
         candidates.items_BW, candidates.tokens_BWT[..., :longest], candidates.lengths_BW, candidates.scores_BW,

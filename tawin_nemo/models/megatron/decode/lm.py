@@ -229,7 +229,7 @@ def _chains(rows: TokenRows) -> TokenBatch:
     none = torch.zeros(0, dtype=torch.long)
     return TokenBatch(
         tokens_S=torch.from_numpy(rows.flat).long(), position_S=position_S, end_S=end_S, chain_B=length_B,
-        tree_B=torch.zeros_like(length_B), place_P=none, row_N=none, target_N=none,
+        tree_B=torch.zeros_like(length_B), index_P=none, row_N=none, target_N=none,
     )  # fmt: skip
 
 

@@ -42,7 +42,7 @@ def batch_logprobs(model: torch.nn.Module, batch: TokenBatch, hidden_SBD: Tensor
     """Log-probs [N] of the batch's targets in the space it asks for; last pipeline stage only."""
     bare: GPTModel = unwrap_model(model)
     device = hidden_SBD.device
-    hidden_PD = select_rows(bare, hidden_SBD, batch.place_P.to(device))
+    hidden_PD = select_rows(bare, hidden_SBD, batch.index_P.to(device))
     if batch.children is None:
         return token_logprobs(bare, hidden_PD, batch.row_N.to(device), batch.target_N.to(device))
     edges = batch.children

@@ -40,14 +40,14 @@ def head_weight_VD(model: GPTModel) -> Tensor:
     return model.output_layer.weight
 
 
-def select_rows(model: GPTModel, hidden_SBD: Tensor, place_P: Tensor) -> Tensor:
+def select_rows(model: GPTModel, hidden_SBD: Tensor, index_P: Tensor) -> Tensor:
     """Hidden states [P, D] at places of the one flat row, gathered over sequence-parallel ranks first."""
     if model.config.sequence_parallel:
         # Every TP rank computes the same full gradient of the gathered states (the head sums it): split it, do not sum.
         hidden_SBD = gather_from_sequence_parallel_region(
             hidden_SBD, tensor_parallel_output_grad=False, group=model.pg_collection.tp
         )
-    return hidden_SBD[:, 0].index_select(0, place_P)
+    return hidden_SBD[:, 0].index_select(0, index_P)
 
 
 def local_vocab(model: GPTModel) -> tuple[int, int]:

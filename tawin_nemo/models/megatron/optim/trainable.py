@@ -51,7 +51,7 @@ def _no_rows() -> MicroBatch:
         torch.ones(1, dtype=torch.long),
     )
     token = TokenBatch(
-        tokens_S=zero, position_S=zero, end_S=one, chain_B=one, tree_B=zero, place_P=none, row_N=none, target_N=none
+        tokens_S=zero, position_S=zero, end_S=one, chain_B=one, tree_B=zero, index_P=none, row_N=none, target_N=none
     )
     return MicroBatch(token, lambda logp_N: (logp_N.sum(), {}))
 

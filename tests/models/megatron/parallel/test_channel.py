@@ -16,7 +16,7 @@ from tawin_nemo.config.backbones import BACKBONES, FlopCount
 from tawin_nemo.config.schema import Recipe
 from tawin_nemo.models.megatron.parallel.channel import Channel, Stop, decode, encode
 from tawin_nemo.placement.remote_engine import MESSAGES, BuildEngine, Generate, Generated, Search, Searched
-from tawin_nemo.rollout.scoring import no_candidates
+from tawin_nemo.rollout.scoring import empty_candidates
 from tawin_nemo.run.failures import LogInto
 from tawin_nemo.types import PromptBatch, Rollout, TokenRows
 from tests.distributed.rollout_worker import small_catalog
@@ -148,7 +148,7 @@ def test_prompts_rollouts_and_candidates_survive():
     assert (back.rollout.logprobs_BGT, back.rollout.inserted_BG) == (None, None)
     assert torch.equal(back.rollout.scores_BG, scores)
     assert back.rollout.is_target_BG.dtype == torch.bool
-    empty = decode(encode(Searched(no_candidates(5, 3), FlopCount())), (Searched,)).candidates
+    empty = decode(encode(Searched(empty_candidates(5, 3), FlopCount())), (Searched,)).candidates
     assert (empty.tokens_BWT.shape, empty.tokens_BWT.dtype) == ((0, 5, 3), torch.long)
     assert decode(encode(LogInto(Path("a/b"), 3)), (LogInto, *MESSAGES)) == LogInto(Path("a/b"), 3)
 

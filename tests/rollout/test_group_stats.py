@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from tawin_nemo.rollout.groups import GroupFacts, all_target_groups, distinct_items
+from tawin_nemo.rollout.groups import GroupStats, all_target_groups, distinct_items
 from tawin_nemo.types import NO_ITEM, PromptBatch, Rollout, TokenRows
 
 
@@ -36,9 +36,9 @@ def test_by_hand() -> None:
     rollout = rollout_of(GROUPS, TARGETS)
     assert distinct_items(rollout.items_BG).tolist() == [2, 1, 1, 3, 0]
     assert all_target_groups(rollout.is_target_BG, rollout.valid_BG).tolist() == [False, True, True, False, False]
-    facts = GroupFacts.of(rollout)
-    assert facts == GroupFacts(groups=5, candidates=12, without_target=2, all_target=2, short=3, distinct=7, inserted=0)
-    assert facts.shares() == pytest.approx(
+    facts = GroupStats.of(rollout)
+    assert facts == GroupStats(groups=5, candidates=12, without_target=2, all_target=2, short=3, distinct=7, inserted=0)
+    assert facts.means() == pytest.approx(
         {
             "frac_groups_without_target": 2 / 5,
             "frac_all_target_groups": 2 / 5,
@@ -53,7 +53,7 @@ def test_by_hand() -> None:
 def test_inserted_groups_count_once() -> None:
     inserted_BG = torch.zeros((5, 4), dtype=torch.bool)
     inserted_BG[1, 3] = inserted_BG[4, 0] = True
-    assert GroupFacts.of(replace(rollout_of(GROUPS, TARGETS), inserted_BG=inserted_BG)).inserted == 2
+    assert GroupStats.of(replace(rollout_of(GROUPS, TARGETS), inserted_BG=inserted_BG)).inserted == 2
 
 
 def test_random_groups_against_sets() -> None:
@@ -61,7 +61,7 @@ def test_random_groups_against_sets() -> None:
     groups = [[int(x) for x in rng.integers(-1, 5, 6)] for _ in range(200)]
     targets = rng.integers(0, 5, 200).tolist()
     valid = [[item for item in group if item != NO_ITEM] for group in groups]
-    facts = GroupFacts.of(rollout_of(groups, targets))
+    facts = GroupStats.of(rollout_of(groups, targets))
     assert facts.distinct == sum(len(set(group)) for group in valid)
     assert facts.candidates == sum(len(group) for group in valid)
     assert facts.short == sum(len(group) < 6 for group in valid)
@@ -70,7 +70,7 @@ def test_random_groups_against_sets() -> None:
 
 
 def test_parts_add_up() -> None:
-    whole = GroupFacts.of(rollout_of(GROUPS, TARGETS))
-    parts = [GroupFacts.of(rollout_of(GROUPS[:2], TARGETS[:2])), GroupFacts.of(rollout_of(GROUPS[2:], TARGETS[2:]))]
-    assert sum(parts, GroupFacts()) == whole
-    assert set(GroupFacts().shares().values()) == {0.0}
+    whole = GroupStats.of(rollout_of(GROUPS, TARGETS))
+    parts = [GroupStats.of(rollout_of(GROUPS[:2], TARGETS[:2])), GroupStats.of(rollout_of(GROUPS[2:], TARGETS[2:]))]
+    assert sum(parts, GroupStats()) == whole
+    assert set(GroupStats().means().values()) == {0.0}

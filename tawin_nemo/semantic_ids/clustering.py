@@ -1,16 +1,99 @@
-"""Balanced k-means: every code is given to the same number of items, up to one."""
+"""Residual k-means, plain and balanced, and assignments of rows to codes of given sizes: optimal, and by Sinkhorn.
+
+N rows, K codes of one level, R rows of one code; I items, L levels, D dimensions.
+"""
 
 from __future__ import annotations
 
 from itertools import pairwise
 
 import numpy as np
+import torch
 from scipy.sparse import csr_array
 from scipy.sparse.csgraph import dijkstra
+from torch import Tensor
 
-from tawin_nemo.semantic_ids.codebooks import Codebooks, squared_distances
-from tawin_nemo.semantic_ids.kmeans import refuse_few_different, refuse_few_items, seeds, spread_of
+from tawin_nemo.semantic_ids.codebooks import Codebooks, nearest, squared_distances
+from tawin_nemo.util.errors import DataError
 from tawin_nemo.util.log import progress
+
+#: k-means++ looks at this many rows per code; it is sequential, and more rows hardly change its choice.
+SEEDING_ROWS_PER_CODE = 32
+#: Two residuals nearer than this share of the vectors' spread count as the same.
+SAME = 1e-6
+
+
+def kmeans_centres(x_ND: np.ndarray, codes: int, *, iterations: int, seed: int) -> np.ndarray:
+    """scikit-learn's Lloyd iterations from one k-means++ seeding on a sample, [K, D] float32."""
+    from sklearn.cluster import KMeans
+
+    centres_KD = seeds(x_ND, codes, seed)
+    model = KMeans(codes, init=centres_KD, n_init=1, max_iter=iterations, random_state=seed)
+    return model.fit(x_ND).cluster_centers_.astype(np.float32)
+
+
+def seeds(x_ND: np.ndarray, codes: int, seed: int) -> np.ndarray:
+    """Initial centres [K, D]: k-means++ on a random sample of the rows."""
+    from sklearn.cluster import kmeans_plusplus  # scikit-learn takes a second to import
+
+    count = min(len(x_ND), SEEDING_ROWS_PER_CODE * codes)
+    sample = np.sort(np.random.default_rng(seed).choice(len(x_ND), count, replace=False))
+    return kmeans_plusplus(x_ND[sample], codes, random_state=seed)[0]
+
+
+def residual_kmeans(
+    x_ID: np.ndarray, *, levels: int, codes: int, iterations: int, seed: int
+) -> tuple[Codebooks, np.ndarray]:
+    """Codebooks and codes [I, L]. Equal vectors, sizes and seed give equal results on one machine.
+
+    Raises DataError for fewer items than codes, or a level that has fewer different residuals than codes.
+    """
+    check_enough_items(len(x_ID), codes)
+    spread = total_std(x_ID)
+    residual = np.array(x_ID, dtype=np.float32)
+    centres_LKD, codes_LI = [], []
+    for level in progress(range(levels), what="residual k-means, levels"):
+        check_enough_distinct(residual, codes, level, spread)
+        centres_KD = kmeans_centres(residual, codes, iterations=iterations, seed=seed + level)
+        code_I = nearest(residual, centres_KD)
+        residual -= centres_KD[code_I]
+        centres_LKD.append(centres_KD)
+        codes_LI.append(code_I)
+    return Codebooks(np.stack(centres_LKD)), np.stack(codes_LI, axis=1)
+
+
+def total_std(x_ID: np.ndarray) -> float:
+    """Total standard deviation: the root of the mean squared distance of I vectors to their mean."""
+    return float(np.sqrt(x_ID.var(axis=0, dtype=np.float64).sum()))
+
+
+def check_enough_items(items: int, codes: int) -> None:
+    """Raise DataError if there are fewer items than codes in one level."""
+    if items < codes:
+        raise DataError(
+            f"{items} items cannot fill semantic_ids.codes={codes} codes of one level; "
+            f"set semantic_ids.codes to {items} or less"
+        )
+
+
+def check_enough_distinct(rest_ID: np.ndarray, codes: int, level: int, spread: float) -> None:
+    """Raise DataError if a level has fewer distinct residuals than codes; ``level`` counts from 0."""
+    # a random direction tells different rows apart (almost surely) at the cost of one product
+    direction_D = np.random.default_rng(0).normal(size=rest_ID.shape[1])
+    along_I = rest_ID @ direction_D
+    bin_I = np.round(along_I / (spread * SAME)) if spread > np.finfo(np.float32).tiny else np.zeros(len(rest_ID))
+    different, first_I, count_I = np.unique(bin_I, return_index=True, return_counts=True)
+    if len(different) >= codes:
+        return
+    most = int(count_I.argmax())
+    alike = np.flatnonzero(bin_I == bin_I[first_I[most]])[:5].tolist()
+    remedies = [f"set semantic_ids.codes to {len(different)} or less"] if len(different) > 1 else []
+    remedies += [f"set semantic_ids.levels to {level}"] if level > 1 else []
+    remedies += ["give the items different texts"]
+    raise DataError(
+        f"level {level + 1} has {len(different)} different vectors for semantic_ids.codes={codes} codes (equal there: "
+        f"items {', '.join(map(str, alike))}{' ...' if count_I[most] > 5 else ''}); {', or '.join(remedies)}"
+    )
 
 
 def balanced_assignment(cost_NK: np.ndarray, sizes_K: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -134,16 +217,33 @@ def balanced_residual_kmeans(
 ) -> tuple[Codebooks, np.ndarray]:
     """Residual k-means with balanced sizes at every level: codebooks, codes [I, L].
 
-    The codes are the balanced ones, not always the nearest. Raises as ``residual_kmeans``.
+    The codes are the balanced ones, not always the nearest. Raises DataError for fewer items than codes, or a
+    level that has fewer different residuals than codes.
     """
-    refuse_few_items(len(x_ID), codes)
-    spread = spread_of(x_ID)
-    rest = np.array(x_ID, dtype=np.float32)
+    check_enough_items(len(x_ID), codes)
+    spread = total_std(x_ID)
+    residual = np.array(x_ID, dtype=np.float32)
     centres_LKD, codes_LI = [], []
     for level in range(levels):
-        refuse_few_different(rest, codes, level, spread)
-        centres_KD, code_I = balanced_kmeans(rest, codes, iterations=iterations, seed=seed + level)
-        rest -= centres_KD[code_I]
+        check_enough_distinct(residual, codes, level, spread)
+        centres_KD, code_I = balanced_kmeans(residual, codes, iterations=iterations, seed=seed + level)
+        residual -= centres_KD[code_I]
         centres_LKD.append(centres_KD)
         codes_LI.append(code_I)
     return Codebooks(np.stack(centres_LKD)), np.stack(codes_LI, axis=1)
+
+
+def transport_plan(cost_NK: Tensor, mass_K: Tensor, *, epsilon: float, iterations: int) -> Tensor:
+    """Plan [N, K] whose rows sum to 1 and whose columns sum (nearly) to ``mass_K`` (which sums to N).
+
+    Minimises <plan, cost> - epsilon * entropy(plan) by Sinkhorn's alternating scaling in log space (Cuturi 2013,
+    Algorithm 1). ``epsilon`` is in units of the cost. Rows are scaled last and hold exactly; the columns converge
+    linearly in ``iterations``.
+    """
+    log_kernel_NK, log_mass_K = -cost_NK / epsilon, mass_K.to(cost_NK.dtype).log()
+    column_K = torch.zeros_like(log_mass_K)
+    row_N = -log_kernel_NK.logsumexp(dim=1)
+    for _ in range(iterations):
+        column_K = log_mass_K - (log_kernel_NK + row_N[:, None]).logsumexp(dim=0)
+        row_N = -(log_kernel_NK + column_K).logsumexp(dim=1)
+    return (log_kernel_NK + row_N[:, None] + column_K).exp()
