@@ -18,13 +18,17 @@ import shutil
 from collections.abc import Callable, Iterator
 from importlib import metadata
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
+import megatron.core
+import torch
 from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing.validation import StrictHandling
 from megatron.core.models.gpt import GPTModel
 from torch.distributed.checkpoint.api import CheckpointException
 
+from tawin_nemo import __version__
 from tawin_nemo.models.megatron.checkpoint import files
 from tawin_nemo.models.megatron.checkpoint.dcp_save import ShardSave
 from tawin_nemo.models.megatron.checkpoint.files import FORMAT, Ranks, list_checkpoints
@@ -70,7 +74,9 @@ def begin_save(
         "layout": _layout(),
         "versions": {
             "python": platform.python_version(),
-            **{name: metadata.version(name) for name in ("tawin-nemo", "torch", "megatron-core")},
+            "tawin-nemo": __version__,  # also where the checkout is not installed, as in a container
+            "torch": _version("torch", torch),
+            "megatron-core": _version("megatron-core", megatron.core),
         },
     }
     temporary = path.with_name(f".{path.name}.tmp")
@@ -228,3 +234,11 @@ def _check_signature(path: Path, record: dict[str, Any], model: GPTModel, traina
             f"{path} holds the state of optimizer {record['optimizer']}, this run uses {kind}; "
             "use the trainer.distributed_optimizer and model.precision that it was saved with"
         )
+
+
+def _version(distribution: str, package: ModuleType) -> str:
+    """The installed version, else the package's own ``__version__``, as for sources that are only on the path."""
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return str(getattr(package, "__version__", "unknown"))

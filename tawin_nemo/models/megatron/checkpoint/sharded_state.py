@@ -76,6 +76,9 @@ def _is_torch_adam(optimizer: Any) -> bool:
 def complete_adam_state(optimizer: Any) -> None:
     """Give torch's Adam the state it would make in its first step, and every parameter a step counter of its own.
 
+    A fused or capturable Adam reads the counter in its kernel, so the counter lies on the parameter's device; any other
+    keeps it on the CPU. torch does the same, but only for a state that is still empty.
+
     megatron-core 0.16 can neither save nor load a distributed optimizer that has not stepped, and when it loads one it
     hands all parameters one and the same step tensor: the next update would count one step per parameter, and correct
     the bias of the moments wrongly.
@@ -85,5 +88,10 @@ def complete_adam_state(optimizer: Any) -> None:
             continue
         part.init_state_fn(part.optimizer, part.config)
         if _is_torch_adam(part.optimizer):
-            for state in part.optimizer.state.values():
-                state["step"] = state["step"].clone() if "step" in state else torch.tensor(0.0)
+            for group in part.optimizer.param_groups:
+                in_kernel = group.get("fused") or group.get("capturable")
+                for parameter in group["params"]:
+                    state = part.optimizer.state[parameter]
+                    device = parameter.device if in_kernel else torch.device("cpu")
+                    step = state.get("step", torch.tensor(0.0))
+                    state["step"] = step.clone() if step.device == device else step.to(device)
