@@ -118,10 +118,25 @@ def copy_service() -> CopyService:
     from megatron.core.resharding.copy_services.nccl_copy_service import NCCLCopyService
 
     if torch.cuda.is_available():
-        return NCCLCopyService()
+        return _ordered(NCCLCopyService)()
     service = GlooCopyService()
     parallel_state.update_pg_timeout(time_limit(), service.gloo_pg)  # megatron makes it with torch's own limit
     return service
+
+
+def _ordered(service: type[CopyService]) -> type[CopyService]:
+    """``service`` with copies within a rank that wait for the work already queued on the current stream.
+
+    megatron-core 0.16's NCCLCopyService runs them on a stream of its own without waiting: it may read a slice before
+    the kernel that makes it contiguous has run, and leave stale weights in the target.
+    """
+
+    class OrderedCopyService(service):  # type: ignore[misc, valid-type]  # megatron is imported at the first use
+        def run(self) -> None:
+            self._copy_stream.wait_stream(torch.cuda.current_stream())
+            super().run()
+
+    return OrderedCopyService
 
 
 def reset() -> None:

@@ -67,7 +67,8 @@ def initialize(
     """
     _mpu()  # before the shim: torch.compile, which megatron imports, must see torch.cuda as it is
     if torch.cuda.is_available():
-        torch.cuda.set_device(read_launch().local_rank % torch.cuda.device_count())
+        use_device()
+        torch.backends.cuda.enable_cudnn_sdp(False)  # it builds a plan for every new shape: 0.02 to 1 s, kept for ever
     else:
         shim.install()
     groups.set_time_limit(limit)

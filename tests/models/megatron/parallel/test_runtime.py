@@ -41,6 +41,62 @@ def test_one_process_is_a_complete_layout() -> None:
     runtime.barrier()
 
 
+def test_attention_on_a_gpu_builds_no_cudnn_plans(monkeypatch: pytest.MonkeyPatch) -> None:
+    """cuDNN builds a plan for every new shape of queries and keys, and no two RL steps have the same shapes."""
+    runtime.initialize(ModelConfig(), seed=1)
+    before = torch.backends.cuda.cudnn_sdp_enabled()
+    try:
+        torch.backends.cuda.enable_cudnn_sdp(True)
+        runtime.initialize(ModelConfig(), seed=1)
+        assert torch.backends.cuda.cudnn_sdp_enabled()  # a CPU is left alone
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+        monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+        runtime.initialize(ModelConfig(), seed=1)
+        assert not torch.backends.cuda.cudnn_sdp_enabled()
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(before)
+
+
+class _RecordedStream:
+    """A CUDA stream that notes who waits for whom and what is copied in it."""
+
+    def __init__(self, name: str, log: list[tuple[str, ...]]) -> None:
+        self.name, self._log = name, log
+
+    def wait_stream(self, other: _RecordedStream) -> None:
+        self._log.append((self.name, "waits for", other.name))
+
+    def __enter__(self) -> None:
+        self._log.append((self.name, "copies"))
+
+    def __exit__(self, *error: object) -> None:
+        pass
+
+
+def test_copies_within_a_rank_wait_for_what_makes_their_source(monkeypatch: pytest.MonkeyPatch) -> None:
+    runtime.initialize(ModelConfig(), seed=1)
+    groups.copy_service.cache_clear()
+    log: list[tuple[str, ...]] = []
+    current = _RecordedStream("current", log)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda: _RecordedStream("copies' own", log))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: current)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: stream)
+    try:
+        service = groups.copy_service()
+        source, target = torch.arange(3.0), torch.zeros(3)
+        service.submit_send_with_id(0, source, 0)
+        service.submit_recv_with_id(0, target, 0)
+        service.run()
+    finally:
+        groups.copy_service.cache_clear()
+    assert torch.equal(source, target)
+    assert log == [
+        ("copies' own", "waits for", "current"), ("copies' own", "copies"), ("current", "waits for", "copies' own"),
+    ]  # fmt: skip
+
+
 def test_seeds_depend_on_seed_and_step_only() -> None:
     def draws(seed: int, step: int) -> torch.Tensor:
         runtime.seed_step(seed, step)
