@@ -103,7 +103,7 @@ def train_baseline(world: World, stage: BaselineStage, model: SequentialRecommen
             _check(world, stage, fitting, done)
         elif done.step % recipe.trainer.save_interval == 0:
             stage.save(fitting, done)
-        stage.stop_if_asked(lambda: stage.save(fitting, done), done)
+        stage.stop_if_requested(lambda: stage.save(fitting, done), done)
     if done.bad_checks < cfg.patience:
         log.warning(
             "%s used all baseline.epochs=%d without early stopping; raise baseline.epochs", stage.name, cfg.epochs

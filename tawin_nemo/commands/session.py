@@ -78,7 +78,7 @@ def started(recipe: Recipe, *, computes: bool = True) -> Iterator[None]:
         check_precision(recipe, runs=computes)
         torch.set_num_threads(recipe.trainer.threads or available_threads())
         if disaggregated.is_disaggregated():
-            stack.push(dismiss)
+            stack.push(stop_rollout_ranks)
         yield
 
 
@@ -91,7 +91,7 @@ def checked(recipe: Recipe) -> Iterator[None]:
         yield
 
 
-def dismiss(kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+def stop_rollout_ranks(kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
     """Stop the rollout ranks when a run ends; after an error that other ranks may not know of, the launcher does."""
     channel, expected = disaggregated.rollout_channel(), isinstance(error, None | Preempted | UserError)
     if expected and not disaggregated.is_rollout_rank() and not channel.awaits_response:
@@ -114,7 +114,7 @@ def check_precision(recipe: Recipe, *, runs: bool) -> None:
     if recipe.baseline.model != "off":
         return
     if runs:
-        precision.refuse(recipe)
+        precision.check_supported(recipe)
     if runtime.world_rank() == 0:
         for line in precision.unverified(recipe):
             log.warning(line)

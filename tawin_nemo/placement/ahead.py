@@ -20,7 +20,7 @@ import safetensors.torch
 import torch
 
 from tawin_nemo.config.schema import RlConfig
-from tawin_nemo.placement.dispatch import generating, join_prompts
+from tawin_nemo.placement.dispatch import generate_options, join_prompts
 from tawin_nemo.placement.remote_engine import RemoteEngine
 from tawin_nemo.placement.weight_sync import check_version
 from tawin_nemo.rollout.engine import Engine
@@ -54,7 +54,7 @@ class RolloutAhead:
         with timers("data"):
             own = prompts()
             everything = join_prompts(self._dp.gather(own))
-        self._engine.begin(everything, **generating(self._rl, step))
+        self._engine.begin(everything, **generate_options(self._rl, step))
         yield
         with timers("generate"):
             self._waiting, self._own_rows = self._engine.finish(), own.row_B

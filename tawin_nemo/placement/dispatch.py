@@ -22,7 +22,7 @@ from tawin_nemo.rollout.scoring import joined
 from tawin_nemo.types import Candidates, DataParallel, PromptBatch, Rollout, TokenRows, moved
 
 
-def dispatched(
+def dispatch_rollout(
     generate: Callable[[PromptBatch], Rollout], prompts: PromptBatch, training: DataParallel, rollout: DataParallel
 ) -> Rollout:
     """The rollout of ``prompts``, this training replica's share, in their order; every process calls it.
@@ -43,7 +43,7 @@ def dispatched(
     return take_groups(join_groups([part for _, part in parts]), own).to(device)
 
 
-def dispatched_search(engine: Engine, prompts: TokenRows, width: int, token_budget: int | None) -> Candidates:
+def dispatch_search(engine: Engine, prompts: TokenRows, width: int, token_budget: int | None) -> Candidates:
     """``engine.search`` with the prompts divided among its replicas, which all hold all prompts and get all results."""
     assert engine.dp is not None
     mine = balanced_shard(np.arange(len(prompts)), prompts.lengths, engine.dp)
@@ -53,7 +53,7 @@ def dispatched_search(engine: Engine, prompts: TokenRows, width: int, token_budg
     return joined([part for _, part in parts], order)
 
 
-def generating(rl: RlConfig, step: int) -> dict[str, Any]:
+def generate_options(rl: RlConfig, step: int) -> dict[str, Any]:
     """The keywords of ``Engine.generate`` that a recipe and a step decide."""
     return {
         "group_size": rl.group_size,

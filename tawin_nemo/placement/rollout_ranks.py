@@ -15,7 +15,7 @@ from megatron.core.models.gpt import GPTModel
 
 from tawin_nemo.config.backbones import FlopCount
 from tawin_nemo.models.megatron.parallel import disaggregated, runtime
-from tawin_nemo.placement.dispatch import dispatched, dispatched_search
+from tawin_nemo.placement.dispatch import dispatch_rollout, dispatch_search
 from tawin_nemo.placement.remote_engine import (
     MESSAGES,
     BuildEngine,
@@ -30,7 +30,7 @@ from tawin_nemo.placement.remote_engine import (
 from tawin_nemo.placement.weight_sync import check_equal, engine_with_own_model
 from tawin_nemo.rollout.engine import RolloutEngine
 from tawin_nemo.run import signals
-from tawin_nemo.run.failures import LogInto, logging_into
+from tawin_nemo.run.failures import OpenLog, logging_into
 from tawin_nemo.types import DataParallel, moved
 from tawin_nemo.util import failpoints
 from tawin_nemo.util.errors import TawinError
@@ -44,7 +44,7 @@ def serve() -> None:
     with contextlib.ExitStack() as stack:
         stack.enter_context(signals.listening())
         handler = _Handler(stack)
-        disaggregated.rollout_channel().follow((LogInto, *MESSAGES), handler)
+        disaggregated.rollout_channel().follow((OpenLog, *MESSAGES), handler)
 
 
 class _Handler:
@@ -55,7 +55,7 @@ class _Handler:
         self._engine: RolloutEngine | None = None
 
     def __call__(self, message: object) -> None:
-        if isinstance(message, LogInto):
+        if isinstance(message, OpenLog):
             self._stack.enter_context(logging_into(message))
         elif isinstance(message, BuildEngine):
             self._engine = None  # frees its memory before the next one is built
@@ -77,10 +77,10 @@ class _Handler:
             failpoints.reach("rollout_rank.asked")
             assert engine.dp is not None
             generate = partial(engine.generate, **message.options)
-            rollout = dispatched(generate, message.prompts, DataParallel(), engine.dp)
+            rollout = dispatch_rollout(generate, message.prompts, DataParallel(), engine.dp)
             self._channel.respond(Generated(rollout.to("cpu"), flops_of_all(engine)))
         elif isinstance(message, Search):
-            candidates = dispatched_search(engine, message.prompts, message.width, message.token_budget)
+            candidates = dispatch_search(engine, message.prompts, message.width, message.token_budget)
             self._channel.respond(Searched(moved(candidates, "cpu"), flops_of_all(engine)))
         else:
             raise TypeError(f"rollout ranks have no handler for {type(message).__name__}")

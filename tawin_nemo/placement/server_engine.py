@@ -23,7 +23,7 @@ from tawin_nemo.config.schema import Recipe
 from tawin_nemo.models.megatron.hf.memory import gather_hf
 from tawin_nemo.models.megatron.parallel import runtime
 from tawin_nemo.placement.server_pool import ServerPool
-from tawin_nemo.placement.servers import Agreed, GenerationServer
+from tawin_nemo.placement.servers import ExpectedTerms, GenerationServer
 from tawin_nemo.rollout.engine import Generator
 from tawin_nemo.rollout.scoring import joined, no_candidates
 from tawin_nemo.types import NO_ITEM, Candidates, DataParallel, TokenRows
@@ -42,11 +42,11 @@ class ServerEngine(Generator):
         super().__init__(catalog, recipe.rollout, seed=recipe.seed)
         self.dp, self.spread = DataParallel(), len(recipe.rollout.servers)
         self._model, self._shape = model, shape
-        agreed = Agreed(catalog.fingerprint, tokenizer, recipe.model.precision, recipe.rollout.length_penalty)
+        expected = ExpectedTerms(catalog.fingerprint, tokenizer, recipe.model.precision, recipe.rollout.length_penalty)
         self._pool: ServerPool | None = None
 
         def connect() -> None:
-            self._pool = ServerPool(recipe.rollout, agreed)
+            self._pool = ServerPool(recipe.rollout, expected)
             weakref.finalize(self, self._pool.close)  # with the engine, or when the process ends
 
         runtime.on_rank_0(connect)
@@ -69,7 +69,7 @@ class ServerEngine(Generator):
         def ask(server: GenerationServer, version: int, rows: np.ndarray) -> RolloutReply:
             return server.rollouts(prompts.take(rows), version, beams=width, score_space=space)
 
-        return self._asked(ask, prompts, width, depth, token_budget)
+        return self._request(ask, prompts, width, depth, token_budget)
 
     def sample(self, prompts: TokenRows, draws: int, seeds: Sequence[int]) -> Candidates:
         def ask(server: GenerationServer, version: int, rows: np.ndarray) -> RolloutReply:
@@ -77,12 +77,12 @@ class ServerEngine(Generator):
             options: dict[str, Any] = {"draws": draws, "seeds": own, "temperature": self.cfg.temperature}
             return server.rollouts(prompts.take(rows), version, **options)
 
-        return self._asked(ask, prompts, draws, self.catalog.trie.decision_depth, None)
+        return self._request(ask, prompts, draws, self.catalog.trie.decision_depth, None)
 
     def pop_flops(self) -> FlopCount:
         return FlopCount()
 
-    def _asked(
+    def _request(
         self, ask: Callable[[GenerationServer, int, np.ndarray], RolloutReply], prompts: TokenRows, width: int,
         depth: int, token_budget: int | None,
     ) -> Candidates:  # fmt: skip

@@ -21,7 +21,7 @@ from tawin_nemo.api.schema import RolloutTerms
 from tawin_nemo.config.schema import RolloutConfig
 from tawin_nemo.data.batches import balanced_shard
 from tawin_nemo.models.megatron.parallel.weight_group import host_store
-from tawin_nemo.placement.servers import Agreed, GenerationServer, Unavailable
+from tawin_nemo.placement.servers import ExpectedTerms, GenerationServer, Unavailable
 from tawin_nemo.types import DataParallel
 from tawin_nemo.util.errors import ConfigError, TawinError
 from tawin_nemo.util.log import get_logger
@@ -36,7 +36,7 @@ class ServersLost(TawinError):
 
 
 @dataclass(frozen=True)
-class AtOnce:
+class RequestLimits:
     """What one request may ask: beams, tokens held (prompts and what beams may run), rows, bytes."""
 
     beams: int
@@ -44,15 +44,15 @@ class AtOnce:
     rows: int
     body_bytes: int
 
-    def narrowed(self, terms: RolloutTerms) -> AtOnce:
-        return AtOnce(
+    def narrowed(self, terms: RolloutTerms) -> RequestLimits:
+        return RequestLimits(
             min(self.beams, terms.max_beams), min(self.tokens, terms.token_budget), min(self.rows, terms.row_budget),
             min(self.body_bytes, 1024 * terms.max_body_kb),
         )  # fmt: skip
 
 
-def parts_of(
-    lengths_B: np.ndarray, servers: int, width: int, depth: int, limit: AtOnce
+def split_prompts(
+    lengths_B: np.ndarray, servers: int, width: int, depth: int, limit: RequestLimits
 ) -> list[tuple[int, np.ndarray]]:
     """(server that is meant, prompts) of every part: shares of similar length, each from its longest prompt on in parts
     that keep the limits; a prompt beyond them goes alone. ``depth``: tokens that a beam may run."""
@@ -85,13 +85,13 @@ class _Part:
     reply: RolloutReply | None = None
 
 
-class _Round:
+class _Dispatch:
     """The parts of one call on their way; workers, one per server, take them one at a time."""
 
     def __init__(self, homes: Sequence[int], most: int) -> None:
         self.parts, self._most = [_Part(home) for home in homes], most
         self._free = set(range(len(homes)))
-        self._flying = 0
+        self._in_flight = 0
         self._changed = threading.Condition()
         self._over = False
 
@@ -108,9 +108,9 @@ class _Round:
                         self._free, key=lambda at: (server in self.parts[at].tried, self.parts[at].home != server, at)
                     )
                     self._free.remove(best)
-                    self._flying += 1
+                    self._in_flight += 1
                     return best
-                if not self._flying:
+                if not self._in_flight:
                     return None
                 self._changed.wait()
             return None
@@ -118,16 +118,16 @@ class _Round:
     def answered(self, at: int, reply: RolloutReply) -> None:
         with self._changed:
             self.parts[at].reply = reply
-            self._flying -= 1
+            self._in_flight -= 1
             self._changed.notify_all()
 
-    def put_back(self, at: int, server: int, name: str, why: Exception) -> None:
+    def requeue(self, at: int, server: int, name: str, why: Exception) -> None:
         """Raises ServersLost when the part was tried as often as it may be."""
         with self._changed:
             part = self.parts[at]
             part.tried.add(server)
             part.tries.append(f"{name}: {why}")
-            self._flying -= 1
+            self._in_flight -= 1
             self._free.add(at)
             self._changed.notify_all()
             if len(part.tries) >= self._most:
@@ -147,26 +147,26 @@ class ServerPool:
     """On the first training rank; the constructor raises ServersLost when no server is there, ConfigError when one does
     not fit."""
 
-    def __init__(self, cfg: RolloutConfig, agreed: Agreed) -> None:
+    def __init__(self, cfg: RolloutConfig, expected: ExpectedTerms) -> None:
         store = host_store(timedelta(seconds=cfg.server_timeout_s))
         self._cfg, self._writing = cfg, threading.Lock()
-        self.servers = [GenerationServer(name, cfg, agreed, store) for name in cfg.servers]
+        self.servers = [GenerationServer(name, cfg, expected, store) for name in cfg.servers]
         self._tensors: Mapping[str, Tensor] = {}
         self._version = 0  # of the newest weights, as servers count
-        self._limit = AtOnce(1 << 62, 1 << 62, 1 << 62, 1 << 62)
-        self._together(self.servers, self._connected)
-        self._check_some()
+        self._limit = RequestLimits(1 << 62, 1 << 62, 1 << 62, 1 << 62)
+        self._on_all(self.servers, self._connected)
+        self._check_any_left()
         log.info("rollouts and evaluation on %d of %d generation servers", len(self._in_use), len(self.servers))
 
     @property
     def _in_use(self) -> list[GenerationServer]:
-        return [server for server in self.servers if not server.why_not]
+        return [server for server in self.servers if not server.unavailable_reason]
 
     def push(self, tensors: Mapping[str, Tensor]) -> None:
         """Give the weights to all servers, those that were left out among them. They are kept, for servers that come
         back later. Raises ServersLost when none has taken them."""
         self._tensors = tensors
-        self._bring_back()
+        self._reconnect_and_push()
 
     def run(
         self, lengths_B: np.ndarray, width: int, depth: int, token_budget: int,
@@ -182,9 +182,9 @@ class ServerPool:
                 f"{width} beams or draws are more than serve.max_beams={limit.beams} of the generation servers; start "
                 "them with more, or lower rollout.width, rl.group_size or eval.beams"
             )
-        limit = AtOnce(limit.beams, min(limit.tokens, token_budget), limit.rows, limit.body_bytes)
-        parts = parts_of(lengths_B, len(self.servers), width, depth, limit)
-        work = _Round([home for home, _ in parts], self._cfg.server_tries)
+        limit = RequestLimits(limit.beams, min(limit.tokens, token_budget), limit.rows, limit.body_bytes)
+        parts = split_prompts(lengths_B, len(self.servers), width, depth, limit)
+        work = _Dispatch([home for home, _ in parts], self._cfg.server_tries)
 
         def serve(server: GenerationServer) -> None:
             number = self.servers.index(server)
@@ -194,7 +194,7 @@ class ServerPool:
                         work.answered(at, ask(server, self._version, parts[at][1]))
                     except Unavailable as error:
                         self._failed(server, error)
-                        work.put_back(at, number, server.name, error)
+                        work.requeue(at, number, server.name, error)
                         if error.lost:
                             return
                         time.sleep(error.wait)
@@ -204,8 +204,8 @@ class ServerPool:
 
         while work.unanswered:
             if not self._in_use:
-                self._bring_back()
-            self._together(self._in_use, serve)
+                self._reconnect_and_push()
+            self._on_all(self._in_use, serve)
         return [(rows, part.reply) for (_, rows), part in zip(parts, work.parts, strict=True) if part.reply is not None]
 
     def close(self) -> None:
@@ -214,43 +214,43 @@ class ServerPool:
             server.close()
 
     # -- who is in use ------------------------------------------------------------------------------------------------
-    def _bring_back(self) -> None:
+    def _reconnect_and_push(self) -> None:
         """All servers that can be reached get the newest weights. Raises ServersLost when there is none."""
-        self._together(self.servers, self._connected)
+        self._on_all(self.servers, self._connected)
         self._give_weights()
 
     def _give_weights(self) -> None:
-        self._check_some()
+        self._check_any_left()
         self._version += 1
-        self._together(self._in_use, lambda server: server.push(self._tensors, self._version))
-        self._check_some()
+        self._on_all(self._in_use, lambda server: server.push(self._tensors, self._version))
+        self._check_any_left()
 
     def _connected(self, server: GenerationServer) -> None:
         terms = server.connect()
         with self._writing:
             self._limit = self._limit.narrowed(terms)
             self._version = max(self._version, terms.weight_version)  # what is pushed next is newer than all
-        if server.why_not:
+        if server.unavailable_reason:
             log.info("generation server %s is there again", server.name)
-            server.why_not = ""
+            server.unavailable_reason = ""
 
     def _failed(self, server: GenerationServer, error: Unavailable) -> None:
         if error.lost:
-            server.why_not = str(error)
+            server.unavailable_reason = str(error)
             server.disconnect()
             log.warning("generation server %s is left out until it takes new weights: %s", server.name, error)
         else:
             log.warning("generation server %s is busy, again in %g s: %s", server.name, error.wait, error)
 
-    def _check_some(self) -> None:
+    def _check_any_left(self) -> None:
         if not self._in_use:
-            tried = "; ".join(f"{server.name}: {server.why_not}" for server in self.servers)
+            tried = "; ".join(f"{server.name}: {server.unavailable_reason}" for server in self.servers)
             raise ServersLost(
                 f"no generation server is left ({tried}); start them again (tawin-nemo serve), then run the same "
                 "command"
             )
 
-    def _together(self, servers: Sequence[GenerationServer], act: Callable[[GenerationServer], None]) -> None:
+    def _on_all(self, servers: Sequence[GenerationServer], act: Callable[[GenerationServer], None]) -> None:
         """``act`` on all of them at once; a server that is not available is left out, other errors are raised."""
 
         def acted(server: GenerationServer) -> None:

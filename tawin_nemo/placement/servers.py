@@ -49,7 +49,7 @@ class Unavailable(TawinError):
 
 
 @dataclass(frozen=True)
-class Agreed:
+class ExpectedTerms:
     """What a server has to have in common with training."""
 
     catalog: str  # fingerprint
@@ -61,10 +61,10 @@ class Agreed:
 class GenerationServer:
     """One of ``rollout.servers``. ``holds``: the version of the weights that it was given and still has, or None."""
 
-    def __init__(self, file: str, cfg: RolloutConfig, agreed: Agreed, store: dist.TCPStore) -> None:
-        self.name, self._cfg, self._agreed, self._store = file, cfg, agreed, store
+    def __init__(self, file: str, cfg: RolloutConfig, expected: ExpectedTerms, store: dist.TCPStore) -> None:
+        self.name, self._cfg, self._expected, self._store = file, cfg, expected, store
         self.holds: int | None = None
-        self.why_not = ""  # it is left out
+        self.unavailable_reason = ""  # it is left out
         self._instance = ""
         self._data: Client | None = None
         self._control: ControlClient | None = None
@@ -77,7 +77,7 @@ class GenerationServer:
         key = next(iter(read_keys(self._cfg.api_key_file, "rollout.api_key_file")), "")
         token_file = self._cfg.control_token_file or str(Path(self.name).parent / "control_token")
         token = read_token(token_file, "rollout.control_token_file")
-        with self._speaking(), Client(data, key, timeout_s=_TERMS_S) as client:
+        with self._translated_errors(), Client(data, key, timeout_s=_TERMS_S) as client:
             terms = client.rollout_terms()
         self._compare(terms)
         self.disconnect(forget=terms.instance != self._instance)
@@ -115,15 +115,15 @@ class GenerationServer:
             "names": list(tensors), "shapes": [list(value.shape) for value in tensors.values()],
             "dtypes": [str(value.dtype).removeprefix("torch.") for value in tensors.values()],
         }  # fmt: skip
-        with self._speaking(), ThreadPoolExecutor(1) as beside:
+        with self._translated_errors(), ThreadPoolExecutor(1) as beside:
             try:
                 if self._group is None:
-                    self._group = self._met(control, beside)
+                    self._group = self._join_group(control, beside)
                 name = self._group.name
                 said = beside.submit(
                     control.update_weights_from_distributed, group_name=name, weight_version=version, **announced
                 )
-                self._sent(tensors, said)
+                self._send(tensors, said)
                 found = said.result().weight_version
             except Exception:
                 self._drop_group()
@@ -132,7 +132,7 @@ class GenerationServer:
             raise Unavailable(f"calls its weights version {found} after version {version} was sent")
         self.holds = version
 
-    def _met(self, control: ControlClient, beside: ThreadPoolExecutor) -> WeightGroup:
+    def _join_group(self, control: ControlClient, beside: ThreadPoolExecutor) -> WeightGroup:
         backend, seconds = self._cfg.weights_backend, self._cfg.server_timeout_s
         if backend == "auto":
             backend = "nccl" if torch.cuda.is_available() else "gloo"
@@ -142,15 +142,15 @@ class GenerationServer:
             group_name=name, backend=backend, timeout_s=min(seconds, 3600.0),
         )  # fmt: skip
         limit = timedelta(seconds=seconds)
-        with _answering_first(said):
-            group = WeightGroup(self._store, name, 0, 2, backend=backend, limit=limit, given_up=said.done)
+        with _request_error_first(said):
+            group = WeightGroup(self._store, name, 0, 2, backend=backend, limit=limit, peer_ended=said.done)
         said.result()
         return group
 
-    def _sent(self, tensors: Mapping[str, Tensor], said: Future[Any]) -> None:
+    def _send(self, tensors: Mapping[str, Tensor], said: Future[Any]) -> None:
         assert self._group is not None
-        with _answering_first(said):
-            self._group.send(tensors.values(), given_up=said.done)
+        with _request_error_first(said):
+            self._group.send(tensors.values(), peer_ended=said.done)
 
     def rollouts(self, prompts: TokenRows, version: int, **fields: Any) -> RolloutReply:
         """Candidates of prompts from weights ``version``. Raises Unavailable, also for a reply of anything else."""
@@ -158,40 +158,40 @@ class GenerationServer:
         if client is None or self.holds != version:
             raise Unavailable(f"holds weights {self.holds} where version {version} is due")
         rows = [prompts[row].tolist() for row in range(len(prompts))]
-        with self._speaking():
+        with self._translated_errors():
             reply = client.rollouts(rows, weight_version=version, timeout_s=self._cfg.server_timeout_s, **fields)
         said = (reply.weight_version, reply.instance, reply.catalog)
-        if said != (version, self._instance, self._agreed.catalog):
+        if said != (version, self._instance, self._expected.catalog):
             raise Unavailable(
                 f"answered from weights {said[0]}, start {said[1][:8]}, catalog {said[2][:8]} where {version}, "
-                f"{self._instance[:8]}, {self._agreed.catalog[:8]} are due: refused"
+                f"{self._instance[:8]}, {self._expected.catalog[:8]} are due: refused"
             )
         if len(reply.items_BW) != len(prompts):
             raise Unavailable(f"answered {len(reply.items_BW)} of {len(prompts)} prompts: refused")
         return reply
 
     def _compare(self, terms: RolloutTerms) -> None:
-        agreed = self._agreed
+        expected = self._expected
         remedy = "start it from this run's recipe (same data, tokenizer and model keys)"
-        if terms.catalog != agreed.catalog:
+        if terms.catalog != expected.catalog:
             raise ConfigError(
                 f"rollout.servers: {self.name} serves another catalog ({terms.catalog[:12]}) than this run trains "
-                f"on ({agreed.catalog[:12]}): {remedy}, without serve.catalogue and later changes of items"
+                f"on ({expected.catalog[:12]}): {remedy}, without serve.catalogue and later changes of items"
             )
-        if agreed.tokenizer and terms.tokenizer != agreed.tokenizer:
+        if expected.tokenizer and terms.tokenizer != expected.tokenizer:
             raise ConfigError(
                 f"rollout.servers: {self.name} has another tokenizer ({terms.tokenizer[:12]}) than this run "
-                f"({agreed.tokenizer[:12]}): {remedy}"
+                f"({expected.tokenizer[:12]}): {remedy}"
             )
-        if terms.precision != agreed.precision:
+        if terms.precision != expected.precision:
             raise ConfigError(
-                f"rollout.servers: {self.name} searches in {terms.precision} but model.precision={agreed.precision}: "
+                f"rollout.servers: {self.name} searches in {terms.precision} but model.precision={expected.precision}: "
                 f"{remedy}, eval.precision among them"
             )
-        if terms.length_penalty != agreed.length_penalty:
+        if terms.length_penalty != expected.length_penalty:
             raise ConfigError(
                 f"rollout.servers: {self.name} has rollout.length_penalty={terms.length_penalty:g}, this run "
-                f"{agreed.length_penalty:g}; start it with the same"
+                f"{expected.length_penalty:g}; start it with the same"
             )
 
     def _drop_group(self) -> None:
@@ -200,7 +200,7 @@ class GenerationServer:
             self._group = None
 
     @contextlib.contextmanager
-    def _speaking(self) -> Iterator[None]:
+    def _translated_errors(self) -> Iterator[None]:
         """Errors of HTTP and of the group as what they mean here."""
         try:
             yield
@@ -223,7 +223,7 @@ class GenerationServer:
 
 
 @contextlib.contextmanager
-def _answering_first(said: Future[Any]) -> Iterator[None]:
+def _request_error_first(said: Future[Any]) -> Iterator[None]:
     """When both the group and the request fail, the request's error says why."""
     try:
         yield

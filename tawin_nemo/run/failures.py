@@ -41,7 +41,7 @@ def is_symptom(message: str) -> bool:
     return _SYMPTOM.search(message) is not None
 
 
-class _WholeFile(ErrorHandler):
+class _AtomicErrorFile(ErrorHandler):
     """torch's error file, whole or not there: a rank that is killed while it writes would leave one that the launcher
     cannot read, and the launcher would die of that instead of naming the rank."""
 
@@ -59,7 +59,7 @@ class _WholeFile(ErrorHandler):
 @contextlib.contextmanager
 def recorded() -> Iterator[None]:
     """Write an error that leaves this block into the error file; a crash of the interpreter prints its stack."""
-    handler = _WholeFile()
+    handler = _AtomicErrorFile()
     handler.initialize()
     try:
         yield
@@ -74,7 +74,7 @@ def recorded() -> Iterator[None]:
 
 
 @dataclass(frozen=True)
-class LogInto:
+class OpenLog:
     """Where the ranks of an attempt write their log files; a message to the rollout ranks."""
 
     folder: Path
@@ -85,7 +85,7 @@ class LogInto:
 def attempt_logs(run_dir: Path) -> Iterator[None]:
     """Log into ``RUN_DIR/logs/attempt_N/rank_R.log`` while inside; N counts the attempts of this run from 1."""
     number = runtime.on_rank_0(partial(_next_attempt, run_dir))
-    into = LogInto(run_dir / "logs" / f"attempt_{number}", number)
+    into = OpenLog(run_dir / "logs" / f"attempt_{number}", number)
     if disaggregated.is_disaggregated():
         disaggregated.rollout_channel().broadcast(into)
     with logging_into(into):
@@ -93,7 +93,7 @@ def attempt_logs(run_dir: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def logging_into(into: LogInto) -> Iterator[None]:
+def logging_into(into: OpenLog) -> Iterator[None]:
     """Write this rank's log file while inside, with how it ended."""
     rank, folder = runtime.world_rank(), into.folder
     folder.mkdir(parents=True, exist_ok=True)

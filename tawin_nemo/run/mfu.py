@@ -15,7 +15,7 @@ from tawin_nemo.models.megatron.parallel import disaggregated, runtime
 from tawin_nemo.types import TokenBatch
 
 
-def batch_work(batches: Sequence[TokenBatch], vocab: int) -> FlopCount:
+def forward_flop_count(batches: Sequence[TokenBatch], vocab: int) -> FlopCount:
     """What one forward pass over token trees computes: every token once, and only the head rows that are read."""
     total = FlopCount()
     for batch in batches:
@@ -28,7 +28,7 @@ def batch_work(batches: Sequence[TokenBatch], vocab: int) -> FlopCount:
 
 def training_flops(batches: Sequence[TokenBatch], shape: Backbone) -> float:
     """Forward and backward of one pass over the batches; what recomputation repeats is not counted."""
-    return 3.0 * batch_work(batches, shape.vocab).forward_flops(shape)
+    return 3.0 * forward_flop_count(batches, shape.vocab).forward_flops(shape)
 
 
 def peak_flops(recipe: Recipe) -> float:

@@ -70,7 +70,7 @@ class Stage:
         self._last_time = time.monotonic()
         self._saved_step = -1  # the newest checkpoint that this process has begun to write
         self._saver: AsyncSaver | None = None
-        self.protects_best = trainer.keep_best
+        self.keeps_best = trainer.keep_best
         if self._writer:
             self.checkpoints.mkdir(parents=True, exist_ok=True)
         runtime.barrier()
@@ -147,7 +147,7 @@ class Stage:
         self._flush()
         path = self.checkpoints / f"step_{progress.step}"
         state = {"progress": vars(progress), "stage": self.name}
-        keep = {progress.best_step} if self.protects_best else set()
+        keep = {progress.best_step} if self.keeps_best else set()
         prune = partial(checkpoint.prune, self.checkpoints, keep_last=self.trainer.keep_last, keep=keep)
         self._saved_step = progress.step
         if self.trainer.async_save:
@@ -185,10 +185,10 @@ class Stage:
                     with (self.directory / name).open("rb") as file:
                         os.fsync(file.fileno())
 
-    def stop_if_asked(self, save: Callable[[], None], progress: Progress) -> None:
+    def stop_if_requested(self, save: Callable[[], None], progress: Progress) -> None:
         """Save and raise Preempted once a signal has come or ``trainer.max_time`` is over, on any rank."""
         late = self._deadline is not None and time.monotonic() > self._deadline
-        reason = signals.asked() or ("trainer.max_time is over" if late else "")
+        reason = signals.received() or ("trainer.max_time is over" if late else "")
         if runtime.any_rank(bool(reason)):
             self._profiler.stop()
             if self._saved_step != progress.step:
@@ -197,9 +197,9 @@ class Stage:
             reason = reason or "another rank was asked to stop"
             raise Preempted(f"{reason}: {self.name} saved step {progress.step}; run the same command to continue")
 
-    def stop_between(self, what: str) -> None:
+    def stop_before(self, what: str) -> None:
         """Raise Preempted before ``what`` begins when a signal has come; what is finished is already saved."""
-        reason = signals.asked()
+        reason = signals.received()
         if runtime.any_rank(bool(reason)):
             reason = reason or "another rank was asked to stop"
             raise Preempted(f"{reason}: stopped before {what}; run the same command to continue")

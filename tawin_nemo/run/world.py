@@ -132,8 +132,8 @@ def build_world(recipe: Recipe, run_dir: Path, data_root: Path, *, codes_path: P
     shape = _shape(recipe, tokenizer.size)
     _check_lengths(samples, catalog, shape)
     if runtime.world_rank() == 0:
-        write_json(run_dir / "catalogue.json", catalog_facts(catalog, samples))
-        keep_catalog(run_dir / "catalogue", catalog, tokenizer)
+        write_json(run_dir / "catalogue.json", catalog_summary(catalog, samples))
+        store_catalog(run_dir / "catalogue", catalog, tokenizer)
     runtime.barrier()
     return World(
         recipe, run_dir, dataset, tokenizer, template, catalog, texts, samples, shape,
@@ -141,7 +141,7 @@ def build_world(recipe: Recipe, run_dir: Path, data_root: Path, *, codes_path: P
     )  # fmt: skip
 
 
-def keep_catalog(folder: Path, catalog: Catalog, tokenizer: Tokenizer) -> None:
+def store_catalog(folder: Path, catalog: Catalog, tokenizer: Tokenizer) -> None:
     """Store the run's trie in ``folder``; where an earlier attempt has stored one, compare it.
 
     Raises CatalogError when the data or the tokenizer now give another catalog than the run was trained with.
@@ -191,7 +191,7 @@ def _check_lengths(samples: dict[str, Samples], catalog: Catalog, shape: Backbon
         )
 
 
-def catalog_facts(catalog: Catalog, samples: dict[str, Samples]) -> dict[str, object]:
+def catalog_summary(catalog: Catalog, samples: dict[str, Samples]) -> dict[str, object]:
     """Sizes of catalog and samples, for catalogue.json and the report."""
     lengths = catalog.paths.lengths
     return {

@@ -76,7 +76,7 @@ def write_layout(run_dir: Path, model: GPTModel, engine: Engine, peak: float) ->
     """Write layout.json: layers, parameters, device and ``peak`` FLOP/s of every process."""
     device = runtime.device()
     mine = {
-        **runtime.place(),
+        **runtime.rank_layout(),
         "layers": len(model.decoder.layers),
         "parameters": sum(p.numel() for p in model.parameters()),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
@@ -108,7 +108,7 @@ def run_stage(world: World, plan: Plan, sink: MetricSink | None) -> EvalResult:
     if stage.done and all(file.is_file() for file in expected):
         log.info("%s is done", plan.name)
         return EvalResult.read(stage.directory / "eval", splits[-1])
-    stage.stop_between(plan.name)
+    stage.stop_before(plan.name)
     model = starting_model(world, plan.start, dropout=world.recipe.model.dropout if plan.kind == "sft" else 0.0)
     known = world.tokenizer.fingerprint
     engine = build_engine(world.recipe, model, world.shape, world.catalog, tokenizer=known)
@@ -127,7 +127,7 @@ def run_stage(world: World, plan: Plan, sink: MetricSink | None) -> EvalResult:
             train_rl(world, stage, actor, lambda: reference_for(world, plan, model), engine)
         else:
             train_sft(world, sft, stage, trainable, plan.rows, engine)
-    stage.stop_between(f"the evaluation of {plan.name}")
+    stage.stop_before(f"the evaluation of {plan.name}")
     precision = world.recipe.eval.precision
     cfg = in_precision(world.recipe.model, precision)
     if cfg != world.recipe.model:

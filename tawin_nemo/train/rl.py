@@ -31,7 +31,7 @@ from tawin_nemo.train.actor import Actor, weighted_groups
 from tawin_nemo.train.plan import total_steps
 from tawin_nemo.train.reference import Reference, Refresh
 from tawin_nemo.train.rewards import Reward, build_reward
-from tawin_nemo.train.rl_metrics import count_work, prefixed, rollout_metrics
+from tawin_nemo.train.rl_metrics import count_flops, prefixed, rollout_metrics
 from tawin_nemo.train.rollouts import PromptStream, Rollouts
 from tawin_nemo.types import Rollout
 from tawin_nemo.util import failpoints
@@ -68,7 +68,7 @@ def train_rl(
                 validate(world, stage, engine, done)
         if validated or due(done.step, trainer.save_interval) or done.step == total or rollouts.exhausted(total):
             write_checkpoint()
-        stage.stop_if_asked(write_checkpoint, done)
+        stage.stop_if_requested(write_checkpoint, done)
     best = done.best_step if trainer.keep_best and done.best_step >= 0 else done.step
     stage.finish(done, chosen_step=best)
 
@@ -119,7 +119,7 @@ def rl_step(components: RlComponents, *, step: int, lr: float) -> dict[str, floa
             stats = components.guard(update, batches)
     with timers("sync"):
         sync_weights(rollouts.engine, version=step + 1)
-    count_work(timers, rollouts.engine, actor.dp, actor.trainable.shape, batches,
+    count_flops(timers, rollouts.engine, actor.dp, actor.trainable.shape, batches,
                path_tokens=path_tokens, scored=ref is not None, passes=rl.inner_updates)  # fmt: skip
     return {**metrics, **prefixed(stats)}
 

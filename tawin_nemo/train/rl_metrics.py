@@ -12,7 +12,7 @@ from tawin_nemo.config.backbones import Backbone
 from tawin_nemo.maths.advantages import zero_std_groups
 from tawin_nemo.rollout.engine import Engine
 from tawin_nemo.rollout.groups import GroupFacts
-from tawin_nemo.run.mfu import batch_work
+from tawin_nemo.run.mfu import forward_flop_count
 from tawin_nemo.run.timers import Timers, count_update
 from tawin_nemo.types import DataParallel, Rollout, TokenBatch
 
@@ -40,7 +40,7 @@ def prefixed(stats: dict[str, float]) -> dict[str, float]:
     return {name if name == "grad_norm" else f"rl/{name}": value for name, value in stats.items()}
 
 
-def count_work(
+def count_flops(
     timers: Timers,
     engine: Engine,
     dp: DataParallel,
@@ -62,6 +62,6 @@ def count_work(
         rows, flops = np.sum(engine.dp.gather((rows, flops)), axis=0) / dp.size
     timers.count("generate", tokens=path_tokens, rows=rows, flops=flops)
     if scored:
-        once, tokens = batch_work(batches, shape.vocab), sum(len(batch.target_N) for batch in batches)
+        once, tokens = forward_flop_count(batches, shape.vocab), sum(len(batch.target_N) for batch in batches)
         timers.count("reference", tokens=tokens, rows=once.tokens, flops=once.forward_flops(shape))
     count_update(timers, batches, shape, passes=passes)

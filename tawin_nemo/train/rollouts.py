@@ -23,7 +23,7 @@ from tawin_nemo.data.batches import BatchStream, balanced_shard
 from tawin_nemo.data.samples import Samples
 from tawin_nemo.maths.advantages import zero_std_groups
 from tawin_nemo.placement.ahead import RolloutAhead
-from tawin_nemo.placement.dispatch import dispatched, generating
+from tawin_nemo.placement.dispatch import dispatch_rollout, generate_options
 from tawin_nemo.placement.weight_sync import check_version
 from tawin_nemo.rollout.engine import Engine
 from tawin_nemo.rollout.groups import join_groups, take_groups
@@ -113,12 +113,12 @@ class Rollouts:
             if self.engine.dp is None:
                 rollout = self._search(prompts, step)
             else:
-                rollout = dispatched(partial(self._search, step=step), prompts, self._dp, self.engine.dp)
+                rollout = dispatch_rollout(partial(self._search, step=step), prompts, self._dp, self.engine.dp)
             check_version(rollout, expected=step)
             return ensure_target(rollout, self._catalog) if self._rl.ensure_target == "replace_last" else rollout
 
     def _search(self, prompts: PromptBatch, step: int) -> Rollout:
-        return self.engine.generate(prompts, **generating(self._rl, step))
+        return self.engine.generate(prompts, **generate_options(self._rl, step))
 
     def refill(
         self, rollout: Rollout, rewards_BG: Tensor, reward: RewardFunction, step: int

@@ -46,7 +46,7 @@ def train_sft(
     per_epoch = -(-data.stream.n // data.stream.batch_size)
     total = cfg.epochs * per_epoch
     check_every = max(1, per_epoch // cfg.checks_per_epoch)
-    stage.protects_best = True  # the best checkpoint is what later stages start from
+    stage.keeps_best = True  # the best checkpoint is what later stages start from
     done = stage.resume(trainable)
     if done.best_value is None:
         _check(world, stage, trainable, engine, done, data.tasks)
@@ -72,7 +72,7 @@ def train_sft(
             _check(world, stage, trainable, engine, done, data.tasks)
         elif done.step % world.recipe.trainer.save_interval == 0:
             stage.save(trainable, done)
-        stage.stop_if_asked(lambda: stage.save(trainable, done), done)
+        stage.stop_if_requested(lambda: stage.save(trainable, done), done)
     if done.bad_checks < cfg.patience:
         log.warning("%s used all sft.epochs=%d without early stopping; raise sft.epochs", stage.name, cfg.epochs)
     stage.finish(done, chosen_step=done.best_step)

@@ -41,9 +41,9 @@ def starting_model(
     if stage is not None:
         path = chosen_checkpoint(world.run_dir / stage)
     elif checkpoint_path:
-        path = named_checkpoint(checkpoint_path, "checkpoint")
+        path = resolve_checkpoint(checkpoint_path, "checkpoint")
     elif recipe.start:
-        path = named_checkpoint(recipe.start, "start")
+        path = resolve_checkpoint(recipe.start, "start")
     loads = path is not None or recipe.model.init != "random"
     model = build_model(
         world.shape, cfg, seed=recipe.seed, rollout_tp=recipe.rollout_layout[0], to_be_loaded=loads
@@ -55,7 +55,7 @@ def starting_model(
     return model
 
 
-def named_checkpoint(named: str, key: str) -> Path:
+def resolve_checkpoint(named: str, key: str) -> Path:
     """The checkpoint at the path that recipe key ``key`` names: a finished stage's chosen one, or one step_N.
 
     Raises ConfigError when it is neither.

@@ -67,7 +67,7 @@ class LoadWeights:
 
 
 @dataclass(frozen=True)
-class TakeWeights:
+class ReceiveWeights:
     """Weights follow, tensor by tensor, and become a new version; running requests keep the one they started with."""
 
     version: int
@@ -82,7 +82,7 @@ class PutCatalog:
 
 
 @dataclass(frozen=True)
-class Forget:
+class Release:
     """Free weights and catalogs that no request uses any more."""
 
     weights: list[int]
@@ -94,5 +94,5 @@ class Probe:
     """Every rank takes part in one collective, which fails when one of them is gone."""
 
 
-Message = Admit | Advance | Drop | Draw | LoadWeights | TakeWeights | PutCatalog | Forget | Probe | Stop
+Message = Admit | Advance | Drop | Draw | LoadWeights | ReceiveWeights | PutCatalog | Release | Probe | Stop
 MESSAGES: tuple[type, ...] = get_args(Message)

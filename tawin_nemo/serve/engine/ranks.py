@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tawin_nemo.catalog.trie import TokenTrie
 from tawin_nemo.models.megatron.parallel.channel import Channel, Link
-from tawin_nemo.serve.engine.messages import MESSAGES, LoadWeights, Message, Probe, PutCatalog, TakeWeights
+from tawin_nemo.serve.engine.messages import MESSAGES, LoadWeights, Message, Probe, PutCatalog, ReceiveWeights
 from tawin_nemo.serve.engine.replica import Replica
 from tawin_nemo.util.errors import TawinError
 
@@ -20,16 +20,16 @@ class Ranks(Link, Protocol):
 
     size: int
 
-    def meet(self) -> None:
+    def barrier(self) -> None:
         """Block until all ranks have called it; raises when one of them is gone."""
         ...
 
-    def share(self, tensor: Tensor | None, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    def broadcast_tensor(self, tensor: Tensor | None, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """Rank 0's tensor of this shape and dtype, in CPU memory on every rank; the others pass None."""
         ...
 
 
-class Alone:
+class SingleProcess:
     """One process without followers."""
 
     size = 1
@@ -40,10 +40,10 @@ class Alone:
     def receive(self) -> bytes:
         raise RuntimeError("a server of one process has no rank 0 to follow")
 
-    def meet(self) -> None:
+    def barrier(self) -> None:
         pass
 
-    def share(self, tensor: Tensor | None, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    def broadcast_tensor(self, tensor: Tensor | None, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         assert tensor is not None
         return tensor
 
@@ -59,7 +59,7 @@ class Leader:
         """Carry a message out on all ranks; returns what ``Replica.apply`` returns on rank 0."""
         self._broadcast(message)
         if isinstance(message, Probe):
-            self.ranks.meet()
+            self.ranks.barrier()
         return self.replica.apply(message)
 
     def put_catalog(self, message: PutCatalog, trie: TokenTrie) -> None:
@@ -67,15 +67,15 @@ class Leader:
         self._broadcast(message)
         self.replica.tries[message.version] = trie
 
-    def take_weights(self, version: int, tensors: Mapping[str, Tensor]) -> None:
+    def broadcast_weights(self, version: int, tensors: Mapping[str, Tensor]) -> None:
         """Send all tensors of a model from rank 0's memory to all ranks as weights ``version``.
 
         Raises RuntimeError when rank 0 fails on the way: the other ranks then wait for the rest.
         """
-        self._broadcast(TakeWeights(version))
+        self._broadcast(ReceiveWeights(version))
         try:
             self.replica.models[version] = self.replica.build_from_tensors(
-                lambda name, shape, dtype: self.ranks.share(tensors[name], shape, dtype)
+                lambda name, shape, dtype: self.ranks.broadcast_tensor(tensors[name], shape, dtype)
             )
         except TawinError as error:
             raise RuntimeError("the ranks stopped in the middle of new weights") from error
@@ -94,9 +94,9 @@ def follow(replica: Replica, ranks: Ranks) -> None:
 
     def handle(message: Message) -> None:
         if isinstance(message, Probe):
-            ranks.meet()
-        if isinstance(message, TakeWeights):
-            model = replica.build_from_tensors(lambda name, shape, dtype: ranks.share(None, shape, dtype))
+            ranks.barrier()
+        if isinstance(message, ReceiveWeights):
+            model = replica.build_from_tensors(lambda name, shape, dtype: ranks.broadcast_tensor(None, shape, dtype))
             replica.models[message.version] = model
         try:
             replica.apply(message)

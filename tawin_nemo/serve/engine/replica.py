@@ -25,13 +25,13 @@ from tawin_nemo.serve.engine.messages import (
     Advance,
     Draw,
     Drop,
-    Forget,
     Lane,
     LoadWeights,
     Message,
     Probe,
     PutCatalog,
-    TakeWeights,
+    ReceiveWeights,
+    Release,
 )
 from tawin_nemo.types import Candidates
 
@@ -85,12 +85,12 @@ class Replica:
                 self.models[message.version] = self.load(message.path)
             case PutCatalog():
                 self.tries[message.version] = TokenTrie.from_paths(message.paths)
-            case Forget():
+            case Release():
                 for version in message.weights:
                     del self.models[version]
                 for version in message.catalogs:
                     del self.tries[version]
-            case Probe() | Stop() | TakeWeights():  # what belongs to the last one is ``build_from_tensors``
+            case Probe() | Stop() | ReceiveWeights():  # what belongs to the last one is ``build_from_tensors``
                 pass
         return None
 
@@ -152,6 +152,6 @@ class Replica:
         )  # fmt: skip
 
 
-def no_places() -> np.ndarray:
+def no_items() -> np.ndarray:
     """Of a prompt without a filter."""
     return np.zeros(0, dtype=np.int64)

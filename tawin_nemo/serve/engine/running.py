@@ -19,7 +19,7 @@ from tawin_nemo.rollout.scoring import best, one_prompt
 from tawin_nemo.serve.engine.jobs import Hit, Job, JobResult, PromptResult, Rejected
 from tawin_nemo.serve.engine.messages import Admit, Advance, Draw, Drop, Lane
 from tawin_nemo.serve.engine.ranks import Leader
-from tawin_nemo.serve.engine.replica import FILTER_KINDS, no_places
+from tawin_nemo.serve.engine.replica import FILTER_KINDS, no_items
 from tawin_nemo.serve.engine.telemetry import Metrics
 from tawin_nemo.types import Candidates, TokenRows, moved
 from tawin_nemo.util.log import get_logger
@@ -104,7 +104,7 @@ class Running:
             entries.append(entry)
         sizes = [len(job.prompts) for job in jobs]
         kinds = [FILTER_KINDS.index("" if job.filter is None else job.filter.kind) for job in jobs]
-        listed = [no_places() if job.filter is None else job.filter.place_M for job in jobs]
+        listed = [no_items() if job.filter is None else job.filter.place_M for job in jobs]
         command = Admit(
             lane,
             TokenRows.from_lists([job.prompts[row] for job in jobs for row in range(len(job.prompts))]),

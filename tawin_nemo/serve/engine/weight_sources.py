@@ -17,11 +17,11 @@ from tawin_nemo.serve.engine.replica import Replica
 class Source(Protocol):
     """New weights, for a process alone or for ranks that share a model."""
 
-    def alone(self, replica: Replica) -> LM:
+    def load_here(self, replica: Replica) -> LM:
         """A model with them; called beside the engine's thread, changes nothing in use."""
         ...
 
-    def together(self, leader: Leader, version: int) -> None:
+    def load_on_all_ranks(self, leader: Leader, version: int) -> None:
         """Give them to all ranks as ``version``; called on the engine's thread."""
         ...
 
@@ -32,10 +32,10 @@ class FromDisk:
 
     path: str
 
-    def alone(self, replica: Replica) -> LM:
+    def load_here(self, replica: Replica) -> LM:
         return replica.load(self.path)
 
-    def together(self, leader: Leader, version: int) -> None:
+    def load_on_all_ranks(self, leader: Leader, version: int) -> None:
         leader.apply(LoadWeights(version, self.path))
 
 
@@ -45,8 +45,8 @@ class FromMemory:
 
     tensors: Mapping[str, Tensor]
 
-    def alone(self, replica: Replica) -> LM:
+    def load_here(self, replica: Replica) -> LM:
         return replica.build_from_tensors(lambda name, shape, dtype: self.tensors[name])
 
-    def together(self, leader: Leader, version: int) -> None:
-        leader.take_weights(version, self.tensors)
+    def load_on_all_ranks(self, leader: Leader, version: int) -> None:
+        leader.broadcast_weights(version, self.tensors)

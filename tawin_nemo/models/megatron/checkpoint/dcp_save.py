@@ -32,7 +32,7 @@ _DATA_BYTES = 1024
 
 
 class ShardSave(SaveShardedStrategy):
-    """Twin of megatron-core's ``TorchDistSaveShardedStrategy`` in two parts: ``save`` takes, ``write`` writes.
+    """Twin of megatron-core's ``TorchDistSaveShardedStrategy`` in two parts, ``save`` and ``write``.
 
     One file per rank, fsynced. With ``snapshot``, ``save`` copies every tensor to CPU memory.
     """
@@ -55,7 +55,7 @@ class ShardSave(SaveShardedStrategy):
         self._directory = Path(checkpoint_dir)
 
     def write(self, group: Any = None) -> None:
-        """Write what ``save`` took; collective over ``group`` (None: the default one), which nobody else may use."""
+        """Write what ``save`` collected; collective over ``group`` (None: the default one), exclusively used by it."""
         writer = dcp.FileSystemWriter(self._directory, single_file_per_rank=True, sync_files=True)
         writer.fs = _Files()
         planner = MCoreSavePlanner(flatten_state_dict=False)

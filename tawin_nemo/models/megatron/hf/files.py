@@ -53,7 +53,7 @@ class HfWeights:
             return self._file(self.files[name]).get_slice(name)
         except SafetensorError as error:
             raise CheckpointError(
-                f"{self.directory / self.files[name]} lacks {name}, which the index promises"
+                f"{self.directory / self.files[name]} has no tensor {name}, although the index lists it"
             ) from error
 
     def read(self, name: str, axis: int, start: int, stop: int) -> Tensor:
@@ -61,7 +61,7 @@ class HfWeights:
         return part[start:stop] if axis == 0 else part[:, start:stop]
 
     def mean_row(self, name: str) -> Tensor:
-        """Mean over the rows, in float64, the same on every rank that asks."""
+        """Mean over the rows of a matrix, [columns] in float64, the same on every rank."""
         rows, columns = self.shape(name)
         total = torch.zeros(columns, dtype=torch.float64)
         for start in range(0, rows, ROWS_AT_ONCE):

@@ -15,7 +15,7 @@ from tawin_nemo.types import TokenBatch
 
 
 class TreePlan(AttentionPlan):
-    """For the S tokens of a batch, and ``padding`` further tokens behind them that nobody sees."""
+    """For the S tokens of a batch, and ``padding`` further tokens behind them, to which no token attends."""
 
     def __init__(self, batch: TokenBatch, device: torch.device, padding: int = 0) -> None:
         position_S = torch.nn.functional.pad(batch.position_S.to(device), (0, padding))
@@ -32,15 +32,15 @@ class TreePlan(AttentionPlan):
     def attend(self, core: PlannedAttention, query_SHD: Tensor, key_SGD: Tensor, value_SGD: Tensor) -> Tensor:
         chain = [self.chain.padded(x) for x in (query_SHD, key_SGD, value_SGD)]
         parts = [self.chain.packed(core.causal(*chain))]
-        places = [self.chain.flat_S]
+        indices = [self.chain.flat_S]
         if self.tree is not None:
             query, key, value = (self.tree.padded(x) for x in (query_SHD, key_SGD, value_SGD))
             key, value = torch.cat([chain[1], key], dim=2), torch.cat([chain[2], value], dim=2)
             mask = self._additive(query.shape[1] // key.shape[1], query.dtype)
             parts.append(self.tree.packed(core.masked(query, key, value, mask)))
-            places.append(self.tree.flat_S)
+            indices.append(self.tree.flat_S)
         output_SHD = query_SHD.new_zeros(query_SHD.shape)
-        return output_SHD.index_copy(0, torch.cat(places), torch.cat(parts))
+        return output_SHD.index_copy(0, torch.cat(indices), torch.cat(parts))
 
     def _additive(self, share: int, dtype: torch.dtype) -> Tensor:
         """The same for all layers."""

@@ -1,4 +1,4 @@
-"""Process groups: one launcher-independent start, and the few questions about ranks that other modules ask."""
+"""Process groups: initialisation under any launcher, ranks and sizes, and the collectives of other modules."""
 
 from __future__ import annotations
 
@@ -46,12 +46,12 @@ def _mpu() -> Any:
 
 def _start_process_group(launch: Launch) -> None:
     backend = "nccl" if torch.cuda.is_available() else "gloo"
-    place: dict[str, Any] = {"rank": launch.rank, "world_size": launch.world_size, "timeout": time_limit()}
+    membership: dict[str, Any] = {"rank": launch.rank, "world_size": launch.world_size, "timeout": time_limit()}
     if launch.world_size == 1:
-        dist.init_process_group(backend, store=dist.HashStore(), **place)
+        dist.init_process_group(backend, store=dist.HashStore(), **membership)
         return
     address, port = _rendezvous(dict(os.environ))
-    dist.init_process_group(backend, init_method=f"tcp://{address}:{port}", **place)
+    dist.init_process_group(backend, init_method=f"tcp://{address}:{port}", **membership)
 
 
 def initialize(
@@ -59,10 +59,11 @@ def initialize(
 ) -> None:
     """Start (or re-use) the process group, lay out TP x PP x DP and seed every generator.
 
-    A second call with the same layout only seeds again; with another layout it lays the groups out anew. ``limit``:
-    how long a rank waits for the others in the groups that are made. With ``rollout_ranks`` the last ranks only
-    search, and the world, in everything that this module says, is that of training
-    (``disaggregated``); a second call cannot change it.
+    A second call with the same layout only seeds again; with another layout it makes the groups anew. ``limit``: the
+    time limit of collectives in these groups. With ``rollout_ranks`` the last ranks of the job only run rollouts, and
+    the world of this module's functions is that of the training ranks (``disaggregated``); a second call cannot change
+    this.
+
     Raises ConfigError when the number of processes that train is not a multiple of TP x PP.
     """
     _mpu()  # before the shim: torch.compile, which megatron imports, must see torch.cuda as it is
@@ -86,7 +87,7 @@ def initialize(
     if disaggregated.is_rollout_rank():
         return
     if _mpu().model_parallel_is_initialized() and _layout() != (tp, pp):
-        _forget_layout()
+        _destroy_layout()
     if not _mpu().model_parallel_is_initialized():
         _mpu().initialize_model_parallel(
             tensor_model_parallel_size=tp,
@@ -117,15 +118,15 @@ def seed_step(seed: int, step: int) -> None:
     """
     from megatron.core import tensor_parallel
 
-    place = f"{seed}/{step}/{_mpu().get_data_parallel_rank()}/{_mpu().get_pipeline_model_parallel_rank()}"
-    value = int.from_bytes(hashlib.sha256(place.encode()).digest()[:4], "big") >> 1
+    key = f"{seed}/{step}/{_mpu().get_data_parallel_rank()}/{_mpu().get_pipeline_model_parallel_rank()}"
+    value = int.from_bytes(hashlib.sha256(key.encode()).digest()[:4], "big") >> 1
     torch.manual_seed(value)
     tensor_parallel.model_parallel_cuda_manual_seed(value)
 
 
-def _forget_layout() -> None:
+def _destroy_layout() -> None:
     _mpu().destroy_model_parallel()
-    if not disaggregated.is_disaggregated():  # else they were made for good, over both sides
+    if not disaggregated.is_disaggregated():  # otherwise ``split_job`` made them, once for the whole job
         groups.reset()
 
 
@@ -140,7 +141,7 @@ def shutdown() -> None:
 
 
 def data_parallel() -> DataParallel:
-    """This rank's place among the data-parallel replicas; ``gather`` sends Python objects over gloo."""
+    """This rank among the data-parallel replicas; ``gather`` sends Python objects over gloo."""
     if world_size() == 1:
         return DataParallel()
     if _mpu().get_data_parallel_world_size() == 1:
@@ -181,12 +182,12 @@ def is_last_stage() -> bool:
 
 
 def device() -> torch.device:
-    """Where this rank computes."""
+    """The device on which this rank computes."""
     return groups.collective_device()
 
 
 def use_device() -> None:
-    """The current CUDA device belongs to a thread; every thread that computes has to name this process's."""
+    """Select this process's GPU; every thread that computes has to call it, since CUDA's device is thread-local."""
     if torch.cuda.is_available():
         torch.cuda.set_device(read_launch().local_rank % torch.cuda.device_count())
 
@@ -200,8 +201,7 @@ def barrier() -> None:
 def broadcast_from_last_stage(
     tensor: Tensor | None, shape: tuple[int, ...], dtype: torch.dtype, *, stages: dist.ProcessGroup
 ) -> Tensor:
-    """The last of a model's ``stages`` hands its ``tensor`` (of this shape and dtype) to all; the others may pass
-    None."""
+    """The ``tensor`` of the last pipeline stage, on all ``stages`` of a model; the other stages may pass None."""
     if stages.size() == 1:
         assert tensor is not None
         return tensor
@@ -223,7 +223,7 @@ def broadcast_object(value: Any) -> Any:
 
 
 def on_rank_0(compute: Callable[[], T]) -> T:
-    """What ``compute`` returns on world rank 0, which alone calls it, on every rank.
+    """Call ``compute`` on world rank 0 alone; returns its result on every rank.
 
     A TawinError is raised on every rank: the error itself on rank 0, on the others one of the nearest class of
     ``util.errors`` with the same message. Any other exception is raised on rank 0 alone and ends the job.
@@ -276,8 +276,8 @@ def any_rank(flag: bool) -> bool:
     return bool(box.item())
 
 
-def place() -> dict[str, int]:
-    """This process's coordinates and the sizes of the layout."""
+def rank_layout() -> dict[str, int]:
+    """This process's rank in every parallel dimension and the sizes of the layout, as ``layout.json`` has them."""
     return {
         "rank": world_rank(),
         "world_size": world_size(),

@@ -1,4 +1,4 @@
-"""Lets megatron-core, which names CUDA devices in many places, run on a machine without one.
+"""Makes megatron-core, which uses CUDA devices unconditionally in many places, run without a GPU.
 
 ``install`` replaces the symbols in ``PATCHED`` by CPU twins or null objects and enters one torch function mode that
 reads ``device="cuda"`` as CPU. It is never active where CUDA is there: real GPU runs use untouched megatron-core.

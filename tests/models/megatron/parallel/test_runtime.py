@@ -36,7 +36,7 @@ def test_one_process_is_a_complete_layout() -> None:
     assert (place.rank, place.size, place.gather("x")) == (0, 1, ["x"])
     assert runtime.is_first_stage()
     assert runtime.is_last_stage()
-    assert runtime.place()["tp_size"] == runtime.place()["pp_size"] == runtime.place()["dp_size"] == 1
+    assert runtime.rank_layout()["tp_size"] == runtime.rank_layout()["pp_size"] == runtime.rank_layout()["dp_size"] == 1
     assert runtime.gather_objects({"a": 1}) == [{"a": 1}]
     runtime.barrier()
 
