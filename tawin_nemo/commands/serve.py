@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from tawin_nemo.api.secrets_files import control_token, read_keys
-from tawin_nemo.commands.from_checkpoint import engine_of
 from tawin_nemo.config.backbones import Backbone
 from tawin_nemo.config.schema import ModelConfig, Recipe
 from tawin_nemo.models.megatron.decode.lm import MegatronLM
@@ -35,6 +34,7 @@ from tawin_nemo.serve.engine.replica import FromTensors, Replica
 from tawin_nemo.serve.engine.telemetry import Metrics
 from tawin_nemo.serve.http.requests import ServerContext
 from tawin_nemo.serve.http.server import Secrets, Server, roots_and_folder
+from tawin_nemo.train.start import engine_of
 from tawin_nemo.util.errors import ConfigError
 from tawin_nemo.util.files import write_json
 from tawin_nemo.util.log import get_logger
@@ -45,7 +45,7 @@ FIRST_VERSION = 1  # of the weights and of the catalog that a server starts with
 
 
 class ProcessGroupRanks:
-    """All processes of the job; what is sent is bytes, whatever the backend."""
+    """The ``Ranks`` of a server with several processes: all processes of the job, over the default process group."""
 
     def __init__(self) -> None:
         self.size = runtime.world_size()

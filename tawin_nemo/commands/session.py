@@ -1,4 +1,4 @@
-"""From a recipe to a running verb: process group, run directory, data, world; and a clean end."""
+"""Runs a verb under a recipe: process group, run directory, data and world, and an orderly shutdown."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def run(recipe: Recipe, verb: Verb, **options: Any) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def started(recipe: Recipe, *, computes: bool = True) -> Iterator[None]:
-    """The recipe's process group while inside; at the end pending checkpoints are finished and the ranks disconnect.
+    """Open the recipe's process group inside the block; at its end pending checkpoints are finished.
 
     Raises ConfigError when the launcher started another number of processes, or when ``computes`` and this machine
     does not support a precision of the recipe.
@@ -84,7 +84,7 @@ def started(recipe: Recipe, *, computes: bool = True) -> Iterator[None]:
 
 @contextlib.contextmanager
 def checked(recipe: Recipe) -> Iterator[None]:
-    """The checks of ``started`` for a process that computes nothing and has nobody to meet."""
+    """The checks of ``started`` for a single process that needs no process group."""
     check_processes(recipe)
     check_precision(recipe, runs=False)
     with recorded():
@@ -92,7 +92,7 @@ def checked(recipe: Recipe) -> Iterator[None]:
 
 
 def stop_rollout_ranks(kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
-    """Stop the rollout ranks when a run ends; after an error that other ranks may not know of, the launcher does."""
+    """Stop the rollout ranks when a run ends; after an error on one rank alone, the launcher stops them."""
     channel, expected = disaggregated.rollout_channel(), isinstance(error, None | Preempted | UserError)
     if expected and not disaggregated.is_rollout_rank() and not channel.awaits_response:
         channel.broadcast(Stop())

@@ -1,6 +1,6 @@
-"""What a rollout rank does from its start to its end: it handles one message of the training ranks after the other.
+"""The rollout side of disaggregated rollouts: a rollout rank handles the messages of the training ranks.
 
-It reads no data and writes no file but its log: recipe, catalog, weights and prompts come from the training ranks.
+It reads no data and writes only its log file: recipe, catalog, weights and prompts come from the training ranks.
 An error ends it, and with it the job, whose launcher shows its traceback.
 """
 
@@ -39,7 +39,7 @@ from tawin_nemo.util.errors import TawinError
 def serve() -> None:
     """Handle messages until the training ranks broadcast ``Stop``.
 
-    SIGTERM and SIGUSR1 are only noted: the training ranks get them too, and stop the whole job when they have saved.
+    SIGTERM and SIGUSR1 are ignored: the training ranks get them too, and stop the whole job when they have saved.
     """
     with contextlib.ExitStack() as stack:
         stack.enter_context(signals.listening())
@@ -48,7 +48,7 @@ def serve() -> None:
 
 
 class _Handler:
-    """Carries messages out; ``stack`` closes what it opens when the rank leaves."""
+    """Executes messages; ``stack`` closes the log file when the rank ends."""
 
     def __init__(self, stack: contextlib.ExitStack) -> None:
         self._stack, self._channel = stack, disaggregated.rollout_channel()

@@ -1,9 +1,9 @@
-"""Searching on generation servers (``rollout.placement: server``), as training sees it.
+"""The training side of rollouts on generation servers (``rollout.placement: server``).
 
-The first training rank speaks to the servers; every rank makes the same calls with the same prompts and gets all
-results, or the same error. Weights are gathered under their Hugging Face names and pushed to every server after each
-update. Servers count versions for themselves, one up with every push, whatever run they served before; which of theirs
-is which of ours is known here.
+The first training rank communicates with the servers; every rank makes the same calls with the same prompts and gets
+all results, or the same error. Weights are gathered under their Hugging Face names and pushed to every server after
+each update. Servers count weight versions for themselves, one up with every push, whatever run they served before; the
+pool maps them to the versions of this run.
 """
 
 from __future__ import annotations
@@ -30,10 +30,11 @@ from tawin_nemo.types import NO_ITEM, Candidates, DataParallel, TokenRows
 
 
 class ServerEngine(Generator):
-    """An ``Engine`` whose model runs on servers; seen from training there is one replica, as ``dp`` says.
+    """An ``Engine`` whose model runs on servers; for training there is one replica (``dp``).
 
-    What servers compute is not counted: their model calls are shared with other requests. The weights are undefined
-    until the first ``receive_weights``. Raises ServersLost when no server is there, ConfigError when one does not fit.
+    The FLOPs of servers are not counted, because their model calls are shared with other requests. The weights are
+    undefined until the first ``receive_weights``. Raises ServersLost when no server is available, ConfigError when one
+    does not match the run.
     """
 
     def __init__(
@@ -66,24 +67,24 @@ class ServerEngine(Generator):
         trie, space = self.catalog.trie, self.cfg.score_space
         depth = trie.decision_depth if space == "trie" else trie.max_depth - 1
 
-        def ask(server: GenerationServer, version: int, rows: np.ndarray) -> RolloutReply:
+        def send(server: GenerationServer, version: int, rows: np.ndarray) -> RolloutReply:
             return server.rollouts(prompts.take(rows), version, beams=width, score_space=space)
 
-        return self._request(ask, prompts, width, depth, token_budget)
+        return self._request(send, prompts, width, depth, token_budget)
 
     def sample(self, prompts: TokenRows, draws: int, seeds: Sequence[int]) -> Candidates:
-        def ask(server: GenerationServer, version: int, rows: np.ndarray) -> RolloutReply:
+        def send(server: GenerationServer, version: int, rows: np.ndarray) -> RolloutReply:
             own = [seeds[row] for row in rows.tolist()]
             options: dict[str, Any] = {"draws": draws, "seeds": own, "temperature": self.cfg.temperature}
             return server.rollouts(prompts.take(rows), version, **options)
 
-        return self._request(ask, prompts, draws, self.catalog.trie.decision_depth, None)
+        return self._request(send, prompts, draws, self.catalog.trie.decision_depth, None)
 
     def pop_flops(self) -> FlopCount:
         return FlopCount()
 
     def _request(
-        self, ask: Callable[[GenerationServer, int, np.ndarray], RolloutReply], prompts: TokenRows, width: int,
+        self, send: Callable[[GenerationServer, int, np.ndarray], RolloutReply], prompts: TokenRows, width: int,
         depth: int, token_budget: int | None,
     ) -> Candidates:  # fmt: skip
         if len(prompts) == 0:
@@ -91,19 +92,19 @@ class ServerEngine(Generator):
 
         def fetch() -> bytes:
             assert self._pool is not None
-            parts = self._pool.run(prompts.lengths, width, depth, token_budget or self.cfg.token_budget, ask)
+            parts = self._pool.run(prompts.lengths, width, depth, token_budget or self.cfg.token_budget, send)
             order = np.concatenate([rows for rows, _ in parts]).argsort(kind="stable")
-            found = joined([self._candidates(reply) for _, reply in parts], order)
+            result = joined([self._candidates(reply) for _, reply in parts], order)
             first = parts[0][1]
             return RolloutReply(
-                found.items_BW, found.tokens_BWT, found.lengths_BW, found.scores_BW, found.logprobs_BWT,
+                result.items_BW, result.tokens_BWT, result.lengths_BW, result.scores_BW, result.logprobs_BWT,
                 first.instance, first.catalog, first.weight_version, first.catalog_version,
             ).encoded()  # fmt: skip
 
         return self._candidates(RolloutReply.decoded(runtime.on_rank_0(fetch)))
 
     def _candidates(self, reply: RolloutReply) -> Candidates:
-        leaf_I = torch.from_numpy(np.append(self.catalog.leaf_I, NO_ITEM))  # NO_ITEM is the last place
+        leaf_I = torch.from_numpy(np.append(self.catalog.leaf_I, NO_ITEM))  # NO_ITEM = -1 is the last entry
         return Candidates(
             items_BW=reply.items_BW, leaf_BW=leaf_I[reply.items_BW], tokens_BWT=reply.tokens_BWT,
             lengths_BW=reply.lengths_BW, scores_BW=reply.scores_BW, logprobs_BWT=reply.logprobs_BWT,

@@ -1,7 +1,8 @@
-"""All generation servers of a run: prompts are divided among them, and what one does not answer another one does.
+"""The pool of all generation servers of a run: divides prompts among them and retries failed parts on other servers.
 
-How prompts are divided depends on their lengths, the number of servers in the recipe and what servers take at once, and
-not on who is alive: a part is the same model calls wherever it is run, and a server runs one part of ours at a time.
+The division depends on the lengths of the prompts, the number of servers in the recipe and their request limits, but
+not on which servers are available. A part is thus the same model calls on any server; a server runs one part of this
+run at a time.
 """
 
 from __future__ import annotations
@@ -27,17 +28,17 @@ from tawin_nemo.util.errors import ConfigError, TawinError
 from tawin_nemo.util.log import get_logger
 
 log = get_logger(__name__)
-#: Bytes of one token of a request's JSON, at most, and of everything around the prompts.
+#: Upper bounds of the JSON of a request: bytes of one token, and of everything but the prompts.
 _TOKEN_BYTES, _BODY_BYTES = 9, 8192
 
 
 class ServersLost(TawinError):
-    """No server is left, or none would answer a part of a rollout."""
+    """No server is available, or none answered a part of a rollout."""
 
 
 @dataclass(frozen=True)
 class RequestLimits:
-    """What one request may ask: beams, tokens held (prompts and what beams may run), rows, bytes."""
+    """Limits of one request: beams, KV-cache tokens (of prompts and beams), beam rows, bytes of the body."""
 
     beams: int
     tokens: int
@@ -45,6 +46,7 @@ class RequestLimits:
     body_bytes: int
 
     def narrowed(self, terms: RolloutTerms) -> RequestLimits:
+        """The smaller of these limits and those of a server."""
         return RequestLimits(
             min(self.beams, terms.max_beams), min(self.tokens, terms.token_budget), min(self.rows, terms.row_budget),
             min(self.body_bytes, 1024 * terms.max_body_kb),
@@ -54,8 +56,11 @@ class RequestLimits:
 def split_prompts(
     lengths_B: np.ndarray, servers: int, width: int, depth: int, limit: RequestLimits
 ) -> list[tuple[int, np.ndarray]]:
-    """(server that is meant, prompts) of every part: shares of similar length, each from its longest prompt on in parts
-    that keep the limits; a prompt beyond them goes alone. ``depth``: tokens that a beam may run."""
+    """(preferred server, indices of prompts) of every part.
+
+    Each server gets a share of similar length, which is split, longest prompt first, into parts within the limits; a
+    prompt beyond the limits is a part of its own. ``depth``: tokens that a beam may run.
+    """
     parts: list[tuple[int, np.ndarray]] = []
     for server in range(servers):
         mine = balanced_shard(np.arange(len(lengths_B)), lengths_B, DataParallel(server, servers))
@@ -80,16 +85,16 @@ def split_prompts(
 @dataclass
 class _Part:
     home: int
-    tries: list[str] = field(default_factory=list)  # what every try came to
+    tries: list[str] = field(default_factory=list)  # the error of every try
     tried: set[int] = field(default_factory=set)
     reply: RolloutReply | None = None
 
 
 class _Dispatch:
-    """The parts of one call on their way; workers, one per server, take them one at a time."""
+    """The parts of one call and their state; workers, one per server, take one part at a time."""
 
-    def __init__(self, homes: Sequence[int], most: int) -> None:
-        self.parts, self._most = [_Part(home) for home in homes], most
+    def __init__(self, homes: Sequence[int], max_tries: int) -> None:
+        self.parts, self._max_tries = [_Part(home) for home in homes], max_tries
         self._free = set(range(len(homes)))
         self._in_flight = 0
         self._changed = threading.Condition()
@@ -100,7 +105,7 @@ class _Dispatch:
         return any(part.reply is None for part in self.parts)
 
     def take(self, server: int) -> int | None:
-        """A part that waits, best one of this server's own; None when all are answered or the call is given up."""
+        """The index of a waiting part, preferably of this server; None when all are answered or the call is aborted."""
         with self._changed:
             while not self._over:
                 if self._free:
@@ -121,31 +126,33 @@ class _Dispatch:
             self._in_flight -= 1
             self._changed.notify_all()
 
-    def requeue(self, at: int, server: int, name: str, why: Exception) -> None:
-        """Raises ServersLost when the part was tried as often as it may be."""
+    def requeue(self, at: int, server: int, name: str, error: Exception) -> None:
+        """Return a failed part to the queue. Raises ServersLost after ``rollout.server_tries`` tries."""
         with self._changed:
             part = self.parts[at]
             part.tried.add(server)
-            part.tries.append(f"{name}: {why}")
+            part.tries.append(f"{name}: {error}")
             self._in_flight -= 1
             self._free.add(at)
             self._changed.notify_all()
-            if len(part.tries) >= self._most:
+            if len(part.tries) >= self._max_tries:
                 self._over = True
                 raise ServersLost(
-                    f"a part of a rollout was not answered in rollout.server_tries={self._most} tries: "
+                    f"a part of a rollout was not answered in rollout.server_tries={self._max_tries} tries: "
                     f"{'; '.join(part.tries)}"
                 )
 
-    def give_up(self) -> None:
+    def abort(self) -> None:
         with self._changed:
             self._over = True
             self._changed.notify_all()
 
 
 class ServerPool:
-    """On the first training rank; the constructor raises ServersLost when no server is there, ConfigError when one does
-    not fit."""
+    """The servers of ``rollout.servers``, on the first training rank.
+
+    Construction raises ServersLost when no server is available, ConfigError when one does not match the run.
+    """
 
     def __init__(self, cfg: RolloutConfig, expected: ExpectedTerms) -> None:
         store = host_store(timedelta(seconds=cfg.server_timeout_s))
@@ -163,18 +170,20 @@ class ServerPool:
         return [server for server in self.servers if not server.unavailable_reason]
 
     def push(self, tensors: Mapping[str, Tensor]) -> None:
-        """Give the weights to all servers, those that were left out among them. They are kept, for servers that come
-        back later. Raises ServersLost when none has taken them."""
+        """Send the weights to all servers, excluded ones included, and keep them for servers that return later.
+
+        Raises ServersLost when no server has received them.
+        """
         self._tensors = tensors
         self._reconnect_and_push()
 
     def run(
         self, lengths_B: np.ndarray, width: int, depth: int, token_budget: int,
-        ask: Callable[[GenerationServer, int, np.ndarray], RolloutReply],
+        send: Callable[[GenerationServer, int, np.ndarray], RolloutReply],
     ) -> list[tuple[np.ndarray, RolloutReply]]:  # fmt: skip
-        """(prompts, their reply) of every part; ``ask(server, version, prompts)`` gets one.
+        """(indices of prompts, their reply) of every part; ``send(server, version, prompts)`` requests one part.
 
-        Raises ServersLost when no server is left or a part was refused too often, ConfigError for too many beams.
+        Raises ServersLost when no server is left or a part failed too often, ConfigError for too many beams.
         """
         limit = self._limit
         if width > limit.beams:
@@ -184,42 +193,44 @@ class ServerPool:
             )
         limit = RequestLimits(limit.beams, min(limit.tokens, token_budget), limit.rows, limit.body_bytes)
         parts = split_prompts(lengths_B, len(self.servers), width, depth, limit)
-        work = _Dispatch([home for home, _ in parts], self._cfg.server_tries)
+        dispatch = _Dispatch([home for home, _ in parts], self._cfg.server_tries)
 
         def serve(server: GenerationServer) -> None:
             number = self.servers.index(server)
             try:
-                while (at := work.take(number)) is not None:
+                while (at := dispatch.take(number)) is not None:
                     try:
-                        work.answered(at, ask(server, self._version, parts[at][1]))
+                        dispatch.answered(at, send(server, self._version, parts[at][1]))
                     except Unavailable as error:
                         self._failed(server, error)
-                        work.requeue(at, number, server.name, error)
+                        dispatch.requeue(at, number, server.name, error)
                         if error.lost:
                             return
                         time.sleep(error.wait)
             except BaseException:
-                work.give_up()
+                dispatch.abort()
                 raise
 
-        while work.unanswered:
+        while dispatch.unanswered:
             if not self._in_use:
                 self._reconnect_and_push()
             self._on_all(self._in_use, serve)
-        return [(rows, part.reply) for (_, rows), part in zip(parts, work.parts, strict=True) if part.reply is not None]
+        return [
+            (rows, part.reply) for (_, rows), part in zip(parts, dispatch.parts, strict=True) if part.reply is not None
+        ]
 
     def close(self) -> None:
-        """Let go of the servers, which forget the way that weights came."""
+        """Disconnect from all servers, which drop their weight groups."""
         for server in self.servers:
             server.close()
 
-    # -- who is in use ------------------------------------------------------------------------------------------------
+    # -- servers in use -----------------------------------------------------------------------------------------------
     def _reconnect_and_push(self) -> None:
-        """All servers that can be reached get the newest weights. Raises ServersLost when there is none."""
+        """Connect to all servers and push the newest weights to them. Raises ServersLost when there is none."""
         self._on_all(self.servers, self._connected)
-        self._give_weights()
+        self._push_weights()
 
-    def _give_weights(self) -> None:
+    def _push_weights(self) -> None:
         self._check_any_left()
         self._version += 1
         self._on_all(self._in_use, lambda server: server.push(self._tensors, self._version))
@@ -231,16 +242,16 @@ class ServerPool:
             self._limit = self._limit.narrowed(terms)
             self._version = max(self._version, terms.weight_version)  # what is pushed next is newer than all
         if server.unavailable_reason:
-            log.info("generation server %s is there again", server.name)
+            log.info("generation server %s is available again", server.name)
             server.unavailable_reason = ""
 
     def _failed(self, server: GenerationServer, error: Unavailable) -> None:
         if error.lost:
             server.unavailable_reason = str(error)
             server.disconnect()
-            log.warning("generation server %s is left out until it takes new weights: %s", server.name, error)
+            log.warning("generation server %s is excluded until it receives new weights: %s", server.name, error)
         else:
-            log.warning("generation server %s is busy, again in %g s: %s", server.name, error.wait, error)
+            log.warning("generation server %s is busy, retrying in %g s: %s", server.name, error.wait, error)
 
     def _check_any_left(self) -> None:
         if not self._in_use:
@@ -251,7 +262,7 @@ class ServerPool:
             )
 
     def _on_all(self, servers: Sequence[GenerationServer], act: Callable[[GenerationServer], None]) -> None:
-        """``act`` on all of them at once; a server that is not available is left out, other errors are raised."""
+        """Call ``act`` for all servers in parallel; an unavailable server is excluded, other errors are raised."""
 
         def acted(server: GenerationServer) -> None:
             try:

@@ -2,7 +2,7 @@
 
 The number of threads can change the order of floating-point sums, so it is a function of the machine and the launcher
 alone: numbers chosen by measured speed made a resumed run differ from an uninterrupted one in its last bits. Threads
-never wait actively: ``cli.main`` sets ``OMP_WAIT_POLICY=PASSIVE`` (unless it is set) before torch is imported, because
+never spin: ``cli.main`` sets ``OMP_WAIT_POLICY=PASSIVE`` (unless it is set) before torch is imported, because
 OpenMP reads its environment once. Beside another busy process that more than doubles the speed of two threads.
 """
 

@@ -20,10 +20,8 @@ from megatron.core.models.gpt import GPTModel
 from tawin_nemo.baselines.train import run_baseline
 from tawin_nemo.config.schema import Recipe, SftConfig
 from tawin_nemo.data.tasks import active_tasks
-from tawin_nemo.eval.bias import item_counts
-from tawin_nemo.eval.evaluate import EvalResult, evaluate
 from tawin_nemo.eval.report import write_report
-from tawin_nemo.eval.result import results_table
+from tawin_nemo.eval.result import EvalResult, results_table
 from tawin_nemo.models.megatron.checkpoint import checkpoint
 from tawin_nemo.models.megatron.hf.new_tokens import freeze_others
 from tawin_nemo.models.megatron.model.build import build_model
@@ -38,12 +36,12 @@ from tawin_nemo.run.mfu import peak_flops
 from tawin_nemo.run.stage import MetricSink, Stage, logged_seconds
 from tawin_nemo.run.world import World, read_json
 from tawin_nemo.train.actor import Actor
+from tawin_nemo.train.evaluation import evaluate_split, evaluate_tasks, task_file
 from tawin_nemo.train.plan import Plan, plans
 from tawin_nemo.train.reference import Reference, build_reference
 from tawin_nemo.train.rl import train_rl
 from tawin_nemo.train.sft import train_sft
 from tawin_nemo.train.start import only_new_tokens, starting_model
-from tawin_nemo.train.task_eval import evaluate_tasks, task_file
 from tawin_nemo.util.files import write_json
 from tawin_nemo.util.log import get_logger
 
@@ -145,8 +143,11 @@ def run_stage(world: World, plan: Plan, sink: MetricSink | None) -> EvalResult:
 
 
 def sft_section(recipe: Recipe, name: str) -> SftConfig:
-    """Section ``sft`` as the stage reads it: a model that has been trained needs another learning rate than a fresh
-    one (``compare.sft_continued_lr``, 0 = as in SFT)."""
+    """Section ``sft`` of the stage ``name``.
+
+    Stage sft_continued has its own learning rate (``compare.sft_continued_lr``, 0 = that of ``sft``), constant, because
+    it continues a trained model.
+    """
     lr = recipe.compare.sft_continued_lr
     if name != "sft_continued" or lr == 0.0:
         return recipe.sft
@@ -154,7 +155,7 @@ def sft_section(recipe: Recipe, name: str) -> SftConfig:
 
 
 def reference_for(world: World, plan: Plan, actor_model: GPTModel) -> Reference:
-    """The policy that RL started from, frozen."""
+    """The reference of RL: the policy that the stage started from, frozen, in ``reference.precision``."""
     recipe = world.recipe
     return build_reference(
         recipe.reference.mode, recipe.rl.beta, actor_model,
@@ -163,15 +164,14 @@ def reference_for(world: World, plan: Plan, actor_model: GPTModel) -> Reference:
 
 
 def evaluate_stage(world: World, directory: Path, engine: Engine) -> EvalResult:
-    """Full evaluation on ``eval.splits``, written beside the stage's checkpoints; the result on the last one."""
+    """Evaluate on all of ``eval.splits`` and write the results to ``eval`` in the stage's ``directory``.
+
+    Returns the result on the last split, on every rank.
+    """
     results = {}
     engine.receive_weights()
     for split in world.recipe.eval.splits:
-        samples, label = world.samples[split], f"{directory.name} {split}"
-        results[split] = evaluate(
-            engine, samples, world.catalog, world.recipe.eval,
-            dp=world.dp, label=label, popularity_I=item_counts(world.samples["train"], len(world.catalog)),
-        )  # fmt: skip
+        results[split] = evaluate_split(world, engine, split, label=f"{directory.name} {split}", popularity=True)
         if runtime.world_rank() == 0:
             results[split].write(directory / "eval", split)
     runtime.barrier()

@@ -1,4 +1,4 @@
-"""The ranks that share a served model: rank 0 broadcasts each message and carries it out itself; the others follow."""
+"""The ranks that share a served model: rank 0 broadcasts each message and executes it as well; the others follow."""
 
 from __future__ import annotations
 
@@ -56,14 +56,14 @@ class Leader:
         self._channel = Channel(ranks)
 
     def apply(self, message: Message) -> Any:
-        """Carry a message out on all ranks; returns what ``Replica.apply`` returns on rank 0."""
+        """Execute a message on all ranks; returns what ``Replica.apply`` returns on rank 0."""
         self._broadcast(message)
         if isinstance(message, Probe):
             self.ranks.barrier()
         return self.replica.apply(message)
 
     def put_catalog(self, message: PutCatalog, trie: TokenTrie) -> None:
-        """Give all ranks a catalog whose trie rank 0 has built already; the others build theirs."""
+        """Install a catalog on all ranks; rank 0 passes its ``trie``, the others build theirs."""
         self._broadcast(message)
         self.replica.tries[message.version] = trie
 
@@ -86,10 +86,10 @@ class Leader:
 
 
 def follow(replica: Replica, ranks: Ranks) -> None:
-    """Carry out rank 0's messages until ``Stop``; called by all other ranks.
+    """Execute rank 0's messages until ``Stop``; called by all other ranks.
 
     An error ends this rank, and with it the server. The exception is weights that cannot be loaded: every rank fails
-    alike and goes on with the weights it has.
+    in the same way and keeps its weights.
     """
 
     def handle(message: Message) -> None:

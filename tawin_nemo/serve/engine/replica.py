@@ -1,4 +1,4 @@
-"""One rank's models, catalogs and running searches: carries out messages, decides nothing.
+"""One rank's models, catalogs and running searches: executes messages and takes no decisions.
 
 Every rank of a model gets the same messages in the same order (``ranks``), so that all of them call the model alike.
 """
@@ -40,7 +40,7 @@ FILTER_KINDS = ("", "only", "except")
 
 @dataclass(frozen=True)
 class FromTensors:
-    """How a model is made of whole tensors under their Hugging Face names.
+    """How a model is built from whole tensors under their Hugging Face names.
 
     ``rows``: names and shapes of tensors that are needed together, in the order in which ``build`` takes them.
     """
@@ -68,7 +68,7 @@ class Replica:
         self._length_penalty = length_penalty
 
     def apply(self, message: Message) -> Any:
-        """Carry out a message; returns the Answers of ``Advance``, the Candidates of ``Draw``, None otherwise.
+        """Execute a message; returns the Answers of ``Advance``, the Candidates of ``Draw``, None otherwise.
 
         Raises the errors of searching (DataError, CatalogError, ConfigError) and of loading (CheckpointError).
         """
@@ -90,7 +90,7 @@ class Replica:
                     del self.models[version]
                 for version in message.catalogs:
                     del self.tries[version]
-            case Probe() | Stop() | ReceiveWeights():  # what belongs to the last one is ``build_from_tensors``
+            case Probe() | Stop() | ReceiveWeights():  # ``ranks`` calls ``build_from_tensors`` for ReceiveWeights
                 pass
         return None
 
@@ -102,11 +102,11 @@ class Replica:
         return parts.build(rows)
 
     def held(self) -> int:
-        """Tokens of the models' caches, as ``BeamSearch.held``."""
+        """KV-cache tokens of all running searches (``BeamSearch.held``)."""
         return sum(search.held for search in self.searches.values())
 
     def cost(self, lane: Lane, length: int, width: int) -> int:
-        """Tokens that one more prompt may come to."""
+        """KV-cache tokens that one more prompt of ``length`` tokens may need with ``width`` beams."""
         trie = self.tries[lane.catalog]
         return length + width * (trie.decision_depth if lane.space == "trie" else trie.max_depth - 1)
 
@@ -153,5 +153,5 @@ class Replica:
 
 
 def no_items() -> np.ndarray:
-    """Of a prompt without a filter."""
+    """The filter list of a prompt without a filter: empty."""
     return np.zeros(0, dtype=np.int64)

@@ -1,4 +1,4 @@
-"""Where new weights come from: files, or a process group's tensors. Either way beside those in use."""
+"""Sources of new weights: files, or tensors received through a process group."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from tawin_nemo.serve.engine.replica import Replica
 
 
 class Source(Protocol):
-    """New weights, for a process alone or for ranks that share a model."""
+    """New weights, which are loaded beside those in use."""
 
     def load_here(self, replica: Replica) -> LM:
-        """A model with them; called beside the engine's thread, changes nothing in use."""
+        """Load a model in a server of one process; called outside of the engine's thread."""
         ...
 
     def load_on_all_ranks(self, leader: Leader, version: int) -> None:
-        """Give them to all ranks as ``version``; called on the engine's thread."""
+        """Load them on all ranks as ``version``; called on the engine's thread."""
         ...
 
 
@@ -41,7 +41,7 @@ class FromDisk:
 
 @dataclass(frozen=True)
 class FromMemory:
-    """Whole tensors, by name, that were checked against what the model consists of."""
+    """Whole tensors by Hugging Face name, whose names and shapes were checked against the model."""
 
     tensors: Mapping[str, Tensor]
 
