@@ -1,4 +1,4 @@
-"""The verb tokenize: item texts -> vectors -> codes -> a folder with index.json, what made it, and what it is worth."""
+"""The verb tokenize: item texts -> vectors -> codes -> a folder with index.json, its provenance and its quality."""
 
 from __future__ import annotations
 

@@ -110,7 +110,7 @@ class RolloutAhead:
         )
         if not set(own.row_B.tolist()) <= set(prompts.row_B.tolist()):
             raise CheckpointError(
-                "the pending rollout in the checkpoint has other rows than the present data: restore the old data"
+                "the pending rollout in the checkpoint has other rows than the data now; restore the old data"
             )
         self._waiting = Rollout(prompts=prompts, weight_version=int(state["rollout_version"]), **tensors)
         self._own_rows = own.row_B

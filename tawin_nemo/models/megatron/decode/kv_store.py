@@ -1,7 +1,10 @@
 """KV cache of prompts and of the token trees that grow below them: one set of slots per prompt.
 
 A prompt's slots hold its own tokens first, then every token generated below it, whichever beam it belongs to. A token
-sees the prompt and its own ancestors through a mask, so choosing the next beams copies no keys.
+attends to the prompt and its own ancestors through a mask, so choosing the next beams copies no keys.
+
+Axes: B prompts, S new tokens, G key and value groups, H query heads, D dimension of a head, K slots, M chosen prompts,
+T tokens of a padded prompt.
 """
 
 from __future__ import annotations
@@ -25,9 +28,9 @@ class KeyValueSlots:
     def write(self, layer: int, prompt_S: Tensor, slot_S: Tensor, key_SGD: Tensor, value_SGD: Tensor) -> None:
         """Store S tokens' keys and values at (prompt, slot)."""
         if layer not in self._layers:
-            room = (self.prompts, key_SGD.shape[1], self.capacity, key_SGD.shape[2])
+            shape = (self.prompts, key_SGD.shape[1], self.capacity, key_SGD.shape[2])
             # zeros: a masked slot still enters the kernels, where 0 * NaN would be NaN
-            self._layers[layer] = (key_SGD.new_zeros(room), value_SGD.new_zeros(room))
+            self._layers[layer] = (key_SGD.new_zeros(shape), value_SGD.new_zeros(shape))
         for stored, fresh in zip(self._layers[layer], (key_SGD, value_SGD), strict=True):
             stored[prompt_S, :, slot_S] = fresh
 

@@ -66,7 +66,10 @@ def _manual_seed(seed: int) -> None:
 
 
 class _WeightGradients:
-    """apex's fused weight gradients: the product is added to the buffer as it is made, without a matrix in between."""
+    """apex's fused weight gradients: the product is added to the gradient buffer directly.
+
+    S: tokens, D: input width, O: output width.
+    """
 
     @staticmethod
     def wgrad_gemm_accum_fp32(input_SD: torch.Tensor, grad_SO: torch.Tensor, main_grad_OD: torch.Tensor) -> None:
