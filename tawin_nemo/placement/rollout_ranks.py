@@ -10,10 +10,10 @@ import contextlib
 from functools import partial
 from typing import Any
 
-import torch
 from megatron.core.models.gpt import GPTModel
 
 from tawin_nemo.config.backbones import FlopCount
+from tawin_nemo.models.megatron.model.build import model_summary
 from tawin_nemo.models.megatron.parallel import disaggregated, runtime
 from tawin_nemo.placement.dispatch import dispatch_rollout, dispatch_search
 from tawin_nemo.placement.remote_engine import (
@@ -94,14 +94,12 @@ def flops_of_all(engine: RolloutEngine) -> FlopCount:
 
 def layout_entry(model: GPTModel) -> dict[str, Any]:
     """This rank's entry in layout.json."""
-    groups, device = model.pg_collection, runtime.device()
+    groups = model.pg_collection
     return {
         "rank": runtime.world_rank(),
         "world_size": runtime.world_size(),
         **{f"{name}_rank": getattr(groups, name).rank() for name in ("tp", "pp", "dp")},
         **{f"{name}_size": getattr(groups, name).size() for name in ("tp", "pp", "dp")},
         "role": "rollout",
-        "layers": len(model.decoder.layers),
-        "parameters": sum(p.numel() for p in model.parameters()),
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        **model_summary(model),
     }

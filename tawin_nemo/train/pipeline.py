@@ -14,7 +14,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from megatron.core.models.gpt import GPTModel
 
 from tawin_nemo.baselines.train import run_baseline
@@ -24,7 +23,7 @@ from tawin_nemo.eval.report import write_report
 from tawin_nemo.eval.result import EvalResult, results_table
 from tawin_nemo.models.megatron.checkpoint import checkpoint
 from tawin_nemo.models.megatron.hf.new_tokens import freeze_others
-from tawin_nemo.models.megatron.model.build import build_model
+from tawin_nemo.models.megatron.model.build import build_model, model_summary
 from tawin_nemo.models.megatron.model.precision import in_precision
 from tawin_nemo.models.megatron.optim.trainable import Trainable
 from tawin_nemo.models.megatron.parallel import runtime
@@ -72,14 +71,7 @@ def run_pipeline(world: World) -> dict[str, Any]:
 
 def write_layout(run_dir: Path, model: GPTModel, engine: Engine, peak: float) -> None:
     """Write layout.json: layers, parameters, device and ``peak`` FLOP/s of every process."""
-    device = runtime.device()
-    mine = {
-        **runtime.rank_layout(),
-        "layers": len(model.decoder.layers),
-        "parameters": sum(p.numel() for p in model.parameters()),
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
-        "peak_tflops": round(peak / 1e12, 4),
-    }
+    mine = {**runtime.rank_layout(), **model_summary(model), "peak_tflops": round(peak / 1e12, 4)}
     ranks = runtime.gather_objects(mine) + (engine.rank_layouts if isinstance(engine, RemoteEngine) else [])
     if runtime.world_rank() == 0:
         write_json(run_dir / "layout.json", ranks)

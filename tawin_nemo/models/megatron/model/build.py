@@ -20,7 +20,7 @@ from tawin_nemo.models.megatron.model import precision, weight_init
 from tawin_nemo.models.megatron.model.attention import PositionedRotary
 from tawin_nemo.models.megatron.model.embedding import RowEmbedding
 from tawin_nemo.models.megatron.model.layer_spec import RMSNorm, layer_spec
-from tawin_nemo.models.megatron.parallel.groups import rollout_groups, training_groups
+from tawin_nemo.models.megatron.parallel.groups import collective_device, rollout_groups, training_groups
 from tawin_nemo.util.errors import ConfigError
 
 _VOCABULARY = ("embedding.word_embeddings.weight", "output_layer.weight")
@@ -253,3 +253,13 @@ def own_shard(full: Tensor, name: str, model: GPTModel, parameter: Tensor) -> Te
     if name.endswith("linear_fc1.weight"):
         return torch.cat([half.chunk(tp, dim=axis)[rank] for half in full.chunk(2, dim=axis)], dim=axis)
     return full.chunk(tp, dim=axis)[rank]
+
+
+def model_summary(model: GPTModel) -> dict[str, Any]:
+    """Layers and parameters of this rank's part of the model, and the rank's device, for ``layout.json``."""
+    device = collective_device()
+    return {
+        "layers": len(model.decoder.layers),
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+    }

@@ -99,13 +99,13 @@ def _portions(target: _Named) -> list[set[str]]:
         for name, size in sizes.items():
             largest[name] = max(size, largest.get(name, 0))
     portions: list[set[str]] = []
-    room = 0
+    remaining = 0
     for name in sorted(largest):
-        if not portions or largest[name] > room:
+        if not portions or largest[name] > remaining:
             portions.append(set())
-            room = _AT_ONCE
+            remaining = _AT_ONCE
         portions[-1].add(name)
-        room -= largest[name]
+        remaining -= largest[name]
     return portions
 
 
