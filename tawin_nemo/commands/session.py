@@ -21,10 +21,9 @@ from tawin_nemo.run import signals
 from tawin_nemo.run.datasets import prepared_root
 from tawin_nemo.run.failures import attempt_logs, recorded
 from tawin_nemo.run.profile import check_profile
-from tawin_nemo.run.threads import available_threads
 from tawin_nemo.run.world import build_world, open_run_dir
 from tawin_nemo.util.errors import ConfigError, Preempted, UserError
-from tawin_nemo.util.launch import read_launch
+from tawin_nemo.util.launch import available_threads, read_launch
 from tawin_nemo.util.log import get_logger
 
 Verb = Callable[..., dict[str, Any]]

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
-import re
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -19,22 +17,11 @@ from tawin_nemo.models.megatron.parallel.disaggregated import RolloutRanks
 from tawin_nemo.models.megatron.parallel.groups import TIMEOUT, time_limit
 from tawin_nemo.types import DataParallel
 from tawin_nemo.util.errors import ConfigError, TawinError
-from tawin_nemo.util.launch import Launch, read_launch
+from tawin_nemo.util.launch import Launch, read_launch, rendezvous
 from tawin_nemo.util.log import get_logger
 
 _log = get_logger(__name__)
 T = TypeVar("T")
-
-
-def _rendezvous(env: dict[str, str]) -> tuple[str, int]:
-    """Address and port of rank 0: given, or under srun the step's first node and a port made of the job number."""
-    if "MASTER_ADDR" in env and "MASTER_PORT" in env:
-        return env["MASTER_ADDR"], int(env["MASTER_PORT"])
-    nodes = env.get("SLURM_STEP_NODELIST", env.get("SLURM_NODELIST", ""))  # for example gpu[07-09,12] or a1,a2
-    head = re.match(r"([^,\[]*)(?:\[([^],-]+))?", nodes)
-    first = f"{head[1]}{head[2] or ''}" if head else ""
-    address = env.get("MASTER_ADDR", first or "127.0.0.1")
-    return address, int(env.get("MASTER_PORT", 20000 + int(env.get("SLURM_JOB_ID", "0")) % 20000))
 
 
 def _mpu() -> Any:
@@ -50,7 +37,7 @@ def _start_process_group(launch: Launch) -> None:
     if launch.world_size == 1:
         dist.init_process_group(backend, store=dist.HashStore(), **membership)
         return
-    address, port = _rendezvous(dict(os.environ))
+    address, port = rendezvous()
     dist.init_process_group(backend, init_method=f"tcp://{address}:{port}", **membership)
 
 

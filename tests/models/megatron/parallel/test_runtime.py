@@ -13,6 +13,7 @@ from tawin_nemo.config.schema import ModelConfig
 from tawin_nemo.models.megatron.checkpoint.async_save import AsyncSaver
 from tawin_nemo.models.megatron.parallel import groups, runtime
 from tawin_nemo.util.errors import ConfigError
+from tawin_nemo.util.launch import rendezvous
 
 
 @pytest.mark.parametrize(
@@ -20,8 +21,8 @@ from tawin_nemo.util.errors import ConfigError
     [("node[1-2]", "node1"), ("gpu7", "gpu7"), ("a-[003,007],b2", "a-003"), ("n1,n2", "n1"), ("", "127.0.0.1")],
 )
 def test_first_node_of_a_step(nodes: str, first: str) -> None:
-    assert runtime._rendezvous({"SLURM_STEP_NODELIST": nodes, "SLURM_JOB_ID": "7"}) == (first, 20007)
-    assert runtime._rendezvous({"MASTER_ADDR": "host", "MASTER_PORT": "9", "SLURM_NODELIST": nodes}) == ("host", 9)
+    assert rendezvous({"SLURM_STEP_NODELIST": nodes, "SLURM_JOB_ID": "7"}) == (first, 20007)
+    assert rendezvous({"MASTER_ADDR": "host", "MASTER_PORT": "9", "SLURM_NODELIST": nodes}) == ("host", 9)
 
 
 def test_layout_that_does_not_divide_the_processes_is_refused() -> None:
