@@ -53,6 +53,7 @@ class ServerEngine(Generator):
         runtime.on_rank_0(connect)
 
     def receive_weights(self) -> None:
+        """Gather the weights and push them to all servers. Collective. Raises ServersLost when none takes them."""
         tensors = gather_hf(self._model, self._shape)
 
         def push() -> None:
@@ -63,6 +64,7 @@ class ServerEngine(Generator):
         runtime.on_rank_0(push)
 
     def search(self, prompts: TokenRows, width: int, *, token_budget: int | None = None) -> Candidates:
+        """The ``width`` best candidates of every prompt, on the CPU of every training rank. Raises ServersLost."""
         self._check_width(width)
         trie, space = self.catalog.trie, self.cfg.score_space
         depth = trie.decision_depth if space == "trie" else trie.max_depth - 1
@@ -73,6 +75,8 @@ class ServerEngine(Generator):
         return self._request(send, prompts, width, depth, token_budget)
 
     def sample(self, prompts: TokenRows, draws: int, seeds: Sequence[int]) -> Candidates:
+        """``draws`` independent candidates per prompt, with one seed per prompt. Raises ServersLost."""
+
         def send(server: GenerationServer, version: int, rows: np.ndarray) -> RolloutReply:
             own = [seeds[row] for row in rows.tolist()]
             options: dict[str, Any] = {"draws": draws, "seeds": own, "temperature": self.cfg.temperature}
@@ -81,6 +85,7 @@ class ServerEngine(Generator):
         return self._request(send, prompts, draws, self.catalog.trie.decision_depth, None)
 
     def pop_flops(self) -> FlopCount:
+        """Always zero: the FLOPs of servers are not counted."""
         return FlopCount()
 
     def _request(

@@ -53,6 +53,8 @@ class Reference(Protocol):
 
 
 class NoReference:
+    """The reference of an objective without KL term: there are no weights to score with, follow, save or load."""
+
     def logprobs(self, batches: Sequence[TokenBatch]) -> None:
         return None
 

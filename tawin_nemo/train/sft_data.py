@@ -50,6 +50,7 @@ class TaskSet:
 
     @property
     def task(self) -> Task:
+        """The task of the rows."""
         return self.train.task
 
 

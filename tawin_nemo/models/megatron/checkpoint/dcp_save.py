@@ -48,6 +48,7 @@ class ShardSave(SaveShardedStrategy):
         return True
 
     def save(self, sharded_state_dict: ShardedStateDict, checkpoint_dir: str | Path) -> None:
+        """Collect the shards of this rank; with ``snapshot``, copy them to CPU memory."""
         by_key, _, _ = _replace_state_dict_keys_with_sharded_keys(sharded_state_dict, keep_only_main_replica=True)
         if self._snapshot:
             by_key = {key: [_copied(part) for part in parts] for key, parts in by_key.items()}

@@ -41,6 +41,7 @@ class Ranks:
 
     @property
     def rank(self) -> int:
+        """World rank of this process."""
         return dist.get_rank() if dist.is_initialized() else 0
 
     def gather(self, value: Any) -> list[Any]:

@@ -67,10 +67,12 @@ class MegatronLM:
 
     @property
     def vocab_size(self) -> int:
+        """Number of tokens of the real vocabulary, without padding."""
         return self.shape.vocab
 
     @property
     def max_positions(self) -> int:
+        """Tokens of the longest sequence that the model accepts."""
         return self.shape.max_position
 
     def rows(self, cache: Cache) -> int:

@@ -46,6 +46,7 @@ class HfWeights:
         return self._open[name]
 
     def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of a tensor, from the file's header. Raises CheckpointError when the tensor is missing."""
         return tuple(self._slice(name).get_shape())
 
     def _slice(self, name: str) -> Any:
@@ -57,6 +58,7 @@ class HfWeights:
             ) from error
 
     def read(self, name: str, axis: int, start: int, stop: int) -> Tensor:
+        """The slice ``start:stop`` along ``axis`` (0 or 1) of a tensor, in CPU memory."""
         part = self._slice(name)
         return part[start:stop] if axis == 0 else part[:, start:stop]
 

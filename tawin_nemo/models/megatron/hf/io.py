@@ -168,6 +168,7 @@ def _files(shape: Backbone, dtype: torch.dtype, max_shard_bytes: int) -> dict[st
 
 
 def owners(model: GPTModel, shape: Backbone, local: Mapping[Row, Tensor]) -> dict[Row, int]:
+    """The pipeline stage that sends each row of the table: the first one that has it. Collective."""
     rows = list(table(shape))
     held: list[Any] = [None] * model.pp_group.size()
     dist.all_gather_object(held, [n for n, row in enumerate(rows) if row in local], group=model.pp_group)

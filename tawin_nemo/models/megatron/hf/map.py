@@ -43,6 +43,7 @@ class Entry:
 
     @property
     def axis(self) -> int:
+        """The axis along which the parameter is sharded: 1 for row-parallel weights, else 0."""
         return 1 if self.kind is Kind.ROW else 0
 
 
@@ -103,6 +104,7 @@ def table(shape: Backbone) -> Iterator[tuple[Entry, int | None]]:
 
 
 def hf_names(entry: Entry, layer: int | None) -> list[str]:
+    """Hugging Face names of the entry's tensors in this layer."""
     return [name.format(layer=layer) for name in entry.hf]
 
 

@@ -29,6 +29,7 @@ class RMSNorm(torch.nn.Module):
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
     def forward(self, x: Tensor) -> Tensor:
+        """The normalised input, in the input's dtype and shape."""
         wide = x if x.dtype == torch.float64 else x.float()
         normed = torch.nn.functional.rms_norm(wide, (wide.shape[-1],), None, self.eps)
         return normed.to(x.dtype) * self.weight

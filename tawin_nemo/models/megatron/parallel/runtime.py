@@ -137,34 +137,42 @@ def data_parallel() -> DataParallel:
 
 
 def world_rank() -> int:
+    """Rank of this process in the world (with disaggregated placement: among the training ranks)."""
     return dist.get_rank() if dist.is_initialized() else read_launch().rank
 
 
 def world_size() -> int:
+    """Number of processes of the world (with disaggregated placement: of the training ranks)."""
     return dist.get_world_size() if dist.is_initialized() else read_launch().world_size
 
 
 def tp_rank() -> int:
+    """Rank of this process in its tensor-parallel group."""
     return _mpu().get_tensor_model_parallel_rank()
 
 
 def tp_size() -> int:
+    """Tensor-parallel size of training."""
     return _mpu().get_tensor_model_parallel_world_size()
 
 
 def pp_rank() -> int:
+    """Pipeline stage of this process, from 0."""
     return _mpu().get_pipeline_model_parallel_rank()
 
 
 def pp_size() -> int:
+    """Number of pipeline stages of training."""
     return _mpu().get_pipeline_model_parallel_world_size()
 
 
 def is_first_stage() -> bool:
+    """Whether this process has the first pipeline stage, with the embedding."""
     return _mpu().is_pipeline_first_stage()
 
 
 def is_last_stage() -> bool:
+    """Whether this process has the last pipeline stage, with the LM head."""
     return _mpu().is_pipeline_last_stage()
 
 
