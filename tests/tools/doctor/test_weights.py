@@ -83,7 +83,7 @@ def _other_config(folder: Path) -> None:
         (_truncate, "cut off or damaged", "download that file again"),
         (_cut_header, "cut off or damaged", "download that file again"),
         (_pointer, "Git LFS pointer", "git lfs pull"),
-        (_swap, "has no tensor model.layers.0.mlp.down_proj.weight, although the index lists it", "one revision"),
+        (_swap, "lacks model.layers.0.mlp.down_proj.weight, which the index promises", "one revision"),
         (_other_config, "no tensor model.layers.2.mlp.down_proj.weight", "config.json belongs to the weights"),
         (_old_format, "cannot be used", "pytorch_model.bin is the old format"),
         (lambda folder: (folder / "config.json").unlink(), "cannot be used", "config.json does not exist"),
