@@ -160,8 +160,8 @@ def test_a_sender_that_is_lost_half_way_changes_nothing(caplog: pytest.LogCaptur
         before = client.recommend([3], n=5)
         with sender(scene) as job:
             said = job.announce()
-            job.group._say_or_wait("ready/1", said.done)
-            job.group._carry([torch.ones(1)])
+            job.group._signal_or_wait("ready/1", said.done)
+            job.group._broadcast([torch.ones(1)])
             job.group.close()  # its connections close, as those of a process that dies do
             with pytest.raises(ServerError, match="did not arrive whole") as caught:
                 said.result()
