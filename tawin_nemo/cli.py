@@ -64,7 +64,7 @@ DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Parse, dispatch, translate errors to exit codes."""
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read once, when torch is imported; see run/threads.py
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read once, when torch is imported; see util/launch.py
     words = list(sys.argv[1:] if argv is None else argv)
     arguments = _parser(words).parse_intermixed_args(words)  # overrides may stand before and after options
     try:

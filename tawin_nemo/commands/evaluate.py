@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from tawin_nemo.commands.from_checkpoint import engine_of
-from tawin_nemo.eval.bias import item_counts
-from tawin_nemo.eval.evaluate import evaluate as run_evaluation
 from tawin_nemo.run.world import World
+from tawin_nemo.train.evaluation import evaluate_split
+from tawin_nemo.train.start import engine_of
 
 
 def evaluate(world: World) -> dict[str, Any]:
@@ -15,11 +14,7 @@ def evaluate(world: World) -> dict[str, Any]:
     engine = engine_of(world)
     result: dict[str, Any] = {"checkpoint": world.recipe.checkpoint}
     for split in world.recipe.eval.splits:
-        measured = run_evaluation(
-            engine, world.samples[split], world.catalog, world.recipe.eval,
-            dp=world.dp, label=f"evaluate {split}",
-            popularity_I=item_counts(world.samples["train"], len(world.catalog)),
-        )  # fmt: skip
+        measured = evaluate_split(world, engine, split, label=f"evaluate {split}", popularity=True)
         result[split] = {
             **measured.means,
             "intervals": {name: list(pair) for name, pair in measured.intervals.items()},

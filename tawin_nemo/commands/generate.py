@@ -6,8 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from tawin_nemo.commands.from_checkpoint import engine_of
 from tawin_nemo.run.world import World
+from tawin_nemo.train.start import engine_of
 from tawin_nemo.types import NO_ITEM, TokenRows
 from tawin_nemo.util.errors import ConfigError
 

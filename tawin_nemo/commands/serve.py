@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from tawin_nemo.api.secrets_files import control_token, read_keys
-from tawin_nemo.commands.from_checkpoint import engine_of
 from tawin_nemo.config.backbones import Backbone
 from tawin_nemo.config.schema import ModelConfig, Recipe
 from tawin_nemo.models.megatron.decode.lm import MegatronLM
@@ -30,11 +29,12 @@ from tawin_nemo.run.world import World
 from tawin_nemo.serve.engine.catalog import PromptFormat, ServedCatalog, read_items
 from tawin_nemo.serve.engine.engine import Engine
 from tawin_nemo.serve.engine.jobs import Limits
-from tawin_nemo.serve.engine.ranks import Alone, Leader, Ranks, follow
+from tawin_nemo.serve.engine.ranks import Leader, Ranks, SingleProcess, follow
 from tawin_nemo.serve.engine.replica import FromTensors, Replica
 from tawin_nemo.serve.engine.telemetry import Metrics
 from tawin_nemo.serve.http.requests import ServerContext
 from tawin_nemo.serve.http.server import Secrets, Server, roots_and_folder
+from tawin_nemo.train.start import engine_of
 from tawin_nemo.util.errors import ConfigError
 from tawin_nemo.util.files import write_json
 from tawin_nemo.util.log import get_logger
@@ -44,8 +44,8 @@ SWITCH_INTERVAL_S = 1e-4  # of Python threads
 FIRST_VERSION = 1  # of the weights and of the catalog that a server starts with
 
 
-class Together:
-    """All processes of the job; what is sent is bytes, whatever the backend."""
+class ProcessGroupRanks:
+    """The ``Ranks`` of a server with several processes: all processes of the job, over the default process group."""
 
     def __init__(self) -> None:
         self.size = runtime.world_size()
@@ -56,10 +56,10 @@ class Together:
     def receive(self) -> bytes:
         return runtime.broadcast_bytes(None)
 
-    def meet(self) -> None:
+    def barrier(self) -> None:
         runtime.any_rank(False)
 
-    def share(self, tensor: Tensor | None, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    def broadcast_tensor(self, tensor: Tensor | None, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         return runtime.broadcast_tensor(tensor, shape, dtype)
 
 
@@ -90,7 +90,7 @@ def serve(world: World) -> dict[str, Any]:
     catalog = first_catalog(world)
     replica.models[FIRST_VERSION] = replica.load("")
     replica.tries[FIRST_VERSION] = catalog.trie
-    ranks: Ranks = Together() if runtime.world_size() > 1 else Alone()
+    ranks: Ranks = ProcessGroupRanks() if runtime.world_size() > 1 else SingleProcess()
     if runtime.world_rank() > 0:
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
             signal.signal(number, signal.SIG_IGN)  # rank 0 drains and then stops this rank

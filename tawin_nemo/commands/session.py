@@ -1,4 +1,4 @@
-"""From a recipe to a running verb: process group, run directory, data, world; and a clean end."""
+"""Runs a verb under a recipe: process group, run directory, data and world, and an orderly shutdown."""
 
 from __future__ import annotations
 
@@ -21,10 +21,9 @@ from tawin_nemo.run import signals
 from tawin_nemo.run.datasets import prepared_root
 from tawin_nemo.run.failures import attempt_logs, recorded
 from tawin_nemo.run.profile import check_profile
-from tawin_nemo.run.threads import available_threads
 from tawin_nemo.run.world import build_world, open_run_dir
 from tawin_nemo.util.errors import ConfigError, Preempted, UserError
-from tawin_nemo.util.launch import read_launch
+from tawin_nemo.util.launch import available_threads, read_launch
 from tawin_nemo.util.log import get_logger
 
 Verb = Callable[..., dict[str, Any]]
@@ -58,7 +57,7 @@ def run(recipe: Recipe, verb: Verb, **options: Any) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def started(recipe: Recipe, *, computes: bool = True) -> Iterator[None]:
-    """The recipe's process group while inside; at the end pending checkpoints are finished and the ranks disconnect.
+    """Open the recipe's process group inside the block; at its end pending checkpoints are finished.
 
     Raises ConfigError when the launcher started another number of processes, or when ``computes`` and this machine
     does not support a precision of the recipe.
@@ -78,21 +77,21 @@ def started(recipe: Recipe, *, computes: bool = True) -> Iterator[None]:
         check_precision(recipe, runs=computes)
         torch.set_num_threads(recipe.trainer.threads or available_threads())
         if disaggregated.is_disaggregated():
-            stack.push(dismiss)
+            stack.push(stop_rollout_ranks)
         yield
 
 
 @contextlib.contextmanager
 def checked(recipe: Recipe) -> Iterator[None]:
-    """The checks of ``started`` for a process that computes nothing and has nobody to meet."""
+    """The checks of ``started`` for a single process that needs no process group."""
     check_processes(recipe)
     check_precision(recipe, runs=False)
     with recorded():
         yield
 
 
-def dismiss(kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
-    """Stop the rollout ranks when a run ends; after an error that other ranks may not know of, the launcher does."""
+def stop_rollout_ranks(kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+    """Stop the rollout ranks when a run ends; after an error on one rank alone, the launcher stops them."""
     channel, expected = disaggregated.rollout_channel(), isinstance(error, None | Preempted | UserError)
     if expected and not disaggregated.is_rollout_rank() and not channel.awaits_response:
         channel.broadcast(Stop())
@@ -114,7 +113,7 @@ def check_precision(recipe: Recipe, *, runs: bool) -> None:
     if recipe.baseline.model != "off":
         return
     if runs:
-        precision.refuse(recipe)
+        precision.check_supported(recipe)
     if runtime.world_rank() == 0:
         for line in precision.unverified(recipe):
             log.warning(line)

@@ -1,4 +1,4 @@
-"""The verb tokenize: item texts -> vectors -> codes -> a folder with index.json, what made it, and what it is worth."""
+"""The verb tokenize: item texts -> vectors -> codes -> a folder with index.json, its provenance and its quality."""
 
 from __future__ import annotations
 
@@ -72,9 +72,9 @@ def tokenize(recipe: Recipe, root: Path) -> dict[str, Any]:
 
 def _made(x_ID: np.ndarray, cfg: SemanticIdsConfig, seed: int, root: Path, out: Path) -> Tokenized:
     if cfg.given:
-        found = read_index(find_codes(root, cfg.given, key="semantic_ids.given"), len(x_ID))
-        base_IL = found.codes_IL[:, : found.levels]
-        return Tokenized(found.codes_IL, ItemCoder("given", mean_codebooks(x_ID, base_IL, int(base_IL.max()) + 1)))
+        index = read_index(find_codes(root, cfg.given, key="semantic_ids.given"), len(x_ID))
+        base_IL = index.codes_IL[:, : index.levels]
+        return Tokenized(index.codes_IL, ItemCoder("given", mean_codebooks(x_ID, base_IL, int(base_IL.max()) + 1)))
     checkpoint = _checkpoint(out) if cfg.method in WITH_NETWORK else None
     coder, codes_IL = fit(x_ID, cfg, seed=seed, checkpoint=checkpoint)
     return Tokenized(resolve_collisions(codes_IL, coder, x_ID, cfg.collisions), coder)
@@ -93,7 +93,10 @@ def brand_and_category_words(root: Path) -> list[frozenset[str]]:
 
 
 def _look_for_duplicates(x_ID: np.ndarray, cfg: SemanticIdsConfig) -> None:
-    """Items with equal vectors cannot be told apart by their vectors: said aloud, or refused."""
+    """Warn about items with equal vectors, which their vectors cannot distinguish, or reject them.
+
+    Raises DataError with ``semantic_ids.duplicates=refuse``.
+    """
     alike: defaultdict[bytes, list[int]] = defaultdict(list)
     for item, row in enumerate(x_ID):
         alike[row.tobytes()].append(item)

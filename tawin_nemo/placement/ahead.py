@@ -1,12 +1,12 @@
-"""One step ahead (``rollout.ahead: 1``): while step t updates the actor, the rollout ranks search the prompts of t + 1.
+"""One-step-ahead rollouts (``rollout.ahead: 1``): while step t updates the actor, the rollout of step t + 1 is made.
 
-They do so with the weights of step t, one version behind those that will learn from it, so every step but the first is
-off-policy by one update. Exactly that version is accepted. The actor's ratio is taken against the rollout's own
-log-probs, as it is for the second of several inner updates, and clipped or (``rl.importance_cap``) truncated likewise;
-recipes in which the rollout does not know them are refused.
+The rollout ranks use the weights of step t for it, one version older than those that learn from it, so every step but
+the first is off-policy by one update. A rollout of any other version is rejected. The actor's ratio is computed against
+the rollout's own log-probs, as for the second of several inner updates, and clipped or (``rl.importance_cap``)
+truncated in the same way; recipes whose rollouts have no log-probs are rejected.
 
-The rollout that waits for the next step is part of a checkpoint: a run that was killed goes on with the very candidates
-that it would have learned from, at whatever step it was stopped and under whatever layout it continues.
+The pending rollout is part of a checkpoint: a run that was killed continues with the same candidates, whatever step it
+was stopped at and under any layout.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import safetensors.torch
 import torch
 
 from tawin_nemo.config.schema import RlConfig
-from tawin_nemo.placement.dispatch import generating
+from tawin_nemo.placement.dispatch import generate_options
 from tawin_nemo.placement.remote_engine import RemoteEngine
 from tawin_nemo.placement.weight_sync import check_version
 from tawin_nemo.rollout.engine import Engine
@@ -30,10 +30,10 @@ from tawin_nemo.util.errors import CheckpointError, TawinError
 
 
 class RolloutAhead:
-    """The rollout of the next step, of all replicas' prompts; without an ``engine`` nothing is ever searched ahead.
+    """The pending rollout of the next step, for the prompts of all replicas; without an ``engine`` there is none.
 
-    ``total``: steps of the run, behind which there is nothing to search. In timings.jsonl the phase ``generate`` is
-    then what a step waits for rollouts, not what searching takes.
+    ``total``: number of steps of the run. In timings.jsonl the phase ``generate`` is the time that a step waits for
+    its rollout, not the time that the rollout takes.
     """
 
     def __init__(
@@ -41,11 +41,13 @@ class RolloutAhead:
     ) -> None:
         self._engine, self._rl, self._dp, self._total = engine, rl or RlConfig(), dp or DataParallel(), total
         self._waiting: Rollout | None = None
-        self._own_rows = torch.zeros(0, dtype=torch.long)  # row numbers of this replica's prompts in it
+        self._own_rows = torch.zeros(
+            0, dtype=torch.long
+        )  # row numbers of this replica's prompts in the pending rollout
 
     @contextmanager
     def searching(self, prompts: Callable[[], PromptBatch], timers: Timers, *, step: int) -> Iterator[None]:
-        """The rollout of ``step`` begins where this block does, with the weights of now, and is there at its end."""
+        """Start the rollout of ``step`` with the present weights, and wait for it at the end of the block."""
         if self._engine is None or step >= self._total:
             yield
             return
@@ -53,13 +55,13 @@ class RolloutAhead:
         with timers("data"):
             own = prompts()
             everything = PromptBatch.cat(self._dp.gather(own))
-        self._engine.begin(everything, **generating(self._rl, step))
+        self._engine.begin(everything, **generate_options(self._rl, step))
         yield
         with timers("generate"):
             self._waiting, self._own_rows = self._engine.finish(), own.row_B
 
     def take(self, step: int) -> Rollout | None:
-        """This replica's part of what was searched ahead for ``step``; None where ``step`` has to search itself.
+        """This replica's part of the pending rollout of ``step``; None when ``step`` has to make its own.
 
         Raises TawinError when it is missing, of a version other than ``step - 1``, or without log-probs.
         """
@@ -71,15 +73,15 @@ class RolloutAhead:
         check_version(whole, expected=step - 1)
         if whole.logprobs_BGT is None or bool(whole.logprobs_BGT.isnan().any()):
             raise TawinError("rollout.ahead=1: a rollout without its own log-probs cannot be corrected for its age")
-        place = {int(row): at for at, row in enumerate(whole.prompts.row_B)}
-        return whole.take(torch.tensor([place[int(row)] for row in self._own_rows], dtype=torch.long))
+        index = {int(row): at for at, row in enumerate(whole.prompts.row_B)}
+        return whole.take(torch.tensor([index[int(row)] for row in self._own_rows], dtype=torch.long))
 
-    def facts(self, rollout: Rollout, *, step: int) -> dict[str, float]:
-        """``rl/staleness``: versions between the weights that searched and those that learn."""
+    def staleness(self, rollout: Rollout, *, step: int) -> dict[str, float]:
+        """``rl/staleness``: weight versions between the rollout and the update; empty without an engine."""
         return {} if self._engine is None else {"rl/staleness": float(step - rollout.weight_version)}
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint keeps, as JSON; empty when nothing waits."""
+        """The pending rollout as JSON for a checkpoint; empty when there is none."""
         if self._waiting is None:
             return {}
         waiting = self._waiting
@@ -93,7 +95,7 @@ class RolloutAhead:
         return {"rollout_ahead": base64.b64encode(data).decode(), "rollout_version": waiting.weight_version}
 
     def restore(self, state: dict[str, Any], own: PromptBatch) -> None:
-        """Bring back what ``state`` said; ``own``: this replica's share of those prompts, under the layout of now.
+        """Restore the pending rollout from ``state()``; ``own``: this replica's share of its prompts.
 
         Raises CheckpointError when the data now give other prompts.
         """
@@ -107,7 +109,7 @@ class RolloutAhead:
         )
         if not set(own.row_B.tolist()) <= set(prompts.row_B.tolist()):
             raise CheckpointError(
-                "the rollout in the checkpoint is of other rows than the data now give: bring them back"
+                "the pending rollout in the checkpoint has other rows than the data now; restore the old data"
             )
         self._waiting = Rollout(prompts=prompts, weight_version=int(state["rollout_version"]), **tensors)
         self._own_rows = own.row_B

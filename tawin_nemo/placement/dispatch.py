@@ -1,9 +1,7 @@
-"""Rollouts on replicas of another layout: prompts go to the ranks that search, candidates come back to those that
-learn from them.
+"""Dispatch between layouts: prompts are sent to the rollout replicas, candidates are returned to the training replicas.
 
-The replicas of training and those of rollouts are different divisions of the same processes, often of different
-number. Prompts and candidates are integers and a few floats per token, megabytes at most, so everybody tells everybody
-and keeps what is theirs.
+Training and rollouts may divide the same processes into different numbers of replicas. Prompts and candidates are
+integers and a few floats per token, megabytes at most, so they are all-gathered, and every rank keeps its own share.
 """
 
 from __future__ import annotations
@@ -20,13 +18,13 @@ from tawin_nemo.rollout.engine import Engine
 from tawin_nemo.types import Candidates, DataParallel, PromptBatch, Rollout, TokenRows
 
 
-def dispatched(
+def dispatch_rollout(
     generate: Callable[[PromptBatch], Rollout], prompts: PromptBatch, training: DataParallel, rollout: DataParallel
 ) -> Rollout:
-    """The rollout of ``prompts``, this training replica's share, in their order; every process calls it.
+    """The rollout of ``prompts``, this training replica's share, in their order. Collective over all processes.
 
-    ``generate`` runs once on every process, on the share of all replicas' prompts that its rollout replica searches
-    (possibly none). The candidates of a prompt do not depend on how prompts are dealt out.
+    ``generate`` is called once on every process, with its rollout replica's share of the prompts of all training
+    replicas (possibly none). The candidates of a prompt do not depend on how prompts are divided.
     """
     shares = training.gather(prompts)
     everything = PromptBatch.cat(shares)
@@ -35,24 +33,27 @@ def dispatched(
     here = generate(everything.take(torch.from_numpy(mine)))
     device = here.items_BG.device
     parts = rollout.gather((mine, here.to("cpu")))
-    order = np.concatenate([places for places, _ in parts]).argsort(kind="stable")
+    order = np.concatenate([indices for indices, _ in parts]).argsort(kind="stable")
     first = sum(len(share) for share in shares[: training.rank])
     own = torch.from_numpy(order[first : first + len(prompts)])
     return Rollout.cat([part for _, part in parts]).take(own).to(device)
 
 
-def dispatched_search(engine: Engine, prompts: TokenRows, width: int, token_budget: int | None) -> Candidates:
-    """``engine.search`` with the prompts divided among its replicas, which all hold all prompts and get all results."""
+def dispatch_search(engine: Engine, prompts: TokenRows, width: int, token_budget: int | None) -> Candidates:
+    """``engine.search`` with the prompts divided among the engine's replicas.
+
+    Every replica passes all prompts and gets all results.
+    """
     assert engine.dp is not None
     mine = balanced_shard(np.arange(len(prompts)), prompts.lengths, engine.dp)
     here = engine.search(prompts.take(mine), width, token_budget=token_budget).to("cpu")
     parts = engine.dp.gather((mine, here))
-    order = np.concatenate([places for places, _ in parts]).argsort(kind="stable")
+    order = np.concatenate([indices for indices, _ in parts]).argsort(kind="stable")
     return Candidates.cat([part for _, part in parts]).take(torch.from_numpy(order))
 
 
-def generating(rl: RlConfig, step: int) -> dict[str, Any]:
-    """The keywords of ``Engine.generate`` that a recipe and a step decide."""
+def generate_options(rl: RlConfig, step: int) -> dict[str, Any]:
+    """The keyword arguments of ``Engine.generate`` for a step of a recipe."""
     return {
         "group_size": rl.group_size,
         "negatives": rl.negatives,

@@ -1,4 +1,4 @@
-"""Disaggregated rollouts (``rollout.placement: separate``) as training sees them.
+"""The training side of disaggregated rollouts (``rollout.placement: separate``).
 
 Every training rank makes the same calls with the same arguments; the first one broadcasts them to the rollout ranks,
 which run ``rollout_ranks.serve``. ``MESSAGES`` are all that they accept, besides the log folder and ``Stop``.
@@ -26,7 +26,7 @@ log = get_logger(__name__)
 
 @dataclass(frozen=True)
 class BuildEngine:
-    """Build a model and an engine in place of those there are, then gather ``rollout_ranks.layout_entry``."""
+    """Build a model and an engine, replacing the present ones, then gather ``rollout_ranks.layout_entry``."""
 
     recipe: Recipe
     shape: Backbone
@@ -89,10 +89,11 @@ class Searched:
 class RemoteEngine:
     """An ``Engine`` whose model lies on the rollout ranks.
 
-    Prompts are divided there: seen from training there is one replica, which ``dp`` says, and every training rank
-    passes the same prompts and gets all results. ``begin`` and ``finish`` are the halves of ``generate``; training goes
-    on between them. The weights are undefined until the first ``receive_weights``. Raises ConfigError when the model's
-    shape does not fit the rollout layout (``rollout.tensor_model_parallel_size``, ``..pipeline_model_parallel_size``).
+    The rollout ranks divide the prompts among their replicas. For training there is one replica (``dp``): every
+    training rank passes the same prompts and gets all results. ``begin`` and ``finish`` are the halves of ``generate``,
+    between which training continues. The weights are undefined until the first ``receive_weights``. Raises ConfigError
+    when the model's shape does not fit the rollout layout (``rollout.tensor_model_parallel_size``,
+    ``rollout.pipeline_model_parallel_size``).
     """
 
     def __init__(self, recipe: Recipe, model: GPTModel, shape: Backbone, catalog: Catalog) -> None:
@@ -111,7 +112,7 @@ class RemoteEngine:
 
     @property
     def weight_version(self) -> int:
-        """Version of the weights on the rollout ranks; setting it tells them."""
+        """Version of the weights on the rollout ranks; setting it broadcasts the version to them."""
         return self._version
 
     @weight_version.setter

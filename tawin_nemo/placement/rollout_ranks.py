@@ -1,6 +1,6 @@
-"""What a rollout rank does from its start to its end: it handles one message of the training ranks after the other.
+"""The rollout side of disaggregated rollouts: a rollout rank handles the messages of the training ranks.
 
-It reads no data and writes no file but its log: recipe, catalog, weights and prompts come from the training ranks.
+It reads no data and writes only its log file: recipe, catalog, weights and prompts come from the training ranks.
 An error ends it, and with it the job, whose launcher shows its traceback.
 """
 
@@ -10,12 +10,12 @@ import contextlib
 from functools import partial
 from typing import Any
 
-import torch
 from megatron.core.models.gpt import GPTModel
 
 from tawin_nemo.config.backbones import FlopCount
+from tawin_nemo.models.megatron.model.build import model_summary
 from tawin_nemo.models.megatron.parallel import disaggregated, runtime
-from tawin_nemo.placement.dispatch import dispatched, dispatched_search
+from tawin_nemo.placement.dispatch import dispatch_rollout, dispatch_search
 from tawin_nemo.placement.remote_engine import (
     MESSAGES,
     BuildEngine,
@@ -30,7 +30,7 @@ from tawin_nemo.placement.remote_engine import (
 from tawin_nemo.placement.weight_sync import check_equal, engine_with_own_model
 from tawin_nemo.rollout.engine import RolloutEngine
 from tawin_nemo.run import signals
-from tawin_nemo.run.failures import LogInto, logging_into
+from tawin_nemo.run.failures import OpenLog, logging_into
 from tawin_nemo.types import DataParallel
 from tawin_nemo.util.errors import TawinError
 
@@ -38,23 +38,23 @@ from tawin_nemo.util.errors import TawinError
 def serve() -> None:
     """Handle messages until the training ranks broadcast ``Stop``.
 
-    SIGTERM and SIGUSR1 are only noted: the training ranks get them too, and stop the whole job when they have saved.
+    SIGTERM and SIGUSR1 are ignored: the training ranks get them too, and stop the whole job when they have saved.
     """
     with contextlib.ExitStack() as stack:
         stack.enter_context(signals.listening())
         handler = _Handler(stack)
-        disaggregated.rollout_channel().follow((LogInto, *MESSAGES), handler)
+        disaggregated.rollout_channel().follow((OpenLog, *MESSAGES), handler)
 
 
 class _Handler:
-    """Carries messages out; ``stack`` closes what it opens when the rank leaves."""
+    """Executes messages; ``stack`` closes the log file when the rank ends."""
 
     def __init__(self, stack: contextlib.ExitStack) -> None:
         self._stack, self._channel = stack, disaggregated.rollout_channel()
         self._engine: RolloutEngine | None = None
 
     def __call__(self, message: object) -> None:
-        if isinstance(message, LogInto):
+        if isinstance(message, OpenLog):
             self._stack.enter_context(logging_into(message))
         elif isinstance(message, BuildEngine):
             self._engine = None  # frees its memory before the next one is built
@@ -75,10 +75,10 @@ class _Handler:
         elif isinstance(message, Generate):
             assert engine.dp is not None
             generate = partial(engine.generate, **message.options)
-            rollout = dispatched(generate, message.prompts, DataParallel(), engine.dp)
+            rollout = dispatch_rollout(generate, message.prompts, DataParallel(), engine.dp)
             self._channel.respond(Generated(rollout.to("cpu"), flops_of_all(engine)))
         elif isinstance(message, Search):
-            candidates = dispatched_search(engine, message.prompts, message.width, message.token_budget)
+            candidates = dispatch_search(engine, message.prompts, message.width, message.token_budget)
             self._channel.respond(Searched(candidates.to("cpu"), flops_of_all(engine)))
         else:
             raise TypeError(f"rollout ranks have no handler for {type(message).__name__}")
@@ -92,14 +92,12 @@ def flops_of_all(engine: RolloutEngine) -> FlopCount:
 
 def layout_entry(model: GPTModel) -> dict[str, Any]:
     """This rank's entry in layout.json."""
-    groups, device = model.pg_collection, runtime.device()
+    groups = model.pg_collection
     return {
         "rank": runtime.world_rank(),
         "world_size": runtime.world_size(),
         **{f"{name}_rank": getattr(groups, name).rank() for name in ("tp", "pp", "dp")},
         **{f"{name}_size": getattr(groups, name).size() for name in ("tp", "pp", "dp")},
         "role": "rollout",
-        "layers": len(model.decoder.layers),
-        "parameters": sum(p.numel() for p in model.parameters()),
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        **model_summary(model),
     }

@@ -1,7 +1,7 @@
-"""One generation server (``tawin-nemo serve``) as a training job sees it: what it must agree with, weights, rollouts.
+"""A training job's connection to one generation server (``tawin-nemo serve``): terms, weights, rollouts.
 
-Every reply names the start of the server, its catalog and its weights. One that names others than were asked for is
-refused: a server that was restarted, or that somebody else has changed, cannot go unnoticed.
+Every reply names the instance of the server (one per start), its catalog and its weights. A reply with unexpected ones
+is rejected, so that a server that was restarted, or changed by another client, cannot go unnoticed.
 """
 
 from __future__ import annotations
@@ -34,14 +34,14 @@ from tawin_nemo.util.errors import ConfigError, TawinError
 from tawin_nemo.util.log import get_logger
 
 log = get_logger(__name__)
-#: Seconds in which a server that works says its terms.
+#: Time limit in seconds of the request for the terms of a server.
 _TERMS_S = 10.0
-#: Seconds beyond its own limit that a server gets to say that it gave up.
+#: Seconds beyond its own time limit in which a server can report that it gave up.
 _GRACE_S = 10.0
 
 
 class Unavailable(TawinError):
-    """A server cannot do now what it was asked. ``lost``: leave it out; else try it again after ``wait`` seconds."""
+    """A server cannot handle a request now. ``lost``: exclude the server; else retry after ``wait`` seconds."""
 
     def __init__(self, message: str, *, lost: bool = True, wait: float = 0.0) -> None:
         super().__init__(message)
@@ -49,8 +49,8 @@ class Unavailable(TawinError):
 
 
 @dataclass(frozen=True)
-class Agreed:
-    """What a server has to have in common with training."""
+class ExpectedTerms:
+    """The properties of a server that must equal those of the training run."""
 
     catalog: str  # fingerprint
     tokenizer: str  # fingerprint; "" = not compared
@@ -59,12 +59,15 @@ class Agreed:
 
 
 class GenerationServer:
-    """One of ``rollout.servers``. ``holds``: the version of the weights that it was given and still has, or None."""
+    """One of ``rollout.servers``, named by its file. ``version``: that of the weights pushed to it, None without any.
 
-    def __init__(self, file: str, cfg: RolloutConfig, agreed: Agreed, store: dist.TCPStore) -> None:
-        self.name, self._cfg, self._agreed, self._store = file, cfg, agreed, store
-        self.holds: int | None = None
-        self.why_not = ""  # it is left out
+    ``unavailable_reason``: why the server is excluded; empty while it is in use.
+    """
+
+    def __init__(self, file: str, cfg: RolloutConfig, expected: ExpectedTerms, store: dist.TCPStore) -> None:
+        self.name, self._cfg, self._expected, self._store = file, cfg, expected, store
+        self.version: int | None = None
+        self.unavailable_reason = ""
         self._instance = ""
         self._data: Client | None = None
         self._control: ControlClient | None = None
@@ -72,12 +75,15 @@ class GenerationServer:
         self._control_url = ""
 
     def connect(self) -> RolloutTerms:
-        """Find the server through its file and compare. Raises Unavailable, and ConfigError where it does not fit."""
+        """Connect to the address in the server's file and compare its terms.
+
+        Raises Unavailable when the server does not answer, ConfigError when its terms do not match the run.
+        """
         data, self._control_url = _addresses(Path(self.name))
         key = next(iter(read_keys(self._cfg.api_key_file, "rollout.api_key_file")), "")
         token_file = self._cfg.control_token_file or str(Path(self.name).parent / "control_token")
         token = read_token(token_file, "rollout.control_token_file")
-        with self._speaking(), Client(data, key, timeout_s=_TERMS_S) as client:
+        with self._translated_errors(), Client(data, key, timeout_s=_TERMS_S) as client:
             terms = client.rollout_terms()
         self._compare(terms)
         self.disconnect(forget=terms.instance != self._instance)
@@ -90,17 +96,17 @@ class GenerationServer:
         return terms
 
     def disconnect(self, *, forget: bool = True) -> None:
-        """Close connections; ``forget``: the weight group and the weights as well."""
+        """Close the connections; ``forget``: also drop the weight group and the version of the weights."""
         for caller in (self._data, self._control):
             if caller is not None:
                 caller.close()
         self._data = self._control = None
         if forget:
             self._drop_group()
-            self.holds = None
+            self.version = None
 
     def close(self) -> None:
-        """Part from it for good."""
+        """Destroy the weight group on the server and close the connections."""
         group, control = self._group, self._control
         if group is not None and control is not None:
             with contextlib.suppress(httpx.TransportError, ServerError):
@@ -108,90 +114,93 @@ class GenerationServer:
         self.disconnect()
 
     def push(self, tensors: Mapping[str, Tensor], version: int) -> None:
-        """Give it all weights, as ``version``. Raises Unavailable, and ConfigError for a model of another shape."""
-        control, self.holds = self._control, None
+        """Send all weights as ``version``. Raises Unavailable, or ConfigError for a model of another shape."""
+        control, self.version = self._control, None
         assert control is not None
         announced = {
             "names": list(tensors), "shapes": [list(value.shape) for value in tensors.values()],
             "dtypes": [str(value.dtype).removeprefix("torch.") for value in tensors.values()],
         }  # fmt: skip
-        with self._speaking(), ThreadPoolExecutor(1) as beside:
+        with self._translated_errors(), ThreadPoolExecutor(1) as thread:
             try:
                 if self._group is None:
-                    self._group = self._met(control, beside)
+                    self._group = self._join_group(control, thread)
                 name = self._group.name
-                said = beside.submit(
+                response = thread.submit(
                     control.update_weights_from_distributed, group_name=name, weight_version=version, **announced
                 )
-                self._sent(tensors, said)
-                found = said.result().weight_version
+                self._send(tensors, response)
+                received = response.result().weight_version
             except Exception:
                 self._drop_group()
                 raise
-        if found != version:
-            raise Unavailable(f"calls its weights version {found} after version {version} was sent")
-        self.holds = version
+        if received != version:
+            raise Unavailable(f"calls its weights version {received} after version {version} was sent")
+        self.version = version
 
-    def _met(self, control: ControlClient, beside: ThreadPoolExecutor) -> WeightGroup:
+    def _join_group(self, control: ControlClient, thread: ThreadPoolExecutor) -> WeightGroup:
         backend, seconds = self._cfg.weights_backend, self._cfg.server_timeout_s
         if backend == "auto":
             backend = "nccl" if torch.cuda.is_available() else "gloo"
         name = f"tawin-{uuid.uuid4().hex}"
-        said = beside.submit(
+        response = thread.submit(
             control.init_weights_group, master_address=_own_address(self._control_url), master_port=self._store.port,
             group_name=name, backend=backend, timeout_s=min(seconds, 3600.0),
         )  # fmt: skip
         limit = timedelta(seconds=seconds)
-        with _answering_first(said):
-            group = WeightGroup(self._store, name, 0, 2, backend=backend, limit=limit, given_up=said.done)
-        said.result()
+        with _request_error_first(response):
+            group = WeightGroup(self._store, name, 0, 2, backend=backend, limit=limit, peer_ended=response.done)
+        response.result()
         return group
 
-    def _sent(self, tensors: Mapping[str, Tensor], said: Future[Any]) -> None:
+    def _send(self, tensors: Mapping[str, Tensor], response: Future[Any]) -> None:
         assert self._group is not None
-        with _answering_first(said):
-            self._group.send(tensors.values(), given_up=said.done)
+        with _request_error_first(response):
+            self._group.send(tensors.values(), peer_ended=response.done)
 
     def rollouts(self, prompts: TokenRows, version: int, **fields: Any) -> RolloutReply:
-        """Candidates of prompts from weights ``version``. Raises Unavailable, also for a reply of anything else."""
+        """Candidates of the prompts from weights ``version``.
+
+        Raises Unavailable, also for a reply from other weights, another catalog or another instance.
+        """
         client = self._data
-        if client is None or self.holds != version:
-            raise Unavailable(f"holds weights {self.holds} where version {version} is due")
+        if client is None or self.version != version:
+            raise Unavailable(f"has weights {self.version} where version {version} is expected")
         rows = [prompts[row].tolist() for row in range(len(prompts))]
-        with self._speaking():
+        with self._translated_errors():
             reply = client.rollouts(rows, weight_version=version, timeout_s=self._cfg.server_timeout_s, **fields)
-        said = (reply.weight_version, reply.instance, reply.catalog)
-        if said != (version, self._instance, self._agreed.catalog):
+        source = (reply.weight_version, reply.instance, reply.catalog)
+        if source != (version, self._instance, self._expected.catalog):
             raise Unavailable(
-                f"answered from weights {said[0]}, start {said[1][:8]}, catalog {said[2][:8]} where {version}, "
-                f"{self._instance[:8]}, {self._agreed.catalog[:8]} are due: refused"
+                f"answered from weights {source[0]}, start {source[1][:8]}, catalog {source[2][:8]} where {version}, "
+                f"{self._instance[:8]}, {self._expected.catalog[:8]} are expected: rejected"
             )
         if len(reply.items_BW) != len(prompts):
-            raise Unavailable(f"answered {len(reply.items_BW)} of {len(prompts)} prompts: refused")
+            raise Unavailable(f"answered {len(reply.items_BW)} of {len(prompts)} prompts: rejected")
         return reply
 
     def _compare(self, terms: RolloutTerms) -> None:
-        agreed = self._agreed
+        expected = self._expected
         remedy = "start it from this run's recipe (same data, tokenizer and model keys)"
-        if terms.catalog != agreed.catalog:
+        if terms.catalog != expected.catalog:
             raise ConfigError(
                 f"rollout.servers: {self.name} serves another catalog ({terms.catalog[:12]}) than this run trains "
-                f"on ({agreed.catalog[:12]}): {remedy}, without serve.catalogue and later changes of items"
+                f"on ({expected.catalog[:12]}): {remedy}, without serve.catalogue and later changes of items"
             )
-        if agreed.tokenizer and terms.tokenizer != agreed.tokenizer:
+        if expected.tokenizer and terms.tokenizer != expected.tokenizer:
             raise ConfigError(
                 f"rollout.servers: {self.name} has another tokenizer ({terms.tokenizer[:12]}) than this run "
-                f"({agreed.tokenizer[:12]}): {remedy}"
+                f"({expected.tokenizer[:12]}): {remedy}"
             )
-        if terms.precision != agreed.precision:
+        if terms.precision != expected.precision:
             raise ConfigError(
-                f"rollout.servers: {self.name} searches in {terms.precision} but model.precision={agreed.precision}: "
+                f"rollout.servers: {self.name} searches in {terms.precision} but model.precision={expected.precision}: "
                 f"{remedy}, eval.precision among them"
             )
-        if terms.length_penalty != agreed.length_penalty:
+        if terms.length_penalty != expected.length_penalty:
             raise ConfigError(
                 f"rollout.servers: {self.name} has rollout.length_penalty={terms.length_penalty:g}, this run "
-                f"{agreed.length_penalty:g}; start it with the same"
+                f"{expected.length_penalty:g}; start it with the same"
             )
 
     def _drop_group(self) -> None:
@@ -200,8 +209,8 @@ class GenerationServer:
             self._group = None
 
     @contextlib.contextmanager
-    def _speaking(self) -> Iterator[None]:
-        """Errors of HTTP and of the group as what they mean here."""
+    def _translated_errors(self) -> Iterator[None]:
+        """Translate errors of HTTP and of the weight group into Unavailable, ConfigError or TawinError."""
         try:
             yield
         except (httpx.TransportError, TransferError) as error:
@@ -214,34 +223,32 @@ class GenerationServer:
                 raise Unavailable(str(error)) from error
             if status in (401, 403):
                 option = "rollout.api_key_file and rollout.control_token_file (empty = control_token beside it)"
-                raise ConfigError(
-                    f"rollout.servers: {self.name} does not take the key: {error}; see {option}"
-                ) from error
+                raise ConfigError(f"rollout.servers: {self.name} rejects the key: {error}; see {option}") from error
             if code in ("other_model", "other_precision"):
                 raise ConfigError(f"rollout.servers: {self.name} serves another model: {error}") from error
-            raise TawinError(f"generation server {self.name} refuses: {error}") from error
+            raise TawinError(f"generation server {self.name} rejected the request: {error}") from error
 
 
 @contextlib.contextmanager
-def _answering_first(said: Future[Any]) -> Iterator[None]:
-    """When both the group and the request fail, the request's error says why."""
+def _request_error_first(response: Future[Any]) -> Iterator[None]:
+    """Raise the request's error instead of the group's when both fail: it names the cause."""
     try:
         yield
     except TransferError:
-        if said.done():
-            said.result()
+        if response.done():
+            response.result()
         raise
 
 
 def _addresses(file: Path) -> tuple[str, str]:
-    """Data plane and control plane. Raises Unavailable without a file, ConfigError for one that is no address.json."""
+    """URLs of data plane and control plane. Raises Unavailable without the file, ConfigError for an invalid one."""
     try:
         text = file.read_text(encoding="utf-8")
     except OSError as error:
         raise Unavailable(f"there is no {file} ({error.strerror}); the server writes it when it is ready") from error
     try:
-        place = json.loads(text)
-        return str(place["data"]), str(place["control"])
+        addresses = json.loads(text)
+        return str(addresses["data"]), str(addresses["control"])
     except (ValueError, KeyError, TypeError) as error:
         raise ConfigError(
             f"rollout.servers: {file} is no address.json of a server; it needs data and control, each http://HOST:PORT"
@@ -249,12 +256,12 @@ def _addresses(file: Path) -> tuple[str, str]:
 
 
 def _own_address(url: str) -> str:
-    """This machine's address as the host of ``url`` can reach it (nothing is sent)."""
+    """The address of this machine on the route to the host of ``url``; nothing is sent."""
     host = urlsplit(url).hostname or ""
     try:
-        kind, _, _, _, place = socket.getaddrinfo(host, 9, type=socket.SOCK_DGRAM)[0]
+        kind, _, _, _, address = socket.getaddrinfo(host, 9, type=socket.SOCK_DGRAM)[0]
         with socket.socket(kind, socket.SOCK_DGRAM) as probe:
-            probe.connect(place)
+            probe.connect(address)
             return str(probe.getsockname()[0])
     except OSError as error:
-        raise Unavailable(f"{host} is not known here ({error})") from error
+        raise Unavailable(f"{host} cannot be resolved ({error})") from error

@@ -1,11 +1,10 @@
-"""Give the rollout engine the actor's newest weights, and say which version they are.
+"""Weight synchronisation: builds the rollout engine and updates its weights to the actor's, with a version.
 
-Where rollouts have the training layout they read the actor's own parameters: nothing is copied, only the version is
-raised. Where they have their own (``rollout.tensor_model_parallel_size``, ``rollout.pipeline_model_parallel_size``) or
-their own ranks (``rollout.placement: separate``) the engine has a model of its own, into which the weights are
-resharded in memory. Generation servers (``rollout.placement: server``) get them whole, through a process group. The
-engine stamps every rollout with the version, and the actor refuses a rollout of another one than it expects, so that
-stale weights cannot go unnoticed.
+Rollouts in the training layout use the actor's own parameters: nothing is copied, only the version is raised. Rollouts
+in another layout (``rollout.tensor_model_parallel_size``, ``rollout.pipeline_model_parallel_size``) or on their own
+ranks (``rollout.placement: separate``) have their own model, into which the weights are resharded in memory. Generation
+servers (``rollout.placement: server``) receive whole tensors through a process group. The engine stamps every rollout
+with the version, and a rollout of an unexpected version is rejected, so that stale weights cannot go unnoticed.
 """
 
 from __future__ import annotations
@@ -38,12 +37,13 @@ def build_engine(
     recipe: Recipe, model: GPTModel, shape: Backbone, catalog: Catalog, *, tokenizer: str = "",
     precision: str = AS_MODEL,
 ) -> Engine:  # fmt: skip
-    """An engine that searches with the weights of ``model``: in place, under the rollout layout of the recipe, on the
-    rollout ranks, or on generation servers, whose tokenizer then has to have the fingerprint ``tokenizer``.
-    ``precision``: that of ``model``, where it differs from the recipe's.
+    """An engine that searches with the weights of ``model``, where and in the layout that the recipe says.
 
-    But in the first case the engine's weights are undefined until its first ``receive_weights``. Raises ConfigError
-    when the model's shape cannot be divided that way or a server does not fit, ServersLost when there is none.
+    That is in the training processes with the model itself or with a resharded copy, on the rollout ranks, or on
+    generation servers, whose tokenizer must have the fingerprint ``tokenizer``. ``precision``: that of ``model``, where
+    it differs from the recipe's. Unless the engine uses the model itself, its weights are undefined until its first
+    ``receive_weights``. Raises ConfigError when the model's shape does not fit the layout or a server does not match,
+    ServersLost when no server is available.
     """
     recipe = replace(recipe, model=in_precision(recipe.model, precision))  # engines build their models from it
     if recipe.rollout.placement == "server":
@@ -60,8 +60,10 @@ def build_engine(
 def engine_with_own_model(
     recipe: Recipe, source: GPTModel | None, shape: Backbone, catalog: Catalog
 ) -> tuple[RolloutEngine, GPTModel]:
-    """An engine under the rollout layout, and its model, whose weights are to come from ``source`` (None: from the
-    training ranks)."""
+    """An engine in the rollout layout and its model, whose weights are resharded from ``source``.
+
+    ``source`` is None on a rollout rank, whose weights come from the training ranks.
+    """
     layout = recipe.rollout_layout
     searching, dp = build_rollout_model(shape, recipe.model, *layout), rollout_replicas(*layout)
     log.info("rollouts and evaluation under TP %d x PP %d x DP %d, with weights of their own", *layout, dp.size)
@@ -71,7 +73,7 @@ def engine_with_own_model(
 
 
 def sync_weights(engine: Engine, *, version: int) -> None:
-    """Bring the engine's weights up to date, as ``version``. Raises TawinError when the version would go backwards."""
+    """Update the engine's weights and set their ``version``. Raises TawinError when the version would decrease."""
     if version < engine.weight_version:
         raise TawinError(f"weight version {version} is older than the rollout engine's {engine.weight_version}")
     engine.receive_weights()
@@ -79,7 +81,7 @@ def sync_weights(engine: Engine, *, version: int) -> None:
 
 
 def check_equal(engine: Engine) -> None:
-    """Raises TawinError unless the engine's weights are, tensor by tensor, the actor's; every rank calls it."""
+    """Raises TawinError unless the engine's weights equal the actor's, tensor by tensor. Collective over all ranks."""
     if isinstance(engine, RemoteEngine):
         engine.check_equal()
     elif isinstance(engine.receive_weights, Refit):
@@ -87,7 +89,6 @@ def check_equal(engine: Engine) -> None:
 
 
 def check_version(rollout: Rollout, expected: int) -> None:
-    """Raises TawinError when a rollout was made with other weights than those it has to come from: the actor's, or
-    with ``rollout.ahead`` the ones before."""
+    """Raises TawinError unless the rollout was made with weights of version ``expected``."""
     if rollout.weight_version != expected:
         raise TawinError(f"rollout of weight version {rollout.weight_version} where version {expected} is due")

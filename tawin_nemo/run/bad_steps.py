@@ -28,11 +28,12 @@ Guard = Callable[[Update, Sequence[TokenBatch]], dict[str, float]]
 
 
 def unguarded(update: Update, batches: Sequence[TokenBatch]) -> dict[str, float]:
+    """Call ``update`` and return its statistics; a NonFiniteStep passes through."""
     return update()
 
 
 def step_guard(stage: Stage, done: Progress) -> Guard:
-    """``guarded`` for the steps of one stage; token batches of skipped steps are dumped in ``STAGE/skipped``."""
+    """``guarded`` for the steps of a stage; the token batches of skipped steps are dumped in ``STAGE/skipped``."""
     limit, directory = stage.trainer.max_skipped_steps, stage.directory / "skipped"
     return partial(guarded, done=done, limit=limit, directory=directory)
 
@@ -43,8 +44,8 @@ def guarded(
     """The statistics that ``update`` returns, or ``{"skipped": 1.0}`` for a step that is not finite; then the rank's
     token batches are dumped in ``directory/step_N.rankR.safetensors`` (N counts from 1, as in metrics.jsonl).
 
-    ``update`` leaves the weights alone when it raises NonFiniteStep, on all ranks alike. Raises TawinError at the step
-    after ``limit`` (``trainer.max_skipped_steps``) skipped ones.
+    ``update`` must not change the weights when it raises NonFiniteStep, and must raise it on all ranks. Raises
+    TawinError when more than ``limit`` (``trainer.max_skipped_steps``) steps were skipped.
     """
     try:
         return update()

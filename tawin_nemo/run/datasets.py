@@ -1,4 +1,4 @@
-"""Which dataset a recipe means, and where its run directory is."""
+"""The run directory and the prepared dataset of a recipe."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def prepared_root(recipe: Recipe, *, run_dir: Path | None = None, prepare: Prepa
     """The folder of the prepared dataset: ``data.root`` itself, or raw (or synthetic) data prepared into RUN_DIR/data.
 
     A folder that was prepared from the same sources with the same parameters is reused. ``run_dir`` and ``prepare``
-    stand for the recipe's own where given. Raises ConfigError for ``data.root`` empty or not a folder, DataError for
+    override those of the recipe. Raises ConfigError for ``data.root`` empty or not a folder, DataError for
     data that cannot be used.
     """
     from tawin_nemo.data_prep.prepare import detect

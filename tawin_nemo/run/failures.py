@@ -1,9 +1,9 @@
-"""Log files of every attempt and rank, and error files where launchers look for them.
+"""Log files of every attempt and rank, and error files for the launcher.
 
-``RUN_DIR/logs/attempt_N/rank_R.log`` holds what this rank logged, with the traceback it died of. The same error goes
-to the file that torchrun names (``TORCHELASTIC_ERROR_FILE``); under srun, which names none, to ``rank_R.error.json``
-beside the log. ``record`` of ``torch.distributed.elastic`` would write a file for a stop on request too, and a kill can
-leave its files half written, so only its ``ErrorHandler`` is used.
+``RUN_DIR/logs/attempt_N/rank_R.log`` is the log of a rank, with the traceback of the error that ended it. The error is
+also written to the file that torchrun names (``TORCHELASTIC_ERROR_FILE``); under srun, which names none, to
+``rank_R.error.json`` beside the log. ``record`` of ``torch.distributed.elastic`` would also write a file for a stop on
+request, and a kill can leave its files half written, so only its ``ErrorHandler`` is used.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from tawin_nemo.util.log import get_logger
 log = get_logger(__name__)
 
 ERROR_FILE = "TORCHELASTIC_ERROR_FILE"
-#: Seconds that a rank whose peer is gone stays, so that the launcher sees the peer's end first.
+#: Seconds that a rank waits after the loss of another rank, so that the launcher sees the other rank's end first.
 PATIENCE = 5.0
 _SYMPTOM = re.compile(
     r"connection (was )?(closed|reset|refused)|broken pipe|closed by peer|remote process exited|ncclRemoteError|"
@@ -37,13 +37,16 @@ _SYMPTOM = re.compile(
 
 
 def is_symptom(message: str) -> bool:
-    """Whether an error message only reports that another rank is gone."""
+    """Whether an error message only reports the loss of another rank."""
     return _SYMPTOM.search(message) is not None
 
 
-class _WholeFile(ErrorHandler):
-    """torch's error file, whole or not there: a rank that is killed while it writes would leave one that the launcher
-    cannot read, and the launcher would die of that instead of naming the rank."""
+class _AtomicErrorFile(ErrorHandler):
+    """Writes torch's error file atomically.
+
+    A rank that is killed while it writes would leave a file that the launcher cannot read; the launcher would then fail
+    itself instead of naming the rank.
+    """
 
     def record_exception(self, e: BaseException) -> None:
         file = self._get_error_file_path()
@@ -58,8 +61,8 @@ class _WholeFile(ErrorHandler):
 
 @contextlib.contextmanager
 def recorded() -> Iterator[None]:
-    """Write an error that leaves this block into the error file; a crash of the interpreter prints its stack."""
-    handler = _WholeFile()
+    """Write an error that leaves the block to the error file; a crash of the interpreter prints its stack."""
+    handler = _AtomicErrorFile()
     handler.initialize()
     try:
         yield
@@ -74,8 +77,8 @@ def recorded() -> Iterator[None]:
 
 
 @dataclass(frozen=True)
-class LogInto:
-    """Where the ranks of an attempt write their log files; a message to the rollout ranks."""
+class OpenLog:
+    """Message to the rollout ranks: open a log file of attempt ``number`` in ``folder``."""
 
     folder: Path
     number: int
@@ -83,9 +86,9 @@ class LogInto:
 
 @contextlib.contextmanager
 def attempt_logs(run_dir: Path) -> Iterator[None]:
-    """Log into ``RUN_DIR/logs/attempt_N/rank_R.log`` while inside; N counts the attempts of this run from 1."""
+    """Log to ``RUN_DIR/logs/attempt_N/rank_R.log`` inside the block; N counts the attempts of this run from 1."""
     number = runtime.on_rank_0(partial(_next_attempt, run_dir))
-    into = LogInto(run_dir / "logs" / f"attempt_{number}", number)
+    into = OpenLog(run_dir / "logs" / f"attempt_{number}", number)
     if disaggregated.is_disaggregated():
         disaggregated.rollout_channel().broadcast(into)
     with logging_into(into):
@@ -93,8 +96,8 @@ def attempt_logs(run_dir: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def logging_into(into: LogInto) -> Iterator[None]:
-    """Write this rank's log file while inside, with how it ended."""
+def logging_into(into: OpenLog) -> Iterator[None]:
+    """Write this rank's log file inside the block; its last line says how the rank ended."""
     rank, folder = runtime.world_rank(), into.folder
     folder.mkdir(parents=True, exist_ok=True)
     os.environ.setdefault(ERROR_FILE, str(folder / f"rank_{rank}.error.json"))
@@ -122,7 +125,7 @@ def logging_into(into: LogInto) -> Iterator[None]:
 
 
 def _record(level: int, message: str, error: BaseException | None = None) -> logging.LogRecord:
-    """A line for the file alone: the screen gets its own."""
+    """A record for the log file alone."""
     trace = None if error is None else (type(error), error, error.__traceback__)
     return logging.LogRecord(log.name, level, __file__, 0, message, None, trace)
 

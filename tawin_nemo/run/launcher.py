@@ -1,9 +1,9 @@
-"""Several processes on this machine, started through torchrun's launcher; how they end decides how the command ends.
+"""Starts several processes on this machine through torchrun's launcher and reports the first failure.
 
-The command torchrun is not enough. It kills its processes ``GRACE`` seconds after a signal, while a checkpoint may
-take minutes to write: here signals are forwarded and the processes end by themselves. And it names the process whose
-error came first; a process that lost its peer may report that before the peer's own end is seen. When a process dies,
-the others end within seconds, and the last lines on the screen name it with its error.
+The command torchrun is not used, for two reasons. It kills its processes ``GRACE`` seconds after a signal, but writing
+a checkpoint may take minutes: here signals are forwarded and the processes end by themselves. And it names the process
+whose error came first, but a process that lost another one may report that before the other one's end is seen. When a
+process dies, the others end within seconds, and the last lines on the screen name it with its error.
 """
 
 from __future__ import annotations
@@ -65,9 +65,9 @@ def launch(processes: int, argv: Sequence[str], *, results: Collection[int] = ()
 
 
 def end_with_launcher() -> None:
-    """Ask Linux to kill this process when its launcher is killed: two attempts must not write into one run.
+    """Make Linux kill this process when its launcher is killed, so that two attempts never write into one run.
 
-    Processes that torchrun did not start are left alone. ``prctl(PR_SET_PDEATHSIG)``; elsewhere nothing happens.
+    Uses ``prctl(PR_SET_PDEATHSIG)``. No effect on processes that torchrun did not start, and on other systems.
     """
     if "TORCHELASTIC_RUN_ID" in os.environ and sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)

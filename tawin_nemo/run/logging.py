@@ -1,7 +1,7 @@
 """TensorBoard, W&B and MLflow through NeMo's ``exp_manager``; the only module that imports NeMo.
 
-Importing NeMo takes seconds, so it happens inside the function. The recipe's ``exp_manager`` section is handed over
-as it is: its keys are NeMo's own (``create_tensorboard_logger``, ``create_wandb_logger``, ``wandb_logger_kwargs``,
+NeMo is imported inside the function, because that takes seconds. The recipe's ``exp_manager`` section is passed
+unchanged: its keys are NeMo's own (``create_tensorboard_logger``, ``create_wandb_logger``, ``wandb_logger_kwargs``,
 ``create_mlflow_logger`` ...).
 """
 
@@ -20,9 +20,9 @@ from tawin_nemo.util.launch import read_launch
 
 
 def with_run_id(section: dict[str, Any], run_dir: Path) -> dict[str, Any]:
-    """The section with W&B's ``id``, the same in every attempt of a run: a resumed run goes on in its own curves.
+    """The section with W&B's ``id``, the same in every attempt, so that a resumed run continues its curves.
 
-    The id is drawn once and kept in ``RUN_DIR/run_id``; one in ``wandb_logger_kwargs`` is left alone.
+    The id is drawn once and stored in ``RUN_DIR/run_id``; an id in ``wandb_logger_kwargs`` takes precedence.
     """
     if not section.get("create_wandb_logger"):
         return section
@@ -59,7 +59,7 @@ def metric_sink(section: dict[str, Any], run_dir: Path, name: str) -> MetricSink
     try:
         exp_manager(trainer, OmegaConf.create(config))
     except Exception as error:  # NeMo raises its own and OmegaConf's types
-        raise ConfigError(f"exp_manager={section} was refused by NeMo: {error}") from error
+        raise ConfigError(f"exp_manager={section} was rejected by NeMo: {error}") from error
     loggers = list(trainer.loggers)
 
     def send(stage: str, step: int, metrics: dict[str, float]) -> None:

@@ -15,8 +15,8 @@ from tawin_nemo.models.megatron.parallel import disaggregated, runtime
 from tawin_nemo.types import TokenBatch
 
 
-def batch_work(batches: Sequence[TokenBatch], vocab: int) -> FlopCount:
-    """What one forward pass over token trees computes: every token once, and only the head rows that are read."""
+def forward_flop_count(batches: Sequence[TokenBatch], vocab: int) -> FlopCount:
+    """Count of one forward pass over token trees: every token once, and only the head rows that are read."""
     total = FlopCount()
     for batch in batches:
         tokens = len(batch.tokens_S)
@@ -27,17 +27,17 @@ def batch_work(batches: Sequence[TokenBatch], vocab: int) -> FlopCount:
 
 
 def training_flops(batches: Sequence[TokenBatch], shape: Backbone) -> float:
-    """Forward and backward of one pass over the batches; what recomputation repeats is not counted."""
-    return 3.0 * batch_work(batches, shape.vocab).forward_flops(shape)
+    """FLOPs of forward and backward over the batches, without those of recomputation."""
+    return 3.0 * forward_flop_count(batches, shape.vocab).forward_flops(shape)
 
 
 def peak_flops(recipe: Recipe) -> float:
-    """Peak of one process's device in FLOP/s: ``trainer.peak_tflops``, the table's, or measured once per process."""
+    """Peak of one process's device in FLOP/s: from ``trainer.peak_tflops``, the table of GPUs, or a measurement."""
     return 1e12 * (recipe.trainer.peak_tflops or _device_peak(recipe.model.precision, torch.get_num_threads()))
 
 
 def total_peak_flops(recipe: Recipe) -> float:
-    """Peak of all processes together, which are taken to be alike."""
+    """Peak of all processes together in FLOP/s, assuming equal devices."""
     return peak_flops(recipe) * disaggregated.job_size()
 
 
@@ -50,7 +50,7 @@ def _device_peak(precision: str, threads: int) -> float:
 
 
 def matmul_tflops(dtype: torch.dtype, device: torch.device | str = "cpu", *, seconds: float = 0.3) -> float:
-    """The best rate of square matrix products within about ``seconds``: what a device that is in no table can do."""
+    """Measured peak of a device that is not in the table: the best rate of square matrix products, in TFLOP/s."""
     on_gpu = torch.device(device).type == "cuda"
     size = 8192 if on_gpu else 1024
     left, right = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))

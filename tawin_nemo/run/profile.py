@@ -1,4 +1,4 @@
-"""``profile=torch | nsys``: profiles steps 2 to 4 of every stage (of those that this process runs)."""
+"""``profile=torch | nsys``: profiles steps 2 to 4 of every stage, counted from the start of this process."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ OPERATORS = 20
 
 
 def check_profile(kind: str) -> None:
-    """Raises ConfigError where ``profile`` cannot work on this machine."""
+    """Raises ConfigError when ``profile`` is not supported on this machine."""
     if kind == "nsys" and not torch.cuda.is_available():
         raise ConfigError("profile=nsys marks a range for Nsight Systems, which needs a CUDA device; use profile=torch")
 
@@ -38,6 +38,7 @@ class StepProfiler:
         self._running = False
 
     def step(self) -> None:
+        """Start or end the profile when the next step is due for it."""
         self._steps += 1
         if self._steps == FIRST_STEP:
             self._start()
@@ -56,7 +57,7 @@ class StepProfiler:
         self._torch.start()
 
     def stop(self) -> None:
-        """End the profile and write it; also if the stage had fewer steps."""
+        """End the profile and write it, also when the stage had fewer steps."""
         if not self._running:
             return
         self._running = False

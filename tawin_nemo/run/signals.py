@@ -1,9 +1,9 @@
 """Stopping on request: after a signal of Slurm or a user a run finishes its current step, saves and stops.
 
 SIGTERM: a time limit, a preemption, ``scancel``. SIGUSR1: Slurm's ``--signal=USR1@300``, sent that many seconds before
-the limit. Slurm may send either to one task only, so the ranks agree after every step (``Stage.stop_if_asked``). Until
-the step ends, further signals of these kinds change nothing; SIGKILL, which follows when the grace time is over, costs
-the steps since the last checkpoint.
+the limit. Slurm may send either to one task only, so the ranks agree after every step
+(``Stage.stop_if_requested``). Until the step ends, further signals of these kinds change nothing; SIGKILL, which
+follows when the grace time is over, costs the steps since the last checkpoint.
 """
 
 from __future__ import annotations
@@ -19,27 +19,27 @@ from tawin_nemo.util.errors import Preempted
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
-_asked: list[str] = []
+_received: list[str] = []
 
 
-def asked() -> str:
-    """Name of the first signal that came while ``listening``; empty when none has."""
-    return _asked[0] if _asked else ""
+def received() -> str:
+    """Name of the first signal received inside ``listening``; empty when there was none."""
+    return _received[0] if _received else ""
 
 
 @contextlib.contextmanager
 def listening() -> Iterator[None]:
-    """While inside, the signals are noted instead of ending the process. Outside the main thread nothing changes."""
-    _asked.clear()
+    """Record the signals inside the block instead of ending the process. No effect outside the main thread."""
+    _received.clear()
     with _handled_by(_note):
         yield
 
 
 @contextlib.contextmanager
 def leaving() -> Iterator[None]:
-    """While inside (start-up: imports, data), a signal ends the process at once with the code of a stop on request.
+    """End the process at once on a signal inside the block, with the exit code of a stop on request (75).
 
-    Nothing is lost that a checkpoint would keep. Outside the main thread nothing changes.
+    For start-up (imports, data), where there is nothing to save. No effect outside the main thread.
     """
     with _handled_by(_leave):
         yield
@@ -60,9 +60,9 @@ def _handled_by(handler: Callable[[int, FrameType | None], None]) -> Iterator[No
 
 def _note(number: int, frame: FrameType | None) -> None:
     name = signal.Signals(number).name
-    if not _asked:  # os.write: printing is not safe inside a handler
+    if not _received:  # os.write: printing is not safe inside a handler
         os.write(2, f"{name}: this run saves after its current step and stops\n".encode())
-    _asked.append(name)
+    _received.append(name)
 
 
 def _leave(number: int, frame: FrameType | None) -> None:

@@ -45,7 +45,7 @@ class Progress:
     best_step: int = -1
     bad_checks: int = 0
     skipped_steps: int = 0  # optimizer steps skipped because loss or gradient was not finite
-    facts: dict[str, Any] = field(default_factory=dict)  # the rollout that waits for the next step, as JSON
+    facts: dict[str, Any] = field(default_factory=dict)  # the pending rollout of ``rollout.ahead``, as JSON
 
 
 class Stage:
@@ -69,7 +69,7 @@ class Stage:
         self._last_time = time.monotonic()
         self._saved_step = -1  # the newest checkpoint that this process has begun to write
         self._saver: AsyncSaver | None = None
-        self.protects_best = trainer.keep_best
+        self.keeps_best = trainer.keep_best
         if self._writer:
             self.checkpoints.mkdir(parents=True, exist_ok=True)
         runtime.barrier()
@@ -77,10 +77,14 @@ class Stage:
     # -- resume ---------------------------------------------------------------------------------------------------
     @property
     def done(self) -> bool:
+        """Whether the stage has finished."""
         return (self.directory / "done.json").is_file()
 
     def resume(self, trainable: Trainable) -> Progress:
-        """Load the newest checkpoint that is whole into ``trainable``; a fresh stage starts at step 0."""
+        """Load the newest valid checkpoint into ``trainable``; a new stage starts at step 0.
+
+        Raises CheckpointError when there are checkpoints but none is valid.
+        """
         newest = checkpoint.newest_valid(self.checkpoints)
         if newest is None:
             self._rewind(-1)
@@ -93,7 +97,7 @@ class Stage:
         return progress
 
     def _rewind(self, step: int) -> None:
-        """Drop log lines of steps that the loaded checkpoint has not seen (and a line that a kill cut off)."""
+        """Drop log lines of steps after the loaded checkpoint, and an incomplete last line."""
         if not self._writer:
             return
         for name in ("metrics.jsonl", "timings.jsonl"):
@@ -111,7 +115,7 @@ class Stage:
                 temporary.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
 
     def steps(self, done: int, total: int) -> Iterator[int]:
-        """0-based steps ``done .. total - 1`` with a progress bar; the profiler runs in those that it wants."""
+        """0-based steps ``done .. total - 1`` with a progress bar and the profiler."""
         for step in progress(range(done, total), what=self.name, total=total, initial=done):
             if self._saver is not None:
                 self._saver.check()
@@ -138,7 +142,7 @@ class Stage:
 
     # -- checkpoints ----------------------------------------------------------------------------------------------
     def save(self, trainable: Trainable, progress: Progress) -> None:
-        """Write ``checkpoints/step_N`` and remove what ``keep_last`` and ``keep_best`` do not protect.
+        """Write ``checkpoints/step_N`` and remove those that ``keep_last`` and ``keep_best`` do not protect.
 
         With ``trainer.async_save`` a thread writes while training goes on; its errors are raised here, at the next
         step, or when the stage ends.
@@ -146,7 +150,7 @@ class Stage:
         self._flush()
         path = self.checkpoints / f"step_{progress.step}"
         state = {"progress": vars(progress), "stage": self.name}
-        keep = {progress.best_step} if self.protects_best else set()
+        keep = {progress.best_step} if self.keeps_best else set()
         prune = partial(checkpoint.prune, self.checkpoints, keep_last=self.trainer.keep_last, keep=keep)
         self._saved_step = progress.step
         if self.trainer.async_save:
@@ -158,14 +162,14 @@ class Stage:
         runtime.barrier()
 
     def wait_for_save(self) -> None:
-        """Return when no checkpoint is being written. Raises CheckpointError when the last one failed."""
+        """Wait until no checkpoint is being written. Raises CheckpointError when the last one failed."""
         if self._saver is not None:
             self._saver.wait()
 
     def save_beside(self, folder: str, write: Callable[[Path], None], progress: Progress) -> None:
-        """Let ``write`` make ``FOLDER/step_N``, for what belongs to the checkpoint that ``save`` writes next.
+        """Call ``write`` with ``FOLDER/step_N``, for data that belong to the checkpoint that ``save`` writes next.
 
-        The checkpoint before must be whole first: the folder keeps only one more than there are checkpoints.
+        Waits for the previous checkpoint, because the folder keeps only one entry more than there are checkpoints.
         """
         self.wait_for_save()
         directory = self.directory / folder
@@ -177,17 +181,17 @@ class Stage:
             checkpoint.prune(directory, keep_last=self.trainer.keep_last + 1, keep=set())
 
     def _flush(self) -> None:
-        """The logs reach the disk before the checkpoint that counts on them."""
+        """fsync the logs before a checkpoint of their steps is written."""
         if self._writer:
             for name in ("metrics.jsonl", "timings.jsonl"):
                 if (self.directory / name).is_file():
                     with (self.directory / name).open("rb") as file:
                         os.fsync(file.fileno())
 
-    def stop_if_asked(self, save: Callable[[], None], progress: Progress) -> None:
+    def stop_if_requested(self, save: Callable[[], None], progress: Progress) -> None:
         """Save and raise Preempted once a signal has come or ``trainer.max_time`` is over, on any rank."""
         late = self._deadline is not None and time.monotonic() > self._deadline
-        reason = signals.asked() or ("trainer.max_time is over" if late else "")
+        reason = signals.received() or ("trainer.max_time is over" if late else "")
         if runtime.any_rank(bool(reason)):
             self._profiler.stop()
             if self._saved_step != progress.step:
@@ -196,9 +200,9 @@ class Stage:
             reason = reason or "another rank was asked to stop"
             raise Preempted(f"{reason}: {self.name} saved step {progress.step}; run the same command to continue")
 
-    def stop_between(self, what: str) -> None:
-        """Raise Preempted before ``what`` begins when a signal has come; what is finished is already saved."""
-        reason = signals.asked()
+    def stop_before(self, what: str) -> None:
+        """Raise Preempted before ``what`` begins when any rank has received a signal; there is nothing to save."""
+        reason = signals.received()
         if runtime.any_rank(bool(reason)):
             reason = reason or "another rank was asked to stop"
             raise Preempted(f"{reason}: stopped before {what}; run the same command to continue")
@@ -229,7 +233,7 @@ def monitored(trainer: TrainerConfig, ks: Sequence[int]) -> str:
 
 
 def logged_seconds(timings: Path) -> float:
-    """Sum of the seconds in a ``timings.jsonl``; a line that a kill cut off counts 0."""
+    """Sum of the seconds in a ``timings.jsonl``; an incomplete line counts 0."""
     seconds = 0.0
     for line in timings.read_text(encoding="utf-8").splitlines():
         with contextlib.suppress(json.JSONDecodeError):

@@ -1,4 +1,4 @@
-"""Where a step's time goes: seconds, tokens per second and model FLOP utilisation (MFU) of every phase.
+"""Timers of a step's phases: seconds, tokens per second and model FLOP utilisation (MFU).
 
 Wall-clock times differ between equal runs, so they go to ``timings.jsonl`` and to the loggers, never to
 ``metrics.jsonl``.

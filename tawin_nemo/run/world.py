@@ -1,4 +1,4 @@
-"""Everything that a stage needs besides weights: data, tokenizer, catalog, samples, model shape, replicas."""
+"""The read-only surroundings of a stage: data, tokenizer, catalog, samples, model shape, replicas."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ from tawin_nemo.util.log import get_logger
 
 log = get_logger(__name__)
 
-#: Keys that may change between two attempts of one run: where and how it runs, not what it computes (another layout
-#: or micro-batch only changes the order of floating-point sums).
+#: Keys that may change between two attempts of a run. They do not change what is computed, except for the order of
+#: floating-point sums under another layout or micro-batch size.
 RESUMABLE_KEYS = (
     "run_dir", "checkpoint", "profile", "exp_manager", "eval.splits",
     "trainer.max_time", "trainer.threads", "trainer.keep_last", "trainer.peak_tflops", "trainer.save_interval",
@@ -132,8 +132,8 @@ def build_world(recipe: Recipe, run_dir: Path, data_root: Path, *, codes_path: P
     shape = _shape(recipe, tokenizer.size)
     _check_lengths(samples, catalog, shape)
     if runtime.world_rank() == 0:
-        write_json(run_dir / "catalogue.json", catalog_facts(catalog, samples))
-        keep_catalog(run_dir / "catalogue", catalog, tokenizer)
+        write_json(run_dir / "catalogue.json", catalog_summary(catalog, samples))
+        store_catalog(run_dir / "catalogue", catalog, tokenizer)
     runtime.barrier()
     return World(
         recipe, run_dir, dataset, tokenizer, template, catalog, texts, samples, shape,
@@ -141,8 +141,8 @@ def build_world(recipe: Recipe, run_dir: Path, data_root: Path, *, codes_path: P
     )  # fmt: skip
 
 
-def keep_catalog(folder: Path, catalog: Catalog, tokenizer: Tokenizer) -> None:
-    """Store the run's trie in ``folder``; where an earlier attempt has stored one, compare it.
+def store_catalog(folder: Path, catalog: Catalog, tokenizer: Tokenizer) -> None:
+    """Store the run's trie in ``folder``, or compare it with the one that an earlier attempt stored.
 
     Raises CatalogError when the data or the tokenizer now give another catalog than the run was trained with.
     """
@@ -155,7 +155,7 @@ def keep_catalog(folder: Path, catalog: Catalog, tokenizer: Tokenizer) -> None:
     if not same:
         raise CatalogError(
             f"{folder} is the catalog that this run was trained with ({stored.num_items} items); the data now give "
-            f"another one ({len(catalog)} items): bring the data back, or start a new run with name= or run_dir="
+            f"another one ({len(catalog)} items): restore the data, or start a new run with name= or run_dir="
         )
 
 
@@ -191,8 +191,8 @@ def _check_lengths(samples: dict[str, Samples], catalog: Catalog, shape: Backbon
         )
 
 
-def catalog_facts(catalog: Catalog, samples: dict[str, Samples]) -> dict[str, object]:
-    """Sizes of catalog and samples, for catalogue.json and the report."""
+def catalog_summary(catalog: Catalog, samples: dict[str, Samples]) -> dict[str, object]:
+    """Sizes of catalog and samples, as ``catalogue.json`` and the report have them."""
     lengths = catalog.paths.lengths
     return {
         "items": len(catalog.titles),
@@ -218,4 +218,5 @@ def deadline(max_time: str) -> float | None:
 
 
 def read_json(path: Path) -> dict[str, object]:
+    """The object in a JSON file. Raises ValueError for a file without one."""
     return dict(json.loads(path.read_text(encoding="utf-8")))

@@ -1,4 +1,4 @@
-"""The policy that learns: packs rollouts into scored token batches and takes optimizer steps on them.
+"""The actor (trained policy): packs rollouts into token batches and takes optimizer steps on them.
 
 Axes beyond ``types``: C candidates of the whole rollout (flattened B * G) that are packed, M paths of one packed batch,
 N log-probs of one packed batch.
@@ -53,9 +53,9 @@ class Actor:
     def pack(self, rollout: Rollout, adv_BG: Tensor, omega_BG: Tensor) -> list[PackedCandidates]:
         """Every prompt once, followed by the tree of its candidates, under the token budget.
 
-        Without a KL term a candidate of weight or advantage 0 has gradient 0. It is not packed, nor is a prompt
-        without other candidates; this saves time (groups without a hit are most of a rollout) and changes nothing
-        else. One candidate always stays so that no rank has an empty update.
+        Without a KL term a candidate of weight or advantage 0 has gradient 0. Such candidates, and prompts without
+        other candidates, are not packed; this saves time (most groups of a rollout have no hit) and does not change the
+        update. At least one candidate is packed, so that no rank has an empty update.
         """
         learns_BG = rollout.valid_BG if self._rl.beta > 0 else rollout.valid_BG & (adv_BG * omega_BG != 0)
         learns_C = learns_BG.flatten() if learns_BG.any() else rollout.valid_BG.flatten()
@@ -79,7 +79,7 @@ class Actor:
     def _with_targets(
         self, rollout: Rollout, flat_C: Tensor, row_C: Tensor, paths: TokenRows
     ) -> tuple[Tensor, Tensor, TokenRows]:
-        """The targets behind the candidates of their prompts."""
+        """Add the target of every prompt after the candidates of that prompt."""
         target_B = rollout.prompts.target_B.cpu().numpy()
         row_B = torch.arange(len(target_B))
         targets = self._catalog.paths.take(target_B)
@@ -136,7 +136,7 @@ class Actor:
         sizes = np.array([int(rollout.valid_BG.sum()), int((lengths_BG * rollout.valid_BG).sum()), target_tokens])
         candidates, tokens, targets = np.sum(self.dp.gather(sizes), axis=0).tolist()
         counts, num = Counts(max(candidates, 1), max(tokens, 1)), rollout.items_BG.numel()
-        work = [
+        micro_batches = [
             MicroBatch(
                 part.batch,
                 partial(
@@ -148,7 +148,7 @@ class Actor:
         first: dict[str, float] = {}
         stats: dict[str, float] = {}
         for _ in range(self._rl.inner_updates):
-            stats = mean_stats(self.trainable.update(work, lr=lr))
+            stats = mean_stats(self.trainable.update(micro_batches, lr=lr))
             first = first or stats
         if rollout.logprobs_BGT is not None and self._rl.importance_cap == 0:
             stats |= {"mismatch_kl": first["shift_kl"], "mismatch_prob_error": first["prob_error"]}
@@ -162,7 +162,7 @@ class Actor:
         omega_BG: Tensor,
         reference: Sequence[Tensor] | None,
     ) -> list[PolicyTerms]:
-        """The constants of each micro-batch; added targets have no part in them."""
+        """The constants of the loss for each micro-batch, without the added targets."""
         old, num = self.behaviour_logprobs(rollout, packed), rollout.items_BG.numel()
         if self._rl.inserted_correction == "ratio":
             advantages_BG = advantages_BG * insertion_ratios(rollout, packed, old).unsqueeze(1)
@@ -220,8 +220,8 @@ class Actor:
 def insertion_ratios(rollout: Rollout, packed: Sequence[PackedCandidates], old: Sequence[Tensor]) -> Tensor:
     """``min(1, pi(target) / pi(last candidate))`` of groups into which the target was put, 1 for all others. [B].
 
-    The truncated importance weight of a candidate that the search did not find: near 1 where it was a close miss, near
-    0 where the policy holds the target to be hopeless. pi is the policy of the rollout, from the scores of the search;
+    The truncated importance weight of a target that the search did not find: near 1 when it was a close miss, near 0
+    when its probability under the policy is far lower. pi is the policy of the rollout, from the scores of the search;
     a group without another candidate has weight 1.
     """
     weight_B = torch.ones(len(rollout.prompts))

@@ -14,19 +14,16 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from megatron.core.models.gpt import GPTModel
 
 from tawin_nemo.baselines.train import run_baseline
 from tawin_nemo.config.schema import Recipe, SftConfig
 from tawin_nemo.data.tasks import active_tasks
-from tawin_nemo.eval.bias import item_counts
-from tawin_nemo.eval.evaluate import EvalResult, evaluate
 from tawin_nemo.eval.report import write_report
-from tawin_nemo.eval.result import results_table
+from tawin_nemo.eval.result import EvalResult, results_table
 from tawin_nemo.models.megatron.checkpoint import checkpoint
 from tawin_nemo.models.megatron.hf.new_tokens import freeze_others
-from tawin_nemo.models.megatron.model.build import build_model
+from tawin_nemo.models.megatron.model.build import build_model, model_summary
 from tawin_nemo.models.megatron.model.precision import in_precision
 from tawin_nemo.models.megatron.optim.trainable import Trainable
 from tawin_nemo.models.megatron.parallel import runtime
@@ -38,12 +35,12 @@ from tawin_nemo.run.mfu import peak_flops
 from tawin_nemo.run.stage import MetricSink, Stage, logged_seconds
 from tawin_nemo.run.world import World, read_json
 from tawin_nemo.train.actor import Actor
+from tawin_nemo.train.evaluation import evaluate_split, evaluate_tasks, task_file
 from tawin_nemo.train.plan import Plan, plans
 from tawin_nemo.train.reference import Reference, build_reference
 from tawin_nemo.train.rl import train_rl
 from tawin_nemo.train.sft import train_sft
 from tawin_nemo.train.start import only_new_tokens, starting_model
-from tawin_nemo.train.task_eval import evaluate_tasks, task_file
 from tawin_nemo.util.files import write_json
 from tawin_nemo.util.log import get_logger
 
@@ -74,14 +71,7 @@ def run_pipeline(world: World) -> dict[str, Any]:
 
 def write_layout(run_dir: Path, model: GPTModel, engine: Engine, peak: float) -> None:
     """Write layout.json: layers, parameters, device and ``peak`` FLOP/s of every process."""
-    device = runtime.device()
-    mine = {
-        **runtime.place(),
-        "layers": len(model.decoder.layers),
-        "parameters": sum(p.numel() for p in model.parameters()),
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
-        "peak_tflops": round(peak / 1e12, 4),
-    }
+    mine = {**runtime.rank_layout(), **model_summary(model), "peak_tflops": round(peak / 1e12, 4)}
     ranks = runtime.gather_objects(mine) + (engine.rank_layouts if isinstance(engine, RemoteEngine) else [])
     if runtime.world_rank() == 0:
         write_json(run_dir / "layout.json", ranks)
@@ -108,7 +98,7 @@ def run_stage(world: World, plan: Plan, sink: MetricSink | None) -> EvalResult:
     if stage.done and all(file.is_file() for file in expected):
         log.info("%s is done", plan.name)
         return EvalResult.read(stage.directory / "eval", splits[-1])
-    stage.stop_between(plan.name)
+    stage.stop_before(plan.name)
     model = starting_model(world, plan.start, dropout=world.recipe.model.dropout if plan.kind == "sft" else 0.0)
     known = world.tokenizer.fingerprint
     engine = build_engine(world.recipe, model, world.shape, world.catalog, tokenizer=known)
@@ -127,7 +117,7 @@ def run_stage(world: World, plan: Plan, sink: MetricSink | None) -> EvalResult:
             train_rl(world, stage, actor, lambda: reference_for(world, plan, model), engine)
         else:
             train_sft(world, sft, stage, trainable, plan.rows, engine)
-    stage.stop_between(f"the evaluation of {plan.name}")
+    stage.stop_before(f"the evaluation of {plan.name}")
     precision = world.recipe.eval.precision
     cfg = in_precision(world.recipe.model, precision)
     if cfg != world.recipe.model:
@@ -145,8 +135,11 @@ def run_stage(world: World, plan: Plan, sink: MetricSink | None) -> EvalResult:
 
 
 def sft_section(recipe: Recipe, name: str) -> SftConfig:
-    """Section ``sft`` as the stage reads it: a model that has been trained needs another learning rate than a fresh
-    one (``compare.sft_continued_lr``, 0 = as in SFT)."""
+    """Section ``sft`` of the stage ``name``.
+
+    Stage sft_continued has its own learning rate (``compare.sft_continued_lr``, 0 = that of ``sft``), constant, because
+    it continues a trained model.
+    """
     lr = recipe.compare.sft_continued_lr
     if name != "sft_continued" or lr == 0.0:
         return recipe.sft
@@ -154,7 +147,7 @@ def sft_section(recipe: Recipe, name: str) -> SftConfig:
 
 
 def reference_for(world: World, plan: Plan, actor_model: GPTModel) -> Reference:
-    """The policy that RL started from, frozen."""
+    """The reference of RL: the policy that the stage started from, frozen, in ``reference.precision``."""
     recipe = world.recipe
     return build_reference(
         recipe.reference.mode, recipe.rl.beta, actor_model,
@@ -163,15 +156,14 @@ def reference_for(world: World, plan: Plan, actor_model: GPTModel) -> Reference:
 
 
 def evaluate_stage(world: World, directory: Path, engine: Engine) -> EvalResult:
-    """Full evaluation on ``eval.splits``, written beside the stage's checkpoints; the result on the last one."""
+    """Evaluate on all of ``eval.splits`` and write the results to ``eval`` in the stage's ``directory``.
+
+    Returns the result on the last split, on every rank.
+    """
     results = {}
     engine.receive_weights()
     for split in world.recipe.eval.splits:
-        samples, label = world.samples[split], f"{directory.name} {split}"
-        results[split] = evaluate(
-            engine, samples, world.catalog, world.recipe.eval,
-            dp=world.dp, label=label, popularity_I=item_counts(world.samples["train"], len(world.catalog)),
-        )  # fmt: skip
+        results[split] = evaluate_split(world, engine, split, label=f"{directory.name} {split}", popularity=True)
         if runtime.world_rank() == 0:
             results[split].write(directory / "eval", split)
     runtime.barrier()

@@ -1,4 +1,4 @@
-"""Which stages a run has, their rows and steps; light to import, so that a dry run answers at once."""
+"""The stages of a run, their rows and steps. Imports no megatron, so that a dry run is fast."""
 
 from __future__ import annotations
 

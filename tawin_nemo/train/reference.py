@@ -1,7 +1,7 @@
 """The reference policy: its own copy of the model, weights swapped in from the CPU, or none at all.
 
-``copy`` costs a second set of weights on the device; ``swap`` keeps them in (pinned) CPU memory and exchanges them
-with the actor's for the duration of one scoring pass, as NeMo-Aligner does. Both give bit-identical log-probs.
+``copy`` keeps a second set of weights on the device. ``swap`` keeps them in (pinned) CPU memory and exchanges them
+with the actor's during a scoring pass, as NeMo-Aligner does. Both give bit-identical log-probs.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class Refresh:
 
 
 class Reference(Protocol):
-    """Scores token batches with weights that training touches only through ``follow``."""
+    """Scores token batches with weights of its own, which change only through ``follow``."""
 
     def logprobs(self, batches: Sequence[TokenBatch]) -> list[Tensor] | None:
         """Per batch ``logp_N``; None when the objective has no reference (beta = 0)."""
@@ -53,6 +53,8 @@ class Reference(Protocol):
 
 
 class NoReference:
+    """The reference of an objective without KL term: there are no weights to score with, follow, save or load."""
+
     def logprobs(self, batches: Sequence[TokenBatch]) -> None:
         return None
 
@@ -67,7 +69,7 @@ class NoReference:
 
 
 class CopiedReference:
-    """A second model beside the actor."""
+    """A second model beside the actor (``reference.mode: copy``)."""
 
     def __init__(self, model: GPTModel) -> None:
         self._model = model.eval().requires_grad_(False)
@@ -86,7 +88,7 @@ class CopiedReference:
 
 
 class SwappedReference:
-    """The actor's own model with other weights for a moment."""
+    """The actor's model with other weights during a pass (``reference.mode: swap``)."""
 
     def __init__(self, actor_model: GPTModel, weights: dict[str, Tensor]) -> None:
         self._model, self._weights = actor_model, weights

@@ -1,4 +1,4 @@
-"""Which reward a recipe means: one callable per ``rl.reward``, from a rollout to ``rewards_BG``."""
+"""The rewards of ``rl.reward``: callables from a rollout to ``rewards_BG``. I: items, D: width of an embedding."""
 
 from __future__ import annotations
 

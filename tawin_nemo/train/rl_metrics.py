@@ -1,4 +1,4 @@
-"""What RL logs besides the loss: metrics of rollouts, and the tokens and FLOPs of a step's phases."""
+"""Metrics of an RL step besides those of the loss: of its rollouts, and tokens and FLOPs of its phases."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from tawin_nemo.config.backbones import Backbone
 from tawin_nemo.maths.advantages import zero_std_groups
 from tawin_nemo.rollout.engine import Engine
 from tawin_nemo.rollout.groups import GroupStats
-from tawin_nemo.run.mfu import batch_work
+from tawin_nemo.run.mfu import forward_flop_count
 from tawin_nemo.run.timers import Timers, count_update
 from tawin_nemo.types import DataParallel, Rollout, TokenBatch
 
 
 def rollout_metrics(rollout: Rollout, rewards_BG: Tensor, dp: DataParallel) -> dict[str, float]:
-    """Reward, hits and the kinds of groups (``GroupStats``), over all data-parallel ranks."""
+    """Mean reward, hit rate and shares of the kinds of groups (``GroupStats``), over all data-parallel ranks."""
     valid = rollout.valid_BG
     mine = (
         GroupStats.of(rollout),
@@ -37,10 +37,11 @@ def rollout_metrics(rollout: Rollout, rewards_BG: Tensor, dp: DataParallel) -> d
 
 
 def prefixed(stats: dict[str, float]) -> dict[str, float]:
+    """The metrics with the prefix ``rl/``, except ``grad_norm``."""
     return {name if name == "grad_norm" else f"rl/{name}": value for name, value in stats.items()}
 
 
-def count_work(
+def count_flops(
     timers: Timers,
     engine: Engine,
     dp: DataParallel,
@@ -51,10 +52,11 @@ def count_work(
     scored: bool,
     passes: int,
 ) -> None:
-    """What the phases of this step had to compute; ``scored``: the reference ran, ``passes``: inner updates.
+    """Count tokens and FLOPs of the phases generate, reference and update of this step in ``timers``.
 
-    ``dp`` are the replicas of training, whose counts the timers add up: where the engine has other ones, each counts
-    the mean share of all that they ran.
+    ``path_tokens``: generated tokens; ``scored``: whether the reference ran; ``passes``: inner updates. ``dp`` are the
+    training replicas, whose counts the timers add up. When the engine has its own replicas, each training replica
+    counts an equal share of their total.
     """
     ran = engine.pop_flops()
     rows, flops = float(ran.tokens), ran.forward_flops(shape)
@@ -62,6 +64,6 @@ def count_work(
         rows, flops = np.sum(engine.dp.gather((rows, flops)), axis=0) / dp.size
     timers.count("generate", tokens=path_tokens, rows=rows, flops=flops)
     if scored:
-        once, tokens = batch_work(batches, shape.vocab), sum(len(batch.target_N) for batch in batches)
+        once, tokens = forward_flop_count(batches, shape.vocab), sum(len(batch.target_N) for batch in batches)
         timers.count("reference", tokens=tokens, rows=once.tokens, flops=once.forward_flops(shape))
     count_update(timers, batches, shape, passes=passes)

@@ -1,9 +1,9 @@
-"""Where the rollouts of RL come from: the stream of prompts, and G candidates for each of them.
+"""Rollouts of RL: the stream of prompts, and G candidates for each of them.
 
-``Rollouts`` hides what the RL step does not need to know: on which ranks the engine searches and how prompts and
-candidates travel there, rollouts searched one step ahead (``rollout.ahead``), the target put into groups that lack it
-(``rl.ensure_target``), groups replaced by DAPO's dynamic sampling (``rl.max_refill_batches``, arXiv 2503.14476, Section
-3.2) and the check that a rollout comes from the expected weights.
+``Rollouts`` hides details from the RL step: on which ranks the engine searches and how prompts and candidates get
+there, one-step-ahead rollouts (``rollout.ahead``), insertion of the target into groups without it
+(``rl.ensure_target``), DAPO's dynamic sampling (``rl.max_refill_batches``, arXiv 2503.14476, Section 3.2), and the
+check that a rollout comes from the expected weights.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from tawin_nemo.data.batches import BatchStream, balanced_shard
 from tawin_nemo.data.samples import Samples
 from tawin_nemo.maths.advantages import zero_std_groups
 from tawin_nemo.placement.ahead import RolloutAhead
-from tawin_nemo.placement.dispatch import dispatched, generating
+from tawin_nemo.placement.dispatch import dispatch_rollout, generate_options
 from tawin_nemo.placement.weight_sync import check_version
 from tawin_nemo.rollout.engine import Engine
 from tawin_nemo.rollout.groups import ensure_target
@@ -102,8 +102,8 @@ class Rollouts:
     def generate(self, prompts: PromptBatch, step: int) -> Rollout:
         """G candidates per prompt, on the engine's device, from the weights of version ``step``.
 
-        The rollout of ``prompts`` that was searched ahead is one version older. Raises TawinError when the weights are
-        of another version than these.
+        A rollout that was made one step ahead is one version older. Raises TawinError when the weights have another
+        version.
         """
         with self._timers("generate"):
             rollout = self._ahead.take(step)
@@ -112,12 +112,12 @@ class Rollouts:
             if self.engine.dp is None:
                 rollout = self._search(prompts, step)
             else:
-                rollout = dispatched(partial(self._search, step=step), prompts, self._dp, self.engine.dp)
+                rollout = dispatch_rollout(partial(self._search, step=step), prompts, self._dp, self.engine.dp)
             check_version(rollout, expected=step)
             return ensure_target(rollout, self._catalog) if self._rl.ensure_target == "replace_last" else rollout
 
     def _search(self, prompts: PromptBatch, step: int) -> Rollout:
-        return self.engine.generate(prompts, **generating(self._rl, step))
+        return self.engine.generate(prompts, **generate_options(self._rl, step))
 
     def refill(
         self, rollout: Rollout, rewards_BG: Tensor, reward: RewardFunction, step: int
@@ -138,16 +138,18 @@ class Rollouts:
         return self._rl.max_refill_batches > 0 and self._rl.max_steps == 0 and self.prompts.position >= total
 
     def searching_ahead(self, step: int) -> AbstractContextManager[None]:
-        """With ``rollout.ahead`` the rollout of ``step`` is searched while the block runs, with the weights of its
-        beginning, and ``generate(prompts, step)`` returns it; without, nothing happens."""
+        """With ``rollout.ahead``, make the rollout of ``step`` while the block runs, with the weights at its beginning.
+
+        ``generate(prompts, step)`` then returns it. Without ``rollout.ahead`` the block has no effect.
+        """
         return self._ahead.searching(self.prompts.peek, self._timers, step=step)
 
     def staleness(self, rollout: Rollout, step: int) -> dict[str, float]:
         """``rl/staleness``, in weight versions; empty without ``rollout.ahead``."""
-        return self._ahead.facts(rollout, step=step)
+        return self._ahead.staleness(rollout, step=step)
 
     def save_state(self, progress: Progress) -> None:
-        """Note the position in the stream, and the rollout that waits for the next step, for the checkpoint.
+        """Record the position in the stream and the pending rollout in the checkpoint's ``progress``.
 
         The position on disk counts the batch of that rollout as drawn.
         """
@@ -155,14 +157,14 @@ class Rollouts:
         progress.batches = self.prompts.position + bool(progress.facts)
 
     def restore(self, progress: Progress) -> None:
-        """Continue where ``save_state`` left off. Raises CheckpointError when the data now give other prompts."""
+        """Continue from ``progress``. Raises CheckpointError when the present data give other prompts."""
         self.prompts.position = progress.batches - bool(progress.facts)
         if progress.facts:
             self._ahead.restore(progress.facts, self.prompts.peek())
 
 
 def informative(rollout: Rollout, rewards_BG: Tensor) -> tuple[Rollout, Tensor]:
-    """The groups whose rewards differ: all others have advantage 0 throughout."""
+    """The groups whose rewards differ, with their rewards: in all others every advantage is 0."""
     rows = (~zero_std_groups(rewards_BG, rollout.valid_BG)).nonzero().squeeze(1)
     return rollout.take(rows), rewards_BG[rows]
 
@@ -172,9 +174,9 @@ def refilled(
 ) -> tuple[Rollout, Tensor, int]:
     """DAPO's dynamic sampling: informative groups only, from this rollout and up to ``most`` further ones.
 
-    Returns the groups, their rewards and the number of rollouts added. All replicas roll out alike until they hold
-    ``wanted`` such groups together; groups beyond ``wanted`` stay, since they are paid for. Without a single
-    informative group the first rollout is returned unchanged, so that there is something to step on.
+    Returns the groups, their rewards and the number of rollouts added. All replicas continue until they have
+    ``wanted`` such groups together; groups beyond ``wanted`` are kept, since they cost nothing more. Without a single
+    informative group the first rollout is returned unchanged, so that the step has a batch.
     """
     kept = [informative(rollout, rewards_BG)]
 

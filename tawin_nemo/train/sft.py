@@ -13,7 +13,6 @@ from torch import Tensor
 from tawin_nemo.config.schema import SftConfig
 from tawin_nemo.data.batches import balanced_shard, shard
 from tawin_nemo.data.tasks import TaskRows
-from tawin_nemo.eval.evaluate import evaluate
 from tawin_nemo.models.megatron.optim.trainable import MicroBatch, Trainable
 from tawin_nemo.models.megatron.parallel import runtime
 from tawin_nemo.rollout.engine import Engine
@@ -23,6 +22,7 @@ from tawin_nemo.run.schedule import scheduled
 from tawin_nemo.run.stage import Progress, Stage, monitored
 from tawin_nemo.run.timers import Timers, count_update
 from tawin_nemo.run.world import World
+from tawin_nemo.train.evaluation import evaluate_split
 from tawin_nemo.train.sft_data import TaskSet, item_batches, sft_data, task_batches
 from tawin_nemo.types import TokenBatch
 from tawin_nemo.util.log import get_logger
@@ -33,23 +33,22 @@ log = get_logger(__name__)
 def train_sft(
     world: World, cfg: SftConfig, stage: Stage, trainable: Trainable, rows: np.ndarray, engine: Engine
 ) -> None:
-    """Fit ``rows`` of train, and the tasks of section ``align``, until ``sft.watch`` on valid stops rising
-    (``sft.patience`` checks) or ``sft.epochs`` end.
+    """Train on ``rows`` of train and the tasks of section ``align``.
 
-    ``cfg`` is section ``sft`` as this stage reads it: its epochs, checks and learning rate. Later stages start from the
-    checkpoint that was best by ``sft.watch``. ``engine`` searches with the weights in training. Order,
-    dropout and learning rate are pure functions of seed and step, so a killed run continues bit for bit from its newest
-    checkpoint.
+    Training stops when ``sft.watch`` on valid has not improved for ``sft.patience`` checks, or after ``sft.epochs``.
+    Later stages start from the checkpoint that is best by ``sft.watch``. ``cfg``: section ``sft`` of this stage (its
+    epochs, checks and learning rate). ``engine`` searches with the weights in training. Order, dropout and learning
+    rate are pure functions of seed and step, so a killed run continues bit for bit from its newest checkpoint.
     """
     seed = world.recipe.seed
     data = sft_data(world, rows)
     per_epoch = -(-data.stream.n // data.stream.batch_size)
     total = cfg.epochs * per_epoch
     check_every = max(1, per_epoch // cfg.checks_per_epoch)
-    stage.protects_best = True  # the best checkpoint is what later stages start from
+    stage.keeps_best = True  # the best checkpoint is what later stages start from
     done = stage.resume(trainable)
     if done.best_value is None:
-        _check(world, stage, trainable, engine, done, data.tasks)
+        _validate(world, stage, trainable, engine, done, data.tasks)
     timers = Timers(total_peak_flops(world.recipe), world.dp)
     guard = step_guard(stage, done)
     for step in stage.steps(done.step, total):
@@ -60,25 +59,24 @@ def train_sft(
         with timers("data"):
             picked = data.picked(step)
             batches = data.batches(world, balanced_shard(picked, data.lengths_N[picked], world.dp))
-            work = sft_micro_batches(world, batches)
+            micro_batches = sft_micro_batches(world, batches)
         with timers("update"):
-            stats = guard(partial(trainable.update, work, lr=lr), batches)
+            stats = guard(partial(trainable.update, micro_batches, lr=lr), batches)
         done.step = step + 1
         count_update(timers, batches, trainable.shape)
         metrics = {"train/loss" if name == "loss" else name: value for name, value in stats.items()}
         stage.write(done.step, {"epoch": done.step / per_epoch, **metrics, "lr": lr}, timers.report())
-        checked = done.step % check_every == 0
-        if checked:
-            _check(world, stage, trainable, engine, done, data.tasks)
+        if done.step % check_every == 0:
+            _validate(world, stage, trainable, engine, done, data.tasks)
         elif done.step % world.recipe.trainer.save_interval == 0:
             stage.save(trainable, done)
-        stage.stop_if_asked(lambda: stage.save(trainable, done), done)
+        stage.stop_if_requested(lambda: stage.save(trainable, done), done)
     if done.bad_checks < cfg.patience:
         log.warning("%s used all sft.epochs=%d without early stopping; raise sft.epochs", stage.name, cfg.epochs)
     stage.finish(done, chosen_step=done.best_step)
 
 
-def _check(
+def _validate(
     world: World,
     stage: Stage,
     trainable: Trainable,
@@ -86,29 +84,29 @@ def _check(
     done: Progress,
     tasks: tuple[TaskSet, ...] = (),
 ) -> None:
-    """Evaluate ``sft.watch`` on valid, note whether it is the best so far, log it and then save a checkpoint."""
-    seen = {f"valid/loss/{part.task.name}": task_loss(world, trainable, part.held_out) for part in tasks}
-    seen["valid/loss"] = valid_loss(world, trainable)
+    """Evaluate ``sft.watch`` on valid, record whether it is the best so far, log it and save a checkpoint."""
+    metrics = {f"valid/loss/{part.task.name}": task_loss(world, trainable, part.held_out) for part in tasks}
+    metrics["valid/loss"] = valid_loss(world, trainable)
     if world.recipe.sft.watch == "ndcg":
         with trainable.optimizer_offloaded():
-            seen |= valid_ranking(world, engine, f"{stage.name} step {done.step} valid")
-    name, value = list(seen.items())[-1]
+            metrics |= valid_ranking(world, engine, f"{stage.name} step {done.step} valid")
+    name, value = list(metrics.items())[-1]
     value = value if name == "valid/loss" else -value  # Progress keeps the smallest
     best = math.inf if done.best_value is None else done.best_value
     done.bad_checks = 0 if value < best - world.recipe.sft.min_delta else done.bad_checks + 1
     if value < best:
         done.best_value, done.best_step = value, done.step
-    stage.write(done.step, seen)
-    shown = "  ".join(f"{key.removeprefix('valid/')} {mean:.4f}" for key, mean in seen.items())
+    stage.write(done.step, metrics)
+    shown = "  ".join(f"{key.removeprefix('valid/')} {mean:.4f}" for key, mean in metrics.items())
     log.info("%s step %d valid %s%s", stage.name, done.step, shown, " (best)" if done.best_step == done.step else "")
     stage.save(trainable, done)
 
 
 def valid_ranking(world: World, engine: Engine, label: str) -> dict[str, float]:
-    """Recall and NDCG on valid with as many beams as the largest cut-off; the metric that decides comes last."""
+    """Recall and NDCG on valid with as many beams as the largest cut-off; the monitored metric is the last one."""
     cfg = replace(world.recipe.eval, beams=max(world.recipe.eval.ks))
     engine.receive_weights()
-    means = evaluate(engine, world.samples["valid"], world.catalog, cfg, dp=world.dp, label=label).means
+    means = evaluate_split(world, engine, "valid", label=label, cfg=cfg).means
     watched = monitored(world.recipe.trainer, cfg.ks)
     return {f"valid/{name}": means[name] for name in [*(name for name in means if name != watched), watched]}
 

@@ -1,4 +1,7 @@
-"""What SFT trains on: the item after every history and, beside it, the alignment tasks, mixed by weight."""
+"""Training data of SFT: the next item of every history and the alignment tasks, mixed by weight.
+
+Axes: N questions (prompts with an answer), R some of them.
+"""
 
 from __future__ import annotations
 
@@ -34,36 +37,37 @@ from tawin_nemo.util.log import get_logger
 
 log = get_logger(__name__)
 
-#: Rows of valid on which a task about histories is tested.
+#: Rows of valid used to test a task about histories.
 TESTED_ROWS = 512
 
 
 @dataclass(frozen=True)
 class TaskSet:
-    """A task with the rows it learns from and those it is tested on (items held out, or histories of valid)."""
+    """A task with its training rows and its test rows (of held-out items, or of histories of valid)."""
 
     train: TaskRows
     held_out: TaskRows
 
     @property
     def task(self) -> Task:
+        """The task of the rows."""
         return self.train.task
 
 
 @dataclass(frozen=True)
 class SftData:
-    """N questions with their answers: the rows of train, then those of the tasks. Without tasks nothing is copied."""
+    """N questions with their answers: the rows of train, then those of the tasks; without tasks nothing is copied."""
 
     prompts: TokenRows
     answers: TokenRows  # the paths of the catalog's items first
     answer_N: np.ndarray  # which of the answers each prompt has
     num_items: int
-    row_of: np.ndarray  # index among the N questions of each number that the stream gives
+    row_of: np.ndarray  # number of the stream -> index of a question
     stream: BatchStream
     tasks: tuple[TaskSet, ...]
 
     def picked(self, step: int) -> np.ndarray:
-        """The questions of a step."""
+        """Indices of the questions of a step."""
         return self.row_of[self.stream.batch(step)]
 
     @cached_property
@@ -72,7 +76,7 @@ class SftData:
         return self.prompts.lengths + self.answers.lengths[self.answer_N]
 
     def batches(self, world: World, rows: np.ndarray) -> list[TokenBatch]:
-        """Those questions and answers under the token budget of ``sft``."""
+        """The questions ``rows`` and their answers as token batches under the token budget of ``sft``."""
         answer_R = self.answer_N[rows]
         return answer_batches(
             world, self.prompts.take(rows), self.answers.take(answer_R), answer_R < self.num_items, world.recipe.sft
@@ -126,13 +130,13 @@ def answer_batches(
 
 
 def item_batches(world: World, samples: Samples) -> list[TokenBatch]:
-    """The item after each history of ``samples``."""
+    """The histories of ``samples``, each with its next item, as token batches."""
     answers = world.catalog.paths.take(samples.target_N)
     return answer_batches(world, samples.prompts, answers, np.ones(len(samples), dtype=bool), world.recipe.sft)
 
 
 def task_batches(world: World, rows: TaskRows) -> list[TokenBatch]:
-    """The questions of one task."""
+    """The questions of one task as token batches."""
     is_item_N = np.full(len(rows), rows.task.wanted == CODES)
     return answer_batches(world, rows.samples.prompts, rows.answers, is_item_N, world.recipe.sft)
 
@@ -157,7 +161,7 @@ def task_sets(world: World, rows: np.ndarray) -> Iterator[TaskSet]:
 
 
 def wording_of(world: World) -> TaskEncoder:
-    """How the items of the catalog are written in the tasks."""
+    """The texts of the items in every form that the tasks use: codes, titles, descriptions, intentions."""
     align, items = world.recipe.align, world.dataset.items
     texts = {
         CODES: world.item_texts,

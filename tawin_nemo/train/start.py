@@ -1,6 +1,6 @@
-"""The weights that a stage starts from: random, pretrained, or those of a checkpoint.
+"""The models that stages and verbs start from: random, pretrained, or those of a checkpoint.
 
-Pretrained weights do not know the tokens that were added to their tokenizer; the rows of those tokens are
+Pretrained weights have no rows for the tokens that were added to their tokenizer; the rows of those tokens are
 initialised by ``model.new_tokens``.
 """
 
@@ -19,6 +19,8 @@ from tawin_nemo.models.megatron.hf.io import load_hf
 from tawin_nemo.models.megatron.hf.new_tokens import NewTokens
 from tawin_nemo.models.megatron.model.build import build_model
 from tawin_nemo.models.megatron.model.precision import AS_MODEL, in_precision
+from tawin_nemo.placement.weight_sync import build_engine
+from tawin_nemo.rollout.engine import Engine
 from tawin_nemo.run.stage import chosen_checkpoint
 from tawin_nemo.run.world import World
 from tawin_nemo.types import TokenRows
@@ -28,11 +30,11 @@ from tawin_nemo.util.errors import ConfigError
 def starting_model(
     world: World, stage: str | None, *, checkpoint_path: str = "", dropout: float = 0.0, precision: str = AS_MODEL
 ) -> GPTModel:
-    """A model with the weights of a finished ``stage`` of this run; where that is None, those of ``checkpoint_path``,
-    else of the recipe's ``start``, else of ``model.init``.
+    """A model with the weights of a finished ``stage`` of this run, on this rank's device.
 
-    Only SFT has dropout: under it the policy ratio of an unchanged policy would be noise around 1 and would be
-    clipped. ``precision`` may differ from the recipe's (``reference.precision``, ``eval.precision``). Raises
+    Without a stage (None) they are those of ``checkpoint_path``, else of ``start``, else of ``model.init``. Only SFT
+    uses dropout: with it the policy ratio of an unchanged policy would be noise around 1, which the loss would clip.
+    ``precision`` may differ from the recipe's (``reference.precision``, ``eval.precision``). Raises
     ConfigError for a path that is no checkpoint.
     """
     recipe = world.recipe
@@ -41,9 +43,9 @@ def starting_model(
     if stage is not None:
         path = chosen_checkpoint(world.run_dir / stage)
     elif checkpoint_path:
-        path = named_checkpoint(checkpoint_path, "checkpoint")
+        path = resolve_checkpoint(checkpoint_path, "checkpoint")
     elif recipe.start:
-        path = named_checkpoint(recipe.start, "start")
+        path = resolve_checkpoint(recipe.start, "start")
     loads = path is not None or recipe.model.init != "random"
     model = build_model(
         world.shape, cfg, seed=recipe.seed, rollout_tp=recipe.rollout_layout[0], to_be_loaded=loads
@@ -55,7 +57,24 @@ def starting_model(
     return model
 
 
-def named_checkpoint(named: str, key: str) -> Path:
+def engine_of(world: World) -> Engine:
+    """An engine with the weights of ``checkpoint``, in ``eval.precision``. Raises ConfigError for a wrong path."""
+    precision, tokenizer = world.recipe.eval.precision, world.tokenizer.fingerprint
+    model = checkpoint_model(world, precision)
+    engine = build_engine(
+        world.recipe, model, world.shape, world.catalog, tokenizer=tokenizer, precision=precision
+    )  # fmt: skip
+    engine.receive_weights()
+    return engine
+
+
+def checkpoint_model(world: World, precision: str = AS_MODEL) -> GPTModel:
+    """The model of ``checkpoint``, a stage directory (its chosen step) or one step_N directory; where that key is
+    empty, the model that a run would start from. Raises ConfigError when the path is neither."""
+    return starting_model(world, None, checkpoint_path=world.recipe.checkpoint, precision=precision)
+
+
+def resolve_checkpoint(named: str, key: str) -> Path:
     """The checkpoint at the path that recipe key ``key`` names: a finished stage's chosen one, or one step_N.
 
     Raises ConfigError when it is neither.
@@ -83,19 +102,21 @@ def new_tokens(world: World) -> NewTokens:
 
 
 def words_of_codes(ids: np.ndarray, catalog: Catalog, title_I: TokenRows) -> TokenRows:
-    """For each of ``ids`` the title tokens of all items whose paths contain it, item by item; a row is empty where no
-    item does."""
+    """For each of the tokens ``ids`` (ascending) the title tokens of all items whose paths contain it.
+
+    The titles of several items follow each other; the row is empty where no item has the token.
+    """
     item_E = np.repeat(np.arange(len(catalog)), catalog.paths.lengths)
-    place_E = np.minimum(np.searchsorted(ids, catalog.paths.flat), max(len(ids) - 1, 0))
-    used = np.flatnonzero(ids[place_E] == catalog.paths.flat) if len(ids) else np.zeros(0, dtype=np.int64)
-    used = used[np.argsort(place_E[used], kind="stable")]
+    index_E = np.minimum(np.searchsorted(ids, catalog.paths.flat), max(len(ids) - 1, 0))
+    used = np.flatnonzero(ids[index_E] == catalog.paths.flat) if len(ids) else np.zeros(0, dtype=np.int64)
+    used = used[np.argsort(index_E[used], kind="stable")]
     words = title_I.take(item_E[used])
-    lengths = np.bincount(place_E[used], weights=words.lengths, minlength=len(ids)).astype(np.int64)
+    lengths = np.bincount(index_E[used], weights=words.lengths, minlength=len(ids)).astype(np.int64)
     return TokenRows(words.flat, np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64))
 
 
 def only_new_tokens(world: World) -> NewTokens:
-    """The tokens whose rows ``model.freeze_backbone`` trains. Raises ConfigError when there are none."""
+    """The new tokens, whose rows alone ``model.freeze_backbone`` trains. Raises ConfigError when there are none."""
     new = new_tokens(world)
     if len(new.ids) == 0:
         raise ConfigError(

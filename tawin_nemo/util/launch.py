@@ -1,13 +1,19 @@
-"""Rank and world size from the launcher (torchrun or srun); nothing else reads these environment variables.
+"""The launcher's environment (torchrun's or srun's): ranks, rendezvous and CPU threads; read here and nowhere else.
 
 torchrun sets ``RANK``, ``WORLD_SIZE`` and ``LOCAL_RANK``; srun sets ``SLURM_PROCID``, ``SLURM_STEP_NUM_TASKS`` (or
 ``SLURM_NTASKS``) and ``SLURM_LOCALID``. A batch script outside srun also sees ``SLURM_PROCID=0`` and the tasks of its
 job, but no ``SLURM_STEP_ID``: it is one process.
+
+The number of threads can change the order of floating-point sums, so it is a function of the machine and the launcher
+alone: numbers chosen by measured speed made a resumed run differ from an uninterrupted one in its last bits. Threads
+never spin: ``cli.main`` sets ``OMP_WAIT_POLICY=PASSIVE`` (unless it is set) before torch is imported, because OpenMP
+reads its environment once. Beside another busy process that more than doubles the speed of two threads.
 """
 
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -40,7 +46,42 @@ def ranks_of_node(env: Mapping[str, str] = os.environ) -> int:
     """Processes of this job on this node, from torchrun's or srun's variables; 1 without a launcher."""
     if "LOCAL_WORLD_SIZE" in env:
         return int(env["LOCAL_WORLD_SIZE"])
-    if "RANK" not in env and env.get("SLURM_STEP_ID"):
+    if _is_srun(env):
         per_node = env.get("SLURM_STEP_TASKS_PER_NODE", env.get("SLURM_TASKS_PER_NODE", "1"))  # 8(x4) or 8,7
         return max(int(part.split("(")[0]) for part in per_node.split(","))
     return 1
+
+
+def rendezvous(env: Mapping[str, str] = os.environ) -> tuple[str, int]:
+    """Address and port of rank 0: as given, or under srun the step's first node and a port made of the job number."""
+    if "MASTER_ADDR" in env and "MASTER_PORT" in env:
+        return env["MASTER_ADDR"], int(env["MASTER_PORT"])
+    nodes = env.get("SLURM_STEP_NODELIST", env.get("SLURM_NODELIST", ""))  # for example gpu[07-09,12] or a1,a2
+    head = re.match(r"([^,\[]*)(?:\[([^],-]+))?", nodes)
+    first = f"{head[1]}{head[2] or ''}" if head else ""
+    address = env.get("MASTER_ADDR", first or "127.0.0.1")
+    return address, int(env.get("MASTER_PORT", 20000 + int(env.get("SLURM_JOB_ID", "0")) % 20000))
+
+
+def available_threads(
+    env: Mapping[str, str] = os.environ, cores: int | None = None, machine: int | None = None
+) -> int:  # fmt: skip
+    """CPU threads that this process may use: its cores, shared fairly with the other ranks of its node; at least 1.
+
+    ``OMP_NUM_THREADS`` is an upper bound. Under srun, cores that are bound to the task are its own; unbound ones, and
+    all cores under torchrun, are divided by the ranks of the node. ``cores`` (of this process) and ``machine`` (all)
+    are read from the system unless given.
+    """
+    cores = len(os.sched_getaffinity(0)) if cores is None else cores
+    machine = (os.cpu_count() or cores) if machine is None else machine
+    own = cores if _is_srun(env) and cores < machine else cores // max(1, ranks_of_node(env))
+    if per_task := env.get("SLURM_CPUS_PER_TASK", ""):
+        own = min(own, int(per_task)) if own else int(per_task)
+    if limit := env.get("OMP_NUM_THREADS", "").split(",")[0]:
+        own = min(own, int(limit))
+    return max(1, own)
+
+
+def _is_srun(env: Mapping[str, str]) -> bool:
+    """Whether srun started this process, and not torchrun inside a Slurm job."""
+    return "RANK" not in env and bool(env.get("SLURM_STEP_ID"))

@@ -27,7 +27,6 @@ from typing import Any
 import numpy as np
 import polars as pl
 
-from tawin_nemo.commands.from_checkpoint import engine_of
 from tawin_nemo.commands.session import started
 from tawin_nemo.commands.tokenize import tokenize
 from tawin_nemo.config.load import load_recipe
@@ -44,6 +43,7 @@ from tawin_nemo.semantic_ids.index_files import read_index, write_index
 from tawin_nemo.tools.study.config import read_study
 from tawin_nemo.tools.study.plan import as_override
 from tawin_nemo.tools.study.provenance import code_version, hardware
+from tawin_nemo.train.start import engine_of
 from tawin_nemo.types import ITEM, SPLITS, TokenRows
 from tests.benchmarks.harness import REPOSITORY, rounded, table
 from tests.benchmarks.setting import shared_folder

@@ -26,7 +26,7 @@ from tawin_nemo.models.megatron.decode.lm import MegatronLM
 from tawin_nemo.models.megatron.optim.trainable import Trainable
 from tawin_nemo.rollout.engine import RolloutEngine
 from tawin_nemo.rollout.lm import MeteredLM
-from tawin_nemo.run.mfu import batch_work
+from tawin_nemo.run.mfu import forward_flop_count
 from tawin_nemo.run.timers import Timers
 from tawin_nemo.train.actor import Actor
 from tawin_nemo.train.reference import CopiedReference
@@ -93,7 +93,7 @@ class Ours:
         )
         searched = self.meter.pop_flops()
         ones_BG = torch.ones_like(rollout.scores_BG)
-        scored = batch_work([part.batch for part in actor.pack(rollout, ones_BG, ones_BG)], shape.vocab)
+        scored = forward_flop_count([part.batch for part in actor.pack(rollout, ones_BG, ones_BG)], shape.vocab)
         return (searched + scored + scored + scored + scored).forward_flops(shape)  # update = three forward passes
 
 

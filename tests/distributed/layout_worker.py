@@ -81,13 +81,13 @@ def decode(trainable: Trainable) -> list[torch.Tensor]:
 
     The same bits with and without megatron's own modules.
     """
-    lean, slow = (decoded(trainable, lean_forward=kind) for kind in (True, False))
+    lean, slow = (decoded(trainable, use_inference_forward=kind) for kind in (True, False))
     assert all(torch.equal(one, other) for one, other in zip(lean, slow, strict=True))
     return lean
 
 
-def decoded(trainable: Trainable, *, lean_forward: bool) -> list[torch.Tensor]:
-    lm = MegatronLM(trainable.model, trainable.shape, lean_forward=lean_forward)
+def decoded(trainable: Trainable, *, use_inference_forward: bool) -> list[torch.Tensor]:
+    lm = MegatronLM(trainable.model, trainable.shape, use_inference_forward=use_inference_forward)
     cache, seen = lm.prefill(prompts([0, 1, 2, 3])), []
     generator = torch.Generator().manual_seed(9)
     for chains in (8, 10, 5, 0):

@@ -23,7 +23,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from tawin_nemo.models.megatron.model.precision import FP8, lack, this_machine
+from tawin_nemo.models.megatron.model.precision import FP8, this_machine, unsupported_reason
 from tests.gpu.workload import is_dry, sizes_of_run
 
 LIMIT_S = 600.0
@@ -38,9 +38,9 @@ NAMES = (
 
 def why_skipped(name: str) -> str:
     """The reason a part cannot run on this machine, empty if it can."""
-    lacking = lack(name.partition("_")[2], this_machine())
-    if lacking is not None:
-        return f"{lacking.reason}: {lacking.remedy}"
+    unsupported = unsupported_reason(name.partition("_")[2], this_machine())
+    if unsupported is not None:
+        return f"{unsupported.reason}: {unsupported.remedy}"
     if name == "pytest" and is_dry():
         return "needs a CUDA device"
     if name == "pytest" and importlib.util.find_spec("pytest") is None:

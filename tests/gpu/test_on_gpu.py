@@ -26,7 +26,7 @@ BATCHES = 12
 
 
 def needs(name: str) -> None:
-    lacking = precision.lack(name, precision.this_machine())
+    lacking = precision.unsupported_reason(name, precision.this_machine())
     if lacking is not None:
         pytest.skip(lacking.reason)
 
@@ -98,8 +98,8 @@ def test_the_lean_forward_equals_the_modules(name):
     prompts = TokenRows.from_lists([[5, 9, 3, 30], [7, 2]])
     tokens, rows = torch.arange(2, 40), torch.arange(2)
     scores = []
-    for lean_forward in (True, False):
-        lm = MegatronLM(model, SHAPE, lean_forward=lean_forward)
+    for use_inference_forward in (True, False):
+        lm = MegatronLM(model, SHAPE, use_inference_forward=use_inference_forward)
         cache = lm.extend(lm.prefill(prompts), rows, TokenRows.from_lists([[11, 12], [13]]))
         ends = torch.tensor([3, 4])
         scores.append(lm.logprobs(cache, ends, rows.repeat_interleave(len(tokens)), tokens.repeat(2), "vocab"))

@@ -74,5 +74,5 @@ def test_other_data_than_the_checkpoint_saw_are_refused(rollout):
 def test_on_policy_nothing_waits_and_nothing_is_logged(rollout):
     ahead = RolloutAhead()
     assert ahead.take(5) is None
-    assert ahead.facts(rollout, step=5) == {}
+    assert ahead.staleness(rollout, step=5) == {}
     assert ahead.state() == {}

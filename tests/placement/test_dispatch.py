@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from tawin_nemo.placement.dispatch import dispatched
+from tawin_nemo.placement.dispatch import dispatch_rollout
 from tawin_nemo.types import DataParallel, PromptBatch, Rollout, TokenRows
 
 RANKS, G = 4, 2
@@ -74,7 +74,7 @@ def test_everybody_gets_the_candidates_of_their_own_prompts(count: int, rollout_
 
     def rank(number: int) -> Rollout:
         place = training.place(number)
-        return dispatched(
+        return dispatch_rollout(
             lambda batch: searched(batch, lambda rows: ran.update({number: rows})),
             shares[place.rank], place, searching.place(number),
         )  # fmt: skip

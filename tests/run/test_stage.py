@@ -46,7 +46,7 @@ def test_the_newest_and_the_best_stay(actor: Trainable, tmp_path: Path, keep_bes
 
 def test_sft_keeps_what_it_hands_on(actor: Trainable, tmp_path: Path):
     stage = Stage(tmp_path / "sft", TrainerConfig(keep_last=1, keep_best=False))
-    stage.protects_best = True
+    stage.keeps_best = True
     assert saved(stage, actor, 4, best=2) == ["step_2", "step_4"]
 
 

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from tawin_nemo.run.threads import available_threads
+from tawin_nemo.util.launch import available_threads
 
 
 @pytest.mark.parametrize(

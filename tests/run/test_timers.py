@@ -49,10 +49,10 @@ def two_leaf_tree(children: Children | None) -> TokenBatch:
 
 def test_a_tree_counts_every_token_and_every_visible_pair_once():
     # 3 prompt tokens see 1 + 2 + 3, each of the two leaves sees the prompt and itself
-    assert mfu.batch_work([two_leaf_tree(None)], vocab=100) == FlopCount(5, 6.0 + 2 * 4, 2 * 100)
+    assert mfu.forward_flop_count([two_leaf_tree(None)], vocab=100) == FlopCount(5, 6.0 + 2 * 4, 2 * 100)
     edges = Children(torch.tensor([0, 0, 0, 1, 1]), torch.arange(5), torch.tensor([0, 1, 3]))
-    assert mfu.batch_work([two_leaf_tree(edges)] * 2, vocab=100) == FlopCount(10, 28.0, 10)
-    once = mfu.batch_work([two_leaf_tree(None)], QWEN.vocab).forward_flops(QWEN)
+    assert mfu.forward_flop_count([two_leaf_tree(edges)] * 2, vocab=100) == FlopCount(10, 28.0, 10)
+    once = mfu.forward_flop_count([two_leaf_tree(None)], QWEN.vocab).forward_flops(QWEN)
     assert mfu.training_flops([two_leaf_tree(None)], QWEN) == 3 * once
 
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from tawin_nemo.catalog.items import Catalog
-from tawin_nemo.commands.serve import Together, from_tensors
+from tawin_nemo.commands.serve import ProcessGroupRanks, from_tensors
 from tawin_nemo.config.schema import (
     ModelConfig,
     Recipe,
@@ -36,7 +36,7 @@ from tawin_nemo.run.timers import Timers
 from tawin_nemo.serve.engine.catalog import ServedCatalog
 from tawin_nemo.serve.engine.engine import Engine
 from tawin_nemo.serve.engine.jobs import Limits
-from tawin_nemo.serve.engine.ranks import Alone, Leader, follow
+from tawin_nemo.serve.engine.ranks import Leader, SingleProcess, follow
 from tawin_nemo.serve.engine.replica import Replica
 from tawin_nemo.serve.engine.telemetry import Metrics
 from tawin_nemo.serve.http.requests import ServerContext
@@ -74,7 +74,7 @@ def made(tp: int, catalog: Catalog, settings: ServeConfig) -> Engine | None:
     replica = Replica(lambda path: MegatronLM(build_model(SHAPE, cfg, seed=77), SHAPE),
                       from_tensors=from_tensors(SHAPE, cfg, (tp, 1)))  # fmt: skip
     replica.models[1], replica.tries[1] = replica.load(""), catalog.trie
-    ranks = Together() if tp > 1 else Alone()
+    ranks = ProcessGroupRanks() if tp > 1 else SingleProcess()
     if runtime.world_rank() > 0:
         follow(replica, ranks)
         return None

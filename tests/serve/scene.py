@@ -25,7 +25,7 @@ from tawin_nemo.data.tokenizer import Tokenizer, build_tokenizer
 from tawin_nemo.serve.engine.catalog import PromptFormat, ServedCatalog
 from tawin_nemo.serve.engine.engine import Engine
 from tawin_nemo.serve.engine.jobs import Limits
-from tawin_nemo.serve.engine.ranks import Alone, Leader
+from tawin_nemo.serve.engine.ranks import Leader, SingleProcess
 from tawin_nemo.serve.engine.replica import FromTensors, Replica
 from tawin_nemo.serve.engine.telemetry import Metrics
 from tawin_nemo.serve.http.requests import ServerContext
@@ -152,7 +152,7 @@ def serving(
     vocab = catalog.prompt_format.tokenizer.size
     catalog.warm()
     replica.models[1], replica.tries[1] = load(""), catalog.trie
-    engine = Engine(Leader(replica, Alone()), catalog, limits=Limits.of(settings), metrics=Metrics(), weights=1)
+    engine = Engine(Leader(replica, SingleProcess()), catalog, limits=Limits.of(settings), metrics=Metrics(), weights=1)
     del catalog  # or it would stay in memory
     context = ServerContext(settings, MODEL, settings.beams, "trie", 0.0, 2048, vocab)
     server = Server(engine, context, Secrets(list(keys), TOKEN), roots=list(roots))

@@ -133,7 +133,7 @@ def test_a_killed_server_is_left_out_and_when_none_is_left_the_run_ends(
         got = learn(recipe(files, tmp_path), between=kill)
     assert_same(got, undisturbed, exact=True)
     assert_same(got, in_process, exact=False)
-    assert f"generation server {files[0]} is left out until it takes new weights: Connect" in caplog.text
+    assert f"generation server {files[0]} is excluded until it receives new weights: Connect" in caplog.text
     with pytest.raises(ServersLost, match="no generation server is left") as caught:  # the other one has ended as well
         got.engine.search(prompts(9, DataParallel()).prompts, 4)
     assert all(str(file) in str(caught.value) for file in files)
@@ -176,7 +176,7 @@ def test_a_reply_of_another_version_is_refused(tmp_path: Path, monkeypatch: pyte
         engine = learn(recipe([served.file], tmp_path)).engine
         truth = Client.rollouts
         monkeypatch.setattr(Client, "rollouts", lies)
-        with pytest.raises(ServersLost, match=r"not answered in rollout.server_tries=4 tries: .*due: refused"):
+        with pytest.raises(ServersLost, match=r"not answered in rollout.server_tries=4 tries: .*expected: rejected"):
             engine.search(prompts(9, DataParallel()).prompts, 4)
     assert len(asked) == 4
     assert len(set(asked)) == 4  # every try came after a new push
@@ -192,7 +192,7 @@ def test_a_server_that_does_not_fit_is_the_users_mistake(tmp_path: Path) -> None
         (tmp_path / "other").mkdir()
         wrong = recipe([served.file], tmp_path)
         (tmp_path / "keys").write_text("not-the-key-0123456789")
-        with pytest.raises(ConfigError, match="does not take the key"):
+        with pytest.raises(ConfigError, match="rejects the key"):
             learn(wrong)
         narrow = recipe([served.file], tmp_path, group_size=4)
         bf16 = replace(narrow, model=replace(narrow.model, precision="bf16"))

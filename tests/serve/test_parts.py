@@ -20,12 +20,12 @@ from tawin_nemo.serve.engine.messages import (
     Advance,
     Draw,
     Drop,
-    Forget,
     Lane,
     LoadWeights,
     Message,
     Probe,
     PutCatalog,
+    Release,
 )
 from tawin_nemo.serve.engine.ranks import Leader, follow
 from tawin_nemo.serve.engine.replica import Replica
@@ -53,7 +53,7 @@ NUMBERS = np.array([5, -1, 2**62], dtype=np.int64)
         Draw(LANE, ROWS, NUMBERS, 3, 0.5),
         LoadWeights(7, "/models/a b/ü"),
         PutCatalog(3, ROWS),
-        Forget([1, 2], []),
+        Release([1, 2], []),
         Probe(),
         Stop(),
     ],
@@ -86,7 +86,7 @@ class Wire:
     def receive(self) -> bytes:
         return self.sent.get(timeout=30)
 
-    def meet(self) -> None:
+    def barrier(self) -> None:
         self.met.wait(30)
 
 
@@ -124,7 +124,7 @@ def test_a_follower_calls_its_model_exactly_as_the_leader_does() -> None:
     draws = Job(catalog, catalog.prompt([9]), 1e18, draws=4, seeds=[3])
     running.begin([draws], 2)
     leader.put_catalog(PutCatalog(2, catalog.trie_paths), catalog.trie)
-    leader.apply(Forget([1], [1]))
+    leader.apply(Release([1], [1]))
     leader.apply(Probe())
     leader.apply(Stop())
     follower.join(30)

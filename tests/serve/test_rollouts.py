@@ -106,7 +106,7 @@ class Sender:
             self.control.init_weights_group, master_address="127.0.0.1", master_port=store.port, group_name=name,
             backend="gloo", timeout_s=60.0,
         )  # fmt: skip
-        self.group = WeightGroup(store, name, 0, 2, backend="gloo", limit=LIMIT, given_up=said.done)
+        self.group = WeightGroup(store, name, 0, 2, backend="gloo", limit=LIMIT, peer_ended=said.done)
         assert said.result().success
 
     def announce(self, **changes):
@@ -160,8 +160,8 @@ def test_a_sender_that_is_lost_half_way_changes_nothing(caplog: pytest.LogCaptur
         before = client.recommend([3], n=5)
         with sender(scene) as job:
             said = job.announce()
-            job.group._say_or_wait("ready/1", said.done)
-            job.group._carry([torch.ones(1)])
+            job.group._signal_or_wait("ready/1", said.done)
+            job.group._broadcast([torch.ones(1)])
             job.group.close()  # its connections close, as those of a process that dies do
             with pytest.raises(ServerError, match="did not arrive whole") as caught:
                 said.result()
@@ -217,8 +217,8 @@ def test_updates_in_a_loop_under_load_lose_nothing_and_mix_nothing() -> None:
 
 
 def test_a_group_that_nobody_joins_or_answers_is_given_up() -> None:
-    with pytest.raises(TransferError, match="has refused"):
-        WeightGroup(host_store(LIMIT), "g", 0, 2, backend="gloo", limit=LIMIT, given_up=lambda: True)
+    with pytest.raises(TransferError, match="has ended the call"):
+        WeightGroup(host_store(LIMIT), "g", 0, 2, backend="gloo", limit=LIMIT, peer_ended=lambda: True)
     with pytest.raises(TransferError, match=r"no here from group g within 0\.05 s"):
         WeightGroup(host_store(LIMIT), "g", 0, 2, backend="gloo", limit=timedelta(seconds=0.05))
     with serving() as scene, scene.controller() as control:
@@ -232,20 +232,20 @@ def test_a_group_that_nobody_joins_or_answers_is_given_up() -> None:
 
 
 def test_prompts_are_divided_alike_whoever_is_alive() -> None:
-    from tawin_nemo.placement.server_pool import AtOnce, parts_of
+    from tawin_nemo.placement.server_pool import RequestLimits, split_prompts
 
     lengths = np.random.default_rng(1).integers(3, 40, 50)
-    free = AtOnce(1 << 62, 1 << 62, 1 << 62, 1 << 62)
-    whole = parts_of(lengths, 1, 4, 3, free)
+    free = RequestLimits(1 << 62, 1 << 62, 1 << 62, 1 << 62)
+    whole = split_prompts(lengths, 1, 4, 3, free)
     assert len(whole) == 1
     assert lengths[whole[0][1]].tolist() == sorted(lengths.tolist(), reverse=True)
     for limit, size in (
-        (AtOnce(4, 200, 1 << 62, 1 << 62), lambda rows: lengths[rows].sum() + 12 * len(rows) <= 200),
-        (AtOnce(4, 1 << 62, 20, 1 << 62), lambda rows: 4 * len(rows) <= 20),
-        (AtOnce(4, 1 << 62, 1 << 62, 8192 + 900), lambda rows: lengths[rows].sum() <= 100),
-        (AtOnce(4, 1, 1, 1), lambda rows: len(rows) == 1),
+        (RequestLimits(4, 200, 1 << 62, 1 << 62), lambda rows: lengths[rows].sum() + 12 * len(rows) <= 200),
+        (RequestLimits(4, 1 << 62, 20, 1 << 62), lambda rows: 4 * len(rows) <= 20),
+        (RequestLimits(4, 1 << 62, 1 << 62, 8192 + 900), lambda rows: lengths[rows].sum() <= 100),
+        (RequestLimits(4, 1, 1, 1), lambda rows: len(rows) == 1),
     ):
-        parts = parts_of(lengths, 3, 4, 3, limit)
+        parts = split_prompts(lengths, 3, 4, 3, limit)
         assert all(size(rows) for _, rows in parts)
         assert sorted(np.concatenate([rows for _, rows in parts]).tolist()) == list(range(50))
         assert {home for home, _ in parts} == {0, 1, 2}

@@ -7,7 +7,6 @@ from typing import Any
 import pytest
 import torch
 
-from tawin_nemo.commands.from_checkpoint import checkpoint_model
 from tawin_nemo.config.load import load_recipe
 from tawin_nemo.config.schema import ModelConfig
 from tawin_nemo.models.megatron.checkpoint import checkpoint
@@ -15,6 +14,7 @@ from tawin_nemo.models.megatron.model.build import build_model
 from tawin_nemo.models.megatron.parallel import runtime
 from tawin_nemo.train import pipeline, start
 from tawin_nemo.train.reference import CopiedReference
+from tawin_nemo.train.start import checkpoint_model
 from tests.train.actor_scene import SHAPE
 
 BF16, FP32 = ModelConfig(precision="bf16"), ModelConfig()

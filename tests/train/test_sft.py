@@ -17,7 +17,7 @@ from tawin_nemo.models.megatron.model.head import full_logits_NV
 from tawin_nemo.models.megatron.optim.trainable import Trainable
 from tawin_nemo.models.megatron.parallel import runtime
 from tawin_nemo.run.stage import Progress
-from tawin_nemo.train import sft
+from tawin_nemo.train import evaluation, sft
 from tawin_nemo.train.pipeline import sft_section
 from tawin_nemo.train.sft_data import item_batches
 from tawin_nemo.types import DataParallel, TokenRows
@@ -49,7 +49,7 @@ def test_checks(monkeypatch, losses, min_delta, best_step, bad_checks):
     monkeypatch.setattr(sft, "valid_loss", lambda world, trainable: next(values))
     for step in range(len(losses)):
         done.step = step
-        sft._check(world, stage, None, None, done)
+        sft._validate(world, stage, None, None, done)
     assert (done.best_step, done.bad_checks) == (best_step, bad_checks)
     assert written == losses
     assert saved[-1] == best_step
@@ -67,13 +67,13 @@ def test_ndcg_decides_when_it_is_watched(monkeypatch):
         return SimpleNamespace(means={"ndcg@10": next(ndcgs), "recall@10": 0.5, "ndcg@1": 0.0})
 
     monkeypatch.setattr(sft, "valid_loss", lambda world, trainable: next(losses))
-    monkeypatch.setattr(sft, "evaluate", search)
+    monkeypatch.setattr(evaluation, "evaluate", search)
     done, bad, received = Progress(), [], []
     trainable = SimpleNamespace(optimizer_offloaded=nullcontext)
     engine = SimpleNamespace(dp=None, receive_weights=lambda: received.append(done.step))
     for step in range(4):
         done.step = step
-        sft._check(world, stage, trainable, engine, done)
+        sft._validate(world, stage, trainable, engine, done)
         bad.append(done.bad_checks)
     assert received == [0, 1, 2, 3]
     assert done.best_step == 3

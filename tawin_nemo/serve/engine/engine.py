@@ -18,7 +18,7 @@ from tawin_nemo.models.megatron.parallel.channel import Stop
 from tawin_nemo.rollout.lm import LM
 from tawin_nemo.serve.engine.catalog import ServedCatalog
 from tawin_nemo.serve.engine.jobs import AdmissionPolicy, Job, Limits, Rejected
-from tawin_nemo.serve.engine.messages import Forget, Probe, PutCatalog
+from tawin_nemo.serve.engine.messages import Probe, PutCatalog, Release
 from tawin_nemo.serve.engine.ranks import Leader
 from tawin_nemo.serve.engine.running import Running
 from tawin_nemo.serve.engine.telemetry import Metrics
@@ -163,13 +163,13 @@ class Engine:
         """
         with self._swap:
             new, leader = self.next_weights(version), self.leader
-            model = source.alone(leader.replica) if leader.ranks.size == 1 else None
+            model = source.load_here(leader.replica) if leader.ranks.size == 1 else None
             self.call(lambda: self._put_weights(new, source, model)).result()
             return new
 
     def _put_weights(self, version: int, source: Source, model: LM | None) -> None:
         if model is None:
-            source.together(self.leader, version)
+            source.load_on_all_ranks(self.leader, version)
         else:
             self.leader.replica.models[version] = model
         self.weights = version
@@ -287,7 +287,7 @@ class Engine:
             weights = {self.weights, *self._running.weights}
             catalogs = {self.catalog.version, *(job.catalog.version for job in jobs)}
             self._installed = {version: item for version, item in self._installed.items() if version in catalogs}
-        unused = Forget(sorted(replica.models.keys() - weights), sorted(replica.tries.keys() - catalogs))
+        unused = Release(sorted(replica.models.keys() - weights), sorted(replica.tries.keys() - catalogs))
         if unused.weights or unused.catalogs:
             self.leader.apply(unused)
         self._update_gauges()

@@ -1,4 +1,4 @@
-"""What rank 0 of a generation server makes all its ranks do; ``models.megatron.parallel.channel`` encodes it."""
+"""Messages from rank 0 of a generation server to all its ranks; ``models.megatron.parallel.channel`` encodes them."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class Advance:
 
 @dataclass(frozen=True)
 class Drop:
-    """Prompts leave a lane without an answer; without tickets all of them do, and the lane is closed."""
+    """Drop prompts from a lane without an answer; without tickets drop all and close the lane."""
 
     lane: Lane
     ticket_B: np.ndarray | None
@@ -49,7 +49,7 @@ class Drop:
 
 @dataclass(frozen=True)
 class Draw:
-    """Draw ``draws`` independent candidates per prompt in one go, instead of a search."""
+    """Draw ``draws`` independent candidates per prompt at once, instead of a search."""
 
     lane: Lane
     prompts: TokenRows
@@ -67,8 +67,8 @@ class LoadWeights:
 
 
 @dataclass(frozen=True)
-class TakeWeights:
-    """Weights follow, tensor by tensor, and become a new version; running requests keep the one they started with."""
+class ReceiveWeights:
+    """The tensors of a new weight version follow by broadcast; running requests keep the version they started with."""
 
     version: int
 
@@ -82,7 +82,7 @@ class PutCatalog:
 
 
 @dataclass(frozen=True)
-class Forget:
+class Release:
     """Free weights and catalogs that no request uses any more."""
 
     weights: list[int]
@@ -91,8 +91,8 @@ class Forget:
 
 @dataclass(frozen=True)
 class Probe:
-    """Every rank takes part in one collective, which fails when one of them is gone."""
+    """Heartbeat: a barrier over all ranks, which fails when one of them is gone."""
 
 
-Message = Admit | Advance | Drop | Draw | LoadWeights | TakeWeights | PutCatalog | Forget | Probe | Stop
+Message = Admit | Advance | Drop | Draw | LoadWeights | ReceiveWeights | PutCatalog | Release | Probe | Stop
 MESSAGES: tuple[type, ...] = get_args(Message)

@@ -1,4 +1,4 @@
-"""The ranks that share a served model: rank 0 broadcasts each message and carries it out itself; the others follow."""
+"""The ranks that share a served model: rank 0 broadcasts each message and executes it as well; the others follow."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tawin_nemo.catalog.trie import TokenTrie
 from tawin_nemo.models.megatron.parallel.channel import Channel, Link
-from tawin_nemo.serve.engine.messages import MESSAGES, LoadWeights, Message, Probe, PutCatalog, TakeWeights
+from tawin_nemo.serve.engine.messages import MESSAGES, LoadWeights, Message, Probe, PutCatalog, ReceiveWeights
 from tawin_nemo.serve.engine.replica import Replica
 from tawin_nemo.util.errors import TawinError
 
@@ -20,16 +20,16 @@ class Ranks(Link, Protocol):
 
     size: int
 
-    def meet(self) -> None:
+    def barrier(self) -> None:
         """Block until all ranks have called it; raises when one of them is gone."""
         ...
 
-    def share(self, tensor: Tensor | None, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    def broadcast_tensor(self, tensor: Tensor | None, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """Rank 0's tensor of this shape and dtype, in CPU memory on every rank; the others pass None."""
         ...
 
 
-class Alone:
+class SingleProcess:
     """One process without followers."""
 
     size = 1
@@ -40,10 +40,10 @@ class Alone:
     def receive(self) -> bytes:
         raise RuntimeError("a server of one process has no rank 0 to follow")
 
-    def meet(self) -> None:
+    def barrier(self) -> None:
         pass
 
-    def share(self, tensor: Tensor | None, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    def broadcast_tensor(self, tensor: Tensor | None, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         assert tensor is not None
         return tensor
 
@@ -56,26 +56,26 @@ class Leader:
         self._channel = Channel(ranks)
 
     def apply(self, message: Message) -> Any:
-        """Carry a message out on all ranks; returns what ``Replica.apply`` returns on rank 0."""
+        """Execute a message on all ranks; returns what ``Replica.apply`` returns on rank 0."""
         self._broadcast(message)
         if isinstance(message, Probe):
-            self.ranks.meet()
+            self.ranks.barrier()
         return self.replica.apply(message)
 
     def put_catalog(self, message: PutCatalog, trie: TokenTrie) -> None:
-        """Give all ranks a catalog whose trie rank 0 has built already; the others build theirs."""
+        """Install a catalog on all ranks; rank 0 passes its ``trie``, the others build theirs."""
         self._broadcast(message)
         self.replica.tries[message.version] = trie
 
-    def take_weights(self, version: int, tensors: Mapping[str, Tensor]) -> None:
+    def broadcast_weights(self, version: int, tensors: Mapping[str, Tensor]) -> None:
         """Send all tensors of a model from rank 0's memory to all ranks as weights ``version``.
 
         Raises RuntimeError when rank 0 fails on the way: the other ranks then wait for the rest.
         """
-        self._broadcast(TakeWeights(version))
+        self._broadcast(ReceiveWeights(version))
         try:
             self.replica.models[version] = self.replica.build_from_tensors(
-                lambda name, shape, dtype: self.ranks.share(tensors[name], shape, dtype)
+                lambda name, shape, dtype: self.ranks.broadcast_tensor(tensors[name], shape, dtype)
             )
         except TawinError as error:
             raise RuntimeError("the ranks stopped in the middle of new weights") from error
@@ -86,17 +86,17 @@ class Leader:
 
 
 def follow(replica: Replica, ranks: Ranks) -> None:
-    """Carry out rank 0's messages until ``Stop``; called by all other ranks.
+    """Execute rank 0's messages until ``Stop``; called by all other ranks.
 
     An error ends this rank, and with it the server. The exception is weights that cannot be loaded: every rank fails
-    alike and goes on with the weights it has.
+    in the same way and keeps its weights.
     """
 
     def handle(message: Message) -> None:
         if isinstance(message, Probe):
-            ranks.meet()
-        if isinstance(message, TakeWeights):
-            model = replica.build_from_tensors(lambda name, shape, dtype: ranks.share(None, shape, dtype))
+            ranks.barrier()
+        if isinstance(message, ReceiveWeights):
+            model = replica.build_from_tensors(lambda name, shape, dtype: ranks.broadcast_tensor(None, shape, dtype))
             replica.models[message.version] = model
         try:
             replica.apply(message)

@@ -1,4 +1,4 @@
-"""One rank's models, catalogs and running searches: carries out messages, decides nothing.
+"""One rank's models, catalogs and running searches: executes messages and takes no decisions.
 
 Every rank of a model gets the same messages in the same order (``ranks``), so that all of them call the model alike.
 """
@@ -25,13 +25,13 @@ from tawin_nemo.serve.engine.messages import (
     Advance,
     Draw,
     Drop,
-    Forget,
     Lane,
     LoadWeights,
     Message,
     Probe,
     PutCatalog,
-    TakeWeights,
+    ReceiveWeights,
+    Release,
 )
 from tawin_nemo.types import Candidates
 
@@ -40,7 +40,7 @@ FILTER_KINDS = ("", "only", "except")
 
 @dataclass(frozen=True)
 class FromTensors:
-    """How a model is made of whole tensors under their Hugging Face names.
+    """How a model is built from whole tensors under their Hugging Face names.
 
     ``rows``: names and shapes of tensors that are needed together, in the order in which ``build`` takes them.
     """
@@ -68,7 +68,7 @@ class Replica:
         self._length_penalty = length_penalty
 
     def apply(self, message: Message) -> Any:
-        """Carry out a message; returns the FinishedPrompts of ``Advance``, the Candidates of ``Draw``, None otherwise.
+        """Execute a message; returns the FinishedPrompts of ``Advance``, the Candidates of ``Draw``, None otherwise.
 
         Raises the errors of searching (DataError, CatalogError, ConfigError) and of loading (CheckpointError).
         """
@@ -85,12 +85,12 @@ class Replica:
                 self.models[message.version] = self.load(message.path)
             case PutCatalog():
                 self.tries[message.version] = TokenTrie.from_paths(message.paths)
-            case Forget():
+            case Release():
                 for version in message.weights:
                     del self.models[version]
                 for version in message.catalogs:
                     del self.tries[version]
-            case Probe() | Stop() | TakeWeights():  # what belongs to the last one is ``build_from_tensors``
+            case Probe() | Stop() | ReceiveWeights():  # ``ranks`` calls ``build_from_tensors`` for ReceiveWeights
                 pass
         return None
 
@@ -102,11 +102,11 @@ class Replica:
         return parts.build(rows)
 
     def held(self) -> int:
-        """Tokens of the models' caches, as ``BeamSearch.cache_tokens``."""
+        """KV-cache tokens of all running searches (``BeamSearch.cache_tokens``)."""
         return sum(search.cache_tokens for search in self.searches.values())
 
     def cost(self, lane: Lane, length: int, width: int) -> int:
-        """Tokens that one more prompt may come to."""
+        """KV-cache tokens that one more prompt of ``length`` tokens may need with ``width`` beams."""
         trie = self.tries[lane.catalog]
         return length + width * (trie.decision_depth if lane.space == "trie" else trie.max_depth - 1)
 
@@ -152,6 +152,6 @@ class Replica:
         )  # fmt: skip
 
 
-def no_places() -> np.ndarray:
-    """Of a prompt without a filter."""
+def no_items() -> np.ndarray:
+    """The filter list of a prompt without a filter: empty."""
     return np.zeros(0, dtype=np.int64)

@@ -1,7 +1,7 @@
 """The running jobs: their batches, their partial results, and the decoding steps that they share.
 
-A *lane* (``orders.Lane``) is a batch of jobs with the same weights, catalog and score space, which share model calls. A
-*ticket* is the id of one prompt in a lane's search. B: prompts; W: candidates; T: tokens; M: items of a filter;
+A *lane* (``messages.Lane``) is a batch of jobs with the same weights, catalog and score space, which share model calls.
+A *ticket* is the id of one prompt in a lane's search. B: prompts; W: candidates; T: tokens; M: items of a filter;
 V: nodes of the trie; N: paths.
 """
 
@@ -18,7 +18,7 @@ import numpy as np
 from tawin_nemo.serve.engine.jobs import Hit, Job, JobResult, PromptResult, Rejected
 from tawin_nemo.serve.engine.messages import Admit, Advance, Draw, Drop, Lane
 from tawin_nemo.serve.engine.ranks import Leader
-from tawin_nemo.serve.engine.replica import FILTER_KINDS, no_places
+from tawin_nemo.serve.engine.replica import FILTER_KINDS, no_items
 from tawin_nemo.serve.engine.telemetry import Metrics
 from tawin_nemo.types import Candidates, TokenRows
 from tawin_nemo.util.log import get_logger
@@ -103,14 +103,14 @@ class Running:
             entries.append(entry)
         sizes = [len(job.prompts) for job in jobs]
         kinds = [FILTER_KINDS.index("" if job.filter is None else job.filter.kind) for job in jobs]
-        listed = [no_places() if job.filter is None else job.filter.rank_M for job in jobs]
+        listed = [no_items() if job.filter is None else job.filter.rank_M for job in jobs]
         command = Admit(
             lane,
             TokenRows.from_lists([job.prompts[row] for job in jobs for row in range(len(job.prompts))]),
             np.array([ticket for entry in entries for ticket in entry.tickets], dtype=np.int64),
             np.repeat([job.width for job in jobs], sizes),
             np.repeat(kinds, sizes),
-            TokenRows.from_lists([places for places, size in zip(listed, sizes, strict=True) for _ in range(size)]),
+            TokenRows.from_lists([items for items, size in zip(listed, sizes, strict=True) for _ in range(size)]),
         )
         try:
             self._leader.apply(command)
@@ -166,8 +166,8 @@ class Running:
         for prompt in prompts:
             tokens = sum(len(hit.tokens) for hit in prompt.hits)
             leaf_N = np.array([hit.leaf for hit in prompt.hits], dtype=np.int64)
-            if (found := prompt.candidates) is not None:
-                tokens, leaf_N = int(found.lengths_BW.sum()), found.leaf_BW[found.leaf_BW >= 0].numpy()
+            if (raw := prompt.candidates) is not None:
+                tokens, leaf_N = int(raw.lengths_BW.sum()), raw.leaf_BW[raw.leaf_BW >= 0].numpy()
             self._metrics.tokens.labels("answer").inc(tokens)
             self._metrics.tokens.labels("forced").inc(tokens - int(choices_V[leaf_N].sum()))
         job.finish(JobResult(prompts, lane.weights, lane.catalog, job.started - job.arrived, now - job.started))

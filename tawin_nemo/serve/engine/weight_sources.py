@@ -1,4 +1,4 @@
-"""Where new weights come from: files, or a process group's tensors. Either way beside those in use."""
+"""Sources of new weights: files, or tensors received through a process group."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from tawin_nemo.serve.engine.replica import Replica
 
 
 class Source(Protocol):
-    """New weights, for a process alone or for ranks that share a model."""
+    """New weights, which are loaded beside those in use."""
 
-    def alone(self, replica: Replica) -> LM:
-        """A model with them; called beside the engine's thread, changes nothing in use."""
+    def load_here(self, replica: Replica) -> LM:
+        """Load a model in a server of one process; called outside of the engine's thread."""
         ...
 
-    def together(self, leader: Leader, version: int) -> None:
-        """Give them to all ranks as ``version``; called on the engine's thread."""
+    def load_on_all_ranks(self, leader: Leader, version: int) -> None:
+        """Load them on all ranks as ``version``; called on the engine's thread."""
         ...
 
 
@@ -32,21 +32,21 @@ class FromDisk:
 
     path: str
 
-    def alone(self, replica: Replica) -> LM:
+    def load_here(self, replica: Replica) -> LM:
         return replica.load(self.path)
 
-    def together(self, leader: Leader, version: int) -> None:
+    def load_on_all_ranks(self, leader: Leader, version: int) -> None:
         leader.apply(LoadWeights(version, self.path))
 
 
 @dataclass(frozen=True)
 class FromMemory:
-    """Whole tensors, by name, that were checked against what the model consists of."""
+    """Whole tensors by Hugging Face name, whose names and shapes were checked against the model."""
 
     tensors: Mapping[str, Tensor]
 
-    def alone(self, replica: Replica) -> LM:
+    def load_here(self, replica: Replica) -> LM:
         return replica.build_from_tensors(lambda name, shape, dtype: self.tensors[name])
 
-    def together(self, leader: Leader, version: int) -> None:
-        leader.take_weights(version, self.tensors)
+    def load_on_all_ranks(self, leader: Leader, version: int) -> None:
+        leader.broadcast_weights(version, self.tensors)

@@ -1,4 +1,4 @@
-"""The routes for users and training jobs, and the playground page at ``/``."""
+"""The routes for users and training jobs, and the playground page at ``/``. J: items of the catalog's trie."""
 
 from __future__ import annotations
 

@@ -12,7 +12,7 @@ from tawin_nemo.config.backbones import Backbone, backbone, stage_layers
 from tawin_nemo.config.schema import Recipe
 from tawin_nemo.models.megatron.hf.config import backbone_from_hf
 from tawin_nemo.models.megatron.model.fused import find_apex
-from tawin_nemo.models.megatron.model.precision import VERIFIED, Machine, lack
+from tawin_nemo.models.megatron.model.precision import VERIFIED, Machine, unsupported_reason
 from tawin_nemo.tools.doctor.check import Check, absent, check, fails, gib, ok, warning
 from tawin_nemo.tools.doctor.place import existing
 from tawin_nemo.tools.doctor.probe import Found
@@ -163,9 +163,10 @@ def precision(recipe: Recipe, found: Found) -> Check:
     name = min(gpus, key=lambda gpu: gpu.capability).name if gpus else ""
     apex = find_apex()
     foreign = apex.folder if apex.foreign else ""
-    lacking = lack(wanted, Machine(lowest, name, found.torch.cuda, engine.version, engine.error, foreign))
-    if lacking is not None:
-        return fails(lacking.reason, f"model.precision: {lacking.remedy}")
+    machine = Machine(lowest, name, found.torch.cuda, engine.version, engine.error, foreign)
+    unsupported = unsupported_reason(wanted, machine)
+    if unsupported is not None:
+        return fails(unsupported.reason, f"model.precision: {unsupported.remedy}")
     if wanted not in VERIFIED:
         return warning(f"{wanted}, Transformer Engine {engine.version}", "not verified on hardware: watch its losses")
     return ok(f"{wanted}, Transformer Engine {engine.version}")

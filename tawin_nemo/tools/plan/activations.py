@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from tawin_nemo.config.backbones import Backbone
 from tawin_nemo.tools.plan.layout import Layout
 
-#: Most logits that head_lse.py holds at once, and the most exponentials it keeps for the backward pass.
+#: Most logits that head.py holds at once, and the most exponentials it keeps for the backward pass.
 LOGITS_ALIVE = {"cpu": 2**20, "cuda": 2**24}
 LOGITS_KEPT = 2**23
 #: Edges that head.py multiplies at once in bf16.
@@ -144,7 +144,7 @@ def forward_bytes(shape: Backbone, layout: Layout, numbers: Numbers, tokens: flo
 
 
 def head_bytes(shape: Backbone, layout: Layout, numbers: Numbers, work: Pass, *, backward: bool = True) -> float:
-    """Logits of the scored rows on the last stage: a slice of the vocabulary at a time (head_lse.py), or the head rows
+    """Logits of the scored rows on the last stage: a slice of the vocabulary at a time (head.py), or the head rows
     of some edges at a time (head.py), and the rows' hidden states."""
     rows = shape.hidden * work.scored * (numbers.bytes + (4 if backward else 0))
     local_vocab = -(-shape.vocab // layout.tp)

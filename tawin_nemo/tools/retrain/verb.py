@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 from tawin_nemo.commands.convert import export as write_export
-from tawin_nemo.commands.from_checkpoint import engine_of
 from tawin_nemo.commands.session import codes_path, started
 from tawin_nemo.config.schema import Recipe, RetrainConfig
 from tawin_nemo.eval.result import EvalResult
@@ -26,6 +25,7 @@ from tawin_nemo.run.world import build_world, open_run_dir
 from tawin_nemo.tools.retrain.gate import Decision, decide
 from tawin_nemo.tools.retrain.nights import EXPORT, GATE_FILE, Night, Place, checked_date
 from tawin_nemo.train.pipeline import evaluate_stage, run_pipeline
+from tawin_nemo.train.start import engine_of
 from tawin_nemo.util.errors import REFUSED, ConfigError
 from tawin_nemo.util.files import write_json
 from tawin_nemo.util.log import get_logger

@@ -211,10 +211,14 @@ def test_the_key_value_cache_is_what_the_store_allocates():
 
 
 def test_head_constants_are_those_of_the_head():
-    from tawin_nemo.models.megatron.model import head, head_lse
+    from tawin_nemo.models.megatron.model import head
 
-    assert (head._EDGES_AT_ONCE, head_lse._KEPT, head_lse._NARROWEST) == (EDGES_AT_ONCE, LOGITS_KEPT, NARROWEST_SLICE)
-    assert head_lse._ALIVE == LOGITS_ALIVE
+    assert (head._EDGES_AT_ONCE, head._KEPT_EXPONENTIALS, head._MIN_SLICE) == (
+        EDGES_AT_ONCE,
+        LOGITS_KEPT,
+        NARROWEST_SLICE,
+    )
+    assert head._LIVE_LOGITS == LOGITS_ALIVE
 
 
 # -- phases ----------------------------------------------------------------------------------------------------------

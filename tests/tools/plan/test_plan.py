@@ -45,12 +45,12 @@ def test_work_agrees_with_the_counter_of_training():
     import numpy as np
 
     from tawin_nemo.data.trees import tree_batch
-    from tawin_nemo.run.mfu import batch_work
+    from tawin_nemo.run.mfu import forward_flop_count
     from tawin_nemo.types import TokenRows
 
     prompts = TokenRows.from_lists([[1, 2, 3, 4]] * 2)
     paths = TokenRows.from_lists([[5 + c, 9, 1] for _ in range(2) for c in range(3)])
-    counted = batch_work([tree_batch(prompts, paths, np.repeat([0, 1], 3), None)[0]], vocab=20)
+    counted = forward_flop_count([tree_batch(prompts, paths, np.repeat([0, 1], 3), None)[0]], vocab=20)
     planned = rows_work(2, Lengths(4, 3, 1), 3, "vocab", 20)
     assert (planned.tokens, planned.pairs) == (counted.tokens, counted.pairs)
     assert planned.logits >= counted.logits > 0.5 * planned.logits  # candidates share their first place

@@ -77,7 +77,7 @@ class AsyncSaver:
 
 
 def drain() -> None:
-    """Wait for every saver, whatever comes of it: before the process groups go, on the way out of an error."""
+    """Wait for every saver and ignore its errors; called before the process groups are destroyed after an error."""
     for saver in list(_savers):
         with contextlib.suppress(CheckpointError, OSError, RuntimeError):
             saver.wait()
@@ -88,6 +88,6 @@ def _device() -> tuple[int | None]:
 
 
 def _on_device(device: int | None) -> None:
-    """A new thread begins on GPU 0, where a rank of another GPU has no business."""
+    """Select this rank's GPU: a new thread starts on GPU 0."""
     if device is not None:
         torch.cuda.set_device(device)

@@ -18,13 +18,17 @@ import shutil
 from collections.abc import Callable, Iterator
 from importlib import metadata
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
+import megatron.core
+import torch
 from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing.validation import StrictHandling
 from megatron.core.models.gpt import GPTModel
 from torch.distributed.checkpoint.api import CheckpointException
 
+from tawin_nemo import __version__
 from tawin_nemo.models.megatron.checkpoint import files
 from tawin_nemo.models.megatron.checkpoint.dcp_save import ShardSave
 from tawin_nemo.models.megatron.checkpoint.files import FORMAT, Ranks, list_checkpoints
@@ -69,7 +73,9 @@ def begin_save(
         "layout": _layout(),
         "versions": {
             "python": platform.python_version(),
-            **{name: metadata.version(name) for name in ("tawin-nemo", "torch", "megatron-core")},
+            "tawin-nemo": __version__,  # also where the checkout is not installed, as in a container
+            "torch": _version("torch", torch),
+            "megatron-core": _version("megatron-core", megatron.core),
         },
     }
     temporary = path.with_name(f".{path.name}.tmp")
@@ -94,7 +100,7 @@ def begin_save(
 
 @contextlib.contextmanager
 def _explained(path: Path) -> Iterator[None]:
-    """Whatever goes wrong while ``path`` is written becomes one CheckpointError that says what is left."""
+    """Turn every error while ``path`` is written into one CheckpointError that says what is left on the disk."""
     try:
         yield
     except (Exception, CheckpointException) as error:
@@ -118,9 +124,9 @@ def load_checkpoint(
     """Restore weights (and, with ``trainable``, its optimizer) bit for bit; return the saved ``state``.
 
     The layout may differ from the one that saved. Without ``trainable`` an optimizer that exists already keeps its
-    own copy of the weights: call its ``reload_model_params()``. ``verified``: its checksums were found right just now
-    (``newest_valid``) and are not computed again. Raises CheckpointError when the checkpoint is
-    incomplete or damaged, is of another model, or lacks the optimizer that is asked for.
+    own copy of the weights: call its ``reload_model_params()``. ``verified``: the checksums have just been verified
+    (``newest_valid``) and are not computed again. Raises CheckpointError when the checkpoint is incomplete or damaged,
+    is of another model, or has no state of this optimizer.
     """
     path = Path(path)
     problem = None if verified else find_problem(path)
@@ -140,7 +146,7 @@ def load_checkpoint(
 def newest_valid(directory: Path, problem_of: Callable[[Path], str | None] | None = None) -> Path | None:
     """The newest checkpoint that is complete and undamaged; None when there are none at all.
 
-    A warning names those that were passed over, why, and the one that is used. ``problem_of`` looks at one checkpoint
+    A warning names those that were skipped, the reason, and the one that is used. ``problem_of`` checks one checkpoint
     (default ``find_problem``). Raises CheckpointError when there are checkpoints and none is whole.
     """
     if runtime.world_rank() == 0:
@@ -162,7 +168,7 @@ def newest_valid(directory: Path, problem_of: Callable[[Path], str | None] | Non
 
 
 def set_aside(directory: Path, step: int) -> None:
-    """Rank 0 renames checkpoints newer than ``step``; see ``checkpoint_files.set_aside``."""
+    """Rank 0 renames checkpoints newer than ``step``; see ``files.set_aside``."""
     if runtime.world_rank() == 0:
         files.set_aside(directory, step)
     runtime.barrier()
@@ -175,7 +181,7 @@ def prune(directory: Path, keep_last: int, keep: set[int]) -> None:
 
 
 def find_problem(path: Path) -> str | None:
-    """Why ``path`` is not a complete, undamaged checkpoint; None if it is. The files are shared out over the ranks."""
+    """Why ``path`` is not a complete, undamaged checkpoint; None if it is. The files are divided among the ranks."""
     ranks = Ranks()
     try:
         record = files.read_record(path)
@@ -184,11 +190,11 @@ def find_problem(path: Path) -> str | None:
         problem = str(error)
     except OSError as error:
         problem = f"it cannot be read ({error})"
-    return next((found for found in ranks.gather(problem) if found is not None), None)
+    return next((first for first in ranks.gather(problem) if first is not None), None)
 
 
 def _signature(model: GPTModel) -> dict[str, Any]:
-    """What must agree for weights to mean the same; nothing that depends on the layout."""
+    """The properties that two models must share to exchange weights; none of them depends on the layout."""
     config = model.config
     return {
         "layers": config.num_layers,
@@ -226,3 +232,11 @@ def _check_signature(path: Path, record: dict[str, Any], model: GPTModel, traina
             f"{path} holds the state of optimizer {record['optimizer']}, this run uses {kind}; "
             "use the trainer.distributed_optimizer and model.precision that it was saved with"
         )
+
+
+def _version(distribution: str, package: ModuleType) -> str:
+    """The installed version, else the package's own ``__version__``, as for sources that are only on the path."""
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return str(getattr(package, "__version__", "unknown"))

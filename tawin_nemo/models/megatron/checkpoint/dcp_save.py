@@ -27,7 +27,7 @@ from torch.distributed.checkpoint.filesystem import FileSystem
 
 
 class ShardSave(SaveShardedStrategy):
-    """Twin of megatron-core's ``TorchDistSaveShardedStrategy`` in two parts: ``save`` takes, ``write`` writes.
+    """Twin of megatron-core's ``TorchDistSaveShardedStrategy`` in two parts, ``save`` and ``write``.
 
     One file per rank, fsynced. With ``snapshot``, ``save`` copies every tensor to CPU memory.
     """
@@ -43,6 +43,7 @@ class ShardSave(SaveShardedStrategy):
         return True
 
     def save(self, sharded_state_dict: ShardedStateDict, checkpoint_dir: str | Path) -> None:
+        """Collect the shards of this rank; with ``snapshot``, copy them to CPU memory."""
         by_key, _, _ = _replace_state_dict_keys_with_sharded_keys(sharded_state_dict, keep_only_main_replica=True)
         if self._snapshot:
             by_key = {key: [_copied(part) for part in parts] for key, parts in by_key.items()}
@@ -50,7 +51,7 @@ class ShardSave(SaveShardedStrategy):
         self._directory = Path(checkpoint_dir)
 
     def write(self, group: Any = None) -> None:
-        """Write what ``save`` took; collective over ``group`` (None: the default one), which nobody else may use."""
+        """Write what ``save`` collected; collective over ``group`` (None: the default one), exclusively used by it."""
         writer = dcp.FileSystemWriter(self._directory, single_file_per_rank=True, sync_files=True)
         writer.fs = _Files()
         planner = MCoreSavePlanner(flatten_state_dict=False)

@@ -31,12 +31,16 @@ _NAME = re.compile(r"step_(\d+)")
 
 @dataclass(frozen=True)
 class Ranks:
-    """All processes of the run, talking over ``group`` (None: the default one). One process needs no group."""
+    """All processes of the run, communicating over ``group`` (None: the default one); one process needs no group.
+
+    Unlike ``runtime.on_rank_0`` it may be used in a thread, with a group of its own.
+    """
 
     group: Any = None
 
     @property
     def rank(self) -> int:
+        """World rank of this process."""
         return dist.get_rank() if dist.is_initialized() else 0
 
     def gather(self, value: Any) -> list[Any]:
@@ -48,33 +52,33 @@ class Ranks:
         return values
 
     def share(self, names: list[str]) -> list[str]:
-        """The names that this rank looks after."""
+        """The names that this rank handles: every n-th of n ranks."""
         return names[self.rank :: dist.get_world_size(self.group)] if dist.is_initialized() else names
 
     def agree(self, part: Callable[[], T]) -> list[T]:
-        """Every rank runs ``part``; what each returned. Raises CheckpointError everywhere when one rank's fails."""
+        """Run ``part`` on every rank; returns all results. Raises CheckpointError on all ranks when one fails."""
         result, problem = None, ""
         try:
             result = part()
         except Exception as error:
             problem = f"{type(error).__name__}: {error}"
-        answers = self.gather((result, problem))
-        for rank, (_, said) in enumerate(answers):
-            if said:
-                raise CheckpointError(f"rank {rank}: {said}")
-        return [value for value, _ in answers]
+        results = self.gather((result, problem))
+        for rank, (_, failure) in enumerate(results):
+            if failure:
+                raise CheckpointError(f"rank {rank}: {failure}")
+        return [value for value, _ in results]
 
 
 def list_checkpoints(directory: Path) -> list[tuple[int, Path]]:
     """(step, path) of every ``step_N`` below ``directory``, oldest first; none are opened."""
     if not Path(directory).is_dir():
         return []
-    found = ((_NAME.fullmatch(path.name), path) for path in Path(directory).iterdir() if path.is_dir())
-    return sorted((int(match[1]), path) for match, path in found if match)
+    matches = ((_NAME.fullmatch(path.name), path) for path in Path(directory).iterdir() if path.is_dir())
+    return sorted((int(match[1]), path) for match, path in matches if match)
 
 
 def recover(directory: Path) -> None:
-    """Bring back a ``step_N`` that was moved away for a newer one which then never took its place."""
+    """Rename a ``step_N`` back that was moved away for a newer one of the same name, which was then not written."""
     for old in Path(directory).glob(".step_*.old"):
         path = old.with_name(old.name[1 : -len(".old")])
         if not path.exists():
@@ -82,10 +86,10 @@ def recover(directory: Path) -> None:
 
 
 def set_aside(directory: Path, step: int) -> None:
-    """Rename what is newer than ``step`` to ``step_N.damaged``: a run that continues after ``step`` has passed over it.
+    """Rename checkpoints newer than ``step`` to ``step_N.damaged``: a run that continues after ``step`` skipped them.
 
-    Under its old name it would count as one of the newest that are kept, and a file system that reads it well tomorrow
-    would bring it back between steps of another attempt.
+    Under its old name such a checkpoint would count as one of the newest that are kept, and if the file system can read
+    it again later, it would appear between the steps of another attempt.
     """
     for newer, path in list_checkpoints(directory):
         if newer > step:
@@ -108,7 +112,7 @@ def prune(directory: Path, keep_last: int, keep: set[int]) -> None:
 
 
 def damaged_file(path: Path, names: list[str], files: dict[str, dict[str, Any]]) -> str | None:
-    """What is wrong with the first of ``names`` that is not as ``files`` (the record) says; None if all are."""
+    """Describes the first of ``names`` that does not match its record in ``files``; None if all match."""
     for name in names:
         file = path / name
         if not file.is_file():
@@ -142,7 +146,7 @@ def read_record(path: Path) -> dict[str, Any]:
 
 
 def commit(temporary: Path, path: Path, record: dict[str, Any]) -> None:
-    """Add ``state.json``, bring everything to the disk, rename ``temporary`` to ``path``."""
+    """Write ``state.json``, fsync all files, and rename ``temporary`` to ``path``."""
     text = json.dumps({**record, "sha256": _record_digest(record)}, indent=2, sort_keys=True) + "\n"
     (temporary / STATE_FILE).write_text(text, encoding="utf-8")
     for name in (*record["files"], STATE_FILE):

@@ -1,8 +1,11 @@
-"""A stage's forward pass without gradient: megatron's operations in megatron's order, without its layers of calls.
+"""A stage's forward pass for inference: megatron's operations in megatron's order, without its module overhead.
 
-A search calls the model for a handful of tokens at a time. megatron's modules then cost several times the arithmetic:
-autograd functions, contexts for recomputation and offloading, rotary factors anew in every layer. Here the same weights
-take part in the same operations, so that every bit is the same (tests compare), and rollouts agree with training.
+A search calls the model for a few tokens at a time. megatron's modules then cost several times the arithmetic: autograd
+functions, contexts for recomputation and offloading, rotary factors computed anew in every layer. Here the same weights
+take part in the same operations, so that all results are bit-identical (tests compare them).
+
+Axes: S tokens of the flat row, D width (in head tensors the dimension of a head), H query heads, G key and value
+groups, F width of the gated FFN's two halves.
 """
 
 from __future__ import annotations
@@ -21,16 +24,16 @@ from tawin_nemo.models.megatron.model.attention import AttentionPlan
 
 
 def supported(model: GPTModel) -> bool:
-    """Whether all linear layers of this stage are megatron's own: Transformer Engine's (FP8) have their own ways."""
+    """Whether all linear layers of this stage are megatron's own; Transformer Engine's (FP8) need their own forward."""
     return all(type(layer.self_attention.linear_qkv) is ColumnParallelLinear for layer in model.decoder.layers)
 
 
 @torch.no_grad()
 def stage_output(model: GPTModel, tokens_S: Tensor, arriving_SD: Tensor | None, plan: AttentionPlan) -> Tensor:
-    """Hidden states [S, D] behind this stage; its input are tokens on the first stage, ``arriving_SD`` on others.
+    """Hidden states [S, D] after this stage, from tokens on the first stage and from ``arriving_SD`` on the others.
 
-    Equal to the model's own forward in evaluation mode without sequence parallelism, and needs neither to be switched
-    on. Collective over the TP ranks.
+    Equal to the model's own forward in evaluation mode without sequence parallelism, whatever mode it is in. Collective
+    over the TP ranks.
     """
     hidden_SD = _embedded(model, tokens_S) if arriving_SD is None else arriving_SD
     angle_S1D = model.rotary_pos_emb.forward(plan.position_S)[:, 0]
@@ -67,7 +70,7 @@ def _product(linear: Any, input_SD: Tensor) -> Tensor:
 
 
 def _summed(part_SD: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """The sum of what the TP ranks hold."""
+    """The sum over the TP ranks, in place."""
     if group.size() > 1:
         dist.all_reduce(part_SD, group=group)
     return part_SD

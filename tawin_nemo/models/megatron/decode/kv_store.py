@@ -1,7 +1,10 @@
-"""Keys and values of prompts and of the token trees that grow below them: one set of slots per prompt.
+"""KV cache of prompts and of the token trees that grow below them: one set of slots per prompt.
 
 A prompt's slots hold its own tokens first, then every token generated below it, whichever beam it belongs to. A token
-sees the prompt and its own ancestors through a mask, so choosing the next beams copies no keys.
+attends to the prompt and its own ancestors through a mask, so choosing the next beams copies no keys.
+
+Axes: B prompts, S new tokens, G key and value groups, H query heads, D dimension of a head, K slots, M chosen prompts,
+T tokens of a padded prompt.
 """
 
 from __future__ import annotations
@@ -25,14 +28,14 @@ class KeyValueSlots:
     def write(self, layer: int, prompt_S: Tensor, slot_S: Tensor, key_SGD: Tensor, value_SGD: Tensor) -> None:
         """Store S tokens' keys and values at (prompt, slot)."""
         if layer not in self._layers:
-            room = (self.prompts, key_SGD.shape[1], self.capacity, key_SGD.shape[2])
+            shape = (self.prompts, key_SGD.shape[1], self.capacity, key_SGD.shape[2])
             # zeros: a masked slot still enters the kernels, where 0 * NaN would be NaN
-            self._layers[layer] = (key_SGD.new_zeros(room), value_SGD.new_zeros(room))
+            self._layers[layer] = (key_SGD.new_zeros(shape), value_SGD.new_zeros(shape))
         for stored, fresh in zip(self._layers[layer], (key_SGD, value_SGD), strict=True):
             stored[prompt_S, :, slot_S] = fresh
 
     def read(self, layer: int, prompt_M: Tensor | None, slots: int) -> tuple[Tensor, Tensor]:
-        """The first ``slots`` slots of the named prompts (None = of all, without a copy)."""
+        """The first ``slots`` slots of the given prompts (None = of all, without a copy)."""
         keys, values = self._layers[layer]
         if prompt_M is None:
             return keys[:, :, :slots], values[:, :, :slots]
@@ -45,7 +48,7 @@ class KeyValueSlots:
             self._map(lambda stored: _padded(stored, self.capacity))
 
     def keep(self, prompt_M: Tensor) -> None:
-        """Keep only the named prompts."""
+        """Keep only the given prompts."""
         self.prompts = len(prompt_M)
         self._map(lambda stored: stored[prompt_M])
 
@@ -84,7 +87,7 @@ def _padded(stored_BGKD: Tensor, slots: int) -> Tensor:
 
 
 class PrefillPlan(TreePlan):
-    """Prompts attend to themselves, and leave their keys and values in the store."""
+    """Prompts attend to themselves; their keys and values are written to the store."""
 
     def __init__(self, batch: TokenBatch, device: torch.device, store: KeyValueSlots, padding: int) -> None:
         super().__init__(batch, device, padding)
@@ -99,7 +102,7 @@ class PrefillPlan(TreePlan):
 
 
 class ExtendPlan(AttentionPlan):
-    """S new tokens, token s in slot ``slot_S[s]`` of prompt ``prompt_S[s]``, seeing what ``visible_SK`` says."""
+    """S new tokens, token s in slot ``slot_S[s]`` of prompt ``prompt_S[s]``, attending to slots ``visible_SK``."""
 
     def __init__(
         self,
@@ -119,11 +122,11 @@ class ExtendPlan(AttentionPlan):
         self._prompt_M = prompt_M if few else None
         if not few:
             self._block_S = prompt_S
-        self._place_S = place_within(self._block_S)
+        self._place_S = index_in_group(self._block_S)
         self._blocks = len(prompt_M) if few else store.prompts
         self._width = int(self._place_S.max()) + 1
         visible_BSK = visible_SK.new_zeros(self._blocks, self._width, self._slots)
-        visible_BSK[:, :, 0] = True  # places without a token see a slot: a softmax over nothing is not a number
+        visible_BSK[:, :, 0] = True  # padding attends to a slot: a softmax over nothing is not a number
         visible_BSK[self._block_S, self._place_S] = visible_SK
         self._visible_BSK = visible_BSK
         self._mask: Tensor | None = None
@@ -142,8 +145,8 @@ class ExtendPlan(AttentionPlan):
         return output_SHD
 
 
-def place_within(group_S: Tensor) -> Tensor:
-    """Each entry's number among the entries of the same group, in order."""
+def index_in_group(group_S: Tensor) -> Tensor:
+    """The index of each entry among the entries of its group, in order."""
     order_S = group_S.argsort(stable=True)
     sorted_S = group_S[order_S]
     first_S = torch.searchsorted(sorted_S, sorted_S)

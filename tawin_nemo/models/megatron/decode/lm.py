@@ -1,7 +1,10 @@
-"""The model as a searchable language model: prompts in once, then chains of tokens below any token run before.
+"""Cached decoding: each prompt is prefilled once, then chains of tokens are appended below any token run before.
 
 Every model-parallel rank calls the same methods with the same arguments and gets the same log-probs, so a search runs
 identically on all of them.
+
+Axes: B prompts, R rows (tokens that were run), G generated slots of a prompt, P prompt slots, S new tokens, D width, M
+prompts to keep, N queried rows, E queried edges (pairs of a row and a token).
 """
 
 from __future__ import annotations
@@ -18,14 +21,14 @@ from torch import Tensor
 from tawin_nemo.config.backbones import Backbone
 from tawin_nemo.maths.segments import segment_log_softmax
 from tawin_nemo.models.megatron.decode import inference_forward
-from tawin_nemo.models.megatron.decode.kv_store import ExtendPlan, KeyValueSlots, PrefillPlan, place_within
+from tawin_nemo.models.megatron.decode.kv_store import ExtendPlan, KeyValueSlots, PrefillPlan, index_in_group
 from tawin_nemo.models.megatron.model.attention import AttentionPlan
 from tawin_nemo.models.megatron.model.forward import logit_dtype, modes, padding
 from tawin_nemo.models.megatron.model.head import edge_logits, log_sum_exp
 from tawin_nemo.models.megatron.parallel import runtime
 from tawin_nemo.types import TokenBatch, TokenRows
 
-#: Attributes by which megatron's modules remember that activations are split along the sequence.
+#: Attributes of megatron's modules for activations that are split along the sequence.
 _SEQUENCE_FLAGS = ("sequence_parallel", "reduce_scatter_embeddings", "scatter_to_sequence_parallel")
 
 
@@ -54,20 +57,22 @@ class MegatronLM:
     It runs in the model's own process groups, which need not be those of training.
     """
 
-    def __init__(self, model: GPTModel, shape: Backbone, *, lean_forward: bool = True) -> None:
-        """``lean_forward=False`` runs megatron's modules themselves: the same numbers, slower (``lean``)."""
+    def __init__(self, model: GPTModel, shape: Backbone, *, use_inference_forward: bool = True) -> None:
+        """``use_inference_forward=False`` calls megatron's modules: the same results, slower."""
         self.model, self.shape = model, shape
         self._stages: dist.ProcessGroup = model.pg_collection.pp
         self._stage, self._last_stage = self._stages.rank(), self._stages.size() - 1
-        self._lean = lean_forward and inference_forward.supported(model)
+        self._use_inference_forward = use_inference_forward and inference_forward.supported(model)
         self._drops = model.config.attention_dropout > 0
 
     @property
     def vocab_size(self) -> int:
+        """Number of tokens of the real vocabulary, without padding."""
         return self.shape.vocab
 
     @property
     def max_positions(self) -> int:
+        """Tokens of the longest sequence that the model accepts."""
         return self.shape.max_position
 
     def rows(self, cache: Cache) -> int:
@@ -104,15 +109,15 @@ class MegatronLM:
         device = runtime.device()
         parent_R, length_R = parent_R.to(device), torch.from_numpy(chains.lengths).to(device)
         row_S = torch.repeat_interleave(length_R)
-        place_S = torch.arange(len(row_S), device=device) - (length_R.cumsum(0) - length_R)[row_S]
+        index_S = torch.arange(len(row_S), device=device) - (length_R.cumsum(0) - length_R)[row_S]
         parent_S = parent_R[row_S]
-        prompt_S, position_S = cache.prompt_R[parent_S], cache.length_R[parent_S] + place_S
-        slot_S = cache.used_B[prompt_S] + place_within(prompt_S)  # slots of one chain follow each other
+        prompt_S, position_S = cache.prompt_R[parent_S], cache.length_R[parent_S] + index_S
+        slot_S = cache.used_B[prompt_S] + index_in_group(prompt_S)  # slots of one chain follow each other
         generated = max(int(slot_S.max()) + 1, cache.visible_RG.shape[1])
         cache.store.make_room(cache.store.prompt_slots + generated)
         slot_G = torch.arange(generated, device=device)
         visible_RG = torch.nn.functional.pad(cache.visible_RG, (0, generated - cache.visible_RG.shape[1]))
-        own_SG = (slot_G >= (slot_S - place_S)[:, None]) & (slot_G <= slot_S[:, None])
+        own_SG = (slot_G >= (slot_S - index_S)[:, None]) & (slot_G <= slot_S[:, None])
         visible_SG = visible_RG[parent_S] | own_SG
         prompt_SP = torch.arange(cache.store.prompt_slots, device=device) < cache.prompt_length_B[prompt_S, None]
         extra = padding(len(row_S), self.model.config)
@@ -209,7 +214,7 @@ class MegatronLM:
         return hidden_SD[:real]
 
     def _stage_output(self, tokens_S: Tensor, arriving_SBD: Tensor | None, plan: AttentionPlan) -> Tensor:
-        if self._lean:
+        if self._use_inference_forward:
             arriving_SD = None if arriving_SBD is None else arriving_SBD[:, 0]
             with modes(self.model, training=False) if self._drops else contextlib.nullcontext():
                 return inference_forward.stage_output(self.model, tokens_S, arriving_SD, plan)
@@ -222,7 +227,7 @@ class MegatronLM:
 
 
 def _chains(rows: TokenRows) -> TokenBatch:
-    """Rows as trees without a fork."""
+    """The rows as token trees without branches."""
     length_B = torch.from_numpy(rows.lengths)
     end_S = length_B.cumsum(0).repeat_interleave(length_B)
     position_S = torch.arange(len(end_S)) - (length_B.cumsum(0) - length_B).repeat_interleave(length_B)
@@ -240,7 +245,7 @@ def _present(hidden_RD: Tensor | None) -> Tensor:
 
 @contextlib.contextmanager
 def _without_sequence_parallel(model: GPTModel) -> Iterator[None]:
-    """Decoding steps are a few tokens long: nothing to split. Megatron's modules read these flags in every forward."""
+    """Switch sequence parallelism off: a decoding step has few tokens. megatron reads these flags in every forward."""
     if not model.config.sequence_parallel:
         yield
         return

@@ -46,6 +46,7 @@ class HfWeights:
         return self._open[name]
 
     def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of a tensor, from the file's header. Raises CheckpointError when the tensor is missing."""
         return tuple(self._slice(name).get_shape())
 
     def _slice(self, name: str) -> Any:
@@ -53,15 +54,16 @@ class HfWeights:
             return self._file(self.files[name]).get_slice(name)
         except SafetensorError as error:
             raise CheckpointError(
-                f"{self.directory / self.files[name]} lacks {name}, which the index promises"
+                f"{self.directory / self.files[name]} has no tensor {name}, although the index lists it"
             ) from error
 
     def read(self, name: str, axis: int, start: int, stop: int) -> Tensor:
+        """The slice ``start:stop`` along ``axis`` (0 or 1) of a tensor, in CPU memory."""
         part = self._slice(name)
         return part[start:stop] if axis == 0 else part[:, start:stop]
 
     def mean_row(self, name: str) -> Tensor:
-        """Mean over the rows, in float64, the same on every rank that asks."""
+        """Mean over the rows of a matrix, [columns] in float64, the same on every rank."""
         rows, columns = self.shape(name)
         total = torch.zeros(columns, dtype=torch.float64)
         for start in range(0, rows, ROWS_AT_ONCE):

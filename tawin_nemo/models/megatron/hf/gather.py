@@ -1,4 +1,4 @@
-"""Whole Hugging Face tensors out of the shards of a model, brought to world rank 0 one table row at a time."""
+"""Gather whole Hugging Face tensors from the shards of a model to world rank 0, one row of the table at a time."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Row = tuple[Entry, int | None]
 
 @dataclass(frozen=True)
 class Export:
-    """What every rank must agree on while gathering."""
+    """What every rank needs to take part in gathering."""
 
     model: GPTModel
     shape: Backbone
@@ -26,21 +26,23 @@ class Export:
     local: Mapping[Row, Tensor]
     owner: dict[Row, int]  # pipeline stage that sends the row
 
-    def room(self, rows: list[Row]) -> dict[str, Tensor]:
-        """Where ``gather`` puts the rows of one file. Taken before the first of them comes: memory for the pieces that
-        come and go in between would otherwise lie in the gaps, and stay."""
+    def allocate(self, rows: list[Row]) -> dict[str, Tensor]:
+        """Allocate the output tensors of the rows of one file, by Hugging Face name.
+
+        All are allocated before the first row is gathered: otherwise short-lived buffers would fragment the memory.
+        """
         return {
             name: torch.empty(size, dtype=self.dtype)
             for row in rows
             for name, size in zip(hf_names(*row), hf_shapes(row[0], self.shape), strict=True)
         }
 
-    def gather(self, row: Row, room: dict[str, Tensor] | None) -> None:
-        """Bring the Hugging Face tensors of one row into ``room``, which only world rank 0 has. Collective."""
+    def gather(self, row: Row, outputs: dict[str, Tensor] | None) -> None:
+        """Gather the tensors of one row into ``outputs``, which is None except on world rank 0. Collective."""
         shapes = hf_shapes(row[0], self.shape)
         on_cpu = next(self.model.parameters()).device.type == "cpu"
-        places = None if room is None else [room[name] for name in hf_names(*row)]
-        direct = places if on_cpu else None
+        own = None if outputs is None else [outputs[name] for name in hf_names(*row)]
+        direct = own if on_cpu else None
         stages = self.model.pp_group
         owner, here = self.owner[row], stages.rank()
         tensors = self._assemble(row, direct) if here == owner else []
@@ -53,21 +55,21 @@ class Export:
                 tensors = direct or [torch.empty(size, dtype=self.dtype, device=device) for size in shapes]
                 for tensor in tensors:
                     dist.recv(tensor, dist.get_global_rank(stages, owner), group=stages)
-        if places is not None and direct is None:
-            for place, tensor in zip(places, tensors, strict=True):
-                place.copy_(tensor)
+        if own is not None and direct is None:
+            for output, tensor in zip(own, tensors, strict=True):
+                output.copy_(tensor)
 
-    def _assemble(self, row: Row, places: list[Tensor] | None) -> list[Tensor]:
-        """Whole tensors out of the shards of this stage's tensor-parallel group, on its first rank (in ``places``)."""
+    def _assemble(self, row: Row, outputs: list[Tensor] | None) -> list[Tensor]:
+        """Whole tensors from the shards of this stage's TP group, on its first rank (in ``outputs`` if given)."""
         entry, shard = row[0], self.local[row].detach().to(self.dtype).contiguous()
         group = self.model.tp_group
         if group.size() > 1 and entry.kind is Kind.VOCAB:
-            return self._assemble_vocabulary(entry, shard, places)
+            return self._assemble_vocabulary(entry, shard, outputs)
         if group.rank() != 0:
             if entry.kind is not Kind.REPLICATED:
                 dist.send(shard, dist.get_global_rank(group, 0), group=group)
             return []
-        tensors = places or [shard.new_empty(size) for size in hf_shapes(entry, self.shape)]
+        tensors = outputs or [shard.new_empty(size) for size in hf_shapes(entry, self.shape)]
         size = 1 if entry.kind is Kind.REPLICATED else group.size()
         for tp_rank in range(size):
             part = shard if tp_rank == 0 else torch.empty_like(shard)
@@ -81,8 +83,8 @@ class Export:
                 offset += length
         return tensors
 
-    def _assemble_vocabulary(self, entry: Entry, shard: Tensor, places: list[Tensor] | None) -> list[Tensor]:
-        """The same for the largest matrices, whose rows are received in their place: one copy of the whole, no more."""
+    def _assemble_vocabulary(self, entry: Entry, shard: Tensor, outputs: list[Tensor] | None) -> list[Tensor]:
+        """``_assemble`` for the vocabulary matrices: rows are received in place, so that there is only one copy."""
         group = self.model.tp_group
         rows = shard.shape[0]
         (mine,) = shard_segments(entry, self.shape, group.rank(), group.size(), padded_vocab=rows * group.size()) or [
@@ -93,7 +95,7 @@ class Export:
             if mine.stop > mine.start:
                 dist.send(shard[: mine.stop - mine.start], first, group=group)
             return []
-        whole = places[0] if places else shard.new_empty(hf_shapes(entry, self.shape)[0])
+        whole = outputs[0] if outputs else shard.new_empty(hf_shapes(entry, self.shape)[0])
         whole[: mine.stop] = shard[: mine.stop]
         for tp_rank in range(1, group.size()):
             low, high = min(tp_rank * rows, len(whole)), min((tp_rank + 1) * rows, len(whole))

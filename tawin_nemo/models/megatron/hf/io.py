@@ -77,11 +77,11 @@ def _check_shapes(weights: HfWeights, entry: Entry, layer: int | None, shape: Ba
 def _fill_new_rows(
     parameter: Tensor, drawn: Tensor, first_row: int, vocab: int, weights: HfWeights, name: str, new: NewTokens
 ) -> None:
-    """Rows of new tokens: what they begin with, plus the values ``drawn`` for them; rows from ``vocab`` on become 0."""
+    """Set the rows of new tokens to ``starting_rows`` plus the values ``drawn``, and rows from ``vocab`` on to 0."""
     here = new.local(first_row, len(parameter))
     if len(here):
-        places = torch.from_numpy(new.local_rows(first_row, len(parameter)))
-        parameter[places] = (starting_rows(new, weights, name, here).to(drawn.device) + drawn.double()).to(parameter)
+        rows = torch.from_numpy(new.local_rows(first_row, len(parameter)))
+        parameter[rows] = (starting_rows(new, weights, name, here).to(drawn.device) + drawn.double()).to(parameter)
     parameter[max(vocab - first_row, 0) :] = 0
 
 
@@ -107,7 +107,7 @@ def load_hf(model: GPTModel, shape: Backbone, directory: str | Path, new: NewTok
 def fill_row(
     model: GPTModel, shape: Backbone, row: Row, parameter: Tensor, weights: HfWeights, new: NewTokens | None = None
 ) -> None:
-    """This rank's shard of one row of the table, from a source that has at least the row's tensors; as ``load_hf``."""
+    """Load this rank's shard of one row of the table from a source that has its tensors; see ``load_hf``."""
     entry, layer = row
     tp_rank, tp_size = model.tp_group.rank(), model.tp_group.size()
     _check_shapes(weights, entry, layer, shape)
@@ -135,7 +135,7 @@ def fill_row(
 
 
 def _parts(segment: Segment) -> Iterator[Segment]:
-    """The segment in parts that are small beside a shard, so that reading takes no second copy of an embedding."""
+    """Split a segment into parts that are small beside a shard, so that reading needs no second copy."""
     for start in range(segment.start, segment.stop, ROWS_AT_ONCE):
         yield replace(segment, start=start, stop=min(start + ROWS_AT_ONCE, segment.stop))
 
@@ -168,6 +168,7 @@ def _files(shape: Backbone, dtype: torch.dtype, max_shard_bytes: int) -> dict[st
 
 
 def owners(model: GPTModel, shape: Backbone, local: Mapping[Row, Tensor]) -> dict[Row, int]:
+    """The pipeline stage that sends each row of the table: the first one that has it. Collective."""
     rows = list(table(shape))
     held: list[Any] = [None] * model.pp_group.size()
     dist.all_gather_object(held, [n for n, row in enumerate(rows) if row in local], group=model.pp_group)
@@ -206,13 +207,13 @@ def save_hf(
             weight_map: dict[str, str] = {}
             total = 0
             for name, rows in _files(shape, dtype, max_shard_bytes).items():
-                room = export.room(rows) if folder is not None else None
+                gathered = export.allocate(rows) if folder is not None else None
                 for row in rows:
-                    export.gather(row, room)
-                if folder is not None and room is not None:
-                    total += _write(folder / name, room)
-                    weight_map |= dict.fromkeys(room, name)
-                    del room  # before the next file's is taken
+                    export.gather(row, gathered)
+                if folder is not None and gathered is not None:
+                    total += _write(folder / name, gathered)
+                    weight_map |= dict.fromkeys(gathered, name)
+                    del gathered  # before the next file's is taken
             if folder is not None:
                 if set(weight_map.values()) != {SINGLE_FILE}:
                     write_json(folder / INDEX_FILE, {"metadata": {"total_size": total}, "weight_map": weight_map})

@@ -24,7 +24,7 @@ from tawin_nemo.util.errors import CheckpointError
 
 
 class Kind(Enum):
-    """How a parameter is spread over tensor-parallel ranks."""
+    """How a parameter is sharded over tensor-parallel ranks."""
 
     REPLICATED = "replicated"
     ROW = "row"  # cut along the columns of the weight (its input)
@@ -43,6 +43,7 @@ class Entry:
 
     @property
     def axis(self) -> int:
+        """The axis along which the parameter is sharded: 1 for row-parallel weights, else 0."""
         return 1 if self.kind is Kind.ROW else 0
 
 
@@ -103,6 +104,7 @@ def table(shape: Backbone) -> Iterator[tuple[Entry, int | None]]:
 
 
 def hf_names(entry: Entry, layer: int | None) -> list[str]:
+    """Hugging Face names of the entry's tensors in this layer."""
     return [name.format(layer=layer) for name in entry.hf]
 
 
@@ -133,7 +135,7 @@ def _fused_qkv(shape: Backbone) -> list[Segment]:
 
 
 def _window(segments: list[Segment], start: int, stop: int) -> list[Segment]:
-    """The part of a concatenation of segments that lies at ``start:stop``."""
+    """The range ``start:stop`` of a concatenation of segments."""
     cut, offset = [], 0
     for segment in segments:
         length = segment.stop - segment.start
@@ -145,7 +147,7 @@ def _window(segments: list[Segment], start: int, stop: int) -> list[Segment]:
 
 
 def shard_segments(entry: Entry, shape: Backbone, tp_rank: int, tp_size: int, *, padded_vocab: int) -> list[Segment]:
-    """What rank ``tp_rank`` of ``tp_size`` holds of the entry, in the order of its shard.
+    """The segments of the entry that rank ``tp_rank`` of ``tp_size`` holds, in the order of its shard.
 
     ``padded_vocab`` is the number of vocabulary rows of the whole model; segments end at ``shape.vocab``, the rows
     behind it are padding and have no segment.
@@ -174,14 +176,14 @@ def local_parameters(model: GPTModel, shape: Backbone) -> dict[tuple[Entry, int 
     """
     named = dict(model.named_parameters())
     offset = get_transformer_layer_offset(model.config, vp_stage=model.vp_stage)
-    found: dict[tuple[Entry, int | None], Parameter] = {}
+    result: dict[tuple[Entry, int | None], Parameter] = {}
     absent: list[str] = []
     for entry, layer in table(shape):
         local = None if layer is None else layer - offset
         names = [pattern.format(layer=local) for pattern in entry.mcore]
         name = next((name for name in names if name in named), None)
         if name is not None:
-            found[entry, layer] = named.pop(name)
+            result[entry, layer] = named.pop(name)
         elif _belongs_here(model, entry, local):
             absent.append(names[0])
     if named or absent:
@@ -189,7 +191,7 @@ def local_parameters(model: GPTModel, shape: Backbone) -> dict[tuple[Entry, int 
             f"the model is not the {shape.family} of {shape.layers} layers (tied={shape.tied}) that it should be: "
             f"{_list('unknown', list(named))}{_list('absent', absent)}; build it from the same shape"
         )
-    return found
+    return result
 
 
 def _belongs_here(model: GPTModel, entry: Entry, local_layer: int | None) -> bool:

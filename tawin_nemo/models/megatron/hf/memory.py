@@ -1,7 +1,7 @@
-"""Whole weights under their Hugging Face names, in memory: out of a model in training, and into a model that searches.
+"""Whole weights under their Hugging Face names, in memory: gathered from a training model, loaded into a rollout model.
 
-Training gathers them on its first rank (CPU memory for one copy). A model takes them row of the table by row, so that
-ranks that share it need one row at a time besides their shards.
+Training gathers them on its first rank, in CPU memory for one copy. A rollout model loads one row of the table
+(``hf.map.table``) at a time, so that ranks that share it need the memory of one row besides their shards.
 """
 
 from __future__ import annotations
@@ -26,28 +26,31 @@ Sizes = dict[str, tuple[int, ...]]
 
 
 def rows_of(shape: Backbone) -> list[Sizes]:
-    """What a model of this shape consists of, in the order of the table."""
+    """Names and shapes of all tensors of a model of this shape, one dict per row of ``hf.map.table``."""
     return [dict(zip(hf_names(*row), hf_shapes(row[0], shape), strict=True)) for row in table(shape)]
 
 
 @torch.no_grad()
 def gather_hf(model: GPTModel, shape: Backbone) -> dict[str, Tensor] | None:
-    """A copy of all weights on world rank 0 (in CPU memory, in the parameters' number format, in the order of the
-    table), None elsewhere. Collective: every rank of training calls it."""
+    """All weights by Hugging Face name on world rank 0, None on the other ranks.
+
+    They are copies in CPU memory, in the parameters' dtype and the order of ``rows_of``. Collective over all training
+    ranks.
+    """
     whole: dict[str, Tensor] | None = {} if dist.get_rank() == 0 else None
     if parallel_state.get_data_parallel_rank(with_context_parallel=True) == 0:
         local = local_parameters(model, shape)
         export = Export(model, shape, model.config.params_dtype, local, owners(model, shape, local))
         for row in table(shape):
-            room = None if whole is None else export.room([row])
-            export.gather(row, room)
-            if whole is not None and room is not None:
-                whole |= room
+            gathered = None if whole is None else export.allocate([row])
+            export.gather(row, gathered)
+            if whole is not None and gathered is not None:
+                whole |= gathered
     return whole
 
 
 class _InMemory(HfWeights):
-    """Some tensors, read as a file of them would be."""
+    """Tensors in memory behind the interface of a safetensors file."""
 
     def __init__(self, tensors: Mapping[str, Tensor]) -> None:
         self.directory, self.files = Path("memory"), dict.fromkeys(tensors, "")
@@ -62,8 +65,10 @@ class _InMemory(HfWeights):
 
 @torch.no_grad()
 def fill_from_rows(model: GPTModel, shape: Backbone, rows: Iterable[Mapping[str, Tensor]]) -> None:
-    """Fill ``model`` (this rank's shard of it) from the whole tensors of every row, which come in the order of
-    ``rows_of``. Raises CheckpointError for a tensor of another shape."""
+    """Load this rank's shard of ``model`` from the whole tensors of ``rows``, in the order of ``rows_of``.
+
+    Raises CheckpointError for a tensor of another shape.
+    """
     local = local_parameters(model, shape)
     for row, tensors in zip(table(shape), rows, strict=True):
         if row in local:

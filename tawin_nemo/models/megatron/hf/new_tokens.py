@@ -1,8 +1,9 @@
-"""Rows of embedding and LM head for tokens that the pretrained weights do not know: how they begin, and how they alone
-are trained.
+"""Rows of embedding and LM head for new tokens: their initial values, and training of these rows alone.
 
-A published vocabulary has spare rows behind its last token, so a new token may lie inside the file's matrix: which
-tokens are new is told by the tokenizers, not by the number of rows.
+A published vocabulary has spare rows behind its last token, so the row of a new token may be part of the file's matrix.
+Which tokens are new is decided by comparing the tokenizers, not by the number of rows.
+
+Axes: N new tokens, D width, V vocabulary rows of the file, E pairs of a new token and one of its words.
 """
 
 from __future__ import annotations
@@ -28,16 +29,16 @@ class NewTokens:
     words: TokenRows | None = None
 
     def local(self, first_row: int, rows: int) -> np.ndarray:
-        """Which of them (places in ``ids``) a shard holds whose rows begin at ``first_row``."""
+        """Indices into ``ids`` of the tokens whose rows lie in a shard of ``rows`` rows from ``first_row`` on."""
         return np.flatnonzero((self.ids >= first_row) & (self.ids < first_row + rows))
 
     def local_rows(self, first_row: int, rows: int) -> np.ndarray:
-        """Their rows in that shard."""
+        """The rows of those tokens within the shard."""
         return self.ids[self.local(first_row, rows)] - first_row
 
 
 def starting_rows(new: NewTokens, weights: HfWeights, name: str, which: np.ndarray) -> Tensor:
-    """What the new tokens at places ``which`` begin with, before noise. [len(which), D] float64, the same on all ranks.
+    """Initial rows of the tokens ``ids[which]``, before noise: [len(which), D] float64, the same on all ranks.
 
     The file's matrix is read in parts, so that no rank ever holds the whole.
     """
@@ -46,7 +47,7 @@ def starting_rows(new: NewTokens, weights: HfWeights, name: str, which: np.ndarr
     if new.words is None:
         return start_ND
     words = new.words.take(which)
-    told = np.flatnonzero(words.lengths > 0)
+    has_words = np.flatnonzero(words.lengths > 0)
     token_E = np.repeat(np.arange(len(which)), words.lengths)
     share_NV = csr_matrix((1.0 / words.lengths[token_E], (token_E, words.flat)), shape=(len(which), rows))
     mean_ND = np.zeros((len(which), columns))
@@ -55,12 +56,12 @@ def starting_rows(new: NewTokens, weights: HfWeights, name: str, which: np.ndarr
         part_NV = share_NV[:, start:stop]
         if part_NV.nnz:
             mean_ND += part_NV @ weights.read(name, 0, start, stop).double().numpy()
-    start_ND[told] = torch.from_numpy(mean_ND[told])
+    start_ND[has_words] = torch.from_numpy(mean_ND[has_words])
     return start_ND
 
 
 def freeze_others(model: GPTModel, new: NewTokens) -> None:
-    """Leave nothing but the rows of the new tokens to train. Call it before the model gets its optimizer."""
+    """Freeze everything but the rows of the new tokens. Call it before the optimizer is built."""
     for name, parameter in model.named_parameters():
         if "word_embeddings" in name or name.startswith("output_layer"):
             first = model.tp_group.rank() * len(parameter)
@@ -72,11 +73,11 @@ def freeze_others(model: GPTModel, new: NewTokens) -> None:
 
 
 def frozen_parameters(model: GPTModel) -> list[Tensor]:
-    """The matrices of which some rows are not trained."""
+    """The parameters with frozen rows."""
     return [parameter for parameter in model.parameters() if hasattr(parameter, "frozen_rows")]
 
 
 def drop_frozen_gradients(parameters: list[Tensor]) -> None:
-    """Gradients of rows that are not trained become 0, so that neither the norm nor AdamW sees them."""
+    """Set the gradients of frozen rows to 0, so that neither the gradient norm nor AdamW uses them."""
     for parameter in parameters:
         parameter.main_grad[parameter.frozen_rows] = 0  # type: ignore[attr-defined]

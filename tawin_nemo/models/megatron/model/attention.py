@@ -1,27 +1,35 @@
-"""Core attention of every layer: torch's scaled dot product, told by a plan which tokens see which.
+"""Core attention of every layer and its rotary positions: torch's scaled dot product under an attention plan.
 
-Without a plan, rows are right-padded and plain causal attention is exact for the real tokens. A plan travels through
-megatron's layers in the place of ``packed_seq_params``, so that recomputation of activations and pipeline stages with
-several micro-batches in flight each find their own. The linear layers know nothing of it: they see one flat row.
+A plan says which tokens attend to which. It is passed through megatron's layers as ``packed_seq_params``, so that
+recomputation of activations, and pipeline stages with several micro-batches in flight, each get their own. The linear
+layers do not use it: they process one flat row. Without a plan, rows are right-padded, and plain causal attention is
+exact for the real tokens.
+
+Axes: S tokens (queries), K keys, B rows, H query heads, G key and value groups, R = (H / G) * S folded queries, D the
+dimension of a head.
 """
 
 from __future__ import annotations
 
 import contextlib
+import math
 from abc import abstractmethod
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
+from tawin_nemo.config.backbones import Backbone, RopeScaling
+
 
 class AttentionPlan(PackedSeqParams):
-    """Which of the S tokens of one flat row see which; ``position_S`` are their rotary positions."""
+    """Which of the S tokens of one flat row attend to which; ``position_S`` are their rotary positions."""
 
     def __init__(self, position_S: Tensor) -> None:
         # sbhd: megatron hands tensors on as they are, and leaves the plan itself to the core attention
@@ -34,7 +42,7 @@ class AttentionPlan(PackedSeqParams):
 
 
 class PlannedAttention(MegatronModule):
-    """Grouped-query attention after RoPE; fits the ``core_attention`` place of megatron's layer specs."""
+    """Grouped-query attention after RoPE, for the ``core_attention`` slot of megatron's layer specs."""
 
     def __init__(self, config: TransformerConfig, layer_number: int, **unused: object) -> None:
         super().__init__(config=config)
@@ -60,7 +68,7 @@ class PlannedAttention(MegatronModule):
         return output_SHD.reshape(S, 1, -1)
 
     def causal(self, query_BHSD: Tensor, key_BGSD: Tensor, value_BGSD: Tensor) -> Tensor:
-        """Every row for itself, from its beginning."""
+        """Causal attention within each row: [B, H, S, D]."""
         with self._dropout_generator():
             return F.scaled_dot_product_attention(
                 query_BHSD,
@@ -72,7 +80,7 @@ class PlannedAttention(MegatronModule):
             )
 
     def masked(self, query_BHSD: Tensor, key_BGKD: Tensor, value_BGKD: Tensor, mask_B1RK: Tensor) -> Tensor:
-        """``mask_B1RK``: 0 where visible, -inf elsewhere, R = (H / G) * S (see ``additive_mask``)."""
+        """Attention under an additive mask (0 = visible, -inf = masked; see ``additive_mask``): [B, H, S, D]."""
         # The query heads of one group become further queries of that group: no copy of the keys, and the fast kernels
         # that take a mask but no grouped heads stay usable.
         B, heads, S, dim = query_BHSD.shape
@@ -96,3 +104,41 @@ def additive_mask(visible_BSK: Tensor, share: int, dtype: torch.dtype) -> Tensor
     B, S, K = visible_BSK.shape
     mask_BSK = torch.zeros(B, S, K, dtype=dtype, device=visible_BSK.device).masked_fill_(~visible_BSK, -torch.inf)
     return mask_BSK[:, None, None].expand(B, 1, share, S, K).reshape(B, 1, share * S, K)
+
+
+def inverse_frequencies(dim: int, theta: float, scaling: RopeScaling | None) -> Tensor:
+    """``dim / 2`` inverse frequencies in float32 (arXiv 2104.09864), with Llama 3's scaling if any.
+
+    The scaling leaves wavelengths below ``original / high_freq_factor`` alone, divides those above
+    ``original / low_freq_factor`` by ``factor`` and interpolates in between.
+    """
+    inverse = 1.0 / theta ** (torch.arange(0, dim, 2, dtype=torch.float32, device="cpu") / dim)
+    if scaling is None:
+        return inverse
+    wavelength = 2 * math.pi / inverse
+    low, high = scaling.low_freq_factor, scaling.high_freq_factor
+    smooth = ((scaling.original_max_position / wavelength - low) / (high - low)).clamp(0.0, 1.0)
+    return (1 - smooth) * inverse / scaling.factor + smooth * inverse
+
+
+class PositionedRotary(RotaryEmbedding):
+    """megatron's rotary embedding with the positions of an attention plan; without one, indices in the row."""
+
+    def __init__(self, shape: Backbone) -> None:
+        super().__init__(kv_channels=shape.kv_channels, rotary_percent=1.0, rotary_base=shape.rope_theta)
+        device = torch.cuda.current_device()
+        self.inv_freq = inverse_frequencies(shape.kv_channels, shape.rope_theta, shape.rope_scaling).to(device)
+
+    def get_rotary_seq_len(self, *arguments: Any, **named: Any) -> int | Tensor:
+        """The argument that megatron passes to ``forward``: the plan's positions, or the length of the rows."""
+        plan = next((value for value in (*arguments, *named.values()) if isinstance(value, AttentionPlan)), None)
+        return super().get_rotary_seq_len(*arguments, **named) if plan is None else plan.position_S
+
+    def forward(self, length_or_positions: int | Tensor, offset: int = 0, **unused: object) -> Tensor:
+        """Angles [S, 1, 1, dim] of the given positions [S], or of positions ``offset ..``."""
+        if isinstance(length_or_positions, Tensor):
+            position_S = length_or_positions.to(self.inv_freq.device)
+        else:
+            position_S = torch.arange(offset, offset + length_or_positions, device=self.inv_freq.device)
+        angles = position_S[:, None].to(self.inv_freq.dtype) * self.inv_freq
+        return torch.cat((angles, angles), dim=-1)[:, None, None, :]

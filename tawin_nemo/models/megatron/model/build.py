@@ -17,10 +17,10 @@ from torch import Tensor
 from tawin_nemo.config.backbones import Backbone, stage_layers
 from tawin_nemo.config.schema import ModelConfig
 from tawin_nemo.models.megatron.model import precision, weight_init
+from tawin_nemo.models.megatron.model.attention import PositionedRotary
 from tawin_nemo.models.megatron.model.embedding import RowEmbedding
 from tawin_nemo.models.megatron.model.layer_spec import RMSNorm, layer_spec
-from tawin_nemo.models.megatron.model.rope import PositionedRotary
-from tawin_nemo.models.megatron.parallel.groups import rollout_groups, training_groups
+from tawin_nemo.models.megatron.parallel.groups import collective_device, rollout_groups, training_groups
 from tawin_nemo.util.errors import ConfigError
 
 _VOCABULARY = ("embedding.word_embeddings.weight", "output_layer.weight")
@@ -71,7 +71,7 @@ def _check(shape: Backbone, cfg: ModelConfig, section: str = "model") -> None:
             f"{section}.pipeline_model_parallel_size={pp}: the {shape.layers} layers of {cfg.backbone} cannot be "
             "spread over so many stages: use a divisor, or a smaller number"
         )
-    precision.check(shape, cfg)
+    precision.check_model_supported(shape, cfg)
 
 
 def model_config(shape: Backbone, cfg: ModelConfig, *, section: str = "model") -> TransformerConfig:
@@ -113,7 +113,7 @@ def model_config(shape: Backbone, cfg: ModelConfig, *, section: str = "model") -
         # Losses divide by global counts themselves: gradients are summed over data-parallel ranks, never averaged.
         calculate_per_token_loss=True,
         variable_seq_lengths=pp > 1,
-        moe_token_dispatcher_type="alltoall",  # no experts here; megatron refuses its default with variable lengths
+        moe_token_dispatcher_type="alltoall",  # no experts here; megatron rejects its default with variable lengths
         batch_p2p_comm=on_gpu,
         deallocate_pipeline_outputs=True,
         masked_softmax_fusion=False,
@@ -127,7 +127,7 @@ def model_config(shape: Backbone, cfg: ModelConfig, *, section: str = "model") -
 
 
 def _leave(weight: Tensor) -> None:
-    """The initialiser handed to megatron: weights come from init_weights or from a checkpoint."""
+    """megatron's initialiser that does nothing: weights come from ``init_weights`` or from a checkpoint."""
 
 
 def _block_spec(config: TransformerConfig, stage: int) -> TransformerBlockSubmodules:
@@ -153,7 +153,7 @@ def build_model(
 
 
 def build_rollout_model(shape: Backbone, cfg: ModelConfig, tp: int, pp: int) -> HiddenGPT:
-    """This rank's part of a model that only searches, under TP ``tp`` x PP ``pp``; its weights are still to come.
+    """This rank's part of a model for rollouts, under TP ``tp`` x PP ``pp``; its weights are not initialised.
 
     ``cfg`` describes the model in training, which was built with ``rollout_tp=tp``. Raises ConfigError as
     ``build_model``.
@@ -164,7 +164,7 @@ def build_rollout_model(shape: Backbone, cfg: ModelConfig, tp: int, pp: int) -> 
 
 
 def check_rollout_model(shape: Backbone, cfg: ModelConfig, tp: int, pp: int) -> None:
-    """Raises what ``build_rollout_model`` would raise, on a rank that does not build."""
+    """Raises what ``build_rollout_model`` would raise, on a rank that does not build the model."""
     _check(shape, _searching(cfg, tp, pp), "rollout")
 
 
@@ -232,12 +232,12 @@ def init_weights(model: GPTModel, shape: Backbone, *, seed: int, vocabulary_only
 
 
 def sharded_axis(parameter: Tensor) -> int | None:
-    """The axis along which TP ranks share the parameter; None: every rank has all of it."""
+    """The axis along which the parameter is sharded over TP ranks; None: every rank has all of it."""
     return parameter.partition_dim if getattr(parameter, "tensor_model_parallel", False) else None  # type: ignore[attr-defined]
 
 
 def full_shape(model: GPTModel, parameter: Tensor) -> list[int]:
-    """The shape that the shards of all TP ranks make together."""
+    """The shape of the whole parameter, of which TP ranks hold shards."""
     sizes, axis = list(parameter.shape), sharded_axis(parameter)
     if axis is not None:
         sizes[axis] *= model.pg_collection.tp.size()
@@ -245,7 +245,7 @@ def full_shape(model: GPTModel, parameter: Tensor) -> list[int]:
 
 
 def own_shard(full: Tensor, name: str, model: GPTModel, parameter: Tensor) -> Tensor:
-    """This TP rank's part. The gated ``linear_fc1`` holds gate and up halves, each of which is split."""
+    """This TP rank's shard of ``whole``. The gated ``linear_fc1`` has a gate and an up half; each half is split."""
     axis = sharded_axis(parameter)
     if axis is None:
         return full
@@ -253,3 +253,13 @@ def own_shard(full: Tensor, name: str, model: GPTModel, parameter: Tensor) -> Te
     if name.endswith("linear_fc1.weight"):
         return torch.cat([half.chunk(tp, dim=axis)[rank] for half in full.chunk(2, dim=axis)], dim=axis)
     return full.chunk(tp, dim=axis)[rank]
+
+
+def model_summary(model: GPTModel) -> dict[str, Any]:
+    """Layers and parameters of this rank's part of the model, and the rank's device, for ``layout.json``."""
+    device = collective_device()
+    return {
+        "layers": len(model.decoder.layers),
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+    }

@@ -1,4 +1,4 @@
-"""Reading few rows of a large matrix without a gradient the size of the matrix.
+"""Embedding whose backward writes only the rows that were read, without a dense [V, D] gradient.
 
 Embedding and LM head have a row per vocabulary entry, a step touches few of them. torch's own backward makes a dense
 [V, D] gradient for each use and megatron then adds it to the gradient buffer: at 151,936 x 896 that is more time and
@@ -19,7 +19,7 @@ from torch import Tensor
 
 
 def add_rows(weight: Tensor, index_N: Tensor, grad_ND: Tensor) -> Tensor | None:
-    """Add gradient rows to megatron's buffer of ``weight`` (returns None), or make a dense gradient where none is."""
+    """Add gradient rows to megatron's buffer of ``weight`` and return None; without one return a dense gradient."""
     if hasattr(weight, "main_grad"):
         weight.main_grad.index_add_(0, index_N, grad_ND.to(weight.main_grad.dtype))
         return None

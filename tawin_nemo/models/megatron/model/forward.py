@@ -21,7 +21,7 @@ from tawin_nemo.util.torch_modes import without_modes
 
 
 def padding(tokens: int, config: TransformerConfig) -> int:
-    """Tokens that layout and precision want behind a flat row of this many: every pass asks here.
+    """Padding tokens that layout and precision need behind a flat row of this many tokens.
 
     Plans give these tokens no attention, and nothing is read behind them, so they change no log-prob and no gradient
     (delayed and tensor-wise FP8 excepted: a scale is chosen over all rows of a pass).
@@ -39,7 +39,7 @@ def hidden_states(model: torch.nn.Module, batch: TokenBatch) -> Tensor:
 
 
 def batch_logprobs(model: torch.nn.Module, batch: TokenBatch, hidden_SBD: Tensor) -> Tensor:
-    """Log-probs [N] of the batch's targets in the space it asks for; last pipeline stage only."""
+    """Log-probs [N] of the batch's targets in the batch's score space; last pipeline stage only."""
     bare: GPTModel = unwrap_model(model)
     device = hidden_SBD.device
     hidden_PD = select_rows(bare, hidden_SBD, batch.index_P.to(device))
@@ -57,7 +57,7 @@ def logit_dtype(model: torch.nn.Module) -> torch.dtype:
 
 @contextlib.contextmanager
 def modes(model: torch.nn.Module, *, training: bool) -> Iterator[None]:
-    """Training or evaluation mode inside the block, the mode that was there after it."""
+    """Training or evaluation mode inside the block; the previous mode is restored after it."""
     before = model.training
     model.train(training)
     try:

@@ -1,8 +1,8 @@
-"""CUDA extensions that are used where they are present: one place that looks for them, and says once what was found.
+"""Optional CUDA extensions: detects which are installed, logs it once and enables them.
 
 megatron-core takes the fused AdamW of Transformer Engine, else of NVIDIA's apex, else torch's; linear layers add their
 weight gradients to megatron's buffers with apex's extension (Transformer Engine's layers with their own products, on a
-CPU with the shim's). Without any of them the same numbers come out, later.
+CPU with the shim's). Without any of them the results are the same but slower.
 """
 
 from __future__ import annotations
@@ -17,14 +17,17 @@ from tawin_nemo.util.log import get_logger
 
 _log = get_logger(__name__)
 
-#: Compiled modules that NVIDIA's apex installs beside itself, and what they are for.
+#: Compiled modules that NVIDIA's apex installs -> what they do.
 EXTENSIONS = {"amp_C": "fused optimizer", "fused_weight_gradient_mlp_cuda": "fused weight gradients"}
 FOREIGN_REMEDY = "pip uninstall apex; NVIDIA's comes with its containers or is built from its source"
 
 
 @dataclass(frozen=True)
 class Apex:
-    """``folder`` is empty without any package of that name; ``foreign``: it is the index's web toolkit."""
+    """The installed package ``apex``. ``folder`` is empty when there is none.
+
+    ``foreign``: it is not NVIDIA's apex but the unrelated web toolkit of that name on the package index.
+    """
 
     folder: str = ""
     foreign: bool = False
@@ -32,7 +35,7 @@ class Apex:
 
 
 def find_apex() -> Apex:
-    """Looks for NVIDIA's apex, with its packages ``optimizers`` and ``multi_tensor_apply``; imports nothing."""
+    """Look for NVIDIA's apex by its packages ``optimizers`` and ``multi_tensor_apply``, without importing it."""
     spec = importlib.util.find_spec("apex")
     if spec is None:
         return Apex()
@@ -45,20 +48,20 @@ def find_apex() -> Apex:
 
 
 @dataclass(frozen=True)
-class Fused:
-    """Whose AdamW steps (torch, apex, transformer_engine), and whether ordinary linear layers add their gradients."""
+class FusedKernels:
+    """The fused kernels that megatron-core uses."""
 
-    adam: str
-    weight_gradients: bool
+    adam: str  # package of its AdamW: torch, apex or transformer_engine
+    weight_gradients: bool  # megatron's own linear layers add their gradients to the gradient buffer
 
 
 @cache
-def found() -> Fused:
-    """What megatron-core found when it was imported; logged on the first call."""
+def fused_kernels() -> FusedKernels:
+    """The kernels that megatron-core selected when it was imported; logged on the first call."""
     from megatron.core import optimizer
     from megatron.core.tensor_parallel import layers
 
-    result = Fused(optimizer.Adam.__module__.split(".")[0], bool(layers._grad_accum_fusion_available))
+    result = FusedKernels(optimizer.Adam.__module__.split(".")[0], bool(layers._grad_accum_fusion_available))
     apex = find_apex()
     if apex.foreign:
         _log.warning("the package apex in %s is not NVIDIA's and is not used: %s", apex.folder, FOREIGN_REMEDY)
@@ -68,11 +71,11 @@ def found() -> Fused:
 
 
 def fuse(model: Any, optimizer: Any) -> None:
-    """Switch on what is there, for a model whose parameters have megatron's gradient buffers.
+    """Enable the available fused kernels for a model whose parameters have megatron's gradient buffers.
 
-    Not an option of the model's configuration: a model without buffers could then not run backward.
+    This is not an option of the model's configuration, because a model without buffers could then not run backward.
     """
-    fused = found()
+    fused = fused_kernels()
     for module in model.modules():
         if hasattr(module, "gradient_accumulation_fusion"):
             module.gradient_accumulation_fusion = fused.weight_gradients

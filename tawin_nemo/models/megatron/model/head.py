@@ -2,12 +2,16 @@
 
 Trie space (TAWin, arXiv 2604.22504, Eq. 25) normalises over the children of the trie node: the full partition function
 cancels, and only the children's head rows are read (``edge_logits``). Vocab space needs one number more per row, the
-log-sum-exp over the whole vocabulary (``head_lse.py``). No [rows, V] tensor is kept in either.
+log-sum-exp over the whole vocabulary (``vocab_log_sum_exp``). No [rows, V] tensor is kept in either.
+
+Axes: P hidden rows, D width, V this rank's vocabulary rows, N log-probs or vocabulary rows of a slice, E edges (pairs
+of a hidden row and a token), U distinct tokens, X rows of either matrix.
 """
 
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -23,13 +27,18 @@ from torch import Tensor
 
 from tawin_nemo.maths.segments import segment_log_softmax
 from tawin_nemo.models.megatron.model.embedding import add_rows
-from tawin_nemo.models.megatron.model.head_lse import vocab_log_sum_exp
 from tawin_nemo.types import Children
 
 #: Edges multiplied at once where no sparse kernel exists: their gathered head rows are materialised.
 _EDGES_AT_ONCE = 8192
+#: Logits in memory at once: 4 MiB in float32 on a CPU, 64 MiB on a GPU.
+_LIVE_LOGITS = {"cpu": 2**20, "cuda": 2**24}
+#: Exponentials that may be kept for the backward (32 MiB in float32); more of them are computed a second time.
+_KEPT_EXPONENTIALS = 2**23
+#: Fewest vocabulary rows of a slice: below, the matrix products get slow.
+_MIN_SLICE = 256
 
-# torch says this once per process; the two kernels used here are checked against dense ones by the tests
+# torch warns once per process; the tests compare the two kernels used here with dense ones
 warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta state")
 
 
@@ -41,7 +50,7 @@ def head_weight_VD(model: GPTModel) -> Tensor:
 
 
 def select_rows(model: GPTModel, hidden_SBD: Tensor, index_P: Tensor) -> Tensor:
-    """Hidden states [P, D] at places of the one flat row, gathered over sequence-parallel ranks first."""
+    """Hidden states [P, D] at indices ``index_P`` of the one flat row, gathered over sequence-parallel ranks first."""
     if model.config.sequence_parallel:
         # Every TP rank computes the same full gradient of the gathered states (the head sums it): split it, do not sum.
         hidden_SBD = gather_from_sequence_parallel_region(
@@ -74,7 +83,7 @@ def edge_logits(model: GPTModel, hidden_PD: Tensor, position_E: Tensor, token_E:
 
 
 class _EdgeDots(torch.autograd.Function):
-    """Dot products of selected row pairs; neither the pairs' rows nor a dense gradient of the head is made."""
+    """Dot products of selected row pairs, without materialising the rows or a dense gradient of the head."""
 
     @staticmethod
     def forward(ctx: Any, hidden_PD: Tensor, weight_VD: Tensor, position_E: Tensor, token_E: Tensor) -> Tensor:
@@ -119,13 +128,13 @@ def _csr(value_E: Tensor, row_E: Tensor, column_E: Tensor, rows: int, columns: i
 
 
 def child_logprobs(model: GPTModel, hidden_PD: Tensor, children: Children) -> Tensor:
-    """Trie space: log softmax over each place's children at the chosen ones, [N]; a single child has exactly 0."""
+    """Trie space: log softmax over each row's children at the chosen ones, [N]; a single child has exactly 0."""
     logit_E = edge_logits(model, hidden_PD, children.position_E, children.token_E)
     return segment_log_softmax(logit_E, children.position_E, len(hidden_PD))[children.chosen_N]
 
 
 def token_logprobs(model: GPTModel, hidden_PD: Tensor, row_N: Tensor, target_N: Tensor) -> Tensor:
-    """Vocab space: log softmax over the real vocabulary of place ``row_N`` at ``target_N``, [N] in float32 or wider."""
+    """Vocab space: log softmax over the real vocabulary, for hidden row ``row_N`` at ``target_N``; [N] in float32+."""
     order_N = row_N.argsort(stable=True)
     logit_N = edge_logits(model, hidden_PD, row_N[order_N], target_N[order_N])
     lse_P = log_sum_exp(model, copy_to_tensor_model_parallel_region(hidden_PD, model.pg_collection.tp))
@@ -152,3 +161,89 @@ def full_logits_NV(model: GPTModel, hidden_ND: Tensor) -> Tensor:
     parts = [torch.empty_like(local_NV) for _ in range(group.size())]
     dist.all_gather(parts, local_NV, group=group)
     return torch.cat(parts, dim=1)[:, : model.real_vocab]
+
+
+def vocab_log_sum_exp(hidden_PD: Tensor, weight_VD: Tensor, real: int, group: dist.ProcessGroup) -> Tensor:
+    """Log-sum-exp [P] over the real vocabulary, in float32 or wider, equal on all ranks of the TP ``group``.
+
+    The first ``real`` rows of this rank's shard ``weight_VD`` count. The vocabulary is processed a slice at a time,
+    forward and backward: a slice's logits stay in the processor's cache, and its rows of the gradient buffer are
+    written once. Under tensor parallelism the gradient with respect to ``hidden_PD`` is that of the rank's
+    own shard; the caller sums it over the group.
+    """
+    result: Tensor = _LogSumExp.apply(hidden_PD, weight_VD, real, group)
+    return result
+
+
+class _LogSumExp(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden_PD: Tensor, weight_VD: Tensor, real: int, group: dist.ProcessGroup) -> Tensor:
+        keeps = ctx.needs_input_grad[0] and len(hidden_PD) * real <= _KEPT_EXPONENTIALS
+        peak_P = torch.full((len(hidden_PD),), -torch.inf, dtype=_wide_dtype(hidden_PD), device=hidden_PD.device)
+        total_P = torch.zeros_like(peak_P)
+        kept: list[Tensor] = []
+        for rows in _vocab_slices(hidden_PD, real):
+            logits_PN = _slice_logits(hidden_PD, weight_VD[rows])
+            higher_P = torch.maximum(peak_P, logits_PN.amax(dim=1))
+            exp_PN = logits_PN.sub_(higher_P[:, None]).exp_()
+            total_P = total_P * (peak_P - higher_P).exp() + exp_PN.sum(dim=1)
+            peak_P = higher_P
+            if keeps:
+                kept += [exp_PN, higher_P]
+        lse_P = _combined(peak_P, total_P, group)
+        ctx.weight_VD, ctx.real = weight_VD, real  # the parameter itself: saved tensors lose its ``main_grad``
+        ctx.save_for_backward(hidden_PD, lse_P, *kept)
+        return lse_P
+
+    @staticmethod
+    def backward(ctx: Any, grad_P: Tensor) -> tuple[Tensor, Tensor | None, None, None]:
+        hidden_PD, lse_P, *kept = ctx.saved_tensors
+        weight_VD = ctx.weight_VD
+        buffer = getattr(weight_VD, "main_grad", None)
+        grad_VD = torch.zeros_like(weight_VD) if buffer is None else buffer
+        grad_PD = torch.zeros(hidden_PD.shape, dtype=_wide_dtype(hidden_PD), device=hidden_PD.device)
+        for i, rows in enumerate(_vocab_slices(hidden_PD, ctx.real)):
+            if kept:
+                exp_PN, peak_P = kept[2 * i], kept[2 * i + 1]
+                weighted_PN = exp_PN * ((peak_P - lse_P).exp() * grad_P)[:, None]
+            else:
+                weighted_PN = (
+                    _slice_logits(hidden_PD, weight_VD[rows]).sub_(lse_P[:, None]).exp_().mul_(grad_P[:, None])
+                )
+            weighted_PN = weighted_PN.to(hidden_PD.dtype)
+            _add_matmul(grad_PD, weighted_PN, weight_VD[rows])
+            _add_matmul(grad_VD[rows], weighted_PN.t(), hidden_PD)
+        return grad_PD.to(hidden_PD.dtype), (grad_VD if buffer is None else None), None, None
+
+
+def _vocab_slices(hidden_PD: Tensor, real: int) -> Iterator[slice]:
+    width = max(_MIN_SLICE, _LIVE_LOGITS[hidden_PD.device.type] // max(1, len(hidden_PD)))
+    for start in range(0, real, width):
+        yield slice(start, min(start + width, real))
+
+
+def _slice_logits(hidden_PD: Tensor, weight_ND: Tensor) -> Tensor:
+    return F.linear(hidden_PD, weight_ND).to(_wide_dtype(hidden_PD))
+
+
+def _wide_dtype(tensor: Tensor) -> torch.dtype:
+    return torch.promote_types(tensor.dtype, torch.float32)
+
+
+def _add_matmul(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """``total += left @ right``; torch has no product of bf16 factors that adds to a float32 sum."""
+    if total.dtype == left.dtype:
+        total.addmm_(left, right)
+    else:
+        total.add_(left @ right)
+
+
+def _combined(peak_P: Tensor, total_P: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """log sum over all shards, from each shard's peak and its sum relative to that peak."""
+    if group.size() == 1:
+        return peak_P + total_P.log()
+    highest_P = peak_P.clone()
+    dist.all_reduce(highest_P, op=dist.ReduceOp.MAX, group=group)
+    sum_P = total_P * (peak_P - highest_P).exp()
+    dist.all_reduce(sum_P, op=dist.ReduceOp.SUM, group=group)
+    return highest_P + sum_P.log()

@@ -1,4 +1,4 @@
-"""What a decoder layer is made of: megatron's layer with our norm and attention, and linear layers by precision."""
+"""The modules of a decoder layer: megatron's layer with our norm and attention, and linear layers by precision."""
 
 from __future__ import annotations
 
@@ -29,6 +29,7 @@ class RMSNorm(torch.nn.Module):
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
     def forward(self, x: Tensor) -> Tensor:
+        """The normalised input, in the input's dtype and shape."""
         wide = x if x.dtype == torch.float64 else x.float()
         normed = torch.nn.functional.rms_norm(wide, (wide.shape[-1],), None, self.eps)
         return normed.to(x.dtype) * self.weight
@@ -54,7 +55,10 @@ def layer_spec(config: TransformerConfig) -> ModuleSpec:
 
 
 def engine_layers() -> tuple[type, type]:
-    """Transformer Engine's column- and row-parallel linear layers; ``precision.check`` has made sure they are there."""
+    """Transformer Engine's column- and row-parallel linear layers.
+
+    They are available once ``precision.check_model_supported`` has passed.
+    """
     from megatron.core.extensions.transformer_engine import TEColumnParallelLinear, TERowParallelLinear
 
     return TEColumnParallelLinear, TERowParallelLinear

@@ -1,4 +1,4 @@
-"""Number formats of the decoder's matrix products: what each needs, what megatron is told, how tokens are padded.
+"""Number formats of the decoder's matrix products: what each needs, how megatron is configured, padding of tokens.
 
 Embedding, LM head, norms and attention are computed in the format of the weights (float32, or bf16 under bf16 and FP8):
 FP8 is for the four linear layers of a decoder layer, whose weights stay bf16 and are quantised in every pass
@@ -53,56 +53,63 @@ VERIFIED: frozenset[str] = frozenset()
 
 @dataclass(frozen=True)
 class Machine:
-    """What decides whether FP8 can run; ``capability`` is that of the weakest GPU, None without one."""
+    """The properties of a machine that decide whether FP8 is supported.
+
+    ``capability`` is the compute capability (major, minor) of the weakest GPU, None without a GPU.
+    """
 
     capability: tuple[int, int] | None = None
     gpu: str = ""
     cuda: str = ""  # of torch's build
     engine: str = ""  # version of Transformer Engine; empty = not installed
     engine_error: str = ""  # why it cannot be imported
-    foreign_apex: str = ""  # where a package lies that only has the name of NVIDIA's apex
+    foreign_apex: str = ""  # folder of an unrelated package that is also called apex
 
 
 @dataclass(frozen=True)
-class Lack:
-    """Why a precision cannot run, and what to do about it."""
+class Unsupported:
+    """Why a precision is not supported on a machine, and the remedy to print."""
 
     reason: str
     remedy: str
 
 
-def lack(precision: str, machine: Machine) -> Lack | None:
-    """The first thing that ``machine`` lacks for ``precision``; None if it can run there."""
+def unsupported_reason(precision: str, machine: Machine) -> Unsupported | None:
+    """The first requirement of ``precision`` that ``machine`` does not meet; None where it is supported."""
     if precision not in FP8:
         return None
     if machine.capability is None:
-        return Lack(
+        return Unsupported(
             f"{precision} needs a CUDA device of compute capability 9.0 (Hopper) or newer; there is none here",
             "use bf16 or fp32",
         )
     if machine.capability < HOPPER:
         major, minor = machine.capability
-        return Lack(
+        return Unsupported(
             f"{precision} needs compute capability 9.0 (Hopper: H100, H200, H800) or newer; "
             f"{machine.gpu or 'the GPU'} has {major}.{minor}",
             "use bf16",
         )
     install = f"pip install -r requirements-gpu.txt (Transformer Engine {TRANSFORMER_ENGINE}), or use bf16"
     if machine.engine_error:
-        return Lack(f"{precision} needs Transformer Engine, whose import failed: {machine.engine_error}", install)
+        return Unsupported(
+            f"{precision} needs Transformer Engine, whose import failed: {machine.engine_error}", install
+        )
     if not machine.engine:
-        return Lack(f"{precision} needs Transformer Engine, which is not installed", install)
+        return Unsupported(f"{precision} needs Transformer Engine, which is not installed", install)
     if not _supported(machine.engine):
-        return Lack(
+        return Unsupported(
             f"{precision} needs Transformer Engine {TRANSFORMER_ENGINE} with megatron-core 0.16; "
             f"{machine.engine} is installed",
             install,
         )
     if machine.foreign_apex:
         reason = f"the package apex in {machine.foreign_apex} is an unrelated web toolkit, not NVIDIA's"
-        return Lack(f"{precision} cannot run beside it: {reason}", FOREIGN_REMEDY)
+        return Unsupported(f"{precision} cannot run beside it: {reason}", FOREIGN_REMEDY)
     if precision == "fp8-blockwise" and _numbers(machine.cuda) < BLOCKWISE_CUDA:
-        return Lack(f"fp8-blockwise needs CUDA 12.9 or newer; torch has {machine.cuda}", "use fp8-tensorwise or bf16")
+        return Unsupported(
+            f"fp8-blockwise needs CUDA 12.9 or newer; torch has {machine.cuda}", "use fp8-tensorwise or bf16"
+        )
     return None
 
 
@@ -118,7 +125,7 @@ def _numbers(version: str) -> tuple[int, ...]:
 
 @cache
 def this_machine() -> Machine:
-    """The GPUs of this process, and Transformer Engine, which is imported here if a GPU is there to run it."""
+    """The properties of this process's machine. Imports Transformer Engine where a GPU is available."""
     import torch
 
     if not torch.cuda.is_available():
@@ -132,7 +139,7 @@ def this_machine() -> Machine:
 
 
 def _engine() -> tuple[str, str]:
-    """Version and import error of Transformer Engine; a build for another torch or CUDA raises when it is imported."""
+    """Version and import error of Transformer Engine; importing a build for another torch or CUDA fails."""
     if importlib.util.find_spec("transformer_engine") is None:
         return "", ""
     try:
@@ -145,14 +152,14 @@ def _engine() -> tuple[str, str]:
         return str(getattr(module, "__version__", "")), ""
 
 
-def check(shape: Backbone, cfg: ModelConfig, machine: Machine | None = None) -> None:
-    """Raises ConfigError where this model cannot be computed in ``cfg.precision``, here or on another ``machine``."""
+def check_model_supported(shape: Backbone, cfg: ModelConfig, machine: Machine | None = None) -> None:
+    """Raises ConfigError when ``cfg.precision`` is not supported for this model on ``machine`` (None: this one)."""
     wanted = FP8.get(cfg.precision)
     if wanted is None:
         return
-    lacking = lack(cfg.precision, machine or this_machine())
-    if lacking is not None:
-        raise ConfigError(f"model.precision={lacking.reason}: {lacking.remedy}")
+    unsupported = unsupported_reason(cfg.precision, machine or this_machine())
+    if unsupported is not None:
+        raise ConfigError(f"model.precision={unsupported.reason}: {unsupported.remedy}")
     per_stage = shape.layers // cfg.pipeline_model_parallel_size
     for end in ("start", "end"):
         layers = getattr(cfg, f"num_layers_at_{end}_in_bf16")
@@ -187,7 +194,7 @@ def _features(shape: Backbone, tp: int) -> dict[str, int]:
 
 
 def config_fields(cfg: ModelConfig) -> dict[str, Any]:
-    """What ``TransformerConfig`` is told besides the types of weights and activations."""
+    """Arguments of megatron's ``TransformerConfig`` for FP8; empty for bf16 and fp32."""
     wanted = FP8.get(cfg.precision)
     if wanted is None:
         return {}
@@ -219,19 +226,22 @@ class _Layout(Protocol):
 
 
 def row_multiple(config: _Layout) -> int:
-    """Tokens of a forward pass are padded to a multiple of this: every rank's share is one of FP8's, too."""
+    """The number of tokens of a forward pass is padded to a multiple of this.
+
+    The share of every sequence-parallel rank is then a multiple of what FP8 products need.
+    """
     split = config.tensor_model_parallel_size if config.sequence_parallel else 1
     block = next((kind.tokens for kind in FP8.values() if kind.recipe == config.fp8_recipe), 1) if config.fp8 else 1
     return split * block
 
 
 def in_precision(cfg: ModelConfig, wanted: str) -> ModelConfig:
-    """The model of a reference or an evaluation that has a precision of its own (``AS_MODEL``: the same)."""
+    """``cfg`` with precision ``wanted`` (of the reference or the evaluation); unchanged for ``AS_MODEL``."""
     return cfg if wanted == AS_MODEL else replace(cfg, precision=wanted)
 
 
 def named_precisions(recipe: Recipe) -> dict[str, str]:
-    """The precisions that parts of a run will use, by recipe key."""
+    """Recipe key -> precision, for every part of the run that computes."""
     named = {"model.precision": recipe.model.precision}
     if recipe.eval.precision != AS_MODEL:
         named["eval.precision"] = recipe.eval.precision
@@ -240,16 +250,19 @@ def named_precisions(recipe: Recipe) -> dict[str, str]:
     return named
 
 
-def refuse(recipe: Recipe, machine: Machine | None = None) -> None:
-    """Raises ConfigError, before anything is read or built, for a precision that this machine cannot compute in."""
+def check_supported(recipe: Recipe, machine: Machine | None = None) -> None:
+    """Raises ConfigError when ``machine`` (None: this one) does not support a precision of the recipe.
+
+    Call it before any data is read or any model is built.
+    """
     for key, name in named_precisions(recipe).items():
-        lacking = lack(name, machine or this_machine()) if name in FP8 else None
-        if lacking is not None:
-            raise ConfigError(f"{key}={lacking.reason}: {lacking.remedy}")
+        unsupported = unsupported_reason(name, machine or this_machine()) if name in FP8 else None
+        if unsupported is not None:
+            raise ConfigError(f"{key}={unsupported.reason}: {unsupported.remedy}")
 
 
 def unverified(recipe: Recipe) -> list[str]:
-    """What to say when a run starts: the FP8 precisions of the recipe that were never run on hardware."""
+    """Warnings to log at start-up: the FP8 precisions of the recipe that were never run on hardware."""
     return [
         f"{key}={name}: not verified on hardware (no run of tests/gpu with it is in recipes/results)"
         for key, name in named_precisions(recipe).items()

@@ -1,8 +1,8 @@
-"""Weights from a model of one layout into a model of another one, in memory, with megatron-core's resharding.
+"""Resharding: copy the weights of a model into a model of another layout, in memory, with megatron-core's planner.
 
-megatron plans who sends which slice to whom, and sends it (gloo on CPU, NCCL on GPU): a rank only ever receives parts
-of its own shards. Two things it does not know are added here: parameters go by their names in the whole model, so that
-a tied head on a last pipeline stage is the embedding that it is; and they travel some at a time, so that buffers stay
+megatron plans which rank sends which slice to which rank, and sends it (gloo on CPU, NCCL on GPU); a rank only receives
+parts of its own shards. Two things are added here. Parameters are matched by their names in the whole model, so that a
+tied head on the last pipeline stage is matched with the embedding. And they are sent in portions, so that buffers stay
 small beside the weights.
 """
 
@@ -22,14 +22,14 @@ from tawin_nemo.models.megatron.parallel.disaggregated import whole_job
 from tawin_nemo.models.megatron.parallel.groups import copy_service
 from tawin_nemo.util.errors import TawinError
 
-#: Bytes of parameters that arrive on a rank at a time; a single larger parameter travels alone.
+#: Bytes of parameters that a rank receives in one portion; a single larger parameter is a portion of its own.
 _AT_ONCE = 256 * 2**20
-#: Unit of the check's sums: rows or columns are told apart by a sum with fixed odd 64-bit factors.
+#: Seed of the fixed odd 64-bit factors of the checksums.
 _FACTOR_SEED = 20_260_101
 
 
 class _Named:
-    """What megatron's planner asks of a module, with the parameters' names in the whole model; of None nothing."""
+    """The module interface that megatron's planner needs, with parameter names of the whole model; empty for None."""
 
     def __init__(self, model: GPTModel | None) -> None:
         self.pg_collection = ProcessGroupCollection() if model is None else model.pg_collection
@@ -40,38 +40,39 @@ class _Named:
         yield from self._parameters.items()
 
     def named_modules(self) -> Iterator[tuple[str, torch.nn.Module]]:
-        """None: there are no layer numbers left to translate."""
+        """No modules: the names contain the layer numbers of the whole model already."""
         yield from ()
 
 
 class Refit:
-    """Carries the weights of ``source`` to ``target``: one shape and precision, two layouts.
+    """Copies the weights of ``source`` to ``target``: models of the same shape and precision in two layouts.
 
-    Every process makes one and calls it; vocabularies must be padded alike. Both models may lie on the same processes;
-    in a divided job (``sides``) a training rank has no target and a rollout rank no source: None.
+    Collective over all processes, at construction and at every call. Vocabularies must be padded to the same size. Both
+    models may lie on the same processes; with disaggregated placement the target of a training rank and the source of a
+    rollout rank are None.
     """
 
     def __init__(self, source: GPTModel | None, target: GPTModel | None) -> None:
         self._source, self._target = source, target
-        self._sides = _Named(source), _Named(target)
+        self._models = _Named(source), _Named(target)
         self._service = copy_service()
         with whole_job():
-            whole = build_centralized_reshard_plan(*self._sides)
-            self._plans = [_only(whole, names) for names in _portions(self._sides[1])]
+            whole = build_centralized_reshard_plan(*self._models)
+            self._plans = [_only(whole, names) for names in _portions(self._models[1])]
 
     @torch.no_grad()
     def __call__(self) -> None:
         """Bring the target's weights up to date."""
         with whole_job():
             for plan in self._plans:
-                execute_reshard_plan(plan, *self._sides, self._service)
+                execute_reshard_plan(plan, *self._models, self._service)
 
     def check_equal(self) -> None:
         """Raises TawinError, on every rank, naming the tensors in which a row or column of the target differs.
 
-        Every rank sums up the rows (or columns) of its shards on both sides, in 64-bit integers over the bits of the
-        numbers, with fixed odd factors; only the sums travel. Equal sums of unequal rows are possible, at odds of
-        about 2^-62.
+        Every rank computes a checksum of every row (or column) of its shards of both models: a sum of 64-bit integers
+        over the bits of the numbers, with fixed odd factors. Only the checksums are gathered. Unequal rows have equal
+        checksums with a probability of about 2^-62.
         """
         with whole_job():
             sums = runtime.gather_objects((_sums(self._source), _sums(self._target)))
@@ -79,8 +80,8 @@ class Refit:
         wrong = {
             name
             for _, target in sums
-            for (name, place), value in target.items()
-            if expected.get((name, place)) != value
+            for (name, index), value in target.items()
+            if expected.get((name, index)) != value
         }
         copies = {key for source, _ in sums for key, value in source.items() if expected[key] != value}
         wrong |= {name for name, _ in copies}
@@ -91,20 +92,20 @@ class Refit:
 
 
 def _portions(target: _Named) -> list[set[str]]:
-    """Names of parameters that travel together, the same on every rank."""
+    """Names of the parameters of each portion, the same on every rank."""
     mine = {name: value.numel() * value.element_size() for name, value in target.named_parameters()}
     largest: dict[str, int] = {}
     for sizes in runtime.gather_objects(mine):
         for name, size in sizes.items():
             largest[name] = max(size, largest.get(name, 0))
     portions: list[set[str]] = []
-    room = 0
+    remaining = 0
     for name in sorted(largest):
-        if not portions or largest[name] > room:
+        if not portions or largest[name] > remaining:
             portions.append(set())
-            room = _AT_ONCE
+            remaining = _AT_ONCE
         portions[-1].add(name)
-        room -= largest[name]
+        remaining -= largest[name]
     return portions
 
 
@@ -117,7 +118,7 @@ def _only(plan: ReshardPlan, names: set[str]) -> ReshardPlan:
 
 @torch.no_grad()
 def _sums(model: GPTModel | None) -> dict[tuple[str, int], int]:
-    """Per parameter (by its name in the whole model) and place along its sharded axis: the sum over that place."""
+    """(name in the whole model, index along the sharded axis) -> checksum of that row or column."""
     sums: dict[tuple[str, int], int] = {}
     for name, parameter in () if model is None else model.named_parameters():
         axis = sharded_axis(parameter) or 0
@@ -125,16 +126,16 @@ def _sums(model: GPTModel | None) -> dict[tuple[str, int], int]:
         generator = torch.Generator().manual_seed(_FACTOR_SEED)
         factors = torch.randint(-(2**62), 2**62, (bits.shape[1],), generator=generator).mul_(2).add_(1)
         values = (bits * factors).sum(dim=1).tolist()
-        places = _places(name, model, parameter, axis)
-        sums |= {(global_name(model, name), at): value for at, value in zip(places.tolist(), values, strict=True)}
+        indices = _global_indices(name, model, parameter, axis).tolist()
+        sums |= {(global_name(model, name), index): value for index, value in zip(indices, values, strict=True)}
     return sums
 
 
-def _places(name: str, model: GPTModel, parameter: Tensor, axis: int) -> Tensor:
-    """Where in the whole parameter the rows (axis 0) or columns (axis 1) of this rank's shard are."""
-    place = torch.arange(full_shape(model, parameter)[axis])
-    line = place.unsqueeze(1 - axis) if parameter.dim() == 2 else place
-    return own_shard(line, name, model, parameter).flatten()
+def _global_indices(name: str, model: GPTModel, parameter: Tensor, axis: int) -> Tensor:
+    """The indices in the whole parameter of the rows (axis 0) or columns (axis 1) of this rank's shard."""
+    index = torch.arange(full_shape(model, parameter)[axis])
+    indices = index.unsqueeze(1 - axis) if parameter.dim() == 2 else index
+    return own_shard(indices, name, model, parameter).flatten()
 
 
 def _bits(values: Tensor) -> Tensor:

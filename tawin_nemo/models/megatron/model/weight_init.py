@@ -1,4 +1,4 @@
-"""Initial weights, drawn block by block: no rank ever holds a whole matrix that it keeps a shard of.
+"""Initial weights, drawn block by block, so that no rank holds a whole matrix of which it keeps a shard.
 
 The values are those of one draw of the whole matrix. torch fills 16 values at a time from a generator's stream, and
 draws the last 16 again where the number of values is no multiple of 16; blocks of 16 rows keep to that grid.
@@ -42,7 +42,7 @@ def blocks(rows: int, columns: int, std: float, generator: torch.Generator) -> I
 
 
 def shard_pieces(name: str, parameter: Tensor, axis: int | None, rank: int, size: int) -> list[Piece]:
-    """What TP rank ``rank`` of ``size`` holds of a matrix cut along ``axis``.
+    """The pieces of a matrix, split along ``axis``, that TP rank ``rank`` of ``size`` holds.
 
     ``linear_fc1`` has a gate and an up half, each of which is cut.
     """
@@ -71,6 +71,6 @@ def fill(parameter: Tensor, pieces: list[Piece], whole: tuple[int, int], *, std:
         for piece in pieces:
             low, high = max(piece.start, first), min(piece.stop, first + len(block))
             if low < high:
-                place = piece.local + low - piece.start
+                row = piece.local + low - piece.start
                 columns = slice(piece.column, piece.column + parameter.shape[1])
-                parameter[place : place + high - low].copy_(block[low - first : high - first, columns])
+                parameter[row : row + high - low].copy_(block[low - first : high - first, columns])

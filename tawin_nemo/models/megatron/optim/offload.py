@@ -1,4 +1,4 @@
-"""Gradients and optimizer state leave the device's memory while the model only searches.
+"""Offload of gradients and optimizer state to CPU memory while the model only runs rollouts.
 
 megatron has the same for RL, but its optimizers replace the tensors by others, which tears float32 master weights off
 the parameters that they are views of. Here storages are emptied and filled again, so that every tensor and view stays
@@ -42,9 +42,9 @@ class OptimizerOffload:
                 torch.cuda.synchronize()
 
     def _storages(self) -> list[torch.UntypedStorage]:
-        """Of moments and of master weights that are not the model's own; step counters are too small to move."""
+        """Storages of moments and of master weights apart from the model's own; step counters stay."""
         own = {parameter.untyped_storage().data_ptr() for parameter in self._ddp.parameters()}
-        found: dict[int, torch.UntypedStorage] = {}
+        storages: dict[int, torch.UntypedStorage] = {}
         for part in getattr(self._optimizer, "chained_optimizers", [self._optimizer]):
             if part.optimizer is None:  # a rank without parameters of this kind
                 continue
@@ -53,8 +53,8 @@ class OptimizerOffload:
             for tensor in [*masters, *moments]:
                 if isinstance(tensor, torch.Tensor) and tensor.numel() > 1:
                     storage = tensor.untyped_storage()
-                    found[storage.data_ptr()] = storage
-        return [storage for address, storage in found.items() if address not in own]
+                    storages[storage.data_ptr()] = storage
+        return [storage for address, storage in storages.items() if address not in own]
 
     def _copy_out(self, storages: list[torch.UntypedStorage]) -> None:
         sizes = [storage.nbytes() for storage in storages]

@@ -44,7 +44,7 @@ class MicroBatch:
 
 
 def _no_rows() -> MicroBatch:
-    """What a data-parallel rank without rows runs: it must still take part in the collectives."""
+    """The micro-batch of a data-parallel rank without rows, which must still take part in the collectives."""
     none, zero, one = (
         torch.zeros(0, dtype=torch.long),
         torch.zeros(1, dtype=torch.long),
@@ -73,7 +73,7 @@ def _forward_step(step: Iterator[MicroBatch], model: torch.nn.Module) -> tuple[T
 
 
 def _sum_gradients(model: list[Any], num_tokens: Tensor | None, **groups: Any) -> None:
-    """megatron's finaliser without its division by the token count."""
+    """megatron's ``finalize_model_grads`` without its division by the token count."""
     finalize_model_grads(model, None, **groups)
 
 
@@ -200,7 +200,10 @@ class Trainable:
             torch._foreach_mul_([param.grad for param in params if param.grad is not None], scale)
 
     def optimizer_offloaded(self) -> contextlib.AbstractContextManager[None]:
-        """Inside, the model is only read: with ``trainer.offload_optimizer`` gradients and optimizer give way."""
+        """With ``trainer.offload_optimizer``: gradients and optimizer state lie in CPU memory inside the block.
+
+        The model may only be read there.
+        """
         return contextlib.nullcontext() if self._offload is None else self._offload.offloaded()
 
     def score(self, batches: list[TokenBatch]) -> list[Tensor]:
@@ -218,7 +221,7 @@ class Trainable:
 
 
 def _sum_stats(stats: list[dict[str, Tensor]]) -> dict[str, float]:
-    """Sum over micro-batches and data-parallel ranks, in rank order, then hand on from the last pipeline stage."""
+    """Sum over micro-batches and data-parallel ranks, in rank order, then broadcast from the last pipeline stage."""
     totals: dict[str, float] = {}
     if runtime.is_last_stage():
         local: dict[str, float] = {}

@@ -156,7 +156,7 @@ def whole_job() -> Iterator[None]:
 
 
 def reset() -> None:
-    """Make the whole job's group the default one again and end the division; called before the groups are destroyed."""
+    """Make the whole job's group the default group again; called before the groups are destroyed."""
     global _placement
     if _placement is not None:
         dist.group.WORLD = _placement.job

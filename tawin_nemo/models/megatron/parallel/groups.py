@@ -20,7 +20,7 @@ if TYPE_CHECKING:  # megatron takes four seconds to import; whoever only asks fo
     from megatron.core.process_groups_config import ProcessGroupCollection
     from megatron.core.resharding.copy_services.base import CopyService
 
-#: A rank that waits longer than this for another one gives up with an error instead of hanging for ever.
+#: A rank that waits longer than this for another one fails instead of hanging for ever.
 TIMEOUT = timedelta(minutes=30)
 _limit = TIMEOUT
 #: The ranks over which rollout groups are made; None: all processes.
@@ -28,18 +28,18 @@ _rollout_range: range | None = None
 
 
 def time_limit() -> timedelta:
-    """How long a rank waits for the others in groups that are made from now on (``trainer.collective_timeout``)."""
+    """The time limit of collectives in groups that are made from now on (``trainer.collective_timeout``)."""
     return _limit
 
 
 def set_time_limit(limit: timedelta) -> None:
-    """Every process sets the same one, before it makes groups."""
+    """Set the limit of ``time_limit``; every process sets the same one before it makes groups."""
     global _limit
     _limit = limit
 
 
 def collective_device() -> torch.device:
-    """Where tensors have to lie for collectives of the default group: this rank's GPU with NCCL, else the CPU."""
+    """The device of tensors for collectives of the default group: this rank's GPU with NCCL, else the CPU."""
     return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
 
 
@@ -95,12 +95,12 @@ def rollout_gather_group(tp: int, pp: int) -> dist.ProcessGroup:
 
 
 def rollout_replicas(tp: int, pp: int) -> DataParallel:
-    """This process's place among the replicas of a rollout layout; ``gather`` sends Python objects over gloo."""
+    """This process's rank among the replicas of a rollout layout; ``gather`` sends Python objects over gloo."""
     return replicas(rollout_gather_group(tp, pp))
 
 
 def replicas(group: dist.ProcessGroup) -> DataParallel:
-    """This rank's place in a gloo group of replicas."""
+    """This rank among the replicas of a gloo group."""
 
     def gather(value: Any) -> list[Any]:
         values: list[Any] = [None] * group.size()
@@ -112,16 +112,31 @@ def replicas(group: dist.ProcessGroup) -> DataParallel:
 
 @cache
 def copy_service() -> CopyService:
-    """What carries weights between ranks, one for all models: over NCCL, or over gloo in a group of its own."""
+    """megatron's copy service for resharding, one for all models: over NCCL, or over gloo in a group of its own."""
     from megatron.core import parallel_state
     from megatron.core.resharding.copy_services.gloo_copy_service import GlooCopyService
     from megatron.core.resharding.copy_services.nccl_copy_service import NCCLCopyService
 
     if torch.cuda.is_available():
-        return NCCLCopyService()
+        return _ordered(NCCLCopyService)()
     service = GlooCopyService()
     parallel_state.update_pg_timeout(time_limit(), service.gloo_pg)  # megatron makes it with torch's own limit
     return service
+
+
+def _ordered(service: type[CopyService]) -> type[CopyService]:
+    """``service`` with copies within a rank that wait for the work already queued on the current stream.
+
+    megatron-core 0.16's NCCLCopyService runs them on a stream of its own without waiting: it may read a slice before
+    the kernel that makes it contiguous has run, and leave stale weights in the target.
+    """
+
+    class OrderedCopyService(service):  # megatron is imported at the first use
+        def run(self) -> None:
+            self._copy_stream.wait_stream(torch.cuda.current_stream())
+            super().run()
+
+    return OrderedCopyService
 
 
 def reset() -> None:

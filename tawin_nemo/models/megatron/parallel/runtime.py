@@ -1,10 +1,8 @@
-"""Process groups: one launcher-independent start, and the few questions about ranks that other modules ask."""
+"""Process groups: initialisation under any launcher, ranks and sizes, and the collectives of other modules."""
 
 from __future__ import annotations
 
 import hashlib
-import os
-import re
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -19,22 +17,11 @@ from tawin_nemo.models.megatron.parallel.disaggregated import RolloutRanks
 from tawin_nemo.models.megatron.parallel.groups import TIMEOUT, time_limit
 from tawin_nemo.types import DataParallel
 from tawin_nemo.util.errors import ConfigError, TawinError
-from tawin_nemo.util.launch import Launch, read_launch
+from tawin_nemo.util.launch import Launch, read_launch, rendezvous
 from tawin_nemo.util.log import get_logger
 
 _log = get_logger(__name__)
 T = TypeVar("T")
-
-
-def _rendezvous(env: dict[str, str]) -> tuple[str, int]:
-    """Address and port of rank 0: given, or under srun the step's first node and a port made of the job number."""
-    if "MASTER_ADDR" in env and "MASTER_PORT" in env:
-        return env["MASTER_ADDR"], int(env["MASTER_PORT"])
-    nodes = env.get("SLURM_STEP_NODELIST", env.get("SLURM_NODELIST", ""))  # for example gpu[07-09,12] or a1,a2
-    head = re.match(r"([^,\[]*)(?:\[([^],-]+))?", nodes)
-    first = f"{head[1]}{head[2] or ''}" if head else ""
-    address = env.get("MASTER_ADDR", first or "127.0.0.1")
-    return address, int(env.get("MASTER_PORT", 20000 + int(env.get("SLURM_JOB_ID", "0")) % 20000))
 
 
 def _mpu() -> Any:
@@ -46,12 +33,12 @@ def _mpu() -> Any:
 
 def _start_process_group(launch: Launch) -> None:
     backend = "nccl" if torch.cuda.is_available() else "gloo"
-    place: dict[str, Any] = {"rank": launch.rank, "world_size": launch.world_size, "timeout": time_limit()}
+    membership: dict[str, Any] = {"rank": launch.rank, "world_size": launch.world_size, "timeout": time_limit()}
     if launch.world_size == 1:
-        dist.init_process_group(backend, store=dist.HashStore(), **place)
+        dist.init_process_group(backend, store=dist.HashStore(), **membership)
         return
-    address, port = _rendezvous(dict(os.environ))
-    dist.init_process_group(backend, init_method=f"tcp://{address}:{port}", **place)
+    address, port = rendezvous()
+    dist.init_process_group(backend, init_method=f"tcp://{address}:{port}", **membership)
 
 
 def initialize(
@@ -59,15 +46,17 @@ def initialize(
 ) -> None:
     """Start (or re-use) the process group, lay out TP x PP x DP and seed every generator.
 
-    A second call with the same layout only seeds again; with another layout it lays the groups out anew. ``limit``:
-    how long a rank waits for the others in the groups that are made. With ``rollout_ranks`` the last ranks only
-    search, and the world, in everything that this module says, is that of training
-    (``disaggregated``); a second call cannot change it.
+    A second call with the same layout only seeds again; with another layout it makes the groups anew. ``limit``: the
+    time limit of collectives in these groups. With ``rollout_ranks`` the last ranks of the job only run rollouts, and
+    the world of this module's functions is that of the training ranks (``disaggregated``); a second call cannot change
+    this.
+
     Raises ConfigError when the number of processes that train is not a multiple of TP x PP.
     """
     _mpu()  # before the shim: torch.compile, which megatron imports, must see torch.cuda as it is
     if torch.cuda.is_available():
-        torch.cuda.set_device(read_launch().local_rank % torch.cuda.device_count())
+        use_device()
+        torch.backends.cuda.enable_cudnn_sdp(False)  # it builds a plan for every new shape: 0.02 to 1 s, kept for ever
     else:
         shim.install()
     groups.set_time_limit(limit)
@@ -85,7 +74,7 @@ def initialize(
     if disaggregated.is_rollout_rank():
         return
     if _mpu().model_parallel_is_initialized() and _layout() != (tp, pp):
-        _forget_layout()
+        _destroy_layout()
     if not _mpu().model_parallel_is_initialized():
         _mpu().initialize_model_parallel(
             tensor_model_parallel_size=tp,
@@ -116,15 +105,15 @@ def seed_step(seed: int, step: int) -> None:
     """
     from megatron.core import tensor_parallel
 
-    place = f"{seed}/{step}/{_mpu().get_data_parallel_rank()}/{_mpu().get_pipeline_model_parallel_rank()}"
-    value = int.from_bytes(hashlib.sha256(place.encode()).digest()[:4], "big") >> 1
+    key = f"{seed}/{step}/{_mpu().get_data_parallel_rank()}/{_mpu().get_pipeline_model_parallel_rank()}"
+    value = int.from_bytes(hashlib.sha256(key.encode()).digest()[:4], "big") >> 1
     torch.manual_seed(value)
     tensor_parallel.model_parallel_cuda_manual_seed(value)
 
 
-def _forget_layout() -> None:
+def _destroy_layout() -> None:
     _mpu().destroy_model_parallel()
-    if not disaggregated.is_disaggregated():  # else they were made for good, over both sides
+    if not disaggregated.is_disaggregated():  # otherwise ``split_job`` made them, once for the whole job
         groups.reset()
 
 
@@ -139,7 +128,7 @@ def shutdown() -> None:
 
 
 def data_parallel() -> DataParallel:
-    """This rank's place among the data-parallel replicas; ``gather`` sends Python objects over gloo."""
+    """This rank among the data-parallel replicas; ``gather`` sends Python objects over gloo."""
     if world_size() == 1:
         return DataParallel()
     if _mpu().get_data_parallel_world_size() == 1:
@@ -148,44 +137,52 @@ def data_parallel() -> DataParallel:
 
 
 def world_rank() -> int:
+    """Rank of this process in the world (with disaggregated placement: among the training ranks)."""
     return dist.get_rank() if dist.is_initialized() else read_launch().rank
 
 
 def world_size() -> int:
+    """Number of processes of the world (with disaggregated placement: of the training ranks)."""
     return dist.get_world_size() if dist.is_initialized() else read_launch().world_size
 
 
 def tp_rank() -> int:
+    """Rank of this process in its tensor-parallel group."""
     return _mpu().get_tensor_model_parallel_rank()
 
 
 def tp_size() -> int:
+    """Tensor-parallel size of training."""
     return _mpu().get_tensor_model_parallel_world_size()
 
 
 def pp_rank() -> int:
+    """Pipeline stage of this process, from 0."""
     return _mpu().get_pipeline_model_parallel_rank()
 
 
 def pp_size() -> int:
+    """Number of pipeline stages of training."""
     return _mpu().get_pipeline_model_parallel_world_size()
 
 
 def is_first_stage() -> bool:
+    """Whether this process has the first pipeline stage, with the embedding."""
     return _mpu().is_pipeline_first_stage()
 
 
 def is_last_stage() -> bool:
+    """Whether this process has the last pipeline stage, with the LM head."""
     return _mpu().is_pipeline_last_stage()
 
 
 def device() -> torch.device:
-    """Where this rank computes."""
+    """The device on which this rank computes."""
     return groups.collective_device()
 
 
 def use_device() -> None:
-    """The current CUDA device belongs to a thread; every thread that computes has to name this process's."""
+    """Select this process's GPU; every thread that computes has to call it, since CUDA's device is thread-local."""
     if torch.cuda.is_available():
         torch.cuda.set_device(read_launch().local_rank % torch.cuda.device_count())
 
@@ -199,8 +196,7 @@ def barrier() -> None:
 def broadcast_from_last_stage(
     tensor: Tensor | None, shape: tuple[int, ...], dtype: torch.dtype, *, stages: dist.ProcessGroup
 ) -> Tensor:
-    """The last of a model's ``stages`` hands its ``tensor`` (of this shape and dtype) to all; the others may pass
-    None."""
+    """The ``tensor`` of the last pipeline stage, on all ``stages`` of a model; the other stages may pass None."""
     if stages.size() == 1:
         assert tensor is not None
         return tensor
@@ -222,7 +218,7 @@ def broadcast_object(value: Any) -> Any:
 
 
 def on_rank_0(compute: Callable[[], T]) -> T:
-    """What ``compute`` returns on world rank 0, which alone calls it, on every rank.
+    """Call ``compute`` on world rank 0 alone; returns its result on every rank.
 
     A TawinError is raised on every rank: the error itself on rank 0, on the others one of the nearest class of
     ``util.errors`` with the same message. Any other exception is raised on rank 0 alone and ends the job.
@@ -275,8 +271,8 @@ def any_rank(flag: bool) -> bool:
     return bool(box.item())
 
 
-def place() -> dict[str, int]:
-    """This process's coordinates and the sizes of the layout."""
+def rank_layout() -> dict[str, int]:
+    """This process's rank in every parallel dimension and the sizes of the layout, as ``layout.json`` has them."""
     return {
         "rank": world_rank(),
         "world_size": world_size(),

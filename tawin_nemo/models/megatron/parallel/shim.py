@@ -1,4 +1,4 @@
-"""Lets megatron-core, which names CUDA devices in many places, run on a machine without one.
+"""Makes megatron-core, which uses CUDA devices unconditionally in many places, run without a GPU.
 
 ``install`` replaces the symbols in ``PATCHED`` by CPU twins or null objects and enters one torch function mode that
 reads ``device="cuda"`` as CPU. It is never active where CUDA is there: real GPU runs use untouched megatron-core.
@@ -66,7 +66,10 @@ def _manual_seed(seed: int) -> None:
 
 
 class _WeightGradients:
-    """apex's fused weight gradients: the product is added to the buffer as it is made, without a matrix in between."""
+    """apex's fused weight gradients: the product is added to the gradient buffer directly.
+
+    S: tokens, D: input width, O: output width.
+    """
 
     @staticmethod
     def wgrad_gemm_accum_fp32(input_SD: torch.Tensor, grad_SO: torch.Tensor, main_grad_OD: torch.Tensor) -> None:

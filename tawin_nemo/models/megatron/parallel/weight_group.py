@@ -1,8 +1,8 @@
-"""A process group between two jobs that know nothing of each other: weights go from its rank 0 to the others.
+"""A process group between two independent jobs, in which rank 0 broadcasts weights to the other ranks.
 
-It has a store, a prefix and connections of its own and is in no way part of either job's default group, so that both
-sides may begin, end and die as they like (SGLang's `init_weights_update_group` does the same). When a process dies the
-others get an error: over gloo at once, since its connections close, otherwise after the group's time limit.
+It has its own store, key prefix and connections and is not part of either job's default group, so that both jobs may
+start, end and crash independently (like SGLang's `init_weights_update_group`). When a process dies the others get an
+error: over gloo at once, since its connections close, otherwise after the group's time limit.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from torch import Tensor
 from tawin_nemo.models.megatron.parallel import runtime
 from tawin_nemo.util.errors import TawinError
 
-#: Seconds between two looks whether the other side has said something.
-_LOOK = 0.002
+#: Seconds between two polls of the store.
+_POLL_S = 0.002
 
 
 class TransferError(TawinError):
@@ -28,24 +28,25 @@ class TransferError(TawinError):
 
 
 def host_store(limit: timedelta) -> dist.TCPStore:
-    """Where groups meet; it lives in the process that sends. ``store.port`` is its port, on all its addresses."""
+    """The rendezvous store, hosted by the sending process; ``store.port`` is its port on all its addresses."""
     return dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=limit)
 
 
 class WeightGroup:
     """Rank 0 sends, all others receive; one update at a time.
 
-    ``backend``: gloo (through CPU memory) or nccl (between GPUs). Construction returns when all ``size`` ranks are
-    there. Raises TransferError when they do not come within ``limit``, or when one of them is lost later.
+    ``backend``: gloo (through CPU memory) or nccl (between GPUs). Construction returns when all ``size`` ranks have
+    joined. ``peer_ended``: polled by rank 0 while it waits, whether the other side has ended its part. Raises
+    TransferError when the ranks do not join within ``limit``, or when one of them is lost later.
     """
 
     def __init__(
         self, store: dist.Store, name: str, rank: int, size: int, *, backend: str, limit: timedelta,
-        given_up: Callable[[], bool] = lambda: False,
+        peer_ended: Callable[[], bool] = lambda: False,
     ) -> None:  # fmt: skip
         self.name, self.rank, self.size, self.backend = name, rank, size, backend
         self._store, self._limit, self._updates = dist.PrefixStore(name, store), limit, 0
-        self._say_or_wait("here", given_up)
+        self._signal_or_wait("here", peer_ended)
         try:
             self._group: Any = _connected(self._store, rank, size, backend, limit)
         except RuntimeError as error:
@@ -55,43 +56,46 @@ class WeightGroup:
     def join(
         cls, address: str, port: int, name: str, rank: int, size: int, *, backend: str, limit: timedelta
     ) -> WeightGroup:  # fmt: skip
-        """Meet a group whose store is at ``address:port``. Raises TransferError when there is none."""
+        """Join the group whose store is at ``address:port``. Raises TransferError when it cannot be reached."""
         try:
             store = dist.TCPStore(address, port, is_master=False, timeout=limit)
         except RuntimeError as error:
             raise TransferError(f"{address}:{port} cannot be reached ({_first_line(error)})") from error
         return cls(store, name, rank, size, backend=backend, limit=limit)
 
-    def send(self, tensors: Iterable[Tensor], given_up: Callable[[], bool]) -> None:
-        """From rank 0, as soon as all others are ready. ``given_up`` says whether the other side has refused.
+    def send(self, tensors: Iterable[Tensor], peer_ended: Callable[[], bool]) -> None:
+        """Broadcast the tensors from rank 0 as soon as all other ranks are ready.
 
-        Raises TransferError when a rank is lost, refuses, or is not ready within the limit.
+        Raises TransferError when a rank is lost, when ``peer_ended()``, or when a rank is not ready within the limit.
         """
         self._updates += 1
-        self._say_or_wait(f"ready/{self._updates}", given_up)
-        self._carry(tensor.to(self._device).contiguous() for tensor in tensors)
+        self._signal_or_wait(f"ready/{self._updates}", peer_ended)
+        self._broadcast(tensor.to(self._device).contiguous() for tensor in tensors)
 
     def receive(self, sizes: Mapping[str, tuple[int, ...]], dtype: torch.dtype) -> dict[str, Tensor]:
-        """The named tensors, in the order in which rank 0 sends them, in CPU memory. Raises TransferError."""
+        """Receive tensors of these shapes, in the order in which rank 0 sends them, into CPU memory.
+
+        Raises TransferError when rank 0 is lost or does not send within the limit.
+        """
         self._updates += 1
-        found: dict[str, Tensor] = {}
-        self._say_or_wait(f"ready/{self._updates}", lambda: False)
+        tensors: dict[str, Tensor] = {}
+        self._signal_or_wait(f"ready/{self._updates}", lambda: False)
         for name, size in sizes.items():
             box = torch.empty(size, dtype=dtype, device=self._device)
-            self._carry([box])
-            found[name] = box.cpu()
-        return found
+            self._broadcast([box])
+            tensors[name] = box.cpu()
+        return tensors
 
     def close(self) -> None:
-        """Let go of the connections; a rank that still waits for this one gets an error."""
+        """Close the connections; a rank that still waits for this one gets an error."""
         self._group = None
 
     @property
     def _device(self) -> torch.device:
         return runtime.device() if self.backend == "nccl" else torch.device("cpu")
 
-    def _say_or_wait(self, word: str, given_up: Callable[[], bool]) -> None:
-        """All ranks but the first say a word in the store, for which the first one waits."""
+    def _signal_or_wait(self, word: str, peer_ended: Callable[[], bool]) -> None:
+        """All ranks but the first set the key ``word`` in the store; the first one waits for all of them."""
         try:
             if self.rank:
                 self._store.set(f"{word}/{self.rank}", "1")
@@ -99,15 +103,15 @@ class WeightGroup:
             keys = [f"{word}/{rank}" for rank in range(1, self.size)]
             end = time.monotonic() + self._limit.total_seconds()
             while not self._store.check(keys):
-                if given_up():
-                    raise TransferError(f"the other side of group {self.name} has refused")
+                if peer_ended():
+                    raise TransferError(f"the other side of group {self.name} has ended the call")
                 if time.monotonic() > end:
                     raise TransferError(f"no {word} from group {self.name} within {self._limit.total_seconds():g} s")
-                time.sleep(_LOOK)
+                time.sleep(_POLL_S)
         except RuntimeError as error:
             raise TransferError(f"the store of group {self.name} is gone ({_first_line(error)})") from error
 
-    def _carry(self, boxes: Iterable[Tensor]) -> None:
+    def _broadcast(self, boxes: Iterable[Tensor]) -> None:
         if self.backend == "nccl":
             runtime.use_device()
         options = dist.BroadcastOptions()

@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import multiprocessing
+import platform
+from importlib import metadata
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import megatron.core
 import pytest
 import torch
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 
+import tawin_nemo
 from tawin_nemo.models.megatron.checkpoint.checkpoint import list_checkpoints, load_checkpoint, prune, save_checkpoint
+from tawin_nemo.models.megatron.checkpoint.sharded_state import complete_adam_state
 from tawin_nemo.models.megatron.optim.trainable import Trainable
 from tawin_nemo.util.errors import CheckpointError
 from tests.models.megatron.checkpoint.checkpoint_scene import (
@@ -62,6 +69,43 @@ def test_weights_alone(tmp_path: Path) -> None:
     load_checkpoint(tmp_path / "step_2", model=trainable(5).model)
     with pytest.raises(CheckpointError, match="optimizer None"):
         load(tmp_path / "step_2", second)
+
+
+def test_saves_from_a_checkout_that_is_not_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def nothing_installed(name: str) -> str:
+        raise metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(metadata, "version", nothing_installed)
+    save(tmp_path / "step_1", trainable(3))
+    versions = json.loads((tmp_path / "step_1" / "state.json").read_text())["versions"]
+    expected = {
+        "tawin-nemo": tawin_nemo.__version__,
+        "torch": torch.__version__,
+        "megatron-core": megatron.core.__version__,
+    }
+    assert versions == {"python": platform.python_version(), **expected}
+    load(tmp_path / "step_1", trainable(4))
+
+
+@pytest.mark.parametrize("loaded", [False, True], ids=["before-the-first-step", "loaded"])
+@pytest.mark.parametrize("fused", [False, True])
+def test_step_counters_lie_where_adam_reads_them(fused: bool, loaded: bool) -> None:
+    """A fused kernel gets the counter's address: on the CPU beside parameters on a GPU it is an illegal access."""
+    weights = [torch.nn.Parameter(torch.zeros(2, device="meta")) for _ in range(2)]  # meta: any device but the CPU
+    adam = torch.optim.AdamW(weights)
+    adam.param_groups[0].update(fused=fused, foreach=False)  # as ``model.fused.fuse`` does
+    shared = torch.tensor(3.0)
+
+    def init_state(optimizer: torch.optim.Optimizer, config: Any) -> None:
+        for weight in weights:
+            optimizer.state[weight] |= {"exp_avg": torch.zeros_like(weight), **({"step": shared} if loaded else {})}
+
+    complete_adam_state(SimpleNamespace(optimizer=adam, init_state_fn=init_state, config=None))
+    steps = [adam.state[weight]["step"] for weight in weights]
+    assert {step.device.type for step in steps} == {"meta" if fused else "cpu"}
+    assert len({id(step) for step in [shared, *steps]}) == 3  # no two parameters share one
+    if not fused:
+        assert [float(step) for step in steps] == [3.0 if loaded else 0.0] * 2
 
 
 def test_no_writer_process_is_started(tmp_path: Path) -> None:

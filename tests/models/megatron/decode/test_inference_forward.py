@@ -57,7 +57,7 @@ def hidden_states(lm: MegatronLM) -> Tensor:
 def test_the_same_bits_as_the_modules(name: str, precision: str) -> None:
     model = built(SHAPES[name], ModelConfig(precision=precision))
     assert inference_forward.supported(model)
-    fast, slow = (hidden_states(MegatronLM(model, SHAPES[name], lean_forward=kind)) for kind in (True, False))
+    fast, slow = (hidden_states(MegatronLM(model, SHAPES[name], use_inference_forward=kind)) for kind in (True, False))
     assert fast.std() > 0.1
     assert torch.equal(fast, slow)
 
@@ -81,4 +81,4 @@ def test_it_reads_the_weights_of_the_moment() -> None:
         )
     after = hidden_states(lm)
     assert not torch.equal(before, after)
-    assert torch.equal(after, hidden_states(MegatronLM(model, QWEN, lean_forward=False)))
+    assert torch.equal(after, hidden_states(MegatronLM(model, QWEN, use_inference_forward=False)))

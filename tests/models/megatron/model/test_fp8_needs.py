@@ -41,17 +41,17 @@ from tests.models.megatron.model.test_precision import FP8, HOPPER, SHAPE
 )
 def test_fp8_is_refused_with_what_is_lacking(name, machine, reason, remedy) -> None:
     with pytest.raises(ConfigError, match=rf"^model\.precision={name} .*{remedy}") as caught:
-        precision.check(SHAPE, ModelConfig(precision=name), machine)
+        precision.check_model_supported(SHAPE, ModelConfig(precision=name), machine)
     assert caught.match(reason)
     assert caught.value.exit_code == 2
 
 
 @pytest.mark.parametrize("name", FP8)
 def test_fp8_is_accepted_where_nothing_lacks(name: str) -> None:
-    precision.check(BACKBONES["qwen2.5-7b"], ModelConfig(precision=name), HOPPER)
-    precision.check(SHAPE, ModelConfig(precision=name), replace(HOPPER, capability=(10, 0), gpu="B200"))
-    assert precision.lack("fp8-tensorwise", replace(HOPPER, cuda="12.4")) is None
-    assert precision.lack("bf16", precision.Machine()) is None
+    precision.check_model_supported(BACKBONES["qwen2.5-7b"], ModelConfig(precision=name), HOPPER)
+    precision.check_model_supported(SHAPE, ModelConfig(precision=name), replace(HOPPER, capability=(10, 0), gpu="B200"))
+    assert precision.unsupported_reason("fp8-tensorwise", replace(HOPPER, cuda="12.4")) is None
+    assert precision.unsupported_reason("bf16", precision.Machine()) is None
 
 
 @pytest.mark.parametrize(
@@ -70,7 +70,7 @@ def test_fp8_is_accepted_where_nothing_lacks(name: str) -> None:
 )  # fmt: skip
 def test_shapes_that_fp8_cannot_cut_are_refused(shape: Backbone, cfg: ModelConfig, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        precision.check(shape, cfg, HOPPER)
+        precision.check_model_supported(shape, cfg, HOPPER)
 
 
 @pytest.mark.parametrize("name", [name for name, shape in BACKBONES.items() if shape.vocab])
@@ -81,9 +81,9 @@ def test_published_shapes_can_be_cut(name: str) -> None:
     assert sizes[:2] == [1, 2]
     for tp in sizes:
         cfg = ModelConfig(name, precision="fp8-blockwise", tensor_model_parallel_size=tp, sequence_parallel=tp > 1)
-        precision.check(shape, cfg, HOPPER)
+        precision.check_model_supported(shape, cfg, HOPPER)
         with pytest.raises(ConfigError, match="FFN width"):
-            precision.check(replace(shape, ffn=shape.ffn + 8 * tp), cfg, HOPPER)
+            precision.check_model_supported(replace(shape, ffn=shape.ffn + 8 * tp), cfg, HOPPER)
 
 
 def test_supported_versions_are_those_that_megatron_names() -> None:
@@ -116,8 +116,8 @@ def test_each_part_of_a_run_has_its_precision() -> None:
 def test_a_recipe_is_refused_before_anything_is_built(key: str) -> None:
     recipe = load_recipe(None, [f"{key}=fp8-tensorwise"])
     with pytest.raises(ConfigError, match=rf"^{key}=fp8-tensorwise needs a CUDA device"):
-        precision.refuse(recipe, precision.Machine())
-    precision.refuse(recipe, HOPPER)
+        precision.check_supported(recipe, precision.Machine())
+    precision.check_supported(recipe, HOPPER)
 
 
 def test_a_machine_without_cuda_is_seen_as_one(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,9 +21,9 @@ WEIGHT_ATOL = 2e-6
 @pytest.fixture(autouse=True)
 def _one_process():
     runtime.initialize(ModelConfig(), seed=1)
-    fused.found.cache_clear()
+    fused.fused_kernels.cache_clear()
     yield
-    fused.found.cache_clear()
+    fused.fused_kernels.cache_clear()
 
 
 def two_steps() -> dict[str, torch.Tensor]:
@@ -35,7 +35,7 @@ def two_steps() -> dict[str, torch.Tensor]:
 
 def test_without_fused_weight_gradients_the_same_weights_come_out(monkeypatch):
     with_them = two_steps()
-    fused.found.cache_clear()
+    fused.fused_kernels.cache_clear()
     monkeypatch.setattr(layers, "_grad_accum_fusion_available", False)
     subject = trainable()
     linear = subject.model.decoder.layers[0].mlp.linear_fc1
@@ -47,7 +47,7 @@ def test_without_fused_weight_gradients_the_same_weights_come_out(monkeypatch):
 
 def test_without_a_fused_optimizer_the_same_weights_come_out(monkeypatch):
     with_it = two_steps()
-    monkeypatch.setattr(fused, "found", lambda: fused.Fused("another", weight_gradients=True))
+    monkeypatch.setattr(fused, "fused_kernels", lambda: fused.FusedKernels("another", weight_gradients=True))
     subject = trainable()
     assert not subject.optimizer.param_groups[0].get("fused")
     without = two_steps()
@@ -74,7 +74,7 @@ def test_a_package_of_the_same_name_is_not_used(monkeypatch):
     said: list[str] = []
     monkeypatch.setattr(fused._log, "warning", lambda message, *values: said.append(message % values))
     monkeypatch.setattr(fused, "find_apex", lambda: fused.Apex("/somewhere/apex", foreign=True))
-    assert fused.found().adam == "torch"
+    assert fused.fused_kernels().adam == "torch"
     assert said == [f"the package apex in /somewhere/apex is not NVIDIA's and is not used: {fused.FOREIGN_REMEDY}"]
 
 

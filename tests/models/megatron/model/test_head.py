@@ -8,7 +8,7 @@ from torch import Tensor
 
 from tawin_nemo.config.backbones import Backbone
 from tawin_nemo.config.schema import ModelConfig
-from tawin_nemo.models.megatron.model import head, head_lse
+from tawin_nemo.models.megatron.model import head
 from tawin_nemo.models.megatron.model.build import HiddenGPT, build_model
 from tawin_nemo.models.megatron.model.head import (
     child_logprobs,
@@ -50,9 +50,9 @@ def test_vocab_space_equals_log_softmax_without_the_padded_rows(
     tied: bool, narrowest: int, kept: int, hidden_ND: Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Several targets at one row, one row without any; the vocabulary at once, in slices, computed twice."""
-    monkeypatch.setattr(head_lse, "_ALIVE", {"cpu": 1})
-    monkeypatch.setattr(head_lse, "_NARROWEST", narrowest)
-    monkeypatch.setattr(head_lse, "_KEPT", kept)
+    monkeypatch.setattr(head, "_LIVE_LOGITS", {"cpu": 1})
+    monkeypatch.setattr(head, "_MIN_SLICE", narrowest)
+    monkeypatch.setattr(head, "_KEPT_EXPONENTIALS", kept)
     built = model(tied)
     weight_VD = head_weight_VD(built)
     row_N, target_N = (

@@ -128,22 +128,22 @@ def test_a_search_is_padded_too_and_scores_the_same(number_format: str) -> None:
     prompts = TokenRows.from_lists([[5, 9, 3], [7, 2, 30, 31, 8]])
     chains = TokenRows.from_lists([[3, 4], [5], [6, 7, 8]])
 
-    def scores(recipe: str | None, *, lean_forward: bool) -> tuple[Tensor, list[int]]:
+    def scores(recipe: str | None, *, use_inference_forward: bool) -> tuple[Tensor, list[int]]:
         model = build_model(SHAPE, ModelConfig(precision=number_format), seed=3)
         seen = padded_as(model, recipe)
-        lm = MegatronLM(model, SHAPE, lean_forward=lean_forward)
+        lm = MegatronLM(model, SHAPE, use_inference_forward=use_inference_forward)
         cache = lm.extend(lm.prefill(prompts), torch.tensor([0, 0, 1]), chains)
         rows = torch.arange(lm.rows(cache))
         return lm.logprobs(
             cache, rows, rows.repeat_interleave(2), torch.tensor([4, 9]).repeat(len(rows)), "vocab"
         ), seen
 
-    want, plain = scores(None, lean_forward=False)
-    have, padded = scores("blockwise", lean_forward=False)
+    want, plain = scores(None, use_inference_forward=False)
+    have, padded = scores("blockwise", use_inference_forward=False)
     assert plain == [8, 6]
     assert padded == [128, 128]
     torch.testing.assert_close(have, want, rtol=TOLERANCE[number_format], atol=TOLERANCE[number_format])
-    assert torch.equal(scores("blockwise", lean_forward=True)[0], have)
+    assert torch.equal(scores("blockwise", use_inference_forward=True)[0], have)
 
 
 @pytest.mark.parametrize(

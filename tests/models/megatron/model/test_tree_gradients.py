@@ -15,7 +15,7 @@ from tawin_nemo.catalog.trie import TokenTrie
 from tawin_nemo.config.backbones import Backbone
 from tawin_nemo.config.schema import ModelConfig, TrainerConfig
 from tawin_nemo.data.trees import AnswerIndex, tree_batch
-from tawin_nemo.models.megatron.model import head_lse
+from tawin_nemo.models.megatron.model import head
 from tawin_nemo.models.megatron.model.build import HiddenGPT, build_model
 from tawin_nemo.models.megatron.model.forward import batch_logprobs, hidden_states
 from tawin_nemo.models.megatron.model.head import head_weight_VD
@@ -81,9 +81,9 @@ def weighted(logp_N: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
 def test_packed_trees_learn_what_repeated_prompts_learn(
     dtype: torch.dtype, space: str, tied: bool, recompute: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(head_lse, "_ALIVE", {"cpu": 1})
-    monkeypatch.setattr(head_lse, "_NARROWEST", 7)
-    monkeypatch.setattr(head_lse, "_KEPT", 0 if recompute == "full" else 2**23)
+    monkeypatch.setattr(head, "_LIVE_LOGITS", {"cpu": 1})
+    monkeypatch.setattr(head, "_MIN_SLICE", 7)
+    monkeypatch.setattr(head, "_KEPT_EXPONENTIALS", 0 if recompute == "full" else 2**23)
     runtime.initialize(ModelConfig(), seed=1)
     model = build_model(shape(tied), ModelConfig(recompute=recompute), seed=3).to(dtype)
     prompts, answers, prompt_A, full_trie = task()

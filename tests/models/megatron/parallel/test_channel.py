@@ -17,7 +17,7 @@ from tawin_nemo.config.schema import Recipe
 from tawin_nemo.models.megatron.parallel.channel import Channel, Stop, decode, encode
 from tawin_nemo.placement.remote_engine import MESSAGES, BuildEngine, Generate, Generated, Search, Searched
 from tawin_nemo.rollout.scoring import empty_candidates
-from tawin_nemo.run.failures import LogInto
+from tawin_nemo.run.failures import OpenLog
 from tawin_nemo.types import PromptBatch, Rollout, TokenRows
 from tests.distributed.rollout_worker import small_catalog
 
@@ -150,7 +150,7 @@ def test_prompts_rollouts_and_candidates_survive():
     assert back.rollout.is_target_BG.dtype == torch.bool
     empty = decode(encode(Searched(empty_candidates(5, 3), FlopCount())), (Searched,)).candidates
     assert (empty.tokens_BWT.shape, empty.tokens_BWT.dtype) == ((0, 5, 3), torch.long)
-    assert decode(encode(LogInto(Path("a/b"), 3)), (LogInto, *MESSAGES)) == LogInto(Path("a/b"), 3)
+    assert decode(encode(OpenLog(Path("a/b"), 3)), (OpenLog, *MESSAGES)) == OpenLog(Path("a/b"), 3)
 
 
 class Wire:
@@ -172,4 +172,4 @@ def test_a_following_rank_handles_messages_in_order_until_it_is_stopped():
     Channel(wire).follow(MESSAGES, seen.append)
     assert [(message.width, message.token_budget) for message in seen] == [(3, None), (4, 100)]
     with pytest.raises(TypeError, match="holds a Search"):
-        Channel(wire).follow((LogInto,), seen.append)
+        Channel(wire).follow((OpenLog,), seen.append)

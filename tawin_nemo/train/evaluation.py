@@ -1,4 +1,4 @@
-"""How well the alignment tasks are learnt: loss and exact match, on what they trained on and on what was held out."""
+"""Evaluations of training: ranking metrics on a split, and the exact match of alignment tasks."""
 
 from __future__ import annotations
 
@@ -11,8 +11,11 @@ import numpy as np
 
 from tawin_nemo.catalog.items import Catalog
 from tawin_nemo.catalog.trie import TokenTrie
+from tawin_nemo.config.schema import EvalConfig
 from tawin_nemo.data.tasks import CODES, DESCRIPTION, TITLE, TaskRows, active_tasks
+from tawin_nemo.eval.bias import item_counts
 from tawin_nemo.eval.evaluate import evaluate
+from tawin_nemo.eval.result import EvalResult
 from tawin_nemo.models.megatron.parallel import runtime
 from tawin_nemo.rollout.engine import Engine
 from tawin_nemo.run.world import World
@@ -23,10 +26,25 @@ from tawin_nemo.util.log import get_logger
 
 log = get_logger(__name__)
 
-#: Rows that a task is tested on among those it was trained on.
+#: Rows of a task's training rows on which it is tested.
 TESTED_ROWS = 512
-#: Beams of the search for an answer.
+#: Beam width of the search for an answer.
 BEAMS = 10
+
+
+def evaluate_split(
+    world: World, engine: Engine, split: str, *, label: str, cfg: EvalConfig | None = None, popularity: bool = False
+) -> EvalResult:
+    """Recall@K and NDCG@K with the engine's present weights on a split of the run's dataset, equal on all ranks.
+
+    ``cfg``: section ``eval`` unless given; ``popularity``: add the popularity bias. Raises DataError and ConfigError as
+    ``evaluate`` does.
+    """
+    popularity_I = item_counts(world.samples["train"], len(world.catalog)) if popularity else None
+    return evaluate(
+        engine, world.samples[split], world.catalog, cfg or world.recipe.eval,
+        dp=world.dp, label=label, popularity_I=popularity_I,
+    )  # fmt: skip
 
 
 def evaluate_tasks(
@@ -34,19 +52,20 @@ def evaluate_tasks(
 ) -> dict[str, Any]:
     """Exact match of each active task, written to ``eval/tasks.json``: {task: {held_out | trained: {rows, exact}}}.
 
-    An answer is searched among all codes or all titles of the catalog with ``BEAMS`` beams, and the best one must be
-    the item's own; where several items are written alike a hit counts 1 / their number. Descriptions are not searched.
-    ``build`` makes an engine over a catalog with the weights of the stage; ``rows`` are the stage's rows of train.
+    Answers are searched among the codes or the titles of all items with ``BEAMS`` beams; the best one must be that of
+    the item. Where several items have the same answer a hit counts 1 / their number. Tasks that ask for descriptions
+    are skipped. ``build`` builds an engine for a catalog with the weights of the stage; ``rows`` are the rows of train
+    that the stage uses.
     """
     if not active_tasks(world.recipe.align):
         return {}
     sets = [part for part in task_sets(world, rows) if part.task.wanted != DESCRIPTION]
     results: dict[str, dict[str, dict[str, float]]] = {}
-    for way in dict.fromkeys(part.task.wanted for part in sets):  # one engine at a time, to save memory
-        catalog = _catalog(world, way)
+    for kind in dict.fromkeys(part.task.wanted for part in sets):  # one engine at a time, to save memory
+        catalog = _answer_catalog(world, kind)
         engine = build(catalog)
         engine.receive_weights()
-        results |= {part.task.name: _exact(world, engine, catalog, part) for part in sets if part.task.wanted == way}
+        results |= {part.task.name: _exact(world, engine, catalog, part) for part in sets if part.task.wanted == kind}
     for name, result in results.items():
         shown = ", ".join(f"{which} {value['exact']:.3f} of {value['rows']}" for which, value in result.items())
         log.info("task %s: exact match %s", name, shown)
@@ -57,7 +76,7 @@ def evaluate_tasks(
 
 
 def task_file(directory: Path) -> Path:
-    """Where a stage's evaluation of the tasks lies."""
+    """The file with the task evaluation of a stage directory."""
     return directory / "eval" / "tasks.json"
 
 
@@ -73,11 +92,11 @@ def _exact(world: World, engine: Engine, catalog: Catalog, part: TaskSet) -> dic
     return shares
 
 
-def _catalog(world: World, way: str) -> Catalog:
-    """The items as the answers of a task write them."""
-    if way == CODES:
+def _answer_catalog(world: World, kind: str) -> Catalog:
+    """The catalog whose token paths are the answers of a kind of task: codes or titles."""
+    if kind == CODES:
         return world.catalog
-    assert way == TITLE
+    assert kind == TITLE
     items = world.dataset.items
     paths: TokenRows = wording_of(world).paths(TITLE)
     return Catalog(items.titles, items.external_ids, "title", paths, TokenTrie.from_paths(paths, names=items.titles))
