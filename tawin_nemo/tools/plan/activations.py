@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from tawin_nemo.config.backbones import Backbone
-from tawin_nemo.tools.plan.layout import Layout
+from tawin_nemo.config.layout import Layout
 
 #: Most logits that head_lse.py holds at once, and the most exponentials it keeps for the backward pass.
 LOGITS_ALIVE = {"cpu": 2**20, "cuda": 2**24}

@@ -11,9 +11,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
 
 from tawin_nemo.config.backbones import Backbone, stage_layers
+from tawin_nemo.config.layout import Layout, padded_vocab, rollout_layout
 from tawin_nemo.config.schema import Recipe
 from tawin_nemo.tools.plan.activations import Numbers, Pass, backward_bytes, forward_bytes, head_bytes, saved_bytes
-from tawin_nemo.tools.plan.layout import Layout, padded_vocab, rollout_layout
 from tawin_nemo.tools.plan.workload import Lengths, rl_pass, search_space, sft_pass, uses_reference
 
 GIB = 2.0**30

@@ -6,9 +6,7 @@ from dataclasses import dataclass
 
 from tawin_nemo.config.backbones import Backbone
 from tawin_nemo.config.gpus import Gpu
-from tawin_nemo.config.schema import Recipe
-from tawin_nemo.tools.plan.activations import Numbers
-from tawin_nemo.tools.plan.layout import (
+from tawin_nemo.config.layout import (
     Layout,
     distance,
     layout_on,
@@ -17,6 +15,8 @@ from tawin_nemo.tools.plan.layout import (
     rollout_layout,
     rollout_problems,
 )
+from tawin_nemo.config.schema import Recipe
+from tawin_nemo.tools.plan.activations import Numbers
 from tawin_nemo.tools.plan.memory import GIB, Peak, peaks, resident, stage_parameters, swap_bytes
 from tawin_nemo.tools.plan.timing import Rates, StepTime, rl_step, sft_step
 from tawin_nemo.tools.plan.workload import Lengths

@@ -7,7 +7,7 @@ from typing import Any
 
 from tawin_nemo.config.backbones import Backbone, stage_layers
 from tawin_nemo.config.gpus import NODE
-from tawin_nemo.tools.plan.layout import Layout, padded_vocab, rollout_layout
+from tawin_nemo.config.layout import Layout, padded_vocab, rollout_layout
 from tawin_nemo.tools.plan.memory import GIB, Parts
 from tawin_nemo.tools.plan.plan import Plan, limit_bytes, overrides
 from tawin_nemo.tools.plan.timing import StepTime

@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 
 from tawin_nemo.config.backbones import Backbone, FlopCount, stage_layers
 from tawin_nemo.config.gpus import NODE, Gpu
+from tawin_nemo.config.layout import Layout, rollout_layout
 from tawin_nemo.config.schema import Recipe
-from tawin_nemo.tools.plan.layout import Layout, rollout_layout
 from tawin_nemo.tools.plan.memory import micro_batches, stage_parameters
 from tawin_nemo.tools.plan.workload import Lengths, rl_pass, rl_step_work, search_space, sft_pass, sft_step_work
 

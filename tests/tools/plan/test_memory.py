@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from tawin_nemo.config.backbones import BACKBONES, Backbone, backbone
+from tawin_nemo.config.layout import Layout, padded_vocab
 from tawin_nemo.config.load import load_recipe
 from tawin_nemo.config.schema import ModelConfig, Recipe, TrainerConfig
 from tawin_nemo.data.trees import tree_batch
@@ -29,7 +30,6 @@ from tawin_nemo.tools.plan.activations import (
     layer_bytes,
     saved_bytes,
 )  # fmt: skip
-from tawin_nemo.tools.plan.layout import Layout, padded_vocab
 from tawin_nemo.tools.plan.memory import (
     CONTEXT_BYTES,
     micro_batches,

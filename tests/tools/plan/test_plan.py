@@ -12,9 +12,9 @@ import pytest
 
 from tawin_nemo.config.backbones import FlopCount, backbone
 from tawin_nemo.config.gpus import GPUS
+from tawin_nemo.config.layout import Layout
 from tawin_nemo.config.load import load_recipe
 from tawin_nemo.config.schema import Recipe
-from tawin_nemo.tools.plan.layout import Layout
 from tawin_nemo.tools.plan.memory import GIB, stage_parameters
 from tawin_nemo.tools.plan.plan import Plan, fitting, limit_bytes
 from tawin_nemo.tools.plan.table import plan_facts, plan_table
