@@ -55,7 +55,8 @@ def combinations(r: Recipe) -> Iterator[tuple[bool, str]]:
         r.rollout.devices == 0 and not searching.divides(world),
         f"rollouts with tensor_model_parallel_size={searching.tp} x "
         f"pipeline_model_parallel_size={searching.pp} cannot be laid out over {world} processes; set "
-        "rollout.tensor_model_parallel_size and rollout.pipeline_model_parallel_size so that their product divides them, or to 0 (as in training)",
+        "rollout.tensor_model_parallel_size and rollout.pipeline_model_parallel_size so that their "
+        "product divides them, or to 0 (as in training)",
     )
     yield (
         rl.max_steps == 0 and rl.epochs == 0 and rl.enabled,
