@@ -1,6 +1,6 @@
 """The folder of nightly retraining, and how a model is published there.
 
-    ROOT/runs/DATE/       run directory of a nightly run: data, stages, export, gate; night.json says what it starts from
+    ROOT/runs/DATE/       run directory of a nightly run: data, stages, export, gate; night.json says its start
     ROOT/versions/DATE/   Hugging Face exports that passed the gate, each with gate.json beside the weights
     ROOT/latest           symbolic link to one of them: the published model
 
