@@ -186,8 +186,7 @@ def simulate(arguments: argparse.Namespace) -> int:
 
 def plan(arguments: argparse.Namespace) -> int:
     """What a recipe needs on a cluster; no torch, no GPU."""
-    from tawin_nemo.tools.plan.table import plan_facts, plan_table
-    from tawin_nemo.tools.plan.verb import plan_recipe
+    from tawin_nemo.tools.plan.verb import plan_facts, plan_recipe, plan_table
 
     def read_shape(folder: Path) -> Any:
         from tawin_nemo.models.megatron.hf.config import backbone_from_hf

@@ -49,12 +49,16 @@ class Backbone:
     def qkv_bias(self) -> bool:
         return self.family == "qwen2"
 
+    def layer_parameters(self, tp: int = 1) -> int:
+        """Parameters of one decoder layer on one of ``tp`` ranks: matrices are divided, norms are not."""
+        q, kv = self.heads * self.kv_channels // tp, self.kv_heads * self.kv_channels // tp
+        attention = self.hidden * (q + 2 * kv) + q * self.hidden + (q + 2 * kv if self.qkv_bias else 0)
+        return attention + 3 * self.hidden * self.ffn // tp + 2 * self.hidden
+
     @property
     def body_parameters(self) -> int:
         """Parameters without embedding and LM head."""
-        q, kv = self.heads * self.kv_channels, self.kv_heads * self.kv_channels
-        attention = self.hidden * (q + 2 * kv) + q * self.hidden + (q + 2 * kv if self.qkv_bias else 0)
-        return self.layers * (attention + 3 * self.hidden * self.ffn + 2 * self.hidden) + self.hidden
+        return self.layers * self.layer_parameters() + self.hidden
 
 
 @dataclass(frozen=True)

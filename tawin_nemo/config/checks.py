@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from tawin_nemo.config.layout import SEQUENCE_PARALLEL_NEEDS_TP, rollout_layout, training_layout
 from tawin_nemo.config.placement_checks import ahead_combinations, aligned, placement_combinations
 from tawin_nemo.config.schema import Recipe
 
@@ -11,20 +12,20 @@ from tawin_nemo.config.schema import Recipe
 def combinations(r: Recipe) -> Iterator[tuple[bool, str]]:
     """(is wrong, message) of every combination of keys that makes no sense; the message names a remedy."""
     m, t, rl = r.model, r.trainer, r.rl
-    model_ranks = m.tensor_model_parallel_size * m.pipeline_model_parallel_size
-    world = r.processes
+    training, world = training_layout(r), r.processes
+    searching = rollout_layout(r, training)
     yield from placement_combinations(r)
     yield (
-        r.training_processes % model_ranks != 0,
+        not training.divides(r.training_processes),
         f"trainer.num_nodes={t.num_nodes} x trainer.devices={t.devices} = {world} processes"
         + (f", less rollout.devices={r.rollout.devices} that only search," if r.rollout.devices else "")
         + f" cannot be divided into model.tensor_model_parallel_size={m.tensor_model_parallel_size} x "
         f"model.pipeline_model_parallel_size={m.pipeline_model_parallel_size}; set trainer.devices to a multiple "
-        f"of {model_ranks}" + (" more than rollout.devices" if r.rollout.devices else ""),
+        f"of {training.model_ranks}" + (" more than rollout.devices" if r.rollout.devices else ""),
     )
     yield (
-        m.sequence_parallel and m.tensor_model_parallel_size == 1,
-        "model.sequence_parallel=true needs model.tensor_model_parallel_size > 1; set it to false",
+        training.sequence_parallel_alone,
+        f"{SEQUENCE_PARALLEL_NEEDS_TP}; set it to false",
     )
     yield (
         r.catalog.kind == "sid" and not r.catalog.index,
@@ -50,12 +51,12 @@ def combinations(r: Recipe) -> Iterator[tuple[bool, str]]:
         0 < r.rollout.width < rl.group_size,
         f"rollout.width={r.rollout.width} is below rl.group_size={rl.group_size}; a group needs that many beams",
     )
-    rollout_tp, rollout_pp = r.rollout_layout
     yield (
-        r.rollout.devices == 0 and world % (rollout_tp * rollout_pp) != 0,
-        f"rollouts with tensor_model_parallel_size={rollout_tp} x pipeline_model_parallel_size={rollout_pp} cannot be "
-        f"laid out over {world} processes; set rollout.tensor_model_parallel_size and "
-        "rollout.pipeline_model_parallel_size so that their product divides them, or to 0 (as in training)",
+        r.rollout.devices == 0 and not searching.divides(world),
+        f"rollouts with tensor_model_parallel_size={searching.tp} x "
+        f"pipeline_model_parallel_size={searching.pp} cannot be laid out over {world} processes; set "
+        "rollout.tensor_model_parallel_size and rollout.pipeline_model_parallel_size so that their "
+        "product divides them, or to 0 (as in training)",
     )
     yield (
         rl.max_steps == 0 and rl.epochs == 0 and rl.enabled,

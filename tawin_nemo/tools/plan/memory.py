@@ -11,10 +11,21 @@ from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
 
 from tawin_nemo.config.backbones import Backbone, stage_layers
+from tawin_nemo.config.layout import Layout, padded_vocab, rollout_layout, training_layout
 from tawin_nemo.config.schema import Recipe
-from tawin_nemo.tools.plan.activations import Numbers, Pass, backward_bytes, forward_bytes, head_bytes, saved_bytes
-from tawin_nemo.tools.plan.layout import Layout, padded_vocab, rollout_layout
-from tawin_nemo.tools.plan.workload import Lengths, rl_pass, search_space, sft_pass, uses_reference
+from tawin_nemo.tools.plan.work import (
+    Lengths,
+    Numbers,
+    Pass,
+    backward_bytes,
+    forward_bytes,
+    head_bytes,
+    rl_pass,
+    saved_bytes,
+    search_space,
+    sft_pass,
+    uses_reference,
+)  # fmt: skip
 
 GIB = 2.0**30
 #: CUDA context, NCCL's and cuBLAS's buffers of one process. A rule of thumb, not measured here.
@@ -60,16 +71,17 @@ def stage_parameters(shape: Backbone, layout: Layout, stage: int) -> int:
     Matrices are divided over TP, norms are not. The last stage holds the head; a tied head is the embedding itself on
     one stage and a second copy of it on several.
     """
-    tp, dim = layout.tp, shape.kv_channels
-    query, key = shape.heads * dim // tp, shape.kv_heads * dim // tp
-    matrices = shape.hidden * (query + 2 * key) + query * shape.hidden + 3 * shape.hidden * shape.ffn // tp
-    bias = query + 2 * key if shape.qkv_bias else 0
-    count = stage_layers(shape.layers, layout.pp)[stage] * (matrices + bias + 2 * shape.hidden)
-    vocabulary = padded_vocab(shape, tp) // tp * shape.hidden
+    count = stage_layers(shape.layers, layout.pp)[stage] * shape.layer_parameters(layout.tp)
+    vocabulary = padded_vocab(shape, layout.tp) // layout.tp * shape.hidden
     first, last = stage == 0, stage == layout.pp - 1
     count += vocabulary if first else 0
     count += vocabulary if last and not (first and shape.tied) else 0
     return count + (shape.hidden if last else 0)
+
+
+def parameters(shape: Backbone) -> int:
+    """Parameters of the whole model, without vocabulary padding."""
+    return stage_parameters(shape, Layout(), 0)
 
 
 def resident(shape: Backbone, recipe: Recipe, layout: Layout, numbers: Numbers, stage: int) -> Parts:
@@ -83,6 +95,24 @@ def resident(shape: Backbone, recipe: Recipe, layout: Layout, numbers: Numbers, 
         optimizer=(8 if numbers.bytes == 4 else 12) * count / shards,
         context=CONTEXT_BYTES if numbers.device == "cuda" else 0.0,
     )
+
+
+def least_rank_bytes(shape: Backbone, recipe: Recipe) -> float:
+    """Bytes that the fullest training rank cannot do without: weights, gradients and its share of the optimizer."""
+    layout, numbers = training_layout(recipe), Numbers.of(recipe.model.precision, device="cpu")
+    return max(resident(shape, recipe, layout, numbers, stage).total for stage in range(layout.pp))
+
+
+def least_machine_bytes(shape: Backbone, recipe: Recipe) -> float:
+    """The same of all processes of one machine together, on average; rollout ranks hold their weights alone."""
+    layout, numbers = training_layout(recipe), Numbers.of(recipe.model.precision, device="cpu")
+    per_stage = [resident(shape, recipe, layout, numbers, stage).total for stage in range(layout.pp)]
+    job = layout.tp * layout.dp * sum(per_stage)
+    if recipe.rollout.devices:
+        searching = rollout_layout(recipe, layout)
+        per_stage = [resident(shape, recipe, searching, numbers, stage).weights for stage in range(searching.pp)]
+        job += searching.tp * searching.dp * sum(per_stage)
+    return job / recipe.trainer.num_nodes
 
 
 def update_parts(

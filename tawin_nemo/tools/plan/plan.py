@@ -6,20 +6,19 @@ from dataclasses import dataclass
 
 from tawin_nemo.config.backbones import Backbone
 from tawin_nemo.config.gpus import Gpu
-from tawin_nemo.config.schema import Recipe
-from tawin_nemo.tools.plan.activations import Numbers
-from tawin_nemo.tools.plan.layout import (
+from tawin_nemo.config.layout import (
     Layout,
     distance,
-    layout_on,
     possible,
     problems,
     rollout_layout,
     rollout_problems,
+    training_layout,
 )
-from tawin_nemo.tools.plan.memory import GIB, Peak, peaks, resident, stage_parameters, swap_bytes
+from tawin_nemo.config.schema import Recipe
+from tawin_nemo.tools.plan.memory import GIB, Peak, parameters, peaks, resident, stage_parameters, swap_bytes
 from tawin_nemo.tools.plan.timing import Rates, StepTime, rl_step, sft_step
-from tawin_nemo.tools.plan.workload import Lengths
+from tawin_nemo.tools.plan.work import Lengths, Numbers
 from tawin_nemo.util.errors import ConfigError
 
 #: Share of a GPU's memory that a plan leaves free: the allocator's gaps, padding of uneven rows, what is not modelled.
@@ -61,22 +60,12 @@ class Plan:
 
     @property
     def parameters(self) -> int:
-        """Of the whole model, without vocabulary padding."""
-        return stage_parameters(self.question.shape, Layout(), 0)
+        return parameters(self.question.shape)
 
     @property
     def parameters_per_rank(self) -> int:
         """Of the fullest pipeline stage."""
         return max(stage_parameters(self.question.shape, self.layout, stage) for stage in range(self.layout.pp))
-
-
-def recipe_layout(question: Question) -> Layout:
-    """The layout that the recipe asks for, on the given GPUs."""
-    model = question.recipe.model
-    return layout_on(
-        question.training_gpus, model.tensor_model_parallel_size, model.pipeline_model_parallel_size,
-        sequence_parallel=model.sequence_parallel,
-    )  # fmt: skip
 
 
 def limit_bytes(gpu: Gpu) -> float:
@@ -108,14 +97,13 @@ def make_plan(question: Question) -> Plan:
     number of GPUs is not whole nodes or the GPU lacks the precision.
     """
     question.gpu.peak_flops(question.recipe.model.precision)
-    layout = recipe_layout(question)
+    layout = training_layout(question.recipe, question.training_gpus)
     good = fitting(question)
     wrong = problems(question.shape, layout, question.training_gpus)
     wrong += rollout_problems(question.shape, question.recipe, layout, question.training_gpus)
     if wrong:
         raise ConfigError(f"{layout} is not possible: {'; '.join(wrong)}. {remedy(question, layout, good)}")
-    found = peaks(question.shape, question.recipe, layout, question.lengths)
-    fullest = max(found, key=lambda peak: peak.parts.total)
+    fullest = needed(question, layout)
     if fullest.parts.total > limit_bytes(question.gpu):
         raise ConfigError(
             f"{layout} does not fit: {fullest.phase} needs {fullest.parts.total / GIB:.1f} GiB on pipeline stage "
@@ -131,7 +119,7 @@ def make_plan(question: Question) -> Plan:
     return Plan(
         question,
         layout,
-        found,
+        peaks(question.shape, question.recipe, layout, question.lengths),
         sft=sft_step(recipe, lengths, rates) if recipe.sft.enabled or recipe.compare.sft_all else None,
         rl=rl_step(recipe, lengths, rates) if recipe.rl.enabled else None,
         best=good[0] if good else None,

@@ -7,10 +7,10 @@ from dataclasses import dataclass, replace
 
 from tawin_nemo.config.backbones import Backbone, FlopCount, stage_layers
 from tawin_nemo.config.gpus import NODE, Gpu
+from tawin_nemo.config.layout import Layout, rollout_layout
 from tawin_nemo.config.schema import Recipe
-from tawin_nemo.tools.plan.layout import Layout, rollout_layout
 from tawin_nemo.tools.plan.memory import micro_batches, stage_parameters
-from tawin_nemo.tools.plan.workload import Lengths, rl_pass, rl_step_work, search_space, sft_pass, sft_step_work
+from tawin_nemo.tools.plan.work import Lengths, rl_pass, rl_step_work, search_space, sft_pass, sft_step_work
 
 #: Model FLOP utilisation that is assumed where none is given. Megatron-LM's authors report 0.41 to 0.48 on H100s for
 #: models of 2B parameters and more with long rows and fused kernels; rows here are a few thousand tokens and norms,

@@ -1,6 +1,6 @@
 """``tawin-nemo retrain``: new interactions -> train from the published model -> export -> gate -> publish.
 
-All ranks call it. Everything is written once and found again, so that the same command and date continue a night that
+All ranks call it. Everything is written once and found again, so that the same command and date continue a run that
 was killed, and do nothing when it is done.
 """
 
@@ -23,7 +23,7 @@ from tawin_nemo.run.datasets import prepared_root
 from tawin_nemo.run.failures import attempt_logs
 from tawin_nemo.run.world import build_world, open_run_dir
 from tawin_nemo.tools.retrain.gate import Decision, decide
-from tawin_nemo.tools.retrain.nights import EXPORT, GATE_FILE, Night, Place, checked_date
+from tawin_nemo.tools.retrain.publish_root import EXPORT, GATE_FILE, NightlyRun, PublishRoot, checked_date
 from tawin_nemo.train.pipeline import evaluate_stage, run_pipeline
 from tawin_nemo.train.start import engine_of
 from tawin_nemo.util.errors import REFUSED, ConfigError
@@ -40,19 +40,19 @@ def run_retrain(recipe: Recipe) -> tuple[dict[str, Any], int]:
 
     Raises ConfigError for a recipe that cannot be used, Preempted after a signal or trainer.max_time.
     """
-    day, place = check_recipe(recipe), Place(Path(recipe.retrain.root))
+    day, root = check_recipe(recipe), PublishRoot(Path(recipe.retrain.root))
     with started(recipe), contextlib.ExitStack() as stack:
         if disaggregated.is_rollout_rank():
             serve()
             return {}, 0
-        result = runtime.on_rank_0(lambda: finished(place, day))
+        result = runtime.on_rank_0(lambda: finished(root, day))
         if result is None:
-            night = runtime.on_rank_0(lambda: place.night(day, data_of(recipe, day), warm=recipe.retrain.warm_start))
-            stack.enter_context(attempt_logs(place.run_dir(day)))
+            run = runtime.on_rank_0(lambda: root.nightly_run(day, data_of(recipe, day), warm=recipe.retrain.warm_start))
+            stack.enter_context(attempt_logs(root.run_dir(day)))
             stack.enter_context(signals.listening())
-            train_and_export(recipe, night, place)
-            decision = gate(recipe, night, place)
-            result = runtime.on_rank_0(lambda: conclude(place, decision))
+            train_and_export(recipe, run, root)
+            decision = gate(recipe, run, root)
+            result = runtime.on_rank_0(lambda: conclude(root, decision))
         runtime.barrier()
         return result, REFUSED if not result["published"] and runtime.world_rank() == 0 else 0
 
@@ -72,15 +72,15 @@ def check_recipe(recipe: Recipe) -> str:
     return checked_date(recipe.retrain.date)
 
 
-def finished(place: Place, day: str) -> dict[str, Any] | None:
+def finished(root: PublishRoot, day: str) -> dict[str, Any] | None:
     """The result if there is nothing left to do: this date is published, or a later one is."""
-    published = place.published()
+    published = root.published()
     if published is None or published.name < day:
         return None
     if published.name > day:
         raise ConfigError(
-            f"retrain.date={day} is older than the published version {published.name}; a night never replaces a later "
-            f"one (to go back: ln -sfn versions/DATE {place.latest})"
+            f"retrain.date={day} is older than the published version {published.name}; a nightly run never "
+            f"replaces a later one (to go back: ln -sfn versions/DATE {root.latest})"
         )
     return {"date": day, "published": True, "latest": str(published), "gate": str(published / GATE_FILE)}
 
@@ -91,69 +91,69 @@ def data_of(recipe: Recipe, day: str) -> Callable[[Path], Path]:
     return lambda run_dir: prepared_root(recipe, run_dir=run_dir, prepare=window)
 
 
-def night_recipe(recipe: Recipe, night: Night, place: Place) -> Recipe:
-    """The recipe as the night's training reads it."""
-    model, data = recipe.model, replace(recipe.data, root=night.data, dataset="prepared")
-    if night.start:  # the tokenizer lies beside the weights
-        model, data = replace(model, init=night.start), replace(data, tokenizer="auto")
+def run_recipe(recipe: Recipe, run: NightlyRun, root: PublishRoot) -> Recipe:
+    """The recipe as the nightly run reads it."""
+    model, data = recipe.model, replace(recipe.data, root=run.data, dataset="prepared")
+    if run.start:  # the tokenizer lies beside the weights
+        model, data = replace(model, init=run.start), replace(data, tokenizer="auto")
     return replace(
-        recipe, run_dir=str(place.run_dir(night.date)), model=model, data=data, retrain=RetrainConfig()
+        recipe, run_dir=str(root.run_dir(run.date)), model=model, data=data, retrain=RetrainConfig()
     )  # fmt: skip
 
 
-def train_and_export(recipe: Recipe, night: Night, place: Place) -> None:
+def train_and_export(recipe: Recipe, run: NightlyRun, root: PublishRoot) -> None:
     """Train what the recipe asks for; export the RL stage, or SFT where there is no RL."""
-    run_dir = place.run_dir(night.date)
+    run_dir = root.run_dir(run.date)
     export = run_dir / EXPORT
-    if export.is_dir() or place.version(night.date).is_dir():
+    if export.is_dir() or root.version(run.date).is_dir():
         return
-    tonight = night_recipe(recipe, night, place)
-    open_run_dir(tonight, same_recipe=True)
-    world = build_world(tonight, run_dir, Path(night.data), codes_path=codes_path(recipe))
+    own_recipe = run_recipe(recipe, run, root)
+    open_run_dir(own_recipe, same_recipe=True)
+    world = build_world(own_recipe, run_dir, Path(run.data), codes_path=codes_path(recipe))
     run_pipeline(world)
     stage = run_dir / ("rl" if recipe.rl.enabled else "sft")
     write_export(world, str(stage), export)
     runtime.barrier()
 
 
-def gate(recipe: Recipe, night: Night, place: Place) -> Decision:
+def gate(recipe: Recipe, run: NightlyRun, root: PublishRoot) -> Decision:
     """Judge the export against what is published now; the decision is written to ``RUN_DIR/gate.json``."""
-    published = runtime.on_rank_0(place.published)
-    version = place.version(night.date)
-    export = version if version.is_dir() else place.run_dir(night.date) / EXPORT
-    candidate = evaluate_export(recipe, night, place, export, "candidate")
-    rival = evaluate_export(recipe, night, place, published, f"published_{published.name}") if published else None
+    published = runtime.on_rank_0(root.published)
+    version = root.version(run.date)
+    export = version if version.is_dir() else root.run_dir(run.date) / EXPORT
+    candidate = evaluate_export(recipe, run, root, export, "candidate")
+    rival = evaluate_export(recipe, run, root, published, f"published_{published.name}") if published else None
     decision = decide(
         candidate, rival, recipe.retrain.metrics,
-        date=night.date, against=published.name if published else "", margin=recipe.retrain.margin, seed=recipe.seed,
+        date=run.date, against=published.name if published else "", margin=recipe.retrain.margin, seed=recipe.seed,
     )  # fmt: skip
     if runtime.world_rank() == 0:
-        facts = {**asdict(decision), "passed": decision.passed, "reasons": decision.reasons}
-        write_json(place.run_dir(night.date) / GATE_FILE, facts)
-        write_json(export / GATE_FILE, facts)
+        result = {**asdict(decision), "passed": decision.passed, "reasons": decision.reasons}
+        write_json(root.run_dir(run.date) / GATE_FILE, result)
+        write_json(export / GATE_FILE, result)
     runtime.barrier()
     return decision
 
 
-def evaluate_export(recipe: Recipe, night: Night, place: Place, export: Path, name: str) -> EvalResult:
-    """Evaluate an exported model, as it will be served, on the night's valid rows (once)."""
-    directory = place.run_dir(night.date) / "gate" / name
+def evaluate_export(recipe: Recipe, run: NightlyRun, root: PublishRoot, export: Path, name: str) -> EvalResult:
+    """Evaluate an exported model, as it will be served, on the run's valid rows (once)."""
+    directory = root.run_dir(run.date) / "gate" / name
     if not runtime.on_rank_0(lambda: (directory / "eval" / f"{SPLIT}.json").is_file()):
-        tonight = night_recipe(recipe, replace(night, start=str(export)), place)
-        looked_at = replace(tonight, run_dir=str(directory), eval=replace(recipe.eval, splits=[SPLIT]))
-        open_run_dir(looked_at, same_recipe=False)
-        world = build_world(looked_at, directory, Path(night.data), codes_path=codes_path(recipe))
+        own_recipe = run_recipe(recipe, replace(run, start=str(export)), root)
+        gate_recipe = replace(own_recipe, run_dir=str(directory), eval=replace(recipe.eval, splits=[SPLIT]))
+        open_run_dir(gate_recipe, same_recipe=False)
+        world = build_world(gate_recipe, directory, Path(run.data), codes_path=codes_path(recipe))
         return evaluate_stage(world, directory, engine_of(world))
     return EvalResult.read(directory / "eval", SPLIT)
 
 
-def conclude(place: Place, decision: Decision) -> dict[str, Any]:
+def conclude(root: PublishRoot, decision: Decision) -> dict[str, Any]:
     """Publish, or say why not."""
-    gate_file = place.run_dir(decision.date) / GATE_FILE
-    facts = {"date": decision.date, "published": decision.passed, "gate": str(gate_file)}
+    gate_file = root.run_dir(decision.date) / GATE_FILE
+    result = {"date": decision.date, "published": decision.passed, "gate": str(gate_file)}
     if decision.passed:
-        place.publish(decision.date)
-        log.info("published %s: %s", decision.date, place.latest)
-        return {**facts, "latest": str(place.version(decision.date))}
-    log.warning("not published, %s stays: %s", place.latest, "; ".join(decision.reasons))
-    return {**facts, "latest": str(place.published() or ""), "reasons": decision.reasons}
+        root.publish(decision.date)
+        log.info("published %s: %s", decision.date, root.latest)
+        return {**result, "latest": str(root.version(decision.date))}
+    log.warning("not published, %s stays: %s", root.latest, "; ".join(decision.reasons))
+    return {**result, "latest": str(root.published() or ""), "reasons": decision.reasons}

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from tawin_nemo.tools.doctor.cgroup import Limits, read_limits
+from tawin_nemo.tools.doctor.machine import Limits, read_limits
 
 GIB = 2**30
 

@@ -1,5 +1,4 @@
-from tawin_nemo.tools.doctor.check import Check, Status, check, gib, ok, warning
-from tawin_nemo.tools.doctor.table import lines, summary
+from tawin_nemo.tools.doctor.check import Check, Status, check, gib, lines, ok, summary, warning
 from tawin_nemo.util.errors import ConfigError
 
 

@@ -1,90 +1,140 @@
-"""What nvidia-smi says, on made-up answers in the formats of two generations of drivers."""
+"""GPUs through pynvml's functions, which are replaced; no NVML is needed, and none is asked."""
 
-import os
+from __future__ import annotations
+
+import sys
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
+import pynvml
 import pytest
 
 from tawin_nemo.tools.doctor import gpus
 from tawin_nemo.tools.doctor.check import Status
-from tawin_nemo.tools.doctor.gpus import Report, parse_query, parse_topology
+from tawin_nemo.tools.doctor.gpus import Report
 from tawin_nemo.tools.doctor.probe import Found, Gpu, TorchFacts
 
-GPU = """<gpu id="0"><product_name>{name}</product_name>
-<fb_memory_usage><total>81559 MiB</total><used>{used} MiB</used></fb_memory_usage>
-<ecc_mode><current_ecc>{ecc}</current_ecc></ecc_mode>
-<ecc_errors><volatile><sram_correctable>7</sram_correctable><dram_uncorrectable>{errors}</dram_uncorrectable>
-</volatile><aggregate><dram_uncorrectable>9</dram_uncorrectable></aggregate></ecc_errors>
-<remapped_rows><remapped_row_pending>{pending}</remapped_row_pending></remapped_rows>
-<temperature><gpu_temp>41 C</gpu_temp></temperature>
-<clocks_{kind}_reasons><clocks_{kind}_reason_gpu_idle>Active</clocks_{kind}_reason_gpu_idle>
-<clocks_{kind}_reason_hw_thermal_slowdown>{slow}</clocks_{kind}_reason_hw_thermal_slowdown></clocks_{kind}_reasons>
-</gpu>"""
-GOOD = {
-    "name": "NVIDIA H800", "used": 4, "ecc": "Enabled", "errors": 0, "pending": "No", "kind": "event",
-    "slow": "Not Active",
-}  # fmt: skip
-MATRIX = """\t\x1b[4mGPU0\tGPU1\tGPU2\tNIC0\tCPU Affinity\tNUMA Affinity\tGPU NUMA ID\x1b[0m
-GPU0\t X \tNV18\tSYS\tPXB\t0-55\t0\t\tN/A
-GPU1\tNV18\t X \tNODE\tSYS\t0-55\t0\t\tN/A
-GPU2\tSYS\tNODE\t X \tSYS\t56-111\t1\t\tN/A
-NIC0\tPXB\tSYS\tSYS\t X
-
-Legend:
-
-  X    = Self
-"""
+IDLE = pynvml.nvmlClocksEventReasonGpuIdle
 
 
-def answer(*changes: dict[str, object]) -> str:
-    body = "".join(GPU.format(**{**GOOD, **change}) for change in changes)
-    return f'<?xml version="1.0" ?><nvidia_smi_log><driver_version>550.54.15</driver_version>{body}</nvidia_smi_log>'
+@dataclass(frozen=True)
+class Card:
+    """A GPU as NVML describes it; its handle is the card itself. None: NVML does not support the question."""
+
+    bus: str = "00:01"
+    name: str = "NVIDIA H800"
+    used: int = 4 * 2**20
+    ecc: int | None = 1
+    uncorrected: int | None = 0
+    pending: int | None = 0
+    reasons: int | None = IDLE
+    celsius: int | None = 41
+    links: tuple[str, ...] = ()  # bus at the other end of each NVLink
+    levels: tuple[tuple[str, int], ...] = ()  # bus of another card -> common point
 
 
-def test_a_healthy_machine():
-    report = parse_query(answer({}, {}))
-    assert report.driver == "550.54.15"
+def supported(value):
+    if value is None:
+        raise pynvml.NVMLError(pynvml.NVML_ERROR_NOT_SUPPORTED)
+    return value
+
+
+@pytest.fixture
+def machine(monkeypatch) -> Callable[..., Report]:
+    """Gives the report about a machine with these cards."""
+
+    def report(*cards: Card) -> Report:
+        def link(card: Card, number: int) -> str:
+            if number >= len(card.links):
+                raise pynvml.NVMLError(pynvml.NVML_ERROR_INVALID_ARGUMENT)
+            return card.links[number]
+
+        answers = {
+            "nvmlInit": lambda: None,
+            "nvmlShutdown": lambda: None,
+            "nvmlSystemGetDriverVersion": lambda: "550.54.15",
+            "nvmlDeviceGetCount": lambda: len(cards),
+            "nvmlDeviceGetHandleByIndex": lambda index: cards[index],
+            "nvmlDeviceGetName": lambda card: card.name,
+            "nvmlDeviceGetMemoryInfo": lambda card: SimpleNamespace(used=card.used),
+            "nvmlDeviceGetEccMode": lambda card: [supported(card.ecc)] * 2,
+            "nvmlDeviceGetTotalEccErrors": lambda card, kind, counter: supported(card.uncorrected),
+            "nvmlDeviceGetRemappedRows": lambda card: (0, 0, supported(card.pending), 0),
+            "nvmlDeviceGetCurrentClocksThrottleReasons": lambda card: supported(card.reasons),
+            "nvmlDeviceGetTemperature": lambda card, sensor: supported(card.celsius),
+            "nvmlDeviceGetP2PStatus": lambda card, other, index: 0 if card.links else 2,
+            "nvmlDeviceGetNvLinkState": lambda card, number: bool(link(card, number)),
+            "nvmlDeviceGetNvLinkRemotePciInfo": lambda card, number: SimpleNamespace(busId=link(card, number)),
+            "nvmlDeviceGetPciInfo": lambda card: SimpleNamespace(busId=card.bus),
+            "nvmlDeviceGetTopologyCommonAncestor": lambda card, other: supported(dict(card.levels).get(other.bus)),
+        }
+        for name, answer in answers.items():
+            assert hasattr(pynvml, name)
+            monkeypatch.setattr(pynvml, name, answer)
+        return gpus.read_report()
+
+    return report
+
+
+def test_a_healthy_machine(machine):
+    report = machine(Card(), Card())
+    assert (report.driver, report.problem) == ("550.54.15", "")
     assert [gpu.index for gpu in report.gpus] == [0, 1]
-    found = gpus.health(report)
-    assert (found.status, found.value) == (Status.OK, "ECC enabled, no memory errors, full clocks, 41 C")
+    seen = gpus.health(report)
+    assert (seen.status, seen.value) == (Status.OK, "ECC enabled, no memory errors, full clocks, 41 C")
     assert gpus.driver(report).value == "550.54.15"
 
 
 @pytest.mark.parametrize(
-    ("change", "part"),
+    ("card", "part"),
     [
-        ({"errors": 2}, "memory errors on GPU 1"),
-        ({"pending": "Yes"}, "memory errors on GPU 1"),
-        ({"slow": "Active"}, "held down on GPU 1 (hw_thermal_slowdown; 41 C)"),
-        ({"slow": "Active", "kind": "throttle"}, "held down on GPU 1 (hw_thermal_slowdown; 41 C)"),
-        ({"used": 40000}, "memory in use on GPU 1: 39.1 GiB"),
-        ({"ecc": "Disabled"}, "ECC is off on GPU 1"),
+        (Card(uncorrected=2), "memory errors on GPU 1"),
+        (Card(pending=1), "memory errors on GPU 1"),
+        (Card(reasons=IDLE | 0x40), "held down on GPU 1 (hw_thermal_slowdown; 41 C)"),
+        (Card(reasons=0x08 | 0x80), "held down on GPU 1 (hw_slowdown, hw_power_brake_slowdown; 41 C)"),
+        (Card(used=40000 * 2**20), "memory in use on GPU 1: 39.1 GiB"),
+        (Card(ecc=0), "ECC is off on GPU 1"),
     ],
 )
-def test_one_sick_gpu_is_named(change, part):
-    found = gpus.health(parse_query(answer({}, change)))
-    assert found.status == Status.WARNING
-    assert part in found.value
-    assert found.remedy
+def test_one_sick_gpu_is_named(machine, card, part):
+    seen = gpus.health(machine(Card(), card))
+    assert seen.status == Status.WARNING
+    assert part in seen.value
+    assert seen.remedy
 
 
-def test_a_gamers_card_without_ecc_is_fine():
-    report = parse_query(answer({"ecc": "Disabled", "name": "NVIDIA GeForce RTX 4090"}))
-    assert gpus.health(report).status == Status.OK
+def test_a_gamers_card_without_ecc_is_fine(machine):
+    assert gpus.health(machine(Card(ecc=0, name="NVIDIA GeForce RTX 4090"))).status == Status.OK
 
 
-def test_fields_that_a_driver_does_not_write_are_nothing_to_report():
-    report = parse_query("<nvidia_smi_log><gpu><product_name>X</product_name></gpu></nvidia_smi_log>")
-    assert gpus.health(report).status == Status.OK
+def test_questions_that_a_gpu_does_not_support_are_nothing_to_report(machine):
+    report = machine(Card(ecc=None, uncorrected=None, pending=None, reasons=None, celsius=None))
+    seen = gpus.health(report)
+    assert (seen.status, seen.value) == (Status.OK, "ECC n/a, no memory errors, full clocks, no temperature")
 
 
-def test_links_of_each_pair():
-    assert parse_topology(MATRIX) == ("NV18", "SYS", "NODE")
-    report = Report("1", parse_query(answer({}, {}, {})).gpus, ("NV18", "SYS", "NODE"))
+def test_links_of_each_pair(machine):
+    far = (("00:02", pynvml.NVML_TOPOLOGY_SYSTEM), ("00:03", pynvml.NVML_TOPOLOGY_SYSTEM))
+    near = (("00:03", pynvml.NVML_TOPOLOGY_SINGLE),)
+    report = machine(Card("00:01", levels=far), Card("00:02", levels=near), Card("00:03"))
+    assert report.links == ("SYS", "SYS", "PIX")
     assert gpus.topology(report, 1).status == Status.OK
     assert gpus.topology(report, 2).status == Status.WARNING
-    nvlink = Report("1", report.gpus, ("NV18",) * 3)
-    assert (gpus.topology(nvlink, 8).status, gpus.topology(nvlink, 8).value) == (Status.OK, "NV18: 3 pairs")
+
+
+def test_nvlinks_are_counted_directly_or_through_switches(machine):
+    switched = machine(*(Card(f"00:0{n}", links=("switch",) * 18) for n in range(3)))
+    assert switched.links == ("NV18",) * 3
+    seen = gpus.topology(switched, 8)
+    assert (seen.status, seen.value) == (Status.OK, "NV18: 3 pairs")
+    assert machine(Card("00:01", links=("00:02", "00:03", "00:02")), Card("00:02")).links == ("NV2",)
+
+
+def test_links_that_nvml_does_not_know(machine):
+    assert machine(Card(), Card()).links == ()
 
 
 def test_devices_as_torch_sees_them():
@@ -96,44 +146,50 @@ def test_devices_as_torch_sees_them():
     assert gpus.devices(Found(), Report()).status == Status.ABSENT
 
 
-def fake_smi(folder: Path, script: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    program = folder / "nvidia-smi"
-    program.write_text(f"#!/bin/sh\n{script}\n")
-    program.chmod(0o755)
-    monkeypatch.setenv("PATH", f"{folder}{os.pathsep}{os.environ['PATH']}")
+def failing(code: int) -> Callable[..., None]:
+    def fail(*arguments: object) -> None:
+        raise pynvml.NVMLError(code)
+
+    return fail
 
 
-def test_the_program_is_asked(tmp_path, monkeypatch):
-    (tmp_path / "query").write_text(answer({}, {}, {}))
-    (tmp_path / "matrix").write_text(MATRIX)
-    fake_smi(tmp_path, f'if [ "$1" = topo ]; then cat {tmp_path}/matrix; else cat {tmp_path}/query; fi', monkeypatch)
-    report = gpus.read_report()
-    assert (len(report.gpus), report.links, report.problem) == (3, ("NV18", "SYS", "NODE"), "")
+def test_a_driver_that_cannot_be_reached_fails_with_nvmls_words(monkeypatch):
+    monkeypatch.setattr(pynvml, "nvmlInit", failing(pynvml.NVML_ERROR_DRIVER_NOT_LOADED))
+    seen = gpus.driver(gpus.read_report())
+    assert (seen.status, seen.value) == (Status.FAILS, "NVML: Driver Not Loaded")
 
 
-def test_a_driver_that_cannot_be_reached_fails_with_its_words(tmp_path, monkeypatch):
-    fake_smi(
-        tmp_path, "echo 'has failed because it could not communicate with the NVIDIA driver.'; exit 9", monkeypatch
-    )
-    found = gpus.driver(gpus.read_report())
-    assert found.status == Status.FAILS
-    assert "could not communicate" in found.value
+def test_a_gpu_that_is_lost_fails(machine, monkeypatch):
+    machine(Card())
+    monkeypatch.setattr(pynvml, "nvmlDeviceGetMemoryInfo", failing(pynvml.NVML_ERROR_GPU_IS_LOST))
+    assert "GPU is lost" in gpus.driver(gpus.read_report()).value
 
 
-def test_a_gpu_that_hangs_does_not_hang_the_doctor(tmp_path, monkeypatch):
-    fake_smi(tmp_path, "exec sleep 60", monkeypatch)
+def test_a_gpu_that_hangs_does_not_hang_the_doctor(monkeypatch):
+    over = threading.Event()
+
+    def hang() -> None:
+        over.wait(60)
+        raise pynvml.NVMLError(pynvml.NVML_ERROR_GPU_IS_LOST)
+
+    monkeypatch.setattr(pynvml, "nvmlInit", hang)
     monkeypatch.setattr(gpus, "LIMIT_S", 0.5)
-    assert "timed out" in gpus.driver(gpus.read_report()).value
+    assert gpus.driver(gpus.read_report()).value == "NVML: no answer within 0.5 s"
+    over.set()
 
 
-def test_no_driver_is_not_a_failure(monkeypatch):
-    monkeypatch.setenv("PATH", "/nonexistent")
+@pytest.mark.parametrize("installed", [True, False])
+def test_no_driver_is_not_a_failure(monkeypatch, installed):
+    if installed:
+        monkeypatch.setattr(pynvml, "nvmlInit", failing(pynvml.NVML_ERROR_LIBRARY_NOT_FOUND))
+    else:
+        monkeypatch.setitem(sys.modules, "pynvml", None)
     monkeypatch.setattr(gpus, "_DRIVER_FILE", Path("/nonexistent"))
     assert gpus.driver(gpus.read_report()).status == Status.ABSENT
 
 
-def test_the_kernel_module_tells_the_driver_where_nvidia_smi_is_missing(tmp_path, monkeypatch):
+def test_the_kernel_module_tells_the_driver_where_nvml_is_missing(tmp_path, monkeypatch):
     (tmp_path / "version").write_text("NVRM version: NVIDIA UNIX x86_64 Kernel Module  550.54.15  Tue Mar 5 2024\n")
-    monkeypatch.setenv("PATH", "/nonexistent")
+    monkeypatch.setattr(pynvml, "nvmlInit", failing(pynvml.NVML_ERROR_LIBRARY_NOT_FOUND))
     monkeypatch.setattr(gpus, "_DRIVER_FILE", tmp_path / "version")
     assert gpus.read_report().driver == "550.54.15"

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from tawin_nemo.tools.doctor import machine, place
-from tawin_nemo.tools.doctor.cgroup import Limits
+from tawin_nemo.tools.doctor import machine
 from tawin_nemo.tools.doctor.check import Status
+from tawin_nemo.tools.doctor.machine import Limits
 
 NONE = Limits(None, None, None)
 
@@ -56,7 +56,7 @@ def test_shared_memory(monkeypatch):
 
 
 def test_the_run_folder_is_measured_and_left_clean(tmp_path):
-    seen = place.run_folder(tmp_path / "runs" / "x", measure=True)
+    seen = machine.run_folder(tmp_path / "runs" / "x", measure=True)
     assert seen.status in (Status.OK, Status.WARNING)
     assert "MiB/s" in seen.value
     assert list(tmp_path.iterdir()) == []
@@ -66,17 +66,17 @@ def test_a_run_folder_that_cannot_be_written(tmp_path, monkeypatch):
     def full(folder: Path, blocks: int) -> float:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(place, "_write", full)
-    seen = place.run_folder(tmp_path, measure=False)
+    monkeypatch.setattr(machine, "_write", full)
+    seen = machine.run_folder(tmp_path, measure=False)
     assert seen.status == Status.FAILS
     assert "No space left on device" in seen.value
 
 
 def test_the_clock_of_the_disk(tmp_path, monkeypatch):
-    assert place.clock(tmp_path).status == Status.OK
-    now = place.time.time()
-    monkeypatch.setattr(place.time, "time", lambda: now + 3600)
-    seen = place.clock(tmp_path)
+    assert machine.clock(tmp_path).status == Status.OK
+    now = machine.time.time()
+    monkeypatch.setattr(machine.time, "time", lambda: now + 3600)
+    seen = machine.clock(tmp_path)
     assert seen.status == Status.WARNING
     assert "-3600" in seen.value or "-3599" in seen.value
 
@@ -86,24 +86,24 @@ def test_the_hosts_own_name(monkeypatch):
         return [(None, None, 0, "", (address, 0))]
 
     monkeypatch.setattr(socket, "getaddrinfo", lambda name, port: entry("127.0.1.1"))
-    assert place.host_name(1).status == Status.OK
-    assert place.host_name(2).status == Status.WARNING
+    assert machine.host_name(1).status == Status.OK
+    assert machine.host_name(2).status == Status.WARNING
     monkeypatch.setattr(socket, "getaddrinfo", lambda name, port: entry("10.0.0.7"))
-    assert place.host_name(2).status == Status.OK
+    assert machine.host_name(2).status == Status.OK
 
     def unknown(name: str, port: object) -> None:
         raise socket.gaierror(-2, "Name or service not known")
 
     monkeypatch.setattr(socket, "getaddrinfo", unknown)
-    assert "GLOO_SOCKET_IFNAME" in place.host_name(1).remedy
+    assert "GLOO_SOCKET_IFNAME" in machine.host_name(1).remedy
 
 
 def test_a_master_port_that_is_taken(monkeypatch):
     for name in ("RANK", "SLURM_STEP_ID", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.delenv(name, raising=False)
-    assert place.ports().status == Status.OK
+    assert machine.ports().status == Status.OK
     with socket.create_server(("", 0)) as server:
         monkeypatch.setenv("MASTER_PORT", str(server.getsockname()[1]))
-        assert place.ports().status == Status.FAILS
+        assert machine.ports().status == Status.FAILS
         monkeypatch.setenv("RANK", "0")  # our own job holds it
-        assert place.ports().status == Status.OK
+        assert machine.ports().status == Status.OK

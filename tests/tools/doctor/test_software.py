@@ -108,7 +108,7 @@ def test_nvidias_apex_with_and_without_its_extensions(tmp_path, monkeypatch):
     ],
 )
 def test_a_library_that_everything_needs(library, status, part):
-    seen = software.torch(Found({"torch": library}))
+    seen = software.library(Found({"torch": library}), "torch")
     assert seen.status == status
     assert part in seen.value
 

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from tawin_nemo.tools.doctor import smoke, verb
+from tawin_nemo.tools.doctor import verb
 from tawin_nemo.tools.doctor.check import Check, Status
 from tawin_nemo.tools.doctor.probe import Found, Library
 
@@ -27,7 +27,7 @@ def stand_ins(monkeypatch):
         return Check("all-reduce", Status.OK, "2 processes")
 
     monkeypatch.setattr(verb, "probe", probe)
-    monkeypatch.setattr(smoke, "all_reduce", all_reduce)
+    monkeypatch.setattr(verb, "all_reduce", all_reduce)
     for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID", "SLURM_LOCALID", "SLURM_STEP_ID"):
         monkeypatch.delenv(name, raising=False)
     return calls

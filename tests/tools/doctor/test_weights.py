@@ -10,13 +10,13 @@ from safetensors.numpy import save_file
 from tawin_nemo.config.backbones import Backbone
 from tawin_nemo.config.load import load_recipe
 from tawin_nemo.models.megatron.hf.config import hf_config
-from tawin_nemo.tools.doctor import weights
+from tawin_nemo.models.megatron.hf.files import INDEX_FILE, SINGLE_FILE
+from tawin_nemo.models.megatron.hf.map import hf_names, table
+from tawin_nemo.tools.doctor import recipe as recipe_here
 from tawin_nemo.tools.doctor.check import Check, Status
 
 SHAPE = Backbone("qwen2", 8, 2, 2, 2, 16, 32)
-NAMES = ["model.embed_tokens.weight", "model.norm.weight"] + [
-    f"model.layers.{layer}.mlp.down_proj.weight" for layer in range(2)
-]
+NAMES = [name for entry, layer in table(SHAPE) for name in hf_names(entry, layer)]
 FIRST, SECOND = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
 
 
@@ -28,12 +28,12 @@ def folder(tmp_path) -> Path:
     for file in (FIRST, SECOND):
         tensors = {name: np.ones((4, 4), np.float32) for name, where in placed.items() if where == file}
         save_file(tensors, tmp_path / file)
-    (tmp_path / weights.INDEX_FILE).write_text(json.dumps({"weight_map": placed}))
+    (tmp_path / INDEX_FILE).write_text(json.dumps({"weight_map": placed}))
     return tmp_path
 
 
 def look(folder: Path) -> Check:
-    return weights.pretrained(load_recipe(None, [f"model.init={folder}"]))
+    return recipe_here.pretrained(load_recipe(None, [f"model.init={folder}"]))
 
 
 def test_a_whole_folder(folder):
@@ -43,9 +43,9 @@ def test_a_whole_folder(folder):
 
 
 def test_a_single_file(folder):
-    for file in (weights.INDEX_FILE, FIRST, SECOND):
+    for file in (INDEX_FILE, FIRST, SECOND):
         (folder / file).unlink()
-    save_file({name: np.ones(3, np.float32) for name in NAMES}, folder / weights.SINGLE_FILE)
+    save_file({name: np.ones(3, np.float32) for name in NAMES}, folder / SINGLE_FILE)
     assert look(folder).status == Status.OK
 
 
@@ -67,7 +67,7 @@ def _swap(folder: Path) -> None:
 
 
 def _old_format(folder: Path) -> None:
-    for file in (weights.INDEX_FILE, FIRST, SECOND):
+    for file in (INDEX_FILE, FIRST, SECOND):
         (folder / file).unlink()
     (folder / "pytorch_model.bin").touch()
 
@@ -80,14 +80,14 @@ def _other_config(folder: Path) -> None:
     ("damage", "part", "remedy"),
     [
         (lambda folder: (folder / SECOND).unlink(), "missing", "download that file"),
-        (_truncate, "cut off or damaged", "download that file again"),
-        (_cut_header, "cut off or damaged", "download that file again"),
+        (_truncate, "cannot be read", "cut off or damaged: copy it again"),
+        (_cut_header, "cannot be read", "cut off or damaged: copy it again"),
         (_pointer, "Git LFS pointer", "git lfs pull"),
         (_swap, "lacks model.layers.0.mlp.down_proj.weight, which the index promises", "one revision"),
-        (_other_config, "no tensor model.layers.2.mlp.down_proj.weight", "config.json belongs to the weights"),
-        (_old_format, "cannot be used", "pytorch_model.bin is the old format"),
+        (_other_config, "missing ['model.layers.2.input_layernorm.weight'", "config.json belongs to the weights"),
+        (_old_format, "has neither", "pytorch_model.bin is the old format"),
         (lambda folder: (folder / "config.json").unlink(), "cannot be used", "config.json does not exist"),
-        (lambda folder: (folder / weights.INDEX_FILE).write_text("{}"), "cannot be used", "no readable weight_map"),
+        (lambda folder: (folder / INDEX_FILE).write_text("{}"), "no readable weight_map", "download it again"),
     ],
     ids=["missing", "truncated", "header", "lfs", "swapped", "config", "bin", "no-config", "index"],
 )
@@ -101,14 +101,14 @@ def test_each_damage_is_named(folder, damage, part, remedy):
 
 def test_no_folder_and_random_weights(tmp_path):
     assert look(tmp_path / "nowhere").status == Status.FAILS
-    assert weights.pretrained(load_recipe(None)).status == Status.ABSENT
+    assert recipe_here.pretrained(load_recipe(None)).status == Status.ABSENT
 
 
 def test_the_tokenizer_lies_with_the_weights_or_where_the_recipe_says(folder):
     from tokenizers import Tokenizer, models
 
     def look(*overrides: str) -> Check:
-        return weights.tokenizer(load_recipe(None, list(overrides)))
+        return recipe_here.tokenizer(load_recipe(None, list(overrides)))
 
     pretrained = f"model.init={folder}"
     assert look().status == Status.ABSENT

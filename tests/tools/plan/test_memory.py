@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from tawin_nemo.config.backbones import BACKBONES, Backbone, backbone
+from tawin_nemo.config.layout import Layout, padded_vocab
 from tawin_nemo.config.load import load_recipe
 from tawin_nemo.config.schema import ModelConfig, Recipe, TrainerConfig
 from tawin_nemo.data.trees import tree_batch
@@ -18,18 +19,6 @@ from tawin_nemo.models.megatron.model.build import build_model
 from tawin_nemo.models.megatron.model.forward import hidden_states, modes
 from tawin_nemo.models.megatron.optim.trainable import Trainable
 from tawin_nemo.models.megatron.parallel import runtime
-from tawin_nemo.tools.plan.activations import (
-    EDGES_AT_ONCE,
-    LOGITS_ALIVE,
-    LOGITS_KEPT,
-    NARROWEST_SLICE,
-    Numbers,
-    Pass,
-    backward_bytes,
-    layer_bytes,
-    saved_bytes,
-)  # fmt: skip
-from tawin_nemo.tools.plan.layout import Layout, padded_vocab
 from tawin_nemo.tools.plan.memory import (
     CONTEXT_BYTES,
     micro_batches,
@@ -40,7 +29,19 @@ from tawin_nemo.tools.plan.memory import (
     swap_bytes,
     update_parts,
 )  # fmt: skip
-from tawin_nemo.tools.plan.workload import TITLES, Lengths
+from tawin_nemo.tools.plan.work import (
+    EDGES_AT_ONCE,
+    LOGITS_ALIVE,
+    LOGITS_KEPT,
+    NARROWEST_SLICE,
+    TITLES,
+    Lengths,
+    Numbers,
+    Pass,
+    backward_bytes,
+    layer_bytes,
+    saved_bytes,
+)  # fmt: skip
 from tawin_nemo.types import TokenBatch, TokenRows
 
 SHAPE = Backbone(

@@ -12,15 +12,14 @@ import pytest
 
 from tawin_nemo.config.backbones import FlopCount, backbone
 from tawin_nemo.config.gpus import GPUS
+from tawin_nemo.config.layout import Layout
 from tawin_nemo.config.load import load_recipe
 from tawin_nemo.config.schema import Recipe
-from tawin_nemo.tools.plan.layout import Layout
 from tawin_nemo.tools.plan.memory import GIB, stage_parameters
 from tawin_nemo.tools.plan.plan import Plan, fitting, limit_bytes
-from tawin_nemo.tools.plan.table import plan_facts, plan_table
 from tawin_nemo.tools.plan.timing import Rates, rl_step, sft_step
-from tawin_nemo.tools.plan.verb import plan_recipe, split_options
-from tawin_nemo.tools.plan.workload import CHILDREN, CODES, TITLES, Lengths, rl_step_work, rows_work, sft_pass
+from tawin_nemo.tools.plan.verb import plan_facts, plan_recipe, plan_table, split_options
+from tawin_nemo.tools.plan.work import CHILDREN, CODES, TITLES, Lengths, rl_step_work, rows_work, sft_pass
 from tawin_nemo.util.errors import ConfigError
 
 REPOSITORY = Path(__file__).parents[3]

@@ -1,4 +1,4 @@
-"""Nights on a generated review log that grows: published, refused, killed and continued."""
+"""Nightly runs on a generated review log that grows: published, refused, killed and continued."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ NIGHT = (
     "eval.beams=6 eval.ks=[1,3] eval.splits=[valid] retrain.metrics=[ndcg@3,recall@3] trainer.save_interval=2 "
     "trainer.threads=1"
 ).split()
-#: A first night that learns nothing, and one that unlearns everything.
+#: A first run that learns nothing, and one that unlearns everything.
 IDLE, RUINED = ("sft.lr=1e-9", "rl.lr=1e-9"), ("sft.lr=3.0", "sft.warmup=0", "rl.lr=1.0")
 
 
@@ -35,7 +35,9 @@ def root(tmp_path_factory) -> Path:
     return tmp_path_factory.mktemp("production") / "root"
 
 
-def night(root: Path, date: str, capsys: pytest.CaptureFixture[str], *overrides: str) -> tuple[int, dict[str, Any]]:
+def nightly_run(
+    root: Path, date: str, capsys: pytest.CaptureFixture[str], *overrides: str
+) -> tuple[int, dict[str, Any]]:
     """Exit code and result of the verb, in this process."""
     capsys.readouterr()
     code = main(["retrain", f"retrain.root={root}", f"retrain.date={date}", *NIGHT, *overrides])
@@ -55,14 +57,14 @@ def rows(root: Path, date: str) -> int:
     return int(manifest["statistics"]["rows"]["train"])
 
 
-def test_nights_are_published_refused_and_continued(root, capsys):
-    """One story in order: every night begins from what the one before it left."""
-    code, result = night(root, FIRST, capsys, *IDLE)
+def test_nightly_runs_are_published_refused_and_continued(root, capsys):
+    """One story in order: every nightly run begins from what the one before it left."""
+    code, result = nightly_run(root, FIRST, capsys, *IDLE)
     assert (code, result["published"], published(root)) == (0, True, FIRST)
     assert gate(root, FIRST)["verdicts"][0]["published"] is None
     assert {"config.json", "model.safetensors", "tokenizer.json", "gate.json"} <= set(os.listdir(root / "latest"))
 
-    code, result = night(root, SECOND, capsys, "retrain.margin=1.0")
+    code, result = nightly_run(root, SECOND, capsys, "retrain.margin=1.0")
     assert (code, published(root)) == (0, SECOND), result
     assert rows(root, SECOND) > rows(root, FIRST)
     decision = gate(root, SECOND)
@@ -76,7 +78,7 @@ def test_nights_are_published_refused_and_continued(root, capsys):
     assert Path(began["start"]) == (root / "versions" / FIRST).resolve()
 
     before = (root / "latest" / "model.safetensors").read_bytes()
-    code, result = night(root, THIRD, capsys, *RUINED)
+    code, result = nightly_run(root, THIRD, capsys, *RUINED)
     assert (code, result["published"], published(root)) == (REFUSED, False, SECOND)
     assert result["reasons"] == gate(root, THIRD)["reasons"] != []
     assert not (root / "versions" / THIRD).exists()
@@ -92,23 +94,23 @@ def test_the_export_that_the_gate_saw_is_as_good_as_the_checkpoint(root):
 
 def test_the_same_date_again_does_nothing(root, capsys):
     untouched = {path: path.stat().st_mtime_ns for path in (root / "runs").rglob("*") if path.is_file()}
-    assert night(root, SECOND, capsys)[0] == 0
+    assert nightly_run(root, SECOND, capsys)[0] == 0
     assert {path: path.stat().st_mtime_ns for path in (root / "runs").rglob("*") if path.is_file()} == untouched
     assert main(["retrain", f"retrain.root={root}", f"retrain.date={FIRST}", *NIGHT]) == 2
     assert "older than the published version" in capsys.readouterr().err
 
 
-def test_a_refused_night_can_be_judged_again_without_training(root, capsys):
+def test_a_refused_nightly_run_can_be_judged_again_without_training(root, capsys):
     begun = time.monotonic()
     metrics = root / "runs" / THIRD / "rl" / "metrics.jsonl"
     stamp = metrics.stat().st_mtime_ns
-    code, result = night(root, THIRD, capsys, *RUINED)
+    code, result = nightly_run(root, THIRD, capsys, *RUINED)
     assert (code, metrics.stat().st_mtime_ns) == (REFUSED, stamp)
     assert result["reasons"]
     assert time.monotonic() - begun < 60
 
 
-def test_a_night_that_is_killed_continues_with_the_same_command(root, tmp_path):
+def test_a_nightly_run_that_is_killed_continues_with_the_same_command(root, tmp_path):
     """SIGKILL inside RL; until the end the published model stays what it was."""
     words = [f"retrain.root={root}", f"retrain.date={FOURTH}", *NIGHT, "retrain.margin=1.0"]
     log = root / "runs" / FOURTH / "rl" / "metrics.jsonl"

@@ -1,4 +1,4 @@
-"""Nights of several processes, through the command line: training together, or with a rank that only rolls out."""
+"""Nightly runs of several processes, by the command line: training together, or with a rank that only rolls out."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ TOGETHER = ("trainer.devices=2",)
 APART = ("trainer.devices=2", "rollout.placement=separate", "rollout.devices=1")
 
 
-def night(root: Path, date: str, *overrides: str) -> subprocess.CompletedProcess[str]:
+def nightly_run(root: Path, date: str, *overrides: str) -> subprocess.CompletedProcess[str]:
     words = command(f"retrain.root={root}", f"retrain.date={date}", *NIGHT, *overrides, verb="retrain")
     return subprocess.run(words, capture_output=True, text=True, timeout=500, env=environment())
 
 
 @pytest.mark.distributed
 @pytest.mark.parametrize("processes", [TOGETHER, APART], ids=["together", "apart"])
-def test_a_night_is_published_the_next_refused(processes, tmp_path):
-    first = night(tmp_path, FIRST, *processes, *IDLE)
+def test_a_nightly_run_is_published_the_next_refused(processes, tmp_path):
+    first = nightly_run(tmp_path, FIRST, *processes, *IDLE)
     assert first.returncode == 0, first.stderr[-4000:]
     (line,) = first.stdout.strip().splitlines()
     assert (json.loads(line)["published"], published(tmp_path)) == (True, FIRST)
@@ -32,7 +32,7 @@ def test_a_night_is_published_the_next_refused(processes, tmp_path):
         ["replica 0", "replica 1"] if processes == TOGETHER else ["replica 0", "rollout"]
     )
 
-    second = night(tmp_path, SECOND, *processes, *RUINED)
+    second = nightly_run(tmp_path, SECOND, *processes, *RUINED)
     assert second.returncode == REFUSED, second.stderr[-4000:]
     result = json.loads(second.stdout.strip().splitlines()[-1])
     assert (result["published"], published(tmp_path)) == (False, FIRST)

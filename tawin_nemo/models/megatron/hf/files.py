@@ -10,11 +10,14 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from tawin_nemo.config.backbones import Backbone
+from tawin_nemo.models.megatron.hf.map import hf_names, table
 from tawin_nemo.util.errors import CheckpointError
 
 SINGLE_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
 #: Rows of a matrix that are read at a time where a second copy of it must not be held.
 ROWS_AT_ONCE = 8192
+_LFS_POINTER = b"version https://git-lfs"
 
 
 class HfWeights:
@@ -27,14 +30,17 @@ class HfWeights:
             try:
                 index = json.loads((directory / INDEX_FILE).read_text(encoding="utf-8"))
                 self.files: dict[str, str] = dict(index["weight_map"])
-            except (ValueError, KeyError) as error:
-                raise CheckpointError(f"{directory / INDEX_FILE} has no readable weight_map ({error!r})") from error
+            except (ValueError, KeyError, TypeError) as error:
+                raise CheckpointError(
+                    f"{directory / INDEX_FILE} has no readable weight_map ({error!r}); download it again"
+                ) from error
         elif (directory / SINGLE_FILE).exists():
             self.files = dict.fromkeys(self._file(SINGLE_FILE).keys(), SINGLE_FILE)
         else:
+            other = sorted(path.name for path in directory.glob("*.bin"))
             raise CheckpointError(
                 f"{directory} has neither {SINGLE_FILE} nor {INDEX_FILE}; save the model with "
-                "save_pretrained(..., safe_serialization=True)"
+                "save_pretrained(..., safe_serialization=True)" + (f" ({other[0]} is the old format)" if other else "")
             )
 
     def _file(self, name: str) -> Any:
@@ -42,8 +48,37 @@ class HfWeights:
             try:
                 self._open[name] = safe_open(self.directory / name, framework="pt", device="cpu")
             except (OSError, SafetensorError) as error:
-                raise CheckpointError(f"{self.directory / name} cannot be read ({error}); copy it again") from error
+                raise CheckpointError(_damage(self.directory / name, error)) from error
         return self._open[name]
+
+    def check_files(self) -> None:
+        """Open every file, which compares its length with its header, and compare its tensors with the index.
+
+        Raises CheckpointError naming the first file that is missing, damaged or of another revision.
+        """
+        for name in sorted(set(self.files.values())):
+            promised = {tensor for tensor, file in self.files.items() if file == name}
+            lacking = sorted(promised - set(self._file(name).keys()))
+            if lacking:
+                raise CheckpointError(
+                    f"{self.directory / name} lacks {lacking[0]}, which the index promises; download index and files "
+                    "of one revision"
+                )
+
+    def check_names(self, shape: Backbone) -> None:
+        """Raises CheckpointError unless the files hold exactly the tensors of a model of this shape."""
+        expected = {name for entry, layer in table(shape) for name in hf_names(entry, layer)}
+        optional = {"lm_head.weight"} if shape.tied else set()
+        missing = sorted(expected - self.files.keys())
+        unexpected = sorted(
+            name for name in self.files.keys() - expected - optional if not name.endswith("rotary_emb.inv_freq")
+        )
+        if missing or unexpected:
+            raise CheckpointError(
+                f"{self.directory} does not hold the weights of this {shape.family} model: "
+                f"missing {missing[:8]} ({len(missing)}), unexpected {unexpected[:8]} ({len(unexpected)}); "
+                "check that config.json belongs to the weights"
+            )
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of a tensor, from the file's header. Raises CheckpointError when the tensor is missing."""
@@ -69,3 +104,13 @@ class HfWeights:
         for start in range(0, rows, ROWS_AT_ONCE):
             total += self.read(name, 0, start, min(start + ROWS_AT_ONCE, rows)).double().sum(0)
         return total / rows
+
+
+def _damage(path: Path, error: Exception) -> str:
+    """Why a file cannot be opened, and the remedy."""
+    if not path.is_file():
+        return f"{path} is named by the index but missing; download that file"
+    with path.open("rb") as file:
+        if file.read(len(_LFS_POINTER)) == _LFS_POINTER:
+            return f"{path} is a Git LFS pointer, not the weights; git lfs pull"
+    return f"{path} cannot be read ({error}); it is cut off or damaged: copy it again"

@@ -48,21 +48,6 @@ TOKENIZER_FILES = (
 )  # fmt: skip
 
 
-def _check_names(weights: HfWeights, shape: Backbone) -> None:
-    expected = {name for entry, layer in table(shape) for name in hf_names(entry, layer)}
-    optional = {"lm_head.weight"} if shape.tied else set()
-    missing = sorted(expected - weights.files.keys())
-    unexpected = sorted(
-        name for name in weights.files.keys() - expected - optional if not name.endswith("rotary_emb.inv_freq")
-    )
-    if missing or unexpected:
-        raise CheckpointError(
-            f"{weights.directory} does not hold the weights of this {shape.family} model: "
-            f"missing {missing[:8]} ({len(missing)}), unexpected {unexpected[:8]} ({len(unexpected)}); "
-            "check that config.json belongs to the weights"
-        )
-
-
 def _check_shapes(weights: HfWeights, entry: Entry, layer: int | None, shape: Backbone) -> None:
     for name, expected in zip(hf_names(entry, layer), hf_shapes(entry, shape), strict=True):
         seen = weights.shape(name)
@@ -98,7 +83,7 @@ def load_hf(model: GPTModel, shape: Backbone, directory: str | Path, new: NewTok
     unexpected or of another shape, or the file that is corrupt.
     """
     weights = HfWeights(Path(directory))
-    _check_names(weights, shape)
+    weights.check_names(shape)
     for row, parameter in local_parameters(model, shape).items():
         fill_row(model, shape, row, parameter, weights, new)
 

@@ -14,13 +14,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import Enum
-
-from megatron.core.models.gpt import GPTModel
-from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
-from torch.nn import Parameter
+from typing import TYPE_CHECKING
 
 from tawin_nemo.config.backbones import Backbone
 from tawin_nemo.util.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from megatron.core.models.gpt import GPTModel
+    from torch.nn import Parameter
 
 
 class Kind(Enum):
@@ -175,6 +176,8 @@ def local_parameters(model: GPTModel, shape: Backbone) -> dict[tuple[Entry, int 
     parameters of the model are not those of the table: it was built from another shape.
     """
     named = dict(model.named_parameters())
+    from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
+
     offset = get_transformer_layer_offset(model.config, vp_stage=model.vp_stage)
     result: dict[tuple[Entry, int | None], Parameter] = {}
     absent: list[str] = []

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import replace
 from typing import Any
 
@@ -15,6 +14,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from tawin_nemo.config.backbones import Backbone, stage_layers
+from tawin_nemo.config.layout import Layout, check_shape, padded_vocab
 from tawin_nemo.config.schema import ModelConfig
 from tawin_nemo.models.megatron.model import precision, weight_init
 from tawin_nemo.models.megatron.model.attention import PositionedRotary
@@ -44,33 +44,13 @@ class HiddenGPT(GPTModel):
         return hidden_states
 
 
-def padded_vocab(shape: Backbone, *tensor_parallel_sizes: int) -> int:
-    """Vocabulary rows rounded up to a multiple of the TP sizes; rows from ``shape.vocab`` on are never scored."""
-    multiple = math.lcm(*tensor_parallel_sizes)
-    return -(-shape.vocab // multiple) * multiple
-
-
 def _check(shape: Backbone, cfg: ModelConfig, section: str = "model") -> None:
     tp, pp = cfg.tensor_model_parallel_size, cfg.pipeline_model_parallel_size
     if shape.vocab < 1:
         raise ConfigError(
             f"model.backbone={cfg.backbone}: the vocabulary size is not set; call backbones.with_vocab first"
         )
-    for what, value in (
-        ("attention heads", shape.heads),
-        ("key-value heads", shape.kv_heads),
-        ("FFN width", shape.ffn),
-    ):
-        if value % tp:
-            raise ConfigError(
-                f"{section}.tensor_model_parallel_size={tp} does not divide the {value} {what} of {cfg.backbone}: "
-                "use a divisor"
-            )
-    if not stage_layers(shape.layers, pp):
-        raise ConfigError(
-            f"{section}.pipeline_model_parallel_size={pp}: the {shape.layers} layers of {cfg.backbone} cannot be "
-            "spread over so many stages: use a divisor, or a smaller number"
-        )
+    check_shape(shape, Layout(tp, pp), name=cfg.backbone, section=section)
     precision.check_model_supported(shape, cfg)
 
 

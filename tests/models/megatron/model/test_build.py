@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from tawin_nemo.config.backbones import Backbone, backbone, with_vocab
+from tawin_nemo.config.layout import padded_vocab
 from tawin_nemo.config.schema import ModelConfig
-from tawin_nemo.models.megatron.model.build import build_model, model_config, padded_vocab
+from tawin_nemo.models.megatron.model.build import build_model, model_config
 from tawin_nemo.models.megatron.parallel import runtime
 from tawin_nemo.util.errors import ConfigError
 

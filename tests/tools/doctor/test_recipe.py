@@ -1,16 +1,20 @@
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from tawin_nemo.config.backbones import BACKBONES, with_vocab
+from tawin_nemo.config.layout import Layout
 from tawin_nemo.config.load import load_recipe
 from tawin_nemo.config.schema import Recipe
-from tawin_nemo.tools.doctor import recipe_here
+from tawin_nemo.tools.doctor import recipe as recipe_here
 from tawin_nemo.tools.doctor.check import Check, Status
 from tawin_nemo.tools.doctor.probe import Found, Gpu, Library, TorchFacts
+from tawin_nemo.tools.plan.memory import least_machine_bytes, least_rank_bytes, parameters, stage_parameters
 
 GIB = 2**30
+QWEN = BACKBONES["qwen2.5-0.5b"]
 
 
 def recipe(*overrides: str) -> Recipe:
@@ -127,10 +131,14 @@ def test_ranks_that_only_search_are_counted_apart():
     seen = recipe_here.layout(apart)
     assert seen.value == "4 processes train = TP 2 x PP 1 x DP 2; 4 processes only search = TP 1 x PP 1 x DP 4"
     # float32: weights and gradients of half the model, its Adam state shared by two; or all weights and nothing else
-    assert recipe_here.least_training_bytes(apart, 1000) == 500 * (8 + 8 / 2)
-    assert recipe_here.least_machine_bytes(apart, 1000) == 4 * 500 * (8 + 8 / 2) + 4 * 1000 * 4
+    whole, half = parameters(QWEN), stage_parameters(QWEN, Layout(2), 0)
+    assert least_rank_bytes(QWEN, apart) == half * (8 + 8 / 2)
+    assert least_machine_bytes(QWEN, apart) == 4 * half * (8 + 8 / 2) + 4 * whole * 4
     together = recipe("model.backbone=qwen2.5-0.5b", "model.tensor_model_parallel_size=2", "trainer.devices=8")
-    assert recipe_here.least_machine_bytes(together, 1000) == 8 * 500 * (8 + 8 / 4)
+    assert least_machine_bytes(QWEN, together) == 8 * half * (8 + 8 / 4)
+    assert least_machine_bytes(QWEN, replace(together, trainer=replace(together.trainer, num_nodes=2))) == (
+        8 * half * (8 + 8 / 8)
+    )
 
 
 def test_the_job_has_the_devices_that_the_recipe_wants(monkeypatch):
@@ -180,17 +188,21 @@ def test_bf16_on_a_cpu_depends_on_its_instructions(monkeypatch):
 # -- sizes ----------------------------------------------------------------------------------------------------------
 def test_parameters_are_those_of_the_published_models():
     # 0.494 B and 7.616 B: the model cards of Qwen2.5-0.5B and -7B
-    assert recipe_here.parameters(BACKBONES["qwen2.5-0.5b"]) == 494_032_768
-    assert recipe_here.parameters(BACKBONES["qwen2.5-7b"]) == 7_615_616_512
+    assert parameters(QWEN) == 494_032_768
+    assert parameters(BACKBONES["qwen2.5-7b"]) == 7_615_616_512
 
 
 def test_memory_that_training_cannot_do_without():
-    one = recipe("trainer.devices=8")
-    assert recipe_here.least_training_bytes(one, 1000) == 1000 * (8 + 8 / 8)
+    whole, half = parameters(QWEN), stage_parameters(QWEN, Layout(2), 0)
+    assert least_rank_bytes(QWEN, recipe("trainer.devices=8")) == whole * (8 + 8 / 8)
     sharded = recipe("trainer.devices=8", "model.tensor_model_parallel_size=2", "model.precision=bf16")
-    assert recipe_here.least_training_bytes(sharded, 1000) == 500 * (6 + 12 / 4)
-    whole = recipe("trainer.devices=8", "trainer.distributed_optimizer=false")
-    assert recipe_here.least_training_bytes(whole, 1000) == 1000 * 16
+    assert least_rank_bytes(QWEN, sharded) == half * (6 + 12 / 4)
+    assert least_rank_bytes(QWEN, recipe("trainer.devices=8", "trainer.distributed_optimizer=false")) == whole * 16
+
+
+def test_an_impossible_layout_has_no_memory():
+    wrong = recipe("model.backbone=qwen2.5-7b", "model.tensor_model_parallel_size=8", "trainer.devices=8")
+    assert recipe_here.model_memory(wrong, Found(), GIB).status == Status.ABSENT
 
 
 def test_a_model_that_cannot_fit_is_refused():
@@ -204,7 +216,7 @@ def test_a_model_that_cannot_fit_is_refused():
 
 def test_a_checkpoint_has_the_size_that_was_measured():
     # small-1m with 782 tokens, float32, distributed optimizer: 18,656,408 bytes of tensors in step_112 of an SFT run
-    count = recipe_here.parameters(with_vocab(BACKBONES["small-1m"], 782))
+    count = parameters(with_vocab(BACKBONES["small-1m"], 782))
     assert recipe_here.checkpoint_bytes(recipe(), count) == pytest.approx(18_656_408, rel=0.02)
 
 

@@ -2,7 +2,9 @@
 
 Alone, the doctor starts the processes itself: one per GPU with NCCL, or two on the CPU with gloo. Started by srun or
 torchrun it takes part with every process of the job, and the group is made the way training makes it, so that a
-preflight of a cluster job crosses the nodes.
+preflight of a cluster job crosses the nodes. ``python -m tawin_nemo.tools.doctor.all_reduce [--as-training]`` is one of
+the processes; the launcher's variables tell its rank. With ``--as-training`` the process group is the one that training
+makes (srun's variables understood too); without, torch's own, which starts in a fraction of the time.
 """
 
 from __future__ import annotations
@@ -17,18 +19,24 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import IO, Any
+from datetime import timedelta
+from typing import IO, TYPE_CHECKING, Any
 
 from tawin_nemo.tools.doctor.check import Check, absent, check, fails, ok
 from tawin_nemo.tools.doctor.probe import Found
 from tawin_nemo.util.launch import read_launch
 
+if TYPE_CHECKING:
+    import torch
+
 #: Seconds for start, imports and the collective. NCCL's own time limit is 10 minutes: nobody should wait for it here.
 LIMIT_S = 180.0
 #: The same in a job, where processes may begin minutes apart: imports from a cold shared file system.
 JOB_LIMIT_S = 600.0
-WORKER = (sys.executable, "-W", "ignore", "-m", "tawin_nemo.tools.doctor.smoke_worker")
+WORKER = (sys.executable, "-W", "ignore", "-m", "tawin_nemo.tools.doctor.all_reduce")
 CPU_PROCESSES = 2
+#: float32 numbers that are summed, and how many times.
+ELEMENTS, ROUNDS = 2**20, 5
 
 
 @dataclass(frozen=True)
@@ -124,3 +132,57 @@ def _lines(log: IO[bytes], beginning: str = "") -> list[str]:
 
 def _last_line(log: IO[bytes]) -> str:
     return next(reversed(_lines(log)), "no output")
+
+
+# -- one of the processes
+def start(*, as_training: bool) -> torch.device:
+    """Join the group; returns the device that this process computes on."""
+    if as_training:
+        from tawin_nemo.config.schema import ModelConfig
+        from tawin_nemo.models.megatron.parallel import runtime
+
+        runtime.initialize(ModelConfig(), seed=0)
+        return runtime.device()
+    import torch
+    import torch.distributed as dist
+
+    on_gpu = torch.cuda.is_available()
+    if on_gpu:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group("nccl" if on_gpu else "gloo", init_method="env://", timeout=timedelta(seconds=120))
+    return torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
+
+
+def measure(device: torch.device) -> float:
+    """Bus bandwidth in bytes per second: 2 (n - 1) / n times the size, over the time (nccl-tests, PERFORMANCE.md).
+
+    Raises RuntimeError when a sum is wrong; every element must be 1 + 2 + ... + n, exactly.
+    """
+    import torch
+    import torch.distributed as dist
+
+    size, rank = dist.get_world_size(), dist.get_rank()
+    expected, seconds = size * (size + 1) / 2, 0.0
+    for round_ in range(ROUNDS + 1):
+        values = torch.full((ELEMENTS,), float(rank + 1), device=device)
+        begin = time.monotonic()
+        dist.all_reduce(values)
+        low, high = float(values.min()), float(values.max())  # waits for the GPU
+        if round_ > 0:  # the first round also opens the connections
+            seconds += time.monotonic() - begin
+        if low != expected or high != expected:
+            raise RuntimeError(f"rank {rank}: sums lie in {low}..{high}, not at {expected}")
+    return 2 * (size - 1) / size * 4 * ELEMENTS * ROUNDS / seconds
+
+
+def main(as_training: bool) -> None:
+    import torch.distributed as dist
+
+    speed = measure(start(as_training=as_training))
+    rank, size = dist.get_rank(), dist.get_world_size()
+    dist.destroy_process_group()
+    print(json.dumps({"processes": size, "bytes_per_s": speed} if rank == 0 else {"quiet": True}), flush=True)
+
+
+if __name__ == "__main__":
+    main("--as-training" in sys.argv[1:])

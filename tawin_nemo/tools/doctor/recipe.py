@@ -1,4 +1,4 @@
-"""Can this machine run this recipe? Data, layout, precision, memory, disk."""
+"""Can this machine run this recipe? Data, pretrained weights, layout, precision, memory, disk."""
 
 from __future__ import annotations
 
@@ -8,14 +8,17 @@ import shutil
 from pathlib import Path
 
 from tawin_nemo.catalog.semantic_ids import find_codes
-from tawin_nemo.config.backbones import Backbone, backbone, stage_layers
+from tawin_nemo.config.backbones import Backbone, backbone
+from tawin_nemo.config.layout import Layout, Problem, rollout_layout, shape_problems, training_layout
 from tawin_nemo.config.schema import Recipe
 from tawin_nemo.models.megatron.hf.config import backbone_from_hf
 from tawin_nemo.models.megatron.model.fused import find_apex
 from tawin_nemo.models.megatron.model.precision import VERIFIED, Machine, unsupported_reason
 from tawin_nemo.tools.doctor.check import Check, absent, check, fails, gib, ok, warning
-from tawin_nemo.tools.doctor.place import existing
+from tawin_nemo.tools.doctor.machine import existing
 from tawin_nemo.tools.doctor.probe import Found
+from tawin_nemo.tools.plan.memory import least_machine_bytes, least_rank_bytes, parameters
+from tawin_nemo.util.errors import CheckpointError
 
 AMPERE = (8, 0)
 _CPU_FLAGS = ("amx_bf16", "avx512_bf16")
@@ -25,11 +28,6 @@ def shape_of(recipe: Recipe) -> Backbone:
     """The model's shape as far as the recipe tells (the vocabulary may still grow). Raises ConfigError."""
     init = recipe.model.init
     return backbone(recipe.model.backbone) if init == "random" else backbone_from_hf(init)
-
-
-def parameters(shape: Backbone) -> int:
-    """Parameters; an embedding whose size the tokenizer decides counts nothing."""
-    return shape.body_parameters + shape.vocab * shape.hidden * (1 if shape.tied else 2)
 
 
 def uses_language_model(recipe: Recipe) -> bool:
@@ -87,41 +85,74 @@ def other_files(recipe: Recipe) -> Check:
     return ok(", ".join(f"{key}={path}" for key, path in given.items())) if given else absent("none named")
 
 
+@check("model.init")
+def pretrained(recipe: Recipe) -> Check:
+    """Every file of the pretrained weights is there, whole, and holds the tensors that config.json and index promise.
+    Headers are read, weights are not."""
+    if recipe.model.init == "random":
+        return absent("random initial weights")
+    folder = Path(recipe.model.init)
+    if not folder.is_dir():
+        return fails(f"{folder} is not a folder", "set model.init to the folder with config.json, or to random")
+    from tawin_nemo.models.megatron.hf.files import HfWeights
+
+    shape = backbone_from_hf(folder)
+    try:
+        weights = HfWeights(folder)
+        weights.check_files()
+        weights.check_names(shape)
+    except CheckpointError as error:
+        reason, _, remedy = str(error).rpartition("; ")
+        return fails(reason, remedy)
+    files = set(weights.files.values())
+    size = sum((folder / name).stat().st_size for name in files)
+    return ok(f"{folder}: {shape.family}, {shape.layers} layers of {shape.hidden}, {len(files)} files, {gib(size)}")
+
+
+@check("tokenizer")
+def tokenizer(recipe: Recipe) -> Check:
+    kind, init = recipe.data.tokenizer, recipe.model.init
+    if kind in ("bpe", "codes") and init != "random":
+        return fails(f"data.tokenizer={kind} beside model.init={init}", "pretrained weights need data.tokenizer=auto")
+    if kind == "auto" and init == "random":
+        return absent("made from the catalog")
+    if kind in ("bpe", "codes"):
+        return absent(f"data.tokenizer={kind} is made from the catalog")
+    file = Path(init if kind == "auto" else kind).expanduser() / "tokenizer.json"
+    if not file.is_file():
+        return fails(f"no {file}", "copy the model's tokenizer there, or set data.tokenizer to a folder that has one")
+    from tokenizers import Tokenizer
+
+    try:
+        size = Tokenizer.from_file(str(file)).get_vocab_size()
+    except Exception as error:  # the library raises bare Exception
+        return fails(f"{file} cannot be read ({error})", "download it again")
+    return ok(f"{file}: {size} tokens")
+
+
 @check("layout")
 def layout(recipe: Recipe) -> Check:
     """Sizes of the model that tensor and pipeline parallelism must divide, in training and in rollouts."""
-    m, training, apart = recipe.model, recipe.training_processes, recipe.rollout.devices
-    tp, pp = m.tensor_model_parallel_size, m.pipeline_model_parallel_size
-    found = f"{training} processes{' train' if apart else ''} = TP {tp} x PP {pp} x DP {training // (tp * pp)}"
-    sections = {"model": (tp, pp)}
-    if apart or recipe.rollout_layout != (tp, pp):
-        sections["rollout"] = tp, pp = recipe.rollout_layout
-        where = f"{apart} processes only search =" if apart else "rollouts"
-        found += f"; {where} TP {tp} x PP {pp} x DP {(apart or training) // (tp * pp)}"
-    for section, sizes in sections.items():
-        wrong = _undivided(shape_of(recipe), section, *sizes)
-        if wrong is not None:
-            return wrong
-    return ok(found)
+    training, only_search = training_layout(recipe), recipe.rollout.devices
+    searching = rollout_layout(recipe, training)
+    value = f"{recipe.training_processes} processes{' train' if only_search else ''} = {_sizes(training)}"
+    if searching is not training:
+        value += f"; {f'{only_search} processes only search =' if only_search else 'rollouts'} {_sizes(searching)}"
+    for problem in _layout_problems(recipe):
+        return fails(str(problem), f"use one of {', '.join(map(str, problem.possible))}")
+    return ok(value)
 
 
-def _undivided(shape: Backbone, section: str, tp: int, pp: int) -> Check | None:
-    """What a section's sizes do not divide; None = they fit."""
-    divided = {"attention heads": shape.heads, "key-value heads": shape.kv_heads, "FFN width": shape.ffn}
-    for what, size in divided.items():
-        if size % tp:
-            fitting = [n for n in range(1, shape.kv_heads + 1) if not any(s % n for s in divided.values())]
-            return fails(
-                f"{section}.tensor_model_parallel_size={tp} does not divide the {size} {what}",
-                f"use one of {', '.join(map(str, fitting))}",
-            )
-    if not stage_layers(shape.layers, pp):
-        fitting = [n for n in range(1, shape.layers + 1) if stage_layers(shape.layers, n)]
-        return fails(
-            f"{section}.pipeline_model_parallel_size={pp}: {shape.layers} layers cannot be spread over so many stages",
-            f"use one of {', '.join(map(str, fitting))}",
-        )
-    return None
+def _sizes(layout: Layout) -> str:
+    return f"TP {layout.tp} x PP {layout.pp} x DP {layout.dp}"
+
+
+def _layout_problems(recipe: Recipe) -> list[Problem]:
+    """Why the recipe's model cannot be divided as the recipe says, in training or in rollouts; empty = it can."""
+    shape, training = shape_of(recipe), training_layout(recipe)
+    searching = rollout_layout(recipe, training)
+    rollouts = [] if searching is training else shape_problems(shape, searching, "rollout")
+    return [*shape_problems(shape, training), *rollouts]
 
 
 @check("devices")
@@ -181,35 +212,19 @@ def _cpu_flags() -> list[str]:
     return [flag for flag in _CPU_FLAGS if flag in present]
 
 
-def least_training_bytes(recipe: Recipe, count: int) -> float:
-    """Bytes that one process that trains cannot do without: weights, float32 gradients, its share of the Adam state.
-
-    float32: 4 + 4 + 8 bytes per parameter; bf16 and FP8: 2 + 4, and 12 with the float32 copy of the weights. The last
-    term is shared over data-parallel ranks by the distributed optimizer. Activations, caches, the reference and the
-    vocabulary of a catalog come on top (`tawin-nemo plan` has them).
-    """
-    m, t = recipe.model, recipe.trainer
-    ranks = m.tensor_model_parallel_size * m.pipeline_model_parallel_size
-    replicas = max(1, recipe.training_processes // ranks) if t.distributed_optimizer else 1
-    kept, shared = (8, 8) if m.precision == "fp32" else (6, 12)
-    return count / ranks * (kept + shared / replicas)
-
-
-def least_machine_bytes(recipe: Recipe, count: int) -> float:
-    """The same of all processes of one machine together, on average; ranks that only search hold weights alone."""
-    tp, pp = recipe.rollout_layout
-    searching = count / (tp * pp) * (4 if recipe.model.precision == "fp32" else 2)
-    job = recipe.training_processes * least_training_bytes(recipe, count) + recipe.rollout.devices * searching
-    return job / recipe.trainer.num_nodes
-
-
 @check("memory for the model")
 def model_memory(recipe: Recipe, found: Found, host_bytes: int) -> Check:
-    """A lower bound against the smallest GPU, or against this machine's memory for all its processes together."""
-    count, gpus = parameters(shape_of(recipe)), found.torch.gpus
-    least = least_training_bytes(recipe, count) if gpus else least_machine_bytes(recipe, count)
+    """Weights, gradients and optimizer of the planner's estimate, against the smallest GPU, or against this machine's
+    memory for all its processes together. Activations and caches come on top (`tawin-nemo plan` has them)."""
+    if _layout_problems(recipe):
+        return absent("needs a layout that is possible")
+    shape, gpus = shape_of(recipe), found.torch.gpus
+    least = (least_rank_bytes if gpus else least_machine_bytes)(shape, recipe)
     there = min((gpu.memory_bytes for gpu in gpus), default=host_bytes)
-    value = f"{count / 1e6:.1f} M parameters: at least {gib(least)} of {gib(there)} per {'GPU' if gpus else 'machine'}"
+    value = (
+        f"{parameters(shape) / 1e6:.1f} M parameters: at least {gib(least)} of {gib(there)} per "
+        f"{'GPU' if gpus else 'machine'}"
+    )
     remedy = "more devices, a larger model.tensor_model_parallel_size, or a smaller model: see tawin-nemo plan"
     if least > there:
         return fails(value, remedy)

@@ -1,6 +1,6 @@
-"""The folder that retraining lives in, and how a model is published there.
+"""The folder of nightly retraining, and how a model is published there.
 
-    ROOT/runs/DATE/       one night's run directory: data, stages, export, gate; night.json says what it began from
+    ROOT/runs/DATE/       run directory of a nightly run: data, stages, export, gate; night.json says its start
     ROOT/versions/DATE/   Hugging Face exports that passed the gate, each with gate.json beside the weights
     ROOT/latest           symbolic link to one of them: the published model
 
@@ -20,11 +20,11 @@ from pathlib import Path
 from tawin_nemo.util.errors import ConfigError, DataError
 from tawin_nemo.util.files import write_json
 
-EXPORT, GATE_FILE, NIGHT_FILE = "export", "gate.json", "night.json"
+EXPORT, GATE_FILE, RUN_FILE = "export", "gate.json", "night.json"
 
 
 @dataclass(frozen=True)
-class Night:
+class NightlyRun:
     """What one date's run was given when it began; read again by every later attempt."""
 
     date: str
@@ -33,51 +33,51 @@ class Night:
 
 
 @dataclass(frozen=True)
-class Place:
-    """ROOT of the module's text."""
+class PublishRoot:
+    """The folder that holds the nightly runs, the published versions and the link ``latest``."""
 
-    root: Path
+    folder: Path
 
     @property
     def latest(self) -> Path:
-        return self.root / "latest"
+        return self.folder / "latest"
 
     def run_dir(self, day: str) -> Path:
-        return self.root / "runs" / day
+        return self.folder / "runs" / day
 
     def version(self, day: str) -> Path:
-        return self.root / "versions" / day
+        return self.folder / "versions" / day
 
     def published(self) -> Path | None:
         """The folder that ``latest`` points at. Raises DataError when it is no link, or points at nothing."""
         if not os.path.lexists(self.latest):
             return None
         if not self.latest.is_symlink() or not self.latest.is_dir():
-            raise DataError(f"{self.latest} must be a symbolic link to a folder in {self.root / 'versions'}; mend it")
+            raise DataError(f"{self.latest} must be a symbolic link to a folder in {self.folder / 'versions'}; mend it")
         return self.latest.resolve()
 
-    def night(self, day: str, find_data: Callable[[Path], Path], *, warm: bool) -> Night:
-        """The night that was begun under this date, or a new one from what is published now (``warm``)."""
-        path = self.run_dir(day) / NIGHT_FILE
+    def nightly_run(self, day: str, find_data: Callable[[Path], Path], *, warm: bool) -> NightlyRun:
+        """The run that was begun under this date, or a new one, which starts from the published model (``warm``)."""
+        path = self.run_dir(day) / RUN_FILE
         if path.is_file():
-            return Night(**json.loads(path.read_text(encoding="utf-8")))
+            return NightlyRun(**json.loads(path.read_text(encoding="utf-8")))
         published = self.published() if warm else None
-        night = Night(day, str(published or ""), str(find_data(self.run_dir(day)).resolve()))
-        write_json(path, asdict(night))
-        return night
+        run = NightlyRun(day, str(published or ""), str(find_data(self.run_dir(day)).resolve()))
+        write_json(path, asdict(run))
+        return run
 
     def publish(self, day: str) -> None:
-        """Move the night's export, if it is still in its run directory, to ``versions`` and point ``latest`` at it."""
+        """Move the run's export, if it is still in its run directory, to ``versions`` and point ``latest`` at it."""
         version = self.version(day)
         if not version.is_dir():
             version.parent.mkdir(parents=True, exist_ok=True)
             (self.run_dir(day) / EXPORT).rename(version)
-        temporary = self.root / f".latest.{os.getpid()}"
+        temporary = self.folder / f".latest.{os.getpid()}"
         with contextlib.suppress(FileNotFoundError):
             temporary.unlink()
-        temporary.symlink_to(version.relative_to(self.root))
+        temporary.symlink_to(version.relative_to(self.folder))
         temporary.replace(self.latest)
-        descriptor = os.open(self.root, os.O_RDONLY)
+        descriptor = os.open(self.folder, os.O_RDONLY)
         try:
             os.fsync(descriptor)
         finally:

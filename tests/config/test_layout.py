@@ -1,12 +1,25 @@
 """Which layouts are possible: against what the model builder accepts, and the nearest to a wrong one."""
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
 
 from tawin_nemo.config.backbones import BACKBONES, backbone
 from tawin_nemo.config.gpus import GPUS, gpu, known_peak
-from tawin_nemo.tools.plan.layout import Layout, distance, layout_on, padded_vocab, possible, problems
+from tawin_nemo.config.layout import (
+    Layout,
+    check_shape,
+    distance,
+    layout_on,
+    padded_vocab,
+    possible,
+    problems,
+    rollout_layout,
+    rollout_problems,
+    training_layout,
+)
+from tawin_nemo.config.load import load_recipe
 from tawin_nemo.util.errors import ConfigError
 
 QWEN_7B = backbone("qwen2.5-7b")
@@ -15,23 +28,50 @@ QWEN_7B = backbone("qwen2.5-7b")
 @pytest.mark.parametrize("name", ["qwen2.5-0.5b", "qwen2.5-7b", "llama-3.2-1b"])
 def test_the_planner_refuses_exactly_what_the_model_builder_refuses(name: str):
     from tawin_nemo.config.schema import ModelConfig
-    from tawin_nemo.models.megatron.model.build import _check
-    from tawin_nemo.models.megatron.model.build import padded_vocab as built_rows
+    from tawin_nemo.models.megatron.model.build import check_rollout_model, model_config
 
     shape = BACKBONES[name]
     seen = set()
     for tp in range(1, 9):
         for pp in range(1, 9):
             cfg = ModelConfig(backbone=name, tensor_model_parallel_size=tp, pipeline_model_parallel_size=pp)
-            try:
-                _check(shape, cfg)
-                accepted = True
-            except ConfigError:
-                accepted = False
-            assert (problems(shape, Layout(tp, pp), tp * pp) == []) is accepted, (tp, pp)
-            seen.add(accepted)
-        assert padded_vocab(shape, tp) == built_rows(shape, tp)
+            accepted = {_accepts(model_config, shape, cfg),
+                        _accepts(check_rollout_model, shape, ModelConfig(backbone=name), tp, pp)}  # fmt: skip
+            assert accepted == {problems(shape, Layout(tp, pp), tp * pp) == []}, (tp, pp)
+            seen |= accepted
     assert seen == {True, False}
+
+
+def _accepts(build: Callable[..., object], *arguments: object) -> bool:
+    try:
+        build(*arguments)
+    except ConfigError:
+        return False
+    return True
+
+
+def test_the_builders_error_names_key_backbone_and_the_sizes_that_are_possible():
+    with pytest.raises(ConfigError) as error:
+        check_shape(QWEN_7B, Layout(8, 1), name="qwen2.5-7b", section="rollout")
+    assert str(error.value) == (
+        "rollout.tensor_model_parallel_size=8 does not divide the 28 attention heads of qwen2.5-7b: use one of 1, 2, 4"
+    )
+
+
+def test_layouts_of_a_recipe():
+    recipe = load_recipe(None, ["trainer.devices=8", "rollout.tensor_model_parallel_size=2",
+                                "model.backbone=qwen2.5-7b", "model.pipeline_model_parallel_size=2"])  # fmt: skip
+    training = training_layout(recipe)
+    assert training == Layout(1, 2, 4)
+    assert rollout_layout(recipe, training) == Layout(2, 2, 2)
+    assert training_layout(recipe, 32).dp == 16
+    assert rollout_layout(load_recipe(None, ["trainer.devices=8"]), Layout(dp=8)) == Layout(dp=8)
+
+
+def test_rollouts_are_named_by_their_own_keys():
+    recipe = load_recipe(None, ["rollout.tensor_model_parallel_size=3", "trainer.devices=3"])
+    (first, *_) = rollout_problems(QWEN_7B, recipe, Layout(dp=3), 3)
+    assert first == "rollout.tensor_model_parallel_size=3 does not divide the 28 attention heads"
 
 
 @pytest.mark.parametrize(

@@ -1,15 +1,18 @@
-"""Bytes that a forward pass leaves behind for the backward pass, and what both need beside that.
+"""What a recipe's steps run: tokens and FLOPs from stated mean lengths, and the bytes that forward passes leave behind.
 
-Counted tensor by tensor from the decoder layer as it is built (norm.py, attention.py, tree_plan.py and megatron's
-attention and MLP); a test compares the sum with what autograd really saves. a = bytes of an activation.
+A rollout may run fewer tokens than this says (candidates share beginnings, forced tokens are never run): figures are
+upper bounds for equal prompts. Bytes are counted tensor by tensor from the decoder layer as it is built (norm.py,
+attention.py, tree_plan.py and megatron's attention and MLP); a test compares the sum with what autograd really saves.
+a = bytes of an activation.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from tawin_nemo.config.backbones import Backbone
-from tawin_nemo.tools.plan.layout import Layout
+from tawin_nemo.config.backbones import Backbone, FlopCount
+from tawin_nemo.config.layout import Layout
+from tawin_nemo.config.schema import Recipe
 
 #: Most logits that head.py holds at once, and the most exponentials it keeps for the backward pass.
 LOGITS_ALIVE = {"cpu": 2**20, "cuda": 2**24}
@@ -17,6 +20,38 @@ LOGITS_KEPT = 2**23
 #: Edges that head.py multiplies at once in bf16.
 EDGES_AT_ONCE = 8192
 NARROWEST_SLICE = 256
+#: Bytes per element of a norm's saved input: in bf16 a float32 copy, in fp32 the input itself.
+NORM_INPUT = 4
+#: Admissible next tokens at a place with a choice, mean. Head rows of these are all that trie space multiplies.
+CHILDREN = 16
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """Mean tokens of a prompt, of an item with its end-of-text token, and those of an item up to its last choice in
+    the trie: trie space runs and scores only these."""
+
+    prompt: int
+    path: int
+    decisions: int
+
+    def run(self, space: str) -> int:
+        """Tokens of an item that are run: in vocabulary space all but the last, which is never an input."""
+        return max(1, self.decisions if space == "trie" else self.path - 1)
+
+    def scored(self, space: str) -> int:
+        """Tokens of an item that have a log-prob."""
+        return max(1, self.decisions if space == "trie" else self.path)
+
+
+#: Where none are given. Titles: the Industrial set in Qwen's tokenizer, items of 29 tokens; semantic IDs: 4 codes.
+TITLES, CODES = Lengths(256, 29, 4), Lengths(96, 5, 4)
+
+
+def default_lengths(recipe: Recipe) -> Lengths:
+    """The lengths that are assumed for a recipe whose data nobody has looked at."""
+    usual = CODES if recipe.catalog.kind == "sid" else TITLES
+    return replace(usual, prompt=min(usual.prompt, recipe.data.max_prompt_tokens))
 
 
 @dataclass(frozen=True)
@@ -34,6 +69,81 @@ class Pass:
     vocabulary: bool = True
 
 
+def tree_pass(tokens: int, lengths: Lengths, candidates: int, space: str) -> Pass:
+    """A micro-batch of ``tokens`` tokens of prompts with the trees of their candidates (one candidate: no tree)."""
+    below = candidates * lengths.run(space)
+    keys = lengths.prompt + below
+    prompts = tokens / keys
+    return Pass(
+        tokens,
+        tree=round(prompts * below) if candidates > 1 else 0,
+        keys=keys,
+        scored=round(prompts * candidates * lengths.scored(space)),
+        vocabulary=space == "vocab",
+    )
+
+
+def sft_pass(recipe: Recipe, lengths: Lengths) -> Pass:
+    """A full micro-batch of SFT: plain rows."""
+    return tree_pass(recipe.sft.micro_batch_tokens, lengths, 1, recipe.sft.loss_space)
+
+
+def rl_pass(recipe: Recipe, lengths: Lengths) -> Pass:
+    """A full micro-batch of the actor's update."""
+    return tree_pass(recipe.rl.micro_batch_tokens, lengths, recipe.rl.group_size, recipe.rl.policy_space)
+
+
+def rows_work(rows: int, lengths: Lengths, candidates: int, space: str, vocab: int) -> FlopCount:
+    """One forward pass over ``rows`` prompts with ``candidates`` items below each."""
+    prompt, run = lengths.prompt, lengths.run(space)
+    pairs = prompt * (prompt + 1) / 2 + candidates * run * (prompt + (run + 1) / 2)
+    logits = candidates * lengths.scored(space) * (vocab if space == "vocab" else CHILDREN)
+    return FlopCount(rows * (prompt + candidates * run), rows * pairs, rows * logits)
+
+
+def sft_step_work(recipe: Recipe, lengths: Lengths, vocab: int, rows: int) -> FlopCount:
+    """Forward pass of ``rows`` rows of one SFT step."""
+    return rows_work(rows, lengths, 1, recipe.sft.loss_space, vocab)
+
+
+@dataclass(frozen=True)
+class RlWork:
+    """Forward passes of one RL step; an update costs three times its forward pass, ``updates`` times."""
+
+    rollout: FlopCount
+    reference: FlopCount
+    scoring: FlopCount  # old log-probs, where the rollout does not leave them
+    update: FlopCount
+    updates: int
+
+
+def rl_step_work(recipe: Recipe, lengths: Lengths, vocab: int, prompts: int) -> RlWork:
+    """What one RL step runs for ``prompts`` prompts."""
+    rl, nothing = recipe.rl, FlopCount()
+    width = recipe.rollout.width or rl.group_size
+    if rl.negatives == "dynamic":
+        width = round(width * rl.oversample)
+    searched = search_space(recipe)
+    scored = rows_work(prompts, lengths, rl.group_size, rl.policy_space, vocab)
+    return RlWork(
+        rollout=rows_work(prompts, lengths, width, searched, vocab),
+        reference=scored if uses_reference(recipe) else nothing,
+        scoring=scored if searched != rl.policy_space or rl.importance_cap > 0 else nothing,
+        update=scored,
+        updates=rl.inner_updates,
+    )
+
+
+def search_space(recipe: Recipe) -> str:
+    """The space that rollouts rank or draw in."""
+    return recipe.rollout.score_space if recipe.rl.negatives == "beam" else "trie"
+
+
+def uses_reference(recipe: Recipe) -> bool:
+    """Whether RL scores its candidates with a reference."""
+    return recipe.rl.enabled and recipe.rl.beta > 0 and recipe.reference.mode != "off"
+
+
 @dataclass(frozen=True)
 class Numbers:
     """How numbers are held: bytes of weights and activations, and whether the device has the fused kernels."""
@@ -46,11 +156,6 @@ class Numbers:
     @classmethod
     def of(cls, precision: str, *, device: str = "cuda", dropout: float = 0.0) -> Numbers:
         return cls(4 if precision == "fp32" else 2, precision.startswith("fp8"), device, dropout)
-
-    @property
-    def norm_copy(self) -> int:
-        """Bytes of a norm's saved input: in bf16 a float32 copy, in fp32 the input itself."""
-        return 4
 
 
 @dataclass(frozen=True)
@@ -88,7 +193,7 @@ def layer_bytes(shape: Backbone, layout: Layout, numbers: Numbers, work: Pass, r
     a, w = numbers.bytes, Widths.of(shape, layout)
     if recompute == "full":
         return a * w.hidden * work.tokens
-    norms = 2 * ((numbers.norm_copy + 2 * a) * w.hidden + 4)
+    norms = 2 * ((NORM_INPUT + 2 * a) * w.hidden + 4)
     rotary = 4 * w.rotary * a
     mlp = (3 if numbers.device == "cuda" else 5) * w.ffn * a
     dropped = 2 * w.hidden * (1 if numbers.device == "cuda" else a) if numbers.dropout else 0
@@ -109,7 +214,7 @@ def saved_bytes(
     shape: Backbone, layout: Layout, numbers: Numbers, work: Pass, *, recompute: str, layers: int, last: bool
 ) -> float:
     """Everything one micro-batch leaves behind on a stage: layers, masks, and on the last stage the final norm."""
-    final = (numbers.norm_copy + numbers.bytes) * Widths.of(shape, layout).hidden * work.tokens if last else 0.0
+    final = (NORM_INPUT + numbers.bytes) * Widths.of(shape, layout).hidden * work.tokens if last else 0.0
     per_layer = layer_bytes(shape, layout, numbers, work, recompute)
     return layers * per_layer + mask_bytes(shape, numbers, work) + final
 
