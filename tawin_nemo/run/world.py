@@ -116,7 +116,7 @@ def open_run_dir(recipe: Recipe, *, same_recipe: bool) -> Path:
 def build_world(recipe: Recipe, run_dir: Path, data_root: Path, *, codes_path: Path | None = None) -> World:
     """Load the prepared dataset under ``data_root`` and derive everything from it (deterministic on every rank)."""
     dataset = load_dataset(data_root)
-    codes = load_codes(codes_path, len(dataset.items.titles)) if codes_path else None
+    codes = load_codes(codes_path, dataset.items.external_ids) if codes_path else None
     runtime.on_rank_0(partial(_write_tokenizer, recipe, run_dir, dataset, codes))
     tokenizer = Tokenizer.load(run_dir / "tokenizer")
     template = Template(recipe.data.template, kind=recipe.catalog.kind)
