@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,8 @@ from tawin_nemo.run.datasets import prepared_root
 from tawin_nemo.run.failures import attempt_logs, recorded
 from tawin_nemo.run.profile import check_profile
 from tawin_nemo.run.threads import available_threads
-from tawin_nemo.run.world import build_world, open_run_dir
+from tawin_nemo.run.trained import check_catalog, named_checkpoint, trained_model
+from tawin_nemo.run.world import World, build_world, open_run_dir
 from tawin_nemo.util.errors import ConfigError, Preempted, UserError
 from tawin_nemo.util.launch import read_launch
 from tawin_nemo.util.log import get_logger
@@ -46,14 +48,28 @@ def run(recipe: Recipe, verb: Verb, **options: Any) -> dict[str, Any]:
             return {}
         check_profile(recipe.profile)
         trains = verb is train
-        run_dir = open_run_dir(recipe, same_recipe=trains)
-        if trains:
-            stack.enter_context(attempt_logs(run_dir))
+        if not trains:
+            return verb(trained_world(recipe), **options)
+        run_dir = open_run_dir(recipe, same_recipe=True)
+        stack.enter_context(attempt_logs(run_dir))
         data_root = runtime.on_rank_0(lambda: prepared_root(recipe))
-        if trains:
-            stack.enter_context(signals.listening())
-        world = build_world(recipe, run_dir, data_root, codes_path=codes_path(recipe))
-        return verb(world, **options)
+        stack.enter_context(signals.listening())
+        return verb(build_world(recipe, run_dir, data_root, codes_path=codes_path(recipe)), **options)
+
+
+def trained_world(recipe: Recipe) -> World:
+    """The world of a verb that uses a trained model: its run's tokenizer, catalog and data, wherever it is started.
+
+    Raises ConfigError when there is no model, and when the recipe or the data are not those of its training.
+    """
+    trained = runtime.on_rank_0(lambda: trained_model(recipe))
+    recipe = replace(recipe, checkpoint=trained.checkpoint)
+    run_dir = open_run_dir(replace(recipe, run_dir=str(trained.run_dir)), same_recipe=False)
+    data_root = runtime.on_rank_0(lambda: trained.data_root(recipe))
+    world = build_world(recipe, run_dir, data_root, codes_path=codes_path(recipe))
+    if trained.checkpoint:
+        check_catalog(named_checkpoint(trained.checkpoint, "checkpoint"), world.catalog.fingerprint)
+    return world
 
 
 @contextlib.contextmanager

@@ -64,6 +64,11 @@ class World:
     deadline: float | None = None
 
     @property
+    def identity(self) -> dict[str, str]:
+        """Fingerprints of what trained weights belong to."""
+        return {"tokenizer": self.tokenizer.fingerprint, "catalog": self.catalog.fingerprint}
+
+    @property
     def train_rows_for_sft(self) -> np.ndarray:
         """Row numbers of ``samples['train']`` (time order) that the first SFT sees."""
         rows = np.arange(len(self.samples["train"]))
@@ -132,7 +137,8 @@ def build_world(recipe: Recipe, run_dir: Path, data_root: Path, *, codes_path: P
     shape = _shape(recipe, tokenizer.size)
     _check_lengths(samples, catalog, shape)
     if runtime.world_rank() == 0:
-        write_json(run_dir / "catalogue.json", catalog_facts(catalog, samples))
+        if not (run_dir / "catalogue.json").is_file():  # an evaluation of fewer rows leaves the run's record alone
+            write_json(run_dir / "catalogue.json", catalog_facts(catalog, samples))
         keep_catalog(run_dir / "catalogue", catalog, tokenizer)
     runtime.barrier()
     return World(

@@ -32,7 +32,8 @@ def test_help_imports_no_torch_and_teaches():
         (("train", "--gpus", "8"), ["--gpus and --gpu belong to plan", "trainer.devices"]),
         (("train", "rl.lrr=1"), ["rl.lrr=1", "did you mean rl.lr?"]),
         (("train", "--recipe", "recipes/quikstart.yaml"), ["recipe file not found", "quickstart.yaml"]),
-        (("evaluate", "checkpoint=nowhere", "data.dataset=prepared", "data.root=nowhere"), ["data.root=nowhere"]),
+        (("evaluate", "checkpoint=nowhere"), ["checkpoint=nowhere is neither a finished stage"]),
+        (("prepare", "data.dataset=prepared", "data.root=nowhere"), ["data.root=nowhere"]),
     ],
 )
 def test_user_mistakes_exit_with_2_and_one_clear_line(arguments, parts):
