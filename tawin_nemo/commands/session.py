@@ -49,7 +49,8 @@ def run(recipe: Recipe, verb: Verb, **options: Any) -> dict[str, Any]:
         check_profile(recipe.profile)
         trains = verb is train
         if not trains:
-            return verb(trained_world(recipe), **options)
+            weights_follow = verb.__name__ == "serve" and recipe.rollout.placement == "server"
+            return verb(trained_world(recipe, weights_follow=weights_follow), **options)
         run_dir = open_run_dir(recipe, same_recipe=True)
         stack.enter_context(attempt_logs(run_dir))
         data_root = runtime.on_rank_0(lambda: prepared_root(recipe))
@@ -57,12 +58,14 @@ def run(recipe: Recipe, verb: Verb, **options: Any) -> dict[str, Any]:
         return verb(build_world(recipe, run_dir, data_root, codes_path=codes_path(recipe)), **options)
 
 
-def trained_world(recipe: Recipe) -> World:
+def trained_world(recipe: Recipe, *, weights_follow: bool) -> World:
     """The world of a verb that uses a trained model: its run's tokenizer, catalog and data, wherever it is started.
+
+    ``weights_follow``: a training job will send them.
 
     Raises ConfigError when there is no model, and when the recipe or the data are not those of its training.
     """
-    trained = runtime.on_rank_0(lambda: trained_model(recipe))
+    trained = runtime.on_rank_0(lambda: trained_model(recipe, weights_follow=weights_follow))
     recipe = replace(recipe, checkpoint=trained.checkpoint)
     run_dir = open_run_dir(replace(recipe, run_dir=str(trained.run_dir)), same_recipe=False)
     data_root = runtime.on_rank_0(lambda: trained.data_root(recipe))

@@ -45,8 +45,10 @@ class Trained:
         return prepared_root(recipe, run_dir=self.run_dir)
 
 
-def trained_model(recipe: Recipe) -> Trained:
+def trained_model(recipe: Recipe, *, weights_follow: bool = False) -> Trained:
     """The model of ``checkpoint``; where that key is empty, of the run's newest finished stage; else where it starts.
+
+    ``weights_follow``: a training job sends the weights later, so without ``checkpoint`` a run's start is good enough.
 
     Raises ConfigError when ``checkpoint`` is neither a finished stage nor a step_N, when there are no weights at all,
     and when the recipe differs from the one of the checkpoint's run in a key that the model depends on.
@@ -55,6 +57,8 @@ def trained_model(recipe: Recipe) -> Trained:
     if recipe.checkpoint:
         named = recipe.checkpoint
         run_dir = run_of(named_checkpoint(named, "checkpoint"))
+    elif weights_follow:
+        return Trained("", own)
     elif (stage := newest_stage(own)) is not None:
         named, run_dir = str(stage), own
         log.info("checkpoint is empty: %s, the newest finished stage of this run", stage)
