@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import calendar
-import re
+from collections.abc import Callable
 from dataclasses import dataclass
-from datetime import UTC, datetime
 
+from tawin_nemo.util import times
 from tawin_nemo.util.errors import ConfigError
 
 #: Name in a file name -> first and last month, inclusive (arXiv 2604.22504, Appendix G.1).
@@ -40,24 +39,15 @@ def period(name: str, start: str = "", end: str = "") -> Period:
     """
     known = next((limits for key, limits in PUBLISHED.items() if key.lower() in name.lower()), ("", ""))
     start, end = start or known[0], end or known[1]
-    first = _seconds("prepare.start", start, after=False)
-    stop = _seconds("prepare.end", end, after=True)
+    first = _seconds("prepare.start", start, times.first_second)
+    stop = _seconds("prepare.end", end, times.last_second)
     if first is not None and stop is not None and stop <= first:
         raise ConfigError(f"prepare.end={end} lies before prepare.start={start}; exchange them")
     return Period(start, end, first, stop)
 
 
-def _seconds(key: str, text: str, *, after: bool) -> int | None:
-    """UTC seconds of the beginning of the day or month, or (``after``) of the moment when it is over."""
-    if not text:
-        return None
-    match = re.fullmatch(r"(\d{4})-(\d{2})(?:-(\d{2}))?", text)
+def _seconds(key: str, text: str, parse: Callable[[str], int | None]) -> int | None:
     try:
-        if match is None:
-            raise ValueError("format")
-        year, month, day = int(match[1]), int(match[2]), int(match[3] or 1)
-        moment = datetime(year, month, day, tzinfo=UTC)
+        return parse(text)
     except ValueError as error:
-        raise ConfigError(f"{key}={text!r} is not a date; write YYYY-MM-DD or YYYY-MM") from error
-    days = 0 if not after else 1 if match[3] else calendar.monthrange(year, month)[1]
-    return int(moment.timestamp()) + days * 86_400
+        raise ConfigError(f"{key}={text!r} {error}") from None
