@@ -44,6 +44,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             traceback.print_exc()
         print(f"tawin-nemo {arguments.verb}: {error}", file=sys.stderr, flush=True)
         return error.exit_code
+    except BrokenPipeError:  # the reader of `tawin-nemo keys | head` has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
     except OSError as error:
         if error.errno not in DISK_FULL:
             raise
@@ -51,9 +54,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         message = f"{error}; what was complete before is untouched: free space there, then run the same command again"
         print(f"tawin-nemo {arguments.verb}: {message}", file=sys.stderr, flush=True)
         return 1
-    except BrokenPipeError:  # the reader of `tawin-nemo keys | head` has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 128 + signal.SIGPIPE
     except KeyboardInterrupt:
         print("tawin-nemo: interrupted; the same command continues from the last checkpoint", file=sys.stderr)
         return 130
@@ -66,6 +66,17 @@ def _answering(verb: str) -> contextlib.AbstractContextManager[None]:
     from tawin_nemo.run import signals
 
     return signals.leaving()
+
+
+_FLAG: dict[str, Any] = {"action": "store_true"}
+#: Options of single verbs: name, the verbs, meaning, argparse's settings.
+OPTIONS: tuple[tuple[str, tuple[str, ...], str, dict[str, Any]], ...] = (
+    ("--dry-run", ("train", "study"), "say what would be done, then stop", _FLAG),
+    ("--quick", ("doctor",), "no all-reduce, no disk speed, fewer imports", _FLAG),
+    ("--schema", ("keys",), "print the JSON Schema of recipes", _FLAG),
+    ("--gpus", ("plan",), "GPUs in all (default: what the recipe asks for)", {"metavar": "N"}),
+    ("--gpu", ("plan",), "h800 (default), h100, h200, a100, a100-40", {"metavar": "NAME"}),
+)
 
 
 class Parser(argparse.ArgumentParser):
@@ -98,11 +109,10 @@ def _parser(words: Sequence[str] = ()) -> argparse.ArgumentParser:
     recipe = parser.add_argument(
         "--recipe", metavar="FILE", help="YAML recipe; without one all keys have their defaults"
     )
-    parser.add_argument("--dry-run", action="store_true", help="train, study: say what would be done, then stop")
-    parser.add_argument("--quick", action="store_true", help="doctor: no all-reduce, no disk speed, fewer imports")
-    parser.add_argument("--schema", action="store_true", help="keys: print the JSON Schema of recipes")
-    parser.add_argument("--gpus", metavar="N", help="plan: GPUs in all (default: what the recipe asks for)")
-    parser.add_argument("--gpu", metavar="NAME", help="plan: h800 (default), h100, h200, a100, a100-40")
+    for option, verbs, help_text, settings in OPTIONS:
+        shown = named is None or named in verbs
+        help_text = f"{', '.join(verbs)}: {help_text}" if shown else argparse.SUPPRESS
+        parser.add_argument(option, help=help_text, **settings)
     keys = parser.add_argument("overrides", nargs="*", metavar="key=value", help="recipe keys, e.g. rl.lr=1e-5")
     if "_ARGCOMPLETE" in os.environ:
         from tawin_nemo.commands.completion import complete

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -34,6 +35,7 @@ def print_keys(prefixes: Sequence[str], *, schema: bool = False) -> None:
     for key, item in known.items():
         if not prefixes or any(below(key, prefix) for prefix in prefixes):
             print(f"{key} = {value_of(defaults, key)!r}{limits(item.metadata)}\n    {item.metadata['help']}")
+    sys.stdout.flush()  # a closed pipe is reported here, not at the interpreter's end
 
 
 def below(key: str, prefix: str) -> bool:

@@ -26,7 +26,7 @@ from tawin_nemo.run.threads import available_threads
 from tawin_nemo.run.trained import check_catalog, named_checkpoint, trained_model
 from tawin_nemo.run.world import World, build_world, open_run_dir
 from tawin_nemo.util.errors import ConfigError, Preempted, UserError
-from tawin_nemo.util.launch import read_launch
+from tawin_nemo.util.launch import is_launched, read_launch
 from tawin_nemo.util.log import get_logger
 
 Verb = Callable[..., dict[str, Any]]
@@ -121,9 +121,16 @@ def check_processes(recipe: Recipe) -> None:
     """Raises ConfigError when the launcher started another number of processes than the recipe names."""
     nodes, devices, started = recipe.trainer.num_nodes, recipe.trainer.devices, read_launch().world_size
     if nodes * devices != started:
+        wanted = f"trainer.num_nodes={nodes} x trainer.devices={devices} = {nodes * devices} processes"
+        if not is_launched():
+            raise ConfigError(
+                f"{wanted}, but this one was started alone: start it on every machine with srun (slurm/README.md) or "
+                f"`torchrun --nnodes={nodes} --nproc-per-node={devices} --rdzv-backend=c10d --rdzv-endpoint=HOST:29500 "
+                "-m tawin_nemo train ...`, or set trainer.num_nodes=1"
+            )
         raise ConfigError(
-            f"trainer.num_nodes={nodes} x trainer.devices={devices} = {nodes * devices} processes, but the launcher "
-            f"started {started}; set trainer.devices to the processes per machine"
+            f"{wanted}, but the launcher started {started}; set trainer.devices to the processes per machine and "
+            "trainer.num_nodes to the machines"
         )
 
 

@@ -108,7 +108,9 @@ class BaselineConfig:
 class GenerateConfig:
     split: str = choice("test", "valid", "train", help="whose prompts are answered when no history is given")
     rows: int = number(3, 1, help="prompts of the split")
-    history: list[int] = opt([], "item indices, oldest first: recommend for this history instead")
+    history: list[str] = opt(
+        [], "items, oldest first: recommend for this history instead; external ids, or numbers of items as #3 or 3"
+    )
     n: int = number(10, 1, help="recommendations per prompt")
 
 

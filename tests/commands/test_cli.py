@@ -48,6 +48,7 @@ def test_help_imports_no_torch_and_teaches():
         (("train", "rl.lrr=1"), ["rl.lrr=1", "did you mean rl.lr?"]),
         (("train", "--recipe", "recipes/quikstart.yaml"), ["recipe file not found", "quickstart.yaml"]),
         (("evaluate", "checkpoint=nowhere"), ["checkpoint=nowhere is neither a finished stage"]),
+        (("train", "trainer.num_nodes=2"), ["was started alone", "torchrun --nnodes=2", "trainer.num_nodes=1"]),
         (("prepare", "data.dataset=prepared", "data.root=nowhere"), ["data.root=nowhere"]),
     ],
 )
