@@ -108,7 +108,9 @@ class BaselineConfig:
 class GenerateConfig:
     split: str = choice("test", "valid", "train", help="whose prompts are answered when no history is given")
     rows: int = number(3, 1, help="prompts of the split")
-    history: list[int] = opt([], "item indices, oldest first: recommend for this history instead")
+    history: list[str] = opt(
+        [], "items, oldest first: recommend for this history instead; external ids, or numbers of items as #3 or 3"
+    )
     n: int = number(10, 1, help="recommendations per prompt")
 
 
@@ -254,6 +256,10 @@ class PrepareConfig:
 
     reviews: str = opt("", "review file, relative to data.root: *.json or *.json.gz")
     metadata: str = opt("", "item file, relative to data.root: *.json or *.json.gz")
+    preset: str = choice(
+        "auto", "none", "toys_and_games", "office_products", "industrial_and_scientific", "yelp",
+        help="published time window of a data set; auto: the one that the review file's name contains",
+    )  # fmt: skip
     start: str = opt("", "first day of the time window, YYYY-MM-DD or YYYY-MM (empty = the published limit, if any)")
     end: str = opt("", "last day or month, inclusive (empty = as for start)")
     k_core: int = number(5, 1, help="users and items with fewer interactions go, until nothing changes")

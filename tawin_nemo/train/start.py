@@ -19,7 +19,7 @@ from tawin_nemo.models.megatron.hf.io import load_hf
 from tawin_nemo.models.megatron.hf.new_tokens import NewTokens
 from tawin_nemo.models.megatron.model.build import build_model
 from tawin_nemo.models.megatron.model.precision import AS_MODEL, in_precision
-from tawin_nemo.run.stage import chosen_checkpoint
+from tawin_nemo.run.trained import check_tokenizer, chosen_checkpoint, named_checkpoint
 from tawin_nemo.run.world import World
 from tawin_nemo.types import TokenRows
 from tawin_nemo.util.errors import ConfigError
@@ -33,7 +33,7 @@ def starting_model(
 
     Only SFT has dropout: under it the policy ratio of an unchanged policy would be noise around 1 and would be
     clipped. ``precision`` may differ from the recipe's (``reference.precision``, ``eval.precision``). Raises
-    ConfigError for a path that is no checkpoint.
+    ConfigError for a path that is no checkpoint, and for one that was trained with another tokenizer.
     """
     recipe = world.recipe
     cfg = in_precision(replace(recipe.model, dropout=dropout), precision)  # build_model reads both from the section
@@ -49,23 +49,11 @@ def starting_model(
         world.shape, cfg, seed=recipe.seed, rollout_tp=recipe.rollout_layout[0], to_be_loaded=loads
     )  # fmt: skip
     if path is not None:
+        check_tokenizer(path, world.tokenizer.fingerprint)
         checkpoint.load_checkpoint(path, model=model)
     elif recipe.model.init != "random":
         load_hf(model, world.shape, Path(recipe.model.init), new_tokens(world))
     return model
-
-
-def named_checkpoint(named: str, key: str) -> Path:
-    """The checkpoint at the path that recipe key ``key`` names: a finished stage's chosen one, or one step_N.
-
-    Raises ConfigError when it is neither.
-    """
-    path = Path(named)
-    if (path / "done.json").is_file():
-        return chosen_checkpoint(path)
-    if not (path / "state.json").is_file():
-        raise ConfigError(f"{key}={named} is neither a finished stage (done.json) nor a step_N (state.json)")
-    return path
 
 
 def new_tokens(world: World) -> NewTokens:
