@@ -16,8 +16,8 @@ from tawin_nemo.data.interactions import MANIFEST, read_manifest, verify_files
 from tawin_nemo.data_prep import amazon, inter_layout, synthetic, yelp
 from tawin_nemo.data_prep.dataset import STATISTICS, Prepared, write_dataset
 from tawin_nemo.data_prep.pipeline import build
-from tawin_nemo.data_prep.raw import PUBLISHED, Period, period
-from tawin_nemo.util.errors import DataError, UserError
+from tawin_nemo.data_prep.raw import Period, period
+from tawin_nemo.util.errors import ConfigError, DataError, UserError
 from tawin_nemo.util.files import sha256
 from tawin_nemo.util.log import say
 
@@ -25,14 +25,15 @@ SOURCES = ("synthetic", "amazon", "yelp", "inter")
 
 
 def prepare(
-    source: str, root: Path, out: Path, *, prepare: PrepareConfig, data: DataConfig, seed: int, name: str = ""
-) -> Path:
+    source: str, root: Path, out: Path, *, prepare: PrepareConfig, data: DataConfig, seed: int, name: str = "",
+    used_by: Path | None = None,
+) -> Path:  # fmt: skip
     """Prepare the raw or ready-made data in ``root`` as the folder ``out`` and return it.
 
     ``source`` is one of SOURCES, ``auto`` (see ``detect``) or ``prepared`` (returns ``root``). A finished folder with
-    the same parameters and sources is reused. ``name`` (empty = taken from the files) goes into the manifest; it or
-    the name of the review file chooses the published time window. ``seed`` matters for ``synthetic`` only. Raises
-    DataError or ConfigError.
+    the same parameters and sources is reused. ``name`` (empty = taken from the files) goes into the manifest.
+    ``seed`` matters for ``synthetic`` only. Raises DataError or ConfigError, also when ``out`` holds other data and
+    ``used_by`` names a checkpoint that was trained on them.
     """
     if source == "auto":
         source = detect(root)
@@ -48,9 +49,25 @@ def prepare(
     if _is_finished(out, request):
         say(f"{out} is already prepared from the same sources with the same parameters; reused")
         return out
+    if used_by is not None and (out / MANIFEST).is_file():
+        _check_unchanged(read_manifest(out).get("request"), request, out, used_by)
     write_dataset(_read(source, root, files, prepare, data, seed, name), out, request)
     say(f"prepared {name} in {out}; see {STATISTICS} there")
     return out
+
+
+def _check_unchanged(before: Any, request: dict[str, Any], out: Path, used_by: Path) -> None:
+    """Raises ConfigError when ``out`` was prepared by another request than this one."""
+    if before == request:
+        return  # files were lost or damaged; the same request writes the same bytes
+    old, new = (dict(part.get("parameters", {})) for part in (before or {}, request))
+    changed = [
+        f"{key}: {old.get(key)} -> {new.get(key)}" for key in sorted({*old, *new}) if old.get(key) != new.get(key)
+    ]
+    raise ConfigError(
+        f"{out} holds the data that {used_by} was trained on, and this recipe prepares others "
+        f"({'; '.join(changed) or 'the source files differ'}): choose another name= or run_dir=, or remove that run"
+    )
 
 
 def detect(root: Path) -> str:
@@ -124,7 +141,8 @@ def _request(
     settings = asdict(prepare)
     if source != "inter":
         parameters |= {key: settings[key] for key in ("start", "end", "k_core", "max_title_words")}
-    if (published := _published_name(source, name, files)) != name:
+    published = _published_name(source, files, prepare.preset)
+    if period(published) != period(name):
         parameters["period_of"] = published
     if source == "synthetic":
         parameters |= {key: value for key, value in settings.items() if key.startswith("synthetic_")} | {"seed": seed}
@@ -132,10 +150,14 @@ def _request(
     return {"parameters": parameters, "sources": sources}
 
 
-def _published_name(source: str, name: str, files: list[Path]) -> str:
-    """The name whose published time window counts: a recipe's own name seldom says which raw files it reads."""
-    known = any(key.lower() in name.lower() for key in PUBLISHED)
-    return name if known or source not in ("amazon", "yelp") else _default_name(source, Path(), files)
+def _published_name(source: str, files: list[Path], preset: str) -> str:
+    """The data set whose published time window counts: ``prepare.preset``, or what the review file is called.
+
+    The name of a run never decides: it seldom says which raw files it reads.
+    """
+    if preset != "auto":
+        return "" if preset == "none" else preset
+    return _default_name(source, Path(), files) if source in ("amazon", "yelp") else ""
 
 
 def _is_finished(out: Path, request: dict[str, Any]) -> bool:
@@ -157,7 +179,10 @@ def _read(
 ) -> Prepared:
     if source == "inter":
         return inter_layout.read(root, name, data.max_history)
-    window = period(_published_name(source, name, files), prepare.start, prepare.end)
+    published = _published_name(source, files, prepare.preset)
+    window = period(published, prepare.start, prepare.end)
+    if period(published) != period("") and not (prepare.start and prepare.end):
+        say(f"time window {window}: the published one of {published} (prepare.preset=none takes all reviews)")
     limits = {"k": prepare.k_core, "max_title_words": prepare.max_title_words, "max_history": data.max_history}
     if source == "synthetic":
         return _read_synthetic(prepare, window, limits, seed, name)

@@ -5,18 +5,17 @@ The window comes from ``prepare.start`` and ``prepare.end``, or from the publish
 
 from __future__ import annotations
 
-import calendar
-import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from datetime import UTC, datetime
 
 import polars as pl
 
 from tawin_nemo.data.interactions import BRAND, CATEGORY, DESCRIPTION
 from tawin_nemo.data_prep.ndjson import Problems
 from tawin_nemo.types import EXTERNAL_ID, ITEM, TIME, TITLE, USER
-from tawin_nemo.util.errors import ConfigError
+from tawin_nemo.util import times
+from tawin_nemo.util.errors import ConfigError, DataError
+from tawin_nemo.util.log import say
 
 #: Name in a file name -> first and last month, inclusive (arXiv 2604.22504, Appendix G.1).
 PUBLISHED = {
@@ -49,27 +48,18 @@ def period(name: str, start: str = "", end: str = "") -> Period:
     """
     known = next((limits for key, limits in PUBLISHED.items() if key.lower() in name.lower()), ("", ""))
     start, end = start or known[0], end or known[1]
-    first = _seconds("prepare.start", start, after=False)
-    stop = _seconds("prepare.end", end, after=True)
+    first = _seconds("prepare.start", start, times.first_second)
+    stop = _seconds("prepare.end", end, times.last_second)
     if first is not None and stop is not None and stop <= first:
         raise ConfigError(f"prepare.end={end} lies before prepare.start={start}; exchange them")
     return Period(start, end, first, stop)
 
 
-def _seconds(key: str, text: str, *, after: bool) -> int | None:
-    """UTC seconds of the beginning of the day or month, or (``after``) of the moment when it is over."""
-    if not text:
-        return None
-    match = re.fullmatch(r"(\d{4})-(\d{2})(?:-(\d{2}))?", text)
+def _seconds(key: str, text: str, parse: Callable[[str], int | None]) -> int | None:
     try:
-        if match is None:
-            raise ValueError("format")
-        year, month, day = int(match[1]), int(match[2]), int(match[3] or 1)
-        moment = datetime(year, month, day, tzinfo=UTC)
+        return parse(text)
     except ValueError as error:
-        raise ConfigError(f"{key}={text!r} is not a date; write YYYY-MM-DD or YYYY-MM") from error
-    days = 0 if not after else 1 if match[3] else calendar.monthrange(year, month)[1]
-    return int(moment.timestamp()) + days * 86_400
+        raise ConfigError(f"{key}={text!r} {error}") from None
 
 
 ITEM_TEXTS = (TITLE, DESCRIPTION, BRAND, CATEGORY)
@@ -99,11 +89,74 @@ class RawData:
     problems: list[Problems]
 
 
+#: Ticks per second of the units that logs use.
+UNITS = {"seconds": 1, "milliseconds": 10**3, "microseconds": 10**6, "nanoseconds": 10**9}
+#: Times of reviews lie between 1990 and 2100; the ranges of the units do not overlap.
+PLAUSIBLE = (631_152_000, 4_102_444_800)
+#: Share of rows with a time outside these years that is dropped and counted; more of them is an error.
+IMPLAUSIBLE_SHARE = 0.01
+
+
+class Clock:
+    """Brings the times of one log to seconds, whatever their unit is, and watches that all rows have the same one."""
+
+    def __init__(self) -> None:
+        self.rows = dict.fromkeys(UNITS, 0)
+        self.examples: dict[str, int] = {}
+        self.implausible = 0
+
+    def seconds(self, frame: pl.DataFrame) -> pl.DataFrame:
+        """``frame`` with TIME in seconds, without rows whose time is in no unit between 1990 and 2100.
+
+        Raises DataError when rows of this or an earlier frame have another unit.
+        """
+        low, high = PLAUSIBLE
+        known = pl.lit(False)
+        for unit, ticks in UNITS.items():
+            inside = (pl.col(TIME) >= low * ticks) & (pl.col(TIME) < high * ticks)
+            matching = frame.filter(inside)[TIME]
+            self.rows[unit] += len(matching)
+            if len(matching):
+                self.examples.setdefault(unit, int(matching[0]))
+            known |= inside
+        bad = frame.filter(~known)[TIME]
+        self.implausible += len(bad)
+        if len(bad):
+            self.examples.setdefault("no unit", int(bad[0]))
+        units = [unit for unit, rows in self.rows.items() if rows]
+        if len(units) > 1:
+            counts = ", ".join(f"{self.rows[unit]} in {unit} (such as {self.examples[unit]})" for unit in units)
+            raise DataError(f"times of mixed units: {counts}; write all of them in the same one")
+        ticks = UNITS[units[0]] if units else 1
+        return frame.filter(known).with_columns(pl.col(TIME) // ticks)
+
+    def report(self) -> None:
+        """Say the unit where it is not seconds, and dropped rows. Raises DataError when those are more than 1 %."""
+        total = sum(self.rows.values()) + self.implausible
+        for unit, rows in self.rows.items():
+            if rows and unit != "seconds":
+                say(f"times are in {unit} (such as {self.examples[unit]})")
+        if not self.implausible:
+            return
+        message = (
+            f"{self.implausible} of {total} rows have a time that is not between 1990 and 2100 in any unit "
+            f"(such as {self.examples['no unit']})"
+        )
+        if self.implausible > IMPLAUSIBLE_SHARE * total:
+            raise DataError(f"{message}; write UTC seconds, milliseconds, microseconds or nanoseconds since 1970")
+        say(f"{message}: skipped")
+
+
 def collect_reviews(frames: Iterable[pl.DataFrame], period: Period) -> Reviews:
-    """Gather frames of REVIEW_SCHEMA; rows outside of the period are counted and dropped at once."""
+    """Gather frames of REVIEW_SCHEMA; rows outside of the period are counted and dropped at once.
+
+    Times come out in seconds. Raises DataError for times of mixed units, and when more than 1 % are implausible.
+    """
     parts = [pl.DataFrame(schema=REVIEW_SCHEMA)]
     readable, first, last = 0, None, None
-    for frame in frames:
+    clock = Clock()
+    for raw in frames:
+        frame = clock.seconds(raw)
         if frame.height == 0:
             continue
         readable += frame.height
@@ -116,6 +169,7 @@ def collect_reviews(frames: Iterable[pl.DataFrame], period: Period) -> Reviews:
         if period.stop is not None:
             inside &= pl.col(TIME) < period.stop
         parts.append(frame.filter(inside))
+    clock.report()
     return Reviews(pl.concat(parts), readable, first or 0, last or 0)
 
 

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import difflib
 import errno
 import json
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -18,45 +20,10 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from tawin_nemo import __version__
+from tawin_nemo.commands.verbs import EXIT_CODES, VERBS, page
 from tawin_nemo.util.errors import REFUSED, ConfigError, TawinError
 from tawin_nemo.util.launch import is_launched, read_launch
-
-EXAMPLES = """\
-examples:
-  tawin-nemo prepare  --recipe recipes/quickstart.yaml
-  tawin-nemo tokenize --recipe recipes/quickstart.yaml semantic_ids.method=constrained
-  tawin-nemo train    --recipe recipes/quickstart.yaml rl.tawin.target_k=5 seed=1
-  tawin-nemo train    --recipe recipes/industrial_sid_cpu.yaml data.root=DIR --dry-run
-  tawin-nemo evaluate --recipe recipes/quickstart.yaml checkpoint=runs/quickstart/rl eval.beams=100
-  tawin-nemo generate --recipe recipes/quickstart.yaml checkpoint=runs/quickstart/rl 'generate.history=[3,17]'
-  tawin-nemo convert  --recipe recipes/quickstart.yaml checkpoint=runs/quickstart/rl convert.output=export
-  tawin-nemo retrain  --recipe recipes/quickstart.yaml retrain.root=production retrain.date=2018-06-30
-  tawin-nemo study    --recipe recipes/studies/smoke.yaml --dry-run
-  tawin-nemo serve    --recipe recipes/quickstart.yaml checkpoint=runs/quickstart/rl serve.port=8000
-  tawin-nemo doctor   --recipe recipes/quickstart.yaml
-  tawin-nemo plan     --recipe recipes/tawin_qwen7b.yaml --gpus 32 --gpu h800
-  tawin-nemo keys rl.tawin        every recipe key below rl.tawin with its meaning, limits and default
-
-Running the same train command again continues a stopped run. Exit codes: 0 done, 2 a mistake you can mend (the
-message says how), 75 out of trainer.max_time, or stopped by SIGTERM or SIGUSR1 after a save (run it again), 1 a fault
-(with its traceback), 3 retrain's gate refused the model: what is published stays.
-"""
-
-VERBS = {
-    "prepare": "raw reviews -> 5-core, chronological samples in Parquet, with manifest and statistics",
-    "tokenize": "item texts -> semantic IDs: vectors, codes, index.json for catalog.index, report and picture",
-    "train": "SFT, then TAWin reinforcement learning, evaluation and report.html (resumes by itself)",
-    "evaluate": "Recall@K and NDCG@K of a checkpoint on valid and test",
-    "generate": "recommendations for some histories, as catalog items",
-    "convert": "a checkpoint -> Hugging Face directory (import: model.init=DIR)",
-    "retrain": "a night: prepare, train from the published model, export, gate on valid, publish (retrain.root=DIR)",
-    "serve": "recommendations over HTTP: a data plane for users, a control plane for weights and catalog",
-    "study": "arms x seeds of one recipe, one process per run, then paired tests, tables and plots (study --help)",
-    "plan": "memory per GPU, step time and the best TP/PP/DP of a recipe on a cluster, without one (plan --help)",
-    "simulate": "which WPAUC window goes with Recall@K: Figure 3 as PNG and JSON (trials= seed= output=, no recipe)",
-    "doctor": "checks this machine and, with a recipe, whether that recipe can run here (--quick: the fast checks)",
-    "keys": "list recipe keys",
-}
 
 #: No space, over the quota, over the limit of one file's size.
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -66,6 +33,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Parse, dispatch, translate errors to exit codes."""
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read once, when torch is imported; see util/launch.py
     words = list(sys.argv[1:] if argv is None else argv)
+    if not words and "_ARGCOMPLETE" not in os.environ:
+        words = ["--help"]
     arguments = _parser(words).parse_intermixed_args(words)  # overrides may stand before and after options
     try:
         with _answering(arguments.verb):
@@ -75,6 +44,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             traceback.print_exc()
         print(f"tawin-nemo {arguments.verb}: {error}", file=sys.stderr, flush=True)
         return error.exit_code
+    except BrokenPipeError:  # the reader of `tawin-nemo keys | head` has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
     except OSError as error:
         if error.errno not in DISK_FULL:
             raise
@@ -96,35 +68,70 @@ def _answering(verb: str) -> contextlib.AbstractContextManager[None]:
     return signals.leaving()
 
 
+_FLAG: dict[str, Any] = {"action": "store_true"}
+#: Options of single verbs: name, the verbs, meaning, argparse's settings.
+OPTIONS: tuple[tuple[str, tuple[str, ...], str, dict[str, Any]], ...] = (
+    ("--dry-run", ("train", "study"), "say what would be done, then stop", _FLAG),
+    ("--quick", ("doctor",), "no all-reduce, no disk speed, fewer imports", _FLAG),
+    ("--schema", ("keys",), "print the JSON Schema of recipes", _FLAG),
+    ("--gpus", ("plan",), "GPUs in all (default: what the recipe asks for)", {"metavar": "N"}),
+    ("--gpu", ("plan",), "h800 (default), h100, h200, a100, a100-40", {"metavar": "NAME"}),
+)
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser that names the verb that was meant."""
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        if action.dest == "verb" and value not in VERBS:
+            near = difflib.get_close_matches(str(value), VERBS, n=1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            raise argparse.ArgumentError(action, f"{value!r} is no verb{hint}. Verbs: {', '.join(VERBS)}")
+        super()._check_value(action, value)
+
+
 def _parser(words: Sequence[str] = ()) -> argparse.ArgumentParser:
-    listing = "\n".join(f"  {name:9} {text}" for name, text in VERBS.items())
-    parser = argparse.ArgumentParser(
+    named = next((word for word in words if word in VERBS), None)
+    listing = "\n".join(f"  {name:9} {verb.summary}" for name, verb in VERBS.items())
+    overview = (
+        f"Train and use LLM recommenders with TAWin.\n\nverbs (tawin-nemo VERB --help says more):\n{listing}\n\n"
+        "Running the same train command again continues a stopped run.\n" + EXIT_CODES
+    )
+    parser = Parser(
         prog="tawin-nemo",
-        description=f"Train and use LLM recommenders with TAWin.\n\nverbs:\n{listing}",
-        epilog=_epilog(words),
+        usage=f"tawin-nemo {named or 'VERB'} [--recipe FILE] [options] [key=value ...]",
+        description=_page(named) if named else overview,
         formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     parser.add_argument("verb", choices=VERBS, metavar="VERB", help="one of the verbs above")
-    parser.add_argument("--recipe", metavar="FILE", help="YAML recipe; without one all keys have their defaults")
-    parser.add_argument("--dry-run", action="store_true", help="train, study: say what would be done, then stop")
-    parser.add_argument("--quick", action="store_true", help="doctor: no all-reduce, no disk speed, fewer imports")
-    parser.add_argument("--gpus", metavar="N", help="plan: GPUs in all (default: what the recipe asks for)")
-    parser.add_argument("--gpu", metavar="NAME", help="plan: h800 (default), h100, h200, a100, a100-40")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="recipe keys, e.g. rl.lr=1e-5")
+    parser.add_argument("--version", action="version", version=f"tawin-nemo {__version__}")
+    recipe = parser.add_argument(
+        "--recipe", metavar="FILE", help="YAML recipe; without one all keys have their defaults"
+    )
+    for option, verbs, help_text, settings in OPTIONS:
+        shown = named is None or named in verbs
+        help_text = f"{', '.join(verbs)}: {help_text}" if shown else argparse.SUPPRESS
+        parser.add_argument(option, help=help_text, **settings)
+    keys = parser.add_argument("overrides", nargs="*", metavar="key=value", help="recipe keys, e.g. rl.lr=1e-5")
+    if "_ARGCOMPLETE" in os.environ:
+        from tawin_nemo.commands.completion import complete
+
+        complete(parser, recipe, keys)
     return parser
 
 
-def _epilog(words: Sequence[str]) -> str:
-    """The help of one verb where it has its own, else examples of all."""
-    if "study" in words:
+def _page(verb: str) -> str:
+    """The help of one verb; study and plan have longer ones of their own."""
+    if verb == "study":
         from tawin_nemo.tools.study.help import HELP as STUDY_HELP
 
         return STUDY_HELP
-    if "plan" in words and {"-h", "--help"} & set(words):
+    if verb == "plan":
         from tawin_nemo.tools.plan.verb import HELP as PLAN_HELP
 
         return PLAN_HELP
-    return EXAMPLES
+    return page(verb)
 
 
 def _dispatch(arguments: argparse.Namespace, argv: list[str]) -> int:
@@ -132,8 +139,12 @@ def _dispatch(arguments: argparse.Namespace, argv: list[str]) -> int:
         raise ConfigError(f"--gpus and --gpu belong to plan; {arguments.verb} takes trainer.num_nodes, trainer.devices")
     if arguments.quick and arguments.verb != "doctor":
         raise ConfigError(f"--quick belongs to doctor; {arguments.verb} does not know it: leave it out")
+    if arguments.schema and arguments.verb != "keys":
+        raise ConfigError(f"--schema belongs to keys; {arguments.verb} does not know it: leave it out")
     if arguments.verb == "keys":
-        print_keys(arguments.overrides[0] if arguments.overrides else "")
+        from tawin_nemo.commands.keys import print_keys
+
+        print_keys(arguments.overrides, schema=arguments.schema)
         return 0
     if arguments.verb == "simulate":
         return simulate(arguments)
@@ -234,16 +245,3 @@ def recipe_of_checkpoint(overrides: Sequence[str]) -> Path | None:
     named = [Path(item.removeprefix("checkpoint=")) for item in overrides if item.startswith("checkpoint=")]
     folders = [folder for path in named for folder in (path, *path.parents)]
     return next((folder / "recipe.yaml" for folder in folders if (folder / "recipe.yaml").is_file()), None)
-
-
-def print_keys(prefix: str) -> None:
-    """Every recipe key that starts with ``prefix``: default, limits, meaning."""
-    from tawin_nemo.config.load import leaf_fields, value_of
-    from tawin_nemo.config.schema import Recipe
-
-    defaults = Recipe()
-    for key, item in leaf_fields(Recipe):
-        if key.startswith(prefix):
-            choices = item.metadata.get("choices")
-            limits = f" [{' | '.join(choices)}]" if choices else ""
-            print(f"{key} = {value_of(defaults, key)!r}{limits}\n    {item.metadata['help']}")

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import median_low
 from typing import Any
 
 from tawin_nemo.util.errors import CatalogError, ConfigError
+
+#: The file beside an index of numbers that says which item has which number.
+NAMES = "items.json"
 
 
 def find_codes(root: Path, index: str, *, key: str = "catalog.index") -> Path:
@@ -25,25 +29,24 @@ def find_codes(root: Path, index: str, *, key: str = "catalog.index") -> Path:
     raise ConfigError(f"{key}={index}: {what} {path}; code files there: {there}. Set {key} to one")
 
 
-def load_codes(path: Path, num_items: int) -> list[list[str]]:
-    """Codes of items 0 .. num_items - 1; some items may have one code more or less than most, and items may share all.
+def load_codes(path: Path, external_ids: Sequence[str]) -> list[list[str]]:
+    """Codes of the items with ``external_ids``; some may have one code more or less than most, several may share all.
+
+    Codes belong to external ids, never to a position. The keys of the index are external ids, or numbers that a file
+    ``items.json`` beside it (a JSON list of external ids, number 0 first) explains. Numbers alone are accepted only
+    where the items of the catalog are named by their numbers, as in MiniOneRec's data.
 
     Raises CatalogError that lists items without codes, keys that are no item, items named twice, items whose codes are
-    not a list of non-empty strings without white space, and items with far more or fewer codes than the others.
+    not a list of non-empty strings without white space, and items with far more or fewer codes than the others; also
+    for an index of numbers that nothing explains.
     """
-    try:
-        pairs = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=list)
-    except (OSError, ValueError) as error:
-        raise CatalogError(f"cannot read the semantic-ID index {path}: {error}") from error
-    if not isinstance(pairs, list) or not all(isinstance(pair, tuple) for pair in pairs):
-        raise CatalogError(f"{path} must hold one JSON object {{item: [codes]}}")
-    names = [str(item) for item in range(num_items)]
-    known, seen = set(names), Counter(key for key, _ in pairs)
+    pairs = _named(path, _pairs(path), external_ids)
+    known, seen = set(external_ids), Counter(key for key, _ in pairs)
     depth = {key: len(codes) for key, codes in pairs if _well_formed(codes)}
     usual = median_low(depth.values()) if depth else 0
     problems = {
-        "have no codes": [name for name in names if name not in seen],
-        f"are not items of 0 .. {num_items - 1}": [key for key in seen if key not in known],
+        "have no codes": [name for name in external_ids if name not in seen],
+        "are not in the catalog": [key for key in seen if key not in known],
         "are named twice": [key for key, count in seen.items() if count > 1],
         "have codes that are not a list of words": [key for key, codes in pairs if not _well_formed(codes)],
         f"have another number of codes than {usual}, or one more or less": [
@@ -52,9 +55,57 @@ def load_codes(path: Path, num_items: int) -> list[list[str]]:
     }
     messages = [f"{len(keys)} {problem}: {_shorten(keys)}" for problem, keys in problems.items() if keys]
     if messages:
-        raise CatalogError(f"{path} does not fit the catalog of {num_items} items; {'; '.join(messages)}")
+        raise CatalogError(f"{path} does not fit the catalog of {len(external_ids)} items; {'; '.join(messages)}")
     codes_of = dict(pairs)
-    return [codes_of[name] for name in names]
+    return [codes_of[name] for name in external_ids]
+
+
+def _pairs(path: Path) -> list[tuple[str, Any]]:
+    """Keys and codes of an index file as they stand there, double keys included."""
+    try:
+        pairs = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=list)
+    except (OSError, ValueError) as error:
+        raise CatalogError(f"cannot read the semantic-ID index {path}: {error}") from error
+    if not isinstance(pairs, list) or not all(isinstance(pair, tuple) for pair in pairs):
+        raise CatalogError(f"{path} must hold one JSON object {{item: [codes]}}")
+    return pairs
+
+
+def _named(path: Path, pairs: list[tuple[str, Any]], external_ids: Sequence[str]) -> list[tuple[str, Any]]:
+    """``pairs`` with external ids as keys."""
+    keys = {key for key, _ in pairs}
+    if not keys or not all(key.isdecimal() for key in keys):
+        return pairs
+    if (names_file := path.parent / NAMES).is_file():
+        names = _names(names_file)
+        if len(names) != len(keys) or keys != set(map(str, range(len(names)))):
+            raise CatalogError(
+                f"{names_file} names {len(names)} items and {path} has codes of {len(keys)}, numbered "
+                f"{min(map(int, keys))} .. {max(map(int, keys))}: the two files do not belong together"
+            )
+        return [(names[int(key)], codes) for key, codes in pairs]
+    if len(keys & set(external_ids)) * 2 > len(external_ids) or list(external_ids) == _numbers(len(external_ids)):
+        return pairs
+    raise CatalogError(
+        f"{path} numbers its items, but this catalog names them (the first is {external_ids[0]!r}), and one item more "
+        f"or less shifts every number: write {names_file} (a JSON list of external ids, number 0 first), use external "
+        "ids as keys, or make the index with `tawin-nemo tokenize`, which writes both"
+    )
+
+
+def _numbers(count: int) -> list[str]:
+    return [str(item) for item in range(count)]
+
+
+def _names(path: Path) -> list[str]:
+    """The external ids in ``items.json``."""
+    try:
+        names = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CatalogError(f"cannot read the items of the semantic-ID index, {path}: {error}") from error
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise CatalogError(f"{path} must hold one JSON list of external ids, number 0 first")
+    return names
 
 
 def _well_formed(codes: Any) -> bool:

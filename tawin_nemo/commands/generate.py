@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -16,16 +17,27 @@ def generate(world: World) -> dict[str, Any]:
     """Ranked recommendations for ``generate.history``, or for the first rows of ``generate.split``."""
     options = world.recipe.generate
     if options.history:
-        unknown = [item for item in options.history if not 0 <= item < len(world.catalog.titles)]
-        if unknown:
-            raise ConfigError(f"generate.history names items {unknown}; items are 0..{len(world.catalog.titles) - 1}")
-        histories = [list(options.history)[-world.recipe.data.max_history :]]
+        histories = [items_of(options.history, world.catalog.external_ids)[-world.recipe.data.max_history :]]
         texts = [world.template.prompt([world.item_texts[item] for item in history]) for history in histories]
         prompts = world.tokenizer.encode_batch(texts)
     else:
         samples = world.samples[options.split].take(np.arange(min(options.rows, len(world.samples[options.split]))))
         histories, prompts = [samples.history[i].tolist() for i in range(len(samples))], samples.prompts
     return {"recommendations": recommend(world, histories, prompts, options.n)}
+
+
+def items_of(names: Sequence[str], external_ids: Sequence[str]) -> list[int]:
+    """Numbers of the items that ``names`` mean: an external id, or the number of an item (``3``, or ``#3`` where 3 is
+    also an external id). Raises ConfigError that lists names which are neither."""
+    known = {external: item for item, external in enumerate(external_ids)}
+    numbers = {str(item): item for item in range(len(external_ids))}
+    items = [known.get(name, numbers.get(name.removeprefix("#"))) for name in names]
+    if unknown := [name for name, item in zip(names, items, strict=True) if item is None]:
+        raise ConfigError(
+            f"generate.history names {', '.join(unknown)}, which are neither external ids (such as {external_ids[0]}) "
+            f"nor items 0..{len(external_ids) - 1}"
+        )
+    return [item for item in items if item is not None]
 
 
 def recommend(world: World, histories: list[list[int]], prompts: TokenRows, n: int) -> list[dict[str, Any]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -21,9 +22,10 @@ from tawin_nemo.run import signals
 from tawin_nemo.run.datasets import prepared_root
 from tawin_nemo.run.failures import attempt_logs, recorded
 from tawin_nemo.run.profile import check_profile
-from tawin_nemo.run.world import build_world, open_run_dir
+from tawin_nemo.run.trained import check_catalog, resolve_checkpoint, trained_model
+from tawin_nemo.run.world import World, build_world, open_run_dir
 from tawin_nemo.util.errors import ConfigError, Preempted, UserError
-from tawin_nemo.util.launch import available_threads, read_launch
+from tawin_nemo.util.launch import available_threads, is_launched, read_launch
 from tawin_nemo.util.log import get_logger
 
 Verb = Callable[..., dict[str, Any]]
@@ -45,14 +47,31 @@ def run(recipe: Recipe, verb: Verb, **options: Any) -> dict[str, Any]:
             return {}
         check_profile(recipe.profile)
         trains = verb is train
-        run_dir = open_run_dir(recipe, same_recipe=trains)
-        if trains:
-            stack.enter_context(attempt_logs(run_dir))
+        if not trains:
+            weights_follow = verb.__name__ == "serve" and recipe.rollout.placement == "server"
+            return verb(trained_world(recipe, weights_follow=weights_follow), **options)
+        run_dir = open_run_dir(recipe, same_recipe=True)
+        stack.enter_context(attempt_logs(run_dir))
         data_root = runtime.on_rank_0(lambda: prepared_root(recipe))
-        if trains:
-            stack.enter_context(signals.listening())
-        world = build_world(recipe, run_dir, data_root, codes_path=codes_path(recipe))
-        return verb(world, **options)
+        stack.enter_context(signals.listening())
+        return verb(build_world(recipe, run_dir, data_root, codes_path=codes_path(recipe)), **options)
+
+
+def trained_world(recipe: Recipe, *, weights_follow: bool) -> World:
+    """The world of a verb that uses a trained model: its run's tokenizer, catalog and data, wherever it is started.
+
+    ``weights_follow``: a training job will send them.
+
+    Raises ConfigError when there is no model, and when the recipe or the data are not those of its training.
+    """
+    trained = runtime.on_rank_0(lambda: trained_model(recipe, weights_follow=weights_follow))
+    recipe = replace(recipe, checkpoint=trained.checkpoint)
+    run_dir = open_run_dir(replace(recipe, run_dir=str(trained.run_dir)), same_recipe=False)
+    data_root = runtime.on_rank_0(lambda: trained.data_root(recipe))
+    world = build_world(recipe, run_dir, data_root, codes_path=codes_path(recipe))
+    if trained.checkpoint:
+        check_catalog(resolve_checkpoint(trained.checkpoint, "checkpoint"), world.catalog.fingerprint)
+    return world
 
 
 @contextlib.contextmanager
@@ -101,9 +120,16 @@ def check_processes(recipe: Recipe) -> None:
     """Raises ConfigError when the launcher started another number of processes than the recipe names."""
     nodes, devices, started = recipe.trainer.num_nodes, recipe.trainer.devices, read_launch().world_size
     if nodes * devices != started:
+        wanted = f"trainer.num_nodes={nodes} x trainer.devices={devices} = {nodes * devices} processes"
+        if not is_launched():
+            raise ConfigError(
+                f"{wanted}, but this one was started alone: start it on every machine with srun (slurm/README.md) or "
+                f"`torchrun --nnodes={nodes} --nproc-per-node={devices} --rdzv-backend=c10d --rdzv-endpoint=HOST:29500 "
+                "-m tawin_nemo train ...`, or set trainer.num_nodes=1"
+            )
         raise ConfigError(
-            f"trainer.num_nodes={nodes} x trainer.devices={devices} = {nodes * devices} processes, but the launcher "
-            f"started {started}; set trainer.devices to the processes per machine"
+            f"{wanted}, but the launcher started {started}; set trainer.devices to the processes per machine and "
+            "trainer.num_nodes to the machines"
         )
 
 

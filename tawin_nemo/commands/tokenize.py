@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -55,7 +56,7 @@ def tokenize(recipe: Recipe, root: Path) -> dict[str, Any]:
     if existing:
         made = existing.extend(dataset.items.external_ids, embeddings.vectors_ID)
     else:
-        made = _made(embeddings.vectors_ID, cfg, seed, root, out)
+        made = _made(embeddings.vectors_ID, dataset.items.external_ids, cfg, seed, root, out)
     report = measure(
         made.codes_IL,
         made.coder.books.levels,
@@ -70,9 +71,11 @@ def tokenize(recipe: Recipe, root: Path) -> dict[str, Any]:
     return _result(out)
 
 
-def _made(x_ID: np.ndarray, cfg: SemanticIdsConfig, seed: int, root: Path, out: Path) -> Tokenized:
+def _made(
+    x_ID: np.ndarray, external_ids: Sequence[str], cfg: SemanticIdsConfig, seed: int, root: Path, out: Path
+) -> Tokenized:
     if cfg.given:
-        index = read_index(find_codes(root, cfg.given, key="semantic_ids.given"), len(x_ID))
+        index = read_index(find_codes(root, cfg.given, key="semantic_ids.given"), external_ids)
         base_IL = index.codes_IL[:, : index.levels]
         return Tokenized(index.codes_IL, ItemCoder("given", mean_codebooks(x_ID, base_IL, int(base_IL.max()) + 1)))
     checkpoint = _checkpoint(out) if cfg.method in WITH_NETWORK else None

@@ -6,10 +6,15 @@ from typing import Any
 
 from tawin_nemo.run.world import World
 from tawin_nemo.train.plan import plans, total_steps
+from tawin_nemo.train.requirements import check_requirements
 
 
 def train(world: World, *, dry_run: bool = False) -> dict[str, Any]:
-    """Run the whole pipeline, or with ``dry_run`` only report its stages and sizes."""
+    """Run the whole pipeline, or with ``dry_run`` only report its stages and sizes.
+
+    Raises ConfigError, before anything is trained, for what a later stage would refuse.
+    """
+    check_requirements(world)
     if not dry_run:
         from tawin_nemo.train.pipeline import run_pipeline  # megatron and more: seconds that a dry run does not need
 

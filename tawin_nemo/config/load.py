@@ -8,19 +8,28 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from tawin_nemo.config.backbones import backbone
 from tawin_nemo.config.checks import combinations
+from tawin_nemo.config.fields import leaf_fields, value_of
+from tawin_nemo.config.reading import FREE_FORM, read_layers, read_overrides
 from tawin_nemo.config.schema import Recipe
+from tawin_nemo.util import times
 from tawin_nemo.util.errors import ConfigError
 
-FREE_FORM = ("exp_manager",)  # sections whose keys belong to another library
+#: Keys that hold dates or durations as text, with the function that reads them.
+TIMES = {
+    "trainer.max_time": times.duration, "prepare.start": times.first_second, "prepare.end": times.last_second,
+    "retrain.date": times.day,
+}  # fmt: skip
 
 
 def load_recipe(path: str | Path | None, overrides: Sequence[str] = ()) -> Recipe:
@@ -35,8 +44,8 @@ def load_recipe(path: str | Path | None, overrides: Sequence[str] = ()) -> Recip
 
 def read_recipe(path: str | Path | None, overrides: Sequence[str] = ()) -> Recipe:
     """``load_recipe`` without ``check``: keys and types are right, limits and combinations may not be."""
-    layers = [] if path is None else _read_layers(Path(path))
-    layers.append(_read_overrides(overrides))
+    layers = [] if path is None else read_layers(Path(path))
+    layers.append(read_overrides(overrides))
     for layer in layers:
         _sft_for_rl(layer)
     merged: Any = OmegaConf.structured(Recipe)
@@ -45,6 +54,7 @@ def read_recipe(path: str | Path | None, overrides: Sequence[str] = ()) -> Recip
         for layer in layers:
             merged = _merge(merged, layer)
         OmegaConf.resolve(merged)
+        _expand_home(merged)
         recipe = OmegaConf.to_object(merged)
     except OmegaConfBaseException as error:
         key = getattr(error, "full_key", None) or "a value"
@@ -69,105 +79,26 @@ def _merge(base: Any, layer: DictConfig) -> Any:
     return OmegaConf.merge(base, layer)
 
 
+def _expand_home(merged: Any) -> None:
+    """``~/`` at the beginning of a text is the home folder, wherever a recipe names a path."""
+    for key, _ in leaf_fields(Recipe):
+        value = OmegaConf.select(merged, key)
+        if isinstance(value, str):
+            OmegaConf.update(merged, key, _at_home(value))
+        elif OmegaConf.is_list(value):
+            OmegaConf.update(merged, key, [_at_home(part) if isinstance(part, str) else part for part in value])
+
+
+def _at_home(text: str) -> str:
+    return os.path.expanduser(text) if text == "~" or text.startswith("~/") else text
+
+
 def _sections(node: Any) -> Iterator[DictConfig]:
     for key in node:
         child = node._get_node(key)
         if isinstance(child, DictConfig):
             yield child
             yield from _sections(child)
-
-
-def _read_layers(path: Path) -> list[DictConfig]:
-    layer = _read_yaml(path)
-    base_name = layer.pop("base", None)
-    layers = [layer]
-    if base_name is not None:
-        base_path = path.parent / str(base_name)
-        base = _read_yaml(base_path)
-        if "base" in base:
-            raise ConfigError(f"base={base_name} in {path} has a base itself; recipes inherit one level only")
-        layers.insert(0, base)
-        _check_keys(base, str(base_path))
-    _check_keys(layer, str(path))
-    return layers
-
-
-def _read_yaml(path: Path) -> DictConfig:
-    if not path.is_file():
-        near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.yaml")], n=1)
-        hint = f"; did you mean {path.parent / near[0]}?" if near else ""
-        raise ConfigError(f"recipe file not found: {path}{hint}")
-    try:
-        loaded = OmegaConf.load(path)
-    except Exception as error:  # yaml raises many types; each is a mistake in the file
-        raise ConfigError(f"{path} is not valid YAML: {error}") from None
-    if not isinstance(loaded, DictConfig):
-        raise ConfigError(f"{path} must hold `key: value` lines, found a list")
-    return loaded
-
-
-def _read_overrides(overrides: Sequence[str]) -> DictConfig:
-    for item in overrides:
-        if "=" not in item:
-            raise ConfigError(f"override {item!r} has no '='; write key=value, for example rl.lr=1e-5")
-    try:
-        layer = OmegaConf.from_dotlist(list(overrides))
-    except Exception as error:  # a value that YAML cannot parse
-        raise ConfigError(f"override not understood: {error}") from None
-    _check_keys(layer, "the command line")
-    return layer
-
-
-def _check_keys(layer: DictConfig, where: str) -> None:
-    valid = dict(leaf_fields(Recipe))
-    sections = {key.rsplit(".", 1)[0] for key in valid if "." in key}
-
-    def visit(node: DictConfig, prefix: str) -> None:
-        for name in node:
-            key = prefix + str(name)
-            child = node._get_node(name)
-            if key in FREE_FORM:
-                continue
-            if key in sections:
-                if not isinstance(child, DictConfig):
-                    raise ConfigError(f"{key}={node[name]} in {where}: {key} is a section; set {key}.SOMETHING")
-                visit(child, f"{key}.")
-            elif key in valid:
-                if node[name] is False and "off" in valid[key].metadata.get("choices", ()):
-                    node[name] = "off"  # YAML reads a bare off as false
-            else:
-                raise ConfigError(f"unknown key {key}={_shown(child)} in {where}; {_nearest(key, [*valid, *sections])}")
-
-    visit(layer, "")
-
-
-def _shown(node: Any) -> str:
-    return "{...}" if isinstance(node, DictConfig) else str(node)
-
-
-def _nearest(key: str, valid: Sequence[str]) -> str:
-    near = difflib.get_close_matches(key, valid, n=1, cutoff=0.5)
-    same_leaf = [other for other in valid if other.rsplit(".", 1)[-1] == key.rsplit(".", 1)[-1]]
-    best = same_leaf or near
-    return f"did you mean {' or '.join(best[:3])}?" if best else "`tawin-nemo keys` lists all keys"
-
-
-def leaf_fields(cls: type, prefix: str = "") -> Iterator[tuple[str, dataclasses.Field[Any]]]:
-    """Every dotted key below ``cls`` with its dataclass field."""
-    hints = get_type_hints(cls)
-    for item in dataclasses.fields(cls):
-        kind = hints[item.name]
-        if dataclasses.is_dataclass(kind) and isinstance(kind, type):
-            yield from leaf_fields(kind, f"{prefix}{item.name}.")
-        else:
-            yield f"{prefix}{item.name}", item
-
-
-def value_of(recipe: Recipe, key: str) -> Any:
-    node: Any = recipe
-    for part in key.split("."):
-        node = getattr(node, part)
-    return node
 
 
 def check(recipe: Recipe) -> None:
@@ -179,10 +110,17 @@ def check(recipe: Recipe) -> None:
             near = difflib.get_close_matches(str(value), choices, n=1)
             hint = f"; did you mean {near[0]}?" if near else ""
             raise ConfigError(f"{key}={value} is not one of {', '.join(choices)}{hint}")
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ConfigError(f"{key}={value} is no finite number ({item.metadata['help']})")
         low, high = item.metadata.get("low"), item.metadata.get("high")
         if (low is not None and value < low) or (high is not None and value > high):
             limits = f">= {low}" if high is None else f"in {low}..{high}"
             raise ConfigError(f"{key}={value} is out of limits; it must be {limits} ({item.metadata['help']})")
+    for key, parse in TIMES.items():
+        try:
+            parse(value_of(recipe, key))
+        except ValueError as error:
+            raise ConfigError(f"{key}={value_of(recipe, key)} {error}") from None
     backbone(recipe.model.backbone)
     for wrong, message in combinations(recipe):
         if wrong:

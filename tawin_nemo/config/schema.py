@@ -142,7 +142,11 @@ class GenerateConfig:
         "test", "valid", "train", help="Selects the split whose prompts are answered when no history is given."
     )
     rows: int = number(3, 1, help="Sets the number of prompts of the split.")
-    history: list[int] = opt([], "Lists item indices, oldest first, to recommend for instead of prompts of the split.")
+    history: list[str] = opt(
+        [],
+        "Lists items, oldest first, to recommend for instead of prompts of the split: external ids, or numbers of "
+        "items as 3 or #3.",
+    )
     n: int = number(10, 1, help="Sets the recommendations per prompt.")
 
 
@@ -352,6 +356,10 @@ class PrepareConfig:
 
     reviews: str = opt("", "Names the review file, relative to data.root: *.json or *.json.gz.")
     metadata: str = opt("", "Names the item file, relative to data.root: *.json or *.json.gz.")
+    preset: str = choice(
+        "auto", "none", "toys_and_games", "office_products", "industrial_and_scientific", "yelp",
+        help="Selects the published time window; auto takes the one that the review file's name contains.",
+    )  # fmt: skip
     start: str = opt(
         "", "Sets the first day of the time window, YYYY-MM-DD or YYYY-MM (empty = the published limit, if any)."
     )

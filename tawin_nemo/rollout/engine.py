@@ -136,22 +136,34 @@ class Generator(ABC):
         )
 
     def _best_beams(self, prompts: TokenRows, count: int) -> Candidates:
-        width = self.cfg.width or count
-        if width < count:
-            raise ConfigError(f"rollout.width={width} is below rl.group_size={count}; use 0 or at least that")
-        self._check_width(width, "rollout.width" if self.cfg.width else "rl.group_size")
-        return self.search(prompts, width).top(count)
+        return self.search(prompts, beams_of(count, self.cfg.width, self.catalog.trie.num_leaves)).top(count)
 
     def _draw(self, prompts: PromptBatch, draws: int, step: int) -> Candidates:
         return self.sample(prompts.prompts, draws, [draw_seed(self.seed, step, int(row)) for row in prompts.row_B])
 
-    def _check_width(self, width: int, key: str = "the width (rollout.width, rl.group_size or eval.beams)") -> None:
-        paths = self.catalog.trie.num_leaves
-        if width > paths:
-            raise ConfigError(
-                f"{key}={width} asks for more beams than the catalog has distinct token paths ({paths}); "
-                f"use at most {paths}"
-            )
+    def _check_width(self, width: int) -> None:
+        check_width(width, self.catalog.trie.num_leaves, "the width (rollout.width, rl.group_size or eval.beams)")
+
+
+def beams_of(group_size: int, width: int, paths: int) -> int:
+    """Beams of a search for ``group_size`` candidates: ``width`` (``rollout.width``), or as many where that is 0.
+
+    Raises ConfigError for a width below the group, or above ``paths``, the distinct token paths of the catalog.
+    """
+    beams = width or group_size
+    if beams < group_size:
+        raise ConfigError(f"rollout.width={beams} is below rl.group_size={group_size}; use 0 or at least that")
+    check_width(beams, paths, "rollout.width" if width else "rl.group_size")
+    return beams
+
+
+def check_width(width: int, paths: int, key: str) -> None:
+    """Raises ConfigError, naming ``key``, for more beams than a catalog has distinct token paths."""
+    if width > paths:
+        raise ConfigError(
+            f"{key}={width} asks for more beams than the catalog has distinct token paths ({paths}); "
+            f"use at most {paths}"
+        )
 
 
 class RolloutEngine(Generator):

@@ -17,7 +17,8 @@ def prepared_root(recipe: Recipe, *, run_dir: Path | None = None, prepare: Prepa
     """The folder of the prepared dataset: ``data.root`` itself, or raw (or synthetic) data prepared into RUN_DIR/data.
 
     A folder that was prepared from the same sources with the same parameters is reused. ``run_dir`` and ``prepare``
-    override those of the recipe. Raises ConfigError for ``data.root`` empty or not a folder, DataError for
+    override those of the recipe. Data that a stage of the run was trained on are never prepared again with other
+    parameters. Raises ConfigError for ``data.root`` empty or not a folder, DataError for
     data that cannot be used.
     """
     from tawin_nemo.data_prep.prepare import detect
@@ -31,7 +32,12 @@ def prepared_root(recipe: Recipe, *, run_dir: Path | None = None, prepare: Prepa
     if source == "auto":
         source = detect(root)
     if source == "prepared":
-        return root
-    out = (run_dir or run_dir_of(recipe)) / "data"
+        return prepare_data(source, root, root, prepare=recipe.prepare, data=recipe.data, seed=recipe.seed)
+    run_dir = run_dir or run_dir_of(recipe)
+    out = run_dir / "data"
+    trained = next(run_dir.glob("*/checkpoints/step_*"), None) or next(run_dir.glob("*/done.json"), None)
     keys = prepare or recipe.prepare
-    return prepare_data(source, root, out, prepare=keys, data=recipe.data, seed=recipe.seed, name=recipe.name)
+    return prepare_data(
+        source, root, out, prepare=keys, data=recipe.data, seed=recipe.seed, name=recipe.name,
+        used_by=trained,
+    )  # fmt: skip

@@ -12,7 +12,7 @@ import contextlib
 import json
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -25,6 +25,7 @@ from tawin_nemo.models.megatron.optim.trainable import Trainable
 from tawin_nemo.models.megatron.parallel import runtime
 from tawin_nemo.run import signals
 from tawin_nemo.run.profile import StepProfiler
+from tawin_nemo.run.trained import chosen_checkpoint
 from tawin_nemo.util.errors import Preempted
 from tawin_nemo.util.files import atomic_path, write_json
 from tawin_nemo.util.log import get_logger, progress
@@ -59,8 +60,11 @@ class Stage:
         deadline: float | None = None,
         sink: MetricSink | None = None,
         profile: str = "off",
+        identity: Mapping[str, str] | None = None,
     ) -> None:
+        """``identity``: fingerprints of what the weights belong to, stored in ``state.json`` of every checkpoint."""
         self.directory, self.trainer = directory, trainer
+        self._identity = dict(identity or {})
         self.name = directory.name
         self.checkpoints = directory / "checkpoints"
         self._deadline, self._sink = deadline, sink
@@ -149,7 +153,7 @@ class Stage:
         """
         self._flush()
         path = self.checkpoints / f"step_{progress.step}"
-        state = {"progress": vars(progress), "stage": self.name}
+        state = {"progress": vars(progress), "stage": self.name, **self._identity}
         keep = {progress.best_step} if self.keeps_best else set()
         prune = partial(checkpoint.prune, self.checkpoints, keep_last=self.trainer.keep_last, keep=keep)
         self._saved_step = progress.step
@@ -219,12 +223,6 @@ class Stage:
     def chosen_checkpoint(self) -> Path:
         """The checkpoint of this finished stage that later stages and evaluation use."""
         return chosen_checkpoint(self.directory)
-
-
-def chosen_checkpoint(directory: Path) -> Path:
-    """The checkpoint of the finished stage in ``directory`` that later stages and evaluation use."""
-    chosen = json.loads((directory / "done.json").read_text(encoding="utf-8"))["chosen_step"]
-    return directory / "checkpoints" / f"step_{chosen}"
 
 
 def monitored(trainer: TrainerConfig, ks: Sequence[int]) -> str:

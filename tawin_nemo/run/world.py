@@ -26,6 +26,7 @@ from tawin_nemo.models.megatron.hf.config import backbone_from_hf
 from tawin_nemo.models.megatron.parallel import runtime
 from tawin_nemo.run.datasets import run_dir_of
 from tawin_nemo.types import SPLITS, DataParallel
+from tawin_nemo.util import times
 from tawin_nemo.util.errors import CatalogError, ConfigError, DataError
 from tawin_nemo.util.files import atomic_path, write_json
 from tawin_nemo.util.log import get_logger
@@ -62,6 +63,11 @@ class World:
     shape: Backbone
     dp: DataParallel
     deadline: float | None = None
+
+    @property
+    def identity(self) -> dict[str, str]:
+        """Fingerprints of what trained weights belong to."""
+        return {"tokenizer": self.tokenizer.fingerprint, "catalog": self.catalog.fingerprint}
 
     @property
     def train_rows_for_sft(self) -> np.ndarray:
@@ -116,7 +122,7 @@ def open_run_dir(recipe: Recipe, *, same_recipe: bool) -> Path:
 def build_world(recipe: Recipe, run_dir: Path, data_root: Path, *, codes_path: Path | None = None) -> World:
     """Load the prepared dataset under ``data_root`` and derive everything from it (deterministic on every rank)."""
     dataset = load_dataset(data_root)
-    codes = load_codes(codes_path, len(dataset.items.titles)) if codes_path else None
+    codes = load_codes(codes_path, dataset.items.external_ids) if codes_path else None
     runtime.on_rank_0(partial(_write_tokenizer, recipe, run_dir, dataset, codes))
     tokenizer = Tokenizer.load(run_dir / "tokenizer")
     template = Template(recipe.data.template, kind=recipe.catalog.kind)
@@ -132,7 +138,8 @@ def build_world(recipe: Recipe, run_dir: Path, data_root: Path, *, codes_path: P
     shape = _shape(recipe, tokenizer.size)
     _check_lengths(samples, catalog, shape)
     if runtime.world_rank() == 0:
-        write_json(run_dir / "catalogue.json", catalog_summary(catalog, samples))
+        if not (run_dir / "catalogue.json").is_file():  # an evaluation of fewer rows leaves the run's record alone
+            write_json(run_dir / "catalogue.json", catalog_summary(catalog, samples))
         store_catalog(run_dir / "catalogue", catalog, tokenizer)
     runtime.barrier()
     return World(
@@ -208,13 +215,8 @@ def catalog_summary(catalog: Catalog, samples: dict[str, Samples]) -> dict[str, 
 
 def deadline(max_time: str) -> float | None:
     """Monotonic clock reading at which ``DD:HH:MM:SS`` from now is over; None for an empty string."""
-    if not max_time:
-        return None
-    parts = max_time.split(":")
-    if len(parts) != 4 or not all(part.isdigit() for part in parts):
-        raise ConfigError(f"trainer.max_time={max_time} is not DD:HH:MM:SS, for example 00:03:50:00")
-    days, hours, minutes, seconds = (int(part) for part in parts)
-    return time.monotonic() + ((days * 24 + hours) * 60 + minutes) * 60 + seconds
+    seconds = times.duration(max_time)
+    return None if seconds is None else time.monotonic() + seconds
 
 
 def read_json(path: Path) -> dict[str, object]:

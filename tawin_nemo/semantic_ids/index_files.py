@@ -61,14 +61,14 @@ def write_info(path: Path, codes_IL: np.ndarray, titles: Sequence[str]) -> None:
         temporary.write_text("".join(lines), encoding="utf-8")
 
 
-def read_index(path: Path, num_items: int, *, levels: int = 0, codes: int = 0) -> IndexCodes:
+def read_index(path: Path, external_ids: Sequence[str], *, levels: int = 0, codes: int = 0) -> IndexCodes:
     """The codes in an index file of either layout.
 
     With ``levels`` every item must have that many tokens, or one more (dedup); with ``codes`` the numbers of the levels
     must be below it. Raises CatalogError that names the items with another depth or unknown tokens, and as
     ``load_codes`` for items that are missing or extra.
     """
-    words_I = load_codes(path, num_items)
+    words_I = load_codes(path, external_ids)
     depth_I = np.array([len(words) for words in words_I])
     shortest = levels or int(depth_I.min())
     problems = {
@@ -87,7 +87,7 @@ def read_index(path: Path, num_items: int, *, levels: int = 0, codes: int = 0) -
     ]
     if messages:
         raise CatalogError(f"{path} is not an index of this kind; {'; '.join(messages)}")
-    codes_IL = np.full((num_items, int(depth_I.max())), NO_TOKEN, dtype=np.int32)
+    codes_IL = np.full((len(external_ids), int(depth_I.max())), NO_TOKEN, dtype=np.int32)
     for item, words in enumerate(words_I):
         codes_IL[item, : len(words)] = _numbers(words)
     return IndexCodes(codes_IL, shortest)

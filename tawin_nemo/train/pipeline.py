@@ -89,7 +89,7 @@ def run_stage(world: World, plan: Plan, sink: MetricSink | None) -> EvalResult:
     """Train one stage and evaluate it, each unless it is done; returns the result on the last of ``eval.splits``."""
     stage = Stage(
         world.run_dir / plan.name, world.recipe.trainer,
-        deadline=world.deadline, sink=sink, profile=world.recipe.profile,
+        deadline=world.deadline, sink=sink, profile=world.recipe.profile, identity=world.identity,
     )  # fmt: skip
     splits = world.recipe.eval.splits
     expected = [stage.directory / "eval" / f"{split}.json" for split in splits]

@@ -21,7 +21,7 @@ from tawin_nemo.models.megatron.model.build import build_model
 from tawin_nemo.models.megatron.model.precision import AS_MODEL, in_precision
 from tawin_nemo.placement.weight_sync import build_engine
 from tawin_nemo.rollout.engine import Engine
-from tawin_nemo.run.stage import chosen_checkpoint
+from tawin_nemo.run.trained import check_tokenizer, chosen_checkpoint, resolve_checkpoint
 from tawin_nemo.run.world import World
 from tawin_nemo.types import TokenRows
 from tawin_nemo.util.errors import ConfigError
@@ -34,8 +34,8 @@ def starting_model(
 
     Without a stage (None) they are those of ``checkpoint_path``, else of ``start``, else of ``model.init``. Only SFT
     uses dropout: with it the policy ratio of an unchanged policy would be noise around 1, which the loss would clip.
-    ``precision`` may differ from the recipe's (``reference.precision``, ``eval.precision``). Raises
-    ConfigError for a path that is no checkpoint.
+    ``precision`` may differ from the recipe's (``reference.precision``, ``eval.precision``). Raises ConfigError for a
+    path that is no checkpoint, and for one that was trained with another tokenizer.
     """
     recipe = world.recipe
     cfg = in_precision(replace(recipe.model, dropout=dropout), precision)  # build_model reads both from the section
@@ -51,6 +51,7 @@ def starting_model(
         world.shape, cfg, seed=recipe.seed, rollout_tp=recipe.rollout_layout[0], to_be_loaded=loads
     )  # fmt: skip
     if path is not None:
+        check_tokenizer(path, world.tokenizer.fingerprint)
         checkpoint.load_checkpoint(path, model=model)
     elif recipe.model.init != "random":
         load_hf(model, world.shape, Path(recipe.model.init), new_tokens(world))
@@ -72,19 +73,6 @@ def checkpoint_model(world: World, precision: str = AS_MODEL) -> GPTModel:
     """The model of ``checkpoint``, a stage directory (its chosen step) or one step_N directory; where that key is
     empty, the model that a run would start from. Raises ConfigError when the path is neither."""
     return starting_model(world, None, checkpoint_path=world.recipe.checkpoint, precision=precision)
-
-
-def resolve_checkpoint(named: str, key: str) -> Path:
-    """The checkpoint at the path that recipe key ``key`` names: a finished stage's chosen one, or one step_N.
-
-    Raises ConfigError when it is neither.
-    """
-    path = Path(named)
-    if (path / "done.json").is_file():
-        return chosen_checkpoint(path)
-    if not (path / "state.json").is_file():
-        raise ConfigError(f"{key}={named} is neither a finished stage (done.json) nor a step_N (state.json)")
-    return path
 
 
 def new_tokens(world: World) -> NewTokens:

@@ -109,9 +109,11 @@ def make_indexes(work: Path, new_I: np.ndarray, words: Sequence[str], recipe: Pa
     earlier = made(work / "earlier", f"semantic_ids.output={work / 'codes'}")
     grown = made(work / "all", f"semantic_ids.output={work / 'grown'}", f"semantic_ids.grow_from={work / 'codes'}")
     cfg = load_recipe(recipe, [*words]).semantic_ids
-    codes_IL = read_index(grown, len(new_I)).codes_IL
+    names = load_dataset(work / "all").items.external_ids
+    codes_IL = read_index(grown, names).codes_IL
     fresh = random_codes(int(new_I.sum()), levels=cfg.levels, codes=cfg.codes, seed=1, taken=codes_IL[~new_I])
     codes_IL[new_I] = np.pad(fresh, ((0, 0), (0, codes_IL.shape[1] - cfg.levels)), constant_values=-1)
+    (work / "items.json").write_text(json.dumps(names))
     write_index(work / "random.index.json", codes_IL)
     return {"earlier": earlier, GROWN: grown, RANDOM: work / "random.index.json"}
 

@@ -83,7 +83,7 @@ def published_rows(
 ) -> list[dict[str, Any]]:
     rows = []
     for name, file in PUBLISHED.items():
-        found = read_index(source / f"{NAME}.index.{file}.json", len(x_ID))
+        found = read_index(source / f"{NAME}.index.{file}.json", dataset.items.external_ids)
         target_N = dataset.test.target_N
         report = measure(found.codes_IL, found.levels, x_ID, test_target_N=target_N, words=words)
         rows.append({"method": name, "seed": None, "seconds": None, "report": asdict(report)})

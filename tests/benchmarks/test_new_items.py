@@ -72,9 +72,10 @@ def test_every_new_item_is_reached_with_codes_of_frozen_codebooks(tmp_path: Path
     result = new_items.compare(tmp_path, new_I, TINY, None)
     earlier = load_dataset(tmp_path / "earlier")
     assert earlier.items.external_ids == [f"B{item:03d}" for item in range(ITEMS) if not new_I[item]]
-    before = load_codes(tmp_path / "codes" / "index.json", ITEMS - 3)
-    grown = load_codes(tmp_path / "grown" / "index.json", ITEMS)
-    random = load_codes(tmp_path / "random.index.json", ITEMS)
+    names = load_dataset(tmp_path / "all").items.external_ids
+    before = load_codes(tmp_path / "codes" / "index.json", earlier.items.external_ids)
+    grown = load_codes(tmp_path / "grown" / "index.json", names)
+    random = load_codes(tmp_path / "random.index.json", names)
     assert [grown[item] for item in np.flatnonzero(~new_I)] == before
     assert [random[item] for item in np.flatnonzero(~new_I)] == before
     assert [random[item] for item in np.flatnonzero(new_I)] != [grown[item] for item in np.flatnonzero(new_I)]

@@ -9,6 +9,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from tawin_nemo.commands.generate import items_of
+from tawin_nemo.util.errors import ConfigError
 from tests.train.runs import SMALL, called, environment, run
 
 
@@ -30,6 +32,14 @@ def test_generate_answers_with_ranked_catalog_items(finished_run):
     scores = [item["score"] for item in answer["items"]]
     assert scores == sorted(scores, reverse=True)
     assert all(item["title"] and item["external_id"] for item in answer["items"])
+
+
+def test_a_history_may_be_named_by_external_ids_or_numbers():
+    ids = ["B01", "B02", "1", "B04"]
+    assert items_of(["B02", "3", "#0"], ids) == [1, 3, 0]
+    assert items_of(["1", "#1"], ids) == [2, 1]
+    with pytest.raises(ConfigError, match="names B99, #7"):
+        items_of(["B99", "0", "#7"], ids)
 
 
 def test_generate_names_an_unknown_item(finished_run):

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from tawin_nemo.config.load import differences, leaf_fields, load_recipe, to_yaml
+from tawin_nemo.config.load import differences, leaf_fields, load_recipe, to_yaml, value_of
 from tawin_nemo.config.schema import Recipe
 from tawin_nemo.util.errors import ConfigError
 
@@ -179,3 +179,53 @@ def test_shipped_recipes_load_and_say_only_what_differs(path):
     recipe, defaults = load_recipe(path), Recipe()
     assert recipe != defaults
     assert len(path.read_text(encoding="utf-8").splitlines()) <= 60
+
+
+@pytest.mark.parametrize(
+    ("override", "key", "value"),
+    [
+        ("name=007", "name", "007"),
+        ("name=yes", "name", "yes"),
+        ("name=a: b", "name", "a: b"),
+        ("name='1'", "name", "1"),
+        ("name=x-${seed}", "name", "x-42"),
+        ("trainer.max_time=1:00:00:00", "trainer.max_time", "1:00:00:00"),
+        ("prepare.start=2018-10", "prepare.start", "2018-10"),
+        ("prepare.start=", "prepare.start", ""),
+        ("serve.roots=", "serve.roots", []),
+        ("serve.roots=a, 007", "serve.roots", ["a", "007"]),
+        ("serve.roots=[a, 007]", "serve.roots", ["a", "007"]),
+        ("eval.ks=5", "eval.ks", [5]),
+        ("eval.ks=1,3,5", "eval.ks", [1, 3, 5]),
+        ("eval.splits=test", "eval.splits", ["test"]),
+        ("start=~/runs", "start", str(Path.home() / "runs")),
+        ("serve.roots=~/a,/b", "serve.roots", [str(Path.home() / "a"), "/b"]),
+        ("exp_manager.a=12", "exp_manager", {"a": 12}),  # another library's keys keep YAML's types
+    ],
+)
+def test_the_type_of_the_key_decides_how_its_value_is_read(override, key, value):
+    assert value_of(load_recipe(None, [override]), key) == value
+
+
+def test_files_are_read_as_overrides_are(tmp_path):
+    text = (
+        "name: 007\nprepare: {start: 2018-10-01, end: }\ntrainer: {max_time: 1:00:00:00}\n"
+        "serve: {roots: [1, yes]}\nrl: {lr: 1e-3}\nrun_dir: ~\n"
+    )
+    loaded = load_recipe(write(tmp_path / "r.yaml", text))
+    assert (loaded.name, loaded.prepare.start, loaded.prepare.end) == ("007", "2018-10-01", "")
+    assert (loaded.trainer.max_time, loaded.serve.roots, loaded.rl.lr) == ("1:00:00:00", ["1", "yes"], 1e-3)
+    assert loaded.run_dir == ""
+    assert load_recipe(write(tmp_path / "again.yaml", to_yaml(loaded))) == loaded
+
+
+def test_every_number_is_finite_and_every_time_is_one():
+    floats = [key for key, item in leaf_fields(Recipe) if item.type == "float"]
+    assert len(floats) > 50
+    for key in floats:
+        for value in ("nan", "inf", "-inf", ".nan"):
+            with pytest.raises(ConfigError, match=key.replace(".", r"\.")):
+                load_recipe(None, [f"{key}={value}"])
+    for key in ("trainer.max_time", "prepare.start", "prepare.end", "retrain.date"):
+        with pytest.raises(ConfigError, match=f"{key}=noon"):
+            load_recipe(None, [f"{key}=noon"])

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import gzip
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +21,8 @@ SIZE = (DEFAULTS.synthetic_items, DEFAULTS.synthetic_users, DEFAULTS.synthetic_r
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
     out = tmp_path_factory.mktemp("synthetic") / "out"
-    return load_dataset(prepare("synthetic", Path(), out, prepare=DEFAULTS, data=DataConfig(), seed=SEED))
+    windowed = replace(DEFAULTS, start="2016-10", end="2018-11")
+    return load_dataset(prepare("synthetic", Path(), out, prepare=windowed, data=DataConfig(), seed=SEED))
 
 
 def test_default_size(dataset: Dataset) -> None:

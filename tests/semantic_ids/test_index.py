@@ -146,12 +146,14 @@ def test_the_layouts(tmp_path: Path) -> None:
     assert code_tokens(CODES)[:2] == [["<a_3>", "<b_1>", "<c_4>", "<d_0>"], ["<a_2>", "<b_7>", "<c_1>"]]
     assert code_tokens(CODES, "lcrec")[1] == ["<a_2>", "<b_7>", "<c_1>", "<d_0>"]
     write_index(tmp_path / "index.json", CODES)
-    assert load_codes(tmp_path / "index.json", 3) == code_tokens(CODES)
-    found = read_index(tmp_path / "index.json", 3)
+    assert load_codes(tmp_path / "index.json", ["0", "1", "2"]) == code_tokens(CODES)
+    found = read_index(tmp_path / "index.json", ["0", "1", "2"])
     np.testing.assert_array_equal(found.codes_IL, CODES)
     assert found.levels == 3
     write_index(tmp_path / "lcrec.json", CODES, "lcrec")
-    np.testing.assert_array_equal(read_index(tmp_path / "lcrec.json", 3).codes_IL, np.where(CODES < 0, 0, CODES))
+    np.testing.assert_array_equal(
+        read_index(tmp_path / "lcrec.json", ["0", "1", "2"]).codes_IL, np.where(CODES < 0, 0, CODES)
+    )
     write_info(tmp_path / "info.txt", CODES, ["Hex\tbolt", "Nut", "Hex bolt"])
     lines = (tmp_path / "info.txt").read_text(encoding="utf-8").splitlines()
     assert lines[:2] == ["<a_3><b_1><c_4><d_0>\tHex bolt\t0", "<a_2><b_7><c_1>\tNut\t1"]
@@ -174,7 +176,7 @@ def test_an_index_that_does_not_fit_names_its_items(tmp_path: Path, second: list
         json.dumps({key: words for key, words in index.items() if words}), encoding="utf-8"
     )
     with pytest.raises(CatalogError, match=message):
-        read_index(tmp_path / "i.json", 3, levels=3, codes=8)
+        read_index(tmp_path / "i.json", ["0", "1", "2"], levels=3, codes=8)
 
 
 # -- report --------------------------------------------------------------------------------------------------------

@@ -15,6 +15,7 @@ from tawin_nemo.semantic_ids.report import measure
 from tests.benchmarks import semantic_id_table as benchmark
 
 ITEMS = 3_686
+NUMBERED = [str(item) for item in range(ITEMS)]
 RESULTS = Path(__file__).parents[2] / "recipes" / "results" / "semantic_ids"
 COMMITTED = sorted(RESULTS.glob("industrial.*.json"))
 #: Indexes of ours that studies use; the commands are in RESULTS / README.md.
@@ -22,7 +23,7 @@ INDEXES = sorted(RESULTS.glob("*.index.json"))
 
 
 def report_of(industrial: Path, file: str):
-    found = read_index(industrial / f"{benchmark.NAME}.index.{file}.json", ITEMS)
+    found = read_index(industrial / f"{benchmark.NAME}.index.{file}.json", NUMBERED)
     lines = (industrial / f"{benchmark.NAME}.test.inter").read_text(encoding="utf-8").splitlines()[1:]
     target_N = np.array([int(line.split("\t")[2]) for line in lines])
     return found, measure(found.codes_IL, found.levels, np.eye(ITEMS, 4), test_target_N=target_N)
@@ -77,7 +78,7 @@ def test_the_goals_see_a_miss() -> None:
 
 @pytest.mark.parametrize("path", INDEXES, ids=lambda path: path.name.split(".")[0])
 def test_a_committed_index_tells_all_items_apart_with_three_codes(path: Path) -> None:
-    found = read_index(path, ITEMS, levels=3, codes=256)
+    found = read_index(path, NUMBERED, levels=3, codes=256)
     assert found.codes_IL.shape == (ITEMS, 3)
     assert not shared_rows(found.codes_IL).any()
     assert all(len(np.unique(column)) == 256 for column in found.codes_IL.T)
@@ -85,5 +86,5 @@ def test_a_committed_index_tells_all_items_apart_with_three_codes(path: Path) ->
 
 
 def test_the_committed_random_codes_are_those_of_the_recipes_seed() -> None:
-    found = read_index(RESULTS / "random.index.json", ITEMS)
+    found = read_index(RESULTS / "random.index.json", NUMBERED)
     np.testing.assert_array_equal(found.codes_IL, random_codes(ITEMS, levels=3, codes=256, seed=42))

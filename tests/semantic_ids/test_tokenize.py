@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +33,14 @@ def made(root: Path, run: Path, *overrides: str) -> dict[str, Any]:
     return tokenize(load_recipe(None, [*SMALL, f"run_dir={run}", *overrides]), root)
 
 
-def index_of(result: dict[str, Any], items: int = ITEMS) -> list[list[str]]:
-    return load_codes(Path(result["index"]), items)
+def index_of(result: dict[str, Any], names: Sequence[str] = ()) -> list[list[str]]:
+    """Codes of the items ``names``; without them of the shop's."""
+    return load_codes(Path(result["index"]), names or external_ids(ITEMS))
+
+
+def external_ids(items: int) -> list[str]:
+    """As ``tests.semantic_ids.catalog.prepared`` names items."""
+    return [f"B{item:03d}" for item in range(items)]
 
 
 @pytest.mark.parametrize("method", ["rqkmeans", "constrained", "rqkmeans_plus", "rqvae", "random"])
@@ -90,21 +97,23 @@ def test_dedup_and_the_lcrec_layout(shop: Path, tmp_path: Path) -> None:
 def test_an_index_made_elsewhere_is_reported_exported_and_grows(shop: Path, tmp_path: Path) -> None:
     given = index_of(made(shop, tmp_path / "a", "semantic_ids.collisions=dedup"))
     path = tmp_path / "theirs.index.json"
-    path.write_text(json.dumps({str(i): words for i, words in enumerate(given)}), encoding="utf-8")
+    path.write_text(json.dumps(dict(zip(external_ids(ITEMS), given, strict=True))), encoding="utf-8")
     result = made(shop, tmp_path / "b", f"semantic_ids.given={path}")
     assert index_of(result) == given
     assert result["report"]["items_with_more_tokens"] == sum(len(words) == 4 for words in given)
     assert result["report"]["refit_error"] == pytest.approx(result["report"]["reconstruction_error"])
     more = prepared(tmp_path / "more", titles(ITEMS + 4))
-    grown = index_of(made(more, tmp_path / "c", f"semantic_ids.grow_from={tmp_path / 'b' / 'semantic_ids'}"), ITEMS + 4)
+    grown = index_of(
+        made(more, tmp_path / "c", f"semantic_ids.grow_from={tmp_path / 'b' / 'semantic_ids'}"), external_ids(ITEMS + 4)
+    )
     assert grown[:ITEMS] == given
     assert len({tuple(words) for words in grown}) == ITEMS + 4
 
 
 def test_an_index_of_another_catalog_is_refused(shop: Path, tmp_path: Path) -> None:
     path = tmp_path / "theirs.index.json"
-    path.write_text(json.dumps({str(i): ["<a_1>", "<b_1>"] for i in range(1, ITEMS + 1)}), encoding="utf-8")
-    with pytest.raises(CatalogError, match=rf"1 have no codes: '0'; 1 are not items of 0 \.\. {ITEMS - 1}: '{ITEMS}'"):
+    path.write_text(json.dumps({name: ["<a_1>", "<b_1>"] for name in external_ids(ITEMS + 1)[1:]}), encoding="utf-8")
+    with pytest.raises(CatalogError, match=rf"1 have no codes: 'B000'; 1 are not in the catalog: 'B0{ITEMS}'"):
         made(shop, tmp_path, f"semantic_ids.given={path}")
     with pytest.raises(ConfigError, match=r"semantic_ids\.given=absent\.json: no file"):
         made(shop, tmp_path, "semantic_ids.given=absent.json")
@@ -116,12 +125,12 @@ def test_a_grown_catalog_keeps_its_codes_by_external_id(shop: Path, tmp_path: Pa
     """The newer catalog has another order, three items fewer and eight more."""
     before = made(shop, tmp_path / "old", f"semantic_ids.method={method}")
     old = index_of(before)
-    names, ids = titles(ITEMS + 8), [f"B{i:03d}" for i in range(ITEMS + 8)]
+    names, ids = titles(ITEMS + 8), external_ids(ITEMS + 8)
     order = [i for i in np.random.default_rng(0).permutation(ITEMS + 8).tolist() if i not in (2, 5, 11)]
     newer = prepared(tmp_path / "newer", [names[i] for i in order], ids=[ids[i] for i in order])
     folder = Path(before["index"]).parent
     after = made(newer, tmp_path / "new", f"semantic_ids.grow_from={folder}", "semantic_ids.codes=99")
-    new = index_of(after, len(order))
+    new = index_of(after, [ids[i] for i in order])
     assert all(new[place] == old[item] for place, item in enumerate(order) if item < ITEMS)
     fresh = {tuple(new[place]) for place, item in enumerate(order) if item >= ITEMS}
     assert len(fresh) == 8

@@ -115,7 +115,7 @@ def test_fewer_items_than_codes(tmp_path: Path, capsys: pytest.CaptureFixture[st
 #: What is done to a good index, what tokenize says about it, and train where it says something else.
 WRONG = [
     (lambda index: (index.pop("3"), index.pop("17")), "2 have no codes: '3', '17'", ""),
-    (lambda index: index.update({"40": index["1"]}), "1 are not items of 0 .. 39: '40'", ""),
+    (lambda index: index.update({"40": index["1"]}), "1 are not in the catalog: '40'", ""),
     (lambda index: index.update({"5": ["<a_1>"]}), "another number of codes than 3, or one more or less: '5'", ""),
     (lambda index: index.update({"5": ["<a_1>", "<b_1>"], "6": index["6"] + ["<d_0>"]}),
      "another number of tokens than 2 or 3: 6", "fine"),

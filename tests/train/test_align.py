@@ -23,12 +23,13 @@ TASKS = ("title_to_sid", "sid_to_title", "history_to_title", "titles_to_sid")
 @pytest.fixture(scope="module")
 def index(small_dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Codes of every item: by the first word of its title, by the last one, and at random."""
-    titles = load_dataset(small_dataset).items.titles
+    items = load_dataset(small_dataset).items
+    titles = items.titles
     firsts, lasts = (sorted({title.split()[place] for title in titles}) for place in (0, -1))
     third = np.random.default_rng(0).integers(8, size=len(titles))
     codes = {
-        str(item): [f"<a_{firsts.index(title.split()[0])}>", f"<b_{lasts.index(title.split()[-1])}>", f"<c_{last}>"]
-        for item, (title, last) in enumerate(zip(titles, third, strict=True))
+        name: [f"<a_{firsts.index(title.split()[0])}>", f"<b_{lasts.index(title.split()[-1])}>", f"<c_{last}>"]
+        for name, title, last in zip(items.external_ids, titles, third, strict=True)
     }
     path = tmp_path_factory.mktemp("index") / "toy.index.json"
     path.write_text(json.dumps(codes))
@@ -60,7 +61,8 @@ def test_every_task_is_learnt(small_dataset: Path, index: Path, tmp_path: Path, 
 def pretrained(small_dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A Hugging Face folder with a tokenizer that knows no codes, and spare rows behind its last token."""
     folder = tmp_path_factory.mktemp("pretrained")
-    titles = load_dataset(small_dataset).items.titles
+    items = load_dataset(small_dataset).items
+    titles = items.titles
     data = DataConfig(tokenizer="bpe", bpe_vocab_size=320)
     tokenizer = build_tokenizer(data, CatalogConfig(), ModelConfig(), titles, None)
     tokenizer.save(folder)

@@ -1,7 +1,9 @@
 """Hugging Face ``config.json`` <-> `Backbone`.
 
 Read: the keys that change the arithmetic of a Qwen2 or Llama decoder. A key that asks for arithmetic this package does
-not have (sliding windows, other activations, quantised weights, other RoPE scalings) is an error, never ignored.
+not have (sliding windows, other activations, quantised weights, other RoPE scalings) is an error, never ignored. So is
+a key that is not known here but whose name speaks of arithmetic (``dual_chunk_attention_config``); other unknown keys
+(notes of the tool that wrote the file) are logged.
 Both spellings of the RoPE settings are understood: ``rope_theta`` + ``rope_scaling`` (transformers 4) and
 ``rope_parameters`` (transformers 5).
 """
@@ -9,11 +11,15 @@ Both spellings of the RoPE settings are understood: ``rope_theta`` + ``rope_scal
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 from tawin_nemo.config.backbones import Backbone, RopeScaling
 from tawin_nemo.util.errors import ConfigError
+from tawin_nemo.util.log import get_logger
+
+log = get_logger(__name__)
 
 ARCHITECTURES = {"qwen2": "Qwen2ForCausalLM", "llama": "LlamaForCausalLM"}
 
@@ -26,6 +32,26 @@ _FIXED: dict[str, tuple[tuple[Any, ...], str]] = {
     "partial_rotary_factor": ((1.0, 1, None), "only models that rotate every channel can be imported"),
     "quantization_config": ((None,), "export the model in bf16 or fp32 first"),
 }
+
+#: Keys that are read, or that change nothing of what a forward pass computes without dropout.
+_KNOWN = frozenset(
+    """
+    architectures model_type hidden_size num_hidden_layers num_attention_heads num_key_value_heads head_dim
+    intermediate_size vocab_size tie_word_embeddings rope_theta rope_scaling rope_parameters rms_norm_eps
+    max_position_embeddings initializer_range layer_types sliding_window max_window_layers attention_dropout
+    hidden_dropout resid_pdrop embd_pdrop torch_dtype dtype use_cache transformers_version pretraining_tp
+    bos_token_id eos_token_id pad_token_id sep_token_id decoder_start_token_id forced_bos_token_id forced_eos_token_id
+    attn_implementation _attn_implementation _attn_implementation_autoset _name_or_path name_or_path auto_map
+    return_dict output_attentions output_hidden_states is_decoder is_encoder_decoder chunk_size_feed_forward
+    gradient_checkpointing finetuning_task id2label label2id num_labels problem_type task_specific_params
+    tokenizer_class prefix vocab_file is_llama_config rope_interleaved tie_encoder_decoder
+    """.split()
+)
+#: Parts of names of keys that change the arithmetic, as the families of decoders spell them.
+_ARITHMETIC = re.compile(
+    "attention|attn|rope|rotary|norm|scal|softcap|capping|window|chunk|sparse|moe|expert|router|bias|activation|"
+    "multiplier|residual|logit|qk_|mlp|lora|adapter|quant|position|alibi|parallel|embedding|mamba|state|conv|altup"
+)
 
 
 def _require(config: dict[str, Any], key: str, file: Path) -> Any:
@@ -43,6 +69,15 @@ def _check_supported(config: dict[str, Any], file: Path) -> None:
     for key, (allowed, remedy) in _FIXED.items():
         if key in config and config[key] not in allowed:
             raise ConfigError(f"{file}: {key}={config[key]!r} is not supported; {remedy}")
+    unknown = {key: value for key, value in config.items() if key not in _KNOWN and key not in _FIXED and value}
+    for key, value in unknown.items():
+        if _ARITHMETIC.search(key):
+            raise ConfigError(
+                f"{file}: {key}={value!r} is not known here and may change what the model computes; remove it from "
+                "config.json only if the weights were trained without it"
+            )
+    if unknown:
+        log.warning("%s: keys without a meaning here are not used: %s", file, ", ".join(sorted(unknown)))
     layers = [kind for kind in config.get("layer_types") or () if kind != "full_attention"]
     if layers:
         raise ConfigError(

@@ -120,3 +120,30 @@ def test_missing_file_missing_key_and_broken_json_are_named(tmp_path: Path) -> N
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(ConfigError, match="not valid JSON"):
         backbone_from_hf(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("dual_chunk_attention_config", {"chunk_size": 262144}),
+        ("final_logit_softcapping", 30.0),
+        ("residual_multiplier", 0.22),
+        ("num_experts", 8),
+    ],
+)
+def test_an_unknown_key_that_changes_the_arithmetic_is_refused(tmp_path: Path, key: str, value: object) -> None:
+    with pytest.raises(ConfigError, match=key):
+        backbone_from_hf(write(tmp_path, {**QWEN, key: value}))
+
+
+def test_notes_of_other_tools_and_absent_features_are_no_error(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    notes = {"unsloth_version": "2025.1", "logit_scale": None, "num_experts": 0}
+    assert backbone_from_hf(write(tmp_path, {**QWEN, **notes})) == backbone_from_hf(write(tmp_path, QWEN))
+
+
+@pytest.mark.parametrize("family", [Qwen2Config, LlamaConfig])
+def test_every_key_that_transformers_writes_is_known(tmp_path: Path, family: type) -> None:
+    config = {**family().to_dict(), **QWEN, "model_type": family.model_type}
+    assert backbone_from_hf(write(tmp_path, config)).hidden == 32

@@ -1,0 +1,89 @@
+"""What every planned stage will need, asked before the first one starts.
+
+A mistake that only RL would notice must not end a run after SFT has been paid for, so ``train`` calls this once,
+also under ``--dry-run``. Each check is the one that the stage itself makes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from tawin_nemo.baselines.build import check_config
+from tawin_nemo.data.tasks import active_tasks
+from tawin_nemo.run.trained import resolve_checkpoint
+from tawin_nemo.run.world import World
+from tawin_nemo.train.plan import Plan, plans
+from tawin_nemo.util.errors import ConfigError, UserError
+
+
+def check_requirements(world: World) -> None:
+    """Raises ConfigError that lists everything which would end a later stage of this run."""
+    wrong = []
+    for check in checks(world):
+        try:
+            check()
+        except UserError as error:
+            wrong.append(str(error))
+    if len(wrong) == 1:
+        raise ConfigError(wrong[0])
+    if wrong:
+        raise ConfigError("".join([f"{len(wrong)} things would end this run:", *(f"\n  - {line}" for line in wrong)]))
+
+
+def checks(world: World) -> Iterator[Callable[[], object]]:
+    """One function for each requirement, which raises a UserError when that is not met."""
+    recipe = world.recipe
+    if recipe.baseline.model != "off":
+        yield lambda: check_config(recipe.baseline, semantic_ids=recipe.catalog.kind == "sid")
+        return
+    yield lambda: check_start(world)
+    for plan in plans(world):
+        yield lambda plan=plan: check_rows(plan)  # type: ignore[misc]
+        if plan.kind == "sft" and active_tasks(recipe.align):
+            yield lambda: check_tasks(world)
+        if plan.kind == "rl":
+            yield lambda: check_widths(world)
+            yield lambda: check_reward(world)
+
+
+def check_start(world: World) -> None:
+    """Raises ConfigError when the weights that the first stage starts from are not there."""
+    recipe = world.recipe
+    if recipe.start:
+        resolve_checkpoint(recipe.start, "start")
+    elif recipe.model.init != "random" and not any(Path(recipe.model.init).glob("*.safetensors")):
+        raise ConfigError(
+            f"model.init={recipe.model.init} holds no *.safetensors files; download the whole model, or save it with "
+            "save_pretrained(..., safe_serialization=True)"
+        )
+
+
+def check_rows(plan: Plan) -> None:
+    """Raises ConfigError for a stage without rows."""
+    if len(plan.rows) == 0:
+        raise ConfigError(
+            f"stage {plan.name} has no rows of train; change rl.fresh_share, rl.rows, sft.rows or data.train_limit"
+        )
+
+
+def check_widths(world: World) -> None:
+    """Raises ConfigError when RL asks for more beams than the catalog has distinct token paths."""
+    from tawin_nemo.rollout.engine import beams_of
+
+    if world.recipe.rl.negatives == "beam":
+        beams_of(world.recipe.rl.group_size, world.recipe.rollout.width, world.catalog.trie.num_leaves)
+
+
+def check_reward(world: World) -> None:
+    """Raises ConfigError or DataError when the reward's files are missing or of another catalog."""
+    from tawin_nemo.train.rewards import build_reward
+
+    build_reward(world.recipe.rl, world)
+
+
+def check_tasks(world: World) -> None:
+    """Raises ConfigError for texts of the alignment tasks that cannot be read."""
+    from tawin_nemo.train.sft_data import wording_of
+
+    wording_of(world)

@@ -1,0 +1,37 @@
+"""What a later stage would refuse ends a run, and a dry run, before the first one starts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.train.runs import SMALL, called
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["rl.group_size=400"], "rl.group_size=400 asks for more beams than the catalog has"),
+        (["rollout.width=4000"], "rollout.width=4000 asks for more beams than the catalog has"),
+        (["rl.reward=collaborative", "rl.reward_source=nowhere"], "nowhere"),
+        (["rl.reward=semantic", "rl.reward_source=nowhere.npy"], "nowhere.npy"),
+        (["start=nowhere"], "start=nowhere is neither a finished stage"),
+    ],
+)
+def test_a_dry_run_refuses_what_a_later_stage_would(
+    overrides: list[str], message: str, small_dataset: Path, tmp_path: Path
+) -> None:
+    words = [*SMALL, f"data.root={small_dataset}", f"run_dir={tmp_path / 'run'}", *overrides]
+    done = called(*words, "--dry-run")
+    assert done.returncode == 2, done.stderr
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_all_of_it_is_listed_and_nothing_is_trained(small_dataset: Path, tmp_path: Path) -> None:
+    words = [*SMALL, f"data.root={small_dataset}", f"run_dir={tmp_path / 'run'}"]
+    done = called(*words, "rl.group_size=400", "rl.reward=collaborative", "rl.reward_source=nowhere")
+    assert done.returncode == 2
+    assert "2 things would end this run:" in done.stderr
+    assert not (tmp_path / "run" / "sft").exists()
