@@ -117,7 +117,7 @@ def _parser(words: Sequence[str] = ()) -> argparse.ArgumentParser:
 def _epilog(words: Sequence[str]) -> str:
     """The help of one verb where it has its own, else examples of all."""
     if "study" in words:
-        from tawin_nemo.tools.study.help import HELP as STUDY_HELP
+        from tawin_nemo.tools.study import HELP as STUDY_HELP
 
         return STUDY_HELP
     if "plan" in words and {"-h", "--help"} & set(words):
