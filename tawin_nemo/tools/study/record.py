@@ -122,16 +122,7 @@ class RunRecord:
             splits = content["splits"].items()
             content["splits"] = {name: SplitResult(**_arrays(path, name, split), **split) for name, split in splits}
             record = cls(**content)
-        except (
-            OSError,
-            ValueError,
-            KeyError,
-            TypeError,
-            AttributeError,
-            EOFError,
-            zlib.error,
-            zipfile.BadZipFile,
-        ) as error:
+        except _DAMAGE as error:
             raise DataError(f"{path} is not a run file: {error}; delete it and run the study again") from error
         for name, split in record.splits.items():
             for metric, mean in split.means.items():
