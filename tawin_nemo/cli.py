@@ -124,7 +124,7 @@ def _parser(words: Sequence[str] = ()) -> argparse.ArgumentParser:
 def _page(verb: str) -> str:
     """The help of one verb; study and plan have longer ones of their own."""
     if verb == "study":
-        from tawin_nemo.tools.study.help import HELP as STUDY_HELP
+        from tawin_nemo.tools.study import HELP as STUDY_HELP
 
         return STUDY_HELP
     if verb == "plan":

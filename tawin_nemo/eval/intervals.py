@@ -1,18 +1,24 @@
 """How sure a mean over users is: 95 % intervals, paired differences, and the smallest effect a test could see.
 
-B rows, R resamples, U distinct values.
+Axis letters: B users, U distinct values, C columns that share their users (seeds, settings), R resamples.
+``resampled_means`` is the one bootstrap of the package. It is numpy, not ``scipy.stats.bootstrap``: for 10,000
+resamples of 9,000 users of an NDCG (2 CPU cores, scipy 1.17) it takes 0.17 s instead of 7.5 s with equal limits up to
+bootstrap noise, and scipy cannot resample two crossed factors (``tawin_nemo/eval/paired.py``).
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from statistics import NormalDist
 
 import numpy as np
 
-#: Bootstrap counts held in memory at once.
+#: Counts of drawn users held in memory at once.
 _CHUNK = 4_000_000
+#: Equal credits may differ in their last bits; values are compared after rounding to so many decimals.
+DECIMALS = 12
 
 
 @dataclass(frozen=True)
@@ -52,22 +58,36 @@ def bootstrap_interval(
 ) -> Interval:
     """Percentile bootstrap of the mean: resample the users with replacement, take the quantiles of the means.
 
-    A metric takes few distinct values over users (NDCG@K has K + 1), and a resample matters only through how often it
-    draws each of them: those counts are multinomial, which makes 10,000 resamples of 10,000 users a matter of
-    milliseconds.
-
     Raises:
         ValueError: there are no values.
     """
     mean = _mean(values_B)
-    distinct_U, counts_U = np.unique(values_B, return_counts=True)
-    rng = np.random.default_rng(seed)
-    share_U = counts_U / len(values_B)
-    step = max(1, _CHUNK // len(distinct_U))
-    sizes = [min(step, resamples - start) for start in range(0, resamples, step)]
-    means = np.concatenate([rng.multinomial(len(values_B), share_U, size) @ distinct_U for size in sizes])
-    low, high = np.quantile(means / len(values_B), [0.5 - level / 2, 0.5 + level / 2])
+    means_RC = resampled_means(values_B[None], resamples, np.random.default_rng(seed))
+    return percentile_interval(mean, means_RC[:, 0], level)
+
+
+def percentile_interval(mean: float, means_R: np.ndarray, level: float) -> Interval:
+    """``mean`` with the limits that hold the middle ``level`` of the resampled means."""
+    low, high = np.quantile(means_R, [0.5 - level / 2, 0.5 + level / 2])
     return Interval(mean, float(low), float(high))
+
+
+def resampled_means(values_CB: np.ndarray, resamples: int, rng: np.random.Generator) -> np.ndarray:
+    """Means over users drawn with replacement, the same draw for all C columns of a resample. [R, C] float64.
+
+    Users with equal values in all columns are interchangeable, and only their number in a draw matters, which is
+    multinomial. A metric takes few distinct values (NDCG@K has K + 1), so there are far fewer of them than users.
+    """
+    distinct_UC, count_U = np.unique(np.round(values_CB.T, DECIMALS), axis=0, return_counts=True)
+    users = values_CB.shape[1]
+    means = [rng.multinomial(users, count_U / users, size) @ distinct_UC for size in chunks(resamples, len(count_U))]
+    return np.asarray(np.concatenate(means) / users)
+
+
+def chunks(resamples: int, width: int) -> Iterator[int]:
+    """How many resamples of ``width`` counts each to draw at once; the parts sum to ``resamples``."""
+    step = max(1, _CHUNK // max(1, width))
+    yield from (min(step, resamples - start) for start in range(0, resamples, step))
 
 
 def paired_difference(
@@ -82,8 +102,7 @@ def paired_difference(
     """
     if len(ours_B) != len(theirs_B):
         raise ValueError(f"a paired difference needs the same users: {len(ours_B)} rows against {len(theirs_B)}")
-    # Equal credits may differ in their last bits; without rounding such a difference would count as a value of its own.
-    return bootstrap_interval(np.round(ours_B - theirs_B, 12), level, resamples=resamples, seed=seed)
+    return bootstrap_interval(np.round(ours_B - theirs_B, DECIMALS), level, resamples=resamples, seed=seed)
 
 
 def minimal_detectable_effect(differences_B: np.ndarray, *, power: float = 0.8, level: float = 0.95) -> float:

@@ -40,7 +40,7 @@ from tawin_nemo.eval.paired import metric_values, paired_test
 from tawin_nemo.run.world import World, build_world
 from tawin_nemo.semantic_ids.coder import random_codes
 from tawin_nemo.semantic_ids.index_files import read_index, write_index
-from tawin_nemo.tools.study.config import read_study
+from tawin_nemo.tools.study.arms import read_study
 from tawin_nemo.tools.study.plan import as_override
 from tawin_nemo.tools.study.provenance import code_version, hardware
 from tawin_nemo.train.start import engine_of

@@ -24,8 +24,7 @@ from tawin_nemo.config.schema import Recipe
 from tawin_nemo.data_prep import prepare
 from tawin_nemo.tools.plan.verb import plan_recipe
 from tawin_nemo.tools.simulate.simulate import Options
-from tawin_nemo.tools.study.arms import unfold
-from tawin_nemo.tools.study.config import read_study
+from tawin_nemo.tools.study.arms import read_study
 from tests.pages.reader import GENERATED, NOT_RUN, PAGES, ROOT, Command, blocks, commands, name
 
 WRITTEN = [page for page in PAGES if page not in GENERATED]
@@ -84,7 +83,7 @@ def _check_product(arguments: list[str], *, mistaken: bool) -> None:
     if known.verb == "keys":
         assert any(key.startswith(tuple(known.overrides)) for key, _ in leaf_fields(Recipe))
     elif known.verb == "study":
-        unfold(read_study(known.recipe, known.overrides))
+        read_study(known.recipe, known.overrides)
     elif known.verb == "simulate":
         Options.parse(known.overrides)
     elif known.verb == "plan":

@@ -1,11 +1,13 @@
-"""What the run files of a study say: means with intervals, paired tests, sweeps. Numbers, before tables and plots."""
+"""The numbers of a results page, from run files alone: means with intervals, paired tests, sweeps.
+
+Axis letters: S seeds, B users. A metric of one arm is a dict from seed to ``values_B``, the metric of every user.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
-from typing import Any
 
 import numpy as np
 
@@ -20,17 +22,8 @@ from tawin_nemo.util.errors import DataError
 POOLED = "valid+test"
 #: How hits on shared paths count: ``SplitResult.values`` or ``SplitResult.matches``.
 Count = Callable[[SplitResult, str], np.ndarray]
-
-
-@dataclass(frozen=True, eq=False)
-class Values:
-    """A metric of every user under every seed of one arm."""
-
-    seeds: tuple[int, ...]
-    values_SB: np.ndarray
-
-    def of(self, seeds: Sequence[int]) -> np.ndarray:
-        return self.values_SB[[self.seeds.index(seed) for seed in seeds]]
+Values = Mapping[int, np.ndarray]
+Records = Mapping[tuple[str, int], RunRecord]
 
 
 @dataclass(frozen=True)
@@ -52,7 +45,7 @@ class Line:
     label: str
     x: tuple[float, ...]
     means: tuple[Interval, ...]
-    best: tuple[float, ...]  # share of resamples in which each x has the highest mean
+    best: tuple[float, ...]  # share of resamples in which each x has the highest mean; empty without a common seed
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,15 +53,15 @@ class Results:
     """Run files of a study, and of other studies where a comparison names one."""
 
     study: Study
-    records: Mapping[tuple[str, int], RunRecord]
+    records: Records
     failed: Mapping[tuple[str, int], FailedRun]
-    others: Mapping[str, Mapping[tuple[str, int], RunRecord]]
+    others: Mapping[str, Records]
 
     @property
     def splits(self) -> list[str]:
-        """Those that a run was evaluated on, in the recipe's order, and the pooled one when it is asked for."""
-        found = {name for record in self.records.values() for name in record.splits}
-        names: list[str] = [name for name in ("valid", "test") if name in found]
+        """Those that a run was evaluated on, in the recipe's order, and the pooled one when the study has ``pool``."""
+        evaluated = {name for record in self.records.values() for name in record.splits}
+        names: list[str] = [name for name in ("valid", "test") if name in evaluated]
         return [*names, POOLED] if self.study.file.pool and len(names) == 2 else names
 
     def runs(self, name: str) -> dict[int, RunRecord]:
@@ -78,28 +71,21 @@ class Results:
         return {seed: record for (other, seed), record in sorted(records.items()) if other == arm}
 
     def evaluated(self, name: str, split: str) -> dict[int, list[SplitResult]]:
-        """Evaluations of an arm by seed, two of them on the pooled split; seeds without one are left out."""
+        """Evaluations of an arm by seed, two of them on the pooled split; without seeds that have none."""
         parts = split.split("+")
-        return {
-            seed: [record.splits[part] for part in parts]
-            for seed, record in self.runs(name).items()
-            if all(part in record.splits for part in parts)
-        }
+        runs = self.runs(name).items()
+        return {seed: [run.splits[part] for part in parts] for seed, run in runs if run.splits.keys() >= set(parts)}
 
-    def values(self, name: str, split: str, metric: str, count: Count = SplitResult.values) -> Values | None:
-        """None when no run of the arm was evaluated on the split. Raises DataError when its seeds differ in rows."""
-        found = self.evaluated(name, split)
-        if not found:
-            return None
-        rows = {tuple(part.rows_sha256 for part in parts) for parts in found.values()}
-        if len(rows) > 1:
+    def values(self, name: str, split: str, metric: str, count: Count = SplitResult.values) -> Values:
+        """Empty when no run of the arm was evaluated on the split. Raises DataError when its seeds differ in rows."""
+        evaluated = self.evaluated(name, split)
+        if len({_rows(parts) for parts in evaluated.values()}) > 1:
             raise DataError(f"the seeds of {name} were evaluated on different {split} rows; delete the odd run files")
-        values = [np.concatenate([count(part, metric) for part in parts]) for parts in found.values()]
-        return Values(tuple(found), np.stack(values))
+        return {seed: np.concatenate([count(part, metric) for part in parts]) for seed, parts in evaluated.items()}
 
     def mean(self, name: str, split: str, metric: str, count: Count = SplitResult.values) -> Interval | None:
         values = self.values(name, split, metric, count)
-        return hierarchical_interval(values.values_SB) if values else None
+        return hierarchical_interval(stacked(values)) if values else None
 
     def shares_credit(self, name: str, split: str) -> bool:
         """Whether some hit of the arm is worth less than 1, so that counting in full makes a difference."""
@@ -107,118 +93,94 @@ class Results:
 
     def fact(self, name: str, split: str, fact: str) -> float | None:
         """Mean over seeds of another number of the evaluation files; None on the pooled split."""
-        found = [parts[0].facts.get(fact) for parts in self.evaluated(name, split).values() if len(parts) == 1]
-        known = [value for value in found if value is not None]
+        values = [parts[0].facts.get(fact) for parts in self.evaluated(name, split).values() if len(parts) == 1]
+        known = [value for value in values if value is not None]
         return fmean(known) if known else None
 
     def trend(self, name: str, scalar: str) -> tuple[float, float] | None:
         """A logged scalar in the first and the last tenth of training, mean over seeds; None where nobody logged it."""
-        found = [parts for record in self.runs(name).values() if (parts := record.trends.get(scalar))]
-        return (fmean(parts[0] for parts in found), fmean(parts[-1] for parts in found)) if found else None
+        logged = [parts for record in self.runs(name).values() if (parts := record.trends.get(scalar))]
+        return (fmean(parts[0] for parts in logged), fmean(parts[-1] for parts in logged)) if logged else None
 
-    def paired(self, ours: str, theirs: str, split: str, metric: str) -> tuple[Values, Values] | None:
-        """Both arms under the seeds that both have; None when there is none. Raises DataError for other rows."""
+    def curve(self, name: str, scalar: str) -> dict[int, np.ndarray]:
+        """A logged scalar of an arm by seed, [step, value] rows; without seeds that logged less than two."""
+        rows = {seed: np.asarray(run.curves.get(scalar, []), dtype=float) for seed, run in self.runs(name).items()}
+        return {seed: array for seed, array in rows.items() if len(array) > 1}
+
+    def paired(self, ours: str, theirs: str, split: str, metric: str) -> tuple[Values, Values]:
+        """Both arms under the seeds that both have, which may be none. Raises DataError when their rows differ."""
         a, b = self.evaluated(ours, split), self.evaluated(theirs, split)
-        seeds = tuple(seed for seed in a if seed in b)
-        if not seeds:
-            return None
-        hashes = [{part.rows_sha256 for part in parts[seed]} for parts in (a, b) for seed in seeds]
-        if any(other != hashes[0] for other in hashes):
+        seeds = [seed for seed in a if seed in b]
+        if len({_rows(parts[seed]) for parts in (a, b) for seed in seeds}) > 1:
             raise DataError(f"{ours} and {theirs} were evaluated on different {split} rows; they cannot be paired")
-        first, second = self.values(ours, split, metric), self.values(theirs, split, metric)
-        assert first is not None
-        assert second is not None
-        return Values(seeds, first.of(seeds)), Values(seeds, second.of(seeds))
+        first, second = (self.values(name, split, metric) for name in (ours, theirs))
+        return {seed: first[seed] for seed in seeds}, {seed: second[seed] for seed in seeds}
+
+
+def _rows(parts: Sequence[SplitResult]) -> tuple[str, ...]:
+    return tuple(part.rows_sha256 for part in parts)
+
+
+def stacked(values: Values) -> np.ndarray:
+    """[S, B]."""
+    return np.stack(list(values.values()))
 
 
 def load_results(study: Study) -> Results:
     """Read the run files of the study and of those that its comparisons name."""
     records, failed = read_folder(study.results)
-    named = {name.rpartition("/")[0] for pair in study.pairs for name in pair}
-    named |= {name.rpartition("/")[0] for sweep in study.file.sweeps for name in (*sweep.beside, sweep.minus)}
-    others: dict[str, Any] = {other: read_folder(study.results.parent / other)[0] for other in named if other}
-    return Results(study, records, failed, others)
-
-
-def stray(results: Results) -> list[str]:
-    """Run files that belong to no arm of the study file: their arms were renamed or taken out."""
-    planned = {arm.name for arm in results.study.arms}
-    return [f"{arm}.seed{seed}" for arm, seed in sorted({*results.records, *results.failed}) if arm not in planned]
-
-
-def missing(results: Results) -> list[str]:
-    """Runs of the study file that neither finished nor failed."""
-    return [
-        f"{arm.name}.seed{seed}"
-        for arm in results.study.arms
-        for seed in arm.seeds
-        if (arm.name, seed) not in results.records and (arm.name, seed) not in results.failed
-    ]
+    names = [name for pair in study.pairs for name in pair]
+    names += [name for sweep in study.file.sweeps for name in (*sweep.beside, sweep.minus)]
+    others = {name.rpartition("/")[0] for name in names if "/" in name}
+    return Results(study, records, failed, {other: read_folder(study.results.parent / other)[0] for other in others})
 
 
 def pair_rows(results: Results, split: str, metric: str) -> list[PairRow]:
     """All comparisons of the study for one metric; they are the family of Holm's correction."""
-    found = [(ours, theirs, results.paired(ours, theirs, split, metric)) for ours, theirs in results.study.pairs]
-    known = [
-        (ours, theirs, pair[0].seeds, paired_test(pair[0].values_SB, pair[1].values_SB))
-        for ours, theirs, pair in found
-        if pair is not None
-    ]
-    adjusted = holm([test.p for *_, test in known])
+    pairs = [(*pair, *results.paired(*pair, split, metric)) for pair in results.study.pairs]
+    pairs = [pair for pair in pairs if pair[2]]
+    tests = [paired_test(stacked(a), stacked(b)) for _, _, a, b in pairs]
+    adjusted = holm([test.p for test in tests])
     return [
-        PairRow(ours, theirs, metric, seeds, test, p)
-        for (ours, theirs, seeds, test), p in zip(known, adjusted, strict=True)
+        PairRow(ours, theirs, metric, tuple(values), test, p)
+        for (ours, theirs, values, _), test, p in zip(pairs, tests, adjusted, strict=True)
     ]
 
 
 def sweep_lines(results: Results, sweep: Sweep, split: str, metric: str) -> list[Line]:
-    """One line for each choice of the other grid keys, over the points of x that have finished runs."""
-    arms = [arm for arm in results.study.arms if arm.base == sweep.arm]
+    """One line for each choice of the other grid keys, over the points of x that have finished runs.
+
+    Of a sweep with ``minus``, the means are paired differences to that arm.
+    """
     groups: dict[str, list[tuple[float, Values]]] = {}
-    for arm in arms:
-        values = _sweep_values(results, sweep, arm.name, split, metric)
-        others = {key: value for key, value in arm.point.items() if key != sweep.x}
-        label = ", ".join(f"{key.rsplit('.', 1)[-1]}={label_of(value)}" for key, value in others.items())
-        if values is not None:
-            groups.setdefault(label or sweep.arm, []).append((float(arm.point[sweep.x]), values))
-    return [_line(label, sorted(points, key=lambda point: point[0])) for label, points in groups.items()]
+    for arm in (arm for arm in results.study.arms if arm.base == sweep.arm):
+        if sweep.minus:
+            a, b = results.paired(arm.name, sweep.minus, split, metric)
+            values: Values = {seed: a[seed] - b[seed] for seed in a}
+        else:
+            values = results.values(arm.name, split, metric)
+        others = [f"{key.rsplit('.', 1)[-1]}={label_of(value)}" for key, value in arm.point.items() if key != sweep.x]
+        if values:
+            groups.setdefault(", ".join(others) or sweep.arm, []).append((float(arm.point[sweep.x]), values))
+    return [line_of(label, sorted(points, key=lambda point: point[0])) for label, points in groups.items()]
 
 
-def has_points(results: Results, sweep: Sweep, split: str) -> bool:
-    """Whether a sweep has anything to show yet."""
-    arms = [arm.name for arm in results.study.arms if arm.base == sweep.arm]
-    return any(_sweep_values(results, sweep, arm, split, "recall@1") is not None for arm in arms)
-
-
-def _sweep_values(results: Results, sweep: Sweep, name: str, split: str, metric: str) -> Values | None:
-    """The arm's values, or their paired differences to the arm `minus`."""
-    if not sweep.minus:
-        return results.values(name, split, metric)
-    pair = results.paired(name, sweep.minus, split, metric)
-    return Values(pair[0].seeds, pair[0].values_SB - pair[1].values_SB) if pair else None
-
-
-def _line(label: str, points: Sequence[tuple[float, Values]]) -> Line:
-    common = [seed for seed in points[0][1].seeds if all(seed in values.seeds for _, values in points)]
+def line_of(label: str, points: Sequence[tuple[float, Values]]) -> Line:
+    """The means at each x, and how often each is the best over the seeds that all of them have."""
+    common = [seed for seed in points[0][1] if all(seed in values for _, values in points)]
     best: tuple[float, ...] = ()
     if common:
-        best = tuple(best_shares(np.stack([values.of(common) for _, values in points])).tolist())
-    means = tuple(hierarchical_interval(values.values_SB) for _, values in points)
+        values_XSB = np.stack([np.stack([values[seed] for seed in common]) for _, values in points])
+        best = tuple(best_shares(values_XSB).tolist())
+    means = tuple(hierarchical_interval(stacked(values)) for _, values in points)
     return Line(label, tuple(x for x, _ in points), means, best)
 
 
 def likely_best(line: Line, level: float = 0.95) -> tuple[float, float, float]:
     """The x with the highest mean, and the smallest range of x around it that holds ``level`` of the resamples."""
-    top = int(np.argmax([interval.mean for interval in line.means]))
-    low = high = top
+    low = high = top = int(np.argmax([interval.mean for interval in line.means]))
     while sum(line.best[low : high + 1]) < level and (low > 0 or high < len(line.x) - 1):
         left = line.best[low - 1] if low > 0 else -1.0
         right = line.best[high + 1] if high < len(line.x) - 1 else -1.0
         low, high = (low - 1, high) if left >= right else (low, high + 1)
     return line.x[top], line.x[low], line.x[high]
-
-
-def curve(results: Results, name: str, key: str) -> dict[int, np.ndarray]:
-    """A logged scalar of an arm by seed, [step, value] rows."""
-    found = {seed: record.curves.get(key, []) for seed, record in results.runs(name).items()}
-    return {seed: np.asarray(rows, dtype=float) for seed, rows in found.items() if len(rows) > 1}

@@ -1,20 +1,19 @@
-"""What a study file says: one recipe, arms that change some of its keys, seeds, and what to compare.
+"""A study file: one recipe, arms that change some of its keys, seeds, and what to compare.
 
-Reading is strict: an unknown key, a wrong type or an arm that does not exist is a ConfigError that names the nearest
-valid word. ``read_study`` reads, ``tawin_nemo/tools/study/arms.py`` unfolds grids and orders the arms.
+Reading is strict: an unknown key, a wrong type or the name of an arm that does not exist raises a ConfigError with the
+nearest valid word. ``tawin_nemo/tools/study/arms.py`` makes the arms of what is read here.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import difflib
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from tawin_nemo.config.load import FREE_FORM, leaf_fields
@@ -26,7 +25,7 @@ from tawin_nemo.util.errors import ConfigError
 ARM_WORDS = ("after", "grid", "seeds")
 #: Recipe keys that the study sets itself.
 OWN_KEYS = ("seed", "name", "run_dir", "checkpoint")
-_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+-]*")
+NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+-]*")
 
 
 @dataclass(frozen=True)
@@ -38,6 +37,10 @@ class Sweep:
     metrics: list[str] = opt([], "one panel each (empty = the study's metrics)")
     beside: list[str] = opt([], "arms drawn as horizontal lines, e.g. sft_continued")
     minus: str = opt("", "an arm: show paired differences to it, whose intervals are far narrower")
+
+    @property
+    def x_label(self) -> str:
+        return self.x.rsplit(".", 1)[-1]
 
 
 @dataclass(frozen=True)
@@ -66,58 +69,37 @@ class StudyFile:
     report: bool = opt(False, "run nothing: only write the results page and the plots from the run files")
 
 
-@dataclass(frozen=True)
-class ArmFile:
-    """One entry of ``arms`` as it is written: before grids are unfolded."""
+def read_file(path: Path, overrides: Sequence[str]) -> tuple[StudyFile, dict[str, Any], dict[str, dict[str, Any]]]:
+    """The checked keys of a study file, the recipe keys of all arms, and each arm's entry.
 
-    name: str
-    keys: Mapping[str, Any]  # dotted recipe keys
-    grid: Mapping[str, Sequence[Any]]
-    after: str
-    seeds: tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class StudyText:
-    """A study file as it is written, its flat parts checked."""
-
-    path: Path
-    file: StudyFile
-    keys: Mapping[str, Any]  # ``set``, dotted
-    arms: tuple[ArmFile, ...]
-
-
-def read_study(path: str | Path | None, overrides: Sequence[str] = ()) -> StudyText:
-    """The study in ``path`` with ``key=value`` overrides (``set.data.root=DIR``, ``seeds=[1]``, ``arms.a.rl.lr=1e-5``).
-
-    Raises ConfigError for a missing file, an unknown key, a wrong type or an entry that cannot be used.
+    Recipe keys come dotted. An entry maps ``after``, ``seeds``, ``grid.KEY`` and recipe keys to their values.
+    Raises ConfigError for a missing file, an unknown key, a wrong type or a value out of limits.
     """
-    if path is None:
-        raise ConfigError("study needs --recipe FILE, a study file; for example recipes/studies/smoke.yaml")
-    path = Path(path)
-    layers = [_read_yaml(path), _read_overrides(overrides)]
-    set_keys: dict[str, Any] = {}
+    values: dict[str, Any] = {}
+    common: dict[str, Any] = {}
     arms: dict[str, dict[str, Any]] = {}
-    merged: Any = OmegaConf.structured(StudyFile)
-    for layer, where in zip(layers, (str(path), "the command line"), strict=True):
-        require_known(layer, [item.name for item in dataclasses.fields(StudyFile)], where)
-        set_keys |= flat(_mapping(layer.pop("set", {}), "set", where))
-        for name, entry in _mapping(layer.pop("arms", {}), "arms", where).items():
-            _merge_arm(arms.setdefault(str(name), {}), _mapping(entry or {}, f"arms.{name}", where))
-        for sweep in layer.get("sweeps") or []:
-            words = [item.name for item in dataclasses.fields(Sweep)]
-            require_known(_mapping(sweep, "sweeps", where), words, f"sweeps of {where}")
-        try:
-            OmegaConf.set_readonly(merged, False)
-            merged = OmegaConf.merge(merged, layer)
-        except OmegaConfBaseException as error:
-            key = getattr(error, "full_key", None) or "a value"
-            value = layer.get(str(key).split("[")[0].split(".")[0])
-            raise ConfigError(f"{key} in {where}: {str(error).splitlines()[0]} (the value is {value!r})") from None
-    file: Any = OmegaConf.to_object(merged)
-    text = StudyText(path, file, set_keys, tuple(_arm(name, entry, path) for name, entry in arms.items()))
-    _check(text)
-    return text
+    for layer, where in ((_read_yaml(path), str(path)), (_read_overrides(overrides), "the command line")):
+        require_known(layer, [item.name for item in fields(StudyFile)], where)
+        common |= flat(_mapping(layer.pop("set", None) or {}, "set", where))
+        for name, entry in _mapping(layer.pop("arms", None) or {}, "arms", where).items():
+            arms[str(name)] = arms.get(str(name), {}) | _arm_entry(entry or {}, f"arms.{name}", where)
+        values |= layer
+    for sweep in values.get("sweeps") or []:
+        require_known(_mapping(sweep, "sweeps", str(path)), [item.name for item in fields(Sweep)], f"sweeps of {path}")
+    try:
+        schema = OmegaConf.structured(StudyFile)
+        OmegaConf.set_readonly(schema, False)
+        file: Any = OmegaConf.to_object(OmegaConf.merge(schema, values))
+    except OmegaConfBaseException as error:
+        key = str(getattr(error, "full_key", None) or "a value")
+        value = values.get(re.split(r"[.\[]", key)[0])
+        raise ConfigError(f"{key} in {path}: {str(error).splitlines()[0]} (the value is {value!r})") from None
+    _check(file, path, arms)
+    _check_recipe_keys(common, f"set of {path}")
+    for name, entry in arms.items():
+        keys = [key.removeprefix("grid.") for key in entry if key not in ("after", "seeds")]
+        _check_recipe_keys(keys, f"arm {name} of {path}", also=ARM_WORDS)
+    return file, common, arms
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
@@ -126,10 +108,12 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         hint = f"; did you mean {path.parent / near[0]}?" if near else ""
         raise ConfigError(f"study file not found: {path}{hint}")
     try:
-        loaded = OmegaConf.load(path)
+        content = OmegaConf.to_container(OmegaConf.load(path), resolve=True)
     except Exception as error:  # yaml raises many types; each is a mistake in the file
         raise ConfigError(f"{path} is not valid YAML: {error}") from None
-    return _plain(loaded, str(path))
+    if not isinstance(content, dict):
+        raise ConfigError(f"{path} must hold `key: value` lines, it holds a list")
+    return {str(key): value for key, value in content.items()}
 
 
 def _read_overrides(overrides: Sequence[str]) -> dict[str, Any]:
@@ -137,17 +121,16 @@ def _read_overrides(overrides: Sequence[str]) -> dict[str, Any]:
         if "=" not in item:
             raise ConfigError(f"override {item!r} has no '='; write key=value, for example set.data.root=DIR")
     try:
-        return _plain(OmegaConf.from_dotlist(list(overrides)), "the command line")
-    except ConfigError:
-        raise
+        content: Any = OmegaConf.to_container(OmegaConf.from_dotlist(list(overrides)), resolve=True)
     except Exception as error:  # a value that YAML cannot parse
         raise ConfigError(f"override not understood: {error}") from None
+    return {str(key): value for key, value in content.items()}
 
 
-def _plain(loaded: Any, where: str) -> dict[str, Any]:
-    if not isinstance(loaded, DictConfig):
-        raise ConfigError(f"{where} must hold `key: value` lines, found a list")
-    return {str(key): value for key, value in (OmegaConf.to_container(loaded, resolve=True) or {}).items()}  # type: ignore[union-attr]
+def _arm_entry(entry: Any, key: str, where: str) -> dict[str, Any]:
+    entry = dict(_mapping(entry, key, where))
+    grid = _mapping(entry.pop("grid", None) or {}, f"{key}.grid", where)
+    return flat(entry) | flat(grid, "grid.")
 
 
 def _mapping(value: Any, key: str, where: str) -> dict[str, Any]:
@@ -168,67 +151,42 @@ def flat(node: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return result
 
 
-def _merge_arm(arm: dict[str, Any], entry: dict[str, Any]) -> None:
-    """A later layer's entry over an earlier one's, key by key."""
-    for word in ("after", "seeds"):
-        if word in entry:
-            arm[word] = entry[word]
-    keys = {name: value for name, value in entry.items() if name not in ARM_WORDS}
-    arm["keys"] = {**arm.get("keys", {}), **flat(keys)}
-    arm["grid"] = {**arm.get("grid", {}), **flat(_mapping(entry.get("grid") or {}, "grid", "an arm"))}
-
-
-def _arm(name: str, entry: dict[str, Any], path: Path) -> ArmFile:
-    where = f"arm {name} of {path}"
-    if not _NAME.fullmatch(name):
-        raise ConfigError(f"{where}: a name holds letters, digits and _.+- only")
-    for key, values in entry["grid"].items():
-        if not isinstance(values, list) or not values:
-            raise ConfigError(f"grid {key}={values} in {where} must be a list of values, e.g. [0, 1, 2]")
-    seeds = entry.get("seeds", [])
-    if not isinstance(seeds, list) or not all(isinstance(seed, int) and seed >= 0 for seed in seeds):
-        raise ConfigError(f"seeds={seeds} in {where} must be a list of whole numbers >= 0")
-    after = entry.get("after", "")
-    if not isinstance(after, str):
-        raise ConfigError(f"after={after} in {where} must name one arm")
-    return ArmFile(name, entry["keys"], entry["grid"], after, tuple(seeds))
-
-
-def _check(text: StudyText) -> None:
-    file, path = text.file, text.path
-    if not _NAME.fullmatch(file.study):
-        raise ConfigError(f"study={file.study!r} in {path}: name the study with letters, digits and _.+- only")
-    if not file.recipe:
-        raise ConfigError(f"recipe is missing in {path}; name the recipe of all arms, relative to the study file")
-    if not text.arms:
-        raise ConfigError(f"arms is empty in {path}; write at least one, e.g. arms: {{sft: {{rl.enabled: false}}}}")
-    if not file.seeds or min(file.seeds) < 0:
-        raise ConfigError(f"seeds={list(file.seeds)} in {path} must hold whole numbers >= 0")
-    if file.shared_from and not _NAME.fullmatch(file.shared_from):
-        raise ConfigError(f"shared_from={file.shared_from} in {path} must be the name of a study")
+def _check(file: StudyFile, path: Path, arms: Mapping[str, Mapping[str, Any]]) -> None:
+    name = "letters, digits and _.+- only"
+    problems = [
+        (not NAME.fullmatch(file.study), f"study={file.study!r}: name the study with {name}"),
+        (not file.recipe, "recipe is missing; name the recipe of all arms, relative to the study file"),
+        (not arms, "arms is empty; write at least one, e.g. arms: {sft: {rl.enabled: false}}"),
+        (not file.seeds or min(file.seeds) < 0, f"seeds={list(file.seeds)} must hold whole numbers >= 0"),
+        (bool(file.shared_from) and not NAME.fullmatch(file.shared_from), "shared_from must be the name of a study"),
+        (file.workers < 0, f"workers={file.workers} must be >= 0 (0 = cores)"),
+        *((not NAME.fullmatch(arm), f"arm {arm}: a name holds {name}") for arm in arms),
+    ]
+    for wrong, message in problems:
+        if wrong:
+            raise ConfigError(f"{path}: {message}")
     for metric in [*file.metrics, *(metric for sweep in file.sweeps for metric in sweep.metrics)]:
         parse_metric(metric)
-    if file.workers < 0:
-        raise ConfigError(f"workers={file.workers} in {path} must be >= 0 (0 = cores)")
-    recipe_keys(text.keys, f"set of {path}")
-    for arm in text.arms:
-        recipe_keys({**arm.keys, **arm.grid}, f"arm {arm.name} of {path}")
 
 
-def recipe_keys(keys: Iterable[str], where: str) -> None:
+def _check_recipe_keys(keys: Iterable[str], where: str, also: Sequence[str] = ()) -> None:
     """Raises ConfigError for a key that no recipe has, or that the study sets itself."""
     valid = [key for key, _ in leaf_fields(Recipe)]
     for key in keys:
         if key in OWN_KEYS:
             raise ConfigError(f"{key} in {where} is set by the study; use seeds, run_root or the arm's name")
-        if key.split(".")[0] not in FREE_FORM:
-            require_known([key], [*valid, *ARM_WORDS] if where.startswith("arm ") else valid, where)
+        if key not in valid and key.split(".")[0] not in FREE_FORM:
+            require_known([key], [*valid, *also], where)
 
 
-def require_known(found: Iterable[str], valid: Sequence[str], where: str) -> None:
-    """Raises ConfigError for a word that is not valid; it names the nearest that is."""
-    for name in found:
+def require_known(names: Iterable[str], valid: Sequence[str], where: str) -> None:
+    """Raises ConfigError for a name that is not valid; the message has the nearest valid one."""
+    for name in names:
         if name not in valid:
-            near = difflib.get_close_matches(name, valid, n=1, cutoff=0.5)
-            hint = f"did you mean {near[0]}?" if near else f"valid: {', '.join(list(valid)[:20])}"
-            raise ConfigError(f"unknown key {name} in {where}; {hint}")
+            raise ConfigError(f"unknown key {name} in {where}; {nearest(name, valid)}")
+
+
+def nearest(name: str, valid: Sequence[str]) -> str:
+    """A hint for a name that is not valid: the most similar valid one, else the first valid ones."""
+    near = difflib.get_close_matches(name, valid, n=1, cutoff=0.5)
+    return f"did you mean {near[0]}?" if near else f"valid: {', '.join(valid[:20])}"

@@ -1,4 +1,4 @@
-"""One run as a process: its command, its log, its lock, and the record it leaves."""
+"""One run as a process: its data, its command, its log, its lock and its end."""
 
 from __future__ import annotations
 
@@ -12,32 +12,25 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from datetime import UTC, datetime
 from pathlib import Path
+from typing import IO, Any
 
 from tawin_nemo.config.schema import Recipe
 from tawin_nemo.run.datasets import prepared_root
 from tawin_nemo.tools.study import provenance
 from tawin_nemo.tools.study.arms import Study
-from tawin_nemo.tools.study.plan import Plan, Run, arm_keys, as_override, parent_run, recipe_hash
-from tawin_nemo.tools.study.record import FailedRun, RunRecord, final_stage, read_stage
-from tawin_nemo.util.errors import DataError
+from tawin_nemo.tools.study.plan import Run, arm_keys, as_override
 
 #: What a process gets besides this one's environment: a core each.
 ENVIRONMENT = {
     "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false",
     "PYTHONUNBUFFERED": "1",
 }  # fmt: skip
-#: Seconds that a process has to end after SIGTERM.
-GRACE = 10.0
-#: Seconds that the system may take to remove what was killed.
-KILLED = 10.0
-#: Lines of a log that are shown and kept when a run fails.
-TAIL = 8
+#: Seconds that a process has to end after SIGTERM, and the system to remove what was killed.
+GRACE, KILLED = 10.0, 10.0
 
-FindData = Callable[[Recipe], Path]
 #: (run, folder of the prepared data, stage to start from) -> the command's words
 Command = Callable[[Run, Path, Path | None], list[str]]
 
@@ -60,7 +53,7 @@ class Process:
 
 
 def train_command(study: Study) -> Command:
-    """The ``train`` command of a run: the study's recipe, the arm's keys, and where the run lies."""
+    """The ``train`` command of a run: the study's recipe, the arm's keys, and the run's folders."""
 
     def command(run: Run, data: Path, start: Path | None) -> list[str]:
         recipe = run.recipe
@@ -78,7 +71,7 @@ def train_command(study: Study) -> Command:
     return command
 
 
-def data_finder(study: Study, find_data: FindData = prepared_root) -> Callable[[Run], Path]:
+def data_finder(study: Study, prepare: Callable[[Recipe], Path] = prepared_root) -> Callable[[Run], Path]:
     """Gives each run its prepared data; raw data is prepared once for all runs that agree on it, below ``run_root``.
 
     So all seeds see the same users, in generated data too: those are made with the recipe's own seed.
@@ -89,11 +82,11 @@ def data_finder(study: Study, find_data: FindData = prepared_root) -> Callable[[
         keys = [
             key for key in run.settings if key.startswith("prepare.") or key in ("data.dataset", "data.max_history")
         ]
-        told = json.dumps([run.recipe.data.root, *(run.settings[key] for key in keys)])
-        if told not in roots:
-            folder = study.run_root / "data" / hashlib.sha256(told.encode()).hexdigest()[:8]
-            roots[told] = find_data(replace(run.recipe, run_dir=str(folder)))
-        return roots[told]
+        identity = json.dumps([run.recipe.data.root, *(run.settings[key] for key in keys)])
+        if identity not in roots:
+            folder = study.run_root / "data" / hashlib.sha256(identity.encode()).hexdigest()[:8]
+            roots[identity] = prepare(replace(run.recipe, run_dir=str(folder)))
+        return roots[identity]
 
     return find
 
@@ -103,17 +96,15 @@ def start_process(run: Run, command: list[str]) -> Process:
 
     The process inherits a lock on the run directory and keeps it as long as it lives, even if this program is killed:
     nobody else can start the same run meanwhile. Raises Busy when somebody holds it; the lock file names the process.
+    It is ``flock`` and not the package filelock, whose release also unlocks the file for a child that inherited it.
     """
     run.run_dir.mkdir(parents=True, exist_ok=True)
-    number = len(list(run.run_dir.glob("attempt.*.log"))) + 1
-    log = run.run_dir / f"attempt.{number}.log"
+    log = run.run_dir / f"attempt.{len(list(run.run_dir.glob('attempt.*.log'))) + 1}.log"
     with (run.run_dir / "lock").open("a+") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        if not _try_lock(lock):
             lock.seek(0)
-            raise Busy(f"process {lock.read() or 'of unknown number'} works in {run.run_dir}") from None
-        lock.truncate(0)  # what stands there names the attempt before
+            raise Busy(f"process {lock.read() or 'of unknown number'} works in {run.run_dir}")
+        lock.truncate(0)  # it names the process of the attempt before
         with log.open("wb") as output:
             popen = subprocess.Popen(
                 command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT,
@@ -123,6 +114,15 @@ def start_process(run: Run, command: list[str]) -> Process:
         lock.write(str(popen.pid))
     shown = shown_command(command, run.recipe.data.root)
     return Process(run, popen, log, command, shown, provenance.code_version(), time.monotonic())
+
+
+def _try_lock(file: IO[Any]) -> bool:
+    """Whether the lock of an open file is now this process's, and of those that inherit the file."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def shown_command(command: list[str], data_root: str) -> str:
@@ -142,57 +142,12 @@ def stop(processes: list[Process]) -> None:
             process.popen.wait(GRACE)
         _signal(process, signal.SIGKILL)
         process.popen.wait()
-        _wait_for_lock(process.run.run_dir)
-
-
-def _wait_for_lock(run_dir: Path) -> None:
-    """Children of a process that was killed may outlive it for a moment, and hold its lock as long."""
-    give_up = time.monotonic() + KILLED
-    with (run_dir / "lock").open("a") as lock:
-        while time.monotonic() < give_up:
-            with contextlib.suppress(BlockingIOError):
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                return
-            time.sleep(0.02)
+        give_up = time.monotonic() + KILLED  # children may outlive it for a moment, and hold its lock as long
+        with (process.run.run_dir / "lock").open("a") as lock:
+            while not _try_lock(lock) and time.monotonic() < give_up:
+                time.sleep(0.02)
 
 
 def _signal(process: Process, number: int) -> None:
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.popen.pid, number)
-
-
-def collect(process: Process, plan: Plan, records: Mapping[tuple[str, int], RunRecord]) -> RunRecord:
-    """The record of a run that has just ended well. Raises DataError when its files are not complete."""
-    run = process.run
-    stage = final_stage(run.run_dir)
-    if stage is None:
-        raise DataError(f"{run.run_dir} has no summary.json that names a finished final_stage; look into {process.log}")
-    parent = parent_run(run, records, plan.study.results)
-    return RunRecord(
-        study=run.study, arm=run.arm.name, seed=run.seed, command=process.shown, commit=process.commit, date=today(),
-        hardware=provenance.hardware(), recipe_hash=recipe_hash(run.settings, parent), settings=dict(run.settings),
-        parent=parent, process_s=round(time.monotonic() - process.started, 1),
-        **read_stage(stage, list(run.recipe.eval.splits)),
-    )  # fmt: skip
-
-
-def failure(process: Process, message: str = "") -> FailedRun:
-    """The record of a run that has ended with an error."""
-    run = process.run
-    tail = [*log_tail(process.log), *([message] if message else [])]
-    here = f"{Path.cwd()}{os.sep}"
-    root = run.recipe.data.root
-    shown = [line.replace(root, "DIR") if root else line for line in tail]
-    return FailedRun(
-        run.study, run.arm.name, run.seed, process.shown, process.commit, today(), process.popen.returncode,
-        [line.replace(here, "") for line in shown],
-    )  # fmt: skip
-
-
-def log_tail(path: Path, lines: int = TAIL) -> list[str]:
-    text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
-    return [line for line in text.splitlines() if line.strip()][-lines:]
-
-
-def today() -> str:
-    return datetime.now(UTC).strftime("%Y-%m-%d")

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 import yaml
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from tawin_nemo.config.load import leaf_fields, load_recipe, value_of
 from tawin_nemo.config.schema import Recipe
@@ -28,8 +29,10 @@ MACHINE_KEYS = (
 MACHINE_SECTIONS = ("generate", "convert")
 #: YAML's style whose escapes hold any character.
 QUOTED = '"'
-#: What a run may be waiting for, or have behind it.
+#: State of a run; AGAIN = finished, but its weights are gone and a child needs them.
 DONE, TO_RUN, AGAIN = "done", "to run", "again for its weights"
+#: Arm's name and seed.
+Key = tuple[str, int]
 
 
 @dataclass(frozen=True)
@@ -50,14 +53,20 @@ class Run:
         return f"{self.arm.name}.seed{self.seed}"
 
     @property
-    def key(self) -> tuple[str, int]:
+    def key(self) -> Key:
         return self.arm.name, self.seed
 
     @property
-    def parent_key(self) -> tuple[str, int] | None:
+    def parent_key(self) -> Key | None:
         """The run of the same study that has to be finished before this one."""
         parent = self.arm.parent
         return (parent.arm, self.seed) if parent and not parent.study else None
+
+    @property
+    def parent_name(self) -> str:
+        """``STUDY/ARM.seedN`` of the run that this one starts from; empty without one."""
+        parent = self.arm.parent
+        return f"{parent.study or self.study}/{parent.arm}.seed{self.seed}" if parent else ""
 
     @property
     def failed_file(self) -> Path:
@@ -70,9 +79,9 @@ class Plan:
 
     study: Study
     runs: tuple[Run, ...]
-    state: Mapping[tuple[str, int], str]
-    records: Mapping[tuple[str, int], RunRecord]
-    failed: Mapping[tuple[str, int], FailedRun]
+    state: Mapping[Key, str]
+    records: Mapping[Key, RunRecord]
+    failed: Mapping[Key, FailedRun]
 
     @property
     def waiting(self) -> list[Run]:
@@ -83,7 +92,7 @@ class Plan:
         return expected_seconds(run, self.records)
 
 
-def expected_seconds(run: Run, records: Mapping[tuple[str, int], RunRecord]) -> float | None:
+def expected_seconds(run: Run, records: Mapping[Key, RunRecord]) -> float | None:
     groups: list[list[float]] = [[], [], []]
     for (arm, _), record in records.items():
         nearness = 0 if arm == run.arm.name else 1 if arm.split("[")[0] == run.arm.base else 2
@@ -98,12 +107,13 @@ def make_plan(study: Study) -> Plan:
     run of another study that is needed and not there.
     """
     recipes = {arm.name: arm_recipe(study, arm) for arm in study.arms}
-    runs = tuple(_run(study, arm, seed, recipes[arm.name]) for seed, arm in _seed_by_seed(study))
+    seeds = dict.fromkeys(seed for arm in study.arms for seed in arm.seeds)
+    runs = tuple(_run(study, arm, seed, recipes[arm.name]) for seed in seeds for arm in study.arms if seed in arm.seeds)
     records, failed = read_folder(study.results)
     changed = [text for run in runs if run.key in records for text in _changes(run, records[run.key], records)]
     if changed:
         raise ConfigError("; ".join(changed[:3]) + "; rename the arm, or delete the file to run it again")
-    state: dict[tuple[str, int], str] = {}
+    state: dict[Key, str] = {}
     for run in reversed(runs):  # children first: what they need decides about their parents
         children = [child for child in runs if child.parent_key == run.key and state[child.key] != DONE]
         record = records.get(run.key)
@@ -132,11 +142,6 @@ def arm_keys(study: Study, arm: Arm) -> dict[str, Any]:
     return {"trainer.threads": 1, "eval.splits": list(study.file.splits), **study.keys, **arm.keys}
 
 
-def _seed_by_seed(study: Study) -> list[tuple[int, Arm]]:
-    seeds = dict.fromkeys(seed for arm in study.arms for seed in arm.seeds)
-    return [(seed, arm) for seed in seeds for arm in study.arms if seed in arm.seeds]
-
-
 def _run(study: Study, arm: Arm, seed: int, recipe: Recipe) -> Run:
     parent_dir = None
     if arm.parent:
@@ -149,35 +154,24 @@ def _run(study: Study, arm: Arm, seed: int, recipe: Recipe) -> Run:
 
 
 def as_override(key: str, value: Any) -> str:
-    """``key=value`` as the command line reads it back.
+    """``key=value`` as the command line reads it back; strings are quoted only where they would be read otherwise.
 
     >>> as_override("eval.ks", [1, 3]), as_override("sft.rows", "fresh"), as_override("model.init", "1e3")
     ('eval.ks=[1, 3]', 'sft.rows=fresh', 'model.init="1e3"')
     """
     if not isinstance(value, str):
         return f"{key}={json.dumps(value)}"
-    return f"{key}={value if _plain(value) else yaml.safe_dump(value, default_style=QUOTED, width=math.inf).strip()}"
-
-
-def _plain(text: str) -> bool:
-    """Whether YAML reads the bare text as this very string."""
     try:
-        float(text)  # OmegaConf reads more numbers than YAML 1.1, e.g. 1e3
-    except ValueError:
-        try:
-            return bool(yaml.safe_load(text) == text)
-        except yaml.YAMLError:
-            return False
-    return False
+        bare = OmegaConf.from_dotlist([f"k={value}"])["k"] == value
+    except (OmegaConfBaseException, yaml.YAMLError):
+        bare = False
+    return f"{key}={value if bare else yaml.safe_dump(value, default_style=QUOTED, width=math.inf).strip()}"
 
 
 def settings_of(recipe: Recipe) -> dict[str, Any]:
     """Every key that decides about the result, by its dotted name."""
-    return {key: value_of(recipe, key) for key, _ in leaf_fields(Recipe) if not _of_the_machine(key)}
-
-
-def _of_the_machine(key: str) -> bool:
-    return key in MACHINE_KEYS or key.split(".")[0] in MACHINE_SECTIONS
+    keys = [key for key, _ in leaf_fields(Recipe) if key not in MACHINE_KEYS]
+    return {key: value_of(recipe, key) for key in keys if key.split(".")[0] not in MACHINE_SECTIONS}
 
 
 def recipe_hash(settings: Mapping[str, Any], parent: ParentRun | None) -> str:
@@ -186,45 +180,39 @@ def recipe_hash(settings: Mapping[str, Any], parent: ParentRun | None) -> str:
     Keys that a later version adds do not change it as long as they keep their default.
     """
     defaults = settings_of(Recipe())
-    told = {key: value for key, value in settings.items() if defaults.get(key) != value}
-    content = {"settings": told, "parent": dataclasses.asdict(parent) if parent else None}
+    changed = {key: value for key, value in settings.items() if defaults.get(key) != value}
+    content = {"settings": changed, "parent": asdict(parent) if parent else None}
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def parent_run(run: Run, records: Mapping[tuple[str, int], RunRecord], results: Path) -> ParentRun | None:
+def parent_run(run: Run, records: Mapping[Key, RunRecord], results: Path) -> ParentRun | None:
     """The parent as a run file names it. Raises ConfigError when it has no run file."""
     parent = run.arm.parent
     if parent is None:
         return None
     if not parent.study:
-        return ParentRun(f"{run.study}/{parent.arm}.seed{run.seed}", records[parent.arm, run.seed].recipe_hash)
+        return ParentRun(run.parent_name, records[parent.arm, run.seed].recipe_hash)
     path = results.parent / parent.study / f"{file_slug(parent.arm)}.seed{run.seed}.json"
     if not path.is_file():
         raise ConfigError(f"{run.name} starts from {parent.study}/{parent.arm}, but there is no run file {path}")
-    return ParentRun(f"{parent.study}/{parent.arm}.seed{run.seed}", RunRecord.read(path).recipe_hash)
+    return ParentRun(run.parent_name, RunRecord.read(path).recipe_hash)
 
 
-def _changes(run: Run, record: RunRecord, records: Mapping[tuple[str, int], RunRecord]) -> list[str]:
+def _changes(run: Run, record: RunRecord, records: Mapping[Key, RunRecord]) -> list[str]:
     """What makes ``record`` a run of another recipe; a key that it does not know yet counts as its default."""
-    defaults = settings_of(Recipe())
-    found = [
-        f"{key}: {record.settings.get(key, defaults.get(key))} -> {run.settings.get(key, 'no such key')}"
+    stored = settings_of(Recipe()) | record.settings
+    changes = [
+        f"{key}: {stored.get(key)} -> {run.settings.get(key, 'no such key')}"
         for key in sorted({*record.settings, *run.settings})
-        if record.settings.get(key, defaults.get(key)) != run.settings.get(key)
+        if stored.get(key) != run.settings.get(key)
     ]
-    found += _parent_change(run, record, records)
-    return [f"{run.file} was made with another recipe ({', '.join(found[:5])})"] if found else []
-
-
-def _parent_change(run: Run, record: RunRecord, records: Mapping[tuple[str, int], RunRecord]) -> list[str]:
-    parent, stored = run.arm.parent, record.parent
-    name = f"{parent.study or run.study}/{parent.arm}.seed{run.seed}" if parent else ""
-    if name != (stored.run if stored else ""):
-        return [f"after: {stored.run if stored else 'nothing'} -> {name or 'nothing'}"]
+    before = record.parent.run if record.parent else ""
     now = records.get(run.parent_key) if run.parent_key else None
-    if now is not None and stored is not None and now.recipe_hash != stored.recipe_hash:
-        return [f"after: {name} has another recipe than it had then"]
-    return []
+    if run.parent_name != before:
+        changes.append(f"after: {before or 'nothing'} -> {run.parent_name or 'nothing'}")
+    elif now and record.parent and now.recipe_hash != record.parent.recipe_hash:
+        changes.append(f"after: {run.parent_name} has another recipe than it had then")
+    return [f"{run.file} was made with another recipe ({', '.join(changes[:5])})"] if changes else []
 
 
 def _require_other_studies(plan: Plan) -> None:
@@ -243,7 +231,7 @@ def _require_other_studies(plan: Plan) -> None:
 def plan_table(plan: Plan, workers: int) -> str:
     """The runs in order with what exists and what each will take, for a person."""
     lines = []
-    for place, run in enumerate(plan.runs, start=1):
+    for number, run in enumerate(plan.runs, start=1):
         seconds = plan.seconds(run)
         minutes = "     ?" if seconds is None else f"{seconds / 60:6.1f}"
         state = plan.state[run.key]
@@ -251,7 +239,7 @@ def plan_table(plan: Plan, workers: int) -> str:
             state = "to run, failed before"
         time = "      " if state == DONE else minutes
         after = f" after {run.arm.parent.arm}" if run.arm.parent else ""
-        lines.append(f"{place:4} {run.name:48} {time} min  {state}{after}")
+        lines.append(f"{number:4} {run.name:48} {time} min  {state}{after}")
     total = total_seconds([plan.seconds(run) for run in plan.waiting], workers)
     about = "" if total is None else f", about {total / 60:.0f} min with {workers} at once"
     return "\n".join([*lines, f"{len(plan.waiting)} of {len(plan.runs)} runs to do{about}"])

@@ -1,4 +1,4 @@
-"""Where a result comes from: the code's commit, the machine; and one commit per result file."""
+"""Where a result comes from: the code's commit and the machine; and the git commit of each result."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import platform
 import re
 import subprocess
 import time
+from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -36,8 +37,8 @@ def hardware() -> dict[str, Any]:
     name = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")
     if info.is_file():
-        found = re.search(r"^model name\s*:\s*(.+)$", info.read_text(encoding="utf-8"), re.MULTILINE)
-        name = found[1].strip() if found else name
+        line = re.search(r"^model name\s*:\s*(.+)$", info.read_text(encoding="utf-8"), re.MULTILINE)
+        name = line[1].strip() if line else name
     return {"cpu": name, "cores": cores(), "torch": metadata.version("torch")}
 
 
@@ -52,23 +53,24 @@ def require_repository(folder: Path) -> None:
         raise ConfigError(f"commit=true but {folder} is not in a git repository; set commit=false or results=FOLDER")
 
 
-def commit_file(path: Path, message: str) -> bool:
-    """Commit this one file and nothing else that may be staged; False, with a warning, when git refuses.
+def commit(paths: Sequence[Path], message: str) -> bool:
+    """Commit these files of one folder and nothing else that may be staged; False, with a warning, when git refuses.
 
     Waits while another program holds git's index.
     """
+    folder, names = paths[0].parent, [path.name for path in paths]
     for attempt in range(ATTEMPTS):
-        done = _git(path.parent, "add", "--", path.name)
+        done = _git(folder, "add", "--", *names)
         if done.returncode == 0:
-            if _git(path.parent, "diff", "--cached", "--quiet", "--", path.name).returncode == 0:
+            if _git(folder, "diff", "--cached", "--quiet", "--", *names).returncode == 0:
                 return True  # committed already
-            done = _git(path.parent, "commit", "--quiet", "-m", message, "--only", "--", path.name)
+            done = _git(folder, "commit", "--quiet", "-m", message, "--only", "--", *names)
             if done.returncode == 0:
                 return True
         if "lock" not in done.stderr:  # index.lock, or a reference that another commit is moving
             break
         time.sleep(PAUSE * (attempt + 1))
-    log.warning("%s is written but not committed: %s", path, (done.stderr or done.stdout).strip()[-300:])
+    log.warning("%s is written but not committed: %s", paths[0], (done.stderr or done.stdout).strip()[-300:])
     return False
 
 

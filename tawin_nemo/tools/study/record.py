@@ -1,15 +1,15 @@
-"""The file of a finished run: everything that tables, paired tests and plots need, small enough to be committed.
+"""The files of a finished run: everything that tables, paired tests and plots need, small enough to be committed.
 
-The rank of every user's target is in it, so each Recall@K and NDCG@K up to the number of beams, and each paired test,
-can be made again from these files alone.
+``ARM.seedN.json`` holds the recipe and the means, ``ARM.seedN.npz`` beside it the rank of every user's target. So each
+Recall@K and NDCG@K up to the number of beams, and each paired test, can be made again from these files alone.
 """
 
 from __future__ import annotations
 
 import base64
-import binascii
 import hashlib
 import json
+import zipfile
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -22,9 +22,11 @@ import numpy as np
 from tawin_nemo.eval.paired import metric_values, parse_metric
 from tawin_nemo.eval.result import EvalResult
 from tawin_nemo.util.errors import DataError
-from tawin_nemo.util.files import sha256, write_json
+from tawin_nemo.util.files import atomic_path, sha256, write_json
 
 FAILED = ".failed.json"
+#: What reading a damaged run file or its ranks may raise.
+_DAMAGE = (OSError, ValueError, KeyError, TypeError, AttributeError, EOFError, zlib.error, zipfile.BadZipFile)
 #: Parts of a run whose means are kept of each logged scalar.
 _PARTS = 10
 #: Metrics are made again from ranks when a file is read; more than this is not rounding.
@@ -54,7 +56,7 @@ class SplitResult:
         return metric_values(metric, self.rank_B, self.sharing_B if self.shares_credit else None)
 
     def matches(self, metric: str) -> np.ndarray:
-        """As ``values``, but a hit on a path that items share counts in full, as MiniOneRec's evaluation counts."""
+        """``values`` with a hit on a path that several items share counted in full, as in MiniOneRec's evaluation."""
         return replace(self, sharing_B=None).values(metric)
 
     @property
@@ -87,7 +89,7 @@ class RunRecord:
     date: str
     hardware: dict[str, Any]
     recipe_hash: str
-    settings: dict[str, Any]  # every recipe key but those of the machine and of the run's place
+    settings: dict[str, Any]  # every recipe key but those of the machine and of the run's folders
     parent: ParentRun | None
     splits: dict[str, SplitResult]
     curves: dict[str, list[list[float]]]  # [step, value] of each logged valid/*
@@ -96,9 +98,19 @@ class RunRecord:
     trends: dict[str, list[float]] = field(default_factory=dict)  # the same scalars, means of up to ten equal parts
 
     def write(self, path: Path) -> None:
+        """Write both files, the ranks first: where the JSON is, the ranks are too."""
+        arrays: dict[str, Any] = {}
         content = {item.name: getattr(self, item.name) for item in fields(self)}
-        content["parent"] = asdict(self.parent) if self.parent else None
-        content["splits"] = {name: _split_to_json(split) for name, split in self.splits.items()}
+        content |= {"parent": asdict(self.parent) if self.parent else None, "splits": {}}
+        for name, split in self.splits.items():
+            values = {item.name: getattr(split, item.name) for item in fields(split)}
+            for key in ("rank_B", "sharing_B"):
+                array_B = values.pop(key)
+                if array_B is not None:
+                    arrays[f"{name}.{key}"] = array_B.astype(np.int32)
+            content["splits"][name] = values
+        with atomic_path(ranks_file(path)) as temporary:
+            np.savez_compressed(temporary, **arrays)
         write_json(path, content)
 
     @classmethod
@@ -107,15 +119,42 @@ class RunRecord:
         try:
             content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
             content["parent"] = ParentRun(**content["parent"]) if content["parent"] else None
-            content["splits"] = {name: _split_from_json(split) for name, split in content["splits"].items()}
+            parts = {name: {**_arrays(path, name, split), **split} for name, split in content["splits"].items()}
+            content["splits"] = {name: SplitResult(**part) for name, part in parts.items()}
             record = cls(**content)
-        except (OSError, ValueError, KeyError, TypeError, zlib.error) as error:
+        except _DAMAGE as error:
             raise DataError(f"{path} is not a run file: {error}; delete it and run the study again") from error
         for name, split in record.splits.items():
             for metric, mean in split.means.items():
                 if len(split.rank_B) != split.rows or abs(float(split.values(metric).mean()) - mean) > _TOLERANCE:
                     raise DataError(f"{path}: {name} {metric} = {mean} is not what its {split.rows} ranks give")
         return record
+
+
+def ranks_file(path: Path) -> Path:
+    """The file of ranks that belongs to the run file ``path``."""
+    return path.with_suffix(".npz")
+
+
+def _arrays(path: Path, name: str, split: dict[str, Any]) -> dict[str, np.ndarray | None]:
+    """``rank_B`` and ``sharing_B`` of a split, int64; older run files hold them as text, which is taken out."""
+    if "rank" in split:
+        texts = {"rank_B": split.pop("rank"), "sharing_B": split.pop("sharing")}
+        return {key: None if text is None else unpack(text) for key, text in texts.items()}
+    with np.load(ranks_file(path)) as arrays:
+        sharing_B = arrays[f"{name}.sharing_B"].astype(np.int64) if f"{name}.sharing_B" in arrays else None
+        return {"rank_B": arrays[f"{name}.rank_B"].astype(np.int64), "sharing_B": sharing_B}
+
+
+def unpack(text: str) -> np.ndarray:
+    """Whole numbers from base64 of zlib of int16 ("i2:...") or int32 ("i4:..."). [B] int64.
+
+    Raises ValueError or zlib.error for anything else.
+    """
+    kind, _, data = text.partition(":")
+    if kind not in ("i2", "i4"):
+        raise ValueError(f"packed numbers start with i2: or i4:, not {kind[:8]!r}")
+    return np.frombuffer(zlib.decompress(base64.b64decode(data, validate=True)), dtype=f"<{kind}").astype(np.int64)
 
 
 @dataclass(frozen=True)
@@ -147,12 +186,12 @@ def read_folder(folder: Path) -> tuple[dict[tuple[str, int], RunRecord], dict[tu
     finished, failed = {}, {}
     for path in sorted(folder.glob("*.seed*.json")):
         if path.name.endswith(FAILED):
-            lost = FailedRun.read(path)
-            failed[lost.arm, lost.seed] = lost
+            failure = FailedRun.read(path)
+            failed[failure.arm, failure.seed] = failure
         else:
             record = RunRecord.read(path)
             finished[record.arm, record.seed] = record
-    return finished, {key: lost for key, lost in failed.items() if key not in finished}
+    return finished, {key: failure for key, failure in failed.items() if key not in finished}
 
 
 # -- from a run directory ------------------------------------------------------------------------------------------
@@ -208,13 +247,13 @@ def _read_split(directory: Path, name: str) -> SplitResult:
 
 def _numbers(node: Mapping[str, Any]) -> dict[str, float]:
     """All numbers below ``node`` by their own names; ``{"beyond": {"diversity@10": 1}}`` -> ``{"diversity@10": 1}``."""
-    found: dict[str, float] = {}
+    numbers: dict[str, float] = {}
     for key, value in node.items():
         if isinstance(value, dict):
-            found |= _numbers(value)
+            numbers |= _numbers(value)
         elif isinstance(value, int | float) and not isinstance(value, bool):
-            found[key] = value
-    return found
+            numbers[key] = value
+    return numbers
 
 
 def part_means(values: Sequence[float]) -> list[float]:
@@ -238,34 +277,3 @@ def _logged(path: Path) -> tuple[dict[str, list[list[float]]], dict[str, list[fl
             elif name not in ("step", "epoch") and isinstance(value, int | float):
                 others.setdefault(name, []).append(value)
     return curves, others
-
-
-# -- ranks as text -------------------------------------------------------------------------------------------------
-def pack(values_B: np.ndarray) -> str:
-    """Whole numbers as text: the smallest of int16 and int32 that holds them, zlib, base64."""
-    kind = "<i2" if len(values_B) == 0 or np.abs(values_B).max() < 2**15 else "<i4"
-    packed = zlib.compress(np.ascontiguousarray(values_B, dtype=kind).tobytes(), 9)
-    return f"{kind[1:]}:{base64.b64encode(packed).decode('ascii')}"
-
-
-def unpack(text: str) -> np.ndarray:
-    """What ``pack`` packed. [B] int64. Raises ValueError or zlib.error for anything else."""
-    kind, _, data = text.partition(":")
-    if kind not in ("i2", "i4"):
-        raise ValueError(f"packed numbers start with i2: or i4:, not {kind[:8]!r}")
-    try:
-        return np.frombuffer(zlib.decompress(base64.b64decode(data, validate=True)), dtype=f"<{kind}").astype(np.int64)
-    except binascii.Error as error:
-        raise ValueError(f"packed numbers are damaged: {error}") from None
-
-
-def _split_to_json(split: SplitResult) -> dict[str, Any]:
-    content = {item.name: getattr(split, item.name) for item in fields(split) if not item.name.endswith("_B")}
-    sharing = None if split.sharing_B is None else pack(split.sharing_B)
-    return {**content, "rank": pack(split.rank_B), "sharing": sharing}
-
-
-def _split_from_json(content: dict[str, Any]) -> SplitResult:
-    facts = {key: value for key, value in content.items() if key not in ("rank", "sharing")}
-    sharing = content["sharing"]
-    return SplitResult(**facts, rank_B=unpack(content["rank"]), sharing_B=None if sharing is None else unpack(sharing))

@@ -10,16 +10,7 @@ from collections.abc import Iterator, Sequence
 
 from tawin_nemo.eval.intervals import Interval
 from tawin_nemo.eval.paired import parse_metric
-from tawin_nemo.tools.study.analysis import (
-    POOLED,
-    PairRow,
-    Results,
-    likely_best,
-    missing,
-    pair_rows,
-    stray,
-    sweep_lines,
-)
+from tawin_nemo.tools.study.analysis import POOLED, PairRow, Results, likely_best, pair_rows, sweep_lines
 from tawin_nemo.tools.study.record import SplitResult
 
 HOW_TO_READ = """\
@@ -48,7 +39,7 @@ def page(results: Results, plots: Sequence[str]) -> str:
 
 
 def _made_by(results: Results) -> str:
-    path = results.study.shown_path
+    path = "/".join(results.study.path.resolve().parts[-3:])  # without the folders of this machine
     return (
         f"Made by `python -m tawin_nemo study --recipe {path}`; `report=true` behind it rebuilds this page and its "
         "plots from the run files beside them."
@@ -56,14 +47,11 @@ def _made_by(results: Results) -> str:
 
 
 def _title(results: Results, split: str) -> str:
-    sizes = Counter(
-        sum(record.splits[part].rows for part in split.split("+"))
-        for record in results.records.values()
-        if all(part in record.splits for part in split.split("+"))
-    )
-    beams = sorted({part.beams for record in results.records.values() for part in record.splits.values()})
-    rows = " or ".join(f"{size:,}" for size in sorted(sizes))
-    return f"{split}: {rows} rows, {' or '.join(map(str, beams))} beams"
+    records = results.records.values()
+    runs = [[r.splits[part] for part in split.split("+")] for r in records if r.splits.keys() >= set(split.split("+"))]
+    sizes = sorted({sum(part.rows for part in parts) for parts in runs})
+    beams = sorted({part.beams for record in records for part in record.splits.values()})
+    return f"{split}: {' or '.join(f'{n:,}' for n in sizes)} rows, {' or '.join(map(str, beams))} beams"
 
 
 def arms_table(results: Results, split: str) -> str:
@@ -86,9 +74,9 @@ def arms_table(results: Results, split: str) -> str:
     return _table(head, rows)
 
 
-def _seeds(results: Results, name: str, planned: int, found: int) -> str:
+def _seeds(results: Results, name: str, planned: int, finished: int) -> str:
     failed = sum(arm == name for arm, _ in results.failed)
-    text = str(found) if found >= planned else f"{found} of {planned}"
+    text = str(finished) if finished >= planned else f"{finished} of {planned}"
     return f"{text} ({failed} failed)" if failed else text
 
 
@@ -106,9 +94,8 @@ def trends_table(results: Results) -> str:
 def pairs_table(results: Results, split: str) -> str:
     """Every comparison with every metric."""
     head = ["ours - theirs", "metric", "difference", "per seed", "p", "Holm", "detectable"]
-    found = [pair_rows(results, split, metric) for metric in results.study.file.metrics]
-    order = {pair: place for place, pair in enumerate(results.study.pairs)}
-    rows = sorted((row for rows in found for row in rows), key=lambda row: order[row.ours, row.theirs])
+    rows = [row for metric in results.study.file.metrics for row in pair_rows(results, split, metric)]
+    rows.sort(key=lambda row: results.study.pairs.index((row.ours, row.theirs)))
     return _table(head, [_pair_cells(row) for row in rows]) if rows else "No pair has two finished runs yet."
 
 
@@ -128,45 +115,43 @@ def _pair_cells(row: PairRow) -> list[str]:
 
 def _sweeps(results: Results, split: str) -> Iterator[str]:
     for sweep in results.study.file.sweeps:
-        word = sweep.x.rsplit(".", 1)[-1]
         rows, best = [], []
         for metric in sweep.metrics or results.study.file.metrics:
             for line in sweep_lines(results, sweep, split, metric):
-                rows += [
-                    [
-                        short(metric),
-                        line.label,
-                        f"{x:g}",
-                        _signed_mean(mean) if sweep.minus else _mean(mean),
-                        f"{share:.0%}" if line.best else "–",
-                    ]
-                    for x, mean, share in zip(line.x, line.means, line.best or [0.0] * len(line.x), strict=True)
-                ]
+                shares = [f"{share:.0%}" for share in line.best] or ["–"] * len(line.x)
+                for x, mean, share in zip(line.x, line.means, shares, strict=True):
+                    cell = _signed_mean(mean) if sweep.minus else _mean(mean)
+                    rows.append([short(metric), line.label, f"{x:g}", cell, share])
                 if line.best:
                     top, low, high = likely_best(line)
-                    best.append(f"- {short(metric)}, {line.label}: {word} {top:g}, 95 %: {low:g} to {high:g}")
+                    best.append(f"- {short(metric)}, {line.label}: {sweep.x_label} {top:g}, 95 %: {low:g} to {high:g}")
         if rows:
-            yield f"### `{sweep.arm}`{f' minus `{sweep.minus}`' if sweep.minus else ''} against {word}, {split}"
-            yield _table(["metric", "line", word, "mean", "best in"], rows)
+            minus = f" minus `{sweep.minus}`" if sweep.minus else ""
+            yield f"### `{sweep.arm}`{minus} against {sweep.x_label}, {split}"
+            yield _table(["metric", "line", sweep.x_label, "mean", "best in"], rows)
             yield (
-                f"Best {word} by the mean, and the range around it that holds the best one in 95 % of 2,000 resamples "
-                "of seeds and users:\n\n" + "\n".join(best)
+                f"Best {sweep.x_label} by the mean, and the range around it that holds the best one in 95 % of 2,000 "
+                "resamples of seeds and users:\n\n" + "\n".join(best)
             )
 
 
 def _not_finished(results: Results) -> Iterator[str]:
     if results.failed:
         rows = [
-            [f"`{lost.arm}`", str(lost.seed), str(lost.exit_code), _code(lost.log_tail[-1] if lost.log_tail else "")]
-            for _, lost in sorted(results.failed.items())
+            [f"`{run.arm}`", str(run.seed), str(run.exit_code), _code(run.log_tail[-1] if run.log_tail else "")]
+            for _, run in sorted(results.failed.items())
         ]
         yield "## Failed runs"
         yield _table(["arm", "seed", "exit code", "last line of its log"], rows)
-    absent, left = missing(results), stray(results)
-    if absent:
-        yield f"Not run yet: {', '.join(f'`{name}`' for name in absent)}."
-    if left:
-        yield f"Run files of arms that the study file no longer has: {', '.join(f'`{name}`' for name in left)}."
+    planned = [(arm.name, seed) for arm in results.study.arms for seed in arm.seeds]
+    present = {*results.records, *results.failed}
+    arms = {arm.name for arm in results.study.arms}
+    missing = [f"`{arm}.seed{seed}`" for arm, seed in planned if (arm, seed) not in present]
+    stray = [f"`{arm}.seed{seed}`" for arm, seed in sorted(present) if arm not in arms]
+    if missing:
+        yield f"Not run yet: {', '.join(missing)}."
+    if stray:
+        yield f"Run files of arms that the study file no longer has: {', '.join(stray)}."
 
 
 def _runs(results: Results) -> str:
@@ -186,10 +171,10 @@ def _runs(results: Results) -> str:
     ])  # fmt: skip
 
 
-def _counted(found: Counter[str]) -> str:
-    if len(found) == 1:
-        return next(iter(found))
-    return ", ".join(f"{name} ({count} runs)" for name, count in sorted(found.items()))
+def _counted(counts: Counter[str]) -> str:
+    if len(counts) == 1:
+        return next(iter(counts))
+    return ", ".join(f"{name} ({count} runs)" for name, count in sorted(counts.items()))
 
 
 # -- cells ---------------------------------------------------------------------------------------------------------

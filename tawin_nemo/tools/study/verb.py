@@ -8,8 +8,7 @@ from typing import Any
 
 from tawin_nemo.tools.study import provenance
 from tawin_nemo.tools.study.analysis import load_results
-from tawin_nemo.tools.study.arms import Study, unfold
-from tawin_nemo.tools.study.config import read_study
+from tawin_nemo.tools.study.arms import Study, read_study
 from tawin_nemo.tools.study.launch import data_finder, train_command
 from tawin_nemo.tools.study.plan import DONE, make_plan, plan_table
 from tawin_nemo.tools.study.runner import Outcome, Runner
@@ -26,43 +25,43 @@ def run_study(
 
     Raises ConfigError for a mistake in the study file or a run file of another recipe.
     """
-    asked = unfold(read_study(path, overrides))
-    if asked.file.report:
-        return {"study": asked.file.study, "report": str(write_page(asked))}, 0
-    plan = make_plan(asked)
-    workers = asked.file.workers or provenance.cores()
-    log.info("%s\n%s", asked.file.study, plan_table(plan, workers))
+    study = read_study(path, overrides)
+    if study.file.report:
+        return {"study": study.file.study, "report": str(write_page(study))}, 0
+    plan = make_plan(study)
+    workers = study.file.workers or provenance.cores()
+    log.info("%s\n%s", study.file.study, plan_table(plan, workers))
     skipped = [run.name for run in plan.runs if plan.state[run.key] == DONE]
     if dry_run:
         waiting = [run.name for run in plan.waiting]
-        return {"study": asked.file.study, "dry_run": True, "done": len(skipped), "to_run": waiting}, 0
-    if asked.file.commit:
-        provenance.require_repository(asked.results)
+        return {"study": study.file.study, "dry_run": True, "done": len(skipped), "to_run": waiting}, 0
+    if study.file.commit:
+        provenance.require_repository(study.results)
     outcome = Outcome()
     if plan.waiting:
-        outcome = Runner(plan, train_command(asked), data_finder(asked), workers=workers).run()
+        outcome = Runner(plan, train_command(study), data_finder(study), workers=workers).run()
     result = {
-        "study": asked.file.study,
+        "study": study.file.study,
         "finished": len(outcome.finished),
         "skipped": len(skipped),
         "failed": outcome.failed,
         "blocked": outcome.blocked,
-        "results": str(asked.results),
-        "report": str(write_page(asked)),
+        "results": str(study.results),
+        "report": str(write_page(study)),
     }
     return result, 1 if outcome.failed or outcome.blocked else 0
 
 
-def write_page(asked: Study) -> Path:
+def write_page(study: Study) -> Path:
     """README.md and the plots from the run files in ``results``; the page's path."""
     # matplotlib takes a second to import, which a dry run should not wait for
     from tawin_nemo.tools.study.plots import write_plots
     from tawin_nemo.tools.study.tables import page
 
-    results = load_results(asked)
-    asked.results.mkdir(parents=True, exist_ok=True)
-    text = page(results, write_plots(results, asked.results))
-    path = asked.results / "README.md"
+    results = load_results(study)
+    study.results.mkdir(parents=True, exist_ok=True)
+    text = page(results, write_plots(results, study.results))
+    path = study.results / "README.md"
     with atomic_path(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
     return path

@@ -14,8 +14,7 @@ from tawin_nemo.eval.evaluate import metric_names
 from tawin_nemo.eval.intervals import normal_interval
 from tawin_nemo.eval.paired import metric_values
 from tawin_nemo.eval.result import EvalResult
-from tawin_nemo.tools.study.arms import Study, unfold
-from tawin_nemo.tools.study.config import read_study
+from tawin_nemo.tools.study.arms import Study, read_study
 from tawin_nemo.tools.study.plan import Plan, Run, make_plan
 from tawin_nemo.tools.study.runner import Outcome, Runner
 from tawin_nemo.util.files import write_json
@@ -49,7 +48,7 @@ def write_study(folder: Path, **keys: object) -> Path:
 
 
 def study_of(folder: Path, *overrides: str, **keys: object) -> Study:
-    return unfold(read_study(write_study(folder, **keys), overrides))
+    return read_study(write_study(folder, **keys), overrides)
 
 
 def evaluation(ranks: np.ndarray, sharing: np.ndarray | None = None, *, beams: int = BEAMS) -> EvalResult:

@@ -5,8 +5,7 @@ from pathlib import Path
 import pytest
 
 from tawin_nemo.tools.study.analysis import load_results
-from tawin_nemo.tools.study.arms import Study, unfold
-from tawin_nemo.tools.study.config import read_study
+from tawin_nemo.tools.study.arms import Study, read_study
 from tawin_nemo.tools.study.plots import plot_names
 from tawin_nemo.tools.study.tables import page
 
@@ -17,11 +16,11 @@ STUDIES = sorted((REPOSITORY / "recipes" / "studies").glob("*.yaml"))
 
 
 def committed(path: Path) -> tuple[Study, Path]:
-    study = unfold(read_study(path))
+    study = read_study(path)
     folder = REPOSITORY / (study.file.results or f"recipes/results/{study.file.study}")
     if not (folder / "README.md").is_file():
         pytest.skip(f"{path.name} has no committed results in {folder.relative_to(REPOSITORY)}")
-    return unfold(read_study(path, [f"results={folder}"])), folder
+    return read_study(path, [f"results={folder}"]), folder
 
 
 @pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.stem)

@@ -6,8 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tawin_nemo.tools.study.arms import Parent, unfold
-from tawin_nemo.tools.study.config import read_study
+from tawin_nemo.tools.study.arms import Parent, read_study
 from tawin_nemo.tools.study.plan import arm_recipe
 from tawin_nemo.util.errors import ConfigError
 from tests.tools.study.files import ARMS, study_of, write_study
@@ -41,12 +40,12 @@ def test_grid_keys_with_the_same_last_word_keep_their_whole_name(tmp_path):
 
 def test_the_command_line_wins_key_by_key(tmp_path):
     path = write_study(tmp_path, set={"data.max_history": 5, "rl": {"lr": 1e-3}})
-    text = read_study(path, ["set.rl.lr=1e-5", "seeds=[7]", "arms.more.sft.lr=0.5", "arms.more.after=sft"])
-    assert text.keys == {"data.max_history": 5, "rl.lr": 1e-5}
-    assert text.file.seeds == [7]
-    more = next(arm for arm in text.arms if arm.name == "more")
-    assert (more.keys["sft.lr"], more.keys["sft.rows"], more.after) == (0.5, "fresh", "sft")
-    recipe = arm_recipe(unfold(text), unfold(text).arm("more"))
+    study = read_study(path, ["set.rl.lr=1e-5", "seeds=[7]", "arms.more.sft.lr=0.5", "arms.more.after=sft"])
+    assert study.keys == {"data.max_history": 5, "rl.lr": 1e-5}
+    assert study.file.seeds == [7]
+    more = study.arm("more")
+    assert (more.keys["sft.lr"], more.keys["sft.rows"], more.parent) == (0.5, "fresh", Parent("", "sft"))
+    recipe = arm_recipe(study, more)
     assert (recipe.rl.lr, recipe.sft.lr, recipe.data.max_history) == (1e-5, 0.5, 5)
     assert (recipe.trainer.threads, recipe.eval.splits) == (1, ["valid"])
 
@@ -156,7 +155,7 @@ def test_help_shows_a_study_file():
 
 @pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.stem)
 def test_shipped_studies_load(path):
-    study = unfold(read_study(path))
+    study = read_study(path)
     assert study.file.study == path.stem
     assert study.file.about
     for arm in study.arms:

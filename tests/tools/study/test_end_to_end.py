@@ -54,7 +54,8 @@ def test_every_run_has_its_file_and_the_page_its_tables(folder, first):
     assert (line["finished"], line["skipped"], line["failed"], line["blocked"]) == (4, 0, [], [])
     names = sorted(path.name for path in (folder / "results/tiny").iterdir())
     assert names == [
-        "README.md", "curve.valid_loss.png", "sft.seed1.json", "sft.seed2.json", "tawin.seed1.json", "tawin.seed2.json",
+        "README.md", "curve.valid_loss.png",
+        *(f"{arm}.seed{seed}.{ending}" for arm in ("sft", "tawin") for seed in (1, 2) for ending in ("json", "npz")),
     ]  # fmt: skip
     page = Path(line["report"]).read_text(encoding="utf-8")
     assert "| `tawin` | 2 |" in page

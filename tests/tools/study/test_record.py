@@ -1,5 +1,6 @@
 """Run files: the ranks survive, the means can be made again, damage is found."""
 
+import base64
 import json
 import zlib
 from dataclasses import replace
@@ -14,7 +15,6 @@ from tawin_nemo.tools.study.record import (
     ParentRun,
     RunRecord,
     final_stage,
-    pack,
     read_folder,
     read_stage,
     unpack,
@@ -24,20 +24,53 @@ from tawin_nemo.util.files import sha256
 from tests.tools.study.files import KS, evaluation, some_ranks, write_run
 
 
-@given(st.lists(st.integers(-1, 2**31 - 1), max_size=50))
-def test_packed_numbers_come_back(values):
-    found = unpack(pack(np.array(values, dtype=np.int64)))
-    assert found.tolist() == values
-    assert found.dtype == np.int64
+def pack(values_B: np.ndarray) -> str:
+    """Ranks as run files held them before there were .npz files."""
+    return f"i2:{base64.b64encode(zlib.compress(values_B.astype('<i2').tobytes())).decode()}"
 
 
-def test_ranks_of_a_test_split_take_a_few_thousand_characters():
+@given(st.lists(st.integers(-1, 2**15 - 1), max_size=50))
+def test_ranks_of_older_files_are_read(values):
+    ranks_B = unpack(pack(np.array(values, dtype=np.int64)))
+    assert ranks_B.tolist() == values
+    assert ranks_B.dtype == np.int64
+
+
+def test_a_run_file_of_an_older_version_is_the_same_record(tmp_path):
+    sharing = np.where(np.arange(200) % 7 == 0, 3, 1)
+    path = tmp_path / "a.seed3.json"
+    first = record(tmp_path, sharing=sharing)
+    first.write(path)
+    content = json.loads(path.read_text())
+    content["splits"]["valid"] |= {"rank": pack(some_ranks("valid")), "sharing": pack(sharing)}
+    content["splits"]["test"] |= {"rank": pack(some_ranks("test")), "sharing": None}
+    content["splits"]["test"]["means"] = {"recall@3": float((some_ranks("test") % 1000 < 3).mean())}
+    path.write_text(json.dumps(content))
+    path.with_suffix(".npz").unlink()
+    second = RunRecord.read(path)
+    assert second.splits["valid"].rank_B.tolist() == first.splits["valid"].rank_B.tolist()
+    assert second.splits["valid"].sharing_B.tolist() == sharing.tolist()
+    assert second.splits["test"].sharing_B is None
+
+
+def test_equal_runs_give_equal_files_of_a_few_thousand_bytes(tmp_path):
     rng = np.random.default_rng(0)
-    ranks = np.where(rng.random(4533) < 0.22, rng.integers(0, 50, 4533), -1)
-    text = pack(ranks)
-    assert text.startswith("i2:")
-    assert len(text) < 4000
-    assert pack(ranks + 40_000).startswith("i4:")
+    ranks = np.where(rng.random(4533) < 0.22, rng.integers(0, 20, 4533), -1)
+    write_run(tmp_path / "run", "rl", {"test": evaluation(ranks)})
+    first = replace(record(tmp_path / "other"), **read_stage(tmp_path / "run" / "rl", ["test"]))
+    first.write(tmp_path / "a.seed1.json")
+    first.write(tmp_path / "b.seed1.json")
+    assert (tmp_path / "a.seed1.npz").read_bytes() == (tmp_path / "b.seed1.npz").read_bytes()
+    assert (tmp_path / "a.seed1.npz").stat().st_size < 4000
+
+
+@pytest.mark.parametrize("damage", [None, b"", b"PK"])
+def test_ranks_that_are_absent_or_damaged_are_named(tmp_path, damage):
+    path = tmp_path / "a.seed3.json"
+    record(tmp_path).write(path)
+    path.with_suffix(".npz").unlink() if damage is None else path.with_suffix(".npz").write_bytes(damage)
+    with pytest.raises(DataError, match=r"a\.seed3\.json is not a run file.*delete it"):
+        RunRecord.read(path)
 
 
 @pytest.mark.parametrize("text", ["", "i2:%%%", "i8:eJwDAAAAAAE=", "i2:AAAA"])

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from tawin_nemo.eval.paired import hierarchical_interval, holm, metric_values, paired_test
-from tawin_nemo.tools.study.analysis import Line, Values, _line, likely_best, load_results, pair_rows, sweep_lines
+from tawin_nemo.tools.study.analysis import Line, likely_best, line_of, load_results, pair_rows, stacked, sweep_lines
 from tawin_nemo.tools.study.plots import write_plots
 from tawin_nemo.tools.study.record import RunRecord
 from tawin_nemo.tools.study.tables import page, plain, signed
@@ -51,7 +51,7 @@ def values(arm: str, split: str, metric: str, lift: float = 0.0) -> np.ndarray:
     return np.stack([metric_values(metric, some_ranks(f"{arm}.seed{seed}", split, lift=lift)) for seed in (1, 2)])
 
 
-def line_of(text: str, *parts: str) -> str:
+def row_of(text: str, *parts: str) -> str:
     (found,) = [line for line in text.splitlines() if all(part in line for part in parts)]
     return found
 
@@ -77,7 +77,7 @@ def test_the_page_is_the_same_every_time_and_needs_the_run_files_only(folder, te
 def test_means_and_intervals_are_those_of_the_ranks(text):
     interval = hierarchical_interval(values("more", "test", "recall@3"))
     expected = f"{plain(interval.mean)} [{plain(interval.low)}, {plain(interval.high)}]"
-    row = line_of(section(text, "test: 200 rows"), "`more`")
+    row = row_of(section(text, "test: 200 rows"), "`more`")
     assert row.startswith("| `more` | 2 of 3 |")
     assert expected in row
     assert row.endswith("| 0.5 | 0.5 |")  # coverage, minutes
@@ -103,14 +103,14 @@ def test_an_arm_with_shared_ids_is_shown_with_full_credit_as_well(folder, tmp_pa
 
 
 def test_both_ends_of_training_are_shown(text):
-    row = line_of(section(text, "In training: first tenth, last tenth"), "`more`")
+    row = row_of(section(text, "In training: first tenth, last tenth"), "`more`")
     assert row == "| `more` | 2, 1 | – |"
 
 
 def test_paired_differences_are_those_of_the_ranks(text):
     ours = values("tawin[anchor=2,window=start]", "valid", "recall@1", lift=0.1)
     found = paired_test(ours, values("more", "valid", "recall@1"))
-    row = line_of(section(text, "Paired differences, valid\n"), "`tawin[anchor=2,window=start]` - `more`", "R@1")
+    row = row_of(section(text, "Paired differences, valid\n"), "`tawin[anchor=2,window=start]` - `more`", "R@1")
     for part in (
         f"{signed(found.difference.mean)} [{signed(found.difference.low)}, {signed(found.difference.high)}]",
         " ".join(signed(value) for value in found.per_seed),
@@ -124,8 +124,8 @@ def test_pooled_rows_are_both_splits_of_the_same_seed(folder):
     results = load_results(study_of(folder, **KEYS))
     pooled = results.values("more", "valid+test", "ndcg@3")
     parts = [values("more", split, "ndcg@3") for split in ("valid", "test")]
-    assert pooled.seeds == (1, 2)
-    assert np.array_equal(pooled.values_SB, np.concatenate(parts, axis=1))
+    assert list(pooled) == [1, 2]
+    assert np.array_equal(stacked(pooled), np.concatenate(parts, axis=1))
 
 
 def test_holm_runs_over_all_pairs_of_one_metric(folder):
@@ -138,9 +138,9 @@ def test_holm_runs_over_all_pairs_of_one_metric(folder):
 
 
 def test_failed_and_missing_runs_are_told(text):
-    assert "2 of 3 (1 failed)" in line_of(section(text, "valid: 200 rows"), "`sft`")
+    assert "2 of 3 (1 failed)" in row_of(section(text, "valid: 200 rows"), "`sft`")
     assert "| `sft` | 3 | 2 | `tawin-nemo train: sft.seed3 is broken` |" in text
-    absent = line_of(text, "Not run yet")
+    absent = row_of(text, "Not run yet")
     assert "`more.seed3`" in absent
     assert "`tawin[anchor=0,window=start].seed3`" in absent
     assert "sft.seed3" not in absent
@@ -161,7 +161,7 @@ def test_a_sweep_minus_an_arm_shows_paired_differences(folder, tmp_path):
     assert [line.label for line in lines] == ["window=centred", "window=start"]
     assert lines[1].means[1] == expected
     text = page(load_results(study), [])
-    row = line_of(section(text, "`tawin` minus `more` against anchor, test\n"), "| window=start | 1 |")
+    row = row_of(section(text, "`tawin` minus `more` against anchor, test\n"), "| window=start | 1 |")
     assert f"{signed(expected.mean)} [{signed(expected.low)}, {signed(expected.high)}]" in row
     assert "sweep.tawin-more.anchor.test.png" in write_plots(load_results(study), tmp_path)
 
@@ -180,7 +180,7 @@ def test_a_sweep_finds_a_setting_that_is_clearly_best():
     rng = np.random.default_rng(0)
     base = (rng.random((2, 500)) < 0.1).astype(float)
     better = np.maximum(base, rng.random((2, 500)) < 0.2)
-    line = _line("x", [(0.0, Values((1, 2), base)), (1.0, Values((1, 2), better))])
+    line = line_of("x", [(0.0, {1: base[0], 2: base[1]}), (1.0, {1: better[0], 2: better[1]})])
     assert line.best[1] > 0.99
     assert likely_best(line) == (1.0, 1.0, 1.0)
 
@@ -207,7 +207,7 @@ def test_arms_of_other_studies_are_compared(folder, tmp_path):
 def test_run_files_without_an_arm_are_told(folder, tmp_path):
     study = study_of(folder, **{**KEYS, "arms": {"sft": ARMS["sft"]}, "compare": [], "sweeps": []})
     text = page(load_results(study), [])
-    assert "`more.seed1`" in line_of(text, "no longer has")
+    assert "`more.seed1`" in row_of(text, "no longer has")
 
 
 def test_nothing_is_plotted_before_there_is_a_run(tmp_path):

@@ -17,6 +17,7 @@ from tawin_nemo.tools.study import launch, provenance
 from tawin_nemo.tools.study.launch import Busy, data_finder, shown_command, start_process, train_command
 from tawin_nemo.tools.study.plan import make_plan
 from tawin_nemo.tools.study.record import RunRecord, read_folder
+from tawin_nemo.tools.study.runner import log_tail
 from tawin_nemo.util.log import get_logger
 from tests.tools.study.files import FakeTraining, study_of
 
@@ -146,7 +147,7 @@ def test_a_run_that_another_process_works_on_is_waited_for(tmp_path, fake, caplo
     with caplog.at_level("INFO", logger="tawin_nemo"), caplogged(caplog):
         outcome = fake.run(plan.study, plan=plan)
     timer.join()
-    assert ended == ["b.seed1.json"]  # the other worker went on
+    assert sorted(ended) == ["b.seed1.json", "b.seed1.npz"]  # the other worker went on
     assert (outcome.finished, outcome.failed, outcome.blocked) == (["b.seed1", "a.seed1", "c.seed1"], [], [])
     assert caplog.text.count(f"a.seed1 waits: process {left.popen.pid} works in") == 1
 
@@ -224,12 +225,13 @@ def test_each_run_file_is_committed_alone(repository, fake):
     assert git(repository, "log", "--format=%s").splitlines() == [
         "Study probe: tawin[anchor=1].seed1 failed", "Study probe: tawin[anchor=0].seed1",
     ]  # fmt: skip
-    assert "A\tresults/probe/tawin.anchor=0.seed1.json" in "".join(log)
+    for ending in ("json", "npz"):
+        assert f"A\tresults/probe/tawin.anchor=0.seed1.{ending}" in "".join(log)
     assert git(repository, "diff", "--cached", "--name-only").split() == ["staged.txt"]  # others' work is left alone
     fake.failing = set()
     fake.run(study, workers=1)
     assert git(repository, "ls-files", "results").split() == [
-        "results/probe/tawin.anchor=0.seed1.json", "results/probe/tawin.anchor=1.seed1.json",
+        f"results/probe/tawin.anchor={anchor}.seed1.{ending}" for anchor in (0, 1) for ending in ("json", "npz")
     ]  # fmt: skip
 
 
@@ -240,14 +242,14 @@ def test_a_locked_index_is_waited_for(repository, monkeypatch):
     lock = repository / ".git" / "index.lock"
     lock.touch()
     threading.Timer(0.5, lock.unlink).start()
-    assert provenance.commit_file(path, "mine")
+    assert provenance.commit([path], "mine")
     assert git(repository, "ls-files").split() == ["a[0].json", "staged.txt"]
-    assert provenance.commit_file(path, "again")  # nothing to do
+    assert provenance.commit([path], "again")  # nothing to do
     assert len(git(repository, "log", "--format=%s").splitlines()) == 1
 
 
 def test_a_commit_that_git_refuses_is_a_warning(repository, tmp_path_factory):
-    assert not provenance.commit_file(repository / "absent.json", "nothing")
+    assert not provenance.commit([repository / "absent.json"], "nothing")
     outside = tmp_path_factory.mktemp("no_repository") / "a" / "b"
     with pytest.raises(ValueError, match="commit=true but"):
         provenance.require_repository(outside)
@@ -293,4 +295,4 @@ def test_a_process_has_one_core_and_its_own_log(tmp_path):
     process = start_process(run, ["sh", "-c", "echo $OMP_NUM_THREADS; echo oops >&2"])
     process.popen.wait()
     assert process.log.read_text() == "1\noops\n"
-    assert launch.log_tail(process.log, 1) == ["oops"]
+    assert log_tail(process.log, 1) == ["oops"]
