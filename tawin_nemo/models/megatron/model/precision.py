@@ -17,7 +17,7 @@ from typing import Any, Protocol
 
 from tawin_nemo.config.backbones import Backbone
 from tawin_nemo.config.schema import ModelConfig, Recipe
-from tawin_nemo.models.megatron.model.fused import FOREIGN_REMEDY, find_apex
+from tawin_nemo.models.megatron.model.fused import FOREIGN_REMEDY, INSTALL_GPU, find_apex
 from tawin_nemo.util.errors import ConfigError
 
 
@@ -87,7 +87,7 @@ def lack(precision: str, machine: Machine) -> Lack | None:
             f"{machine.gpu or 'the GPU'} has {major}.{minor}",
             "use bf16",
         )
-    install = f"pip install -r requirements-gpu.txt (Transformer Engine {TRANSFORMER_ENGINE}), or use bf16"
+    install = f"{INSTALL_GPU} (Transformer Engine {TRANSFORMER_ENGINE}), or use bf16"
     if machine.engine_error:
         return Lack(f"{precision} needs Transformer Engine, whose import failed: {machine.engine_error}", install)
     if not machine.engine:
