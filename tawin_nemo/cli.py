@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from tawin_nemo.util.errors import REFUSED, ConfigError, TawinError
+from tawin_nemo.util.cuda_defaults import set_cuda_defaults
 from tawin_nemo.util.launch import is_launched, read_launch
 
 EXAMPLES = """\
@@ -65,6 +66,7 @@ DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 def main(argv: Sequence[str] | None = None) -> int:
     """Parse, dispatch, translate errors to exit codes."""
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read once, when torch is imported; see run/threads.py
+    set_cuda_defaults()
     words = list(sys.argv[1:] if argv is None else argv)
     arguments = _parser(words).parse_intermixed_args(words)  # overrides may stand before and after options
     try:

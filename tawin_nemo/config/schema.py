@@ -310,6 +310,9 @@ class TrainerConfig:
         0,
         help="CPU threads per process; 0 = this process's cores, shared by the ranks of its node",
     )
+    deterministic: bool = opt(
+        False, "Computes the same bytes in equal runs on CUDA as well, more slowly; fails at an operation that cannot."
+    )
     peak_tflops: float = number(0.0, 0.0, help="one device's peak for MFU (0 = by GPU name, or a short measurement)")
     distributed_optimizer: bool = opt(True, "shard the optimizer state over data-parallel ranks")
     offload_optimizer: bool = opt(False, "optimizer state in pinned CPU memory, gradients freed, while rollouts run")

@@ -17,6 +17,7 @@ from torch import Tensor
 from tawin_nemo.config.backbones import Backbone, stage_layers
 from tawin_nemo.config.schema import ModelConfig
 from tawin_nemo.models.megatron.model import precision, weight_init
+from tawin_nemo.models.megatron.model.compiler import use_fused_functions
 from tawin_nemo.models.megatron.model.embedding import RowEmbedding
 from tawin_nemo.models.megatron.model.layer_spec import RMSNorm, layer_spec
 from tawin_nemo.models.megatron.model.rope import PositionedRotary
@@ -117,8 +118,8 @@ def model_config(shape: Backbone, cfg: ModelConfig, *, section: str = "model") -
         batch_p2p_comm=on_gpu,
         deallocate_pipeline_outputs=True,
         masked_softmax_fusion=False,
-        bias_dropout_fusion=on_gpu,
-        bias_activation_fusion=on_gpu,
+        bias_dropout_fusion=use_fused_functions(),
+        bias_activation_fusion=use_fused_functions(),
         gradient_accumulation_fusion=False,
         apply_rope_fusion=False,
         **precision.config_fields(cfg),
