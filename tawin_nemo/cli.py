@@ -18,8 +18,8 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from tawin_nemo.util.errors import REFUSED, ConfigError, TawinError
 from tawin_nemo.util.cuda_defaults import set_cuda_defaults
+from tawin_nemo.util.errors import REFUSED, ConfigError, TawinError
 from tawin_nemo.util.launch import is_launched, read_launch
 
 EXAMPLES = """\

@@ -60,8 +60,8 @@ def run(recipe: Recipe, verb: Verb, **options: Any) -> dict[str, Any]:
 def started(recipe: Recipe, *, computes: bool = True) -> Iterator[None]:
     """The recipe's process group while inside; at the end pending checkpoints are finished and the ranks disconnect.
 
-    Raises ConfigError when the launcher started another number of processes, when ``computes`` and this machine does not
-    support a precision of the recipe, and when Transformer Engine is installed but broken.
+    Raises ConfigError when the launcher started another number of processes, when ``computes`` and this machine does
+    not support a precision of the recipe, and when Transformer Engine is installed but broken.
     """
     precision.check_engine_import()
     if recipe.trainer.deterministic:

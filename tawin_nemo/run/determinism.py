@@ -1,9 +1,10 @@
 """``trainer.deterministic``: equal runs have equal bytes on CUDA, too.
 
 On a CPU the same command on the same machine always computes the same bits. CUDA kernels that add with atomics
-(``index_add``, the backward passes of attention) and cuBLAS products that share a workspace between streams do not. This
-module selects kernels that do, and fails at an operation that has none. NCCL sums in an order that its algorithm and the
-layout fix; the in-switch reduction NVLS is excluded (as in Megatron-LM's deterministic mode). Not verified on a GPU.
+(``index_add``, the backward passes of attention) and cuBLAS products that share a workspace between streams do not.
+This module selects kernels that do, and fails at an operation that has none. NCCL sums in an order that its algorithm
+and the layout fix; the in-switch reduction NVLS is excluded (as in Megatron-LM's deterministic mode). Not verified on
+a GPU.
 """
 
 from __future__ import annotations

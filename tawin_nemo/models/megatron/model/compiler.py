@@ -1,8 +1,8 @@
 """What torch.compile needs on a GPU machine: Triton, a C compiler and Python's headers.
 
-megatron-core compiles its fused SwiGLU and its fused residual addition by torch.compile at their first call. Triton then
-builds a small C extension, on every compute node. Without a compiler or ``Python.h`` that call fails, minutes into a job;
-so the fused functions are used only where nothing is missing. Importing this module does not import torch.
+megatron-core compiles its fused SwiGLU and its fused residual addition by torch.compile at their first call. Triton
+then builds a small C extension, on every compute node. Without a compiler or ``Python.h`` that call fails, minutes into
+a job; so the fused functions are used only where nothing is missing. Importing this module does not import torch.
 """
 
 from __future__ import annotations

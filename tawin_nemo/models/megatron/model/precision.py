@@ -149,8 +149,8 @@ def check_engine_import() -> None:
     """Raises ConfigError when Transformer Engine is installed in part; call it before megatron is imported.
 
     megatron-core 0.16 takes ``import transformer_engine`` for proof that all of it is there, and then imports
-    ``transformer_engine.pytorch`` unguarded: a core without its torch extension, or one that was built for another torch,
-    ends every run at import, also in bf16.
+    ``transformer_engine.pytorch`` unguarded: a core without its torch extension, or one that was built for another
+    torch, ends every run at import, also in bf16.
     """
     if importlib.util.find_spec("transformer_engine") is None:
         return
@@ -169,9 +169,9 @@ def check_engine_import() -> None:
 def _broken(module: str, error: Exception) -> ConfigError:
     said = f"{type(error).__name__}: {error}".splitlines()[0]
     return ConfigError(
-        f"Transformer Engine is installed in part: import {module} fails with {said}, and megatron-core cannot be imported "
-        f"beside it. {INSTALL_GPU} builds it for this torch; pip uninstall transformer_engine transformer_engine_torch "
-        "transformer_engine_cu12 transformer_engine_cu13 removes it (fp32 and bf16 do not need it)"
+        f"Transformer Engine is installed in part: import {module} fails with {said}, and megatron-core cannot be "
+        f"imported beside it. {INSTALL_GPU} builds it for this torch; pip uninstall transformer_engine "
+        "transformer_engine_torch transformer_engine_cu12 transformer_engine_cu13 removes it (bf16 does not need it)"
     )
 
 
