@@ -125,7 +125,7 @@ def test_more_nodes_pay_for_larger_batches_only():
 def test_gradients_travel_by_nvlink_inside_a_node_and_by_network_beyond():
     count = stage_parameters(SHAPE, Layout(), 0)
     assert rates(Layout(dp=8)).exchange() == pytest.approx(7 / 8 * 6 * count / 200e9)
-    # between nodes by the adapters of a node: all 8 GPUs of one replica group share 8, those of TP 2 x DP 16 have 4 each
+    # between nodes by the adapters of all GPUs that a replica group has in a node
     a100 = GPUS["a100"]
     assert rates(Layout(dp=16)).exchange() == pytest.approx(15 / 16 * 6 * count / min(200e9, 8 * 50e9))
     half = stage_parameters(SHAPE, Layout(tp=4), 0)
