@@ -135,8 +135,11 @@ def decode_7b() -> dict[str, Any]:
         per_call = {name: 1e3 * seconds / calls.count[name] for name, seconds in calls.seconds.items()}
         rest = total - sum(calls.seconds.values())
         result[f"{prompts} prompts"] = {
-            "search_ms": statistics.median(whole), "ms_per_call": per_call, "calls": calls.count, "select_ms": 1e3 * rest,
-        }  # fmt: skip
+            "search_ms": statistics.median(whole),
+            "ms_per_call": per_call,
+            "calls": calls.count,
+            "select_ms": 1e3 * rest,
+        }
         if "search" not in result:
             counted = launches(partial(rollout, model, load, 5))
             result["search"] = counted | {"synchronising": _syncs(model, load)}
