@@ -3,13 +3,9 @@ unless the part says so: lengths change in every step of a real run, and librari
 
 from __future__ import annotations
 
-import os
-import platform
-import shutil
 import statistics
 import subprocess
 import sys
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -18,26 +14,12 @@ import torch
 import torch.nn.functional as F
 
 from tawin_nemo.models.megatron.checkpoint import checkpoint
-from tawin_nemo.models.megatron.model.compiler import missing_for_compile
 from tawin_nemo.models.megatron.optim.trainable import Trainable
 from tawin_nemo.models.megatron.parallel import runtime
 from tawin_nemo.run.mfu import training_flops
-from tests.gpu import contact_models, contact_state, parts
+from tests.gpu import contact_models, parts
 from tests.gpu.contact_common import clock, fresh, on_gpu, out, tiny_rows, trainable_of
 from tests.gpu.workload import Workload, is_dry, sizes
-
-
-def machine() -> dict[str, Any]:
-    """Versions of everything that decides which kernels run."""
-    smi = shutil.which("nvidia-smi")
-    query = [smi, "--query-gpu=name,driver_version,memory.total", "--format=csv,noheader"]
-    gpus = subprocess.run(query, capture_output=True, text=True).stdout.split("\n")[:-1] if smi else []
-    return {
-        "gpus": gpus, "python": platform.python_version(), "torch": torch.__version__, "cuda": torch.version.cuda,
-        "cudnn": torch.backends.cudnn.version(), "nccl": torch.cuda.nccl.version() if on_gpu() else None,
-        "cores": os.cpu_count(), "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
-        "gcc": shutil.which("gcc"), "missing_for_compile": missing_for_compile(),
-    }  # fmt: skip
 
 
 # -- attention -----------------------------------------------------------------------------------------------------
@@ -175,11 +157,3 @@ def train_new_shapes() -> dict[str, Any]:
         "tflops": rate / 1e12, **parts._mfu("bf16", rate, on_gpu()), "losses": [losses[0], losses[-1]],
         "step": contact_models.launches(lambda: trainable.update(last, lr=given.lr)),
     }  # fmt: skip
-
-
-PARTS: dict[str, Callable[[], dict[str, Any]]] = {
-    "machine": machine, "sdpa": sdpa, "first_steps": first_steps, "correctness": correctness, "compile": compiled,
-    "train_new_shapes": train_new_shapes, "decode_7b": contact_models.decode_7b, "update_3b": contact_models.update_3b,
-    "checkpoint": contact_state.checkpoints,
-    "determinism": contact_state.deterministic, "end_to_end": contact_state.end_to_end,
-}  # fmt: skip

@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.gpu import contact_parts, first_contact
+from tests.gpu import first_contact
 from tests.gpu.contact_common import fresh
+from tests.gpu.first_contact import function_of
 from tests.gpu.workload import Workload
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -39,7 +40,8 @@ def script(folder: Path, *arguments: str, dry: str = "1") -> subprocess.Complete
 
 
 def test_every_part_has_a_limit_and_together_they_fit_twelve_minutes():
-    assert contact_parts.PARTS.keys() == first_contact.LIMITS_S.keys()
+    assert first_contact.FUNCTIONS.keys() == first_contact.LIMITS_S.keys()
+    assert all(callable(function_of(name)) for name in first_contact.FUNCTIONS)
     assert sum(first_contact.LIMITS_S.values()) <= first_contact.TOTAL_S == 720
 
 
@@ -84,26 +86,26 @@ def test_no_length_of_a_timed_step_comes_twice(dry):
 
 # -- the parts -----------------------------------------------------------------------------------------------------
 def test_a_first_run_resumes(dry):
-    found = contact_parts.PARTS["first_steps"]()
+    found = function_of("first_steps")()
     assert found["largest_weight_gap"] == 0.0
     assert found["resumed"] == found["losses"][1]
     assert len(list((dry / "first_steps").iterdir())) == 2
 
 
 def test_attention_agrees_with_a_dense_softmax(dry):
-    assert contact_parts.PARTS["correctness"]()["float32"] < 1e-5
+    assert function_of("correctness")()["float32"] < 1e-5
 
 
 def test_training_on_new_shapes_counts_operations(dry):
-    found = contact_parts.PARTS["train_new_shapes"]()
+    found = function_of("train_new_shapes")()
     assert found["tokens_per_s"] > 0
     assert found["step"]["operations"] > 100
     assert found["step"]["launches"] == 0  # no GPU
-    assert len(contact_parts.PARTS["compile"]()["search_s"]) == 5
+    assert len(function_of("compile")()["search_s"]) == 5
 
 
 def test_decoding_is_divided_into_calls_and_selection(dry):
-    found = contact_parts.PARTS["decode_7b"]()
+    found = function_of("decode_7b")()
     two = found["2 prompts"]
     assert {"prefill", "extend", "logprobs"} == two["ms_per_call"].keys()
     assert two["calls"]["prefill"] == 1
@@ -112,13 +114,13 @@ def test_decoding_is_divided_into_calls_and_selection(dry):
 
 
 def test_updates_stand_beside_the_plan(dry):
-    found = contact_parts.PARTS["update_3b"]()
+    found = function_of("update_3b")()
     assert found["4 prompts"]["tokens"] > found["2 prompts"]["tokens"]
     assert 20 < found["plan_gib"] < 141
 
 
 def test_a_checkpoint_is_taken_apart(dry):
-    found = contact_parts.PARTS["checkpoint"]()
+    found = function_of("checkpoint")()
     assert found["bytes"] > 10_000
     assert {
         "copy_to_host_s",
@@ -130,5 +132,5 @@ def test_a_checkpoint_is_taken_apart(dry):
 
 
 def test_equal_runs_have_equal_bytes_on_a_cpu(dry):
-    found = contact_parts.PARTS["determinism"]()
+    found = function_of("determinism")()
     assert [found[name]["equal"] for name in ("as it is", "trainer.deterministic")] == [True, True]
