@@ -14,9 +14,15 @@
 #   TAWIN_PREFLIGHT=0  start at once, without plan and doctor
 #   TAWIN_GPU          what plan counts with: h800 (default), h100, h200, a100, a100-40
 #   TAWIN_DRY_RUN=1    print the srun commands and start nothing; works without a Slurm
-#   CONTAINER_IMAGE    run inside this image (pyxis; for example NVIDIA's NeMo from NGC)
+#   CONTAINER_IMAGE    run inside this image (pyxis); it needs what recipes/install_gpu.sh installs, see slurm/README.md
 #   CONTAINER_MOUNTS   what it sees besides TAWIN_HOME: SRC:DST,SRC:DST
 #   MAX_REQUEUES       attempts after the first one (default 20)
+#
+# Set for the tasks unless they are set already: OMP_NUM_THREADS and RAYON_NUM_THREADS and POLARS_MAX_THREADS (the
+# cores of a task), PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True (shapes change in every step),
+# TORCHINDUCTOR_COMPILE_THREADS=2 (each task compiles for itself), CUDA_DEVICE_MAX_CONNECTIONS=1.
+#
+# These scripts run under bash 4.2 and newer: there an empty array is unbound under set -u, hence ${A[@]+"${A[@]}"}.
 #
 # A run that Slurm's --signal, the time limit or trainer.max_time stopped has saved its state and ended with 75; the job
 # then requeues itself and continues. Any other failure ends the job at once, with its own exit code and the last lines
@@ -56,7 +62,7 @@ launch() {
   surroundings
   local overrides=()
   read -r -a overrides <<<"${TAWIN_OVERRIDES:-}"
-  local words=(--recipe "$recipe" "${overrides[@]}" "$@" "trainer.num_nodes=$SLURM_NNODES" "trainer.devices=$TASKS")
+  local words=(--recipe "$recipe" ${overrides[@]+"${overrides[@]}"} "$@" "trainer.num_nodes=$SLURM_NNODES" "trainer.devices=$TASKS")
   say "attempt $ATTEMPT: $SLURM_NNODES nodes x $TASKS tasks, rank 0 on $MASTER_ADDR:$MASTER_PORT, logs in $LOGS"
   trap : USR1                 # Slurm tells the tasks itself; this script has to wait for them
   trap 'CANCELLED=yes' TERM
@@ -74,7 +80,7 @@ surroundings() {
   fi
   CONTAINER=()
   if [ -n "${CONTAINER_IMAGE:-}" ]; then
-    CONTAINER=(--container-image="$CONTAINER_IMAGE" --container-workdir="$TAWIN_HOME"
+    CONTAINER=(--container-image="$CONTAINER_IMAGE" --container-workdir="$TAWIN_HOME" --no-container-mount-home
       --container-mounts="$TAWIN_HOME:$TAWIN_HOME,$LOGS:$LOGS${CONTAINER_MOUNTS:+,$CONTAINER_MOUNTS}")
   fi
   if ! dry_run; then
@@ -85,13 +91,21 @@ surroundings() {
   export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1} # srun does not take it over from sbatch by itself
   export PYTHONPATH=$TAWIN_HOME${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
   export CUDA_DEVICE_MAX_CONNECTIONS=${CUDA_DEVICE_MAX_CONNECTIONS:-1} # megatron-core overlaps TP communication so
+  export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$SRUN_CPUS_PER_TASK}
+  export RAYON_NUM_THREADS=${RAYON_NUM_THREADS:-$SRUN_CPUS_PER_TASK} # tokenizers
+  export POLARS_MAX_THREADS=${POLARS_MAX_THREADS:-$SRUN_CPUS_PER_TASK}
+  export TORCHINDUCTOR_COMPILE_THREADS=${TORCHINDUCTOR_COMPILE_THREADS:-2}
+  if [ -z "${PYTORCH_ALLOC_CONF:-}" ]; then # the newer name of the same setting
+    export PYTORCH_CUDA_ALLOC_CONF=${PYTORCH_CUDA_ALLOC_CONF:-expandable_segments:True}
+  fi
 }
 
 # Run a verb on every task, or on those that SRUN_OPTIONS ask for. Returns only when it has ended well.
 step() {
   local verb=$1 code=0
   AGAIN_FILE=$LOGS/attempt$ATTEMPT.$verb.again FAILED_FILE=$LOGS/attempt$ATTEMPT.$verb.failed
-  local command=(srun --export=ALL --kill-on-bad-exit=1 "${SRUN_OPTIONS[@]}" "${CONTAINER[@]}"
+  local command=(srun --export=ALL --kill-on-bad-exit=1 ${SRUN_OPTIONS[@]+"${SRUN_OPTIONS[@]}"}
+    ${CONTAINER[@]+"${CONTAINER[@]}"}
     --output="$LOGS/attempt$ATTEMPT.$verb.rank%t.log" bash "$TAWIN_HOME/slurm/task.sh" "$AGAIN_FILE" "$FAILED_FILE"
     python -m tawin_nemo "$@")
   if dry_run; then

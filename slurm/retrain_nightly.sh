@@ -9,10 +9,12 @@
 # The same date again continues a night that was killed. One night waits for another that still runs (singleton).
 # Everything else as in slurm/tawin_qwen7b.sh.
 #SBATCH --job-name=retrain_nightly
-#SBATCH --nodes=4
+#SBATCH --nodes=1
 #SBATCH --ntasks-per-node=8
 #SBATCH --gpus-per-node=8
 #SBATCH --cpus-per-task=12
+#SBATCH --exclusive
+#SBATCH --mem=0
 #SBATCH --time=12:00:00
 #SBATCH --signal=USR1@600
 #SBATCH --requeue

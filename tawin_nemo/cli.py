@@ -22,6 +22,7 @@ from typing import Any
 
 from tawin_nemo import __version__
 from tawin_nemo.commands.verbs import EXIT_CODES, VERBS, page
+from tawin_nemo.util.cuda_defaults import set_cuda_defaults
 from tawin_nemo.util.errors import REFUSED, ConfigError, TawinError
 from tawin_nemo.util.launch import is_launched, read_launch
 
@@ -32,6 +33,7 @@ DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 def main(argv: Sequence[str] | None = None) -> int:
     """Parse, dispatch, translate errors to exit codes."""
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read once, when torch is imported; see util/launch.py
+    set_cuda_defaults()
     words = list(sys.argv[1:] if argv is None else argv)
     if not words and "_ARGCOMPLETE" not in os.environ:
         words = ["--help"]

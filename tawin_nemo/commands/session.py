@@ -18,7 +18,7 @@ from tawin_nemo.models.megatron.model import precision
 from tawin_nemo.models.megatron.parallel import disaggregated, runtime
 from tawin_nemo.models.megatron.parallel.channel import Stop
 from tawin_nemo.models.megatron.parallel.disaggregated import RolloutRanks
-from tawin_nemo.run import signals
+from tawin_nemo.run import determinism, signals
 from tawin_nemo.run.datasets import prepared_root
 from tawin_nemo.run.failures import attempt_logs, recorded
 from tawin_nemo.run.profile import check_profile
@@ -78,14 +78,19 @@ def trained_world(recipe: Recipe, *, weights_follow: bool) -> World:
 def started(recipe: Recipe, *, computes: bool = True) -> Iterator[None]:
     """Open the recipe's process group inside the block; at its end pending checkpoints are finished.
 
-    Raises ConfigError when the launcher started another number of processes, or when ``computes`` and this machine
-    does not support a precision of the recipe.
+    Raises ConfigError when the launcher started another number of processes, when ``computes`` and this machine does
+    not support a precision of the recipe, and when Transformer Engine is installed but broken.
     """
+    precision.check_engine_import()
+    if recipe.trainer.deterministic:
+        determinism.make_deterministic()
     # All of megatron before the shim: torch.compile, which its modules call, must see torch.cuda as it is.
     import tawin_nemo.train.pipeline  # noqa: F401
     from tawin_nemo.models.megatron.checkpoint import async_save
 
     with contextlib.ExitStack() as stack:
+        if recipe.trainer.deterministic:
+            stack.callback(determinism.reset)
         stack.callback(runtime.shutdown)
         stack.callback(async_save.drain)
         stack.enter_context(recorded())

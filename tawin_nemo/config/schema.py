@@ -439,6 +439,9 @@ class TrainerConfig:
         0, 0,
         help="Sets the CPU threads per process (0 = this process's cores, shared by the ranks of its node).",
     )  # fmt: skip
+    deterministic: bool = opt(
+        False, "Computes the same bytes in equal runs on CUDA as well, more slowly; fails at an operation that cannot."
+    )
     peak_tflops: float = number(
         0.0, 0.0, help="Sets one device's peak for MFU, in TFLOP/s (0 = by GPU name, or a short measurement)."
     )

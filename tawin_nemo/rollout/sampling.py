@@ -97,12 +97,19 @@ def _pick(logit_E: Tensor, row_E: Tensor, row_L: Tensor, uniform_L: Tensor) -> T
     """Index of the edge that each draw takes out of its row, by inversion of the row's cumulative distribution."""
     rows = int(row_E[-1]) + 1
     edges_R = torch.bincount(row_E, minlength=rows)
-    cumulative_E = segment_log_softmax(logit_E.double(), row_E, rows).exp().cumsum(0)
+    cumulative_E = _running_sum(segment_log_softmax(logit_E.double(), row_E, rows).exp())
     last_R = edges_R.cumsum(0) - 1
     end_R = cumulative_E[last_R]
     start_R = torch.cat([end_R.new_zeros(1), end_R[:-1]])
     threshold_L = start_R[row_L] + uniform_L * (end_R - start_R)[row_L]
     return torch.searchsorted(cumulative_E, threshold_L, right=True).minimum(last_R[row_L])
+
+
+def _running_sum(values_E: Tensor) -> Tensor:
+    """Cumulative sum; on the CPU under ``trainer.deterministic``, because CUDA's order of addition varies."""
+    if torch.are_deterministic_algorithms_enabled():
+        return values_E.cpu().cumsum(0).to(values_E.device)
+    return values_E.cumsum(0)
 
 
 def _ranked(trie: TokenTrie, leaf_BW: Tensor, logp_NT: Tensor) -> Candidates:

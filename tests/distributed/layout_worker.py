@@ -18,6 +18,7 @@ from tawin_nemo.catalog.trie import TokenTrie
 from tawin_nemo.config.backbones import Backbone
 from tawin_nemo.config.schema import ModelConfig, TrainerConfig
 from tawin_nemo.data.trees import tree_batch
+from tawin_nemo.models.megatron.decode import lm
 from tawin_nemo.models.megatron.decode.lm import MegatronLM
 from tawin_nemo.models.megatron.model.build import build_model
 from tawin_nemo.models.megatron.optim.trainable import MicroBatch, Trainable, score
@@ -83,7 +84,30 @@ def decode(trainable: Trainable) -> list[torch.Tensor]:
     """
     lean, slow = (decoded(trainable, use_inference_forward=kind) for kind in (True, False))
     assert all(torch.equal(one, other) for one, other in zip(lean, slow, strict=True))
+    if trainable.config.sequence_parallel:
+        as_fp8 = decoded_like_fp8(trainable)
+        assert all(torch.equal(one, other) for one, other in zip(lean, as_fp8, strict=True))
     return lean
+
+
+def decoded_like_fp8(trainable: Trainable) -> list[torch.Tensor]:
+    """Decode as an FP8 model does: no module may see other flags, or more tokens, than in training."""
+    model, tp = trainable.model, runtime.tp_size()
+    parts: list[tuple[bool, bool]] = []
+
+    def seen(module: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+        parts.append((module.sequence_parallel, module.config.sequence_parallel))
+
+    linear = [module for module in model.modules() if type(module).__name__ == "ColumnParallelLinear"]
+    handles = [module.register_forward_pre_hook(seen) for module in linear]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(lm, "_keeps_sequence_parallel", lambda config: bool(config.sequence_parallel))
+        result = decoded(trainable, use_inference_forward=False)
+    for handle in handles:
+        handle.remove()
+    assert tp > 1
+    assert set(parts) == {(True, True)}
+    return result
 
 
 def decoded(trainable: Trainable, *, use_inference_forward: bool) -> list[torch.Tensor]:

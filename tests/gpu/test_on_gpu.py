@@ -14,6 +14,7 @@ from tawin_nemo.models.megatron.optim.trainable import Trainable
 from tawin_nemo.models.megatron.parallel import runtime
 from tawin_nemo.types import TokenRows
 from tests.gpu import parts
+from tests.gpu.split_model import run_split_model
 from tests.gpu.workload import TINY, Workload
 
 pytestmark = [
@@ -87,6 +88,15 @@ def test_a_search_after_a_step_runs_the_new_weights(name):
         rows = torch.arange(2)
         scores.append(lm.logprobs(cache, rows, rows.repeat_interleave(len(tokens)), tokens.repeat(2), "vocab"))
     torch.testing.assert_close(scores[0], scores[1], rtol=0, atol=1e-3 if name == "fp8-delayed" else 1e-5)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+@pytest.mark.parametrize("order", ["update,search,update", "search,update"])
+@pytest.mark.parametrize("name", ["bf16", *precision.FP8])
+def test_searches_and_updates_in_any_order_under_sequence_parallelism(name, order):
+    """Transformer Engine fixes a module's quantisers in its first pass, whichever kind of pass that is."""
+    needs(name)
+    run_split_model(name, order)
 
 
 @pytest.mark.parametrize("name", ["fp32", "bf16"])

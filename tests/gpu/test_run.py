@@ -13,6 +13,7 @@ import torch
 
 from tests.gpu import parts, run, workload
 from tests.gpu.records import verified_precisions
+from tests.gpu.split_model import run_split_model
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="tests the dry run of a machine without CUDA")
@@ -84,6 +85,13 @@ def test_both_formats_agree(dry):
 
 def test_mismatch_is_reported(dry):
     assert 0 <= parts.mismatch("bf16")["mismatch_prob_error"] <= parts.MISMATCH_TOLERANCE["bf16"]
+
+
+@pytest.mark.distributed
+def test_a_model_split_over_two_processes_updates_and_searches():
+    """What test_on_gpu.py runs in FP8 on two GPUs."""
+    for order in ("update,search,update", "search,update"):
+        run_split_model("fp32", order)
 
 
 def test_trees_have_the_shape_of_rollouts():

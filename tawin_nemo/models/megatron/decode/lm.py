@@ -12,10 +12,16 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 import torch.distributed as dist
 from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.tensor_parallel.mappings import (
+    gather_from_sequence_parallel_region,
+    scatter_to_sequence_parallel_region,
+)
+from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from tawin_nemo.config.backbones import Backbone
@@ -24,6 +30,7 @@ from tawin_nemo.models.megatron.decode import inference_forward
 from tawin_nemo.models.megatron.decode.kv_store import ExtendPlan, KeyValueSlots, PrefillPlan, index_in_group
 from tawin_nemo.models.megatron.model.attention import AttentionPlan
 from tawin_nemo.models.megatron.model.forward import logit_dtype, modes, padding
+from tawin_nemo.models.megatron.model.fp8_scales import calibrate
 from tawin_nemo.models.megatron.model.head import edge_logits, log_sum_exp
 from tawin_nemo.models.megatron.parallel import runtime
 from tawin_nemo.types import TokenBatch, TokenRows
@@ -218,12 +225,28 @@ class MegatronLM:
             arriving_SD = None if arriving_SBD is None else arriving_SBD[:, 0]
             with modes(self.model, training=False) if self._drops else contextlib.nullcontext():
                 return inference_forward.stage_output(self.model, tokens_S, arriving_SD, plan)
+        if _keeps_sequence_parallel(self.model.config):
+            return self._split_stage_output(tokens_S, arriving_SBD, plan)
         with _without_sequence_parallel(self.model), modes(self.model, training=False):
-            if arriving_SBD is not None:
-                self.model.set_input_tensor(arriving_SBD)
-            hidden_SBD = self.model(tokens_S[None], None, None, packed_seq_params=plan)
-            self.model.set_input_tensor(None)
-        return hidden_SBD[:, 0]
+            return self._modules_output(tokens_S, arriving_SBD, plan)[:, 0]
+
+    def _split_stage_output(self, tokens_S: Tensor, arriving_SBD: Tensor | None, plan: AttentionPlan) -> Tensor:
+        """``_stage_output`` with sequence parallelism inside the stage: its own part of S in, all of S out."""
+        tp = self.model.pg_collection.tp
+        if arriving_SBD is not None:
+            arriving_SBD = scatter_to_sequence_parallel_region(arriving_SBD, group=tp)
+        with modes(self.model, training=False):
+            part_SBD = self._modules_output(tokens_S, arriving_SBD, plan)
+        return gather_from_sequence_parallel_region(part_SBD, tensor_parallel_output_grad=False, group=tp)[:, 0]
+
+    def _modules_output(self, tokens_S: Tensor, arriving_SBD: Tensor | None, plan: AttentionPlan) -> Tensor:
+        if arriving_SBD is not None:
+            self.model.set_input_tensor(arriving_SBD)
+        run = partial(self.model, tokens_S[None], None, None, packed_seq_params=plan)
+        calibrate(self.model, run)
+        hidden_SBD: Tensor = run()
+        self.model.set_input_tensor(None)
+        return hidden_SBD
 
 
 def _chains(rows: TokenRows) -> TokenBatch:
@@ -241,6 +264,16 @@ def _chains(rows: TokenRows) -> TokenBatch:
 def _present(hidden_RD: Tensor | None) -> Tensor:
     assert hidden_RD is not None, "only the last pipeline stage holds hidden states"
     return hidden_RD
+
+
+def _keeps_sequence_parallel(config: TransformerConfig) -> bool:
+    """Whether decoding must leave sequence parallelism as training has it.
+
+    Transformer Engine fixes the layout of its quantised tensors, and whether scales are common to all ranks, at a
+    module's first FP8 pass, from the flags of that pass. A later pass with other flags fails (block scaling) or reads
+    with wrong scales, without an error (tensor-wise scaling).
+    """
+    return bool(config.sequence_parallel) and config.fp8 is not None
 
 
 @contextlib.contextmanager

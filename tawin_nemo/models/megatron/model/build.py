@@ -18,6 +18,7 @@ from tawin_nemo.config.layout import Layout, check_shape, padded_vocab
 from tawin_nemo.config.schema import ModelConfig
 from tawin_nemo.models.megatron.model import precision, weight_init
 from tawin_nemo.models.megatron.model.attention import PositionedRotary
+from tawin_nemo.models.megatron.model.compiler import use_fused_functions
 from tawin_nemo.models.megatron.model.embedding import RowEmbedding
 from tawin_nemo.models.megatron.model.layer_spec import RMSNorm, layer_spec
 from tawin_nemo.models.megatron.parallel.groups import collective_device, rollout_groups, training_groups
@@ -97,8 +98,8 @@ def model_config(shape: Backbone, cfg: ModelConfig, *, section: str = "model") -
         batch_p2p_comm=on_gpu,
         deallocate_pipeline_outputs=True,
         masked_softmax_fusion=False,
-        bias_dropout_fusion=on_gpu,
-        bias_activation_fusion=on_gpu,
+        bias_dropout_fusion=use_fused_functions(),
+        bias_activation_fusion=use_fused_functions(),
         gradient_accumulation_fusion=False,
         apply_rope_fusion=False,
         **precision.config_fields(cfg),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -12,6 +13,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.utils import unwrap_model
 from torch import Tensor
 
+from tawin_nemo.models.megatron.model.fp8_scales import calibrate
 from tawin_nemo.models.megatron.model.head import child_logprobs, select_rows, token_logprobs
 from tawin_nemo.models.megatron.model.precision import row_multiple
 from tawin_nemo.models.megatron.model.tree_plan import TreePlan
@@ -35,7 +37,9 @@ def hidden_states(model: torch.nn.Module, batch: TokenBatch) -> Tensor:
     tokens_BS = F.pad(batch.tokens_S.to(runtime.device()), (0, extra))[None]
     plan = TreePlan(batch, runtime.device(), padding=extra)
     with without_modes():
-        return model(tokens_BS, None, None, packed_seq_params=plan)
+        run = partial(model, tokens_BS, None, None, packed_seq_params=plan)
+        calibrate(unwrap_model(model), run)
+        return run()
 
 
 def batch_logprobs(model: torch.nn.Module, batch: TokenBatch, hidden_SBD: Tensor) -> Tensor:

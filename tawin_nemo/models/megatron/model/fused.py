@@ -19,6 +19,8 @@ _log = get_logger(__name__)
 
 #: Compiled modules that NVIDIA's apex installs -> what they do.
 EXTENSIONS = {"amp_C": "fused optimizer", "fused_weight_gradient_mlp_cuda": "fused weight gradients"}
+#: What error messages name as the remedy; ``pip install -r requirements-gpu.txt`` compiles against another torch.
+INSTALL_GPU = "bash recipes/install_gpu.sh"
 FOREIGN_REMEDY = "pip uninstall apex; NVIDIA's comes with its containers or is built from its source"
 
 

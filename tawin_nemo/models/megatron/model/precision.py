@@ -17,7 +17,7 @@ from typing import Any, Protocol
 
 from tawin_nemo.config.backbones import Backbone
 from tawin_nemo.config.schema import ModelConfig, Recipe
-from tawin_nemo.models.megatron.model.fused import FOREIGN_REMEDY, find_apex
+from tawin_nemo.models.megatron.model.fused import FOREIGN_REMEDY, INSTALL_GPU, find_apex
 from tawin_nemo.util.errors import ConfigError
 
 
@@ -90,7 +90,7 @@ def unsupported_reason(precision: str, machine: Machine) -> Unsupported | None:
             f"{machine.gpu or 'the GPU'} has {major}.{minor}",
             "use bf16",
         )
-    install = f"pip install -r requirements-gpu.txt (Transformer Engine {TRANSFORMER_ENGINE}), or use bf16"
+    install = f"{INSTALL_GPU} (Transformer Engine {TRANSFORMER_ENGINE}), or use bf16"
     if machine.engine_error:
         return Unsupported(
             f"{precision} needs Transformer Engine, whose import failed: {machine.engine_error}", install
@@ -150,6 +150,36 @@ def _engine() -> tuple[str, str]:
         return metadata.version("transformer-engine"), ""
     except metadata.PackageNotFoundError:
         return str(getattr(module, "__version__", "")), ""
+
+
+def check_engine_import() -> None:
+    """Raises ConfigError when Transformer Engine is installed in part; call it before megatron is imported.
+
+    megatron-core 0.16 takes ``import transformer_engine`` for proof that all of it is there, and then imports
+    ``transformer_engine.pytorch`` unguarded: a core without its torch extension, or one that was built for another
+    torch, ends every run at import, also in bf16.
+    """
+    if importlib.util.find_spec("transformer_engine") is None:
+        return
+    try:
+        importlib.import_module("transformer_engine")
+    except ImportError:
+        return  # megatron then does without it
+    except Exception as error:
+        raise _broken("transformer_engine", error) from error
+    try:
+        importlib.import_module("transformer_engine.pytorch")
+    except Exception as error:
+        raise _broken("transformer_engine.pytorch", error) from error
+
+
+def _broken(module: str, error: Exception) -> ConfigError:
+    said = f"{type(error).__name__}: {error}".splitlines()[0]
+    return ConfigError(
+        f"Transformer Engine is installed in part: import {module} fails with {said}, and megatron-core cannot be "
+        f"imported beside it. {INSTALL_GPU} builds it for this torch; pip uninstall transformer_engine "
+        "transformer_engine_torch transformer_engine_cu12 transformer_engine_cu13 removes it (bf16 does not need it)"
+    )
 
 
 def check_model_supported(shape: Backbone, cfg: ModelConfig, machine: Machine | None = None) -> None:

@@ -26,10 +26,10 @@ from tests.models.megatron.model.test_precision import FP8, HOPPER, SHAPE
     [
         ("fp8-tensorwise", precision.Machine(), "needs a CUDA device", "bf16 or fp32"),
         ("fp8-tensorwise", replace(HOPPER, capability=(8, 9), gpu="L40S"), r"9\.0 .* L40S has 8\.9", "use bf16"),
-        ("fp8-delayed", replace(HOPPER, engine=""), "Transformer Engine, which is not installed", "requirements-gpu"),
+        ("fp8-delayed", replace(HOPPER, engine=""), "Transformer Engine, which is not installed", "install_gpu"),
         ("fp8-delayed", replace(HOPPER, engine_error="ImportError: libcudnn"), "failed: ImportError: libcudnn", "bf16"),
-        ("fp8-blockwise", replace(HOPPER, engine="2.8.0"), r">=2\.9,<2\.12 .* 2\.8\.0 is installed", "requirements"),
-        ("fp8-blockwise", replace(HOPPER, engine="2.13"), r"2\.13 is installed", "requirements-gpu"),
+        ("fp8-blockwise", replace(HOPPER, engine="2.8.0"), r">=2\.9,<2\.12 .* 2\.8\.0 is installed", "install_gpu"),
+        ("fp8-blockwise", replace(HOPPER, engine="2.13"), r"2\.13 is installed", "install_gpu"),
         (
             "fp8-delayed",
             replace(HOPPER, foreign_apex="/x/apex"),
