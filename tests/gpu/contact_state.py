@@ -7,13 +7,15 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 
+from tawin_nemo.config.schema import TrainerConfig
 from tawin_nemo.models.megatron.checkpoint import checkpoint
 from tawin_nemo.models.megatron.checkpoint.files import Ranks
+from tawin_nemo.models.megatron.optim.trainable import Trainable
 from tawin_nemo.run import determinism
 from tests.gpu import parts
 from tests.gpu.contact_common import clock, fresh, out, tiny_rows, trainable_of
@@ -23,7 +25,7 @@ from tests.gpu.workload import Sizes, Workload
 def checkpoints() -> dict[str, Any]:
     """Seconds of a checkpoint's copy to the host, of writing with checksums, of loading, and of an offload and back."""
     given, folder = tiny_rows(1), out("checkpoint")
-    trainable = trainable_of(given)
+    trainable = trainable_of(given, TrainerConfig(offload_optimizer=True))
     trainable.update(list(Workload(given).micro_batches(0)), lr=given.lr)
     model, times = trainable.model, {}
 
@@ -44,9 +46,17 @@ def checkpoints() -> dict[str, Any]:
     for number in ("first", "second"):  # the first one allocates pinned memory
         offload = trainable.optimizer_offloaded()
         timed(f"{number}_offload", offload.__enter__)
+        empty = [storage.nbytes() == 0 for storage in _moments(trainable)]
+        parts.require(bool(empty) and all(empty), f"{sum(empty)} of {len(empty)} moments were offloaded")
         timed(f"{number}_return", lambda offload=offload: offload.__exit__(None, None, None))
     size = sum(path.stat().st_size for path in (folder / "step_1").rglob("*") if path.is_file())
     return {"bytes": size, **times}
+
+
+def _moments(trainable: Trainable) -> Iterator[torch.UntypedStorage]:
+    for part in getattr(trainable.optimizer, "chained_optimizers", [trainable.optimizer]):
+        for state in part.optimizer.state.values():
+            yield from (state[name].untyped_storage() for name in ("exp_avg", "exp_avg_sq"))
 
 
 def deterministic() -> dict[str, Any]:
