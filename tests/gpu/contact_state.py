@@ -95,7 +95,7 @@ def end_to_end() -> dict[str, Any]:
         return {"pipeline": "packages are missing", **parts.mismatch("bf16")}
     words = (
         "model.backbone=nano model.precision=bf16 rl.max_steps=3 sft.epochs=1 data.train_limit=200 data.eval_limit=30 "
-        "prepare.synthetic_items=150 prepare.synthetic_users=500"
+        "prepare.synthetic_items=150 prepare.synthetic_users=500 compare.sft_continued=false"
     ).split()
     words += [f"run_dir={out('end_to_end') / 'run'}", f"data.root={out('data')}"]
     command = [sys.executable, "-m", "tawin_nemo", "train", "--recipe", "recipes/quickstart.yaml", *words]
