@@ -67,8 +67,8 @@ headers=$(python3 recipes/nvidia_headers.py)
 export NVTE_FRAMEWORK=pytorch NVTE_CUDA_ARCHS=${TAWIN_CUDA_ARCHS:-90} MAX_JOBS=${MAX_JOBS:-8}
 dry_run && echo "TAWIN_TORCH_INDEX=$TAWIN_TORCH_INDEX NVTE_CUDA_ARCHS=$NVTE_CUDA_ARCHS CPATH=${CPATH:-}"
 run python -m pip install --disable-pip-version-check 'setuptools>=70.1' wheel ninja pybind11 packaging
-# requirements.txt as constraints: nothing may replace the torch that the extension is compiled against
-run python -m pip install --disable-pip-version-check --no-build-isolation --constraint requirements.txt \
+# with torch's pin: nothing may replace the torch that the extension is compiled against
+run python -m pip install --disable-pip-version-check --no-build-isolation "$(grep '^torch==' requirements.txt)" \
     -r requirements-gpu.txt
 run python -c 'import transformer_engine.pytorch, transformer_engine; print("Transformer Engine", transformer_engine.__version__)'
 if [ -n "${TAWIN_APEX:-}" ]; then

@@ -46,6 +46,6 @@ def tiny_rows(steps: int) -> Sizes:
     return fresh(steps, prompts=4, prompt_tokens=(8, 24), tokens=2048, items=200, candidates=4)
 
 
-def trainable_of(given: Sizes, precision: str = "bf16") -> Trainable:
-    cfg = parts.start(precision)
-    return Trainable(build_model(given.shape, cfg, seed=1), given.shape, TrainerConfig(), lr=given.lr)
+def trainable_of(given: Sizes, trainer: TrainerConfig | None = None) -> Trainable:
+    cfg = parts.start("bf16")
+    return Trainable(build_model(given.shape, cfg, seed=1), given.shape, trainer or TrainerConfig(), lr=given.lr)

@@ -32,7 +32,7 @@ class KeyValueSlots:
             # zeros: a masked slot still enters the kernels, where 0 * NaN would be NaN
             self._layers[layer] = (key_SGD.new_zeros(shape), value_SGD.new_zeros(shape))
         for stored, fresh in zip(self._layers[layer], (key_SGD, value_SGD), strict=True):
-            stored[prompt_S, :, slot_S] = fresh
+            stored[prompt_S, :, slot_S] = fresh.detach()  # a pass that only sets FP8 scales has gradient enabled
 
     def read(self, layer: int, prompt_M: Tensor | None, slots: int) -> tuple[Tensor, Tensor]:
         """The first ``slots`` slots of the given prompts (None = of all, without a copy)."""

@@ -11,7 +11,10 @@ from torch import Tensor
 from tawin_nemo.config.backbones import Backbone, RopeScaling
 from tawin_nemo.config.schema import ModelConfig
 from tawin_nemo.models.megatron.decode import inference_forward
+from tawin_nemo.models.megatron.decode import lm as lm_module
+from tawin_nemo.models.megatron.decode.kv_store import KeyValueSlots
 from tawin_nemo.models.megatron.decode.lm import MegatronLM
+from tawin_nemo.models.megatron.model import fp8_scales
 from tawin_nemo.models.megatron.model.build import HiddenGPT, build_model
 from tawin_nemo.models.megatron.parallel import runtime
 from tawin_nemo.types import TokenRows
@@ -60,6 +63,20 @@ def test_the_same_bits_as_the_modules(name: str, precision: str) -> None:
     fast, slow = (hidden_states(MegatronLM(model, SHAPES[name], use_inference_forward=kind)) for kind in (True, False))
     assert fast.std() > 0.1
     assert torch.equal(fast, slow)
+
+
+def test_a_discarded_pass_for_scales_changes_nothing_and_keeps_no_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    """``fp8_scales.calibrate`` runs the first pass of a search twice, once with gradient enabled."""
+    model, enabled = built(QWEN, ModelConfig()), []
+    expected = hidden_states(MegatronLM(model, QWEN))
+    monkeypatch.setattr(inference_forward, "supported", lambda model: False)  # as under FP8
+    monkeypatch.setattr(fp8_scales, "_is_delayed", lambda model: True)
+    model.decoder.register_forward_hook(lambda *_: enabled.append(torch.is_grad_enabled()))
+    stores: list[KeyValueSlots] = []
+    monkeypatch.setattr(lm_module, "KeyValueSlots", lambda *sizes: stores.append(KeyValueSlots(*sizes)) or stores[-1])
+    assert torch.equal(hidden_states(MegatronLM(model, QWEN)), expected)
+    assert enabled == [True, False, False, False, False]
+    assert not any(part.requires_grad for store in stores for pair in store._layers.values() for part in pair)
 
 
 def test_a_model_in_training_drops_nothing_while_it_searches() -> None:
