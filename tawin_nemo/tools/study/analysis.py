@@ -61,7 +61,7 @@ class Results:
     def splits(self) -> list[str]:
         """Those that a run was evaluated on, in the recipe's order, and the pooled one when the study has ``pool``."""
         evaluated = {name for record in self.records.values() for name in record.splits}
-        names = [name for name in ("valid", "test") if name in evaluated]
+        names: list[str] = [name for name in ("valid", "test") if name in evaluated]
         return [*names, POOLED] if self.study.file.pool and len(names) == 2 else names
 
     def runs(self, name: str) -> dict[int, RunRecord]:
