@@ -136,7 +136,7 @@ def ranks_file(path: Path) -> Path:
     return path.with_suffix(".npz")
 
 
-def _arrays(path: Path, name: str, split: dict[str, Any]) -> dict[str, np.ndarray | None]:
+def _arrays(path: Path, name: str, split: dict[str, Any]) -> dict[str, Any]:
     """``rank_B`` and ``sharing_B`` of a split, int64; older run files hold them as text, which is taken out."""
     if "rank" in split:
         texts = {"rank_B": split.pop("rank"), "sharing_B": split.pop("sharing")}
