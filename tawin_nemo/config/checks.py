@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from tawin_nemo.config.placement_checks import ahead_combinations, aligned, placement_combinations
+from tawin_nemo.config.preference_checks import preference_combinations, prefers_reference
 from tawin_nemo.config.schema import Recipe
 
 
@@ -39,11 +40,11 @@ def combinations(r: Recipe) -> Iterator[tuple[bool, str]]:
         "rl.init=sft but sft.enabled=false; set rl.init=base or sft.enabled=true",
     )
     yield (
-        not (r.sft.enabled or rl.enabled),
-        "sft.enabled=false and rl.enabled=false: nothing to train; set one of them to true",
+        not (r.sft.enabled or r.preference.enabled or rl.enabled),
+        "sft.enabled=false and rl.enabled=false: nothing to train; set one of them (or preference.enabled) to true",
     )
     yield (
-        ((rl.enabled and rl.rows == "fresh") or r.sft.rows == "fresh") and not 0 < rl.fresh_share < 1,
+        uses_fresh_rows(r) and not 0 < rl.fresh_share < 1,
         f"rows=fresh needs rl.fresh_share between 0 and 1, not {rl.fresh_share}; or set rl.rows=all",
     )
     yield (
@@ -65,9 +66,15 @@ def combinations(r: Recipe) -> Iterator[tuple[bool, str]]:
     yield from _precision_combinations(r)
     yield from _space_combinations(r)
     yield from _semantic_id_combinations(r)
+    yield from preference_combinations(r)
     if rl.enabled:
         yield from _rl_combinations(r)
         yield from ahead_combinations(r)
+
+
+def uses_fresh_rows(r: Recipe) -> bool:
+    """A stage of the recipe trains on the last ``rl.fresh_share`` of train."""
+    return "fresh" in (r.sft.rows, r.rl.enabled and r.rl.rows, r.preference.enabled and r.preference.rows)
 
 
 def _precision_combinations(r: Recipe) -> Iterator[tuple[bool, str]]:
@@ -153,7 +160,7 @@ def _rl_combinations(r: Recipe) -> Iterator[tuple[bool, str]]:
         f"rl.policy_space={behaviour_space} (what the rollout scores) and rl.ensure_target=off",
     )
     yield (
-        r.reference.refresh != "off" and (rl.beta == 0 or r.reference.mode == "off"),
+        r.reference.refresh != "off" and (rl.beta == 0 or r.reference.mode == "off") and not prefers_reference(r),
         f"reference.refresh={r.reference.refresh} but there is no reference (rl.beta={rl.beta}, "
         f"reference.mode={r.reference.mode}); set rl.beta above 0 and reference.mode=copy, or refresh=off",
     )

@@ -28,8 +28,18 @@ TITLES = {
     "sft": "SFT",
     "sft_continued": "SFT continued on the RL rows",
     "sft_all": "SFT on all training rows",
+    "preference": "Preference optimisation",
     "rl": "RL",
 }
+
+#: Plots of a preference stage, as RL_PLOTS.
+PREFERENCE_PLOTS = (
+    ("Preference loss", ("preference/loss",)),
+    ("Reward margin of a pair", ("preference/reward_margin",)),
+    ("Pairs in the right order", ("preference/pair_accuracy",)),
+    ("Log-probability of an answer", ("preference/logp_chosen", "preference/logp_rejected")),
+    ("Margin", ("preference/gamma",)),
+)
 
 #: Plots of an RL stage: title and the logged names that may fill it.
 RL_PLOTS = (
@@ -92,7 +102,7 @@ def render(report: ReportInput) -> str:
         versus=_versus(tested, names),
         beyond=_beyond_names(tested),
         sft_plots=list(_sft_plots(report)),
-        rl_plots=list(_rl_plots(report)),
+        rl_plots=[*_preference_plots(report), *_rl_plots(report)],
         window=_window(report),
         data_facts=list(_data_facts(report, tested)),
         recipe_text=report.recipe_text,
@@ -156,6 +166,14 @@ def _sft_plots(report: ReportInput) -> Iterator[Markup]:
             yield Markup(figures.curves(title, lines, ylabel="loss per token"))
 
 
+def _preference_plots(report: ReportInput) -> Iterator[Markup]:
+    stage = report.stage("preference")
+    for title, keys in PREFERENCE_PLOTS if stage is not None else ():
+        lines = {key: stage.series[key] for key in keys if key in stage.series}
+        if lines:
+            yield Markup(figures.curves(title, lines))
+
+
 def _rl_plots(report: ReportInput) -> Iterator[Markup]:
     stage = report.stage(LAST_STAGE)
     if stage is None:
@@ -192,6 +210,9 @@ def _run_facts(report: ReportInput) -> Iterator[Fact]:
     yield Fact("Precision", str(report.setting("model.precision", "–")))
     yield Fact("Processes", f"{processes} ({', '.join(parallel)})")
     yield Fact("Seed", str(report.setting("seed", "–")))
+    if report.setting("preference.enabled", False):
+        keys = ("algorithm", "beta", "negatives", "num_negatives", "lr", "epochs", "rows")
+        yield Fact("Preference", ", ".join(f"{key} {report.setting(f'preference.{key}')}" for key in keys))
     if report.setting("rl.enabled", False):
         keys = ("algorithm", "group_size", "prompts_per_step", "lr", "beta", "kl", "reward", "policy_space", "rows")
         yield Fact("RL", ", ".join(f"{key} {report.setting(f'rl.{key}')}" for key in keys))

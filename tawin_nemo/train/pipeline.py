@@ -1,4 +1,4 @@
-"""The main job: SFT -> {RL, SFT continued beside it} -> evaluation of each -> summary and report.
+"""The main job: SFT -> preference optimisation -> {RL, SFT continued beside it} -> evaluation of each -> summary and report.
 
 Every stage lives in its own directory of the run and is skipped when it is already done, so the same command starts,
 resumes and completes a run.
@@ -39,6 +39,7 @@ from tawin_nemo.run.stage import MetricSink, Stage, logged_seconds
 from tawin_nemo.run.world import World, read_json
 from tawin_nemo.train.actor import Actor
 from tawin_nemo.train.plan import Plan, plans
+from tawin_nemo.train.preference import train_preference
 from tawin_nemo.train.reference import Reference, build_reference
 from tawin_nemo.train.rl import train_rl
 from tawin_nemo.train.sft import train_sft
@@ -118,13 +119,15 @@ def run_stage(world: World, plan: Plan, sink: MetricSink | None) -> EvalResult:
         sft = sft_section(world.recipe, plan.name)
         if world.recipe.model.freeze_backbone and plan.kind == "sft":
             freeze_others(model, only_new_tokens(world))
-        lr = world.recipe.rl.lr if plan.kind == "rl" else sft.lr
+        lr = {"rl": world.recipe.rl.lr, "preference": world.recipe.preference.lr}.get(plan.kind, sft.lr)
         trainable = Trainable(model, world.shape, world.recipe.trainer, lr=lr)
         optimizer_offloaded = trainable.optimizer_offloaded
         log.info("%s: %d rows of train", plan.name, len(plan.rows))
         if plan.kind == "rl":
             actor = Actor(trainable, world.catalog, world.recipe.rl, world.dp)
             train_rl(world, stage, actor, lambda: reference_for(world, plan, model), engine)
+        elif plan.kind == "preference":
+            train_preference(world, stage, trainable, lambda: reference_for(world, plan, model), engine, plan.rows)
         else:
             train_sft(world, sft, stage, trainable, plan.rows, engine)
     stage.stop_between(f"the evaluation of {plan.name}")
@@ -154,10 +157,11 @@ def sft_section(recipe: Recipe, name: str) -> SftConfig:
 
 
 def reference_for(world: World, plan: Plan, actor_model: GPTModel) -> Reference:
-    """The policy that RL started from, frozen."""
+    """The policy that the stage started from, frozen; none where its objective has no reference."""
     recipe = world.recipe
+    beta = recipe.rl.beta if plan.kind == "rl" else float(recipe.preference.uses_reference)
     return build_reference(
-        recipe.reference.mode, recipe.rl.beta, actor_model,
+        recipe.reference.mode, beta, actor_model,
         lambda: starting_model(world, plan.start, precision=recipe.reference.precision),
     )  # fmt: skip
 

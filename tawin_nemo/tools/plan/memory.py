@@ -14,7 +14,7 @@ from tawin_nemo.config.backbones import Backbone, stage_layers
 from tawin_nemo.config.schema import Recipe
 from tawin_nemo.tools.plan.activations import Numbers, Pass, backward_bytes, forward_bytes, head_bytes, saved_bytes
 from tawin_nemo.tools.plan.layout import Layout, padded_vocab, rollout_layout
-from tawin_nemo.tools.plan.workload import Lengths, rl_pass, search_space, sft_pass, uses_reference
+from tawin_nemo.tools.plan.workload import Lengths, preference_pass, rl_pass, search_space, sft_pass, uses_reference
 
 GIB = 2.0**30
 #: CUDA context, NCCL's and cuBLAS's buffers of one process. A rule of thumb, not measured here.
@@ -131,6 +131,14 @@ def updates(shape: Backbone, recipe: Recipe, layout: Layout, numbers: Numbers, l
         work = sft_pass(recipe, lengths)
         yield "SFT update", update_parts(
             shape, layout, numbers, work, recompute=recompute, stage=stage,
+            micro_batches=micro_batches(rows, work.keys, work.tokens),
+        )  # fmt: skip
+    if recipe.preference.enabled:
+        rows = -(-recipe.preference.global_batch_size // layout.dp)
+        work = preference_pass(recipe, lengths)
+        plain = Numbers(numbers.bytes, numbers.fp8, numbers.device)  # without dropout
+        yield "preference update", update_parts(
+            shape, layout, plain, work, recompute=recompute, stage=stage,
             micro_batches=micro_batches(rows, work.keys, work.tokens),
         )  # fmt: skip
     if rl.enabled:

@@ -165,6 +165,7 @@ _UPDATE = "model.recompute=full, a lower {}.micro_batch_tokens, reference.mode=s
 #: What to lower, by the phase that is too large.
 SAVINGS = {
     "SFT update": _UPDATE.format("sft"),
+    "preference update": _UPDATE.format("preference"),
     "RL update": _UPDATE.format("rl"),
     "rollout": "Lower rollout.token_budget, or set trainer.offload_optimizer=true or reference.mode=swap",
     "evaluation": "Lower eval.token_budget, or set trainer.offload_optimizer=true or reference.mode=swap",

@@ -111,7 +111,8 @@ def train_and_export(recipe: Recipe, night: Night, place: Place) -> None:
     open_run_dir(tonight, same_recipe=True)
     world = build_world(tonight, run_dir, Path(night.data), codes_path=codes_path(recipe))
     run_pipeline(world)
-    stage = run_dir / ("rl" if recipe.rl.enabled else "sft")
+    trained = "preference" if recipe.preference.enabled else "sft"
+    stage = run_dir / ("rl" if recipe.rl.enabled else trained)
     write_export(world, str(stage), export)
     runtime.barrier()
 
