@@ -28,7 +28,7 @@ def dpo_loss(h_pos_B: Tensor, h_neg_BN: Tensor, mask_BN: Tensor) -> Tensor:
 
 
 def simpo_loss(h_pos_B: Tensor, h_neg_BN: Tensor, mask_BN: Tensor, gamma: float) -> Tensor:
-    """``-log sigmoid(H+ - H- - gamma)``, mean over a row's pairs, without a reference (SimPO, arXiv 2405.14734). [B]."""
+    """``-log sigmoid(H+ - H- - gamma)``, mean over pairs, without a reference (SimPO, arXiv 2405.14734). [B]."""
     return pair_mean(-logsigmoid(h_pos_B.unsqueeze(1) - h_neg_BN - gamma), mask_BN)
 
 

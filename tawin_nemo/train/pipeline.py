@@ -1,4 +1,4 @@
-"""The main job: SFT -> preference optimisation -> {RL, SFT continued beside it} -> evaluation of each -> summary and report.
+"""The main job: SFT -> preference optimisation -> {RL, SFT continued beside it} -> evaluation of each -> summary.
 
 Every stage lives in its own directory of the run and is skipped when it is already done, so the same command starts,
 resumes and completes a run.

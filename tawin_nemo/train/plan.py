@@ -68,6 +68,6 @@ def check_preference(world: World) -> None:
         )
     if cfg.negatives == "candidates" and cfg.num_candidates > paths - world.recipe.data.max_history:
         raise ConfigError(
-            f"preference.num_candidates={cfg.num_candidates} leaves the history out, but the catalog has {paths} distinct "
-            f"token paths; use at most {max(2, paths - world.recipe.data.max_history)}"
+            f"preference.num_candidates={cfg.num_candidates} leaves the history out, but the catalog has {paths} "
+            f"distinct token paths; use at most {max(2, paths - world.recipe.data.max_history)}"
         )
