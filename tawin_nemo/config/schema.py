@@ -236,7 +236,7 @@ PRECISIONS_OF_A_PART = ("model", "fp32", "bf16", "fp8-blockwise", "fp8-tensorwis
 class DataConfig:
     root: str = opt("", "folder with the data: prepared Parquet, or raw files that `dataset` names")
     dataset: str = choice(
-        "auto", "prepared", "inter", "amazon", "yelp", "synthetic",
+        "auto", "prepared", "inter", "candidates", "amazon", "yelp", "synthetic",
         help="what lies in root; auto looks. Raw layouts are prepared into RUN_DIR/data first",
     )  # fmt: skip
     max_history: int = number(10, 1, 200, help="items of history in a sample, the newest are kept")

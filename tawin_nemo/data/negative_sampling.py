@@ -49,7 +49,7 @@ class RandomNegatives:
 class CandidateNegatives:
     """``num`` items out of the candidate set of each row, new ones at each step; the set never changes.
 
-    Candidate sets are those of ``candidate_set`` with ``candidates`` items.
+    Candidate sets are those of ``candidate_set`` with ``candidates`` items, or those of the data.
     """
 
     samples: Samples
@@ -78,10 +78,13 @@ class CandidateNegatives:
 
 
 def candidate_set(samples: Samples, leaf_I: np.ndarray, row: int, size: int, seed: int) -> np.ndarray:
-    """The row's target and ``size - 1`` random items, shuffled: a pure function of seed and row. [C] int64.
+    """The candidates of a row that come with the data, else its target and ``size - 1`` random items, shuffled. [C].
 
-    The candidate protocol of S-DPO and NAPO (20 items). Fewer items where the catalog has too few.
+    The candidate protocol of S-DPO and NAPO (20 items); a pure function of seed and row. Fewer items where the catalog
+    has too few.
     """
+    if samples.candidates is not None:
+        return samples.candidates[row]
     drawn = draw_items(leaf_I, forbidden_items(samples, row), size - 1, [seed, _SET, row])
     items_C = np.append(drawn, samples.target_N[row])
     return np.random.default_rng([seed, _SET, row, 1]).permutation(items_C)

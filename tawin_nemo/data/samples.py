@@ -82,6 +82,7 @@ class Samples:
     user_N: np.ndarray
     history: TokenRows  # item indices that the prompt shows, oldest first
     row_N: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))  # row number in the split
+    candidates: TokenRows | None = None  # candidate set of each row, where the data have them
 
     def __post_init__(self) -> None:
         if len(self.row_N) == 0:
@@ -97,8 +98,9 @@ class Samples:
         """The named rows in that order; they keep their row numbers in the split."""
         rows = np.asarray(rows, dtype=np.int64)
         return Samples(
-            self.prompts.take(rows), self.target_N[rows], self.user_N[rows], self.history.take(rows), self.row_N[rows]
-        )
+            self.prompts.take(rows), self.target_N[rows], self.user_N[rows], self.history.take(rows), self.row_N[rows],
+            None if self.candidates is None else self.candidates.take(rows),
+        )  # fmt: skip
 
     def prompt_batch(self, rows: np.ndarray) -> PromptBatch:
         """The prompts of ``rows``, each with its own target."""
@@ -138,7 +140,8 @@ def encode_split(
         shorter = encoder.encode(_newest(split.history.take(too_long), kept_N[too_long]))
         prompts = _replaced(prompts, too_long, shorter)
         too_long = too_long[shorter.lengths > data.max_prompt_tokens]
-    return Samples(prompts, split.target_N, split.user_N, _newest(split.history, kept_N))
+    history = _newest(split.history, kept_N)
+    return Samples(prompts, split.target_N, split.user_N, history, candidates=split.candidates)
 
 
 def _replaced(rows: TokenRows, places: np.ndarray, by: TokenRows) -> TokenRows:
