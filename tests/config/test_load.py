@@ -48,7 +48,7 @@ APART = "trainer.devices=4 rollout.placement=separate"
     ("override", "parts"),
     [
         ("rl.lrr=1", ["rl.lrr=1", "did you mean rl.lr?"]),
-        ("lr=1", ["lr=1", "sft.lr or rl.lr"]),
+        ("lr=1", ["lr=1", "sft.lr or preference.lr or rl.lr"]),
         ("rl=3", ["rl is a section"]),
         ("rl.lr=abc", ["rl.lr", "abc", "peak learning rate"]),
         ("rl.kl=k4", ["rl.kl=k4", "k3"]),

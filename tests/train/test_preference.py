@@ -87,13 +87,13 @@ def test_resume_is_byte_equal(step, napo, small_dataset, aux, tmp_path):
     shutil.rmtree(interrupted / "preference" / "eval")
     (interrupted / "summary.json").unlink()
     state = json.loads((interrupted / "preference" / "checkpoints" / f"step_{step}" / "state.json").read_text())
-    facts = state["progress"]["facts"]
+    facts = state["state"]["progress"]["facts"]
     assert "confidence_baseline" in facts
     assert ("items" in facts) == (step == 1)
     run(*arguments(small_dataset, interrupted, *NAPO, f"preference.aux={aux}", "trainer.keep_last=9"))
     ours, expected = ((folder / "preference" / "metrics.jsonl").read_bytes() for folder in (interrupted, napo))
     assert ours == expected
-    weights = sorted(path.relative_to(napo) for path in (napo / "preference/checkpoints/step_4").glob("*.safetensors"))
+    weights = sorted(path.relative_to(napo) for path in (napo / "preference/checkpoints/step_4").glob("*.distcp"))
     assert weights
     for name in weights:
         assert (interrupted / name).read_bytes() == (napo / name).read_bytes(), name
