@@ -8,6 +8,7 @@ from tawin_nemo.commands.from_checkpoint import engine_of
 from tawin_nemo.eval.bias import item_counts
 from tawin_nemo.eval.evaluate import evaluate as run_evaluation
 from tawin_nemo.run.world import World
+from tawin_nemo.train.candidate_eval import candidate_metrics
 
 
 def evaluate(world: World) -> dict[str, Any]:
@@ -27,4 +28,7 @@ def evaluate(world: World) -> dict[str, Any]:
             "invalid_rate": measured.invalid_rate,
             "beyond": measured.beyond,
         }
+        among = candidate_metrics(world, engine, split, f"evaluate {split}")
+        if among is not None:
+            result[split]["candidates"] = among.means
     return result

@@ -197,6 +197,15 @@ def _space_combinations(r: Recipe) -> Iterator[tuple[bool, str]]:
         r.trainer.monitor not in ("", *(f"{kind}@{k}" for kind in ("ndcg", "recall") for k in ks)),
         f"trainer.monitor={r.trainer.monitor} is not measured; use ndcg@K or recall@K with a K of eval.ks={list(ks)}",
     )
+    yield (
+        r.eval.candidates > 0 and r.rollout.placement != "colocated",
+        f"eval.candidates={r.eval.candidates} decodes freely, which rollout.placement={r.rollout.placement} cannot; "
+        "set rollout.placement=colocated or eval.candidates=0",
+    )
+    yield (
+        r.eval.candidates == 1,
+        "eval.candidates=1 would be the target alone; set it to 2 or more (the papers: 20), or to 0",
+    )
     yield (not ks or min(ks) < 1, f"eval.ks={list(ks)} must hold cut-offs >= 1")
     yield (
         bool(ks) and max(ks) > r.eval.beams,

@@ -244,6 +244,7 @@ class DataConfig:
     tokenizer: str = opt("auto", "auto | folder with tokenizer.json | bpe (of the titles) | codes (of the index)")
     bpe_vocab_size: int = number(2048, 300, 200_000, help="vocabulary of a BPE trained on the catalog")
     max_prompt_tokens: int = number(512, 8, 32_768, help="longer prompts lose their oldest items, whole")
+    show_candidates: bool = opt(False, "prompts list the row's candidate set behind the history (data with candidates)")
     train_limit: int = number(0, 0, help="use only the last N training rows by time (0 = all)")
     eval_limit: int = number(0, 0, help="use only the first N rows of valid and of test (0 = all)")
 
@@ -509,6 +510,9 @@ class EvalConfig:
     )  # fmt: skip
     splits: list[str] = opt(["valid", "test"], "splits that a finished stage is evaluated on")
     ks: list[int] = opt([1, 3, 5, 10], "cut-offs of Recall@K and NDCG@K")
+    candidates: int = number(
+        0, 0, help="candidate protocol: pick the target among this many items, those of the data or drawn (0 = off)"
+    )
     collision: str = choice(
         "fractional", "optimistic", help="credit of items that share one token path: 1/number sharing, or a full hit"
     )

@@ -13,6 +13,7 @@ from tawin_nemo.catalog.items import Catalog
 from tawin_nemo.config.backbones import FlopCount
 from tawin_nemo.config.schema import RolloutConfig
 from tawin_nemo.rollout.beam import Answers, BeamSearch, collected
+from tawin_nemo.rollout.filters import ItemFilter
 from tawin_nemo.rollout.lm import LM, MeteredLM
 from tawin_nemo.rollout.negatives import distinct_first, draws_for
 from tawin_nemo.rollout.sampling import constrained_sample
@@ -181,21 +182,29 @@ class RolloutEngine(Generator):
         score_space: str | None = None,
         token_budget: int | None = None,
         progress: Progress | None = None,
+        filters: Sequence[ItemFilter] | None = None,
     ) -> Candidates:
         """Beam search for N prompts, results in their order (``constrained_beam_search``; errors as there).
 
-        ``score_space`` and ``token_budget`` default to the configuration; see ``stream``.
+        ``score_space`` and ``token_budget`` default to the configuration, ``filters`` say what each prompt may be
+        answered with; see ``stream``.
         Raises ConfigError for more beams than the catalog has paths.
         """
         answers = []
-        for part in self.stream(prompts, width, score_space=score_space, token_budget=token_budget):
+        for part in self.stream(prompts, width, score_space=score_space, token_budget=token_budget, filters=filters):
             answers.append(part)
             if progress is not None:
                 progress(len(part))
         return collected(answers, width, self.catalog.trie)
 
     def stream(
-        self, prompts: TokenRows, width: int, *, score_space: str | None = None, token_budget: int | None = None
+        self,
+        prompts: TokenRows,
+        width: int,
+        *,
+        score_space: str | None = None,
+        token_budget: int | None = None,
+        filters: Sequence[ItemFilter] | None = None,
     ) -> Iterator[Answers]:
         """As ``search``, but results come as soon as they are there; tickets are the prompts' places.
 
@@ -217,7 +226,9 @@ class RolloutEngine(Generator):
             room = budget - search.held
             if came < len(prompts) and (not search.held or room >= JOIN_SHARE * budget):
                 upto = _fitting(ends_N, came, room, at_least=not search.held)
-                search.admit(prompts.take(order_N[came:upto]), order_N[came:upto])
+                rows = order_N[came:upto]
+                allowed = None if filters is None else [filters[int(row)] for row in rows]
+                search.admit(prompts.take(rows), rows, filters=allowed)
                 came = upto
             answers = search.advance()
             if len(answers):

@@ -67,6 +67,10 @@ class LM(Protocol):
         """
         ...
 
+    def best_tokens(self, cache: Any, row_N: Tensor) -> Tensor:
+        """The most likely token of the whole vocabulary after each row, the lowest of equal ones. [N] int64."""
+        ...
+
 
 # -- A language model that counts what a search makes it compute.
 
@@ -115,6 +119,10 @@ class MeteredLM:
         logits = len(token_E) if space == "trie" else len(row_N) * self.vocab_size
         self._behind += FlopCount(logits=logits)
         return self.lm.logprobs(cache, row_N, position_E, token_E, space)
+
+    def best_tokens(self, cache: Any, row_N: Tensor) -> Tensor:
+        self._behind += FlopCount(logits=len(row_N) * self.vocab_size)
+        return self.lm.best_tokens(cache, row_N)
 
     def take(self) -> FlopCount:
         """Everything since the last call, and start from zero."""

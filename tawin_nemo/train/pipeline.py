@@ -38,6 +38,7 @@ from tawin_nemo.run.mfu import peak_flops
 from tawin_nemo.run.stage import MetricSink, Stage, logged_seconds
 from tawin_nemo.run.world import World, read_json
 from tawin_nemo.train.actor import Actor
+from tawin_nemo.train.candidate_eval import candidate_metrics
 from tawin_nemo.train.plan import Plan, plans
 from tawin_nemo.train.preference import train_preference
 from tawin_nemo.train.reference import Reference, build_reference
@@ -63,6 +64,9 @@ def run_pipeline(world: World) -> dict[str, Any]:
     invalid = max(result.invalid_rate for result in results.values())
     wall = earlier + time.monotonic() - start
     summary |= {"invalid_rate": invalid, "wall_s": round(wall, 1), "run_dir": str(world.run_dir)}
+    if world.recipe.eval.candidates:
+        last = f"eval/{world.recipe.eval.splits[-1]}.candidates.json"
+        summary["candidates"] = {name: read_json(world.run_dir / name / last)["means"] for name in results}
     summary["final_stage"] = list(results)[-1]
     if runtime.world_rank() == 0:
         write_json(world.run_dir / "summary.json", summary)
@@ -103,7 +107,8 @@ def run_stage(world: World, plan: Plan, sink: MetricSink | None) -> EvalResult:
         deadline=world.deadline, sink=sink, profile=world.recipe.profile,
     )  # fmt: skip
     splits = world.recipe.eval.splits
-    expected = [stage.directory / "eval" / f"{split}.json" for split in splits]
+    endings = [".json", *([".candidates.json"] if world.recipe.eval.candidates else [])]
+    expected = [stage.directory / "eval" / f"{split}{ending}" for split in splits for ending in endings]
     if plan.kind == "sft" and active_tasks(world.recipe.align):
         expected.append(task_file(stage.directory))
     if stage.done and all(file.is_file() for file in expected):
@@ -176,7 +181,10 @@ def evaluate_stage(world: World, directory: Path, engine: Engine) -> EvalResult:
             engine, samples, world.catalog, world.recipe.eval,
             dp=world.dp, label=label, popularity_I=item_counts(world.samples["train"], len(world.catalog)),
         )  # fmt: skip
+        among = candidate_metrics(world, engine, split, label)
         if runtime.world_rank() == 0:
             results[split].write(directory / "eval", split)
+            if among is not None:
+                among.write(directory / "eval", split)
     runtime.barrier()
     return results[world.recipe.eval.splits[-1]]

@@ -72,6 +72,11 @@ APART = "trainer.devices=4 rollout.placement=separate"
         ("rl.algorithm=dapo rl.length_norm=branching", ["rl.length_norm=branching", "use full"]),
         ("rl.importance_cap=2 rl.policy_space=vocab", ["rl.importance_cap=2", "rl.policy_space=trie"]),
         ("rl.beta=0 reference.refresh=ema", ["reference.refresh=ema", "rl.beta=0"]),
+        ("eval.candidates=1", ["eval.candidates=1", "2 or more"]),
+        (
+            "eval.candidates=20 rollout.placement=separate rollout.devices=1 trainer.devices=2",
+            ["eval.candidates=20", "rollout.placement=colocated"],
+        ),
         ("rl.init=preference", ["rl.init=preference", "preference.enabled=true"]),
         ("preference.enabled=true preference.beta=0", ["preference.beta=0"]),
         ("preference.enabled=true reference.mode=off rl.beta=0", ["preference.algorithm=sdpo", "reference.mode=copy"]),
