@@ -18,7 +18,7 @@ from tawin_nemo.tools.plan.layout import (
     rollout_problems,
 )
 from tawin_nemo.tools.plan.memory import GIB, Peak, peaks, resident, stage_parameters, swap_bytes
-from tawin_nemo.tools.plan.timing import Rates, StepTime, rl_step, sft_step
+from tawin_nemo.tools.plan.timing import Rates, StepTime, preference_step, rl_step, sft_step
 from tawin_nemo.tools.plan.workload import Lengths
 from tawin_nemo.util.errors import ConfigError
 
@@ -54,6 +54,7 @@ class Plan:
     rl: StepTime | None
     best: Layout | None
     notes: list[str]
+    preference: StepTime | None = None
 
     @property
     def fullest(self) -> Peak:
@@ -136,6 +137,7 @@ def make_plan(question: Question) -> Plan:
         rl=rl_step(recipe, lengths, rates) if recipe.rl.enabled else None,
         best=good[0] if good else None,
         notes=list(notes(question, layout)),
+        preference=preference_step(recipe, lengths, rates) if recipe.preference.enabled else None,
     )
 
 
@@ -189,6 +191,12 @@ def notes(question: Question, layout: Layout) -> list[str]:
         found.append(
             f"rl.prompts_per_step={recipe.rl.prompts_per_step} is below the {layout.dp} replicas: "
             f"{layout.dp - recipe.rl.prompts_per_step} of them idle in RL"
+        )
+    groups = -(-recipe.preference.global_batch_size // recipe.preference.group_rows)
+    if recipe.preference.enabled and groups < layout.dp:
+        found.append(
+            f"a step of preference optimisation has {groups} sharing groups for {layout.dp} replicas: "
+            f"{layout.dp - groups} of them idle; raise preference.global_batch_size or lower preference.share_group"
         )
     searching = rollout_layout(recipe, layout)
     if recipe.rollout.devices:

@@ -87,6 +87,12 @@ def sft_step_work(recipe: Recipe, lengths: Lengths, vocab: int, rows: int) -> Fl
     return rows_work(rows, lengths, 1, recipe.sft.loss_space, vocab)
 
 
+def preference_step_work(recipe: Recipe, lengths: Lengths, vocab: int, rows: int) -> FlopCount:
+    """Forward pass of ``rows`` rows of one preference step; sharing rejected items costs nothing."""
+    cfg = recipe.preference
+    return rows_work(rows, lengths, 1 + cfg.num_negatives, cfg.policy_space, vocab)
+
+
 @dataclass(frozen=True)
 class RlWork:
     """Forward passes of one RL step; an update costs three times its forward pass, ``updates`` times."""
