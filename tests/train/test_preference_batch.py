@@ -68,7 +68,8 @@ class Scene:
         stream = BatchStream(ROWS, ROWS, seed=2)
         self.builder = RowBuilder(cfg, self.samples, np.arange(ROWS), stream, dp or DataParallel(), StatesByHistory())
         self.rows = self.builder.of_step(0, DrawnNegatives(negatives))
-        self.rows.items_RN[2, 1] = NO_ITEM
+        if dp is None:
+            self.rows.items_RN[2, 1] = NO_ITEM
         self.terms = StepTerms(ROWS, gamma=0.8, margin_mean=0.1, margin_std=0.4)
 
     def packed(self):
@@ -199,8 +200,8 @@ def test_replicas_take_whole_groups_and_add_up_to_the_batch():
     cfg = CONFIGS["napo"]
     whole = Scene(cfg)
     total, rows = 0.0, []
-    for rank in range(2):
-        scene = Scene(cfg, DataParallel(rank, 2))
+    for rank in range(4):  # three groups: one replica has nothing to do
+        scene = Scene(cfg, DataParallel(rank, 4))
         rows += scene.rows.row_R.tolist()
         order = whole.rows.row_R.tolist()
         scene.rows.items_RN[...] = whole.rows.items_RN[[order.index(row) for row in scene.rows.row_R]]
