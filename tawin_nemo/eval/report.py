@@ -168,7 +168,9 @@ def _sft_plots(report: ReportInput) -> Iterator[Markup]:
 
 def _preference_plots(report: ReportInput) -> Iterator[Markup]:
     stage = report.stage("preference")
-    for title, keys in PREFERENCE_PLOTS if stage is not None else ():
+    if stage is None:
+        return
+    for title, keys in PREFERENCE_PLOTS:
         lines = {key: stage.series[key] for key in keys if key in stage.series}
         if lines:
             yield Markup(figures.curves(title, lines))
@@ -211,8 +213,8 @@ def _run_facts(report: ReportInput) -> Iterator[Fact]:
     yield Fact("Processes", f"{processes} ({', '.join(parallel)})")
     yield Fact("Seed", str(report.setting("seed", "–")))
     if report.setting("preference.enabled", False):
-        keys = ("algorithm", "beta", "negatives", "num_negatives", "lr", "epochs", "rows")
-        yield Fact("Preference", ", ".join(f"{key} {report.setting(f'preference.{key}')}" for key in keys))
+        shown = ("algorithm", "beta", "negatives", "num_negatives", "lr", "epochs", "rows")
+        yield Fact("Preference", ", ".join(f"{key} {report.setting(f'preference.{key}')}" for key in shown))
     if report.setting("rl.enabled", False):
         keys = ("algorithm", "group_size", "prompts_per_step", "lr", "beta", "kl", "reward", "policy_space", "rows")
         yield Fact("RL", ", ".join(f"{key} {report.setting(f'rl.{key}')}" for key in keys))
