@@ -40,10 +40,6 @@ def combinations(r: Recipe) -> Iterator[tuple[bool, str]]:
         "rl.init=sft but sft.enabled=false; set rl.init=base or sft.enabled=true",
     )
     yield (
-        not (r.sft.enabled or r.preference.enabled or rl.enabled),
-        "sft.enabled=false and rl.enabled=false: nothing to train; set one of them (or preference.enabled) to true",
-    )
-    yield (
         uses_fresh_rows(r) and not 0 < rl.fresh_share < 1,
         f"rows=fresh needs rl.fresh_share between 0 and 1, not {rl.fresh_share}; or set rl.rows=all",
     )

@@ -59,7 +59,8 @@ def run_pipeline(world: World) -> dict[str, Any]:
     if world.recipe.baseline.model != "off":
         results = {world.recipe.baseline.model: run_baseline(world, sink)}
     else:
-        results = {plan.name: run_stage(world, plan, sink) for plan in plans(world)}
+        planned = list(plans(world))  # all of them first: it checks what later stages need
+        results = {plan.name: run_stage(world, plan, sink) for plan in planned}
     summary: dict[str, Any] = {name: dict(result.means) for name, result in results.items()}
     invalid = max(result.invalid_rate for result in results.values())
     wall = earlier + time.monotonic() - start

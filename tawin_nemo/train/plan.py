@@ -66,7 +66,8 @@ def check_preference(world: World) -> None:
             f"preference.num_negatives={cfg.num_negatives}, but the catalog has {paths} distinct token paths, one of "
             f"them the target's; use at most {paths - 1}"
         )
-    if cfg.negatives == "candidates" and cfg.num_candidates > paths - world.recipe.data.max_history:
+    drawn = cfg.negatives == "candidates" and world.samples["train"].candidates is None
+    if drawn and cfg.num_candidates > paths - world.recipe.data.max_history:
         raise ConfigError(
             f"preference.num_candidates={cfg.num_candidates} leaves the history out, but the catalog has {paths} "
             f"distinct token paths; use at most {max(2, paths - world.recipe.data.max_history)}"
