@@ -219,6 +219,9 @@ def _run_facts(report: ReportInput) -> Iterator[Fact]:
         keys = ("algorithm", "group_size", "prompts_per_step", "lr", "beta", "kl", "reward", "policy_space", "rows")
         yield Fact("RL", ", ".join(f"{key} {report.setting(f'rl.{key}')}" for key in keys))
     yield Fact("Evaluation", ", ".join(f"{key} {report.setting(f'eval.{key}')}" for key in ("beams", "collision")))
+    for name, means in dict(report.summary.get("candidates", {})).items():
+        figures_of = ", ".join(f"{key} {value:.4f}" for key, value in means.items())
+        yield Fact(f"Among candidates, {TITLES.get(name, name)}", figures_of)
     if "wall_s" in report.summary:
         yield Fact("Wall time", _duration(float(report.summary["wall_s"])))
     versions = [f"Python {platform.python_version()}", *(f"{name} {_version(name)}" for name in PACKAGES)]

@@ -44,6 +44,7 @@ def test_a_run_reports_the_three_figures_of_every_stage(finished, folder):
         assert table.height == 18
         for name, value in means.items():
             assert table[name].mean() == pytest.approx(value)
+    assert "Among candidates, Preference optimisation" in (directory / "report.html").read_text(encoding="utf-8")
     again = run(
         *WORDS, f"data.root={folder}", f"run_dir={directory}", f"checkpoint={directory / 'preference'}", verb="evaluate"
     )
