@@ -12,7 +12,7 @@ import polars as pl
 import pyarrow as pa
 
 from tawin_nemo.data.interactions import FORMAT, ITEMS_FILE, MANIFEST, Split
-from tawin_nemo.types import HISTORY, SPLITS, TARGET, TIME, USER, TokenRows
+from tawin_nemo.types import CANDIDATES, HISTORY, SPLITS, TARGET, TIME, USER, TokenRows
 from tawin_nemo.util.errors import DataError
 from tawin_nemo.util.files import atomic_directory, sha256, write_json
 
@@ -118,7 +118,7 @@ def write_dataset(prepared: Prepared, out: Path, request: dict[str, Any]) -> Pat
     folder can be reused. Raises DataError if the leak check fails.
     """
     report = leak_check(prepared.splits, prepared.items.height, prepared.max_history)
-    if report.broken_windows and prepared.source != "inter":
+    if report.broken_windows and prepared.source not in ("inter", "candidates"):
         raise DataError(f"leak: {report.broken_windows} samples do not continue the same user's previous sample")
     with atomic_directory(out) as folder:
         _write_parquet(prepared.items.to_arrow(), folder / ITEMS_FILE)
@@ -145,15 +145,20 @@ def write_dataset(prepared: Prepared, out: Path, request: dict[str, Any]) -> Pat
 
 
 def _table(samples: Split) -> pa.Table:
-    offsets = pa.array(samples.history.offsets.astype(np.int32))
-    return pa.table(
+    table = pa.table(
         {
             USER: pa.array(samples.user_N.astype(np.int64)),
-            HISTORY: pa.ListArray.from_arrays(offsets, pa.array(samples.history.flat.astype(np.int64))),
+            HISTORY: _lists(samples.history),
             TARGET: pa.array(samples.target_N.astype(np.int64)),
             TIME: pa.array(samples.time_N.astype(np.int64)),
         }
     )
+    return table if samples.candidates is None else table.append_column(CANDIDATES, _lists(samples.candidates))
+
+
+def _lists(rows: TokenRows) -> pa.ListArray:
+    offsets = pa.array(rows.offsets.astype(np.int32))
+    return pa.ListArray.from_arrays(offsets, pa.array(rows.flat.astype(np.int64)))
 
 
 def _write_parquet(table: pa.Table, path: Path) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 
 from tawin_nemo.config.schema import DataConfig, PrepareConfig
 from tawin_nemo.data.interactions import MANIFEST, read_manifest, verify_files
-from tawin_nemo.data_prep import amazon, inter_layout, synthetic, yelp
+from tawin_nemo.data_prep import amazon, candidates_layout, inter_layout, synthetic, yelp
 from tawin_nemo.data_prep.dataset import STATISTICS, Prepared, write_dataset
 from tawin_nemo.data_prep.pipeline import build
 from tawin_nemo.data_prep.raw import Period, period
@@ -21,7 +21,7 @@ from tawin_nemo.util.errors import ConfigError, DataError, UserError
 from tawin_nemo.util.files import sha256
 from tawin_nemo.util.log import say
 
-SOURCES = ("synthetic", "amazon", "yelp", "inter")
+SOURCES = ("synthetic", "amazon", "yelp", "inter", "candidates")
 
 
 def prepare(
@@ -71,7 +71,7 @@ def _check_unchanged(before: Any, request: dict[str, Any], out: Path, used_by: P
 
 
 def detect(root: Path) -> str:
-    """The format of the data in ``root``: prepared, inter, amazon or yelp.
+    """The format of the data in ``root``: prepared, inter, candidates, amazon or yelp.
 
     Raises DataError, naming the expected files, if it is none of these.
     """
@@ -81,12 +81,15 @@ def detect(root: Path) -> str:
         return "prepared"
     if any(root.glob("*.train.inter")):
         return "inter"
+    if candidates_layout.found_in(root):
+        return "candidates"
     if _json_files(root, "meta_*"):
         return "amazon"
     if _json_files(root, "*review*") and _json_files(root, "*business*"):
         return "yelp"
     raise DataError(
-        f"nothing known in {root}: looked for {MANIFEST} (prepared), NAME.train.inter (inter), meta_NAME.json[.gz] "
+        f"nothing known in {root}: looked for {MANIFEST} (prepared), NAME.train.inter (inter), NAME-val.json beside "
+        "NAME-test.json (candidates), meta_NAME.json[.gz] "
         "beside NAME.json[.gz] (amazon), and *review*.json[.gz] beside *business*.json[.gz] (yelp); "
         "set data.dataset, prepare.reviews and prepare.metadata for other file names"
     )
@@ -102,6 +105,8 @@ def _source_files(source: str, root: Path, prepare: PrepareConfig) -> list[Path]
         return []
     if source == "inter":
         return inter_layout.source_files(root)
+    if source == "candidates":
+        return candidates_layout.source_files(root)
     items = _json_files(root, "meta_*" if source == "amazon" else "*business*")
     if source == "amazon":
         reviews = [path for path in _json_files(root, "*") if path not in items]
@@ -128,6 +133,8 @@ def _one_file(root: Path, key: str, named: str, paths: list[Path]) -> Path:
 def _default_name(source: str, root: Path, files: list[Path]) -> str:
     if source == "inter":
         return inter_layout.find_name(root)
+    if source == "candidates":
+        return files[-1].name.removesuffix("-test.json")
     if source == "amazon":
         return files[0].name.split(".", 1)[0]
     return {"yelp": "Yelp", "synthetic": "Synthetic"}[source]
@@ -139,7 +146,7 @@ def _request(
     """Everything that the bytes of the result depend on."""
     parameters: dict[str, Any] = {"source": source, "name": name, "max_history": data.max_history}
     settings = asdict(prepare)
-    if source != "inter":
+    if source not in ("inter", "candidates"):
         parameters |= {key: settings[key] for key in ("start", "end", "k_core", "max_title_words")}
     published = _published_name(source, files, prepare.preset)
     if period(published) != period(name):
@@ -179,6 +186,8 @@ def _read(
 ) -> Prepared:
     if source == "inter":
         return inter_layout.read(root, name, data.max_history)
+    if source == "candidates":
+        return candidates_layout.read(root, name, data.max_history)
     published = _published_name(source, files, prepare.preset)
     window = period(published, prepare.start, prepare.end)
     if period(published) != period("") and not (prepare.start and prepare.end):

@@ -26,6 +26,7 @@ NO_ITEM = -1
 
 #: Columns of the prepared Parquet files (one row = one sample). Nothing else spells these strings.
 USER, HISTORY, TARGET, TIME = "user", "history", "target", "time"
+CANDIDATES = "candidates"  # only where a split has candidate sets
 ITEM, EXTERNAL_ID, TITLE = "item", "external_id", "title"
 SPLITS = ("train", "valid", "test")
 

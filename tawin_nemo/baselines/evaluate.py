@@ -19,8 +19,10 @@ from torch import Tensor
 from tawin_nemo.baselines.protocol import SequentialRecommender, left_padded
 from tawin_nemo.catalog.items import Catalog
 from tawin_nemo.config.schema import EvalConfig
+from tawin_nemo.data.negative_sampling import candidate_set
 from tawin_nemo.data.samples import Samples
 from tawin_nemo.eval.bias import beyond_accuracy
+from tawin_nemo.eval.candidates import CandidateResult
 from tawin_nemo.eval.evaluate import CHUNK_ROWS, COVERAGE_K, metric_names, per_user_table
 from tawin_nemo.eval.intervals import normal_interval
 from tawin_nemo.eval.result import EvalResult
@@ -84,6 +86,26 @@ def evaluate_baseline(
         per_user=per_user,
         beyond=beyond_accuracy(leaf_BK, catalog, samples.history, cfg.ks, popularity_I),
     )
+
+
+@torch.no_grad()
+def baseline_candidates(
+    model: SequentialRecommender, samples: Samples, catalog: Catalog, cfg: EvalConfig, *, seed: int, label: str
+) -> CandidateResult:
+    """HitRatio@1 of the candidate protocol (``eval.candidates``): the candidate with the best score, the first of equal
+    ones. Every answer is valid; models that search count what they do not list as worst."""
+    model.eval()
+    hit_B = np.zeros(len(samples))
+    chunks = range(0, len(samples), CHUNK_ROWS)
+    for start in progress(chunks, what=f"{label} candidates"):
+        rows = np.arange(start, min(start + CHUNK_ROWS, len(samples)))
+        history_BL = left_padded(samples.history.take(rows)).to(model.representative_I.device)
+        scores_BI = model.scores(history_BL, cfg.beams)[:, model.representative_I].cpu()
+        for place, row in enumerate(rows.tolist()):
+            items_C = candidate_set(samples, catalog.leaf_I, row, cfg.candidates, seed)
+            best = items_C[int(scores_BI[place, torch.from_numpy(items_C)].argmax())]
+            hit_B[row] = best == samples.target_N[row]
+    return CandidateResult.of(samples, {"hit_ratio@1": hit_B, "valid_ratio": np.ones(len(samples))})
 
 
 def valid_metrics(model: SequentialRecommender, samples: Samples, cfg: EvalConfig) -> dict[str, float]:

@@ -49,7 +49,7 @@ def load_baseline(
             f"{folder} is not a finished baseline stage ({DONE_FILE} and {MODEL_FILE}); "
             "name the folder RUN_DIR/MODEL of a run with baseline.model=MODEL"
         )
-    blueprint = _blueprint(folder)
+    blueprint = stored_blueprint(folder)
     if num_items is not None and num_items != blueprint.num_items:
         raise ConfigError(
             f"{folder} ranks {blueprint.num_items} items, but the catalog has {num_items}; "
@@ -86,7 +86,7 @@ def load_scorer(stage: Path, num_items: int) -> Scorer:
         model = load_baseline(stage, num_items=num_items)
     except ConfigError as error:
         raise ConfigError(f"rl.reward_source={stage}: {error}") from error
-    blueprint = _blueprint(Path(stage))
+    blueprint = stored_blueprint(Path(stage))
     if blueprint.config.model == "tiger":
         raise ConfigError(
             f"rl.reward_source={stage} is a tiger, which scores only what its search finds; "
@@ -95,7 +95,8 @@ def load_scorer(stage: Path, num_items: int) -> Scorer:
     return Scorer(model, blueprint.max_history)
 
 
-def _blueprint(folder: Path) -> Blueprint:
+def stored_blueprint(folder: Path) -> Blueprint:
+    """The architecture of the baseline stage in ``folder``."""
     return Blueprint.from_json(json.loads((folder / MODEL_FILE).read_text(encoding="utf-8")))
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from tawin_nemo.baselines.build import Blueprint, build_recommender, check_config
-from tawin_nemo.baselines.evaluate import evaluate_baseline, valid_metrics
+from tawin_nemo.baselines.evaluate import baseline_candidates, evaluate_baseline, valid_metrics
 from tawin_nemo.baselines.load import MODEL_FILE, ModelAndOptimizer, find_problem, load_checkpoint, save_checkpoint
 from tawin_nemo.baselines.protocol import SequentialRecommender, left_padded, sample_negatives
 from tawin_nemo.data.batches import BatchStream, micro_batches
@@ -80,7 +80,9 @@ def run_baseline(world: World, sink: MetricSink | None = None) -> EvalResult:
     directory = world.run_dir / recipe.baseline.model
     stage = BaselineStage(directory, recipe.trainer, deadline=world.deadline, sink=sink, profile=recipe.profile)
     splits = recipe.eval.splits
-    if stage.done and all((directory / "eval" / f"{split}.json").is_file() for split in splits):
+    endings = [".json", *([".candidates.json"] if recipe.eval.candidates else [])]
+    expected = [directory / "eval" / f"{split}{ending}" for split in splits for ending in endings]
+    if stage.done and all(file.is_file() for file in expected):
         log.info("%s is done", stage.name)
         return EvalResult.read(directory / "eval", splits[-1])
     blueprint = blueprint_of(world)
@@ -95,6 +97,10 @@ def run_baseline(world: World, sink: MetricSink | None = None) -> EvalResult:
         rows, label = world.samples[split], f"{stage.name} {split}"
         result = evaluate_baseline(model, rows, world.catalog, recipe.eval, label=label, popularity_I=popularity_I)
         result.write(directory / "eval", split)
+        if recipe.eval.candidates:
+            among = baseline_candidates(model, rows, world.catalog, recipe.eval, seed=recipe.seed, label=label)
+            among.write(directory / "eval", split)
+            log.info("%s among candidates: hit_ratio@1 %.4f", label, among.means["hit_ratio@1"])
     return result
 
 

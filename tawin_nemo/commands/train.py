@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from tawin_nemo.run.world import World
-from tawin_nemo.train.plan import plans, total_steps
+from tawin_nemo.train.plan import plans, preference_steps, total_steps
 from tawin_nemo.train.requirements import check_requirements
 
 
@@ -19,13 +19,15 @@ def train(world: World, *, dry_run: bool = False) -> dict[str, Any]:
         from tawin_nemo.train.pipeline import run_pipeline  # megatron and more: seconds that a dry run does not need
 
         return run_pipeline(world)
-    rl, body = world.recipe.rl, world.shape.body_parameters
+    rl, body, preference = world.recipe.rl, world.shape.body_parameters, world.recipe.preference
+    steps = preference_steps(preference, len(world.train_rows_for_preference)) if preference.enabled else 0
     return {
         "dry_run": True,
         "run_dir": str(world.run_dir),
         "items": len(world.catalog.titles),
         "stages": {plan.name: len(plan.rows) for plan in plans(world)},
         "rl_steps": total_steps(rl, len(world.train_rows_for_rl)) if rl.enabled else 0,
+        **({"preference_steps": steps} if preference.enabled else {}),
         "body_parameters": body,
         "embedding_parameters": world.shape.vocab * world.shape.hidden * (1 if world.shape.tied else 2),
         "prompt_tokens_max": int(world.samples["train"].prompts.lengths.max()),

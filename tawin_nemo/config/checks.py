@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 from tawin_nemo.config.layout import SEQUENCE_PARALLEL_NEEDS_TP, rollout_layout, training_layout
 from tawin_nemo.config.placement_checks import ahead_combinations, aligned, placement_combinations
+from tawin_nemo.config.preference_checks import preference_combinations, prefers_reference
 from tawin_nemo.config.schema import Recipe
 
 
@@ -40,11 +41,7 @@ def combinations(r: Recipe) -> Iterator[tuple[bool, str]]:
         "rl.init=sft but sft.enabled=false; set rl.init=base or sft.enabled=true",
     )
     yield (
-        not (r.sft.enabled or rl.enabled),
-        "sft.enabled=false and rl.enabled=false: nothing to train; set one of them to true",
-    )
-    yield (
-        ((rl.enabled and rl.rows == "fresh") or r.sft.rows == "fresh") and not 0 < rl.fresh_share < 1,
+        uses_fresh_rows(r) and not 0 < rl.fresh_share < 1,
         f"rows=fresh needs rl.fresh_share between 0 and 1, not {rl.fresh_share}; or set rl.rows=all",
     )
     yield (
@@ -66,9 +63,15 @@ def combinations(r: Recipe) -> Iterator[tuple[bool, str]]:
     yield from _precision_combinations(r)
     yield from _space_combinations(r)
     yield from _semantic_id_combinations(r)
+    yield from preference_combinations(r)
     if rl.enabled:
         yield from _rl_combinations(r)
         yield from ahead_combinations(r)
+
+
+def uses_fresh_rows(r: Recipe) -> bool:
+    """A stage of the recipe trains on the last ``rl.fresh_share`` of train."""
+    return "fresh" in (r.sft.rows, r.rl.enabled and r.rl.rows, r.preference.enabled and r.preference.rows)
 
 
 def _precision_combinations(r: Recipe) -> Iterator[tuple[bool, str]]:
@@ -154,7 +157,7 @@ def _rl_combinations(r: Recipe) -> Iterator[tuple[bool, str]]:
         f"rl.policy_space={behaviour_space} (what the rollout scores) and rl.ensure_target=off",
     )
     yield (
-        r.reference.refresh != "off" and (rl.beta == 0 or r.reference.mode == "off"),
+        r.reference.refresh != "off" and (rl.beta == 0 or r.reference.mode == "off") and not prefers_reference(r),
         f"reference.refresh={r.reference.refresh} but there is no reference (rl.beta={rl.beta}, "
         f"reference.mode={r.reference.mode}); set rl.beta above 0 and reference.mode=copy, or refresh=off",
     )
@@ -190,6 +193,15 @@ def _space_combinations(r: Recipe) -> Iterator[tuple[bool, str]]:
     yield (
         r.trainer.monitor not in ("", *(f"{kind}@{k}" for kind in ("ndcg", "recall") for k in ks)),
         f"trainer.monitor={r.trainer.monitor} is not measured; use ndcg@K or recall@K with a K of eval.ks={list(ks)}",
+    )
+    yield (
+        r.eval.candidates > 0 and r.rollout.placement != "colocated",
+        f"eval.candidates={r.eval.candidates} decodes freely, which rollout.placement={r.rollout.placement} cannot; "
+        "set rollout.placement=colocated or eval.candidates=0",
+    )
+    yield (
+        r.eval.candidates == 1,
+        "eval.candidates=1 would be the target alone; set it to 2 or more (the papers: 20), or to 0",
     )
     yield (not ks or min(ks) < 1, f"eval.ks={list(ks)} must hold cut-offs >= 1")
     yield (

@@ -330,7 +330,7 @@ PRECISIONS_OF_A_PART = ("model", "fp32", "bf16", "fp8-blockwise", "fp8-tensorwis
 class DataConfig:
     root: str = opt("", "Names the folder with the data: prepared Parquet, or raw files that `dataset` names.")
     dataset: str = choice(
-        "auto", "prepared", "inter", "amazon", "yelp", "synthetic",
+        "auto", "prepared", "inter", "candidates", "amazon", "yelp", "synthetic",
         help="Says what lies in data.root; auto detects it, and raw data is prepared into RUN_DIR/data first.",
     )  # fmt: skip
     max_history: int = number(10, 1, 200, help="Limits the items of history in a sample; the newest are kept.")
@@ -345,6 +345,9 @@ class DataConfig:
     bpe_vocab_size: int = number(2048, 300, 200_000, help="Sets the vocabulary size of a BPE trained on the catalog.")
     max_prompt_tokens: int = number(
         512, 8, 32_768, help="Limits the tokens of a prompt; longer ones lose their oldest items, each as a whole."
+    )
+    show_candidates: bool = opt(
+        False, "Lists the row's candidate set in the prompt, behind the history (data with candidates)."
     )
     train_limit: int = number(0, 0, help="Uses only the last N training rows by time (0 = all).")
     eval_limit: int = number(0, 0, help="Uses only the first N rows of valid and of test (0 = all).")
@@ -476,8 +479,9 @@ class RlConfig:
     enabled: bool = opt(True, "Runs RL after SFT.")
     algorithm: str = choice("grpo", "dapo", "gspo", help="Selects the policy objective.")
     init: str = choice(
-        "sft", "base",
-        help="Starts from the SFT stage (turns sft.enabled on unless that is set beside it) or from model.init (base).",
+        "sft", "base", "preference",
+        help="Starts from the SFT stage (turns sft.enabled on unless that is set beside it), from model.init (base), "
+        "or from the preference stage.",
     )  # fmt: skip
     rows: str = choice(
         "fresh", "all",
@@ -546,6 +550,78 @@ class RlConfig:
         0.0, 0.0, help="Caps the ratio of training to rollout probabilities (0 = no correction)."
     )
     tawin: TawinConfig = field(default_factory=TawinConfig)
+
+
+@dataclass(frozen=True)
+class PreferenceConfig:
+    """Preference optimisation: the target of each row against rejected items (DPO's family, NAPO)."""
+
+    enabled: bool = opt(False, "run preference optimisation after SFT and before RL")
+    algorithm: str = choice(
+        "sdpo", "dpo", "simpo", "napo", "rosepo", "alpha_dpo",
+        help="objective; dpo, sdpo, rosepo and alpha_dpo need a reference (section reference)",
+    )  # fmt: skip
+    init: str = choice("sft", "base", help="from the SFT stage or from model.init (or `start`)")
+    rows: str = choice("all", "fresh", help="rows of train: all, or the last rl.fresh_share by time")
+    beta: float = number(1.0, 0.0, help="scale of the implicit reward")
+    gamma0: float = number(1.0, 0.0, help="napo, simpo, alpha_dpo: margin")
+    alpha: float = number(
+        0.3, 0.0, help="napo: how far the margin follows the confidence; alpha_dpo: weight of the normalised margin"
+    )
+    rho: float = number(0.7, 0.0, 1.0, help="napo: share of the group whose rejected items a row uses (0 = none)")
+    momentum: float = number(0.9, 0.0, 1.0, help="napo: share that the running mean confidence keeps at each step")
+    margin: str = choice("dynamic", "fixed", help="napo: the margin follows the confidence of `aux`, or is gamma0")
+    epsilon: float = number(
+        0.1, 0.0, 0.5, help="rosepo: probability of a wrong label; with `aux` its largest value, by that model's scores"
+    )
+    negatives: str = choice(
+        "random", "candidates", "beam", "self_play",
+        help="rejected items: any, out of the row's candidate set, the best wrong ones of a beam search, or draws of "
+        "the policy (SPRec); never the target",
+    )  # fmt: skip
+    num_negatives: int = number(3, 1, 1024, help="rejected items per row")
+    num_candidates: int = number(20, 2, help="negatives=candidates: items of a candidate set, the target included")
+    search_every: int = number(
+        0, 0, help="negatives=beam|self_play: steps between searches by the current weights (0 = once per epoch)"
+    )
+    share_group: int = number(16, 1, help="napo: rows among which rejected items are shared; never split over ranks")
+    aux: str = opt("", "napo, rosepo: finished baseline stage (RUN_DIR/sasrec) whose states and scores are used")
+    length_norm: str = choice(
+        "auto", "full", "branching", "off",
+        help="divide a log-probability by all tokens of the path, by the branching ones, or not; auto = full for "
+        "simpo, napo and alpha_dpo, else off",
+    )  # fmt: skip
+    policy_space: str = choice("trie", "vocab", help="distribution of the log-probabilities")
+    epochs: float = number(1.0, 0.0, help="passes over the rows")
+    max_steps: int = number(0, 0, help="optimizer steps; 0 = what `epochs` gives")
+    lr: float = number(1e-5, 0.0, help="peak learning rate")
+    schedule: str = choice("cosine", "constant", "linear", help="after the warm-up")
+    warmup: int = number(0, 0, help="steps of linear warm-up")
+    min_lr_ratio: float = number(0.1, 0.0, 1.0, help="floor of cosine and linear, as a share of lr")
+    global_batch_size: int = number(128, 1, help="rows per optimizer step over all ranks")
+    micro_batch_tokens: int = number(16384, 16, help="tokens per forward pass and rank; a sharing group stays whole")
+
+    @property
+    def uses_reference(self) -> bool:
+        """The objective compares the policy with a reference."""
+        return self.algorithm in ("dpo", "sdpo", "rosepo", "alpha_dpo")
+
+    @property
+    def uses_margin_of_aux(self) -> bool:
+        """The margin of a batch comes from the auxiliary model."""
+        return self.algorithm == "napo" and self.margin == "dynamic" and self.alpha > 0
+
+    @property
+    def group_rows(self) -> int:
+        """Rows of a sharing group; 1 where nothing is shared."""
+        return self.share_group if self.algorithm == "napo" and self.rho > 0 else 1
+
+    @property
+    def normalised_by(self) -> str:
+        """``length_norm`` with ``auto`` resolved: full, branching or off."""
+        if self.length_norm != "auto":
+            return self.length_norm
+        return "full" if self.algorithm in ("simpo", "napo", "alpha_dpo") else "off"
 
 
 @dataclass(frozen=True)
@@ -630,6 +706,11 @@ class EvalConfig:
     )  # fmt: skip
     splits: list[str] = opt(["valid", "test"], "Lists the splits that a finished stage is evaluated on.")
     ks: list[int] = opt([1, 3, 5, 10], "Lists the cut-offs of Recall@K and NDCG@K.")
+    candidates: int = number(
+        0, 0,
+        help="Measures the candidate protocol as well: picks the target among this many items, those of the data or "
+        "drawn ones (0 = off).",
+    )  # fmt: skip
     collision: str = choice(
         "fractional", "optimistic",
         help="Credits items that share one token path with 1/number sharing (fractional), or with a full hit "
@@ -663,6 +744,7 @@ class Recipe:
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     sft: SftConfig = field(default_factory=SftConfig)
     align: AlignConfig = field(default_factory=AlignConfig)
+    preference: PreferenceConfig = field(default_factory=PreferenceConfig)
     rl: RlConfig = field(default_factory=RlConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     reference: ReferenceConfig = field(default_factory=ReferenceConfig)

@@ -1,8 +1,8 @@
 """The prepared data set on disk, read back and checked.
 
 Layout of the folder: ``items.parquet`` (item, external_id, title, description, brand, category), one Parquet file per
-split (user, history, target, time), further files such as code indices, and ``manifest.json`` with the SHA-256 of
-each of them.
+split (user, history, target, time; candidates where rows have candidate sets), further files such as code indices, and
+``manifest.json`` with the SHA-256 of each of them.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from tawin_nemo.types import EXTERNAL_ID, HISTORY, ITEM, SPLITS, TARGET, TIME, TITLE, USER, TokenRows
+from tawin_nemo.types import CANDIDATES, EXTERNAL_ID, HISTORY, ITEM, SPLITS, TARGET, TIME, TITLE, USER, TokenRows
 from tawin_nemo.util.errors import DataError
 from tawin_nemo.util.files import sha256
 
@@ -31,12 +31,16 @@ _AGAIN = "prepare the data set again"
 
 @dataclass(frozen=True)
 class Split:
-    """N samples in time order. ``history`` holds item indices, oldest first; ``time_N`` is seconds or a row order."""
+    """N samples in time order. ``history`` holds item indices, oldest first; ``time_N`` is seconds or a row order.
+
+    ``candidates``: the candidate set of each row, the target among them; None where the data have none.
+    """
 
     user_N: np.ndarray
     history: TokenRows
     target_N: np.ndarray
     time_N: np.ndarray
+    candidates: TokenRows | None = None
 
     def __len__(self) -> int:
         return len(self.user_N)
@@ -45,7 +49,8 @@ class Split:
         """Samples begin .. end - 1, without copying."""
         offsets = self.history.offsets[begin : end + 1]
         history = TokenRows(self.history.flat[offsets[0] : offsets[-1]], offsets - offsets[0])
-        return Split(self.user_N[begin:end], history, self.target_N[begin:end], self.time_N[begin:end])
+        candidates = None if self.candidates is None else self.candidates.take(np.arange(len(self))[begin:end])
+        return Split(self.user_N[begin:end], history, self.target_N[begin:end], self.time_N[begin:end], candidates)
 
 
 @dataclass(frozen=True)
@@ -138,17 +143,30 @@ def _read_items(path: Path) -> ItemFrame:
 
 
 def _read_split(path: Path, num_items: int) -> Split:
-    columns = [USER, HISTORY, TARGET, TIME]
-    table = _read_table(path, columns)
+    has_candidates = path.is_file() and CANDIDATES in pq.read_schema(path).names
+    table = _read_table(path, [USER, HISTORY, TARGET, TIME, *([CANDIDATES] if has_candidates else [])])
     user, target, time = (table[name].to_numpy() for name in (USER, TARGET, TIME))
     history = _ragged(table[HISTORY])
+    candidates = _ragged(table[CANDIDATES]) if has_candidates else None
     if len(history) and history.lengths.min() < 1:
         raise DataError(f"{path}: row {int(history.lengths.argmin())} has an empty history; {_AGAIN}")
-    for name, values in ((TARGET, target), (HISTORY, history.flat)):
+    listed = target[:0] if candidates is None else candidates.flat
+    for name, values in ((TARGET, target), (HISTORY, history.flat), (CANDIDATES, listed)):
         if len(values) and (values.min() < 0 or values.max() >= num_items):
             wrong = values.min() if values.min() < 0 else values.max()
             raise DataError(f"{path}: column {name!r} names item {wrong}, the catalog has 0..{num_items - 1}; {_AGAIN}")
-    return Split(user, history, target, time)
+    if candidates is not None:
+        _check_candidates(path, target, candidates)
+    return Split(user, history, target, time, candidates)
+
+
+def _check_candidates(path: Path, target_N: np.ndarray, candidates: TokenRows) -> None:
+    """DataError for a row whose target is missing from its candidates, or that holds a candidate twice."""
+    for row, target in enumerate(target_N.tolist()):
+        items = candidates[row]
+        if target not in items or len(np.unique(items)) < len(items):
+            what = "holds a candidate twice" if target in items else f"lacks its target {target}"
+            raise DataError(f"{path}: column {CANDIDATES!r} of row {row} {what}; {_AGAIN}")
 
 
 def _ragged(column: pa.ChunkedArray) -> TokenRows:

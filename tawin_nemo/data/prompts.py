@@ -25,6 +25,11 @@ _INSTRUCTION = (
     "A customer bought the items listed in the input, from oldest to newest. "
     "Name the item that this customer will buy next."
 )
+_WITH_CANDIDATES = (
+    "A customer chose the items listed in the input, from oldest to newest. "
+    "Name the item that this customer will choose next, one of the candidates."
+)
+_ALPACA_CANDIDATES = "\n\n### Candidates:\n"
 _ALPACA_TAIL = "\n\n### Response:\n"
 
 
@@ -75,6 +80,17 @@ class Template:
     def prompt(self, history_texts: Sequence[str]) -> str:
         """The prompt for item texts ordered oldest first (an empty history is allowed)."""
         return self.head + self.separator.join(map(self.answer, history_texts)) + self.tail
+
+    def prompt_with_candidates(self, history_texts: Sequence[str], candidate_texts: Sequence[str]) -> str:
+        """The prompt of the candidate protocol: the history, oldest first, then the candidates in their order.
+
+        The compact template writes its answer marker between both as well, so that it needs no further token.
+        """
+        listed = [self.separator.join(map(self.answer, texts)) for texts in (history_texts, candidate_texts)]
+        if self.name == "compact":
+            return self.head + self.tail.join([*listed, ""])
+        head = f"{ALPACA_START}{_WITH_CANDIDATES}{ALPACA_INPUT}"
+        return head + _ALPACA_CANDIDATES.join(listed) + self.tail
 
     def answer(self, item_text: str) -> str:
         """The text of an item in the history and as the answer, without the end-of-text token."""

@@ -63,6 +63,19 @@ class PromptEncoder:
             [self._template.prompt([self._texts[item] for item in histories[row]]) for row in range(len(histories))]
         )
 
+    def encode_with_candidates(self, histories: TokenRows, candidates: TokenRows) -> TokenRows:
+        """Prompts that show candidates, one per history (``Template.prompt_with_candidates``)."""
+
+        def texts(items: np.ndarray) -> list[str]:
+            return [self._texts[item] for item in items]
+
+        return self._tokenizer.encode_batch(
+            [
+                self._template.prompt_with_candidates(texts(histories[row]), texts(candidates[row]))
+                for row in range(len(histories))
+            ]
+        )
+
     def _join(self, histories: TokenRows) -> TokenRows:
         items_N, offsets_N = histories.lengths, histories.offsets + np.arange(len(histories.offsets))
         first_N, last_N = offsets_N[:-1], offsets_N[1:] - 1
@@ -85,6 +98,7 @@ class Samples:
     user_N: np.ndarray
     history: TokenRows  # item indices that the prompt shows, oldest first
     row_N: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))  # row number in the split
+    candidates: TokenRows | None = None  # candidate set of each row, where the data have them
 
     def __post_init__(self) -> None:
         if len(self.row_N) == 0:
@@ -100,8 +114,9 @@ class Samples:
         """The samples at indices ``rows`` [M], in that order; they keep their row numbers in the split."""
         rows = np.asarray(rows, dtype=np.int64)
         return Samples(
-            self.prompts.take(rows), self.target_N[rows], self.user_N[rows], self.history.take(rows), self.row_N[rows]
-        )
+            self.prompts.take(rows), self.target_N[rows], self.user_N[rows], self.history.take(rows), self.row_N[rows],
+            None if self.candidates is None else self.candidates.take(rows),
+        )  # fmt: skip
 
     def prompt_batch(self, rows: np.ndarray) -> PromptBatch:
         """The prompts of ``rows``, each with its own target."""
@@ -118,14 +133,24 @@ def encode_split(
 ) -> Samples:
     """Tokenise the prompt of every history.
 
-    ``texts`` are the item texts by item index. A history keeps its newest ``data.max_history`` items; a prompt longer
-    than ``data.max_prompt_tokens`` then loses its oldest items, whole ones, until it fits.
+    ``texts`` are the item texts by item index. With ``data.show_candidates`` each prompt lists the candidates too. A
+    history keeps its newest ``data.max_history`` items; a prompt longer than ``data.max_prompt_tokens`` then loses its
+    oldest items, whole ones, until it fits.
 
-    Raises DataError for an item that does not fit into a prompt by itself.
+    Raises DataError for an item that does not fit into a prompt by itself, or for candidates that are to be shown where
+    the data have none.
     """
     encoder = PromptEncoder(texts, tokenizer, template)
+    shown = _shown_candidates(split, data)
+
+    def encode(rows: np.ndarray) -> TokenRows:
+        histories = _newest(split.history.take(rows), kept_N[rows])
+        return (
+            encoder.encode(histories) if shown is None else encoder.encode_with_candidates(histories, shown.take(rows))
+        )
+
     kept_N = np.minimum(split.history.lengths, data.max_history)
-    prompts = encoder.encode(_newest(split.history, kept_N))
+    prompts = encode(np.arange(len(split)))
     too_long = np.flatnonzero(prompts.lengths > data.max_prompt_tokens)
     if len(too_long):
         log.info(
@@ -138,10 +163,23 @@ def encode_split(
             row = int(alone[0])
             raise _unfit(row, split.history[row][-1:], int(prompts.lengths[row]), texts, data)
         kept_N[too_long] -= 1
-        shorter = encoder.encode(_newest(split.history.take(too_long), kept_N[too_long]))
+        shorter = encode(too_long)
         prompts = _replaced(prompts, too_long, shorter)
         too_long = too_long[shorter.lengths > data.max_prompt_tokens]
-    return Samples(prompts, split.target_N, split.user_N, _newest(split.history, kept_N))
+    history = _newest(split.history, kept_N)
+    return Samples(prompts, split.target_N, split.user_N, history, candidates=split.candidates)
+
+
+def _shown_candidates(split: Split, data: DataConfig) -> TokenRows | None:
+    """The candidates that prompts list; None where they list none."""
+    if not data.show_candidates:
+        return None
+    if split.candidates is None:
+        raise DataError(
+            f"data.show_candidates=true, but the data in data.root={data.root} have no candidate sets; set it to "
+            "false, or name data with candidates (data.dataset=candidates)"
+        )
+    return split.candidates
 
 
 def _replaced(rows: TokenRows, positions: np.ndarray, by: TokenRows) -> TokenRows:

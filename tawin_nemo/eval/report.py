@@ -28,8 +28,18 @@ TITLES = {
     "sft": "SFT",
     "sft_continued": "SFT continued on the RL rows",
     "sft_all": "SFT on all training rows",
+    "preference": "Preference optimisation",
     "rl": "RL",
 }
+
+#: Plots of a preference stage, as RL_PLOTS.
+PREFERENCE_PLOTS = (
+    ("Preference loss", ("preference/loss",)),
+    ("Reward margin of a pair", ("preference/reward_margin",)),
+    ("Pairs in the right order", ("preference/pair_accuracy",)),
+    ("Log-probability of an answer", ("preference/logp_chosen", "preference/logp_rejected")),
+    ("Margin", ("preference/gamma",)),
+)
 
 #: Plots of an RL stage: title and the logged names that may fill it.
 RL_PLOTS = (
@@ -94,7 +104,7 @@ def render(report: ReportInput) -> str:
         versus=_versus(tested, names),
         beyond=_beyond_names(tested),
         sft_plots=list(_sft_plots(report)),
-        rl_plots=list(_rl_plots(report)),
+        rl_plots=[*_preference_plots(report), *_rl_plots(report)],
         window=_window(report),
         data_rows=list(_data_rows(report, tested)),
         recipe_text=report.recipe_text,
@@ -158,6 +168,16 @@ def _sft_plots(report: ReportInput) -> Iterator[Markup]:
             yield Markup(figures.curves(title, lines, ylabel="loss per token"))
 
 
+def _preference_plots(report: ReportInput) -> Iterator[Markup]:
+    stage = report.stage("preference")
+    if stage is None:
+        return
+    for title, keys in PREFERENCE_PLOTS:
+        lines = {key: stage.series[key] for key in keys if key in stage.series}
+        if lines:
+            yield Markup(figures.curves(title, lines))
+
+
 def _rl_plots(report: ReportInput) -> Iterator[Markup]:
     stage = report.stage(LAST_STAGE)
     if stage is None:
@@ -194,12 +214,18 @@ def _run_rows(report: ReportInput) -> Iterator[SummaryRow]:
     yield SummaryRow("Precision", str(report.setting("model.precision", "–")))
     yield SummaryRow("Processes", f"{processes} ({', '.join(parallel)})")
     yield SummaryRow("Seed", str(report.setting("seed", "–")))
+    if report.setting("preference.enabled", False):
+        shown = ("algorithm", "beta", "negatives", "num_negatives", "lr", "epochs", "rows")
+        yield SummaryRow("Preference", ", ".join(f"{key} {report.setting(f'preference.{key}')}" for key in shown))
     if report.setting("rl.enabled", False):
         keys = ("algorithm", "group_size", "prompts_per_step", "lr", "beta", "kl", "reward", "policy_space", "rows")
         yield SummaryRow("RL", ", ".join(f"{key} {report.setting(f'rl.{key}')}" for key in keys))
     yield SummaryRow(
         "Evaluation", ", ".join(f"{key} {report.setting(f'eval.{key}')}" for key in ("beams", "collision"))
     )
+    for name, means in dict(report.summary.get("candidates", {})).items():
+        figures_of = ", ".join(f"{key} {value:.4f}" for key, value in means.items())
+        yield SummaryRow(f"Among candidates, {TITLES.get(name, name)}", figures_of)
     if "wall_s" in report.summary:
         yield SummaryRow("Wall time", _duration(float(report.summary["wall_s"])))
     versions = [f"Python {platform.python_version()}", *(f"{name} {_version(name)}" for name in PACKAGES)]

@@ -18,7 +18,7 @@ from tawin_nemo.util.files import atomic_path, write_json
 # -- The results as a table for the terminal, with intervals and paired differences beside every claim.
 
 
-#: Rows that RL is compared with, as far as the run has them.
+#: Rows that RL and preference optimisation are compared with, as far as the run has them.
 BASELINES = ("sft", "sft_continued", "sft_all")
 
 
@@ -29,23 +29,25 @@ def headline_metrics(ks: Sequence[int]) -> list[str]:
 
 
 def results_table(results: Mapping[str, EvalResult], ks: Sequence[int], split: str = "test") -> str:
-    """One line per stage (mean and 95 % interval on ``split``), then RL minus each baseline (paired bootstrap)."""
+    """One line per stage (mean and 95 % interval on ``split``), then RL and preference minus each
+    baseline (paired bootstrap)."""
     metrics = headline_metrics(ks)
     lines = [f"{split:24}" + "".join(f"{name:>28}" for name in metrics)]
     for stage, result in results.items():
         cells = (f"{result.means[m]:.4f} [{result.intervals[m][0]:.4f}, {result.intervals[m][1]:.4f}]" for m in metrics)
         lines.append(f"{stage:24}" + "".join(f"{cell:>28}" for cell in cells))
-    if "rl" in results:
-        lines += [_difference(results, baseline, metrics) for baseline in BASELINES if baseline in results]
+    for ours in (stage for stage in ("preference", "rl") if stage in results):
+        baselines = (*BASELINES, "preference") if ours == "rl" else BASELINES
+        lines += [_difference(results, ours, baseline, metrics) for baseline in baselines if baseline in results]
     return "\n".join(lines)
 
 
-def _difference(results: Mapping[str, EvalResult], baseline: str, metrics: Sequence[str]) -> str:
+def _difference(results: Mapping[str, EvalResult], ours: str, baseline: str, metrics: Sequence[str]) -> str:
     cells = []
     for metric in metrics:
-        difference = compare(results["rl"], results[baseline], metric).difference
+        difference = compare(results[ours], results[baseline], metric).difference
         cells.append(f"{difference.mean:+.4f} [{difference.low:+.4f}, {difference.high:+.4f}]")
-    return f"{f'rl - {baseline} (paired)':24}" + "".join(f"{cell:>28}" for cell in cells)
+    return f"{f'{ours} - {baseline} (paired)':24}" + "".join(f"{cell:>28}" for cell in cells)
 
 
 @dataclass(frozen=True, eq=False)

@@ -13,6 +13,7 @@ from tawin_nemo.catalog.items import Catalog
 from tawin_nemo.config.backbones import FlopCount
 from tawin_nemo.config.schema import RolloutConfig
 from tawin_nemo.rollout.beam import BeamSearch, FinishedPrompts, collect_candidates
+from tawin_nemo.rollout.filters import ItemFilter
 from tawin_nemo.rollout.groups import draws_for, keep_distinct
 from tawin_nemo.rollout.lm import LM, MeteredLM
 from tawin_nemo.rollout.sampling import constrained_sample
@@ -201,22 +202,29 @@ class RolloutEngine(Generator):
         score_space: str | None = None,
         token_budget: int | None = None,
         progress: Progress | None = None,
+        filters: Sequence[ItemFilter] | None = None,
     ) -> Candidates:
         """Beam search for N prompts, in their order; semantics and errors are those of ``constrained_beam_search``.
 
         ``score_space`` and ``token_budget`` default to the configuration (section ``rollout``). ``progress`` is called
-        with the number of prompts that have just finished.
+        with the number of prompts that have just finished. ``filters``: which items each prompt may be answered with.
         Raises ConfigError for more beams than the catalog has paths.
         """
         finished = []
-        for part in self.stream(prompts, width, score_space=score_space, token_budget=token_budget):
+        for part in self.stream(prompts, width, score_space=score_space, token_budget=token_budget, filters=filters):
             finished.append(part)
             if progress is not None:
                 progress(len(part))
         return collect_candidates(finished, width, self.catalog.trie)
 
     def stream(
-        self, prompts: TokenRows, width: int, *, score_space: str | None = None, token_budget: int | None = None
+        self,
+        prompts: TokenRows,
+        width: int,
+        *,
+        score_space: str | None = None,
+        token_budget: int | None = None,
+        filters: Sequence[ItemFilter] | None = None,
     ) -> Iterator[FinishedPrompts]:
         """Beam search that yields prompts as soon as they finish; a ticket is the prompt's row in ``prompts``.
 
@@ -238,7 +246,9 @@ class RolloutEngine(Generator):
             room = budget - search.cache_tokens
             if started < len(prompts) and (not search.cache_tokens or room >= JOIN_SHARE * budget):
                 upto = _fitting(ends_N, started, room, at_least=not search.cache_tokens)
-                search.admit(prompts.take(order_N[started:upto]), order_N[started:upto])
+                rows = order_N[started:upto]
+                allowed = None if filters is None else [filters[int(row)] for row in rows]
+                search.admit(prompts.take(rows), rows, filters=allowed)
                 started = upto
             finished = search.advance()
             if len(finished):

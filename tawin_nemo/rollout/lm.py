@@ -69,6 +69,10 @@ class LM(Protocol):
         """
         ...
 
+    def best_tokens(self, cache: Any, row_N: Tensor) -> Tensor:
+        """The most likely token of the whole vocabulary after each row, the lowest of equal ones. [N] int64."""
+        ...
+
 
 # -- FLOP counting.
 
@@ -125,6 +129,11 @@ class MeteredLM:
         logits = len(token_E) if space == "trie" else len(row_N) * self.vocab_size
         self._extended += FlopCount(logits=logits)
         return self.lm.logprobs(cache, row_N, position_E, token_E, space)
+
+    def best_tokens(self, cache: Any, row_N: Tensor) -> Tensor:
+        """The most likely token of each row; counts N times V output logits."""
+        self._extended += FlopCount(logits=len(row_N) * self.vocab_size)
+        return self.lm.best_tokens(cache, row_N)
 
     def pop_flops(self) -> FlopCount:
         """FLOP counts since the last call; resets them to zero."""

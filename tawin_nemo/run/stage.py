@@ -46,7 +46,7 @@ class Progress:
     best_step: int = -1
     bad_checks: int = 0
     skipped_steps: int = 0  # optimizer steps skipped because loss or gradient was not finite
-    facts: dict[str, Any] = field(default_factory=dict)  # the pending rollout of ``rollout.ahead``, as JSON
+    facts: dict[str, Any] = field(default_factory=dict)  # what else the next step needs, as JSON
 
 
 class Stage:

@@ -42,6 +42,7 @@ RESUMABLE_KEYS = (
     "model.tensor_model_parallel_size", "model.pipeline_model_parallel_size", "model.sequence_parallel",
     "model.recompute", "rollout.tensor_model_parallel_size", "rollout.pipeline_model_parallel_size",
     "rollout.token_budget", "eval.token_budget", "sft.micro_batch_tokens", "rl.micro_batch_tokens",
+    "preference.micro_batch_tokens",
     "trainer.offload_optimizer", "trainer.collective_timeout", "rollout.placement", "rollout.devices",
     "rollout.servers", "rollout.api_key_file", "rollout.control_token_file", "rollout.server_timeout_s",
     "rollout.server_tries", "rollout.weights_backend",
@@ -89,13 +90,19 @@ class World:
         return np.arange(first, len(self.samples["train"]))
 
     @property
+    def train_rows_for_preference(self) -> np.ndarray:
+        """Row numbers that preference optimisation sees."""
+        first = self._first_fresh if self.recipe.preference.rows == "fresh" else 0
+        return np.arange(first, len(self.samples["train"]))
+
+    @property
     def _first_fresh(self) -> int:
         return round(len(self.samples["train"]) * (1.0 - self.recipe.rl.fresh_share))
 
     @property
     def _sft_is_earlier(self) -> bool:
-        rows, rl = self.recipe.sft.rows, self.recipe.rl
-        return rows == "earlier" or (rows == "auto" and rl.enabled and rl.rows == "fresh")
+        rows, later = self.recipe.sft.rows, (self.recipe.rl, self.recipe.preference)
+        return rows == "earlier" or (rows == "auto" and any(part.enabled and part.rows == "fresh" for part in later))
 
 
 def open_run_dir(recipe: Recipe, *, same_recipe: bool) -> Path:

@@ -1,4 +1,4 @@
-"""The main job: SFT -> {RL, SFT continued beside it} -> evaluation of each -> summary and report.
+"""The main job: SFT -> preference optimisation -> {RL, SFT continued beside it} -> evaluation of each -> summary.
 
 Every stage lives in its own directory of the run and is skipped when it is already done, so the same command starts,
 resumes and completes a run.
@@ -35,8 +35,10 @@ from tawin_nemo.run.mfu import peak_flops
 from tawin_nemo.run.stage import MetricSink, Stage, logged_seconds
 from tawin_nemo.run.world import World, read_json
 from tawin_nemo.train.actor import Actor
+from tawin_nemo.train.candidate_eval import candidate_metrics
 from tawin_nemo.train.evaluation import evaluate_split, evaluate_tasks, task_file
 from tawin_nemo.train.plan import Plan, plans
+from tawin_nemo.train.preference import train_preference
 from tawin_nemo.train.reference import Reference, build_reference
 from tawin_nemo.train.rl import train_rl
 from tawin_nemo.train.sft import train_sft
@@ -54,11 +56,15 @@ def run_pipeline(world: World) -> dict[str, Any]:
     if world.recipe.baseline.model != "off":
         results = {world.recipe.baseline.model: run_baseline(world, sink)}
     else:
-        results = {plan.name: run_stage(world, plan, sink) for plan in plans(world)}
+        planned = list(plans(world))  # all of them first: it checks what later stages need
+        results = {plan.name: run_stage(world, plan, sink) for plan in planned}
     summary: dict[str, Any] = {name: dict(result.means) for name, result in results.items()}
     invalid = max(result.invalid_rate for result in results.values())
     wall = earlier + time.monotonic() - start
     summary |= {"invalid_rate": invalid, "wall_s": round(wall, 1), "run_dir": str(world.run_dir)}
+    if world.recipe.eval.candidates:
+        last = f"eval/{world.recipe.eval.splits[-1]}.candidates.json"
+        summary["candidates"] = {name: read_json(world.run_dir / name / last)["means"] for name in results}
     summary["final_stage"] = list(results)[-1]
     if runtime.world_rank() == 0:
         write_json(world.run_dir / "summary.json", summary)
@@ -92,7 +98,8 @@ def run_stage(world: World, plan: Plan, sink: MetricSink | None) -> EvalResult:
         deadline=world.deadline, sink=sink, profile=world.recipe.profile, identity=world.identity,
     )  # fmt: skip
     splits = world.recipe.eval.splits
-    expected = [stage.directory / "eval" / f"{split}.json" for split in splits]
+    endings = [".json", *([".candidates.json"] if world.recipe.eval.candidates else [])]
+    expected = [stage.directory / "eval" / f"{split}{ending}" for split in splits for ending in endings]
     if plan.kind == "sft" and active_tasks(world.recipe.align):
         expected.append(task_file(stage.directory))
     if stage.done and all(file.is_file() for file in expected):
@@ -108,13 +115,15 @@ def run_stage(world: World, plan: Plan, sink: MetricSink | None) -> EvalResult:
         sft = sft_section(world.recipe, plan.name)
         if world.recipe.model.freeze_backbone and plan.kind == "sft":
             freeze_others(model, only_new_tokens(world))
-        lr = world.recipe.rl.lr if plan.kind == "rl" else sft.lr
+        lr = {"rl": world.recipe.rl.lr, "preference": world.recipe.preference.lr}.get(plan.kind, sft.lr)
         trainable = Trainable(model, world.shape, world.recipe.trainer, lr=lr)
         optimizer_offloaded = trainable.optimizer_offloaded
         log.info("%s: %d rows of train", plan.name, len(plan.rows))
         if plan.kind == "rl":
             actor = Actor(trainable, world.catalog, world.recipe.rl, world.dp)
             train_rl(world, stage, actor, lambda: reference_for(world, plan, model), engine)
+        elif plan.kind == "preference":
+            train_preference(world, stage, trainable, lambda: reference_for(world, plan, model), engine, plan.rows)
         else:
             train_sft(world, sft, stage, trainable, plan.rows, engine)
     stage.stop_before(f"the evaluation of {plan.name}")
@@ -147,10 +156,11 @@ def sft_section(recipe: Recipe, name: str) -> SftConfig:
 
 
 def reference_for(world: World, plan: Plan, actor_model: GPTModel) -> Reference:
-    """The reference of RL: the policy that the stage started from, frozen, in ``reference.precision``."""
+    """The policy that the stage started from, frozen; none where its objective has no reference."""
     recipe = world.recipe
+    beta = recipe.rl.beta if plan.kind == "rl" else float(recipe.preference.uses_reference)
     return build_reference(
-        recipe.reference.mode, recipe.rl.beta, actor_model,
+        recipe.reference.mode, beta, actor_model,
         lambda: starting_model(world, plan.start, precision=recipe.reference.precision),
     )  # fmt: skip
 
@@ -163,8 +173,12 @@ def evaluate_stage(world: World, directory: Path, engine: Engine) -> EvalResult:
     results = {}
     engine.receive_weights()
     for split in world.recipe.eval.splits:
-        results[split] = evaluate_split(world, engine, split, label=f"{directory.name} {split}", popularity=True)
+        label = f"{directory.name} {split}"
+        results[split] = evaluate_split(world, engine, split, label=label, popularity=True)
+        among = candidate_metrics(world, engine, split, label)
         if runtime.world_rank() == 0:
             results[split].write(directory / "eval", split)
+            if among is not None:
+                among.write(directory / "eval", split)
     runtime.barrier()
     return results[world.recipe.eval.splits[-1]]

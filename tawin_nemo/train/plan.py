@@ -7,8 +7,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from tawin_nemo.config.schema import RlConfig
+from tawin_nemo.baselines.auxiliary import load_auxiliary
+from tawin_nemo.config.schema import PreferenceConfig, RlConfig
 from tawin_nemo.run.world import World
+from tawin_nemo.util.errors import ConfigError
 
 
 @dataclass(frozen=True)
@@ -18,18 +20,22 @@ class Plan:
     name: str
     start: str | None
     rows: np.ndarray
-    kind: str  # sft | rl
+    kind: str  # sft | preference | rl
 
 
 def plans(world: World) -> Iterator[Plan]:
-    """The stages that the recipe asks for, in order."""
+    """The stages that the recipe asks for, in order. Raises ConfigError as ``check_preference``."""
     recipe = world.recipe
     fresh = world.train_rows_for_rl
-    rl_start = "sft" if recipe.rl.init == "sft" else None
+    rl_start = None if recipe.rl.init == "base" else recipe.rl.init
     if recipe.sft.enabled:
         yield Plan("sft", None, world.train_rows_for_sft, "sft")
+    if recipe.preference.enabled:
+        check_preference(world)
+        start = "sft" if recipe.preference.init == "sft" else None
+        yield Plan("preference", start, world.train_rows_for_preference, "preference")
     if recipe.rl.enabled:
-        if recipe.compare.sft_continued and rl_start:
+        if recipe.compare.sft_continued and rl_start == "sft":
             yield Plan("sft_continued", rl_start, fresh, "sft")
         yield Plan("rl", rl_start, fresh, "rl")
     if recipe.compare.sft_all:
@@ -39,3 +45,30 @@ def plans(world: World) -> Iterator[Plan]:
 def total_steps(rl: RlConfig, rows: int) -> int:
     """Steps of a run: ``rl.max_steps``, or what ``rl.epochs`` passes over ``rows`` need at most."""
     return rl.max_steps or max(1, round(rl.epochs * rows / min(rl.prompts_per_step, rows)))
+
+
+def preference_steps(cfg: PreferenceConfig, rows: int) -> int:
+    """Steps of preference optimisation: ``preference.max_steps``, or what ``preference.epochs`` needs over ``rows``."""
+    return cfg.max_steps or max(1, round(cfg.epochs * rows / min(cfg.global_batch_size, rows)))
+
+
+def check_preference(world: World) -> None:
+    """What section ``preference`` needs is there, found out before SFT has run for hours.
+
+    Raises ConfigError for an auxiliary model that cannot be used (``load_auxiliary``) and for a catalog without enough
+    wrong items.
+    """
+    cfg, paths = world.recipe.preference, world.catalog.trie.num_leaves
+    if cfg.aux:
+        load_auxiliary(cfg.aux, len(world.catalog))
+    if cfg.num_negatives >= paths:
+        raise ConfigError(
+            f"preference.num_negatives={cfg.num_negatives}, but the catalog has {paths} distinct token paths, one of "
+            f"them the target's; use at most {paths - 1}"
+        )
+    drawn = cfg.negatives == "candidates" and world.samples["train"].candidates is None
+    if drawn and cfg.num_candidates > paths - world.recipe.data.max_history:
+        raise ConfigError(
+            f"preference.num_candidates={cfg.num_candidates} leaves the history out, but the catalog has {paths} "
+            f"distinct token paths; use at most {max(2, paths - world.recipe.data.max_history)}"
+        )

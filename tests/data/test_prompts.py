@@ -57,3 +57,11 @@ def test_the_default_is_the_default_of_the_recipe():
 def test_unknown_words_are_refused_by_key(name: str, kind: str, shown: str):
     with pytest.raises(ConfigError, match=shown):
         Template(name, kind=kind)
+
+
+def test_candidates_stand_behind_the_history_and_need_no_further_marker():
+    compact = Template("compact", kind="title").prompt_with_candidates(["a", "b"], ["c", "d"])
+    assert compact == "<|item|>a<|item|>b<|next|>c<|item|>d<|next|>"
+    alpaca = Template("alpaca", kind="title").prompt_with_candidates(["a", "b"], ["c", "d"])
+    assert alpaca.endswith('### Input:\n"a"\n"b"\n\n### Candidates:\n"c"\n"d"\n\n### Response:\n')
+    assert "one of the candidates" in alpaca

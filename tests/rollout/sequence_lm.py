@@ -98,6 +98,11 @@ class SequenceLM:
         self.scored += len(row_N)
         return self.edge_logprobs([cache.sequence[row] for row in row_N.tolist()], position_E, token_E, space)
 
+    def best_tokens(self, cache: Rows, row_N: Tensor) -> Tensor:
+        position_E = torch.arange(len(row_N)).repeat_interleave(self.vocab_size)
+        token_E = torch.arange(self.vocab_size).repeat(len(row_N))
+        return self.logprobs(cache, row_N, position_E, token_E, "vocab").view(-1, self.vocab_size).argmax(dim=1)
+
     def edge_logprobs(self, sequences: list[Tokens], position_E: Tensor, token_E: Tensor, space: str) -> Tensor:
         raise NotImplementedError
 

@@ -20,6 +20,7 @@ from tawin_nemo.tools.plan.work import (
     backward_bytes,
     forward_bytes,
     head_bytes,
+    preference_pass,
     rl_pass,
     saved_bytes,
     search_space,
@@ -161,6 +162,14 @@ def updates(shape: Backbone, recipe: Recipe, layout: Layout, numbers: Numbers, l
         work = sft_pass(recipe, lengths)
         yield "SFT update", update_parts(
             shape, layout, numbers, work, recompute=recompute, stage=stage,
+            micro_batches=micro_batches(rows, work.keys, work.tokens),
+        )  # fmt: skip
+    if recipe.preference.enabled:
+        rows = -(-recipe.preference.global_batch_size // layout.dp)
+        work = preference_pass(recipe, lengths)
+        plain = Numbers(numbers.bytes, numbers.fp8, numbers.device)  # without dropout
+        yield "preference update", update_parts(
+            shape, layout, plain, work, recompute=recompute, stage=stage,
             micro_batches=micro_batches(rows, work.keys, work.tokens),
         )  # fmt: skip
     if rl.enabled:

@@ -17,7 +17,7 @@ from tawin_nemo.config.layout import (
 )
 from tawin_nemo.config.schema import Recipe
 from tawin_nemo.tools.plan.memory import GIB, Peak, parameters, peaks, resident, stage_parameters, swap_bytes
-from tawin_nemo.tools.plan.timing import Rates, StepTime, rl_step, sft_step
+from tawin_nemo.tools.plan.timing import Rates, StepTime, preference_step, rl_step, sft_step
 from tawin_nemo.tools.plan.work import Lengths, Numbers
 from tawin_nemo.util.errors import ConfigError
 
@@ -53,6 +53,7 @@ class Plan:
     rl: StepTime | None
     best: Layout | None
     notes: list[str]
+    preference: StepTime | None = None
 
     @property
     def fullest(self) -> Peak:
@@ -124,6 +125,7 @@ def make_plan(question: Question) -> Plan:
         rl=rl_step(recipe, lengths, rates) if recipe.rl.enabled else None,
         best=good[0] if good else None,
         notes=list(notes(question, layout)),
+        preference=preference_step(recipe, lengths, rates) if recipe.preference.enabled else None,
     )
 
 
@@ -153,6 +155,7 @@ _UPDATE = "model.recompute=full, a lower {}.micro_batch_tokens, reference.mode=s
 #: What to lower, by the phase that is too large.
 SAVINGS = {
     "SFT update": _UPDATE.format("sft"),
+    "preference update": _UPDATE.format("preference"),
     "RL update": _UPDATE.format("rl"),
     "rollout": "Lower rollout.token_budget, or set trainer.offload_optimizer=true or reference.mode=swap",
     "evaluation": "Lower eval.token_budget, or set trainer.offload_optimizer=true or reference.mode=swap",
@@ -176,6 +179,12 @@ def notes(question: Question, layout: Layout) -> list[str]:
         found.append(
             f"rl.prompts_per_step={recipe.rl.prompts_per_step} is below the {layout.dp} replicas: "
             f"{layout.dp - recipe.rl.prompts_per_step} of them idle in RL"
+        )
+    groups = -(-recipe.preference.global_batch_size // recipe.preference.group_rows)
+    if recipe.preference.enabled and groups < layout.dp:
+        found.append(
+            f"a step of preference optimisation has {groups} sharing groups for {layout.dp} replicas: "
+            f"{layout.dp - groups} of them idle; raise preference.global_batch_size or lower preference.share_group"
         )
     searching = rollout_layout(recipe, layout)
     if recipe.rollout.devices:

@@ -10,7 +10,16 @@ from tawin_nemo.config.gpus import NODE, Gpu
 from tawin_nemo.config.layout import Layout, rollout_layout
 from tawin_nemo.config.schema import Recipe
 from tawin_nemo.tools.plan.memory import micro_batches, stage_parameters
-from tawin_nemo.tools.plan.work import Lengths, rl_pass, rl_step_work, search_space, sft_pass, sft_step_work
+from tawin_nemo.tools.plan.work import (
+    Lengths,
+    preference_pass,
+    preference_step_work,
+    rl_pass,
+    rl_step_work,
+    search_space,
+    sft_pass,
+    sft_step_work,
+)
 
 #: Model FLOP utilisation that is assumed where none is given. Megatron-LM's authors report 0.41 to 0.48 on H100s for
 #: models of 2B parameters and more with long rows and fused kernels; rows here are a few thousand tokens and norms,
@@ -101,6 +110,24 @@ def sft_step(recipe: Recipe, lengths: Lengths, rates: Rates) -> StepTime:
     total = sft_step_work(recipe, lengths, rates.shape.vocab, rows)
     seconds = rates.training(sft_step_work(recipe, lengths, rates.shape.vocab, mine), micro)
     return StepTime(3.0 * total.forward_flops(rates.shape), _counted({"update": seconds, "exchange": rates.exchange()}))
+
+
+def preference_step(recipe: Recipe, lengths: Lengths, rates: Rates) -> StepTime:
+    """One step of preference optimisation; the replica with most rows decides. Searches for rejected items
+    (``preference.negatives=beam|self_play``) are not counted."""
+    cfg, vocab = recipe.preference, rates.shape.vocab
+    mine = -(-cfg.global_batch_size // rates.layout.dp)
+    work = preference_pass(recipe, lengths)
+    passes = 1.0 if cfg.uses_reference and recipe.reference.mode != "off" else 0.0
+    passes += 1.0 if cfg.algorithm == "alpha_dpo" else 0.0
+    forward = preference_step_work(recipe, lengths, vocab, mine)
+    seconds = {
+        "reference": passes * rates.forward(forward),
+        "update": rates.training(forward, micro_batches(mine, work.keys, work.tokens)),
+        "exchange": rates.exchange(),
+    }
+    total = preference_step_work(recipe, lengths, vocab, cfg.global_batch_size).forward_flops(rates.shape)
+    return StepTime((3.0 + passes) * total, _counted(seconds))
 
 
 def rl_step(recipe: Recipe, lengths: Lengths, rates: Rates) -> StepTime:

@@ -187,7 +187,7 @@ def _gib(value: float) -> str:
 
 def _times(plan: Plan) -> list[str]:
     lines = []
-    for name, step in (("SFT step", plan.sft), ("RL step", plan.rl)):
+    for name, step in (("SFT step", plan.sft), ("preference step", plan.preference), ("RL step", plan.rl)):
         if step is not None:
             parts = ", ".join(f"{phase} {seconds:.3g}" for phase, seconds in step.seconds.items())
             lines.append(
@@ -220,6 +220,7 @@ def plan_facts(plan: Plan) -> dict[str, Any]:
         "mfu": question.mfu,
         "lengths": asdict(question.lengths),
         "sft_step": _step_facts(plan.sft),
+        **({"preference_step": _step_facts(plan.preference)} if plan.preference is not None else {}),
         "rl_step": _step_facts(plan.rl),
         "notes": plan.notes,
     }  # fmt: skip

@@ -93,6 +93,18 @@ def rl_pass(recipe: Recipe, lengths: Lengths) -> Pass:
     return tree_pass(recipe.rl.micro_batch_tokens, lengths, recipe.rl.group_size, recipe.rl.policy_space)
 
 
+def preference_pass(recipe: Recipe, lengths: Lengths) -> Pass:
+    """A full micro-batch of preference optimisation: the target and the rejected items of each prompt."""
+    cfg = recipe.preference
+    return tree_pass(cfg.micro_batch_tokens, lengths, 1 + cfg.num_negatives, cfg.policy_space)
+
+
+def preference_step_work(recipe: Recipe, lengths: Lengths, vocab: int, rows: int) -> FlopCount:
+    """Forward pass of ``rows`` rows of one preference step; sharing rejected items costs nothing."""
+    cfg = recipe.preference
+    return rows_work(rows, lengths, 1 + cfg.num_negatives, cfg.policy_space, vocab)
+
+
 def rows_work(rows: int, lengths: Lengths, candidates: int, space: str, vocab: int) -> FlopCount:
     """One forward pass over ``rows`` prompts with ``candidates`` items below each."""
     prompt, run = lengths.prompt, lengths.run(space)
@@ -127,7 +139,7 @@ def rl_step_work(recipe: Recipe, lengths: Lengths, vocab: int, prompts: int) -> 
     scored = rows_work(prompts, lengths, rl.group_size, rl.policy_space, vocab)
     return RlWork(
         rollout=rows_work(prompts, lengths, width, searched, vocab),
-        reference=scored if uses_reference(recipe) else nothing,
+        reference=scored if rl.beta > 0 and uses_reference(recipe) else nothing,
         scoring=scored if searched != rl.policy_space or rl.importance_cap > 0 else nothing,
         update=scored,
         updates=rl.inner_updates,
@@ -140,8 +152,9 @@ def search_space(recipe: Recipe) -> str:
 
 
 def uses_reference(recipe: Recipe) -> bool:
-    """Whether RL scores its candidates with a reference."""
-    return recipe.rl.enabled and recipe.rl.beta > 0 and recipe.reference.mode != "off"
+    """Whether RL or preference optimisation scores its candidates with a reference."""
+    preference = recipe.preference.enabled and recipe.preference.uses_reference
+    return ((recipe.rl.enabled and recipe.rl.beta > 0) or preference) and recipe.reference.mode != "off"
 
 
 @dataclass(frozen=True)

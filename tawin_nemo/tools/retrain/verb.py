@@ -111,7 +111,8 @@ def train_and_export(recipe: Recipe, run: NightlyRun, root: PublishRoot) -> None
     open_run_dir(own_recipe, same_recipe=True)
     world = build_world(own_recipe, run_dir, Path(run.data), codes_path=codes_path(recipe))
     run_pipeline(world)
-    stage = run_dir / ("rl" if recipe.rl.enabled else "sft")
+    trained = "preference" if recipe.preference.enabled else "sft"
+    stage = run_dir / ("rl" if recipe.rl.enabled else trained)
     write_export(world, str(stage), export)
     runtime.barrier()
 

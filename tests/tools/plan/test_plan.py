@@ -17,7 +17,7 @@ from tawin_nemo.config.load import load_recipe
 from tawin_nemo.config.schema import Recipe
 from tawin_nemo.tools.plan.memory import GIB, stage_parameters
 from tawin_nemo.tools.plan.plan import Plan, fitting, limit_bytes
-from tawin_nemo.tools.plan.timing import Rates, rl_step, sft_step
+from tawin_nemo.tools.plan.timing import Rates, preference_step, rl_step, sft_step
 from tawin_nemo.tools.plan.verb import plan_facts, plan_recipe, plan_table, split_options
 from tawin_nemo.tools.plan.work import CHILDREN, CODES, TITLES, Lengths, rl_step_work, rows_work, sft_pass
 from tawin_nemo.util.errors import ConfigError
@@ -144,6 +144,32 @@ def test_steps_add_up_and_the_fullest_replica_decides():
     step = rl_step(recipe, TITLES, eight)
     assert set(step.seconds) == {"rollout", "reference", "update", "exchange"}
     assert step.total == sum(step.seconds.values())
+
+
+def test_a_preference_step_scores_the_reference_once_and_pays_nothing_for_sharing():
+    words = ["preference.enabled=true", "preference.num_negatives=3", "preference.global_batch_size=9"]
+    one, eight = (rates(Layout(dp=dp)) for dp in (1, 8))
+    sdpo = preference_step(load_recipe(None, words), TITLES, one)
+    assert set(sdpo.seconds) == {"reference", "update"}
+    assert sdpo.flops == pytest.approx(4 * rows_work(9, TITLES, 4, "trie", SHAPE.vocab).forward_flops(SHAPE))
+    napo = preference_step(
+        load_recipe(None, [*words, "preference.algorithm=napo", "preference.aux=x", "preference.share_group=8"]),
+        TITLES, one,
+    )  # fmt: skip
+    assert set(napo.seconds) == {"update"}
+    assert napo.seconds["update"] == sdpo.seconds["update"]
+    assert napo.flops == pytest.approx(3 / 4 * sdpo.flops)
+    shared = preference_step(load_recipe(None, words), TITLES, eight)
+    assert sdpo.seconds["update"] == pytest.approx(shared.seconds["update"] * 9 / 2)
+
+
+def test_idle_replicas_of_a_preference_step_are_named():
+    found = plan(
+        "gpus=32", "gpu=h800", "sft.enabled=true", "preference.enabled=true", "preference.algorithm=napo",
+        "preference.aux=x", "preference.micro_batch_tokens=8192",
+    )  # fmt: skip
+    assert any("8 sharing groups for 16 replicas" in note for note in found.notes)
+    assert "preference step" in plan_table(found)
 
 
 # -- plans -----------------------------------------------------------------------------------------------------------

@@ -31,7 +31,7 @@ from tawin_nemo.models.megatron.decode.kv_store import ExtendPlan, KeyValueSlots
 from tawin_nemo.models.megatron.model.attention import AttentionPlan
 from tawin_nemo.models.megatron.model.forward import logit_dtype, modes, padding
 from tawin_nemo.models.megatron.model.fp8_scales import calibrate
-from tawin_nemo.models.megatron.model.head import edge_logits, log_sum_exp
+from tawin_nemo.models.megatron.model.head import best_tokens, edge_logits, log_sum_exp
 from tawin_nemo.models.megatron.parallel import runtime
 from tawin_nemo.types import TokenBatch, TokenRows
 
@@ -203,6 +203,15 @@ class MegatronLM:
             else:
                 logp_E = logit_E - log_sum_exp(self.model, hidden_ND)[position_E]
         return runtime.broadcast_from_last_stage(logp_E, (len(token_E),), logit_dtype(self.model), stages=self._stages)
+
+    @torch.no_grad()
+    def best_tokens(self, cache: Cache, row_N: Tensor) -> Tensor:
+        """The most likely token behind each row, on every model-parallel rank (see ``rollout.lm.LM``)."""
+        token_N = None
+        if self._stage == self._last_stage:
+            hidden_ND = _present(cache.hidden_RD).index_select(0, row_N.to(runtime.device()))
+            token_N = best_tokens(self.model, hidden_ND)
+        return runtime.broadcast_from_last_stage(token_N, (len(row_N),), torch.int64, stages=self._stages)
 
     def _run(self, tokens_S: Tensor, extra: int, plan: AttentionPlan) -> Tensor | None:
         """Hidden states [S, D] of the real tokens on the last stage, None on the others, through all stages."""

@@ -275,7 +275,9 @@ def named_precisions(recipe: Recipe) -> dict[str, str]:
     named = {"model.precision": recipe.model.precision}
     if recipe.eval.precision != AS_MODEL:
         named["eval.precision"] = recipe.eval.precision
-    if recipe.rl.enabled and recipe.rl.beta > 0 and recipe.reference.precision != AS_MODEL:
+    rl, preference = recipe.rl, recipe.preference
+    refers = (rl.enabled and rl.beta > 0) or (preference.enabled and preference.uses_reference)
+    if refers and recipe.reference.precision != AS_MODEL:
         named["reference.precision"] = recipe.reference.precision
     return named
 

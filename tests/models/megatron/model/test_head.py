@@ -11,6 +11,7 @@ from tawin_nemo.config.schema import ModelConfig
 from tawin_nemo.models.megatron.model import head
 from tawin_nemo.models.megatron.model.build import HiddenGPT, build_model
 from tawin_nemo.models.megatron.model.head import (
+    best_tokens,
     child_logprobs,
     full_logits_NV,
     head_weight_VD,
@@ -141,3 +142,14 @@ def test_number_formats_without_a_sparse_kernel_take_the_slow_way(monkeypatch: p
         torch.testing.assert_close(
             got_grad.float(), want_grad.detach(), rtol=0, atol=0.05 * float(want_grad.abs().max())
         )
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_the_best_token_is_never_a_padded_row_and_the_first_of_equal_ones(tied: bool, hidden_ND: Tensor) -> None:
+    built = model(tied)
+    with torch.no_grad():
+        weight_VD = head_weight_VD(built)
+        weight_VD[REAL:] = 100 * weight_VD[REAL:].sign()
+        weight_VD[30] = weight_VD[4]
+    logits_NV = full_logits_NV(built, hidden_ND)
+    assert best_tokens(built, hidden_ND).tolist() == [row.index(max(row)) for row in logits_NV.tolist()]
