@@ -127,7 +127,7 @@ def test_a_module_is_patched_when_it_is_imported():
     program = (
         "import sys; from tests import failpoints; assert 'tawin_nemo.train.rl' not in sys.modules\n"
         "import tawin_nemo.train.rl as rl, json\n"
-        "print(json.dumps([hasattr(rl.rollout_metrics, '__wrapped__'), hasattr(rl.count_work, '__wrapped__')]))"
+        "print(json.dumps([hasattr(rl.rollout_metrics, '__wrapped__'), hasattr(rl.count_flops, '__wrapped__')]))"
     )
     environment = {**os.environ, **failpoints.environment("rl.after_rollout=raise")}
     done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=100)

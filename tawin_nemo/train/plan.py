@@ -7,10 +7,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from tawin_nemo.baselines.auxiliary import load_auxiliary
 from tawin_nemo.config.schema import PreferenceConfig, RlConfig
 from tawin_nemo.run.world import World
-from tawin_nemo.util.errors import ConfigError
 
 
 @dataclass(frozen=True)
@@ -24,14 +22,13 @@ class Plan:
 
 
 def plans(world: World) -> Iterator[Plan]:
-    """The stages that the recipe asks for, in order. Raises ConfigError as ``check_preference``."""
+    """The stages that the recipe asks for, in order."""
     recipe = world.recipe
     fresh = world.train_rows_for_rl
     rl_start = None if recipe.rl.init == "base" else recipe.rl.init
     if recipe.sft.enabled:
         yield Plan("sft", None, world.train_rows_for_sft, "sft")
     if recipe.preference.enabled:
-        check_preference(world)
         start = "sft" if recipe.preference.init == "sft" else None
         yield Plan("preference", start, world.train_rows_for_preference, "preference")
     if recipe.rl.enabled:
@@ -50,25 +47,3 @@ def total_steps(rl: RlConfig, rows: int) -> int:
 def preference_steps(cfg: PreferenceConfig, rows: int) -> int:
     """Steps of preference optimisation: ``preference.max_steps``, or what ``preference.epochs`` needs over ``rows``."""
     return cfg.max_steps or max(1, round(cfg.epochs * rows / min(cfg.global_batch_size, rows)))
-
-
-def check_preference(world: World) -> None:
-    """What section ``preference`` needs is there, found out before SFT has run for hours.
-
-    Raises ConfigError for an auxiliary model that cannot be used (``load_auxiliary``) and for a catalog without enough
-    wrong items.
-    """
-    cfg, paths = world.recipe.preference, world.catalog.trie.num_leaves
-    if cfg.aux:
-        load_auxiliary(cfg.aux, len(world.catalog))
-    if cfg.num_negatives >= paths:
-        raise ConfigError(
-            f"preference.num_negatives={cfg.num_negatives}, but the catalog has {paths} distinct token paths, one of "
-            f"them the target's; use at most {paths - 1}"
-        )
-    drawn = cfg.negatives == "candidates" and world.samples["train"].candidates is None
-    if drawn and cfg.num_candidates > paths - world.recipe.data.max_history:
-        raise ConfigError(
-            f"preference.num_candidates={cfg.num_candidates} leaves the history out, but the catalog has {paths} "
-            f"distinct token paths; use at most {max(2, paths - world.recipe.data.max_history)}"
-        )

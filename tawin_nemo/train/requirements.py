@@ -42,6 +42,8 @@ def checks(world: World) -> Iterator[Callable[[], object]]:
         yield lambda plan=plan: check_rows(plan)  # type: ignore[misc]
         if plan.kind == "sft" and active_tasks(recipe.align):
             yield lambda: check_tasks(world)
+        if plan.kind == "preference":
+            yield lambda: check_preference(world)
         if plan.kind == "rl":
             yield lambda: check_widths(world)
             yield lambda: check_reward(world)
@@ -87,3 +89,23 @@ def check_tasks(world: World) -> None:
     from tawin_nemo.train.sft_data import wording_of
 
     wording_of(world)
+
+
+def check_preference(world: World) -> None:
+    """Raises ConfigError for an auxiliary model that cannot be used (``load_auxiliary``), or too few wrong items."""
+    from tawin_nemo.baselines.auxiliary import load_auxiliary
+
+    cfg, paths = world.recipe.preference, world.catalog.trie.num_leaves
+    if cfg.aux:
+        load_auxiliary(cfg.aux, len(world.catalog))
+    if cfg.num_negatives >= paths:
+        raise ConfigError(
+            f"preference.num_negatives={cfg.num_negatives}, but the catalog has {paths} distinct token paths, one of "
+            f"them the target's; use at most {paths - 1}"
+        )
+    drawn = cfg.negatives == "candidates" and world.samples["train"].candidates is None
+    if drawn and cfg.num_candidates > paths - world.recipe.data.max_history:
+        raise ConfigError(
+            f"preference.num_candidates={cfg.num_candidates} leaves the history out, but the catalog has {paths} "
+            f"distinct token paths; use at most {max(2, paths - world.recipe.data.max_history)}"
+        )

@@ -112,7 +112,7 @@ def test_the_installed_package_is_used(installed: Installed):
 
 
 def test_help(installed: Installed):
-    assert "tawin-nemo prepare" in installed.run("--help")
+    assert "\n  prepare " in installed.run("--help")
     assert "tawin-nemo serve" in installed.run("serve", "--help")
 
 

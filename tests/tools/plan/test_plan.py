@@ -283,7 +283,7 @@ def test_idle_replicas_and_swapped_references_are_said():
 
 
 def test_without_gpus_the_recipes_own_number_counts():
-    assert plan().question.gpus == 32
+    assert plan().question.gpus == 8
 
 
 def test_options_are_taken_out_of_the_overrides():
