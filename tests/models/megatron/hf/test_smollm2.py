@@ -21,7 +21,7 @@ pytestmark = pytest.mark.slow
 #: float32 through 30 layers, another order of the sums; the logits' standard deviation is above 3.
 LOGITS_ATOL = 2e-3
 TEXT = "The capital of France is Paris. Water boils at 100 degrees Celsius, and a steel ruler of 30 cm"
-#: Published ids of SmolLM2's tokenizer: words with their space, digits one by one, no start token.
+#: Ids that transformers' own reader of the GGUF file gives these words (behind a start token, which is not wanted).
 KNOWN_IDS = {"The capital of France is": [504, 3575, 282, 4649, 314], " cm": [5973], "<|im_end|>": [2]}
 TEXTS = [
     TEXT, "Steel ruler, 30 cm", 'M8 x 1.25" bolt (Pack of 10)', "café №5 日本 ▁x", " two  spaces \n", "12345", "",
