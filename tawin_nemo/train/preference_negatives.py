@@ -22,7 +22,7 @@ from tawin_nemo.data.negative_sampling import CandidateNegatives, RandomNegative
 from tawin_nemo.data.samples import Samples
 from tawin_nemo.placement.weight_sync import sync_weights
 from tawin_nemo.rollout.engine import Engine
-from tawin_nemo.rollout.negatives import repeats_before
+from tawin_nemo.rollout.groups import repeats_before
 from tawin_nemo.run.world import World
 from tawin_nemo.types import NO_ITEM, DataParallel, PromptBatch, TokenRows  # noqa: F401 (TokenRows: doctest)
 from tawin_nemo.util.errors import CheckpointError, ConfigError
