@@ -1,7 +1,7 @@
 """Prints the include folders of the nvidia-* packages of this interpreter, joined by ':', for CPATH.
 
-torch's CUDA wheels bring cuDNN, NCCL and the CUDA libraries with their headers as packages below ``nvidia/``, such as
-``nvidia/cudnn/include`` and ``nvidia/cu13/include``. Compilers do not look there by themselves.
+torch's CUDA wheels bring cuDNN, NCCL and the CUDA libraries with their headers as packages below ``nvidia/``, for
+example ``nvidia/cudnn/include`` and ``nvidia/cu13/include``. Compilers do not look there by themselves.
 """
 
 import sysconfig

@@ -17,6 +17,7 @@ from tawin_nemo.config.schema import TrainerConfig
 from tawin_nemo.models.megatron.checkpoint import checkpoint
 from tawin_nemo.models.megatron.checkpoint.files import Ranks
 from tawin_nemo.models.megatron.optim.trainable import Trainable
+from tawin_nemo.run import determinism
 from tests.gpu import parts
 from tests.gpu.contact_common import clock, fresh, out, tiny_rows, trainable_of
 from tests.gpu.workload import Sizes, Workload
@@ -64,9 +65,9 @@ def deterministic() -> dict[str, Any]:
 
     The second pair runs in a process of its own: cuBLAS reads its variable when it makes its first handle.
     """
-    code = "from tests.gpu.contact_state import *; determinism.make_deterministic(); print(json.dumps(curve()))"
+    command = [sys.executable, "-W", "ignore", "-m", "tests.gpu.contact_state"]
     plain = curve()
-    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True)
+    done = subprocess.run(command, capture_output=True, text=True)
     parts.require(done.returncode == 0, done.stderr[-1500:])
     return {"as it is": plain, "trainer.deterministic": json.loads(done.stdout.strip().splitlines()[-1])}
 
@@ -111,3 +112,8 @@ def _importable(name: str) -> bool:
     except ImportError:
         return False
     return True
+
+
+if __name__ == "__main__":  # the second half of ``deterministic``
+    determinism.make_deterministic()
+    print(json.dumps(curve()))
