@@ -54,7 +54,7 @@ def prepare(
 
 
 def detect(root: Path) -> str:
-    """What lies in ``root``: prepared, inter, candidates, amazon or yelp. Raises DataError naming what it looked for."""
+    """What lies in ``root``: prepared, inter, candidates, amazon or yelp. DataError names what was looked for."""
     if not root.is_dir():
         raise DataError(f"data.root={str(root)!r} is not a folder; give the folder that holds the data")
     if (root / MANIFEST).is_file():
