@@ -111,16 +111,8 @@ def _read_row(entry: Any, where: str) -> NamedRow:
     history, candidates, target = (entry[key] for key in KEYS)
     history = history.split("::") if isinstance(history, str) else history
     for key, names in (("historyList", history), ("itemList", candidates), ("trueSelection", [target])):
-<<<<<<< HEAD
-        if (
-            not isinstance(names, list)
-            or not names
-            or not all(isinstance(name, str) and name.strip() for name in names)
-        ):
-=======
         named = isinstance(names, list) and all(isinstance(name, str) and name.strip() for name in names)
         if not named or not names:
->>>>>>> w-pref
             raise DataError(f"{where}: {key} must hold item names, not {str(entry[key])[:80]!r}")
     row = NamedRow([name.strip() for name in history], [name.strip() for name in candidates], target.strip())
     if row.target not in row.candidates:

@@ -71,14 +71,10 @@ def _check_unchanged(before: Any, request: dict[str, Any], out: Path, used_by: P
 
 
 def detect(root: Path) -> str:
-<<<<<<< HEAD
     """The format of the data in ``root``: prepared, inter, candidates, amazon or yelp.
 
     Raises DataError, naming the expected files, if it is none of these.
     """
-=======
-    """What lies in ``root``: prepared, inter, candidates, amazon or yelp. DataError names what was looked for."""
->>>>>>> w-pref
     if not root.is_dir():
         raise DataError(f"data.root={str(root)!r} is not a folder; give the folder that holds the data")
     if (root / MANIFEST).is_file():
