@@ -13,7 +13,9 @@ import torch
 
 from tawin_nemo.catalog.semantic_ids import find_codes
 from tawin_nemo.commands.train import train
+from tawin_nemo.config.backbones import backbone
 from tawin_nemo.config.schema import Recipe
+from tawin_nemo.models.megatron.hf.config import backbone_from_hf
 from tawin_nemo.models.megatron.model import precision
 from tawin_nemo.models.megatron.parallel import disaggregated, runtime
 from tawin_nemo.models.megatron.parallel.channel import Stop
@@ -99,10 +101,34 @@ def started(recipe: Recipe, *, computes: bool = True) -> Iterator[None]:
         check_processes(recipe)
         runtime.initialize(recipe.model, seed=recipe.seed, limit=limit, rollout_ranks=rollout_ranks)
         check_precision(recipe, runs=computes)
-        torch.set_num_threads(recipe.trainer.threads or available_threads())
+        torch.set_num_threads(chosen_threads(recipe))
         if disaggregated.is_disaggregated():
             stack.push(stop_rollout_ranks)
         yield
+
+
+#: Hidden size below which a second CPU thread costs more than it brings: one layer's matrices are done within the time
+#: that two threads need to meet, and beside another busy process they meet late. See recipes/results/speed.md.
+ONE_THREAD_BELOW = 128
+
+
+def chosen_threads(recipe: Recipe) -> int:
+    """CPU threads of this process: ``trainer.threads``; where that is 0, one for small models, else its share of cores.
+
+    A function of the recipe, the machine and the launcher alone, never of measured speed: the number of threads can
+    change the order of floating-point sums, and a resumed run has to repeat an uninterrupted one bit for bit.
+    """
+    if recipe.trainer.threads:
+        return recipe.trainer.threads
+    cores = available_threads()
+    init = recipe.model.init
+    hidden = (backbone(recipe.model.backbone) if init == "random" else backbone_from_hf(Path(init))).hidden
+    small = recipe.baseline.model == "off" and hidden < ONE_THREAD_BELOW
+    threads = 1 if small else cores
+    if runtime.world_rank() == 0 and cores > 1:
+        why = f"hidden size {hidden} is small" if small else "this process's cores"
+        log.info("CPU threads per process: %d (%s; trainer.threads=N sets another number)", threads, why)
+    return threads
 
 
 @contextlib.contextmanager

@@ -440,7 +440,8 @@ class TrainerConfig:
     )
     threads: int = number(
         0, 0,
-        help="Sets the CPU threads per process (0 = this process's cores, shared by the ranks of its node).",
+        help="Sets the CPU threads per process (0 = one for small models, else this process's cores, shared by the "
+        "ranks of its node).",
     )  # fmt: skip
     deterministic: bool = opt(
         False, "Computes the same bytes in equal runs on CUDA as well, more slowly; fails at an operation that cannot."
