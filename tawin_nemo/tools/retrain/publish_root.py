@@ -14,10 +14,9 @@ import json
 import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from datetime import UTC, date, datetime
 from pathlib import Path
 
-from tawin_nemo.util.errors import ConfigError, DataError
+from tawin_nemo.util.errors import DataError
 from tawin_nemo.util.files import write_json
 
 EXPORT, GATE_FILE, RUN_FILE = "export", "gate.json", "night.json"
@@ -82,13 +81,3 @@ class PublishRoot:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
-
-
-def checked_date(text: str) -> str:
-    """``text`` as YYYY-MM-DD, today (UTC) when it is empty. Raises ConfigError for anything else."""
-    if not text:
-        return datetime.now(tz=UTC).date().isoformat()
-    try:
-        return date.fromisoformat(text).isoformat()
-    except ValueError:
-        raise ConfigError(f"retrain.date={text} is not a date; write YYYY-MM-DD, or leave it empty for today") from None

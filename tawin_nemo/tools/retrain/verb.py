@@ -23,9 +23,10 @@ from tawin_nemo.run.datasets import prepared_root
 from tawin_nemo.run.failures import attempt_logs
 from tawin_nemo.run.world import build_world, open_run_dir
 from tawin_nemo.tools.retrain.gate import Decision, decide
-from tawin_nemo.tools.retrain.publish_root import EXPORT, GATE_FILE, NightlyRun, PublishRoot, checked_date
+from tawin_nemo.tools.retrain.publish_root import EXPORT, GATE_FILE, NightlyRun, PublishRoot
 from tawin_nemo.train.pipeline import evaluate_stage, run_pipeline
 from tawin_nemo.train.start import engine_of
+from tawin_nemo.util import times
 from tawin_nemo.util.errors import REFUSED, ConfigError
 from tawin_nemo.util.files import write_json
 from tawin_nemo.util.log import get_logger
@@ -69,7 +70,7 @@ def check_recipe(recipe: Recipe) -> str:
         raise ConfigError(f"eval.splits={list(recipe.eval.splits)} lacks {SPLIT}, which the gate looks at; add it")
     if recipe.baseline.model != "off" or recipe.start or recipe.checkpoint or recipe.run_dir:
         raise ConfigError("retrain sets start, checkpoint and run_dir itself and needs baseline.model=off; remove them")
-    return checked_date(recipe.retrain.date)
+    return times.day(recipe.retrain.date)
 
 
 def finished(root: PublishRoot, day: str) -> dict[str, Any] | None:

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from tawin_nemo.tools.retrain.publish_root import EXPORT, PublishRoot, checked_date
-from tawin_nemo.util.errors import ConfigError, DataError
+from tawin_nemo.tools.retrain.publish_root import EXPORT, PublishRoot
+from tawin_nemo.util.errors import DataError
 
 
 def exported(root: PublishRoot, day: str) -> None:
@@ -68,11 +68,3 @@ def test_a_link_to_nothing_is_not_taken_for_no_publication(root):
     root.version("2018-01-01").rmdir()
     with pytest.raises(DataError, match="latest must be a symbolic link"):
         root.published()
-
-
-def test_dates():
-    assert checked_date("2018-02-28") == "2018-02-28"
-    assert len(checked_date("")) == 10
-    for wrong in ("2018-02-30", "yesterday", "18-2-3"):
-        with pytest.raises(ConfigError, match=r"retrain\.date"):
-            checked_date(wrong)
