@@ -7,6 +7,7 @@ checkpoints are described in ``baselines/load.py``.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,7 +24,7 @@ from tawin_nemo.eval.result import EvalResult
 from tawin_nemo.models.megatron.checkpoint import checkpoint
 from tawin_nemo.models.megatron.parallel import runtime
 from tawin_nemo.run.schedule import scheduled
-from tawin_nemo.run.stage import MetricSink, Progress, Stage, monitored
+from tawin_nemo.run.stage import MetricSink, Progress, Stage, monitored, soonest_stop
 from tawin_nemo.run.world import World
 from tawin_nemo.util.errors import ConfigError, TawinError
 from tawin_nemo.util.files import write_json
@@ -127,7 +128,8 @@ def train_baseline(world: World, stage: BaselineStage, model: SequentialRecommen
     optimizer = torch.optim.Adam(model.parameters(), lr=cfg.lr, weight_decay=cfg.weight_decay)
     trainable = ModelAndOptimizer(model, optimizer)
     done = stage.resume(trainable)
-    for step in stage.steps(done.step, cfg.epochs * per_epoch):
+    soonest = partial(soonest_stop, done, cfg.patience, per_epoch)
+    for step in stage.steps(done.step, cfg.epochs * per_epoch, soonest=soonest):
         if done.bad_checks >= cfg.patience:
             break
         runtime.seed_step(recipe.seed, step + 1)

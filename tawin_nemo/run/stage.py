@@ -49,6 +49,11 @@ class Progress:
     facts: dict[str, Any] = field(default_factory=dict)  # what else the next step needs, as JSON
 
 
+def soonest_stop(progress: Progress, patience: int, check_every: int) -> int:
+    """Steps of a stage that stops after ``patience`` checks without improvement, if none of the next ones improves."""
+    return (progress.step // check_every + max(0, patience - progress.bad_checks)) * check_every
+
+
 class Stage:
     """Owns one stage directory. Every rank calls every method; only world rank 0 writes the logs."""
 
@@ -118,9 +123,12 @@ class Stage:
             with atomic_path(path) as temporary:
                 temporary.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
 
-    def steps(self, done: int, total: int) -> Iterator[int]:
-        """0-based steps ``done .. total - 1`` with a progress bar and the profiler."""
-        for step in progress(range(done, total), what=self.name, total=total, initial=done):
+    def steps(self, done: int, total: int, *, soonest: Callable[[], int] | None = None) -> Iterator[int]:
+        """0-based steps ``done .. total - 1`` with a progress bar and the profiler.
+
+        ``soonest``: the number of steps after which early stopping may end the stage; the ETA counts to there.
+        """
+        for step in progress(range(done, total), what=self.name, total=total, initial=done, soonest=soonest):
             if self._saver is not None:
                 self._saver.check()
             self._profiler.step()

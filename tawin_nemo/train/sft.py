@@ -19,7 +19,7 @@ from tawin_nemo.rollout.engine import Engine
 from tawin_nemo.run.bad_steps import step_guard
 from tawin_nemo.run.mfu import total_peak_flops
 from tawin_nemo.run.schedule import scheduled
-from tawin_nemo.run.stage import Progress, Stage, monitored
+from tawin_nemo.run.stage import Progress, Stage, monitored, soonest_stop
 from tawin_nemo.run.timers import Timers, count_update
 from tawin_nemo.run.world import World
 from tawin_nemo.train.evaluation import evaluate_split
@@ -51,7 +51,7 @@ def train_sft(
         _validate(world, stage, trainable, engine, done, data.tasks)
     timers = Timers(total_peak_flops(world.recipe), world.dp)
     guard = step_guard(stage, done)
-    for step in stage.steps(done.step, total):
+    for step in stage.steps(done.step, total, soonest=partial(soonest_stop, done, cfg.patience, check_every)):
         if done.bad_checks >= cfg.patience:
             break
         runtime.seed_step(seed, step)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sized
+from collections.abc import Callable, Iterable, Iterator, Sized
 from typing import Any, TypeVar
 
 from tqdm import tqdm
@@ -30,26 +30,43 @@ def get_logger(name: str) -> logging.Logger:
     return logging.getLogger(name if name.startswith("tawin_nemo") else f"tawin_nemo.{name}")
 
 
-def progress(items: Iterable[T], *, what: str, total: int | None = None, initial: int = 0) -> Iterator[T]:
+def progress(
+    items: Iterable[T],
+    *,
+    what: str,
+    total: int | None = None,
+    initial: int = 0,
+    soonest: Callable[[], int] | None = None,
+) -> Iterator[T]:
     """Iterate over ``items`` with a progress bar and an ETA on rank 0.
 
     Where stderr is a file (Slurm, nohup) it logs a line every SECONDS_BETWEEN_LINES seconds instead. ``initial``: items
-    that were done before, of ``total``.
+    that were done before, of ``total``. ``soonest``: the number of items after which early stopping may end the loop,
+    as known now; the time to go counts to there, and the line says so.
     """
-    if sys.stderr.isatty():
-        quiet = read_launch().rank != 0
-        yield from tqdm(items, desc=what, total=total, initial=initial, disable=quiet, dynamic_ncols=True)
-        return
     if total is None and isinstance(items, Sized):
         total = initial + len(items)
+
+    def end() -> int | None:
+        return total if soonest is None or total is None else min(total, soonest())
+
+    if sys.stderr.isatty():
+        quiet = read_launch().rank != 0
+        with tqdm(desc=what, total=end(), initial=initial, disable=quiet, dynamic_ncols=True) as bar:
+            for item in items:
+                yield item
+                bar.total = end()
+                bar.update()
+        return
     start = last = time.monotonic()
     for count, item in enumerate(items, initial + 1):
         yield item
         now = time.monotonic()
         if now - last >= SECONDS_BETWEEN_LINES:
-            last = now
-            meter = tqdm.format_meter(count, total, now - start, initial=initial, bar_format=_LINE)
-            get_logger(__name__).info("%s %s", what, meter)
+            last, goal = now, end()
+            meter = tqdm.format_meter(count, goal, now - start, initial=initial, bar_format=_LINE)
+            limit = f" at the soonest; at most {total}" if goal != total else ""
+            get_logger(__name__).info("%s %s%s", what, meter, limit)
 
 
 def say(message: str, **fields: Any) -> None:

@@ -4,6 +4,7 @@ import logging
 
 import pytest
 
+from tawin_nemo.run.stage import Progress, soonest_stop
 from tawin_nemo.util import log
 
 
@@ -21,3 +22,19 @@ def test_lines_count_up_to_the_total(monkeypatch, items, total, expected):
     assert len(lines) == 3
     assert lines[0].startswith(f"rl {expected}")
     assert "to go" in lines[0]
+
+
+def test_the_time_to_go_counts_to_the_soonest_end(monkeypatch, caplog):
+    monkeypatch.setattr(log, "SECONDS_BETWEEN_LINES", 0.0)
+    ends = iter([2, 2, 4, 6])
+    with caplog.at_level(logging.INFO, logger="tawin_nemo"):
+        assert list(log.progress(range(4), what="sft", total=6, soonest=lambda: next(ends))) == [0, 1, 2, 3]
+    lines = [record.getMessage() for record in caplog.records]
+    assert [line.split(" [")[0] for line in lines] == ["sft 1/2", "sft 2/2", "sft 3/4", "sft 4/6"]
+    assert ["at the soonest; at most 6" in line for line in lines] == [True, True, True, False]
+
+
+def test_early_stopping_can_end_after_the_remaining_checks():
+    assert soonest_stop(Progress(step=0), patience=3, check_every=10) == 30
+    assert soonest_stop(Progress(step=25, bad_checks=1), patience=3, check_every=10) == 40
+    assert soonest_stop(Progress(step=30, bad_checks=3), patience=3, check_every=10) == 30
