@@ -23,7 +23,7 @@ import psutil
 
 from tawin_nemo.api.client import Client, ControlClient
 from tawin_nemo.commands.serve import first_catalog
-from tawin_nemo.commands.session import run
+from tawin_nemo.commands.session import started, trained_world
 from tawin_nemo.config.backbones import Backbone
 from tawin_nemo.config.load import load_recipe
 from tawin_nemo.run.world import World
@@ -102,14 +102,9 @@ def _setting(
 
 def _world(file: str | None, words: Sequence[str]) -> World:
     """Data, tokenizer and catalog as the server reads them, in this process."""
-    found: list[World] = []
-
-    def keep(world: World) -> dict[str, Any]:
-        found.append(world)
-        return {}
-
-    run(load_recipe(file, list(words)), keep)
-    return found[0]
+    recipe = load_recipe(file, list(words))
+    with started(recipe):
+        return trained_world(recipe, weights_follow=True)  # their files are made from its shape
 
 
 @dataclass(frozen=True)

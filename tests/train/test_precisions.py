@@ -26,7 +26,8 @@ def _one_process() -> None:
 
 
 def world(*overrides: str) -> Any:
-    return SimpleNamespace(recipe=load_recipe(None, ["model.precision=bf16", *overrides]), shape=SHAPE)
+    recipe = load_recipe(None, ["model.precision=bf16", *overrides])
+    return SimpleNamespace(recipe=recipe, shape=SHAPE, tokenizer=SimpleNamespace(fingerprint="0" * 64))
 
 
 def dtype(model: torch.nn.Module) -> torch.dtype:
