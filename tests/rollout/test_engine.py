@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -65,9 +66,9 @@ def test_a_running_search_stays_within_the_budget(
     joined: list[int] = []
     admit = BeamSearch.admit
 
-    def watched(search: BeamSearch, prompts: TokenRows, tickets: np.ndarray) -> None:
+    def watched(search: BeamSearch, prompts: TokenRows, tickets: np.ndarray, **options: Any) -> None:
         joined.append(search.running)
-        admit(search, prompts, tickets)
+        admit(search, prompts, tickets, **options)
         held.append(search.cache_tokens)
 
     monkeypatch.setattr(BeamSearch, "admit", watched)

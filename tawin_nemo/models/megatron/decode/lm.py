@@ -1,7 +1,6 @@
 """Cached decoding: each prompt is prefilled once, then chains of tokens are appended below any token run before.
 
-Every model-parallel rank calls the same methods with the same arguments and gets the same log-probs, so a search runs
-identically on all of them.
+Model-parallel ranks call the same methods with the same arguments and get the same log-probs, so the same search runs.
 
 Axes: B prompts, R rows (tokens that were run), G generated slots of a prompt, P prompt slots, S new tokens, D width, M
 prompts to keep, N queried rows, E queried edges (pairs of a row and a token).
@@ -17,10 +16,7 @@ from functools import partial
 import torch
 import torch.distributed as dist
 from megatron.core.models.gpt.gpt_model import GPTModel
-from megatron.core.tensor_parallel.mappings import (
-    gather_from_sequence_parallel_region,
-    scatter_to_sequence_parallel_region,
-)
+from megatron.core.tensor_parallel import mappings
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
@@ -243,10 +239,12 @@ class MegatronLM:
         """``_stage_output`` with sequence parallelism inside the stage: its own part of S in, all of S out."""
         tp = self.model.pg_collection.tp
         if arriving_SBD is not None:
-            arriving_SBD = scatter_to_sequence_parallel_region(arriving_SBD, group=tp)
+            arriving_SBD = mappings.scatter_to_sequence_parallel_region(arriving_SBD, group=tp)
         with modes(self.model, training=False):
             part_SBD = self._modules_output(tokens_S, arriving_SBD, plan)
-        return gather_from_sequence_parallel_region(part_SBD, tensor_parallel_output_grad=False, group=tp)[:, 0]
+        return mappings.gather_from_sequence_parallel_region(part_SBD, tensor_parallel_output_grad=False, group=tp)[
+            :, 0
+        ]
 
     def _modules_output(self, tokens_S: Tensor, arriving_SBD: Tensor | None, plan: AttentionPlan) -> Tensor:
         if arriving_SBD is not None:

@@ -161,16 +161,13 @@ def check_engine_import() -> None:
     """
     if importlib.util.find_spec("transformer_engine") is None:
         return
-    try:
-        importlib.import_module("transformer_engine")
-    except ImportError:
-        return  # megatron then does without it
-    except Exception as error:
-        raise _broken("transformer_engine", error) from error
-    try:
-        importlib.import_module("transformer_engine.pytorch")
-    except Exception as error:
-        raise _broken("transformer_engine.pytorch", error) from error
+    for module in ("transformer_engine", "transformer_engine.pytorch"):
+        try:
+            importlib.import_module(module)
+        except Exception as error:
+            if module == "transformer_engine" and isinstance(error, ImportError):
+                return  # megatron then does without it
+            raise _broken(module, error) from error
 
 
 def _broken(module: str, error: Exception) -> ConfigError:
