@@ -87,8 +87,8 @@ class Parser(argparse.ArgumentParser):
     def _check_value(self, action: argparse.Action, value: Any) -> None:
         if action.dest == "verb" and value not in VERBS:
             near = difflib.get_close_matches(str(value), VERBS, n=1)
-            hint = f"; did you mean {near[0]}?" if near else ""
-            raise argparse.ArgumentError(action, f"{value!r} is no verb{hint}. Verbs: {', '.join(VERBS)}")
+            hint = f"; did you mean {near[0]}?" if near else "."
+            raise argparse.ArgumentError(action, f"{value!r} is no verb{hint} Verbs: {', '.join(VERBS)}")
         super()._check_value(action, value)
 
 
