@@ -46,7 +46,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             traceback.print_exc()
         print(f"tawin-nemo {arguments.verb}: {error}", file=sys.stderr, flush=True)
         return error.exit_code
-    except BrokenPipeError:  # the reader of `tawin-nemo keys | head` has seen enough
+    except BrokenPipeError:
+        if arguments.verb != "keys":  # a lost peer or server is a fault
+            raise
+        # the reader of `tawin-nemo keys | head` has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE
     except OSError as error:

@@ -50,10 +50,16 @@ def trained_model(recipe: Recipe, *, weights_follow: bool = False) -> Trained:
 
     ``weights_follow``: a training job sends the weights later, so without ``checkpoint`` a run's start is good enough.
 
-    Raises ConfigError when ``checkpoint`` is neither a finished stage nor a step_N, when there are no weights at all,
-    and when the recipe differs from the one of the checkpoint's run in a key that the model depends on.
+    Raises ConfigError for a recipe of a baseline, when ``checkpoint`` is neither a finished stage nor a step_N, when
+    there are no weights at all, and when the recipe differs from the one of the checkpoint's run in a key that the
+    model depends on.
     """
     own = run_dir_of(recipe)
+    if recipe.baseline.model != "off":
+        raise ConfigError(
+            f"baseline.model={recipe.baseline.model} trains a classic recommender, which this verb does not read: its "
+            f"figures are in {own}/{recipe.baseline.model}/eval; set baseline.model=off for the language model"
+        )
     if recipe.checkpoint:
         named = recipe.checkpoint
         run_dir = run_of(resolve_checkpoint(named, "checkpoint"))

@@ -105,6 +105,7 @@ def test_the_named_sections_exist(verb):
 
 
 def test_the_examples_name_recipes_and_keys_that_exist():
+    read = []
     for verb in VERBS.values():
         for example in verb.examples:
             name, *words = example.split(" > ")[0].split()
@@ -112,7 +113,8 @@ def test_the_examples_name_recipes_and_keys_that_exist():
                 continue
             recipe = words[words.index("--recipe") + 1] if "--recipe" in words else None
             overrides = [word for word in words if "=" in word]
-            load_recipe(recipe and ROOT / recipe, overrides)
+            read.append(load_recipe(recipe and ROOT / recipe, overrides))
+    assert len(read) > 8
 
 
 def ends(call, words):
@@ -137,6 +139,17 @@ def test_a_reader_that_stops_early_is_no_fault():
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, cwd=ROOT)
     assert done.stdout.count("\n") == 1
     assert done.stderr == ""
+
+
+def test_a_pipe_that_breaks_elsewhere_is_a_fault(monkeypatch):
+    """A lost peer or server must not end a verb without a word."""
+
+    def lost(*_):
+        raise BrokenPipeError("the server is gone")
+
+    monkeypatch.setattr("tawin_nemo.cli._dispatch", lost)
+    with pytest.raises(BrokenPipeError):
+        main(["evaluate"])
 
 
 def test_the_schema_of_recipes_accepts_every_recipe_and_refuses_mistakes():

@@ -36,6 +36,13 @@ def test_without_any_weights_a_verb_ends_with_2(verb: str, small_dataset: Path, 
     assert not (tmp_path / "out").exists()
 
 
+def test_a_baseline_is_not_taken_for_a_language_model(tmp_path: Path):
+    (tmp_path / "sasrec").mkdir()
+    (tmp_path / "sasrec" / "done.json").write_text('{"chosen_step": 1}')
+    with pytest.raises(ConfigError, match=r"baseline\.model=sasrec trains a classic recommender"):
+        trained_model(load_recipe(None, [f"run_dir={tmp_path}", "baseline.model=sasrec"]))
+
+
 def test_an_unfinished_stage_is_named(tmp_path: Path):
     (tmp_path / "run" / "sft" / "checkpoints" / "step_3").mkdir(parents=True)
     with pytest.raises(ConfigError, match="not finished: sft: 1 checkpoints"):
