@@ -32,13 +32,15 @@ def check_requirements(world: World) -> None:
 
 
 def checks(world: World) -> Iterator[Callable[[], object]]:
-    """One function for each requirement, which raises a UserError when that is not met."""
+    """One function for each requirement of a stage that is not done, which raises a UserError when that is not met."""
     recipe = world.recipe
     if recipe.baseline.model != "off":
         yield lambda: check_config(recipe.baseline, semantic_ids=recipe.catalog.kind == "sid")
         return
-    yield lambda: check_start(world)
-    for plan in plans(world):
+    waiting = [plan for plan in plans(world) if not (world.run_dir / plan.name / "done.json").is_file()]
+    if any(plan.start is None for plan in waiting):
+        yield lambda: check_start(world)
+    for plan in waiting:
         yield lambda plan=plan: check_rows(plan)  # type: ignore[misc]
         if plan.kind == "sft" and active_tasks(recipe.align):
             yield lambda: check_tasks(world)

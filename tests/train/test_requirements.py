@@ -3,9 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
+import numpy as np
 import pytest
 
+from tawin_nemo.config.load import load_recipe
+from tawin_nemo.run.world import World
+from tawin_nemo.train import requirements
+from tawin_nemo.train.plan import Plan
+from tawin_nemo.util.errors import ConfigError
 from tests.train.runs import SMALL, called
 
 
@@ -35,3 +43,15 @@ def test_all_of_it_is_listed_and_nothing_is_trained(small_dataset: Path, tmp_pat
     assert done.returncode == 2
     assert "2 things would end this run:" in done.stderr
     assert not (tmp_path / "run" / "sft").exists()
+
+
+def test_a_stage_that_is_done_needs_nothing_any_more(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """What a finished stage started from may be gone when the same command is given again."""
+    recipe = load_recipe(None, [f"run_dir={tmp_path}", "start=gone", "rl.enabled=false"])
+    world = cast(World, SimpleNamespace(recipe=recipe, run_dir=tmp_path))
+    monkeypatch.setattr(requirements, "plans", lambda _: iter([Plan("sft", None, np.arange(3), "sft")]))
+    with pytest.raises(ConfigError, match="start=gone"):
+        requirements.check_requirements(world)
+    (tmp_path / "sft").mkdir()
+    (tmp_path / "sft" / "done.json").write_text("{}")
+    requirements.check_requirements(world)
