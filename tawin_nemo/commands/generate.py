@@ -22,6 +22,11 @@ def generate(world: World) -> dict[str, Any]:
         texts = [world.template.prompt([world.item_texts[item] for item in history]) for history in histories]
         prompts = encode_prompts(world.tokenizer, texts)
     else:
+        if len(world.samples[options.split]) == 0:
+            raise ConfigError(
+                f"generate.history is empty and split {options.split} has no rows (an export holds a catalog, no data); "
+                "set generate.history=ID,ID or data.root=DIR"
+            )
         samples = world.samples[options.split].take(np.arange(min(options.rows, len(world.samples[options.split]))))
         histories, prompts = [samples.history[i].tolist() for i in range(len(samples))], samples.prompts
     return {"recommendations": recommend(world, histories, prompts, options.n)}

@@ -40,7 +40,8 @@ def run(recipe: Recipe, verb: Verb, **options: Any) -> dict[str, Any]:
 
     A dry run in one process needs no process group, and so neither megatron nor the seconds that its import takes.
     """
-    recipe = from_export(recipe)
+    trains = verb is train
+    recipe = recipe if trains else from_export(recipe)
     computes = not options.get("dry_run")
     group = started(recipe, computes=computes) if computes or recipe.processes > 1 else checked(recipe)
     with group, contextlib.ExitStack() as stack:
@@ -50,7 +51,6 @@ def run(recipe: Recipe, verb: Verb, **options: Any) -> dict[str, Any]:
             serve()
             return {}
         check_profile(recipe.profile)
-        trains = verb is train
         if not trains:
             weights_follow = verb.__name__ == "serve" and recipe.rollout.placement == "server"
             return verb(trained_world(recipe, weights_follow=weights_follow), **options)

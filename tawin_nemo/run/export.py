@@ -25,7 +25,7 @@ from tawin_nemo.rollout.scoring import SCORE_SPACES
 from tawin_nemo.run.export_card import model_card
 from tawin_nemo.run.exported import FORMAT, SETTINGS_FILE
 from tawin_nemo.run.world import World
-from tawin_nemo.util.files import write_json
+from tawin_nemo.util.files import sha256, write_json
 
 PROCESSOR_FILE = "tawin_trie.py"
 #: Libraries whose versions are noted.
@@ -52,7 +52,7 @@ def write_companions(world: World, folder: Path) -> None:
     write_catalog(folder, world.catalog, codes_of(world.catalog, world.tokenizer))
     source = Path(__file__).resolve().parents[1] / "catalog" / PROCESSOR_FILE
     shutil.copyfile(source, folder / PROCESSOR_FILE)
-    settings = export_settings(world)
+    settings = export_settings(world) | {"tokenizer": sha256(folder / "tokenizer.json")}
     write_json(folder / SETTINGS_FILE, settings)
     (folder / "recipe.yaml").write_text(
         OmegaConf.to_yaml(OmegaConf.create(_bound_keys(world.recipe))), encoding="utf-8"
@@ -71,7 +71,7 @@ def codes_of(catalog: Catalog, tokenizer: Tokenizer) -> list[list[str]]:
 
 
 def export_settings(world: World) -> dict[str, Any]:
-    """The content of tawin.json."""
+    """The content of tawin.json, but for the checksum of the tokenizer."""
     recipe, template, catalog, tokenizer = world.recipe, world.template, world.catalog, world.tokenizer
     beams = min(recipe.eval.beams, catalog.trie.num_leaves)
     return {
@@ -94,7 +94,6 @@ def export_settings(world: World) -> dict[str, Any]:
             "items": len(catalog), "paths": catalog.trie.num_leaves, "longest_path": catalog.trie.max_depth,
             "fingerprint": catalog.fingerprint,
         },
-        "tokenizer": tokenizer.fingerprint,
         "versions": {"tawin_nemo": __version__} | {name: _version(name) for name in _LIBRARIES},
     }  # fmt: skip
 

@@ -23,6 +23,7 @@ from tawin_nemo.models.megatron.parallel import runtime
 from tawin_nemo.run.world import World, check_lengths, deadline, limited
 from tawin_nemo.types import SPLITS, TokenRows
 from tawin_nemo.util.errors import CatalogError, ConfigError
+from tawin_nemo.util.files import sha256
 
 FORMAT = "tawin_nemo.export/1"
 SETTINGS_FILE, RECIPE_FILE = "tawin.json", "recipe.yaml"
@@ -75,6 +76,8 @@ def exported_world(recipe: Recipe, folder: Path, run_dir: Path, data_root: Path 
     settings = read_settings(folder)
     check_bound(recipe, folder)
     tokenizer = Tokenizer.load(folder)
+    if sha256(folder / "tokenizer.json") != settings["tokenizer"]:
+        raise ConfigError(f"{folder}/tokenizer.json is not the tokenizer of this export; export the model again")
     catalog, codes = read_catalog(folder)
     if catalog.fingerprint != settings["catalog"]["fingerprint"]:
         raise CatalogError(f"{folder}/catalog.parquet is not the catalog of this export; export the model again")
