@@ -23,7 +23,7 @@ def convert(world: World) -> dict[str, Any]:
 
 
 def export(world: World, checkpoint: str, output: Path) -> None:
-    """Write the model of ``checkpoint`` (empty: what a run would start from), its tokenizer and catalog to ``output``."""
+    """Write the model of ``checkpoint`` (empty: where a run would start) with tokenizer and catalog to ``output``."""
     save_hf(
         starting_model(world, None, checkpoint_path=checkpoint), world.shape, output,
         max_shard_bytes=world.recipe.convert.shard_mb * 1_000_000, tokenizer_dir=world.tokenizer_dir,

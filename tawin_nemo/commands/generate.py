@@ -24,7 +24,7 @@ def generate(world: World) -> dict[str, Any]:
     else:
         if len(world.samples[options.split]) == 0:
             raise ConfigError(
-                f"generate.history is empty and split {options.split} has no rows (an export holds a catalog, no data); "
+                f"generate.history is empty and split {options.split} has no rows (an export holds no data); "
                 "set generate.history=ID,ID or data.root=DIR"
             )
         samples = world.samples[options.split].take(np.arange(min(options.rows, len(world.samples[options.split]))))
