@@ -40,6 +40,7 @@ FAMILIES: dict[str, tuple[type[PretrainedConfig], dict[str, Any], bool]] = {
     "qwen2": (Qwen2Config, {}, False),
     "llama": (LlamaConfig, {"head_dim": 16}, True),
 }
+CHAT = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
 TIED, KINDS, LAYOUTS = ("tied", "untied"), ("title", "sid"), (1, 2)
 CELLS = [(family, tied, kind, tp) for tp in LAYOUTS for family in FAMILIES for tied in TIED for kind in KINDS]
 
@@ -74,6 +75,7 @@ def write_source(
         fast.backend_tokenizer.post_processor = processors.TemplateProcessing(
             single="<s> $A:0", pair="<s> $A:0 $B:1", special_tokens=[("<s>", fast.bos_token_id)]
         )
+    fast.chat_template = CHAT
     torch.manual_seed(5)
     vocab = len(fast) + 3  # rows to spare, as published models have
     model = AutoModelForCausalLM.from_config(config(**SIZES, **options, vocab_size=vocab, tie_word_embeddings=tied))
@@ -142,6 +144,7 @@ def test_constrained_generate_gives_our_beams(cell: tuple[Path, dict[str, Any]])
     inputs = tokenizer(ours["texts"], return_tensors="pt", padding=True)
     rows = [ids[mask == 1].tolist() for ids, mask in zip(inputs["input_ids"], inputs["attention_mask"], strict=True)]
     assert rows == ours["prompts"]  # the ids that training would use
+    assert tokenizer.chat_template == CHAT
     length = inputs["input_ids"].shape[1]
     assert settings["generate"]["num_beams"] == WIDTH
     for space in settings["score_spaces"]:
