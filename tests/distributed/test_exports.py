@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import stat
+from collections.abc import Iterator
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -30,6 +31,7 @@ from tests.distributed.export_worker import HISTORIES, UMASKS, WIDTH, beams, mak
 from tests.distributed.launch import launch
 from tests.rollout.rankings import SCORE_TOLERANCE, assert_same_ranking
 
+pytestmark = pytest.mark.distributed
 WORKER = Path(__file__).parent / "export_worker.py"
 SIZES = {
     "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
@@ -67,7 +69,7 @@ def write_source(
 ) -> None:
     """A Hugging Face folder; one of a family with a begin token has a base model's taste for sampling, too."""
     tokenizer = build_tokenizer(
-        DataConfig(tokenizer="bpe", bpe_vocab_size=300), CatalogConfig(), ModelConfig(), titles, None
+        DataConfig(tokenizer="bpe", bpe_vocab_size=1500), CatalogConfig(), ModelConfig(), titles, None
     )
     fast = tokenizer.fast
     if begins:
@@ -79,6 +81,8 @@ def write_source(
     torch.manual_seed(5)
     vocab = len(fast) + 3  # rows to spare, as published models have
     model = AutoModelForCausalLM.from_config(config(**SIZES, **options, vocab_size=vocab, tie_word_embeddings=tied))
+    with torch.no_grad():
+        model.get_output_embeddings().weight[fast.eos_token_id] *= 4  # it wants to end now and then
     model.generation_config.update(do_sample=True, top_k=20, temperature=0.6)
     model.save_pretrained(folder)
     fast.save_pretrained(folder)
@@ -93,13 +97,16 @@ def cells(tp: int) -> list[dict[str, str]]:
 
 
 @pytest.fixture(scope="module")
-def tp_exports(root: Path) -> Path:
+def tp_exports(root: Path) -> Iterator[Path]:
     """All exports: those of one process made here, those of two by two."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # these models are too small for more
     runtime.initialize(ModelConfig(), seed=0)
     for cell in cells(1):
         make(root / cell["source"], root / cell["out"], cell["kind"], 1)
     launch(WORKER, 2, "2", str(root), json.dumps(cells(2)), folder=root / "logs")
-    return root
+    yield root
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(params=CELLS, ids=lambda cell: "-".join(map(str, cell)))
@@ -167,23 +174,19 @@ def test_constrained_generate_gives_our_beams(cell: tuple[Path, dict[str, Any]])
 
 
 def test_plain_generate_stops_at_the_end_token(cell: tuple[Path, dict[str, Any]]) -> None:
-    """A random model writes the end token now and then: that row is over, and nothing of the base model's taste."""
+    """Without processor and without a word about the end; nothing of the base model's taste for sampling is left."""
     folder, ours = cell
     model, tokenizer, _ = loaded(folder / "wide")
-    end, pad = model.config.eos_token_id, model.config.pad_token_id
-    assert (end, pad) == (tokenizer.eos_token_id, tokenizer.pad_token_id)
+    end = model.config.eos_token_id
+    assert (end, model.config.pad_token_id) == (tokenizer.eos_token_id, tokenizer.pad_token_id)
     generation = json.loads((folder / "wide" / "generation_config.json").read_text())
     assert generation.keys() == {
         "bos_token_id", "eos_token_id", "pad_token_id", "max_new_tokens", "transformers_version"
     }  # fmt: skip
-    inputs = tokenizer(ours["texts"][:1], return_tensors="pt")
-    torch.manual_seed(1)
-    rows = model.generate(
-        **inputs, do_sample=True, temperature=4.0, top_k=0, num_return_sequences=96, max_new_tokens=24
-    )[:, inputs["input_ids"].shape[1] :].tolist()
-    ended = [row for row in rows if end in row[:-1]]
-    assert ended
-    assert all(set(row[row.index(end) + 1 :]) == {pad} for row in ended)
+    for text in ours["texts"]:
+        inputs = tokenizer(text, return_tensors="pt")
+        row = model.generate(**inputs, max_new_tokens=100)[0, inputs["input_ids"].shape[1] :].tolist()
+        assert row.index(end) == len(row) - 1 < 99
 
 
 def test_the_export_is_read_again(cell: tuple[Path, dict[str, Any]]) -> None:
