@@ -37,10 +37,9 @@ def write_catalog(folder: Path, catalog: Catalog, codes: Sequence[Sequence[str]]
             path = catalog.paths[item].tolist()
             line = {"item_id": external, TOKEN_IDS: path[:-1], CODES: list(codes[item]), TITLE: title}
             lines.write(json.dumps(line, ensure_ascii=False) + "\n")
-    metadata = {
-        "format": _TRIE_FORMAT, "end_token": str(int(catalog.paths.flat[-1])), "catalog": catalog.fingerprint,
-    }  # fmt: skip
-    save_file(trie_rows(catalog), folder / TRIE_FILE, metadata)
+    about = {"format": _TRIE_FORMAT, "end_token": int(catalog.paths.flat[-1]), "catalog": catalog.fingerprint}
+    # One entry: safetensors writes several in an order of its own, which would give equal exports unequal bytes.
+    save_file(trie_rows(catalog), folder / TRIE_FILE, {"tawin_trie": json.dumps(about)})
 
 
 def _write_table(path: Path, catalog: Catalog, codes: Sequence[Sequence[str]]) -> None:

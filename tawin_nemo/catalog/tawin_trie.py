@@ -25,11 +25,13 @@ and within a depth by path; node 0 is the root and edge e leads to node e + 1, s
     item_offsets  int64 [N + 1]  items whose path ends at node n are items[item_offsets[n] .. item_offsets[n + 1] - 1]
     items         int64 [I]      item numbers (lines of catalog.jsonl, rows of catalog.parquet)
 
-Every path ends in the end token, whose id is ``end_token`` in the metadata of the file (all values are strings).
+Every path ends in the end token. The file's metadata has one entry ``tawin_trie``, a JSON object: ``format``,
+``end_token`` (its id) and ``catalog`` (fingerprint).
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -56,11 +58,11 @@ class TokenTrie:
     def load(cls, path: str | Path) -> TokenTrie:
         """Read a trie.safetensors. Raises ValueError for a file of another format."""
         with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            if metadata.get("format") != FORMAT:
-                raise ValueError(f"{path} has format {metadata.get('format')!r}, this file reads {FORMAT!r}")
+            about = json.loads((file.metadata() or {}).get("tawin_trie", "{}"))
+            if about.get("format") != FORMAT:
+                raise ValueError(f"{path} has format {about.get('format')!r}, this file reads {FORMAT!r}")
             tensors = {name: file.get_tensor(name) for name in ("offsets", "tokens", "item_offsets", "items")}
-        return cls(**tensors, end_token=int(metadata["end_token"]))
+        return cls(**tensors, end_token=about["end_token"])
 
     def to(self, device: torch.device) -> TokenTrie:
         """The same trie on another device."""
