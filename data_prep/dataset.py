@@ -140,7 +140,6 @@ def write_dataset(prepared: Prepared, out: Path, request: dict[str, Any]) -> Pat
             "files": {path.name: sha256(path) for path in sorted(folder.iterdir())},
         }
         write_json(folder / MANIFEST, manifest)
-        folder.chmod(0o755)
     return out
 
 

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from tawin_nemo.models.megatron.hf.io import save_hf
+from tawin_nemo.run.export import special_ids, write_companions
 from tawin_nemo.run.world import World
 from tawin_nemo.train.start import starting_model
 from tawin_nemo.util.errors import ConfigError
 
 
 def convert(world: World) -> dict[str, Any]:
-    """Write ``checkpoint`` as a Hugging Face directory with its tokenizer."""
+    """Write ``checkpoint`` as a Hugging Face directory with its tokenizer, catalog and trie."""
     options = world.recipe.convert
     if not options.output:
         raise ConfigError("convert.output is empty; name the folder for the Hugging Face export")
@@ -21,8 +23,9 @@ def convert(world: World) -> dict[str, Any]:
 
 
 def export(world: World, checkpoint: str, output: Path) -> None:
-    """Write the model of ``checkpoint`` (empty: what a run would start from) into ``output``, with its tokenizer."""
+    """Write the model of ``checkpoint`` (empty: where a run would start) with tokenizer and catalog to ``output``."""
     save_hf(
         starting_model(world, None, checkpoint_path=checkpoint), world.shape, output,
-        max_shard_bytes=world.recipe.convert.shard_mb * 1_000_000, tokenizer_dir=world.run_dir / "tokenizer",
+        max_shard_bytes=world.recipe.convert.shard_mb * 1_000_000, tokenizer_dir=world.tokenizer_dir,
+        special=special_ids(world), finish=partial(write_companions, world),
     )  # fmt: skip

@@ -9,10 +9,16 @@ from tawin_nemo.train.auc_eval import auc_metrics
 from tawin_nemo.train.candidate_eval import candidate_metrics
 from tawin_nemo.train.evaluation import evaluate_split
 from tawin_nemo.train.start import engine_of
+from tawin_nemo.util.errors import ConfigError
 
 
 def evaluate(world: World) -> dict[str, Any]:
     """Recall@K and NDCG@K of ``checkpoint`` on ``eval.splits``, with 95 % intervals."""
+    empty = [split for split in world.recipe.eval.splits if len(world.samples[split]) == 0]
+    if empty:
+        raise ConfigError(
+            f"{', '.join(empty)}: no rows to evaluate (an export holds a catalog, no data); set data.root=DIR"
+        )
     engine = engine_of(world)
     result: dict[str, Any] = {"checkpoint": world.recipe.checkpoint}
     for split in world.recipe.eval.splits:

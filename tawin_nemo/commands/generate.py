@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from tawin_nemo.data.special_tokens import encode_prompts
 from tawin_nemo.run.world import World
 from tawin_nemo.train.start import engine_of
 from tawin_nemo.types import NO_ITEM, TokenRows
@@ -19,8 +20,13 @@ def generate(world: World) -> dict[str, Any]:
     if options.history:
         histories = [items_of(options.history, world.catalog.external_ids)[-world.recipe.data.max_history :]]
         texts = [world.template.prompt([world.item_texts[item] for item in history]) for history in histories]
-        prompts = world.tokenizer.encode_batch(texts)
+        prompts = encode_prompts(world.tokenizer, texts)
     else:
+        if len(world.samples[options.split]) == 0:
+            raise ConfigError(
+                f"generate.history is empty and split {options.split} has no rows (an export holds no data); "
+                "set generate.history=ID,ID or data.root=DIR"
+            )
         samples = world.samples[options.split].take(np.arange(min(options.rows, len(world.samples[options.split]))))
         histories, prompts = [samples.history[i].tolist() for i in range(len(samples))], samples.prompts
     return {"recommendations": recommend(world, histories, prompts, options.n)}

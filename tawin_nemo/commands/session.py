@@ -22,9 +22,10 @@ from tawin_nemo.models.megatron.parallel.channel import Stop
 from tawin_nemo.models.megatron.parallel.disaggregated import RolloutRanks
 from tawin_nemo.run import determinism, signals
 from tawin_nemo.run.datasets import prepared_root
+from tawin_nemo.run.exported import exported_world, from_export
 from tawin_nemo.run.failures import attempt_logs, recorded
 from tawin_nemo.run.profile import check_profile
-from tawin_nemo.run.trained import check_catalog, resolve_checkpoint, trained_model
+from tawin_nemo.run.trained import Trained, check_catalog, resolve_checkpoint, trained_model
 from tawin_nemo.run.world import World, build_world, open_run_dir
 from tawin_nemo.util.errors import ConfigError, Preempted, UserError
 from tawin_nemo.util.launch import available_threads, is_launched, read_launch
@@ -39,6 +40,8 @@ def run(recipe: Recipe, verb: Verb, **options: Any) -> dict[str, Any]:
 
     A dry run in one process needs no process group, and so neither megatron nor the seconds that its import takes.
     """
+    trains = verb is train
+    recipe = recipe if trains else from_export(recipe)
     computes = not options.get("dry_run")
     group = started(recipe, computes=computes) if computes or recipe.processes > 1 else checked(recipe)
     with group, contextlib.ExitStack() as stack:
@@ -48,7 +51,6 @@ def run(recipe: Recipe, verb: Verb, **options: Any) -> dict[str, Any]:
             serve()
             return {}
         check_profile(recipe.profile)
-        trains = verb is train
         if not trains:
             weights_follow = verb.__name__ == "serve" and recipe.rollout.placement == "server"
             return verb(trained_world(recipe, weights_follow=weights_follow), **options)
@@ -68,12 +70,23 @@ def trained_world(recipe: Recipe, *, weights_follow: bool) -> World:
     """
     trained = runtime.on_rank_0(lambda: trained_model(recipe, weights_follow=weights_follow))
     recipe = replace(recipe, checkpoint=trained.checkpoint)
+    if trained.export is not None:
+        return world_of_export(recipe, trained)
     run_dir = open_run_dir(replace(recipe, run_dir=str(trained.run_dir)), same_recipe=False)
     data_root = runtime.on_rank_0(lambda: trained.data_root(recipe))
     world = build_world(recipe, run_dir, data_root, codes_path=codes_path(recipe))
     if trained.checkpoint:
         check_catalog(resolve_checkpoint(trained.checkpoint, "checkpoint"), world.catalog.fingerprint)
     return world
+
+
+def world_of_export(recipe: Recipe, trained: Trained) -> World:
+    """The world of a verb on an exported model; it needs data only for what reads rows (``evaluate``)."""
+    assert trained.export is not None
+    data_root = None
+    if recipe.data.root or recipe.data.dataset == "synthetic":
+        data_root = runtime.on_rank_0(lambda: trained.data_root(recipe))
+    return exported_world(recipe, trained.export, trained.run_dir, data_root)
 
 
 @contextlib.contextmanager

@@ -159,7 +159,6 @@ def _write(
         )
         files = {path.name: sha256(path) for path in sorted(folder.iterdir())}
         write_json(folder / MANIFEST, {"format": FORMAT, "request": request, "text": asdict(cfg.text), "files": files})
-        folder.chmod(0o755)
 
 
 def _result(out: Path) -> dict[str, Any]:

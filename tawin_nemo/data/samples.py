@@ -14,6 +14,7 @@ import torch
 from tawin_nemo.config.schema import DataConfig
 from tawin_nemo.data.interactions import Split
 from tawin_nemo.data.prompts import Template
+from tawin_nemo.data.special_tokens import encode_prompts
 from tawin_nemo.data.tokenizer import Tokenizer
 from tawin_nemo.types import PromptBatch, TokenRows
 from tawin_nemo.util.errors import DataError
@@ -39,17 +40,12 @@ class PromptEncoder:
         self._texts, self._tokenizer, self._template = texts, tokenizer, template
         written = [template.answer(text) for text in texts]
         # Pieces: 0 = head, 1 = prompt without items, then all items in the middle, then all items at the end.
-        self._pieces = tokenizer.encode_batch(
-            [
-                template.head,
-                template.prompt([]),
-                *(text + template.separator for text in written),
-                *(text + template.tail for text in written),
-            ]
-        )
+        fronts = encode_prompts(tokenizer, [template.head, template.prompt([])])
+        items = [*(text + template.separator for text in written), *(text + template.tail for text in written)]
+        self._pieces = TokenRows.cat([fronts, tokenizer.encode_batch(items)])
 
     def encode(self, histories: TokenRows) -> TokenRows:
-        """``tokenizer.encode_batch`` of the template's prompts, one per history (oldest item first)."""
+        """``encode_prompts`` of the template's prompts, one per history (oldest item first)."""
         joined = self._join(histories)
         probe = np.unique(np.linspace(0, len(histories) - 1, min(_PROBED_ROWS, len(histories))).astype(np.int64))
         expected, actual = self.encode_full_prompts(histories.take(probe)), joined.take(probe)
@@ -59,8 +55,9 @@ class PromptEncoder:
 
     def encode_full_prompts(self, histories: TokenRows) -> TokenRows:
         """``encode`` by its definition, slowly: render every prompt and tokenise it."""
-        return self._tokenizer.encode_batch(
-            [self._template.prompt([self._texts[item] for item in histories[row]]) for row in range(len(histories))]
+        return encode_prompts(
+            self._tokenizer,
+            [self._template.prompt([self._texts[item] for item in histories[row]]) for row in range(len(histories))],
         )
 
     def encode_with_candidates(self, histories: TokenRows, candidates: TokenRows) -> TokenRows:
@@ -69,11 +66,12 @@ class PromptEncoder:
         def texts(items: np.ndarray) -> list[str]:
             return [self._texts[item] for item in items]
 
-        return self._tokenizer.encode_batch(
+        return encode_prompts(
+            self._tokenizer,
             [
                 self._template.prompt_with_candidates(texts(histories[row]), texts(candidates[row]))
                 for row in range(len(histories))
-            ]
+            ],
         )
 
     def _join(self, histories: TokenRows) -> TokenRows:

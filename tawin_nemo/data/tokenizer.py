@@ -132,7 +132,7 @@ class Tokenizer:
         directory = Path(directory)
         with _reading(directory):
             config = _config_of(directory)
-            if _is_own(config):
+            if _is_own(config) and not (directory / "chat_template.jinja").is_file():
                 return cls(Backend.from_file(str(directory / "tokenizer.json")), EOS, PAD)
             from transformers import AutoTokenizer, PreTrainedTokenizerFast
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from tawin_nemo.config.load import differences, to_yaml
 from tawin_nemo.config.schema import Recipe
 from tawin_nemo.run.datasets import prepared_root, run_dir_of
+from tawin_nemo.run.exported import is_export
 from tawin_nemo.util.errors import ConfigError
 from tawin_nemo.util.log import get_logger
 
@@ -31,6 +32,7 @@ class Trained:
 
     checkpoint: str  # a finished stage or a step_N; empty: what a run would start from (``start`` or ``model.init``)
     run_dir: Path  # the recipe's own where the checkpoint lies in no run directory
+    export: Path | None = None  # the exported model, with tokenizer and catalog of its own, if it is one
 
     def data_root(self, recipe: Recipe) -> Path:
         """The prepared data of the run, also where their sources are gone; else what ``recipe`` names.
@@ -48,6 +50,8 @@ class Trained:
 def trained_model(recipe: Recipe, *, weights_follow: bool = False) -> Trained:
     """The model of ``checkpoint``; where that key is empty, of the run's newest finished stage; else where it starts.
 
+    ``checkpoint`` may also be an export, which has tokenizer, catalog and recipe of its own; so may ``model.init``.
+
     ``weights_follow``: a training job sends the weights later, so without ``checkpoint`` a run's start is good enough.
 
     Raises ConfigError for a recipe of a baseline, when ``checkpoint`` is neither a finished stage nor a step_N, when
@@ -60,6 +64,8 @@ def trained_model(recipe: Recipe, *, weights_follow: bool = False) -> Trained:
             f"baseline.model={recipe.baseline.model} trains a classic recommender, which this verb does not read: its "
             f"figures are in {own}/{recipe.baseline.model}/eval; set baseline.model=off for the language model"
         )
+    if is_export(recipe.checkpoint):
+        return Trained(recipe.checkpoint, own, Path(recipe.checkpoint))
     if recipe.checkpoint:
         named = recipe.checkpoint
         run_dir = run_of(resolve_checkpoint(named, "checkpoint"))
@@ -71,7 +77,7 @@ def trained_model(recipe: Recipe, *, weights_follow: bool = False) -> Trained:
     elif recipe.start or recipe.model.init != "random":
         key = f"start={recipe.start}" if recipe.start else f"model.init={recipe.model.init}"
         log.info("checkpoint is empty and %s has no finished stage: the untrained model of %s", own, key)
-        return Trained("", own)
+        return Trained("", own, None if recipe.start or not is_export(recipe.model.init) else Path(recipe.model.init))
     else:
         raise ConfigError(
             f"checkpoint is empty, {own} has no finished stage ({unfinished(own)}) and model.init=random: there are no "
@@ -101,7 +107,8 @@ def resolve_checkpoint(named: str, key: str) -> Path:
     if not (path / "state.json").is_file():
         there = ", ".join(str(stage) for stage in finished_stages(path)) or unfinished(path.parent)
         raise ConfigError(
-            f"{key}={named} is neither a finished stage (done.json) nor a step_N (state.json); there: {there}"
+            f"{key}={named} is neither a finished stage (done.json) nor a step_N (state.json), and no export "
+            f"(tawin.json); there: {there}"
         )
     return path
 

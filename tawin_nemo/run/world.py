@@ -67,6 +67,12 @@ class World:
     shape: Backbone
     dp: DataParallel
     deadline: float | None = None
+    export: Path | None = None  # the exported model that tokenizer and catalog come from, if they do
+
+    @property
+    def tokenizer_dir(self) -> Path:
+        """The folder with the tokenizer's files."""
+        return self.export or self.run_dir / "tokenizer"
 
     @property
     def identity(self) -> dict[str, str]:
@@ -140,13 +146,13 @@ def build_world(recipe: Recipe, run_dir: Path, data_root: Path, *, codes_path: P
     catalog = build_catalog(
         dataset.items.titles, dataset.items.external_ids, texts, tokenizer, template, kind=recipe.catalog.kind
     )
-    splits = {name: _limited(getattr(dataset, name), name, recipe) for name in SPLITS}
+    splits = {name: limited(getattr(dataset, name), name, recipe) for name in SPLITS}
     samples = {name: encode_split(split, texts, tokenizer, template, recipe.data) for name, split in splits.items()}
     for name, rows in samples.items():
         if len(rows) == 0:
             raise DataError(f"split {name} of {data_root} has no rows; prepare it with more data")
     shape = _shape(recipe, tokenizer.size)
-    _check_lengths(samples, catalog, shape)
+    check_lengths(samples, catalog, shape)
     if runtime.world_rank() == 0:
         if not (run_dir / "catalogue.json").is_file():  # an evaluation of fewer rows leaves the run's record alone
             write_json(run_dir / "catalogue.json", catalog_summary(catalog, samples))
@@ -186,7 +192,8 @@ def _write_tokenizer(recipe: Recipe, run_dir: Path, dataset: Dataset, codes: lis
     build_tokenizer(recipe.data, recipe.catalog, recipe.model, dataset.items.titles, codes, markers).save(directory)
 
 
-def _limited(split: Split, name: str, recipe: Recipe) -> Split:
+def limited(split: Split, name: str, recipe: Recipe) -> Split:
+    """The rows of a split that ``data.train_limit`` and ``data.eval_limit`` leave."""
     limit = recipe.data.train_limit if name == "train" else recipe.data.eval_limit
     if limit == 0 or limit >= len(split.target_N):
         return split
@@ -199,8 +206,10 @@ def _shape(recipe: Recipe, vocab_needed: int) -> Backbone:
     return with_vocab(shape, vocab_needed)
 
 
-def _check_lengths(samples: dict[str, Samples], catalog: Catalog, shape: Backbone) -> None:
-    longest = max(int(rows.prompts.lengths.max()) for rows in samples.values()) + int(catalog.paths.lengths.max())
+def check_lengths(samples: dict[str, Samples], catalog: Catalog, shape: Backbone) -> None:
+    """Raises ConfigError when a prompt with its answer has more tokens than the model has positions."""
+    prompts = max(int(rows.prompts.lengths.max(initial=0)) for rows in samples.values())
+    longest = prompts + int(catalog.paths.lengths.max())
     if longest > shape.max_position:
         raise ConfigError(
             f"the longest prompt with its answer has {longest} tokens but the model has {shape.max_position} "

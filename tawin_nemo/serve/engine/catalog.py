@@ -21,6 +21,7 @@ from tawin_nemo.catalog.items import Catalog, fingerprint
 from tawin_nemo.catalog.trie import TokenTrie
 from tawin_nemo.data.catalog_builder import answer_paths
 from tawin_nemo.data.prompts import Template
+from tawin_nemo.data.special_tokens import encode_prompts
 from tawin_nemo.data.tokenizer import Tokenizer
 from tawin_nemo.types import TokenRows
 from tawin_nemo.util.errors import CatalogError, DataError
@@ -206,8 +207,8 @@ class ServedCatalog:
             newest = newest[1:]
 
     def tokens(self, text: str) -> TokenRows:
-        """The tokens of a text as one row. Raises DataError for text that the tokenizer cannot express."""
-        return self.prompt_format.tokenizer.encode_batch([text])
+        """The tokens of a prompt as one row. Raises DataError for text that the tokenizer cannot express."""
+        return encode_prompts(self.prompt_format.tokenizer, [text])
 
     def warm(self) -> None:
         """Compute all cached properties now, so that no request waits for them."""

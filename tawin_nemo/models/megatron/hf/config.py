@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import re
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -140,7 +141,14 @@ def backbone_from_hf(directory: str | Path) -> Backbone:
     )
 
 
-def hf_config(shape: Backbone, *, dtype: str = "float32", eos_token_id: int | None = None) -> dict[str, Any]:
+def hf_config(
+    shape: Backbone,
+    *,
+    dtype: str = "float32",
+    bos_token_id: int | None = None,
+    eos_token_id: int | None = None,
+    pad_token_id: int | None = None,
+) -> dict[str, Any]:
     """The ``config.json`` of ``shape``: what `backbone_from_hf` and transformers 4 and 5 read.
 
     ``dtype`` is torch's name of the number format of the weights (``float32``, ``bfloat16``).
@@ -163,9 +171,11 @@ def hf_config(shape: Backbone, *, dtype: str = "float32", eos_token_id: int | No
         "max_position_embeddings": shape.max_position,
         "initializer_range": shape.init_std,
         "attention_dropout": 0.0,
-        "bos_token_id": None,
+        "bos_token_id": bos_token_id,
         "eos_token_id": eos_token_id,
+        "pad_token_id": pad_token_id,
         "torch_dtype": dtype,
+        "transformers_version": version("transformers"),
         "use_cache": True,
     }
     if shape.family == "llama":

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -44,7 +44,7 @@ from tawin_nemo.util.files import atomic_directory, write_json
 
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
-    "merges.txt", "tokenizer.model", "chat_template.jinja", "generation_config.json",
+    "merges.txt", "tokenizer.model", "chat_template.jinja",
 )  # fmt: skip
 
 
@@ -175,12 +175,16 @@ def save_hf(
     dtype: torch.dtype | None = None,
     tokenizer_dir: str | Path | None = None,
     max_shard_bytes: int = 5_000_000_000,
+    special: Mapping[str, int | None] | None = None,
+    finish: Callable[[Path], None] = lambda folder: None,
 ) -> None:
     """Write a directory that transformers' ``AutoModelForCausalLM`` loads. Collective: every rank calls it.
 
     ``dtype`` is the number format of the files (default: the model's parameters'). Files hold at most
-    ``max_shard_bytes`` bytes each. Tokenizer files are copied from ``tokenizer_dir``. An older ``directory`` is
-    replaced only after the new one is whole. Raises ConfigError when ``tokenizer_dir`` has no tokenizer.
+    ``max_shard_bytes`` bytes each. Tokenizer files are copied from ``tokenizer_dir``. ``special`` has the ids for
+    config.json (``bos_token_id``, ``eos_token_id``, ``pad_token_id``). ``finish`` adds files on rank 0, before the
+    directory gets its name. An older ``directory`` is replaced only after the new one is whole. Raises ConfigError when
+    ``tokenizer_dir`` has no tokenizer.
     """
     tokenizer_files = _tokenizer_files(tokenizer_dir)
     if parallel_state.get_data_parallel_rank(with_context_parallel=True) == 0:
@@ -202,10 +206,11 @@ def save_hf(
             if folder is not None:
                 if set(weight_map.values()) != {SINGLE_FILE}:
                     write_json(folder / INDEX_FILE, {"metadata": {"total_size": total}, "weight_map": weight_map})
-                write_json(folder / "config.json", hf_config(shape, dtype=str(dtype).removeprefix("torch.")))
+                config = hf_config(shape, dtype=str(dtype).removeprefix("torch."), **(special or {}))
+                write_json(folder / "config.json", config)
                 for file in tokenizer_files:
                     shutil.copyfile(file, folder / file.name)
-                folder.chmod(0o755)
+                finish(folder)
     runtime.barrier()
 
 
