@@ -198,10 +198,13 @@ def _shape(recipe: Recipe, vocab_needed: int) -> Backbone:
 
 def _check_lengths(samples: dict[str, Samples], catalog: Catalog, shape: Backbone) -> None:
     longest = max(int(rows.prompts.lengths.max()) for rows in samples.values()) + int(catalog.paths.lengths.max())
-    if longest > shape.max_position:
+    if longest > shape.positions:
+        has = f"has {shape.max_position} positions"
+        if shape.positions < shape.max_position:
+            has = f"attends to its newest {shape.window} alone (sliding_window), which is not supported for longer ones"
         raise ConfigError(
-            f"the longest prompt with its answer has {longest} tokens but the model has {shape.max_position} "
-            "positions; lower data.max_prompt_tokens or data.max_history"
+            f"the longest prompt with its answer has {longest} tokens but the model {has}; lower "
+            "data.max_prompt_tokens or data.max_history"
         )
 
 

@@ -76,7 +76,7 @@ class MegatronLM:
     @property
     def max_positions(self) -> int:
         """Tokens of the longest sequence that the model accepts."""
-        return self.shape.max_position
+        return self.shape.positions
 
     def rows(self, cache: Cache) -> int:
         """Tokens that were run, prompts counting as one (their last token)."""
