@@ -27,6 +27,7 @@ from tawin_nemo.run.profile import check_profile
 from tawin_nemo.run.trained import check_catalog, resolve_checkpoint, trained_model
 from tawin_nemo.run.world import World, build_world, open_run_dir
 from tawin_nemo.util.errors import ConfigError, Preempted, UserError
+from tawin_nemo.util.hub import fetch, is_hub_name, local_folder
 from tawin_nemo.util.launch import available_threads, is_launched, read_launch
 from tawin_nemo.util.log import get_logger
 
@@ -100,6 +101,7 @@ def started(recipe: Recipe, *, computes: bool = True) -> Iterator[None]:
         rollout_ranks = RolloutRanks(recipe.rollout.devices, *recipe.rollout_layout) if recipe.rollout.devices else None
         check_processes(recipe)
         runtime.initialize(recipe.model, seed=recipe.seed, limit=limit, rollout_ranks=rollout_ranks)
+        check_init(recipe)
         check_precision(recipe, runs=computes)
         torch.set_num_threads(chosen_threads(recipe))
         if disaggregated.is_disaggregated():
@@ -121,8 +123,9 @@ def chosen_threads(recipe: Recipe) -> int:
     if recipe.trainer.threads:
         return recipe.trainer.threads
     cores = available_threads()
-    init = recipe.model.init
-    hidden = (backbone(recipe.model.backbone) if init == "random" else backbone_from_hf(Path(init))).hidden
+    init, revision = recipe.model.init, recipe.model.revision
+    folder = local_folder(init, revision)
+    hidden = (backbone(recipe.model.backbone) if init == "random" else backbone_from_hf(folder)).hidden
     small = recipe.baseline.model == "off" and hidden < ONE_THREAD_BELOW
     threads = 1 if small else cores
     if runtime.world_rank() == 0 and cores > 1:
@@ -135,6 +138,7 @@ def chosen_threads(recipe: Recipe) -> int:
 def checked(recipe: Recipe) -> Iterator[None]:
     """The checks of ``started`` for a single process that needs no process group."""
     check_processes(recipe)
+    check_init(recipe)
     check_precision(recipe, runs=False)
     with recorded():
         yield
@@ -162,6 +166,23 @@ def check_processes(recipe: Recipe) -> None:
             f"{wanted}, but the launcher started {started}; set trainer.devices to the processes per machine and "
             "trainer.num_nodes to the machines"
         )
+
+
+def check_init(recipe: Recipe) -> None:
+    """Download ``model.init`` where it is a hub name, and read its configuration: before any data are prepared.
+
+    Rank 0 downloads and the others wait; then the first rank of every further machine looks into its own cache. Raises
+    ConfigError for a model that is not there, and for a family or arithmetic that is not supported.
+    """
+    init, revision = recipe.model.init, recipe.model.revision
+    if recipe.baseline.model != "off" or init == "random":
+        return
+    if is_hub_name(init):
+        runtime.on_rank_0(lambda: fetch(init, revision))
+        if read_launch().local_rank == 0:
+            fetch(init, revision)
+        runtime.barrier()
+    backbone_from_hf(local_folder(init, revision))
 
 
 def check_precision(recipe: Recipe, *, runs: bool) -> None:

@@ -8,6 +8,7 @@ from tawin_nemo.config.layout import SEQUENCE_PARALLEL_NEEDS_TP, rollout_layout,
 from tawin_nemo.config.placement_checks import ahead_combinations, aligned, placement_combinations
 from tawin_nemo.config.preference_checks import preference_combinations, prefers_reference
 from tawin_nemo.config.schema import Recipe
+from tawin_nemo.util.hub import is_hub_name
 
 
 def combinations(r: Recipe) -> Iterator[tuple[bool, str]]:
@@ -77,6 +78,11 @@ def uses_fresh_rows(r: Recipe) -> bool:
 def _precision_combinations(r: Recipe) -> Iterator[tuple[bool, str]]:
     m = r.model
     first, last = m.num_layers_at_start_in_bf16, m.num_layers_at_end_in_bf16
+    yield (
+        bool(m.revision) and not is_hub_name(m.init),
+        f"model.revision={m.revision} belongs to a model of the hub, but model.init={m.init} is none (OWNER/NAME); "
+        "clear model.revision",
+    )
     yield (
         m.precision == "fp8-delayed" and first + last > 0,
         f"model.precision=fp8-delayed scales over the whole model, but model.num_layers_at_start_in_bf16={first} and "

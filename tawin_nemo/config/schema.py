@@ -387,9 +387,10 @@ class ModelConfig:
     backbone: str = opt("tiny", "Names the backbone, one of config/backbones.py such as qwen2.5-0.5b.")
     init: str = opt(
         "random",
-        "Takes the initial weights from a Hugging Face directory (config.json and safetensors), or draws them"
-        " (random).",
+        "Takes the initial weights from a Hugging Face directory (config.json and safetensors) or a model of its hub"
+        " (OWNER/NAME), or draws them (random).",
     )
+    revision: str = opt("", "Names the branch, tag or commit of a hub model in init (empty = main).")
     new_tokens: str = choice(
         "mean", "text",
         help="Starts tokens that model.init does not know from its mean row (mean), or from the mean over the "

@@ -29,6 +29,7 @@ from tawin_nemo.data.prompts import Template
 from tawin_nemo.types import TokenRows
 from tawin_nemo.util.errors import CatalogError, ConfigError, DataError
 from tawin_nemo.util.files import atomic_path
+from tawin_nemo.util.hub import local_folder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -226,12 +227,13 @@ def _resolve_kind(data: DataConfig, catalog: CatalogConfig, model: ModelConfig) 
     kind = data.tokenizer
     if kind == "auto":
         if model.init != "random":
-            if not Path(model.init).expanduser().is_dir():
+            folder = local_folder(model.init, model.revision)
+            if not folder.is_dir():
                 raise ConfigError(
                     f"no tokenizer.json in {model.init}: model.init={model.init} is not a folder; name one with "
                     "pretrained weights and their tokenizer, or set model.init=random"
                 )
-            return model.init
+            return str(folder)
         return "codes" if catalog.kind == "sid" else "bpe"
     if kind == "codes" and catalog.kind != "sid":
         raise ConfigError("data.tokenizer=codes writes semantic IDs; with catalog.kind=title use data.tokenizer=bpe")

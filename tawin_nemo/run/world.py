@@ -29,6 +29,7 @@ from tawin_nemo.types import SPLITS, DataParallel
 from tawin_nemo.util import times
 from tawin_nemo.util.errors import CatalogError, ConfigError, DataError
 from tawin_nemo.util.files import atomic_path, write_json
+from tawin_nemo.util.hub import local_folder
 from tawin_nemo.util.log import get_logger
 
 log = get_logger(__name__)
@@ -191,8 +192,8 @@ def _limited(split: Split, name: str, recipe: Recipe) -> Split:
 
 
 def _shape(recipe: Recipe, vocab_needed: int) -> Backbone:
-    init = recipe.model.init
-    shape = backbone(recipe.model.backbone) if init == "random" else backbone_from_hf(Path(init))
+    init, revision = recipe.model.init, recipe.model.revision
+    shape = backbone(recipe.model.backbone) if init == "random" else backbone_from_hf(local_folder(init, revision))
     return with_vocab(shape, vocab_needed)
 
 
