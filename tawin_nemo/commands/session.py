@@ -24,7 +24,7 @@ from tawin_nemo.run import determinism, signals
 from tawin_nemo.run.datasets import prepared_root
 from tawin_nemo.run.failures import attempt_logs, recorded
 from tawin_nemo.run.profile import check_profile
-from tawin_nemo.run.trained import check_catalog, resolve_checkpoint, trained_model
+from tawin_nemo.run.trained import check_catalog, check_prompt, resolve_checkpoint, trained_model
 from tawin_nemo.run.world import World, build_world, open_run_dir
 from tawin_nemo.util.errors import ConfigError, Preempted, UserError
 from tawin_nemo.util.hub import fetch, is_hub_name, local_folder
@@ -73,7 +73,9 @@ def trained_world(recipe: Recipe, *, weights_follow: bool) -> World:
     data_root = runtime.on_rank_0(lambda: trained.data_root(recipe))
     world = build_world(recipe, run_dir, data_root, codes_path=codes_path(recipe))
     if trained.checkpoint:
-        check_catalog(resolve_checkpoint(trained.checkpoint, "checkpoint"), world.catalog.fingerprint)
+        path = resolve_checkpoint(trained.checkpoint, "checkpoint")
+        check_catalog(path, world.catalog.fingerprint)
+        check_prompt(path, world.template.fingerprint)
     return world
 
 

@@ -199,16 +199,16 @@ def build_tokenizer(
     titles: Sequence[str],
     codes: Sequence[Sequence[str]] | None,
     task_markers: Sequence[str] = (),
+    template: Template | None = None,
 ) -> Tokenizer:
     """The tokenizer that ``data.tokenizer`` names, able to write the template and every item as single codes.
 
-    ``task_markers`` become single tokens as well (those of alignment tasks in the compact template).
-
-    ``auto`` is the folder ``model.init`` for pretrained weights, else ``codes`` for semantic IDs and ``bpe`` for
+    ``task_markers`` become single tokens as well (those of alignment tasks in the compact template). ``template``: None
+    is the built-in one. ``auto`` is the folder ``model.init`` for pretrained weights, else ``codes`` for semantic IDs and ``bpe`` for
     titles. The same input gives the same ids. Raises ConfigError for combinations that cannot work, CatalogError for
     codes that are ambiguous when written without separators.
     """
-    template = Template(data.template, catalog.kind)
+    template = template or Template(data.template, catalog.kind)
     kind = _resolve_kind(data, catalog, model)
     code_words = sorted({code for item in codes or () for code in item})
     if kind == "codes":

@@ -25,6 +25,7 @@ from tawin_nemo.data.tokenizer import Tokenizer, build_tokenizer
 from tawin_nemo.models.megatron.hf.config import backbone_from_hf
 from tawin_nemo.models.megatron.parallel import runtime
 from tawin_nemo.run.datasets import run_dir_of
+from tawin_nemo.run.prompt_format import final_template, plain_template
 from tawin_nemo.types import SPLITS, DataParallel
 from tawin_nemo.util import times
 from tawin_nemo.util.errors import CatalogError, ConfigError, DataError
@@ -69,7 +70,9 @@ class World:
     @property
     def identity(self) -> dict[str, str]:
         """Fingerprints of what trained weights belong to."""
-        return {"tokenizer": self.tokenizer.fingerprint, "catalog": self.catalog.fingerprint}
+        prompt = self.template.fingerprint
+        fingerprints = {"tokenizer": self.tokenizer.fingerprint, "catalog": self.catalog.fingerprint}
+        return {**fingerprints, **({"prompt": prompt} if prompt else {})}
 
     @property
     def train_rows_for_sft(self) -> np.ndarray:
@@ -131,10 +134,11 @@ def build_world(recipe: Recipe, run_dir: Path, data_root: Path, *, codes_path: P
     """Load the prepared dataset under ``data_root`` and derive everything from it (deterministic on every rank)."""
     dataset = load_dataset(data_root)
     codes = load_codes(codes_path, dataset.items.external_ids) if codes_path else None
-    runtime.on_rank_0(partial(_write_tokenizer, recipe, run_dir, dataset, codes))
+    plain = plain_template(recipe, run_dir, data_root)
+    runtime.on_rank_0(partial(_write_tokenizer, recipe, run_dir, dataset, codes, plain))
     tokenizer = Tokenizer.load(run_dir / "tokenizer")
-    template = Template(recipe.data.template, kind=recipe.catalog.kind)
     texts = ["".join(item) for item in codes] if codes else list(dataset.items.titles)
+    template = final_template(plain, recipe, run_dir, tokenizer, texts)
     catalog = build_catalog(
         dataset.items.titles, dataset.items.external_ids, texts, tokenizer, template, kind=recipe.catalog.kind
     )
@@ -174,14 +178,17 @@ def store_catalog(folder: Path, catalog: Catalog, tokenizer: Tokenizer) -> None:
         )
 
 
-def _write_tokenizer(recipe: Recipe, run_dir: Path, dataset: Dataset, codes: list[list[str]] | None) -> None:
+def _write_tokenizer(
+    recipe: Recipe, run_dir: Path, dataset: Dataset, codes: list[list[str]] | None, template: Template
+) -> None:
     """RUN_DIR/tokenizer, unless an earlier attempt has written it."""
     directory = run_dir / "tokenizer"
     if (directory / "tokenizer.json").is_file():
         return
     compact = recipe.data.template == "compact"
     markers = [task.marker for task in active_tasks(recipe.align)] if compact else []
-    build_tokenizer(recipe.data, recipe.catalog, recipe.model, dataset.items.titles, codes, markers).save(directory)
+    titles = dataset.items.titles
+    build_tokenizer(recipe.data, recipe.catalog, recipe.model, titles, codes, markers, template).save(directory)
 
 
 def _limited(split: Split, name: str, recipe: Recipe) -> Split:

@@ -1,4 +1,4 @@
-"""Models by their name on the Hugging Face hub (``Qwen/Qwen2.5-0.5B``): downloaded once, then read from the hub's cache.
+"""Models by their name on the Hugging Face hub (``Qwen/Qwen2.5-0.5B``): downloaded once, then read from its cache.
 
 Nothing else of a run asks the network. A name that is a folder here is that folder. ``HF_HUB_OFFLINE=1`` (the cache
 alone is used), ``HF_ENDPOINT``, ``HF_HOME`` and ``HF_TOKEN`` mean what they mean to huggingface_hub.

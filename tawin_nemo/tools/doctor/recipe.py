@@ -94,9 +94,7 @@ def pretrained(recipe: Recipe) -> Check:
         return absent("random initial weights")
     folder = local_folder(recipe.model.init, recipe.model.revision)
     if not folder.is_dir() and is_hub_name(recipe.model.init):
-        return warning(
-            f"{folder} is not here yet", "train downloads it from the Hugging Face hub, if that is reachable"
-        )
+        return warning(f"{folder} is not here yet", "train downloads it, if the Hugging Face hub is reachable")
     if not folder.is_dir():
         return fails(f"{folder} is not a folder", "set model.init to the folder with config.json, or to random")
     from tawin_nemo.models.megatron.hf.files import HfWeights

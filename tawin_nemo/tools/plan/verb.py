@@ -117,8 +117,8 @@ def _without_layout(recipe: Recipe) -> Recipe:
 
 
 def recipe_shape(recipe: Recipe, read_shape: ReadShape) -> Backbone:
-    """The shape in ``model.init`` if that is here, also in the hub's cache, else the named backbone; the vocabulary of backbones for a
-    CPU is the tokenizer's."""
+    """The shape in ``model.init`` if that is here, also in the hub's cache, else the named backbone; the vocabulary of
+    backbones for a CPU is the tokenizer's."""
     folder = local_folder(recipe.model.init, recipe.model.revision)
     found = recipe.model.init != "random" and folder.is_dir()
     shape = read_shape(folder) if found else backbone(recipe.model.backbone)
