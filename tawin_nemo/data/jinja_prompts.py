@@ -153,8 +153,8 @@ class JinjaTemplate(Template):
         except Exception as error:  # whatever a filter or a method raises for a value
             raise DataError(
                 f"data.template={self.shown or self.source!r} fails for the history "
-                f"{[item.title for item in items]}: {type(error).__name__}: {error}; histories may be empty, and so may "
-                "the columns of an item"
+                f"{[item.title for item in items]}: {type(error).__name__}: {error}; a history may be empty, and so "
+                "may the columns of an item"
             ) from error
         return f"{self.chat[0]}{text.strip()}{self.chat[1]}" if self.in_chat else text
 
@@ -192,8 +192,8 @@ def _check_names(source: str, shown: str, columns: Sequence[str]) -> None:
     absent = sorted({name for name in _used_columns(environment.parse(source)) if name not in columns})
     if absent:
         raise ConfigError(
-            f"data.template={shown} uses the column {', '.join(absent)} of an item, which the items table does not have; "
-            f"it has {', '.join(columns)}"
+            f"data.template={shown} uses the column {', '.join(absent)} of an item, which the items table does not "
+            f"have; it has {', '.join(columns)}"
         )
 
 

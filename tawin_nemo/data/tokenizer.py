@@ -204,8 +204,8 @@ def build_tokenizer(
     """The tokenizer that ``data.tokenizer`` names, able to write the template and every item as single codes.
 
     ``task_markers`` become single tokens as well (those of alignment tasks in the compact template). ``template``: None
-    is the built-in one. ``auto`` is the folder ``model.init`` for pretrained weights, else ``codes`` for semantic IDs and ``bpe`` for
-    titles. The same input gives the same ids. Raises ConfigError for combinations that cannot work, CatalogError for
+    is the built-in one. ``auto`` is the folder ``model.init`` for pretrained weights, else ``codes`` for semantic IDs
+    and ``bpe`` for titles. The same input gives the same ids. Raises ConfigError for combinations that cannot work, CatalogError for
     codes that are ambiguous when written without separators.
     """
     template = template or Template(data.template, catalog.kind)
