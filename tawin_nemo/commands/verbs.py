@@ -110,7 +110,7 @@ VERBS = {
             "doctor --quick",
             "doctor checkpoint=runs/quickstart/rl",
         ),
-        result='{"status": ..., "checks": [...]}; with checkpoint: {"checkpoint": path, "recall@10": ..., "checks": [...]}',
+        result='{"can_run": ..., "checks": [...]}; of a model {"checkpoint": path, "recall@10": ..., "checks": [...]}',
     ),
     "keys": Verb(
         "list recipe keys with their meaning, limits and default; --schema: as JSON Schema for editors",

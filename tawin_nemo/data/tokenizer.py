@@ -205,8 +205,8 @@ def build_tokenizer(
 
     ``task_markers`` become single tokens as well (those of alignment tasks in the compact template). ``template``: None
     is the built-in one. ``auto`` is the folder ``model.init`` for pretrained weights, else ``codes`` for semantic IDs
-    and ``bpe`` for titles. The same input gives the same ids. Raises ConfigError for combinations that cannot work, CatalogError for
-    codes that are ambiguous when written without separators.
+    and ``bpe`` for titles. The same input gives the same ids. Raises ConfigError for combinations that cannot work,
+    CatalogError for codes that are ambiguous when written without separators.
     """
     template = template or Template(data.template, catalog.kind)
     kind = _resolve_kind(data, catalog, model)

@@ -207,7 +207,7 @@ class MegatronLM:
 
     @torch.no_grad()
     def top_tokens(self, cache: Cache, row_N: Tensor, count: int) -> tuple[Tensor, Tensor]:
-        """The likeliest tokens behind each row and their log-probs, on every model-parallel rank (``rollout.lm.LM``)."""
+        """The likeliest tokens behind each row and their log-probs, on all model-parallel ranks (``rollout.lm.LM``)."""
         token_NK = logp_NK = None
         if self._stage == self._last_stage:
             hidden_ND = _present(cache.hidden_RD).index_select(0, row_N.to(runtime.device()))

@@ -170,7 +170,7 @@ def best_tokens(model: GPTModel, hidden_ND: Tensor) -> Tensor:
 
 @torch.no_grad()
 def top_tokens(model: GPTModel, hidden_ND: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """The ``count`` likeliest tokens of each row, best first, and their log-probs, equal on all TP ranks. [N, count]."""
+    """The ``count`` likeliest tokens of each row, best first, and log-probs, equal on all TP ranks. [N, count]."""
     logp_NV = full_logits_NV(model, hidden_ND).log_softmax(dim=1)
     logp_NK, token_NK = logp_NV.topk(min(count, logp_NV.shape[1]), dim=1)
     return token_NK, logp_NK
