@@ -116,14 +116,9 @@ def test_it_is_trained_further_and_every_row_of_the_file_is_kept(
     """Two RL steps from the checkpoint itself; the export has the vocabulary rows of the file."""
     from tawin_nemo.models.megatron.hf.config import backbone_from_hf
 
-    words = [
-        *words_of(checkpoint, small_dataset, tmp_path / "run"),
-        "sft.enabled=false",
-        "rl.init=base",
-        "rl.max_steps=2",
-    ]
-    words += ["rl.prompts_per_step=4", "rl.group_size=4", "reference.mode=copy", "compare.sft_continued=false"]
-    result = run(*words)
+    words = ["sft.enabled=false", "rl.init=base", "rl.max_steps=2", "rl.prompts_per_step=4", "rl.group_size=4"]
+    words += ["reference.mode=copy", "compare.sft_continued=false"]
+    result = run(*words_of(checkpoint, small_dataset, tmp_path / "run"), *words)
     assert result["invalid_rate"] == 0.0
     run(f"checkpoint={tmp_path / 'run' / 'rl'}", f"convert.output={tmp_path / 'out'}", verb="convert")
     assert backbone_from_hf(tmp_path / "out").vocab == checkpoint.vocab
@@ -131,9 +126,7 @@ def test_it_is_trained_further_and_every_row_of_the_file_is_kept(
 
 
 def test_doctor_reads_the_folder(checkpoint: SimpleNamespace, small_dataset: Path, tmp_path: Path) -> None:
-    words = [
-        word for word in words_of(checkpoint, small_dataset, tmp_path / "run") if not word.startswith("model.init")
-    ]
+    words = words_of(checkpoint, small_dataset, tmp_path / "run")[1:]  # without model.init
     result = run(*words, f"checkpoint={checkpoint.folder}", verb="doctor")
     used = [len(np.unique([codes[-3 if checkpoint.name == "minionerec" else -4] for codes in checkpoint.codes]))]
     assert result["codes"][0] == {"used": used[0], "of": CODES}
@@ -154,9 +147,7 @@ def test_an_unknown_family_ends_before_anything_is_prepared(tmp_path: Path) -> N
         assert not (tmp_path / "run").exists()
 
 
-def test_a_hub_name_without_a_hub_ends_before_anything_is_prepared(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_hub_name_without_a_hub_ends_before_preparation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     done = called("data.dataset=synthetic", "model.init=Acme/none-such", f"run_dir={tmp_path / 'run'}")
     assert done.returncode == 2, done.stderr

@@ -127,11 +127,8 @@ def test_an_instruct_model_is_trained_and_used_in_its_own_chat(small_dataset: Pa
     expected = json.loads((run_dir / "summary.json").read_text())["sft"]
     found = run(f"checkpoint={run_dir / 'sft'}", verb="evaluate")["test"]
     assert {name: found[name] for name in expected} == expected
-    yesterday = {
-        **stored,
-        "chat": [stored["chat"][0].replace("Today Date: ", "Today Date: yesterday "), stored["chat"][1]],
-    }
-    (run_dir / "prompt.json").write_text(json.dumps(yesterday))
+    earlier = [stored["chat"][0].replace("Today Date: ", "Today Date: yesterday "), stored["chat"][1]]
+    (run_dir / "prompt.json").write_text(json.dumps({**stored, "chat": earlier}))
     done = called(f"checkpoint={run_dir / 'sft'}", verb="evaluate")
     assert done.returncode == 2
     assert "was trained with the prompts" in done.stderr

@@ -91,6 +91,4 @@ def tail_check(searched: EvalResult, tail: tuple[Interval, int] | None) -> Check
     )
     if found.high >= TAIL_RATIO * searched.means[name]:
         return ok(value)
-    return warning(
-        value, "it prefers popular items (evaluate prints the popularity bias): try more data, or alignment tasks"
-    )
+    return warning(value, "it prefers popular items (evaluate prints by how much): after RL try rl.sft_weight=0.5")
