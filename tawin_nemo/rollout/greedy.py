@@ -6,6 +6,9 @@ item at all. A beam search without a trie is what serving such a model with a pl
 
 from __future__ import annotations
 
+import math
+from typing import NamedTuple
+
 import numpy as np
 import torch
 
@@ -41,6 +44,14 @@ def greedy_decode(lm: LM, prompts: TokenRows, *, max_tokens: int, eos: int) -> T
     return TokenRows.from_lists(written)
 
 
+class Beam(NamedTuple):
+    """A continuation: the sum of its log-probs, its tokens, and the row of the cache that it continues from."""
+
+    score: float
+    tokens: list[int]
+    row: int
+
+
 def free_beam_search(lm: LM, prompts: TokenRows, *, width: int, max_tokens: int, eos: int) -> list[list[list[int]]]:
     """For each of B prompts at most ``width`` continuations, best first, each with ``eos`` where it ended.
 
@@ -52,49 +63,41 @@ def free_beam_search(lm: LM, prompts: TokenRows, *, width: int, max_tokens: int,
         return []
     steps = min(max_tokens, _room(lm, prompts))
     cache = lm.prefill(prompts)
-    done: list[list[tuple[float, list[int]]]] = [[] for _ in range(len(prompts))]
-    alive: list[list[tuple[float, list[int], int]]] = [
-        [(0.0, [], b)] for b in range(len(prompts))
-    ]  # score, tokens, row
+    done: list[list[Beam]] = [[] for _ in range(len(prompts))]
+    alive = [[Beam(0.0, [], b)] for b in range(len(prompts))]
     for step in range(steps):
-        beams = [beam for own in alive for beam in own]
-        if not beams:
-            break
-        tokens, logp = lm.top_tokens(cache, torch.tensor([row for _, _, row in beams]), width + 1)
-        grown: list[list[tuple[float, list[int], int]]] = [[] for _ in range(len(prompts))]
-        place = 0
+        row_N = torch.tensor([beam.row for own in alive for beam in own])
+        token_NK, logp_NK = lm.top_tokens(cache, row_N, width + 1)  # the end of text, and so many others
+        options = iter(zip(token_NK.tolist(), logp_NK.tolist(), strict=True))
         for b, own in enumerate(alive):
-            options = [
-                (score + value, [*written, token], row)
-                for k, (score, written, row) in enumerate(own)
-                for token, value in zip(tokens[place + k].tolist(), logp[place + k].tolist(), strict=True)
+            grown = [
+                Beam(beam.score + logp, [*beam.tokens, token], beam.row)
+                for beam in own
+                for token, logp in zip(*next(options), strict=True)
             ]
-            place += len(own)
-            best = sorted(options, key=lambda option: -option[0])
-            done[b] = sorted(
-                [*done[b], *((score, written) for score, written, _ in best[: 2 * width] if written[-1] == eos)],
-                key=lambda ended: -ended[0],
-            )[:width]
-            going_on = [option for option in best if option[1][-1] != eos][:width]
-            worst = done[b][-1][0] if len(done[b]) == width else -float("inf")
-            grown[b] = [option for option in going_on if option[0] > worst]  # log-probs only fall
-        alive = grown
+            done[b], alive[b] = _best(grown, done[b], width, eos)
         chosen = [beam for own in alive for beam in own]
         if not chosen or step + 1 == steps:
             break
         first = lm.rows(cache)
-        newest = TokenRows.from_lists([written[-1:] for _, written, _ in chosen])
-        cache = lm.extend(cache, torch.tensor([row for _, _, row in chosen]), newest)
+        newest = TokenRows.from_lists([beam.tokens[-1:] for beam in chosen])
+        cache = lm.extend(cache, torch.tensor([beam.row for beam in chosen]), newest)
         numbers = iter(range(first, first + len(chosen)))
-        alive = [[(score, written, next(numbers)) for score, written, _ in own] for own in alive]
-    return [_best(done[b], alive[b], width) for b in range(len(prompts))]
+        alive = [[beam._replace(row=next(numbers)) for beam in own] for own in alive]
+    return [[beam.tokens for beam in _sorted([*done[b], *alive[b]])[:width]] for b in range(len(prompts))]
 
 
-def _best(
-    done: list[tuple[float, list[int]]], alive: list[tuple[float, list[int], int]], width: int
-) -> list[list[int]]:
-    everything = [*done, *((score, written) for score, written, _ in alive)]
-    return [written for _, written in sorted(everything, key=lambda beam: -beam[0])[:width]]
+def _best(grown: list[Beam], done: list[Beam], width: int, eos: int) -> tuple[list[Beam], list[Beam]]:
+    """The best ``width`` beams that have ended, and of those that go on the ones that can still be among them."""
+    order = _sorted(grown)
+    done = _sorted([*done, *(beam for beam in order if beam.tokens[-1] == eos)])[:width]
+    worst = done[-1].score if len(done) == width else -math.inf
+    alive = [beam for beam in order if beam.tokens[-1] != eos][:width]
+    return done, [beam for beam in alive if beam.score > worst]  # a score only falls
+
+
+def _sorted(beams: list[Beam]) -> list[Beam]:
+    return sorted(beams, key=lambda beam: -beam.score)
 
 
 def _room(lm: LM, prompts: TokenRows) -> int:
