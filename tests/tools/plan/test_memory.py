@@ -146,10 +146,10 @@ def batch(kind: str) -> tuple[TokenBatch, Pass]:
     return made, Pass(PROMPTS * keys, PROMPTS * tree, keys)
 
 
-def saved_by_autograd(cfg: ModelConfig, tokens: TokenBatch) -> int:
+def saved_by_autograd(cfg: ModelConfig, tokens: TokenBatch, shape: Backbone = SHAPE) -> int:
     """Bytes of the storages that autograd keeps after the forward pass; weights and index tensors are left out."""
     initialise()
-    model = build_model(SHAPE, cfg, seed=1)
+    model = build_model(shape, cfg, seed=1)
     weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
     kept: dict[int, torch.Tensor] = {}
 
@@ -166,13 +166,14 @@ def saved_by_autograd(cfg: ModelConfig, tokens: TokenBatch) -> int:
 
 @pytest.mark.parametrize("kind", ["chains", "trees"])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_activations_are_what_autograd_saves(precision: str, kind: str):
+@pytest.mark.parametrize("shape", [SHAPE, QWEN3], ids=["qwen2", "qwen3"])
+def test_activations_are_what_autograd_saves(precision: str, kind: str, shape: Backbone):
     """To 1 %: the rotary angles and a boolean mask are all that differs."""
     tokens, work = batch(kind)
     numbers = Numbers.of(precision, device="cpu")
-    modelled = saved_bytes(SHAPE, ONE, numbers, work, recompute="none", layers=SHAPE.layers, last=True)
+    modelled = saved_bytes(shape, ONE, numbers, work, recompute="none", layers=shape.layers, last=True)
     modelled -= work.tree * work.keys  # the boolean mask: the plan holds it, autograd does not
-    assert modelled == pytest.approx(saved_by_autograd(ModelConfig(precision=precision), tokens), rel=0.01)
+    assert modelled == pytest.approx(saved_by_autograd(ModelConfig(precision=precision), tokens, shape), rel=0.01)
 
 
 @pytest.mark.parametrize("recompute", ["selective", "full"])
