@@ -88,9 +88,12 @@ def free_beam_search(lm: LM, prompts: TokenRows, *, width: int, max_tokens: int,
 
 
 def _best(grown: list[Beam], done: list[Beam], width: int, eos: int) -> tuple[list[Beam], list[Beam]]:
-    """The best ``width`` beams that have ended, and of those that go on the ones that can still be among them."""
+    """The best ``width`` beams that have ended, and of those that go on the ones that can still be among them.
+
+    As in transformers, a beam ends only where that is among the best ``width`` of its step.
+    """
     order = _sorted(grown)
-    done = _sorted([*done, *(beam for beam in order if beam.tokens[-1] == eos)])[:width]
+    done = _sorted([*done, *(beam for beam in order[:width] if beam.tokens[-1] == eos)])[:width]
     worst = done[-1].score if len(done) == width else -math.inf
     alive = [beam for beam in order if beam.tokens[-1] != eos][:width]
     return done, [beam for beam in alive if beam.score > worst]  # a score only falls

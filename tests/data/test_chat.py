@@ -46,7 +46,7 @@ def test_prompts_have_the_ids_of_apply_chat_template(tmp_path: Path, chat_templa
     rows = PromptEncoder(texts, tokenizer, template).encode(TokenRows.from_lists(HISTORIES))
     for row, history in enumerate(HISTORIES):
         shown = "\n".join(f'"{texts[item]}"' if kind == "title" else texts[item] for item in history)
-        assert rows[row].tolist() == applied(tokenizer, f"{INSTRUCTION}\n\n{shown}"), history
+        assert rows[row].tolist() == applied(tokenizer, f"{INSTRUCTION}\n\n{shown}".strip()), history
     check_frame(tokenizer, template.chat, [template.prompt(texts[:2])])
     catalog = build_catalog(TITLES, list("wxyz"), texts, tokenizer, template, kind=kind)
     assert catalog.paths[0].tolist()[-1] == tokenizer.eos_id == tokenizer.fast.convert_tokens_to_ids("<|im_end|>")
