@@ -156,7 +156,7 @@ def _dispatch(arguments: argparse.Namespace, argv: list[str]) -> int:
     if arguments.verb == "study":
         return study(arguments)
     if arguments.verb == "doctor":
-        return doctor(arguments)
+        return doctor(arguments, argv)
     if arguments.verb == "plan":
         return plan(arguments)
     from tawin_nemo.config.load import load_recipe
@@ -235,11 +235,31 @@ def study(arguments: argparse.Namespace) -> int:
     return code
 
 
-def doctor(arguments: argparse.Namespace) -> int:
-    """Checks of this machine; exit code 2 when one fails."""
+def doctor(arguments: argparse.Namespace, argv: list[str]) -> int:
+    """Checks of this machine, or with checkpoint=DIR of a trained model; exit code 2 when one fails."""
     from tawin_nemo.tools.doctor.verb import run_doctor
 
+    if any(word.startswith("checkpoint=") and word != "checkpoint=" for word in arguments.overrides):
+        return doctor_of_model(arguments, argv)
     result, code = run_doctor(arguments.recipe, arguments.overrides, launched=is_launched(), quick=arguments.quick)
+    if read_launch().rank == 0:
+        print(json.dumps(result), flush=True)
+    return code
+
+
+def doctor_of_model(arguments: argparse.Namespace, argv: list[str]) -> int:
+    """Checks of a trained model: a stage of a run, or a Hugging Face directory with data."""
+    from tawin_nemo.config.load import load_recipe
+    from tawin_nemo.run.launcher import end_with_launcher, launch
+    from tawin_nemo.tools.doctor.model import run_doctor_of_model
+
+    if arguments.quick:
+        raise ConfigError("--quick belongs to the checks of the machine; with checkpoint=DIR leave it out")
+    recipe = load_recipe(arguments.recipe or recipe_of_checkpoint(arguments.overrides), arguments.overrides)
+    if recipe.trainer.devices > 1 and not is_launched():
+        return launch(recipe.trainer.devices, argv)
+    end_with_launcher()
+    result, code = run_doctor_of_model(recipe)
     if read_launch().rank == 0:
         print(json.dumps(result), flush=True)
     return code

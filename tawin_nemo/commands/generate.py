@@ -19,7 +19,9 @@ def generate(world: World) -> dict[str, Any]:
     options = world.recipe.generate
     if options.history:
         histories = [items_of(options.history, world.catalog.external_ids)[-world.recipe.data.max_history :]]
-        texts = [world.template.prompt([world.item_texts[item] for item in history]) for history in histories]
+        texts = [
+            world.template.prompt_of(history, [world.item_texts[item] for item in history]) for history in histories
+        ]
         prompts = encode_prompts(world.tokenizer, texts)
     else:
         if len(world.samples[options.split]) == 0:

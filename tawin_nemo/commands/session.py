@@ -25,9 +25,10 @@ from tawin_nemo.run.datasets import prepared_root
 from tawin_nemo.run.exported import exported_world, from_export
 from tawin_nemo.run.failures import attempt_logs, recorded
 from tawin_nemo.run.profile import check_profile
-from tawin_nemo.run.trained import Trained, check_catalog, resolve_checkpoint, trained_model
+from tawin_nemo.run.trained import Trained, check_catalog, check_prompt, resolve_checkpoint, trained_model
 from tawin_nemo.run.world import World, build_world, open_run_dir
 from tawin_nemo.util.errors import ConfigError, Preempted, UserError
+from tawin_nemo.util.hub import fetch, is_hub_name, local_folder
 from tawin_nemo.util.launch import available_threads, is_launched, read_launch
 from tawin_nemo.util.log import get_logger
 
@@ -76,7 +77,9 @@ def trained_world(recipe: Recipe, *, weights_follow: bool) -> World:
     data_root = runtime.on_rank_0(lambda: trained.data_root(recipe))
     world = build_world(recipe, run_dir, data_root, codes_path=codes_path(recipe))
     if trained.checkpoint:
-        check_catalog(resolve_checkpoint(trained.checkpoint, "checkpoint"), world.catalog.fingerprint)
+        path = resolve_checkpoint(trained.checkpoint, "checkpoint")
+        check_catalog(path, world.catalog.fingerprint)
+        check_prompt(path, world.template.fingerprint)
     return world
 
 
@@ -113,6 +116,7 @@ def started(recipe: Recipe, *, computes: bool = True) -> Iterator[None]:
         rollout_ranks = RolloutRanks(recipe.rollout.devices, *recipe.rollout_layout) if recipe.rollout.devices else None
         check_processes(recipe)
         runtime.initialize(recipe.model, seed=recipe.seed, limit=limit, rollout_ranks=rollout_ranks)
+        check_init(recipe)
         check_precision(recipe, runs=computes)
         torch.set_num_threads(chosen_threads(recipe))
         if disaggregated.is_disaggregated():
@@ -134,8 +138,9 @@ def chosen_threads(recipe: Recipe) -> int:
     if recipe.trainer.threads:
         return recipe.trainer.threads
     cores = available_threads()
-    init = recipe.model.init
-    hidden = (backbone(recipe.model.backbone) if init == "random" else backbone_from_hf(Path(init))).hidden
+    init, revision = recipe.model.init, recipe.model.revision
+    folder = local_folder(init, revision)
+    hidden = (backbone(recipe.model.backbone) if init == "random" else backbone_from_hf(folder)).hidden
     small = recipe.baseline.model == "off" and hidden < ONE_THREAD_BELOW
     threads = 1 if small else cores
     if runtime.world_rank() == 0 and cores > 1:
@@ -148,6 +153,7 @@ def chosen_threads(recipe: Recipe) -> int:
 def checked(recipe: Recipe) -> Iterator[None]:
     """The checks of ``started`` for a single process that needs no process group."""
     check_processes(recipe)
+    check_init(recipe)
     check_precision(recipe, runs=False)
     with recorded():
         yield
@@ -175,6 +181,23 @@ def check_processes(recipe: Recipe) -> None:
             f"{wanted}, but the launcher started {started}; set trainer.devices to the processes per machine and "
             "trainer.num_nodes to the machines"
         )
+
+
+def check_init(recipe: Recipe) -> None:
+    """Download ``model.init`` where it is a hub name, and read its configuration: before any data are prepared.
+
+    Rank 0 downloads and the others wait; then the first rank of every further machine looks into its own cache. Raises
+    ConfigError for a model that is not there, and for a family or arithmetic that is not supported.
+    """
+    init, revision = recipe.model.init, recipe.model.revision
+    if recipe.baseline.model != "off" or init == "random":
+        return
+    if is_hub_name(init):
+        runtime.on_rank_0(lambda: fetch(init, revision))
+        if read_launch().local_rank == 0:
+            fetch(init, revision)
+        runtime.barrier()
+    backbone_from_hf(local_folder(init, revision))
 
 
 def check_precision(recipe: Recipe, *, runs: bool) -> None:

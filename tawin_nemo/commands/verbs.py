@@ -102,9 +102,15 @@ VERBS = {
     ),
     "doctor": Verb(
         "checks this machine and, with a recipe, whether that recipe can run here (--quick: the fast checks)",
-        "Exit code 2 when a check fails; every line names the remedy.",
-        examples=("doctor --recipe recipes/quickstart.yaml", "doctor --quick"),
-        result='{"status": ..., "checks": [...]}',
+        "With checkpoint=DIR (a stage, a step_N, or a Hugging Face directory and the keys of its data) it checks the\n"
+        "model: the share of free answers that name no item, collisions, dead codes, recall against the most popular\n"
+        "items, and the recall of unpopular items. Exit code 2 when a check fails; every line names the remedy.",
+        examples=(
+            "doctor --recipe recipes/quickstart.yaml",
+            "doctor --quick",
+            "doctor checkpoint=runs/quickstart/rl",
+        ),
+        result='{"can_run": ..., "checks": [...]}; of a model {"checkpoint": path, "recall@10": ..., "checks": [...]}',
     ),
     "keys": Verb(
         "list recipe keys with their meaning, limits and default; --schema: as JSON Schema for editors",

@@ -1,7 +1,8 @@
 """Backbones by name: one table of shapes. Sources: the models' published ``config.json`` files.
 
 Qwen2.5-1.5B and -3B: hidden, layers, heads and vocabulary were seen in public sources, ``tie_word_embeddings`` is
-taken from the family. ``model.init`` with a Hugging Face directory reads that directory's own config instead.
+taken from the family. mistral-7b is v0.3 (full attention); v0.1 has a sliding window of 4096. ``model.init`` with a
+Hugging Face directory reads that directory's own config instead.
 """
 
 from __future__ import annotations
@@ -24,9 +25,9 @@ class RopeScaling:
 
 @dataclass(frozen=True)
 class Backbone:
-    """Shape of a decoder of the Qwen2.5 or Llama-3.2 family (RMSNorm, SwiGLU, grouped-query attention, RoPE)."""
+    """Shape of a decoder of the Qwen2.5, Qwen3 or Llama family (RMSNorm, SwiGLU, grouped-query attention, RoPE)."""
 
-    family: str  # qwen2 (bias on q, k, v) | llama (no bias)
+    family: str  # qwen2 (bias on q, k, v) | qwen3 (norms on the heads of q and k) | llama, mistral (neither)
     hidden: int
     layers: int
     heads: int
@@ -40,6 +41,7 @@ class Backbone:
     norm_eps: float = 1e-6
     max_position: int = 32768
     init_std: float = 0.02
+    window: int = 0  # newest tokens that a token attends to (sliding window); 0 = all of them
 
     @property
     def kv_channels(self) -> int:
@@ -49,11 +51,22 @@ class Backbone:
     def qkv_bias(self) -> bool:
         return self.family == "qwen2"
 
+    @property
+    def qk_norm(self) -> bool:
+        """Each head of queries and of keys is normalised before RoPE (Qwen3)."""
+        return self.family == "qwen3"
+
+    @property
+    def positions(self) -> int:
+        """Tokens of the longest sequence that the model computes exactly: up to its window, all attention is full."""
+        return min(self.max_position, self.window) if self.window else self.max_position
+
     def layer_parameters(self, tp: int = 1) -> int:
         """Parameters of one decoder layer on one of ``tp`` ranks: matrices are divided, norms are not."""
         q, kv = self.heads * self.kv_channels // tp, self.kv_heads * self.kv_channels // tp
         attention = self.hidden * (q + 2 * kv) + q * self.hidden + (q + 2 * kv if self.qkv_bias else 0)
-        return attention + 3 * self.hidden * self.ffn // tp + 2 * self.hidden
+        norms = 2 * self.hidden + (2 * self.kv_channels if self.qk_norm else 0)
+        return attention + 3 * self.hidden * self.ffn // tp + norms
 
     @property
     def body_parameters(self) -> int:
@@ -86,6 +99,14 @@ BACKBONES: dict[str, Backbone] = {
     "qwen2.5-1.5b": Backbone("qwen2", 1536, 28, 12, 2, 8960, 151936),
     "qwen2.5-3b": Backbone("qwen2", 2048, 36, 16, 2, 11008, 151936),
     "qwen2.5-7b": Backbone("qwen2", 3584, 28, 28, 4, 18944, 152064, tied=False),
+    "qwen3-0.6b": Backbone("qwen3", 1024, 28, 16, 8, 3072, 151936, head_dim=128, max_position=40960),
+    "qwen3-1.7b": Backbone("qwen3", 2048, 28, 16, 8, 6144, 151936, head_dim=128, max_position=40960),
+    "qwen3-4b": Backbone("qwen3", 2560, 36, 32, 8, 9728, 151936, head_dim=128, max_position=40960),
+    "qwen3-8b": Backbone("qwen3", 4096, 36, 32, 8, 12288, 151936, head_dim=128, tied=False, max_position=40960),
+    "llama-2-7b": Backbone(
+        "llama", 4096, 32, 32, 32, 11008, 32000, tied=False, rope_theta=1e4, norm_eps=1e-5, max_position=4096
+    ),
+    "mistral-7b": Backbone("mistral", 4096, 32, 32, 8, 14336, 32768, tied=False, norm_eps=1e-5),
     "llama-3.2-1b": Backbone(
         "llama", 2048, 16, 32, 8, 8192, 128256, head_dim=64,
         rope_theta=5e5, rope_scaling=_LLAMA3, norm_eps=1e-5, max_position=131072,

@@ -7,7 +7,8 @@ from collections.abc import Iterator
 from tawin_nemo.config.layout import SEQUENCE_PARALLEL_NEEDS_TP, rollout_layout, training_layout
 from tawin_nemo.config.placement_checks import ahead_combinations, aligned, placement_combinations
 from tawin_nemo.config.preference_checks import preference_combinations, prefers_reference
-from tawin_nemo.config.schema import Recipe
+from tawin_nemo.config.schema import TEMPLATES, Recipe
+from tawin_nemo.util.hub import is_hub_name
 
 
 def combinations(r: Recipe) -> Iterator[tuple[bool, str]]:
@@ -16,6 +17,7 @@ def combinations(r: Recipe) -> Iterator[tuple[bool, str]]:
     training, world = training_layout(r), r.processes
     searching = rollout_layout(r, training)
     yield from placement_combinations(r)
+    yield from _template_combinations(r)
     yield (
         not training.divides(r.training_processes),
         f"trainer.num_nodes={t.num_nodes} x trainer.devices={t.devices} = {world} processes"
@@ -78,6 +80,11 @@ def _precision_combinations(r: Recipe) -> Iterator[tuple[bool, str]]:
     m = r.model
     first, last = m.num_layers_at_start_in_bf16, m.num_layers_at_end_in_bf16
     yield (
+        bool(m.revision) and not is_hub_name(m.init),
+        f"model.revision={m.revision} belongs to a model of the hub, but model.init={m.init} is none (OWNER/NAME); "
+        "clear model.revision",
+    )
+    yield (
         m.precision == "fp8-delayed" and first + last > 0,
         f"model.precision=fp8-delayed scales over the whole model, but model.num_layers_at_start_in_bf16={first} and "
         f"model.num_layers_at_end_in_bf16={last}; set both to 0, or use fp8-tensorwise or fp8-blockwise",
@@ -87,6 +94,26 @@ def _precision_combinations(r: Recipe) -> Iterator[tuple[bool, str]]:
         r.reference.mode == "swap" and own not in ("model", m.precision),
         f"reference.precision={own} but reference.mode=swap runs in the actor's model, which is {m.precision}; "
         "set reference.mode=copy or reference.precision=model",
+    )
+
+
+def _template_combinations(r: Recipe) -> Iterator[tuple[bool, str]]:
+    data = r.data
+    yield (
+        data.template not in TEMPLATES and not data.jinja,
+        f"data.template={data.template} is not one of compact, alpaca, a Jinja file (NAME.jinja) or Jinja text with "
+        "{{ }}; data.chat=true puts the tokenizer's chat template around it",
+    )
+    yield (
+        data.chat and data.template == "compact",
+        "data.chat=true puts a message into the tokenizer's chat template, but data.template=compact has no words; set "
+        "data.template=alpaca, or a Jinja template",
+    )
+    codes = data.tokenizer == "codes" or (data.tokenizer == "auto" and r.model.init == "random")
+    yield (
+        data.jinja and r.catalog.kind == "sid" and codes,
+        f"data.template={data.template} needs words, and data.tokenizer={data.tokenizer} writes codes only; set "
+        "data.tokenizer=bpe, or model.init=DIR",
     )
 
 

@@ -327,6 +327,11 @@ class SemanticIdsConfig:
 PRECISIONS_OF_A_PART = ("model", "fp32", "bf16", "fp8-blockwise", "fp8-tensorwise", "fp8-delayed")
 
 
+#: Endings of files that data.template takes for Jinja templates, and the built-in templates.
+JINJA_FILES = (".jinja", ".jinja2", ".j2")
+TEMPLATES = ("compact", "alpaca")
+
+
 @dataclass(frozen=True)
 class DataConfig:
     root: str = opt("", "Names the folder with the data: prepared Parquet, or raw files that `dataset` names.")
@@ -335,8 +340,13 @@ class DataConfig:
         help="Says what lies in data.root; auto detects it, and raw data is prepared into RUN_DIR/data first.",
     )  # fmt: skip
     max_history: int = number(10, 1, 200, help="Limits the items of history in a sample; the newest are kept.")
-    template: str = choice(
-        "compact", "alpaca", help="Selects the prompt wording, which is the same in SFT, RL, evaluation and serving."
+    template: str = opt(
+        "compact",
+        "Selects the prompt wording, the same in SFT, RL, evaluation and serving: compact, alpaca, a Jinja file"
+        " (NAME.jinja), or Jinja text.",
+    )
+    chat: bool = opt(
+        False, "Puts the tokenizer's own chat template around the prompt, as one user's message, for Instruct models."
     )
     tokenizer: str = opt(
         "auto",
@@ -352,6 +362,11 @@ class DataConfig:
     )
     train_limit: int = number(0, 0, help="Uses only the last N training rows by time (0 = all).")
     eval_limit: int = number(0, 0, help="Uses only the first N rows of valid and of test (0 = all).")
+
+    @property
+    def jinja(self) -> bool:
+        """``template`` is a Jinja file or Jinja text, not the name of a built-in template."""
+        return self.template.endswith(JINJA_FILES) or "{{" in self.template or "{%" in self.template
 
 
 @dataclass(frozen=True)
@@ -388,9 +403,10 @@ class ModelConfig:
     backbone: str = opt("tiny", "Names the backbone, one of config/backbones.py such as qwen2.5-0.5b.")
     init: str = opt(
         "random",
-        "Takes the initial weights from a Hugging Face directory (config.json and safetensors), or draws them"
-        " (random).",
+        "Takes the initial weights from a Hugging Face directory (config.json and safetensors) or a model of its hub"
+        " (OWNER/NAME), or draws them (random).",
     )
+    revision: str = opt("", "Names the branch, tag or commit of a hub model in init (empty = main).")
     new_tokens: str = choice(
         "mean", "text",
         help="Starts tokens that model.init does not know from its mean row (mean), or from the mean over the "

@@ -142,6 +142,19 @@ def _read_items(path: Path) -> ItemFrame:
     return ItemFrame(*(table[name].to_pylist() for name in columns[1:]))
 
 
+def read_columns(root: Path) -> dict[str, list[Any]]:
+    """All columns of the items table besides the item's index, in item order: texts, and what else the data have.
+
+    A cell without a value is None. Raises DataError for a table that cannot be read.
+    """
+    path = root / ITEMS_FILE
+    try:
+        table = pq.read_table(path)
+    except (pa.ArrowException, OSError) as error:
+        raise DataError(f"{path} cannot be read as Parquet ({error}); {_AGAIN}") from error
+    return {name: table[name].to_pylist() for name in table.column_names if name != ITEM}
+
+
 def _read_split(path: Path, num_items: int) -> Split:
     has_candidates = path.is_file() and CANDIDATES in pq.read_schema(path).names
     table = _read_table(path, [USER, HISTORY, TARGET, TIME, *([CANDIDATES] if has_candidates else [])])

@@ -38,6 +38,8 @@ class PromptEncoder:
 
     def __init__(self, texts: Sequence[str], tokenizer: Tokenizer, template: Template) -> None:
         self._texts, self._tokenizer, self._template = texts, tokenizer, template
+        if not template.joins:
+            return
         written = [template.answer(text) for text in texts]
         # Pieces: 0 = head, 1 = prompt without items, then all items in the middle, then all items at the end.
         fronts = encode_prompts(tokenizer, [template.head, template.prompt([])])
@@ -46,6 +48,8 @@ class PromptEncoder:
 
     def encode(self, histories: TokenRows) -> TokenRows:
         """``encode_prompts`` of the template's prompts, one per history (oldest item first)."""
+        if not self._template.joins:
+            return self.encode_full_prompts(histories)
         joined = self._join(histories)
         probe = np.unique(np.linspace(0, len(histories) - 1, min(_PROBED_ROWS, len(histories))).astype(np.int64))
         expected, actual = self.encode_full_prompts(histories.take(probe)), joined.take(probe)
@@ -55,22 +59,21 @@ class PromptEncoder:
 
     def encode_full_prompts(self, histories: TokenRows) -> TokenRows:
         """``encode`` by its definition, slowly: render every prompt and tokenise it."""
-        return encode_prompts(
-            self._tokenizer,
-            [self._template.prompt([self._texts[item] for item in histories[row]]) for row in range(len(histories))],
-        )
+        rows = (histories[row].tolist() for row in range(len(histories)))
+        texts = [self._template.prompt_of(items, self._written(items)) for items in rows]
+        return encode_prompts(self._tokenizer, texts)
+
+    def _written(self, items: Sequence[int]) -> list[str]:
+        return [self._texts[item] for item in items]
 
     def encode_with_candidates(self, histories: TokenRows, candidates: TokenRows) -> TokenRows:
         """Prompts that show candidates, one per history (``Template.prompt_with_candidates``)."""
-
-        def texts(items: np.ndarray) -> list[str]:
-            return [self._texts[item] for item in items]
-
+        rows = ((histories[row].tolist(), candidates[row].tolist()) for row in range(len(histories)))
         return encode_prompts(
             self._tokenizer,
             [
-                self._template.prompt_with_candidates(texts(histories[row]), texts(candidates[row]))
-                for row in range(len(histories))
+                self._template.prompt_of(items, self._written(items), shown, self._written(shown))
+                for items, shown in rows
             ],
         )
 

@@ -2,7 +2,8 @@
 
 The tasks are those of MiniOneRec (arXiv 2510.24431: codes of a history -> codes, title <-> codes, codes of a history ->
 title, titles of a history -> codes) and of LC-Rec (arXiv 2311.09049: description <-> codes, intention -> codes). Tasks
-use the same prompt template as the next item, each with its own instruction (alpaca) or marker token (compact).
+use the same prompt template as the next item, each with its own instruction (alpaca) or marker token (compact). Beside
+a Jinja template they are written as alpaca writes them.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import numpy as np
 from tawin_nemo.config.schema import AlignConfig, DataConfig
 from tawin_nemo.data.catalog_builder import answer_paths
 from tawin_nemo.data.interactions import Split
-from tawin_nemo.data.prompts import ALPACA_INPUT, ALPACA_START, Template
+from tawin_nemo.data.prompts import Template
 from tawin_nemo.data.samples import Samples, encode_split
 from tawin_nemo.data.tokenizer import Tokenizer
 from tawin_nemo.types import TokenRows
@@ -81,7 +82,7 @@ class TaskTemplate(Template):
         """The text in front of the question: the compact marker, or the instruction in Alpaca's template."""
         if self.name == "compact":
             return self.task.marker
-        return f"{ALPACA_START}{self.task.instruction}{ALPACA_INPUT}"
+        return self.before_input(self.task.instruction)
 
 
 @dataclass(frozen=True)
@@ -125,7 +126,7 @@ class TaskEncoder:
                 f"align.{task.name}=0"
             )
         questions = Split(split.user_N[rows], split.history.take(rows), split.target_N[rows], split.time_N[rows])
-        template = TaskTemplate(self.template.name, _kind(task.given), task)
+        template = TaskTemplate(self.template.wording, _kind(task.given), self.template.chat, task)
         samples = encode_split(questions, given, self.tokenizer, template, self.data)
         return TaskRows(task, samples, self.paths(task.wanted).take(samples.target_N))
 
@@ -136,7 +137,7 @@ class TaskEncoder:
         return self._paths[way]
 
     def _tokenized(self, way: str) -> TokenRows:
-        template = Template(self.template.name, _kind(way))
+        template = Template(self.template.wording, _kind(way), self.template.chat)
         texts = self.texts[way]
         known = [item for item, text in enumerate(texts) if text]
         paths = answer_paths([texts[item] for item in known], self.tokenizer, template)

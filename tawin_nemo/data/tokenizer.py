@@ -29,6 +29,7 @@ from tawin_nemo.data.prompts import Template
 from tawin_nemo.types import TokenRows
 from tawin_nemo.util.errors import CatalogError, ConfigError, DataError
 from tawin_nemo.util.files import atomic_path
+from tawin_nemo.util.hub import local_folder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -198,16 +199,16 @@ def build_tokenizer(
     titles: Sequence[str],
     codes: Sequence[Sequence[str]] | None,
     task_markers: Sequence[str] = (),
+    template: Template | None = None,
 ) -> Tokenizer:
     """The tokenizer that ``data.tokenizer`` names, able to write the template and every item as single codes.
 
-    ``task_markers`` become single tokens as well (those of alignment tasks in the compact template).
-
-    ``auto`` is the folder ``model.init`` for pretrained weights, else ``codes`` for semantic IDs and ``bpe`` for
-    titles. The same input gives the same ids. Raises ConfigError for combinations that cannot work, CatalogError for
-    codes that are ambiguous when written without separators.
+    ``task_markers`` become single tokens as well (those of alignment tasks in the compact template). ``template``: None
+    is the built-in one. ``auto`` is the folder ``model.init`` for pretrained weights, else ``codes`` for semantic IDs
+    and ``bpe`` for titles. The same input gives the same ids. Raises ConfigError for combinations that cannot work,
+    CatalogError for codes that are ambiguous when written without separators.
     """
-    template = Template(data.template, catalog.kind)
+    template = template or Template(data.template, catalog.kind)
     kind = _resolve_kind(data, catalog, model)
     code_words = sorted({code for item in codes or () for code in item})
     if kind == "codes":
@@ -226,12 +227,13 @@ def _resolve_kind(data: DataConfig, catalog: CatalogConfig, model: ModelConfig) 
     kind = data.tokenizer
     if kind == "auto":
         if model.init != "random":
-            if not Path(model.init).expanduser().is_dir():
+            folder = local_folder(model.init, model.revision)
+            if not folder.is_dir():
                 raise ConfigError(
                     f"no tokenizer.json in {model.init}: model.init={model.init} is not a folder; name one with "
                     "pretrained weights and their tokenizer, or set model.init=random"
                 )
-            return model.init
+            return str(folder)
         return "codes" if catalog.kind == "sid" else "bpe"
     if kind == "codes" and catalog.kind != "sid":
         raise ConfigError("data.tokenizer=codes writes semantic IDs; with catalog.kind=title use data.tokenizer=bpe")

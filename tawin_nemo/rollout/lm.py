@@ -73,6 +73,11 @@ class LM(Protocol):
         """The most likely token of the whole vocabulary after each row, the lowest of equal ones. [N] int64."""
         ...
 
+    def top_tokens(self, cache: Any, row_N: Tensor, count: int) -> tuple[Tensor, Tensor]:
+        """The ``count`` most likely tokens of the whole vocabulary after each row (fewer where it is smaller), best
+        first, and their log-probs. [N, count] each."""
+        ...
+
 
 # -- FLOP counting.
 
@@ -134,6 +139,11 @@ class MeteredLM:
         """The most likely token of each row; counts N times V output logits."""
         self._extended += FlopCount(logits=len(row_N) * self.vocab_size)
         return self.lm.best_tokens(cache, row_N)
+
+    def top_tokens(self, cache: Any, row_N: Tensor, count: int) -> tuple[Tensor, Tensor]:
+        """The most likely tokens of each row; counts N times V output logits."""
+        self._extended += FlopCount(logits=len(row_N) * self.vocab_size)
+        return self.lm.top_tokens(cache, row_N, count)
 
     def pop_flops(self) -> FlopCount:
         """FLOP counts since the last call; resets them to zero."""

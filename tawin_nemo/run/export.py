@@ -13,17 +13,20 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import polars as pl
 from omegaconf import OmegaConf
 
 from tawin_nemo import __version__
 from tawin_nemo.catalog.export_files import write_catalog
 from tawin_nemo.catalog.items import Catalog
 from tawin_nemo.config.schema import Recipe
+from tawin_nemo.data.jinja_prompts import JinjaTemplate
+from tawin_nemo.data.prompts import Template
 from tawin_nemo.data.special_tokens import bos_ids, special_tokens, write_prompt_rule
 from tawin_nemo.data.tokenizer import Tokenizer
 from tawin_nemo.rollout.scoring import SCORE_SPACES
 from tawin_nemo.run.export_card import model_card
-from tawin_nemo.run.exported import FORMAT, SETTINGS_FILE
+from tawin_nemo.run.exported import COLUMNS_FILE, FORMAT, SETTINGS_FILE
 from tawin_nemo.run.world import World
 from tawin_nemo.util.files import sha256, write_json
 
@@ -50,12 +53,14 @@ def write_companions(world: World, folder: Path) -> None:
         "transformers_version": version("transformers"),
     })  # fmt: skip
     write_catalog(folder, world.catalog, codes_of(world.catalog, world.tokenizer))
+    if isinstance(world.template, JinjaTemplate) and world.template.columns.names:
+        pl.DataFrame(list(world.template.columns.rows)).write_parquet(folder / COLUMNS_FILE)
     source = Path(__file__).resolve().parents[1] / "catalog" / PROCESSOR_FILE
     shutil.copyfile(source, folder / PROCESSOR_FILE)
     settings = export_settings(world) | {"tokenizer": sha256(folder / "tokenizer.json")}
     write_json(folder / SETTINGS_FILE, settings)
     (folder / "recipe.yaml").write_text(
-        OmegaConf.to_yaml(OmegaConf.create(_bound_keys(world.recipe))), encoding="utf-8"
+        OmegaConf.to_yaml(OmegaConf.create(_bound_keys(world.recipe, world.template))), encoding="utf-8"
     )
     (folder / "README.md").write_text(model_card(world, settings), encoding="utf-8")
 
@@ -78,7 +83,8 @@ def export_settings(world: World) -> dict[str, Any]:
         "format": FORMAT,
         "name": recipe.name,
         "prompt": {
-            "template": template.name, "items_as": template.kind, "head": template.head,
+            "template": template.name, "jinja": template.source if isinstance(template, JinjaTemplate) else "",
+            "chat": list(template.chat), "items_as": template.kind, "head": template.head,
             "item": template.answer("{}"), "separator": template.separator, "tail": template.tail,
             "begins_with": bos_ids(tokenizer), "max_history": recipe.data.max_history,
             "max_prompt_tokens": recipe.data.max_prompt_tokens, "shows_candidates": recipe.data.show_candidates,
@@ -105,13 +111,14 @@ def _version(library: str) -> str | None:
         return None
 
 
-def _bound_keys(recipe: Recipe) -> dict[str, Any]:
+def _bound_keys(recipe: Recipe, written: Template) -> dict[str, Any]:
     """The recipe keys that belong to an export: what a prompt is, and how answers are searched. No paths."""
+    template = written.source if isinstance(written, JinjaTemplate) else recipe.data.template
     data, catalog, rollout = recipe.data, recipe.catalog, recipe.rollout
-    kept = ("template", "max_history", "max_prompt_tokens", "show_candidates")
+    kept = ("template", "chat", "max_history", "max_prompt_tokens", "show_candidates")
     return {
         "name": recipe.name,
-        "data": {name: getattr(data, name) for name in kept},
+        "data": {name: getattr(data, name) for name in kept} | {"template": template},
         "catalog": asdict(replace(catalog, index="catalog.parquet" if catalog.kind == "sid" else "")),
         "rollout": {"score_space": rollout.score_space, "length_penalty": rollout.length_penalty},
         "eval": {"beams": recipe.eval.beams, "ks": list(recipe.eval.ks)},

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import polars as pl
 
 from tawin_nemo.catalog.export_files import read_catalog
 from tawin_nemo.catalog.items import Catalog
@@ -15,6 +16,7 @@ from tawin_nemo.config.backbones import with_vocab
 from tawin_nemo.config.load import differences, to_yaml
 from tawin_nemo.config.schema import Recipe
 from tawin_nemo.data.interactions import Dataset, ItemFrame, Split, load_dataset
+from tawin_nemo.data.jinja_prompts import Columns, JinjaTemplate
 from tawin_nemo.data.prompts import Template
 from tawin_nemo.data.samples import encode_split
 from tawin_nemo.data.tokenizer import Tokenizer
@@ -27,8 +29,17 @@ from tawin_nemo.util.files import sha256
 
 FORMAT = "tawin_nemo.export/1"
 SETTINGS_FILE, RECIPE_FILE = "tawin.json", "recipe.yaml"
+#: The items' further columns, where a Jinja template shows them.
+COLUMNS_FILE = "columns.parquet"
 #: Keys that an export fixes: what a prompt is, and how items are written.
-BOUND = ("data.template", "data.max_history", "data.max_prompt_tokens", "data.show_candidates", "catalog.kind")
+BOUND = (
+    "data.template",
+    "data.chat",
+    "data.max_history",
+    "data.max_prompt_tokens",
+    "data.show_candidates",
+    "catalog.kind",
+)
 
 
 def is_export(path: str | Path) -> bool:
@@ -81,7 +92,7 @@ def exported_world(recipe: Recipe, folder: Path, run_dir: Path, data_root: Path 
     catalog, codes = read_catalog(folder)
     if catalog.fingerprint != settings["catalog"]["fingerprint"]:
         raise CatalogError(f"{folder}/catalog.parquet is not the catalog of this export; export the model again")
-    template = Template(recipe.data.template, kind=recipe.catalog.kind)
+    template = _template(settings["prompt"], recipe, folder)
     texts = ["".join(item) for item in codes] if template.kind == "sid" else catalog.titles
     dataset = _dataset(catalog, data_root)
     splits = {name: limited(getattr(dataset, name), name, recipe) for name in SPLITS}
@@ -92,6 +103,19 @@ def exported_world(recipe: Recipe, folder: Path, run_dir: Path, data_root: Path 
         recipe, run_dir, dataset, tokenizer, template, catalog, texts, samples, shape,
         runtime.data_parallel(), deadline(recipe.trainer.max_time), export=folder,
     )  # fmt: skip
+
+
+def _template(prompt: dict[str, Any], recipe: Recipe, folder: Path) -> Template:
+    """The template of the export's training, with the text that recipe keys do not fix."""
+    template = Template(recipe.data.template, recipe.catalog.kind) if not prompt["jinja"] else JinjaTemplate(
+        kind=recipe.catalog.kind, source=prompt["jinja"], columns=_columns(folder / COLUMNS_FILE)
+    )  # fmt: skip
+    before, behind = prompt["chat"]
+    return template.with_chat((before, behind)) if before or behind else template
+
+
+def _columns(file: Path) -> Columns:
+    return Columns.of(pl.read_parquet(file).to_dict(as_series=False)) if file.is_file() else Columns()
 
 
 def _dataset(catalog: Catalog, data_root: Path | None) -> Dataset:

@@ -176,7 +176,18 @@ def check_catalog(checkpoint: Path, catalog: str) -> None:
         )
 
 
+def check_prompt(checkpoint: Path, prompt: str) -> None:
+    """Raises ConfigError when ``checkpoint`` (a step_N) was trained with another Jinja or chat template than this one
+    (``Template.fingerprint``, empty for a built-in template)."""
+    trained = identity_of(checkpoint).get("prompt", "")
+    if trained != prompt:
+        raise ConfigError(
+            f"{checkpoint} was trained with the prompts {trained[:12] or 'of a built-in template'}, but these are "
+            f"{prompt[:12] or 'those of a built-in template'}: bring back prompt.json of its run, or train again"
+        )
+
+
 def identity_of(checkpoint: Path) -> dict[str, str]:
     """The fingerprints in ``state.json`` of a step_N; empty for checkpoints that older versions wrote."""
     state = json.loads((checkpoint / "state.json").read_text(encoding="utf-8")).get("state", {})
-    return {name: str(state[name]) for name in ("tokenizer", "catalog") if name in state}
+    return {name: str(state[name]) for name in ("tokenizer", "catalog", "prompt") if name in state}

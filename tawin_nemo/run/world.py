@@ -25,10 +25,12 @@ from tawin_nemo.data.tokenizer import Tokenizer, build_tokenizer
 from tawin_nemo.models.megatron.hf.config import backbone_from_hf
 from tawin_nemo.models.megatron.parallel import runtime
 from tawin_nemo.run.datasets import run_dir_of
+from tawin_nemo.run.prompt_format import final_template, plain_template
 from tawin_nemo.types import SPLITS, DataParallel
 from tawin_nemo.util import times
 from tawin_nemo.util.errors import CatalogError, ConfigError, DataError
 from tawin_nemo.util.files import atomic_path, write_json
+from tawin_nemo.util.hub import local_folder
 from tawin_nemo.util.log import get_logger
 
 log = get_logger(__name__)
@@ -77,7 +79,9 @@ class World:
     @property
     def identity(self) -> dict[str, str]:
         """Fingerprints of what trained weights belong to."""
-        return {"tokenizer": self.tokenizer.fingerprint, "catalog": self.catalog.fingerprint}
+        prompt = self.template.fingerprint
+        fingerprints = {"tokenizer": self.tokenizer.fingerprint, "catalog": self.catalog.fingerprint}
+        return {**fingerprints, **({"prompt": prompt} if prompt else {})}
 
     @property
     def train_rows_for_sft(self) -> np.ndarray:
@@ -139,10 +143,11 @@ def build_world(recipe: Recipe, run_dir: Path, data_root: Path, *, codes_path: P
     """Load the prepared dataset under ``data_root`` and derive everything from it (deterministic on every rank)."""
     dataset = load_dataset(data_root)
     codes = load_codes(codes_path, dataset.items.external_ids) if codes_path else None
-    runtime.on_rank_0(partial(_write_tokenizer, recipe, run_dir, dataset, codes))
+    plain = plain_template(recipe, run_dir, data_root)
+    runtime.on_rank_0(partial(_write_tokenizer, recipe, run_dir, dataset, codes, plain))
     tokenizer = Tokenizer.load(run_dir / "tokenizer")
-    template = Template(recipe.data.template, kind=recipe.catalog.kind)
     texts = ["".join(item) for item in codes] if codes else list(dataset.items.titles)
+    template = final_template(plain, recipe, run_dir, tokenizer, texts)
     catalog = build_catalog(
         dataset.items.titles, dataset.items.external_ids, texts, tokenizer, template, kind=recipe.catalog.kind
     )
@@ -182,14 +187,17 @@ def store_catalog(folder: Path, catalog: Catalog, tokenizer: Tokenizer) -> None:
         )
 
 
-def _write_tokenizer(recipe: Recipe, run_dir: Path, dataset: Dataset, codes: list[list[str]] | None) -> None:
+def _write_tokenizer(
+    recipe: Recipe, run_dir: Path, dataset: Dataset, codes: list[list[str]] | None, template: Template
+) -> None:
     """RUN_DIR/tokenizer, unless an earlier attempt has written it."""
     directory = run_dir / "tokenizer"
     if (directory / "tokenizer.json").is_file():
         return
     compact = recipe.data.template == "compact"
     markers = [task.marker for task in active_tasks(recipe.align)] if compact else []
-    build_tokenizer(recipe.data, recipe.catalog, recipe.model, dataset.items.titles, codes, markers).save(directory)
+    titles = dataset.items.titles
+    build_tokenizer(recipe.data, recipe.catalog, recipe.model, titles, codes, markers, template).save(directory)
 
 
 def limited(split: Split, name: str, recipe: Recipe) -> Split:
@@ -201,19 +209,22 @@ def limited(split: Split, name: str, recipe: Recipe) -> Split:
 
 
 def _shape(recipe: Recipe, vocab_needed: int) -> Backbone:
-    init = recipe.model.init
-    shape = backbone(recipe.model.backbone) if init == "random" else backbone_from_hf(Path(init))
+    init, revision = recipe.model.init, recipe.model.revision
+    shape = backbone(recipe.model.backbone) if init == "random" else backbone_from_hf(local_folder(init, revision))
     return with_vocab(shape, vocab_needed)
 
 
 def check_lengths(samples: dict[str, Samples], catalog: Catalog, shape: Backbone) -> None:
-    """Raises ConfigError when a prompt with its answer has more tokens than the model has positions."""
+    """Raises ConfigError when a prompt with its answer has more tokens than the model attends to."""
     prompts = max(int(rows.prompts.lengths.max(initial=0)) for rows in samples.values())
     longest = prompts + int(catalog.paths.lengths.max())
-    if longest > shape.max_position:
+    if longest > shape.positions:
+        has = f"has {shape.max_position} positions"
+        if shape.positions < shape.max_position:
+            has = f"attends to its newest {shape.window} alone (sliding_window), which is not supported for longer ones"
         raise ConfigError(
-            f"the longest prompt with its answer has {longest} tokens but the model has {shape.max_position} "
-            "positions; lower data.max_prompt_tokens or data.max_history"
+            f"the longest prompt with its answer has {longest} tokens but the model {has}; lower "
+            "data.max_prompt_tokens or data.max_history"
         )
 
 

@@ -7,7 +7,6 @@ also under ``--dry-run``. Each check is the one that the stage itself makes.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator
-from pathlib import Path
 
 from tawin_nemo.baselines.build import check_config
 from tawin_nemo.data.tasks import active_tasks
@@ -15,6 +14,7 @@ from tawin_nemo.run.trained import resolve_checkpoint
 from tawin_nemo.run.world import World
 from tawin_nemo.train.plan import Plan, plans
 from tawin_nemo.util.errors import ConfigError, UserError
+from tawin_nemo.util.hub import local_folder
 
 
 def check_requirements(world: World, continued: Collection[str] = ()) -> None:
@@ -65,7 +65,9 @@ def check_start(world: World) -> None:
     recipe = world.recipe
     if recipe.start:
         resolve_checkpoint(recipe.start, "start")
-    elif recipe.model.init != "random" and not any(Path(recipe.model.init).glob("*.safetensors")):
+    elif recipe.model.init != "random" and not any(
+        local_folder(recipe.model.init, recipe.model.revision).glob("*.safetensors")
+    ):
         raise ConfigError(
             f"model.init={recipe.model.init} holds no *.safetensors files; download the whole model, or save it with "
             "save_pretrained(..., safe_serialization=True)"

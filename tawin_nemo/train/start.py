@@ -26,6 +26,7 @@ from tawin_nemo.run.trained import check_tokenizer, chosen_checkpoint, resolve_c
 from tawin_nemo.run.world import World
 from tawin_nemo.types import TokenRows
 from tawin_nemo.util.errors import ConfigError
+from tawin_nemo.util.hub import local_folder
 
 
 def starting_model(
@@ -55,7 +56,7 @@ def starting_model(
         check_tokenizer(path, world.tokenizer.fingerprint)
         checkpoint.load_checkpoint(path, model=model)
     elif recipe.model.init != "random":
-        load_hf(model, world.shape, Path(recipe.model.init), new_tokens(world))
+        load_hf(model, world.shape, local_folder(recipe.model.init, recipe.model.revision), new_tokens(world))
     return model
 
 
@@ -79,7 +80,7 @@ def checkpoint_model(world: World, precision: str = AS_MODEL) -> GPTModel:
 def new_tokens(world: World) -> NewTokens:
     """The tokens that were added to the tokenizer of ``model.init`` (of ``data.tokenizer`` where that has none)."""
     recipe = world.recipe
-    folder = Path(recipe.model.init)
+    folder = local_folder(recipe.model.init, recipe.model.revision)
     if not (folder / "tokenizer.json").is_file():
         folder = Path(recipe.data.tokenizer)
     known = read_vocabulary(folder)

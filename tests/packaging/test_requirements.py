@@ -16,7 +16,7 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 IMPORTED_AS = {
     "megatron-core": "megatron", "nemo-toolkit": "nemo", "scikit-learn": "sklearn", "pyyaml": "yaml",
     "prometheus-client": "prometheus_client", "transformer-engine": "transformer_engine",
-    "asgi-correlation-id": "asgi_correlation_id", "nvidia-ml-py": "pynvml",
+    "asgi-correlation-id": "asgi_correlation_id", "nvidia-ml-py": "pynvml", "huggingface-hub": "huggingface_hub",
 }  # fmt: skip
 #: What NeMo's exp_manager imports when it runs, without requiring it.
 FOR_NEMO = {"tensorboard", "einops", "pandas", "sacrebleu", "sentencepiece"}

@@ -103,6 +103,13 @@ class SequenceLM:
         token_E = torch.arange(self.vocab_size).repeat(len(row_N))
         return self.logprobs(cache, row_N, position_E, token_E, "vocab").view(-1, self.vocab_size).argmax(dim=1)
 
+    def top_tokens(self, cache: Rows, row_N: Tensor, count: int) -> tuple[Tensor, Tensor]:
+        position_E = torch.arange(len(row_N)).repeat_interleave(self.vocab_size)
+        token_E = torch.arange(self.vocab_size).repeat(len(row_N))
+        logp_NV = self.logprobs(cache, row_N, position_E, token_E, "vocab").view(-1, self.vocab_size)
+        logp_NK, token_NK = logp_NV.topk(min(count, self.vocab_size), dim=1)
+        return token_NK, logp_NK
+
     def edge_logprobs(self, sequences: list[Tokens], position_E: Tensor, token_E: Tensor, space: str) -> Tensor:
         raise NotImplementedError
 

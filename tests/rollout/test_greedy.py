@@ -1,11 +1,13 @@
-"""Free greedy decoding equals transformers' ``generate`` without sampling, token for token."""
+"""Free decoding: greedy as transformers' ``generate`` without sampling, beams as the enumeration of all answers."""
+
+import itertools
 
 import pytest
 import torch
 from hf_lm import HfLM, random_qwen2
 from sequence_lm import TableLM
 
-from tawin_nemo.rollout.greedy import greedy_decode
+from tawin_nemo.rollout.greedy import free_beam_search, greedy_decode
 from tawin_nemo.types import TokenRows
 from tawin_nemo.util.errors import DataError
 
@@ -58,3 +60,39 @@ def test_positions_limit_the_output_and_full_prompts_are_refused():
     with pytest.raises(DataError, match=r"1 to 5 tokens .* data.max_prompt_tokens"):
         greedy_decode(lm, TokenRows.from_lists([[5] * 6]), max_tokens=9, eos=99)
     assert len(greedy_decode(lm, TokenRows.from_lists([]), max_tokens=9, eos=99)) == 0
+
+
+def log_probability(model, prompt: list[int], answer: list[int]) -> float:
+    with torch.no_grad():
+        logits = model(torch.tensor([prompt + answer])).logits[0, len(prompt) - 1 : -1]
+    return float(logits.log_softmax(-1).gather(-1, torch.tensor(answer)[:, None]).sum())
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_wide_beams_find_every_answer_in_order(seed):
+    """Five tokens, at most three of them: all answers that end, and all that were cut off, by their probability."""
+    vocab, steps, model = 5, 3, random_qwen2(5, seed=seed)
+    others = [token for token in range(vocab) if token != EOS]
+    answers = [[*start, EOS] for n in range(steps) for start in itertools.product(others, repeat=n)]
+    answers += [list(cut) for cut in itertools.product(others, repeat=steps)]
+    prompts = [[2, 3, 4], [0]]
+    found = free_beam_search(HfLM(model), TokenRows.from_lists(prompts), width=len(answers), max_tokens=steps, eos=EOS)
+    for prompt, beams in zip(prompts, found, strict=True):
+        assert beams == sorted(answers, key=lambda answer: -log_probability(model, prompt, answer))
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_one_beam_is_greedy_and_more_are_sorted_and_differ(seed):
+    model = random_qwen2(VOCAB, seed=seed)
+    prompts = [[4, 5, 6], [7], [9, 2]]
+    greedy = greedy_decode(HfLM(model), TokenRows.from_lists(prompts), max_tokens=8, eos=EOS)
+    one = free_beam_search(HfLM(model), TokenRows.from_lists(prompts), width=1, max_tokens=8, eos=EOS)
+    assert [[token for token in beams[0] if token != EOS] for beams in one] == [
+        greedy[row].tolist() for row in range(3)
+    ]
+    many = free_beam_search(HfLM(model), TokenRows.from_lists(prompts), width=4, max_tokens=8, eos=EOS)
+    for prompt, beams in zip(prompts, many, strict=True):
+        scores = [log_probability(model, prompt, beam) for beam in beams]
+        assert len({tuple(beam) for beam in beams}) == 4
+        assert scores == sorted(scores, reverse=True)
+        assert all(EOS not in beam[:-1] and (beam[-1] == EOS or len(beam) == 8) for beam in beams)

@@ -155,6 +155,12 @@ class ServedCatalog:
         return {name: number for number, name in enumerate(self.external_ids)}
 
     @cached_property
+    def first_number_of(self) -> dict[str, int]:
+        """External id -> the first item number of that id, whose columns of the items table a template may show."""
+        pairs = zip(reversed(self.external_ids), range(len(self.external_ids) - 1, -1, -1), strict=True)
+        return dict(pairs)
+
+    @cached_property
     def number_of_title(self) -> dict[str, int]:
         """Title -> item number; of items with one title the first live one, or else the first."""
         order = [*np.flatnonzero(~self.live_I)[::-1].tolist(), *np.flatnonzero(self.live_I)[::-1].tolist()]
@@ -196,7 +202,8 @@ class ServedCatalog:
         """
         newest = list(history)[-self.prompt_format.max_history :]
         while True:
-            tokens = self.tokens(self.prompt_format.template.prompt([self.texts[number] for number in newest]))
+            table = [self.first_number_of[self.external_ids[number]] for number in newest]
+            tokens = self.tokens(self.prompt_format.template.prompt_of(table, [self.texts[n] for n in newest]))
             if len(tokens.flat) <= self.prompt_format.max_prompt_tokens:
                 return tokens
             if len(newest) <= 1:
@@ -214,6 +221,7 @@ class ServedCatalog:
         """Compute all cached properties now, so that no request waits for them."""
         _ = (
             self.number_of,
+            self.first_number_of,
             self.number_of_title,
             self.trie_item_I,
             self.search_keys,

@@ -19,6 +19,7 @@ from tawin_nemo.tools.doctor.machine import existing
 from tawin_nemo.tools.doctor.probe import Found
 from tawin_nemo.tools.plan.memory import least_machine_bytes, least_rank_bytes, parameters
 from tawin_nemo.util.errors import CheckpointError
+from tawin_nemo.util.hub import is_hub_name, local_folder
 
 AMPERE = (8, 0)
 _CPU_FLAGS = ("amx_bf16", "avx512_bf16")
@@ -26,8 +27,8 @@ _CPU_FLAGS = ("amx_bf16", "avx512_bf16")
 
 def shape_of(recipe: Recipe) -> Backbone:
     """The model's shape as far as the recipe tells (the vocabulary may still grow). Raises ConfigError."""
-    init = recipe.model.init
-    return backbone(recipe.model.backbone) if init == "random" else backbone_from_hf(init)
+    init, revision = recipe.model.init, recipe.model.revision
+    return backbone(recipe.model.backbone) if init == "random" else backbone_from_hf(local_folder(init, revision))
 
 
 def uses_language_model(recipe: Recipe) -> bool:
@@ -91,7 +92,9 @@ def pretrained(recipe: Recipe) -> Check:
     Headers are read, weights are not."""
     if recipe.model.init == "random":
         return absent("random initial weights")
-    folder = Path(recipe.model.init)
+    folder = local_folder(recipe.model.init, recipe.model.revision)
+    if not folder.is_dir() and is_hub_name(recipe.model.init):
+        return warning(f"{folder} is not here yet", "train downloads it, if the Hugging Face hub is reachable")
     if not folder.is_dir():
         return fails(f"{folder} is not a folder", "set model.init to the folder with config.json, or to random")
     from tawin_nemo.models.megatron.hf.files import HfWeights
@@ -118,7 +121,10 @@ def tokenizer(recipe: Recipe) -> Check:
         return absent("made from the catalog")
     if kind in ("bpe", "codes"):
         return absent(f"data.tokenizer={kind} is made from the catalog")
-    file = Path(init if kind == "auto" else kind).expanduser() / "tokenizer.json"
+    folder = local_folder(init, recipe.model.revision) if kind == "auto" else Path(kind).expanduser()
+    file = folder / "tokenizer.json"
+    if kind == "auto" and is_hub_name(init) and not folder.is_dir():
+        return absent(f"downloaded with model.init={init}")
     if not file.is_file():
         return fails(f"no {file}", "copy the model's tokenizer there, or set data.tokenizer to a folder that has one")
     from tokenizers import Tokenizer

@@ -7,7 +7,8 @@ import platform
 import sys
 from importlib import metadata
 
-from tawin_nemo.models.megatron.model.fused import EXTENSIONS, FOREIGN_REMEDY, find_apex
+from tawin_nemo.models.megatron.model.compiler import REMEDY, missing_for_compile
+from tawin_nemo.models.megatron.model.fused import EXTENSIONS, FOREIGN_REMEDY, INSTALL_GPU, find_apex
 from tawin_nemo.models.megatron.model.precision import TRANSFORMER_ENGINE
 from tawin_nemo.tools.doctor.check import Check, absent, check, fails, ok, warning
 from tawin_nemo.tools.doctor.probe import LIBRARIES, Found, installed_version
@@ -17,7 +18,6 @@ PYTHON = ">=3.11,<3.13"
 #: Lowest driver of each CUDA major version ("CUDA Compatibility", table of minor version compatibility, NVIDIA).
 LOWEST_DRIVER = {11: 450, 12: 525, 13: 580}
 _INSTALL = "pip install -r requirements.txt"
-_INSTALL_GPU = "pip install -r requirements-gpu.txt"
 
 
 @check("Python")
@@ -115,16 +115,16 @@ def transformer_engine(found: Found, *, needed: bool = False) -> Check:
 
     library = found.library("transformer_engine.pytorch")
     if library.error:
-        remedy = f"{_INSTALL_GPU} (built for this torch and CUDA), or use model.precision=bf16"
+        remedy = f"{INSTALL_GPU} (built for this torch and CUDA), or use model.precision=bf16"
         return (fails if needed else warning)(f"{library.version or 'installed'}, but {library.error}", remedy)
     if not library.version:
         if needed:
-            return fails("not installed", f"{_INSTALL_GPU}, or use model.precision=bf16")
+            return fails("not installed", f"{INSTALL_GPU}, or use model.precision=bf16")
         if found.torch.gpus:
-            return warning("not installed: no FP8", _INSTALL_GPU)
+            return warning("not installed: no FP8", INSTALL_GPU)
         return absent("FP8 needs it, and a Hopper GPU")
     if not SpecifierSet(TRANSFORMER_ENGINE).contains(library.version, prereleases=True):
-        remedy = f"megatron-core 0.16 works with {TRANSFORMER_ENGINE}: {_INSTALL_GPU}"
+        remedy = f"megatron-core 0.16 works with {TRANSFORMER_ENGINE}: {INSTALL_GPU}"
         return (fails if needed else warning)(library.version, remedy)
     return ok(library.version)
 
@@ -143,6 +143,17 @@ def apex() -> Check:
         value = f"NVIDIA's, built without: {', '.join(lacking)}"
         return warning(value, "build it with --cpp_ext --cuda_ext; it runs without")
     return ok(f"NVIDIA's, with {' and '.join(seen.built)}")
+
+
+@check("torch.compile")
+def compiler(found: Found) -> Check:
+    """What the fused functions of megatron-core need on a GPU machine; without it they are off."""
+    if not found.torch.gpus:
+        return absent("used on GPUs")
+    missing = missing_for_compile()
+    if missing:
+        return warning(f"{' and '.join(missing)} missing: no fused functions", REMEDY)
+    return ok("Triton, a C compiler and Python's headers")
 
 
 @check("nemo_toolkit")

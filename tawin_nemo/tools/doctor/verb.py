@@ -103,6 +103,7 @@ def machine_checks(recipe: Recipe | None, found: Found, *, quick: bool) -> Itera
         yield software.transformer_engine(found, needed=fp8)
         yield software.library(found, "transformers")
     yield software.apex()
+    yield software.compiler(found)
     yield software.nemo(needed=experiments)
     yield software.packages()
     yield machine.cpus(limits, processes)

@@ -17,6 +17,7 @@ from tawin_nemo.tools.plan.plan import Plan, Question, limit_bytes, make_plan, o
 from tawin_nemo.tools.plan.timing import DEFAULT_MFU, StepTime
 from tawin_nemo.tools.plan.work import default_lengths
 from tawin_nemo.util.errors import ConfigError
+from tawin_nemo.util.hub import local_folder
 
 HELP = f"""\
 tawin-nemo plan --recipe F [--gpus N] [--gpu h800] [option=value ...] [key=value ...]
@@ -116,9 +117,9 @@ def _without_layout(recipe: Recipe) -> Recipe:
 
 
 def recipe_shape(recipe: Recipe, read_shape: ReadShape) -> Backbone:
-    """The shape in ``model.init`` if that folder is here, else the named backbone; the vocabulary of backbones for a
-    CPU is the tokenizer's."""
-    folder = Path(recipe.model.init)
+    """The shape in ``model.init`` if that is here, also in the hub's cache, else the named backbone; the vocabulary of
+    backbones for a CPU is the tokenizer's."""
+    folder = local_folder(recipe.model.init, recipe.model.revision)
     found = recipe.model.init != "random" and folder.is_dir()
     shape = read_shape(folder) if found else backbone(recipe.model.backbone)
     return shape if shape.vocab else with_vocab(shape, recipe.data.bpe_vocab_size)

@@ -197,6 +197,8 @@ def layer_bytes(shape: Backbone, layout: Layout, numbers: Numbers, work: Pass, r
     """Bytes that one decoder layer saves for its backward pass.
 
     Two norms: input (float32), reciprocal deviation, normed row, output, which is the next matrix product's input.
+    Qwen3's norms of queries and keys: the same without the output, which RoPE does not keep; in fp32 the keys' input is
+    a view of queries, keys and values together, which stay with it.
     RoPE: cosine and sine, for queries and for keys. Attention: queries, outputs, their packed copy and the
     projection's input, log-sum-exp per head; keys and values of the chains, and again of chains with trees, which
     attend in a call of their own. MLP: both halves of its first product and its result, without the fused kernel also
@@ -207,6 +209,9 @@ def layer_bytes(shape: Backbone, layout: Layout, numbers: Numbers, work: Pass, r
     if recompute == "full":
         return a * w.hidden * work.tokens
     norms = 2 * ((NORM_INPUT + 2 * a) * w.hidden + 4)
+    if shape.qk_norm:
+        norms += (NORM_INPUT + a) * (w.query + w.key) + 4 * (w.heads + w.key / w.rotary)
+        norms += a * (w.query + w.key) if a == NORM_INPUT else 0
     rotary = 4 * w.rotary * a
     mlp = (3 if numbers.device == "cuda" else 5) * w.ffn * a
     dropped = 2 * w.hidden * (1 if numbers.device == "cuda" else a) if numbers.dropout else 0

@@ -66,7 +66,7 @@ def test_the_first_failure_is_said_last_with_its_remedy(stand_ins, tmp_path, cap
     assert result["failed"][0] == "Transformer Engine"
     assert {"model.init", "model.precision"} <= set(result["failed"])
     last = capsys.readouterr().err.splitlines()[-1]
-    assert "cannot run here: Transformer Engine: not installed; pip install -r requirements-gpu.txt" in last
+    assert "cannot run here: Transformer Engine: not installed; bash recipes/install_gpu.sh" in last
 
 
 def test_a_recipe_that_cannot_be_read_still_gets_the_table(stand_ins, tmp_path, monkeypatch):

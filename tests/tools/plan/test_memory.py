@@ -50,6 +50,7 @@ SHAPE = Backbone(
 )  # fmt: skip
 PROMPTS, LENGTH, CANDIDATES, PATH = 3, 40, 3, 9
 UNTIED = replace(SHAPE, tied=False)
+QWEN3 = replace(SHAPE, family="qwen3", head_dim=32)
 ONE = Layout()
 
 
@@ -58,7 +59,11 @@ def initialise() -> None:
 
 
 # -- parameters ------------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("shape", [SHAPE, UNTIED, replace(SHAPE, family="llama")], ids=["tied", "untied", "llama"])
+@pytest.mark.parametrize(
+    "shape",
+    [SHAPE, UNTIED, replace(SHAPE, family="llama"), QWEN3, replace(SHAPE, family="mistral")],
+    ids=["tied", "untied", "llama", "qwen3", "mistral"],
+)
 def test_parameters_are_those_of_the_built_model(shape: Backbone):
     initialise()
     model = build_model(shape, ModelConfig(), seed=1)
@@ -70,13 +75,19 @@ def test_published_parameter_counts():
     assert stage_parameters(backbone("qwen2.5-7b"), ONE, 0) == 7_615_616_512
     assert stage_parameters(backbone("qwen2.5-0.5b"), ONE, 0) == 494_032_768
     assert stage_parameters(backbone("llama-3.2-1b"), ONE, 0) == 1_235_814_400
+    assert stage_parameters(backbone("qwen3-0.6b"), ONE, 0) == 596_049_920
+    assert stage_parameters(backbone("qwen3-1.7b"), ONE, 0) == 1_720_574_976
+    assert stage_parameters(backbone("qwen3-4b"), ONE, 0) == 4_022_468_096
+    assert stage_parameters(backbone("qwen3-8b"), ONE, 0) == 8_190_735_360
+    assert stage_parameters(backbone("mistral-7b"), ONE, 0) == 7_248_023_552
+    assert stage_parameters(backbone("llama-2-7b"), ONE, 0) == 6_738_415_616
 
 
-@pytest.mark.parametrize("shape", [BACKBONES["qwen2.5-7b"], BACKBONES["qwen2.5-0.5b"]], ids=["untied", "tied"])
+@pytest.mark.parametrize("shape", [BACKBONES["qwen2.5-7b"], BACKBONES["qwen2.5-0.5b"], BACKBONES["qwen3-4b"]])
 @pytest.mark.parametrize(("tp", "pp"), [(2, 1), (1, 2), (2, 2), (2, 4)])
 def test_ranks_hold_the_whole_model_and_what_is_replicated(shape: Backbone, tp: int, pp: int):
     held = sum(tp * stage_parameters(shape, Layout(tp, pp), stage) for stage in range(pp))
-    norms = (2 * shape.layers + 1) * shape.hidden
+    norms = (2 * shape.layers + 1) * shape.hidden + (2 * shape.layers * shape.kv_channels if shape.qk_norm else 0)
     padding = (padded_vocab(shape, tp) - shape.vocab) * shape.hidden * (1 if shape.tied else 2)
     second_head = padded_vocab(shape, tp) * shape.hidden if shape.tied and pp > 1 else 0
     assert held == stage_parameters(shape, ONE, 0) + (tp - 1) * norms + padding + second_head
@@ -135,10 +146,10 @@ def batch(kind: str) -> tuple[TokenBatch, Pass]:
     return made, Pass(PROMPTS * keys, PROMPTS * tree, keys)
 
 
-def saved_by_autograd(cfg: ModelConfig, tokens: TokenBatch) -> int:
+def saved_by_autograd(cfg: ModelConfig, tokens: TokenBatch, shape: Backbone = SHAPE) -> int:
     """Bytes of the storages that autograd keeps after the forward pass; weights and index tensors are left out."""
     initialise()
-    model = build_model(SHAPE, cfg, seed=1)
+    model = build_model(shape, cfg, seed=1)
     weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
     kept: dict[int, torch.Tensor] = {}
 
@@ -155,13 +166,14 @@ def saved_by_autograd(cfg: ModelConfig, tokens: TokenBatch) -> int:
 
 @pytest.mark.parametrize("kind", ["chains", "trees"])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_activations_are_what_autograd_saves(precision: str, kind: str):
+@pytest.mark.parametrize("shape", [SHAPE, QWEN3], ids=["qwen2", "qwen3"])
+def test_activations_are_what_autograd_saves(precision: str, kind: str, shape: Backbone):
     """To 1 %: the rotary angles and a boolean mask are all that differs."""
     tokens, work = batch(kind)
     numbers = Numbers.of(precision, device="cpu")
-    modelled = saved_bytes(SHAPE, ONE, numbers, work, recompute="none", layers=SHAPE.layers, last=True)
+    modelled = saved_bytes(shape, ONE, numbers, work, recompute="none", layers=shape.layers, last=True)
     modelled -= work.tree * work.keys  # the boolean mask: the plan holds it, autograd does not
-    assert modelled == pytest.approx(saved_by_autograd(ModelConfig(precision=precision), tokens), rel=0.01)
+    assert modelled == pytest.approx(saved_by_autograd(ModelConfig(precision=precision), tokens, shape), rel=0.01)
 
 
 @pytest.mark.parametrize("recompute", ["selective", "full"])

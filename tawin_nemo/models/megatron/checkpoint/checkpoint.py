@@ -197,6 +197,7 @@ def _signature(model: GPTModel) -> dict[str, Any]:
     """The properties that two models must share to exchange weights; none of them depends on the layout."""
     config = model.config
     return {
+        **({"qk_norm": True} if config.qk_layernorm else {}),  # checkpoints of other families keep their records
         "layers": config.num_layers,
         "hidden": config.hidden_size,
         "ffn": config.ffn_hidden_size,
@@ -221,7 +222,10 @@ def _layout() -> dict[str, int]:
 
 def _check_signature(path: Path, record: dict[str, Any], model: GPTModel, trainable: HasOptimizer | None) -> None:
     here, there = _signature(model), record["model"]
-    different = [f"{key} {there.get(key)} instead of {value}" for key, value in here.items() if there.get(key) != value]
+    keys = dict.fromkeys([*here, *there])
+    different = [
+        f"{key} {there.get(key)} instead of {here.get(key)}" for key in keys if there.get(key) != here.get(key)
+    ]
     if different:
         raise CheckpointError(
             f"{path} is of another model: {', '.join(different)}; check model.backbone and the catalog"

@@ -77,12 +77,18 @@ def _summed(part_SD: Tensor, group: dist.ProcessGroup) -> Tensor:
 
 
 def _heads(attention: Any, normed_SD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Queries [S, H, dim], keys and values [S, G, dim]: each group has its queries first, then its key and value."""
+    """Queries [S, H, dim], keys and values [S, G, dim], with Qwen3's norms of queries and keys.
+
+    In the fused product each group has its queries first, then its key and value.
+    """
     groups, dim = attention.num_query_groups_per_partition, attention.hidden_size_per_attention_head
     own = attention.num_attention_heads_per_partition // groups
     mixed_SGD = _product(attention.linear_qkv, normed_SD).view(len(normed_SD), groups, (own + 2) * dim)
     query, key, value = mixed_SGD.split([own * dim, dim, dim], dim=2)
-    return query.reshape(len(normed_SD), -1, dim), key, value
+    query = query.reshape(len(normed_SD), -1, dim)
+    if attention.config.qk_layernorm:
+        query, key = attention.q_layernorm.forward(query), attention.k_layernorm.forward(key)
+    return query, key, value
 
 
 def _rotated(heads_SHD: Tensor, cos_S1D: Tensor, sin_S1D: Tensor) -> Tensor:

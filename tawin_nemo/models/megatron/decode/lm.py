@@ -9,7 +9,6 @@ prompts to keep, N queried rows, E queried edges (pairs of a row and a token).
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -25,14 +24,11 @@ from tawin_nemo.maths.segments import segment_log_softmax
 from tawin_nemo.models.megatron.decode import inference_forward
 from tawin_nemo.models.megatron.decode.kv_store import ExtendPlan, KeyValueSlots, PrefillPlan, index_in_group
 from tawin_nemo.models.megatron.model.attention import AttentionPlan
-from tawin_nemo.models.megatron.model.forward import logit_dtype, modes, padding
+from tawin_nemo.models.megatron.model.forward import logit_dtype, modes, padding, without_sequence_parallel
 from tawin_nemo.models.megatron.model.fp8_scales import calibrate
-from tawin_nemo.models.megatron.model.head import best_tokens, edge_logits, log_sum_exp
+from tawin_nemo.models.megatron.model.head import best_tokens, edge_logits, log_sum_exp, top_tokens
 from tawin_nemo.models.megatron.parallel import runtime
 from tawin_nemo.types import TokenBatch, TokenRows
-
-#: Attributes of megatron's modules for activations that are split along the sequence.
-_SEQUENCE_FLAGS = ("sequence_parallel", "reduce_scatter_embeddings", "scatter_to_sequence_parallel")
 
 
 @dataclass(frozen=True)
@@ -76,7 +72,7 @@ class MegatronLM:
     @property
     def max_positions(self) -> int:
         """Tokens of the longest sequence that the model accepts."""
-        return self.shape.max_position
+        return self.shape.positions
 
     def rows(self, cache: Cache) -> int:
         """Tokens that were run, prompts counting as one (their last token)."""
@@ -209,6 +205,17 @@ class MegatronLM:
             token_N = best_tokens(self.model, hidden_ND)
         return runtime.broadcast_from_last_stage(token_N, (len(row_N),), torch.int64, stages=self._stages)
 
+    @torch.no_grad()
+    def top_tokens(self, cache: Cache, row_N: Tensor, count: int) -> tuple[Tensor, Tensor]:
+        """The likeliest tokens behind each row and their log-probs, on all model-parallel ranks (``rollout.lm.LM``)."""
+        token_NK = logp_NK = None
+        if self._stage == self._last_stage:
+            hidden_ND = _present(cache.hidden_RD).index_select(0, row_N.to(runtime.device()))
+            token_NK, logp_NK = top_tokens(self.model, hidden_ND, count)
+        sizes = (len(row_N), min(count, self.vocab_size))
+        tokens = runtime.broadcast_from_last_stage(token_NK, sizes, torch.int64, stages=self._stages)
+        return tokens, runtime.broadcast_from_last_stage(logp_NK, sizes, logit_dtype(self.model), stages=self._stages)
+
     def _run(self, tokens_S: Tensor, extra: int, plan: AttentionPlan) -> Tensor | None:
         """Hidden states [S, D] of the real tokens on the last stage, None on the others, through all stages."""
         real = len(tokens_S)
@@ -232,7 +239,7 @@ class MegatronLM:
                 return inference_forward.stage_output(self.model, tokens_S, arriving_SD, plan)
         if _keeps_sequence_parallel(self.model.config):
             return self._split_stage_output(tokens_S, arriving_SBD, plan)
-        with _without_sequence_parallel(self.model), modes(self.model, training=False):
+        with without_sequence_parallel(self.model), modes(self.model, training=False):
             return self._modules_output(tokens_S, arriving_SBD, plan)[:, 0]
 
     def _split_stage_output(self, tokens_S: Tensor, arriving_SBD: Tensor | None, plan: AttentionPlan) -> Tensor:
@@ -281,20 +288,3 @@ def _keeps_sequence_parallel(config: TransformerConfig) -> bool:
     with wrong scales, without an error (tensor-wise scaling).
     """
     return bool(config.sequence_parallel) and config.fp8 is not None
-
-
-@contextlib.contextmanager
-def _without_sequence_parallel(model: GPTModel) -> Iterator[None]:
-    """Switch sequence parallelism off: a decoding step has few tokens. megatron reads these flags in every forward."""
-    if not model.config.sequence_parallel:
-        yield
-        return
-    holders = [model.config, *model.modules()]
-    flagged = [(holder, flag) for holder in holders for flag in _SEQUENCE_FLAGS if getattr(holder, flag, None) is True]
-    try:
-        for holder, flag in flagged:
-            setattr(holder, flag, False)
-        yield
-    finally:
-        for holder, flag in flagged:
-            setattr(holder, flag, True)

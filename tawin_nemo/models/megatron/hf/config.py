@@ -1,9 +1,10 @@
 """Hugging Face ``config.json`` <-> `Backbone`.
 
-Read: the keys that change the arithmetic of a Qwen2 or Llama decoder. A key that asks for arithmetic this package does
-not have (sliding windows, other activations, quantised weights, other RoPE scalings) is an error, never ignored. So is
-a key that is not known here but whose name speaks of arithmetic (``dual_chunk_attention_config``); other unknown keys
-(notes of the tool that wrote the file) are logged.
+Read: the keys that change the arithmetic of a Qwen2, Qwen3, Llama or Mistral decoder. A key that asks for arithmetic
+this package does not have (windows in single layers, other activations, quantised weights, other RoPE scalings) is an
+error, never ignored. So is a key that is not known here but whose name speaks of arithmetic
+(``dual_chunk_attention_config``); other unknown keys (notes of the tool that wrote the file) are logged. A window of
+the whole model (``sliding_window`` of Mistral) limits the length of sequences, within which attention is full.
 Both spellings of the RoPE settings are understood: ``rope_theta`` + ``rope_scaling`` (transformers 4) and
 ``rope_parameters`` (transformers 5).
 """
@@ -22,7 +23,18 @@ from tawin_nemo.util.log import get_logger
 
 log = get_logger(__name__)
 
-ARCHITECTURES = {"qwen2": "Qwen2ForCausalLM", "llama": "LlamaForCausalLM"}
+ARCHITECTURES = {
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+    "llama": "LlamaForCausalLM",
+    "mistral": "MistralForCausalLM",
+}
+SUPPORTED = "Qwen2.5 (qwen2), Qwen3 dense (qwen3), Llama (llama) and Mistral (mistral)"
+#: Defaults of transformers' configuration classes where the families differ.
+_MAX_POSITION = {"qwen2": 32768, "qwen3": 32768, "llama": 2048, "mistral": 131072}
+_KV_HEADS = {"qwen2": 32, "qwen3": 32, "mistral": 8}
+_HEAD_DIM = {"qwen3": 128}
+_WINDOW = {"mistral": 4096}
 
 #: Keys whose only supported values are these (absent is supported too), with what the user can do about another value.
 _FIXED: dict[str, tuple[tuple[Any, ...], str]] = {
@@ -64,9 +76,7 @@ def _require(config: dict[str, Any], key: str, file: Path) -> Any:
 def _check_supported(config: dict[str, Any], file: Path) -> None:
     family = config.get("model_type")
     if family not in ARCHITECTURES:
-        raise ConfigError(
-            f"{file}: model_type={family!r} cannot be imported; use a model of type {' or '.join(ARCHITECTURES)}"
-        )
+        raise ConfigError(f"{file}: model_type={family!r} cannot be imported; supported are {SUPPORTED}")
     for key, (allowed, remedy) in _FIXED.items():
         if key in config and config[key] not in allowed:
             raise ConfigError(f"{file}: {key}={config[key]!r} is not supported; {remedy}")
@@ -107,7 +117,7 @@ def _rope(config: dict[str, Any], file: Path) -> tuple[float, RopeScaling | None
 def backbone_from_hf(directory: str | Path) -> Backbone:
     """The shape that ``directory/config.json`` describes.
 
-    Absent keys take the defaults of transformers' ``Qwen2Config`` and ``LlamaConfig``. Raises ConfigError when the
+    Absent keys take the defaults of transformers' configuration class of the family. Raises ConfigError when the
     file is missing, is not JSON, is of another ``model_type`` or asks for arithmetic that is not supported.
     """
     file = Path(directory) / "config.json"
@@ -128,16 +138,17 @@ def backbone_from_hf(directory: str | Path) -> Backbone:
         hidden=int(_require(config, "hidden_size", file)),
         layers=int(_require(config, "num_hidden_layers", file)),
         heads=heads,
-        kv_heads=int(config.get("num_key_value_heads") or heads),
+        kv_heads=int(config.get("num_key_value_heads", _KV_HEADS.get(family)) or heads),
         ffn=int(_require(config, "intermediate_size", file)),
         vocab=int(_require(config, "vocab_size", file)),
-        head_dim=int(config.get("head_dim") or 0),
+        head_dim=int(config.get("head_dim") or _HEAD_DIM.get(family, 0)),
         tied=bool(config.get("tie_word_embeddings", False)),
         rope_theta=theta,
         rope_scaling=scaling,
         norm_eps=float(config.get("rms_norm_eps", 1e-6)),
-        max_position=int(config.get("max_position_embeddings", 32768 if family == "qwen2" else 2048)),
+        max_position=int(config.get("max_position_embeddings", _MAX_POSITION[family])),
         init_std=float(config.get("initializer_range", 0.02)),
+        window=int(config.get("sliding_window", _WINDOW[family]) or 0) if family in _WINDOW else 0,
     )
 
 
@@ -178,10 +189,12 @@ def hf_config(
         "transformers_version": version("transformers"),
         "use_cache": True,
     }
-    if shape.family == "llama":
-        config |= {"attention_bias": False, "mlp_bias": False}
-    else:
-        config["use_sliding_window"] = False
+    config |= {
+        "qwen2": {"use_sliding_window": False},
+        "qwen3": {"use_sliding_window": False, "attention_bias": False},
+        "llama": {"attention_bias": False, "mlp_bias": False},
+        "mistral": {"sliding_window": shape.window or None},
+    }[shape.family]
     if shape.rope_scaling is not None:
         config["rope_scaling"] = {
             "rope_type": "llama3",

@@ -67,6 +67,12 @@ _HF, _MCORE = "model.layers.{layer}.", "decoder.layers.{layer}."
 _QKV_BIAS = Entry(
     tuple(f"{_HF}self_attn.{name}_proj.bias" for name in "qkv"), (_MCORE + "self_attention.linear_qkv.bias",), Kind.QKV
 )
+_QK_NORM = tuple(
+    Entry(
+        (f"{_HF}self_attn.{name}_norm.weight",), (f"{_MCORE}self_attention.{name}_layernorm.weight",), Kind.REPLICATED
+    )
+    for name in "qk"
+)
 #: Transformer Engine's spec keeps the two norms inside the linear layers that follow them.
 _LAYER = (
     Entry(
@@ -95,7 +101,7 @@ _LAYER = (
 def table(shape: Backbone) -> Iterator[tuple[Entry, int | None]]:
     """Every entry of the model with its 0-based global layer number (None outside the layers), in model order."""
     yield (_TIED_EMBEDDING if shape.tied else _EMBEDDING), None
-    layer_entries = (*_LAYER, _QKV_BIAS) if shape.qkv_bias else _LAYER
+    layer_entries = (*_LAYER, *((_QKV_BIAS,) if shape.qkv_bias else ()), *(_QK_NORM if shape.qk_norm else ()))
     for layer in range(shape.layers):
         for entry in layer_entries:
             yield entry, layer
@@ -114,7 +120,7 @@ def hf_shapes(entry: Entry, shape: Backbone) -> list[tuple[int, ...]]:
     q, kv = shape.heads * shape.kv_channels, shape.kv_heads * shape.kv_channels
     match entry.kind:
         case Kind.REPLICATED:
-            return [(shape.hidden,)]
+            return [(shape.kv_channels if entry in _QK_NORM else shape.hidden,)]
         case Kind.VOCAB:
             return [(shape.vocab, shape.hidden)]
         case Kind.QKV:

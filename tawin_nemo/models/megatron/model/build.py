@@ -76,6 +76,7 @@ def model_config(shape: Backbone, cfg: ModelConfig, *, section: str = "model") -
         layernorm_epsilon=shape.norm_eps,
         add_bias_linear=False,
         add_qkv_bias=shape.qkv_bias,
+        qk_layernorm=shape.qk_norm,  # megatron then sums these norms' gradients over TP ranks, which hold other heads
         hidden_dropout=cfg.dropout,
         attention_dropout=cfg.dropout,
         tensor_model_parallel_size=tp,

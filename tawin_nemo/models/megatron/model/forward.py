@@ -21,6 +21,9 @@ from tawin_nemo.models.megatron.parallel import runtime
 from tawin_nemo.types import Children, TokenBatch
 from tawin_nemo.util.torch_modes import without_modes
 
+#: Attributes of megatron's modules for activations that are split along the sequence.
+_SEQUENCE_FLAGS = ("sequence_parallel", "reduce_scatter_embeddings", "scatter_to_sequence_parallel")
+
 
 def padding(tokens: int, config: TransformerConfig) -> int:
     """Padding tokens that layout and precision need behind a flat row of this many tokens.
@@ -68,3 +71,20 @@ def modes(model: torch.nn.Module, *, training: bool) -> Iterator[None]:
         yield
     finally:
         model.train(before)
+
+
+@contextlib.contextmanager
+def without_sequence_parallel(model: GPTModel) -> Iterator[None]:
+    """Switch sequence parallelism off: a decoding step has few tokens. megatron reads these flags in every forward."""
+    if not model.config.sequence_parallel:
+        yield
+        return
+    holders = [model.config, *model.modules()]
+    flagged = [(holder, flag) for holder in holders for flag in _SEQUENCE_FLAGS if getattr(holder, flag, None) is True]
+    try:
+        for holder, flag in flagged:
+            setattr(holder, flag, False)
+        yield
+    finally:
+        for holder, flag in flagged:
+            setattr(holder, flag, True)

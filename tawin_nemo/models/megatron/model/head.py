@@ -168,6 +168,14 @@ def best_tokens(model: GPTModel, hidden_ND: Tensor) -> Tensor:
     return both[:, 1].gather(0, rank_N.unsqueeze(0))[0].long()
 
 
+@torch.no_grad()
+def top_tokens(model: GPTModel, hidden_ND: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The ``count`` likeliest tokens of each row, best first, and log-probs, equal on all TP ranks. [N, count]."""
+    logp_NV = full_logits_NV(model, hidden_ND).log_softmax(dim=1)
+    logp_NK, token_NK = logp_NV.topk(min(count, logp_NV.shape[1]), dim=1)
+    return token_NK, logp_NK
+
+
 def _wide(tensor: Tensor) -> Tensor:
     return tensor if tensor.dtype == torch.float64 else tensor.float()
 

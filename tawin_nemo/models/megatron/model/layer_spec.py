@@ -47,6 +47,8 @@ def layer_spec(config: TransformerConfig) -> ModuleSpec:
     layer.submodules.pre_mlp_layernorm = RMSNorm
     attention, mlp = layer.submodules.self_attention.submodules, layer.submodules.mlp.submodules
     attention.core_attention = PlannedAttention
+    if config.qk_layernorm:  # of each head, before RoPE; every TP rank holds the whole weight
+        attention.q_layernorm = attention.k_layernorm = RMSNorm
     if config.fp8 is not None:
         column, row = engine_layers()
         attention.linear_qkv, attention.linear_proj = column, row

@@ -27,6 +27,7 @@ SHAPES = {
     "as many keys as queries": replace(QWEN, kv_heads=4),
     "one key for all queries": replace(QWEN, kv_heads=1),
     "no bias, own head": replace(QWEN, family="llama", tied=False),
+    "qwen3, own head": replace(QWEN, family="qwen3", head_dim=16),
     "scaled positions": replace(QWEN, rope_scaling=RopeScaling(8.0, 1.0, 4.0, 16)),
 }
 PROMPTS = [[3, 9, 27, 4, 5, 6, 8, 11, 2], [1, 2, 3, 4], [50, 40, 30, 20, 10, 5, 1], [7], [8, 8, 8, 1, 9, 9]]

@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 
 import pytest
-from transformers import AutoConfig, LlamaConfig, Qwen2Config
+from transformers import AutoConfig, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 
 from tawin_nemo.config.backbones import BACKBONES, Backbone, RopeScaling
 from tawin_nemo.models.megatron.hf.config import backbone_from_hf, hf_config
@@ -62,15 +62,23 @@ def test_every_key_is_read(tmp_path: Path) -> None:
     )
 
 
-@pytest.mark.parametrize("config", [Qwen2Config(vocab_size=9), LlamaConfig(vocab_size=9)], ids=["qwen2", "llama"])
-def test_absent_keys_take_the_defaults_of_transformers(tmp_path: Path, config: Qwen2Config) -> None:
-    sparse = {key: getattr(config, key) for key in QWEN if key not in ("rope_theta", "use_sliding_window")}
+FAMILIES = [Qwen2Config, Qwen3Config, LlamaConfig, MistralConfig]
+NOT_NEEDED = ("rope_theta", "use_sliding_window", "num_key_value_heads")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_absent_keys_take_the_defaults_of_transformers(tmp_path: Path, family: type) -> None:
+    config = family(vocab_size=9)
+    sparse = {key: getattr(config, key) for key in QWEN if key not in NOT_NEEDED}
     shape = backbone_from_hf(write(tmp_path, sparse))
     assert shape.rope_theta == config.rope_theta
     assert shape.norm_eps == config.rms_norm_eps
     assert shape.max_position == config.max_position_embeddings
     assert shape.init_std == config.initializer_range
     assert shape.tied == config.tie_word_embeddings
+    assert shape.kv_heads == config.num_key_value_heads
+    assert shape.kv_channels == (getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
+    assert shape.window == (config.sliding_window if family is MistralConfig else 0)
 
 
 def test_both_spellings_of_the_rope_settings(tmp_path: Path) -> None:
@@ -82,7 +90,7 @@ def test_both_spellings_of_the_rope_settings(tmp_path: Path) -> None:
     assert (old.rope_theta, old.rope_scaling) == (5e5, RopeScaling(32.0, 1.0, 4.0, 8192))
 
 
-@pytest.mark.parametrize("name", ["qwen2.5-0.5b", "qwen2.5-7b", "llama-3.2-1b"])
+@pytest.mark.parametrize("name", ["qwen2.5-0.5b", "qwen2.5-7b", "llama-3.2-1b", "qwen3-0.6b", "mistral-7b"])
 def test_export_is_read_back_and_understood_by_transformers(tmp_path: Path, name: str) -> None:
     shape = BACKBONES[name]
     back = backbone_from_hf(write(tmp_path, hf_config(shape, dtype="bfloat16", eos_token_id=7)))
@@ -143,7 +151,17 @@ def test_notes_of_other_tools_and_absent_features_are_no_error(
     assert backbone_from_hf(write(tmp_path, {**QWEN, **notes})) == backbone_from_hf(write(tmp_path, QWEN))
 
 
-@pytest.mark.parametrize("family", [Qwen2Config, LlamaConfig])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_every_key_that_transformers_writes_is_known(tmp_path: Path, family: type) -> None:
     config = {**family().to_dict(), **QWEN, "model_type": family.model_type}
     assert backbone_from_hf(write(tmp_path, config)).hidden == 32
+
+
+@pytest.mark.parametrize(("window", "positions"), [(None, 256), (512, 256), (100, 100)])
+def test_a_window_of_mistral_limits_the_positions_and_is_exported(
+    tmp_path: Path, window: int | None, positions: int
+) -> None:
+    config = {**QWEN, "model_type": "mistral", "max_position_embeddings": 256, "sliding_window": window}
+    shape = backbone_from_hf(write(tmp_path, config))
+    assert (shape.positions, shape.max_position) == (positions, 256)
+    assert hf_config(shape)["sliding_window"] == window

@@ -6,14 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import (
-    AutoModelForCausalLM,
-    LlamaConfig,
-    LlamaForCausalLM,
-    PreTrainedModel,
-    Qwen2Config,
-    Qwen2ForCausalLM,
-)
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from tawin_nemo.config.backbones import with_vocab
 from tawin_nemo.config.schema import ModelConfig
@@ -23,33 +16,16 @@ from tawin_nemo.models.megatron.model import build
 from tawin_nemo.models.megatron.model.build import build_model
 from tawin_nemo.models.megatron.parallel import runtime
 from tawin_nemo.util.errors import CheckpointError, ConfigError
+from tests.models.megatron.hf.random_models import VOCAB, random_model
 
 LOGITS_ATOL = 1e-5  # float32, another order of the sums
-VOCAB = 37
-SIZES = {
-    "vocab_size": VOCAB, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2,
-    "intermediate_size": 48, "max_position_embeddings": 256, "rope_theta": 1e4,
-}  # fmt: skip
-LLAMA3 = {
-    "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 32,
-}  # fmt: skip
+MODELS = (
+    "qwen2-tied", "qwen2-untied", "qwen3-tied", "qwen3-untied", "llama-tied", "llama-untied", "llama9-tied",
+    "mistral-untied",
+)  # fmt: skip
 
 
-def random_model(kind: str, *, tied: bool) -> PreTrainedModel:
-    """Random weights, none of them at a special value (norms not 1, biases not 0)."""
-    torch.manual_seed(7)
-    if kind == "qwen2":
-        model: PreTrainedModel = Qwen2ForCausalLM(Qwen2Config(**SIZES, tie_word_embeddings=tied))
-    else:
-        model = LlamaForCausalLM(LlamaConfig(**SIZES, tie_word_embeddings=tied, head_dim=16, rope_scaling=LLAMA3))
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            parameter.normal_(1.0 if "norm" in name else 0.0, 0.2)
-    return model.eval()
-
-
-@pytest.fixture(scope="module", params=["qwen2-tied", "qwen2-untied", "llama-tied", "llama-untied"])
+@pytest.fixture(scope="module", params=MODELS)
 def source(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, PreTrainedModel]:
     kind, tied = request.param.split("-")
     model = random_model(kind, tied=tied == "tied")

@@ -17,6 +17,7 @@ from tawin_nemo.models.megatron.model.head import (
     head_weight_VD,
     select_rows,
     token_logprobs,
+    top_tokens,
 )
 from tawin_nemo.models.megatron.parallel import runtime
 from tawin_nemo.types import Children
@@ -153,3 +154,8 @@ def test_the_best_token_is_never_a_padded_row_and_the_first_of_equal_ones(tied: 
         weight_VD[30] = weight_VD[4]
     logits_NV = full_logits_NV(built, hidden_ND)
     assert best_tokens(built, hidden_ND).tolist() == [row.index(max(row)) for row in logits_NV.tolist()]
+    tokens, logp = top_tokens(built, hidden_ND, 3)
+    assert tokens.max() < REAL
+    torch.testing.assert_close(logp, logits_NV.log_softmax(1).gather(1, tokens))
+    assert torch.equal(logp, logits_NV.log_softmax(1).sort(dim=1, descending=True).values[:, :3])
+    assert top_tokens(built, hidden_ND, 1000)[0].shape == logits_NV.shape
