@@ -3,7 +3,7 @@
 Chunks whose lines are all good are parsed by polars. A chunk with anything doubtful in it is read again line by line,
 which says what is wrong with which line; the good lines of such a chunk are kept. Lines in Python's notation
 (``{'asin': ...}``, Amazon 2014) are read as such. Half a surrogate pair (valid JSON, no Unicode text) becomes U+FFFD in
-a text, and makes a line unusable where it stands in an id: polars would keep its broken bytes, so such chunks are doubtful.
+a text and makes a line unusable where it stands in an id; chunks with one are doubtful.
 """
 
 from __future__ import annotations
@@ -158,8 +158,8 @@ def _parse_lines(chunk: bytes, first_line: int, fields: list[Field], problems: P
 
 def _parse_line(text: bytes, fields: list[Field]) -> dict[str, Any] | str:
     """The wanted fields of one line, or the reason why the line is unusable."""
-    value = _parsed(text)
-    if value is _INVALID:
+    value = parse_line(text)
+    if value is NOT_JSON:
         return "not valid JSON"
     if not isinstance(value, dict):
         return "not a JSON object"
@@ -177,20 +177,20 @@ def _parse_line(text: bytes, fields: list[Field]) -> dict[str, Any] | str:
     return row
 
 
-_INVALID = object()
+NOT_JSON = object()
 
 
-def _parsed(text: bytes) -> Any:
-    """The value of a line in JSON, or in Python's notation of a dictionary; _INVALID if it is neither."""
+def parse_line(text: bytes) -> Any:
+    """The value of a line in JSON, or in Python's notation of a dictionary; NOT_JSON if it is neither."""
     try:
         return json.loads(text, parse_constant=_refuse_constant)
     except (ValueError, RecursionError):
         if not text.lstrip().startswith((b"{'", b"{u'")):
-            return _INVALID
+            return NOT_JSON
     try:
         return ast.literal_eval(text.decode("utf-8").strip())
     except (ValueError, SyntaxError, RecursionError, MemoryError):
-        return _INVALID
+        return NOT_JSON
 
 
 def _refuse_constant(name: str) -> None:

@@ -81,7 +81,7 @@ class Selection:
 class Reviews:
     """Reviews inside the time window (REVIEW_SCHEMA, in file order), and the counts before the window is applied.
 
-    ``selected``: name and rows of each filter by event or rating, in their order; ``kinds``: rows of each kind of event.
+    ``selected``: name and rows of each filter by event or rating, in order; ``kinds``: rows of each kind of event.
     """
 
     inside: pl.DataFrame
@@ -198,7 +198,7 @@ class _Selecting:
 
 
 def collect_reviews(frames: Iterable[pl.DataFrame], period: Period, selection: Selection | None = None) -> Reviews:
-    """Gather frames of REVIEW_SCHEMA; rows that ``selection`` or the period do not want are counted and dropped at once.
+    """Gather frames of REVIEW_SCHEMA; rows outside of ``selection`` or the period are counted and dropped at once.
 
     Times come out in seconds, rows in file order, except that finer times order them where the log has them. Raises
     DataError for times of mixed units, and when more than 1 % are implausible.
