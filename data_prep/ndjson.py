@@ -71,6 +71,12 @@ class Problems:
         if len(lines) < EXAMPLES:
             lines.append(line)
 
+    def add_all(self, reason: str, lines: pl.Series) -> None:
+        """Count several lines that are unusable for ``reason``."""
+        self.counts[reason] = self.counts.get(reason, 0) + len(lines)
+        kept = self.examples.setdefault(reason, [])
+        kept += lines.head(EXAMPLES - len(kept)).to_list()
+
     @property
     def total(self) -> int:
         """Unusable lines, over all reasons."""

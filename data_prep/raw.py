@@ -146,9 +146,9 @@ class Clock:
             counts = ", ".join(f"{self.rows[unit]} in {unit} (such as {self.examples[unit]})" for unit in units)
             raise DataError(f"times of mixed units: {counts}; write all of them in the same one")
         ticks = UNITS[units[0]] if units else 1
-        rest = (pl.col(TIME) % ticks).cast(pl.Float64) / ticks
         own = pl.col(FRACTION) if FRACTION in frame.columns else pl.lit(0.0)
-        return frame.filter(known).with_columns((rest + own).alias(FRACTION), pl.col(TIME) // ticks)
+        rest = ((pl.col(TIME) % ticks).cast(pl.Float64) + own) / ticks
+        return frame.filter(known).with_columns(rest.alias(FRACTION), pl.col(TIME) // ticks)
 
     def report(self) -> None:
         """Say the unit where it is not seconds, and dropped rows. Raises DataError when those are more than 1 %."""

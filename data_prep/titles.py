@@ -80,8 +80,13 @@ def join_json_list(text: str | None, separator: str) -> str:
     if text.startswith("["):
         parts = _list(text)
         if isinstance(parts, list):
-            return separator.join(cleaned for part in _flat(parts) if (cleaned := clean_text(part)))
+            return join_list(parts, separator)
     return clean_text(text)
+
+
+def join_list(parts: list[object] | None, separator: str) -> str:
+    """The cleaned texts of a list, also of lists in it, joined; "" for None."""
+    return separator.join(cleaned for part in _flat(parts or []) if (cleaned := clean_text(part)))
 
 
 def _list(text: str) -> object:
