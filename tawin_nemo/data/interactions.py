@@ -1,14 +1,14 @@
 """The prepared data set on disk, read back and checked.
 
-Layout of the folder: ``items.parquet`` (item, external_id, title, description, brand, category), one Parquet file per
-split (user, history, target, time; candidates where rows have candidate sets), further files such as code indices, and
-``manifest.json`` with the SHA-256 of each of them.
+Layout of the folder: ``items.parquet`` (item, external_id, title, description, brand, category), ``users.parquet`` (user,
+external_id) where users have names, one Parquet file per split (user, history, target, time; candidates where rows have
+candidate sets), further files such as code indices, and ``manifest.json`` with the SHA-256 of each of them.
 """
 
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,9 @@ from tawin_nemo.util.files import sha256
 
 FORMAT = "tawin_nemo.prepared.v1"
 MANIFEST = "manifest.json"
-ITEMS_FILE = "items.parquet"
+ITEMS_FILE, USERS_FILE = "items.parquet", "users.parquet"
+#: Key of the manifest of data without item texts: their titles are external ids.
+NO_TITLES = "titles_are_ids"
 #: Columns of ITEMS_FILE besides ITEM, EXTERNAL_ID and TITLE.
 DESCRIPTION, BRAND, CATEGORY = "description", "brand", "category"
 
@@ -67,13 +69,26 @@ class ItemFrame:
 
 @dataclass(frozen=True)
 class Dataset:
-    """A prepared data set: its items, its three splits and the manifest that the preparation wrote."""
+    """A prepared data set: its items, its three splits and the manifest that the preparation wrote.
+
+    ``users``: external id of each user number, empty where users have no names.
+    """
 
     items: ItemFrame
     train: Split
     valid: Split
     test: Split
     manifest: dict[str, Any]
+    users: dict[int, str] = field(default_factory=dict)
+
+    @property
+    def has_titles(self) -> bool:
+        """Whether items have texts; without, their titles are external ids."""
+        return not self.manifest.get(NO_TITLES)
+
+    def user_ids(self, user_N: np.ndarray) -> list[str | None]:
+        """External ids of users [N]; None for users without a name."""
+        return [self.users.get(user) for user in user_N.tolist()]
 
 
 def read_manifest(root: Path) -> dict[str, Any]:
@@ -116,7 +131,7 @@ def load_dataset(root: Path) -> Dataset:
     verify_files(root, manifest)
     items = _read_items(root / ITEMS_FILE)
     train, valid, test = (_read_split(root / f"{split}.parquet", len(items)) for split in SPLITS)
-    return Dataset(items, train, valid, test, manifest)
+    return Dataset(items, train, valid, test, manifest, _read_users(root, manifest))
 
 
 def _read_table(path: Path, columns: list[str]) -> pa.Table:
@@ -140,6 +155,13 @@ def _read_items(path: Path) -> ItemFrame:
     if not np.array_equal(index, np.arange(len(index))):
         raise DataError(f"{path}: column {ITEM!r} must be 0..{len(index) - 1} in order; {_AGAIN}")
     return ItemFrame(*(table[name].to_pylist() for name in columns[1:]))
+
+
+def _read_users(root: Path, manifest: dict[str, Any]) -> dict[int, str]:
+    if USERS_FILE not in manifest["files"]:
+        return {}
+    table = _read_table(root / USERS_FILE, [USER, EXTERNAL_ID])
+    return dict(zip(table[USER].to_pylist(), table[EXTERNAL_ID].to_pylist(), strict=True))
 
 
 def _read_split(path: Path, num_items: int) -> Split:
