@@ -163,7 +163,7 @@ def read(name: str, sources: Sources, prepare: PrepareConfig, period: Period) ->
     )  # fmt: skip
     for problems in log_problems:
         problems.report()
-        _check_share(problems)
+        check_share(problems)
     wanted = reviews.inside[ITEM].unique()
     if sources.items is not None:
         problems = Problems(sources.items.path)
@@ -178,7 +178,8 @@ def read(name: str, sources: Sources, prepare: PrepareConfig, period: Period) ->
     return RawData(name, "table", period, reviews, None, log_problems)
 
 
-def _check_share(problems: Problems) -> None:
+def check_share(problems: Problems) -> None:
+    """Raise DataError, with the reasons, when more than UNUSABLE_SHARE of a file's rows are unusable."""
     if problems.total > UNUSABLE_SHARE * problems.lines:
         reasons = ", ".join(f"{reason}: {count:,}" for reason, count in sorted(problems.counts.items()))
         raise DataError(

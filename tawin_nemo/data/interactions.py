@@ -1,14 +1,14 @@
 """The prepared data set on disk, read back and checked.
 
-Layout of the folder: ``items.parquet`` (item, external_id, title, description, brand, category), ``users.parquet`` (user,
-external_id) where users have names, one Parquet file per split (user, history, target, time; candidates where rows have
+Layout of the folder: ``items.parquet`` (item, external_id, title, description, brand, category), ``users.parquet``
+(user, external_id, by user) where users have names, one Parquet file per split (user, history, target, time; candidates where rows have
 candidate sets), further files such as code indices, and ``manifest.json`` with the SHA-256 of each of them.
 """
 
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +71,7 @@ class ItemFrame:
 class Dataset:
     """A prepared data set: its items, its three splits and the manifest that the preparation wrote.
 
-    ``users``: external id of each user number, empty where users have no names.
+    ``users``: USER and EXTERNAL_ID, ordered by user number; None where users have no names.
     """
 
     items: ItemFrame
@@ -79,7 +79,7 @@ class Dataset:
     valid: Split
     test: Split
     manifest: dict[str, Any]
-    users: dict[int, str] = field(default_factory=dict)
+    users: pa.Table | None = None
 
     @property
     def has_titles(self) -> bool:
@@ -88,7 +88,13 @@ class Dataset:
 
     def user_ids(self, user_N: np.ndarray) -> list[str | None]:
         """External ids of users [N]; None for users without a name."""
-        return [self.users.get(user) for user in user_N.tolist()]
+        if self.users is None or not len(self.users):
+            return [None] * len(user_N)
+        numbers_U = self.users[USER].to_numpy()
+        place_N = np.searchsorted(numbers_U, user_N).clip(max=len(numbers_U) - 1)
+        known_N = numbers_U[place_N] == user_N
+        names = self.users[EXTERNAL_ID].take(pa.array(place_N)).to_pylist()
+        return [name if known else None for name, known in zip(names, known_N.tolist(), strict=True)]
 
 
 def read_manifest(root: Path) -> dict[str, Any]:
@@ -157,11 +163,8 @@ def _read_items(path: Path) -> ItemFrame:
     return ItemFrame(*(table[name].to_pylist() for name in columns[1:]))
 
 
-def _read_users(root: Path, manifest: dict[str, Any]) -> dict[int, str]:
-    if USERS_FILE not in manifest["files"]:
-        return {}
-    table = _read_table(root / USERS_FILE, [USER, EXTERNAL_ID])
-    return dict(zip(table[USER].to_pylist(), table[EXTERNAL_ID].to_pylist(), strict=True))
+def _read_users(root: Path, manifest: dict[str, Any]) -> pa.Table | None:
+    return _read_table(root / USERS_FILE, [USER, EXTERNAL_ID]) if USERS_FILE in manifest["files"] else None
 
 
 def _read_split(path: Path, num_items: int) -> Split:
