@@ -59,10 +59,8 @@ def untitled(reviews: pl.DataFrame) -> tuple[pl.DataFrame, dict[str, Any]]:
 
 
 def _report(reason: str, items: pl.DataFrame) -> None:
-    examples = ", ".join(
-        item if title is None else f"{item} {_short(title)!r}"
-        for item, title in items.select(ITEM, TITLE).head(3).rows()
-    )
+    first = items.select(ITEM, TITLE).head(3).rows()
+    examples = ", ".join(item if title is None else f"{item} {_short(title)!r}" for item, title in first)
     remedy = f"; {REMEDY[reason]} decides" if reason in REMEDY else ""
     say(f"{items.height:,} items skipped ({reason}{remedy}), e.g. {examples}")
 
@@ -77,6 +75,10 @@ def ready_made(items: pl.DataFrame, prepare: PrepareConfig, source: str) -> pl.D
     Their items cannot be dropped, because the samples name them: a reserved token in a title raises DataError that
     names the item, unless ``prepare.reserved_tokens=escape``; so does a title of more than ``prepare.max_title_chars``.
     """
+    blank = items[TITLE].str.strip_chars() == ""
+    if blank.any():
+        say(f"{source}: {blank.sum():,} items have no title; their id is written instead")
+        items = items.with_columns(pl.when(blank).then(pl.col(EXTERNAL_ID)).otherwise(pl.col(TITLE)).alias(TITLE))
     if prepare.decode_entities:
         items = items.with_columns(
             pl.Series(name, [html.unescape(text) for text in items[name]], dtype=pl.String) for name in ITEM_TEXTS

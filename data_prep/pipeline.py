@@ -75,9 +75,8 @@ def _check_selected(raw: RawData, steps: list[Step]) -> None:
         steps.append(Step(name, rows, None, None))
         kinds = sorted(raw.reviews.kinds.items(), key=lambda kind: -kind[1])[:8]
         seen = ", ".join(f"{kind} ({count:,})" for kind, count in kinds)
-        _check_not_empty(
-            raw, steps, f"the log has the events {seen}" if "events" in name else "lower prepare.min_rating"
-        )
+        remedy = f"the log has the events {seen}" if name.startswith("events") else "lower prepare.min_rating"
+        _check_not_empty(raw, steps, remedy)
 
 
 def _codes(column: pl.Series) -> np.ndarray:
@@ -129,8 +128,8 @@ def k_core(user_N: np.ndarray, item_N: np.ndarray, k: int) -> np.ndarray:
 def sliding_windows(user_N: np.ndarray, item_N: np.ndarray, time_N: np.ndarray, max_history: int) -> Split:
     """Every interaction of a user but the first becomes a target; its history is the up to ``max_history`` before it.
 
-    Ties in time are broken by the order of the input (``ties.order_ties``) within a user, and by user, then by position,
-    between samples. A sample's time is its target's; the samples are in global time order.
+    Ties in time are broken by the order of the input (``ties.order_ties``) within a user, and by user, then by
+    position, between samples. A sample's time is its target's; the samples are in global time order.
     """
     order = np.lexsort((time_N, user_N))  # lexsort is stable: equal times keep their input order
     user, item, time = user_N[order], item_N[order], time_N[order]

@@ -138,7 +138,9 @@ def read(name: str, files: list[Path], prepare: PrepareConfig, max_history: int)
     return Prepared(
         name, "split_csv", frame, splits, min(max_history, longest),
         [Step("samples as imported", first, len(users), len(ids))],
-        problems={f"{split} {problem.path.name}": problem.as_dict() for split, problem in zip(SPLITS, problems)},
+        problems={
+            f"{split} {found.path.name}": found.as_dict() for split, found in zip(SPLITS, problems, strict=True)
+        },
         extra_files=_index_file(name, ids, items), users=user_table(pl.Series(users, dtype=pl.String)),
         has_titles=bool(items.titles),
     )  # fmt: skip

@@ -232,18 +232,23 @@ def as_ids(column: pl.Series) -> pl.Series:
     return text.to_frame("t").select(pl.when(pl.col("t") != "").then(pl.col("t")).alias(column.name))[column.name]
 
 
+def read_items(table: Table) -> pl.DataFrame:
+    """Cleaned texts (ITEM_SCHEMA) of all items of a table. Raises ConfigError without an item and a title column."""
+    return _items([table], ColumnsConfig(), None, [Problems(table.path)])
+
+
 def _items(
-    tables: Sequence[Table], given: ColumnsConfig, wanted: pl.Series, problems: Sequence[Problems]
+    tables: Sequence[Table], given: ColumnsConfig, wanted: pl.Series | None, problems: Sequence[Problems]
 ) -> pl.DataFrame:  # fmt: skip
-    """Cleaned texts (ITEM_SCHEMA) of the items in ``wanted``, each once."""
+    """Cleaned texts (ITEM_SCHEMA) of the items in ``wanted`` (None = all), each once."""
     parts = [pl.DataFrame(schema=ITEM_SCHEMA)]
     for table, problem in zip(tables, problems, strict=True):
         found = roles_.roles_of(table.path, table.columns, (ITEM, TITLE), given)
         roles = {role: found[role] for role in (ITEM, *ITEM_TEXTS) if role in found}
         for raw in frames(table, roles, problem):
             frame = raw.with_columns(as_ids(raw[ITEM]))
-            frame = frame.filter(pl.col(ITEM).is_in(wanted.implode())).unique(ITEM, keep="first", maintain_order=True)
-            parts.append(_texts(frame))
+            known = pl.col(ITEM).is_not_null() if wanted is None else pl.col(ITEM).is_in(wanted.implode())
+            parts.append(_texts(frame.filter(known).unique(ITEM, keep="first", maintain_order=True)))
     return pl.concat(parts).unique(EXTERNAL_ID, keep="first", maintain_order=True)
 
 

@@ -66,7 +66,7 @@ def is_hf(path: Path) -> bool:
 def open_table(path: Path, given: ColumnsConfig) -> Table | None:
     """The table in ``path``; None if it is text without columns.
 
-    Raises DataError, with the remedy, for a file that is recognised and cannot be read as a table, such as a JSON array.
+    Raises DataError, with the remedy, for a file that is recognised and cannot be read as one, such as a JSON array.
     """
     if path.is_dir():
         if not is_hf(path):

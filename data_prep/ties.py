@@ -29,7 +29,7 @@ def order_ties(item_N: np.ndarray, ties: str, seed: int) -> np.ndarray:
 
 
 def tie_statistics(user_N: np.ndarray, item_N: np.ndarray, time_N: np.ndarray) -> dict[str, Any]:
-    """Neighbours (an interaction and the same user's next), those of equal time, and how many have the larger id second.
+    """Neighbours (an interaction and the same user's next), those of equal time, share with the larger id second.
 
     Rows are in the order that ``sliding_windows`` breaks ties by. ``larger_id_share`` is taken over tied neighbours of
     different items, None without any; an order that knows nothing of ids gives 0.5.

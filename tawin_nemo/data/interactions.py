@@ -1,8 +1,8 @@
 """The prepared data set on disk, read back and checked.
 
 Layout of the folder: ``items.parquet`` (item, external_id, title, description, brand, category), ``users.parquet``
-(user, external_id, by user) where users have names, one Parquet file per split (user, history, target, time; candidates where rows have
-candidate sets), further files such as code indices, and ``manifest.json`` with the SHA-256 of each of them.
+(user, external_id, by user) where users have names, one Parquet file per split (user, history, target, time; candidates
+where rows have candidate sets), further files such as code indices, and ``manifest.json`` with the SHA-256 of each.
 """
 
 from __future__ import annotations
