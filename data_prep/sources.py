@@ -40,7 +40,7 @@ def detect(root: Path, prepare: PrepareConfig | None = None) -> str:
         "beside NAME.json[.gz] (amazon), *review*.json[.gz] beside *business*.json[.gz] (yelp), a CSV file with "
         "history_item_id for each split (split_csv), and a table with user, item and time in CSV, TSV, JSON lines, "
         "Parquet or a folder of datasets (table); set data.dataset, prepare.reviews, prepare.metadata and "
-        "prepare.columns for other names"
+        "prepare.columns for other names" + table.seen(root)
     )
 
 

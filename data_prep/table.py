@@ -93,6 +93,13 @@ def finds_log(root: Path, prepare: PrepareConfig) -> bool:
     return True
 
 
+def seen(root: Path) -> str:
+    """The tables in ``root`` and their columns, to be added to a message; empty where there are none."""
+    tables, _ = _tables(root, ColumnsConfig())
+    shown = [f"; {table.path.name} has the columns {', '.join(table.columns[:12])}" for table in tables[:5]]
+    return "".join(shown)
+
+
 def _named(root: Path, key: str, name: str) -> list[Path]:
     paths = sorted(root.glob(name)) if any(mark in name for mark in "*?[") else [root / name]
     if not paths or not paths[0].exists():
@@ -140,10 +147,10 @@ def _log(root: Path, logs: list[Table], tables: list[Table], unusable: list[str]
     if logs:
         names = ", ".join(table.path.name for table in logs)
         raise DataError(f"set prepare.reviews to one file in {root}, or a pattern; candidates: {names}")
-    seen = [f"{table.path.name} has the columns {', '.join(table.columns[:12])}" for table in tables[:5]]
+    shown = [f"{table.path.name} has the columns {', '.join(table.columns[:12])}" for table in tables[:5]]
     raise DataError(
         f"no log in {root}: a table with a user, an item and a time in each row. "
-        + "; ".join([*unusable[:3], *seen] or ["it holds no CSV, TSV, JSON lines, Parquet or folder of datasets"])
+        + "; ".join([*unusable[:3], *shown] or ["it holds no CSV, TSV, JSON lines, Parquet or folder of datasets"])
         + ". Name the columns with prepare.columns.user, .item and .time, the file with prepare.reviews"
     )
 
