@@ -40,6 +40,8 @@ ENDINGS = {".csv", ".tsv", ".txt", ".dat", ".data", ".inter", ".item", ".parquet
 #: Share of rows without user, item or readable time that is skipped; more of them is an error.
 UNUSABLE_SHARE = 0.1
 DESCRIPTION_LIMIT = 4000
+#: Titles per item of a log's own title column beyond which the column says something about rows, not items.
+DIFFERING_TITLES = 1.2
 
 
 @dataclass(frozen=True)
@@ -53,12 +55,16 @@ class Sources:
     def files(self) -> list[Path]:
         """All files that the result depends on."""
         paths = [table.path for table in (*self.logs, *([self.items] if self.items else []))]
-        return [file for path in paths for file in (sorted(path.rglob("*.*")) if path.is_dir() else [path])]
+        return [file for path in paths for file in (_files_below(path) if path.is_dir() else [path])]
 
     @property
     def name(self) -> str:
         """A name for the data set: the log's file name up to its first dot."""
         return self.logs[0].path.name.split(".", 1)[0]
+
+
+def _files_below(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*") if path.is_file())
 
 
 def find(root: Path, prepare: PrepareConfig) -> Sources:
@@ -177,12 +183,28 @@ def read(name: str, sources: Sources, prepare: PrepareConfig, period: Period) ->
         items = _items([sources.items], prepare.columns, wanted, [problems])
         problems.report()
         return RawData(name, "table", period, reviews, items, [*log_problems, problems])
-    first = sources.logs[0]
-    if TITLE in roles_.match(first.columns, prepare.columns):
-        items = _items(sources.logs, prepare.columns, wanted, [Problems(table.path) for table in sources.logs])
-        return RawData(name, "table", period, reviews, items, log_problems)
-    say(f"no item file beside {first.path.name}: titles are the item ids, enough for classic baselines")
-    return RawData(name, "table", period, reviews, None, log_problems)
+    items = _own_items(sources.logs, prepare.columns, wanted)
+    if items is None:
+        log = sources.logs[0].path.name
+        say(f"no item file beside {log}: titles are the item ids, enough for classic baselines")
+    return RawData(name, "table", period, reviews, items, log_problems)
+
+
+def _own_items(logs: Sequence[Table], given: ColumnsConfig, wanted: pl.Series) -> pl.DataFrame | None:
+    """The items' texts from the log's own columns; None without a title column.
+
+    A column that is called title and differs between the rows of an item (a review's title) is no item title, unless
+    ``prepare.columns.title`` names it.
+    """
+    titled = roles_.match(logs[0].columns, given).get(TITLE)
+    if titled is None:
+        return None
+    items = _items(logs, given, wanted, [Problems(table.path) for table in logs], every_title=True)
+    kept = items.unique(EXTERNAL_ID, keep="first", maintain_order=True)
+    if not given.title and items.height > DIFFERING_TITLES * kept.height:
+        say(f"the column {titled} of {logs[0].path.name} differs between rows of one item: it is not the item's title")
+        return None
+    return kept
 
 
 def check_share(problems: Problems) -> None:
@@ -245,18 +267,21 @@ def read_items(table: Table) -> pl.DataFrame:
 
 
 def _items(
-    tables: Sequence[Table], given: ColumnsConfig, wanted: pl.Series | None, problems: Sequence[Problems]
+    tables: Sequence[Table], given: ColumnsConfig, wanted: pl.Series | None, problems: Sequence[Problems],
+    *, every_title: bool = False,
 ) -> pl.DataFrame:  # fmt: skip
-    """Cleaned texts (ITEM_SCHEMA) of the items in ``wanted`` (None = all), each once."""
+    """Cleaned texts (ITEM_SCHEMA) of the items in ``wanted`` (None = all): each once, or once with each of its titles."""
     parts = [pl.DataFrame(schema=ITEM_SCHEMA)]
+    key = [ITEM, TITLE] if every_title else [ITEM]
     for table, problem in zip(tables, problems, strict=True):
         found = roles_.roles_of(table.path, table.columns, (ITEM, TITLE), given)
         roles = {role: found[role] for role in (ITEM, *ITEM_TEXTS) if role in found}
         for raw in frames(table, roles, problem):
             frame = raw.with_columns(as_ids(raw[ITEM]))
             known = pl.col(ITEM).is_not_null() if wanted is None else pl.col(ITEM).is_in(wanted.implode())
-            parts.append(_texts(frame.filter(known).unique(ITEM, keep="first", maintain_order=True)))
-    return pl.concat(parts).unique(EXTERNAL_ID, keep="first", maintain_order=True)
+            parts.append(_texts(frame.filter(known).unique(key, keep="first", maintain_order=True)))
+    unique = [EXTERNAL_ID, TITLE] if every_title else [EXTERNAL_ID]
+    return pl.concat(parts).unique(unique, keep="first", maintain_order=True)
 
 
 def _texts(frame: pl.DataFrame) -> pl.DataFrame:

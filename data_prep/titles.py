@@ -19,7 +19,7 @@ _NEEDS_CLEANING = r"[<&\x00-\x1f\x7f\u00a0\u200b\ufeff]|\s\s|^\s|\s$|[\u2000-\u2
 #: A function has braces or no name before its bracket: "Multi-Function (Black)" is a title.
 _MARKUP = (
     r"(?i)</?[a-z]|<!|&[a-z]{2,8};|&#\d+;|getTime\s*\(|\bvar \w+\s*="
-    r"|[=(,;:{]\s*function\s*\(|\bfunction\b[^(){}]*\([^(){}]*\)\s*\{"
+    r"|[=;{]\s*function\s*\(|\(function\(|\bfunction\b[^(){}]*\([^(){}]*\)\s*\{"
 )
 #: Tokens that tokenizers reserve: end of text, padding, chat and template markers.
 RESERVED = r"<\|[^\s|<>]{1,64}\|>|</?s>|<(?:pad|unk|eos|bos|mask)>"

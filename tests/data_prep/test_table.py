@@ -190,7 +190,7 @@ def test_columns_are_keys_of_a_recipe_and_of_the_command_line(tmp_path: Path) ->
 
 
 def test_other_names_give_another_request(tmp_path: Path) -> None:
-    """A finished folder is not reused when a column, the split or the order of ties changes; defaults leave no trace."""
+    """A finished folder is not reused when a column, the split or ties change; defaults leave no trace."""
     write(tmp_path, [(*row, row[0][::-1]) for row in rows()], f"{HEADER},member")
     parameters = run(tmp_path).manifest["request"]["parameters"]
     assert set(parameters) == {"source", "name", "max_history", "start", "end", "k_core", "max_title_words"}
@@ -312,3 +312,17 @@ def test_without_an_item_file_titles_are_ids_and_a_language_model_is_refused(
     check_titles(load_recipe(None, ["catalog.kind=sid", "catalog.index=x.json"]), dataset)
     write(tmp_path)
     check_titles(load_recipe(None, []), run(tmp_path))
+
+
+def test_a_title_column_of_the_log_counts_if_it_belongs_to_items(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Amazon's reviews of 2023 have a title, which is the review's."""
+    write(tmp_path, [(*row, title(int(row[1][1:]))) for row in rows()], f"{HEADER},title", items=False)
+    assert run(tmp_path).items.titles == [title(n) for n in range(ITEMS)]
+    write(tmp_path, [(*row, f"Good {n}") for n, row in enumerate(rows())], f"{HEADER},title", items=False)
+    assert not run(tmp_path).has_titles
+    assert "the column title of log.csv differs between rows of one item" in caplog.text
+    named = run(tmp_path, columns=ColumnsConfig(title="title"))
+    assert named.has_titles
+    assert named.items.titles[0].startswith("Good")

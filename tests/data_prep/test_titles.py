@@ -60,6 +60,7 @@ def test_faults() -> None:
         "Fits < 5 mm": None,
         "Multi-Function (Black)": None,
         "Function (Black) Multi": None,
+        "Watch: Function (Black), function (3)": None,
         "Bolt function(x) {return}": "markup in title",
         "Bolt x=function (a)": "markup in title",
         "Bolt <|endoftext|> 4mm": "reserved token in title",
