@@ -18,7 +18,7 @@ from tawin_nemo.config.schema import ColumnsConfig, PrepareConfig
 from tawin_nemo.data.interactions import BRAND, CATEGORY, DESCRIPTION, Split
 from tawin_nemo.data_prep.dataset import Prepared, Step
 from tawin_nemo.data_prep.item_texts import ready_made
-from tawin_nemo.data_prep.table import read_items
+from tawin_nemo.data_prep.table_items import read_items
 from tawin_nemo.data_prep.tables import open_table
 from tawin_nemo.types import EXTERNAL_ID, HISTORY, ITEM, SPLITS, TARGET, TITLE, USER, TokenRows
 from tawin_nemo.util.errors import DataError

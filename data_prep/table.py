@@ -6,21 +6,18 @@ RecBole's atomic files (``NAME.inter``, ``NAME.item``) and MovieLens are tables 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import polars as pl
 
 from tawin_nemo.config.schema import ColumnsConfig, PrepareConfig
-from tawin_nemo.data.interactions import BRAND, CATEGORY, DESCRIPTION
 from tawin_nemo.data_prep import columns as roles_
 from tawin_nemo.data_prep.ndjson import LINE, Problems
 from tawin_nemo.data_prep.raw import (
     EVENT,
     FRACTION,
-    ITEM_SCHEMA,
-    ITEM_TEXTS,
     RATING,
     REVIEW_SCHEMA,
     Period,
@@ -28,10 +25,10 @@ from tawin_nemo.data_prep.raw import (
     Selection,
     collect_reviews,
 )
+from tawin_nemo.data_prep.table_items import as_ids, items_of, own_items
 from tawin_nemo.data_prep.tables import Table, frames, is_hf, open_table
 from tawin_nemo.data_prep.time_columns import UNREADABLE, parsed_times
-from tawin_nemo.data_prep.titles import clean_column, join_json_list, join_list
-from tawin_nemo.types import EXTERNAL_ID, ITEM, TIME, TITLE, USER
+from tawin_nemo.types import ITEM, TIME, USER
 from tawin_nemo.util.errors import DataError
 from tawin_nemo.util.log import say
 
@@ -39,9 +36,6 @@ from tawin_nemo.util.log import say
 ENDINGS = {".csv", ".tsv", ".txt", ".dat", ".data", ".inter", ".item", ".parquet", ".json", ".jsonl", ".ndjson"}
 #: Share of rows without user, item or readable time that is skipped; more of them is an error.
 UNUSABLE_SHARE = 0.1
-DESCRIPTION_LIMIT = 4000
-#: Titles per item of a log's own title column beyond which the column says something about rows, not items.
-DIFFERING_TITLES = 1.2
 
 
 @dataclass(frozen=True)
@@ -180,31 +174,14 @@ def read(name: str, sources: Sources, prepare: PrepareConfig, period: Period) ->
     wanted = reviews.inside[ITEM].unique()
     if sources.items is not None:
         problems = Problems(sources.items.path)
-        items = _items([sources.items], prepare.columns, wanted, [problems])
+        items = items_of([sources.items], prepare.columns, wanted, [problems])
         problems.report()
         return RawData(name, "table", period, reviews, items, [*log_problems, problems])
-    items = _own_items(sources.logs, prepare.columns, wanted)
+    items = own_items(sources.logs, prepare.columns, wanted)
     if items is None:
         log = sources.logs[0].path.name
         say(f"no item file beside {log}: titles are the item ids, enough for classic baselines")
     return RawData(name, "table", period, reviews, items, log_problems)
-
-
-def _own_items(logs: Sequence[Table], given: ColumnsConfig, wanted: pl.Series) -> pl.DataFrame | None:
-    """The items' texts from the log's own columns; None without a title column.
-
-    A column that is called title and differs between the rows of an item (a review's title) is no item title, unless
-    ``prepare.columns.title`` names it.
-    """
-    titled = roles_.match(logs[0].columns, given).get(TITLE)
-    if titled is None:
-        return None
-    items = _items(logs, given, wanted, [Problems(table.path) for table in logs], every_title=True)
-    kept = items.unique(EXTERNAL_ID, keep="first", maintain_order=True)
-    if not given.title and items.height > DIFFERING_TITLES * kept.height:
-        say(f"the column {titled} of {logs[0].path.name} differs between rows of one item: it is not the item's title")
-        return None
-    return kept
 
 
 def check_share(problems: Problems) -> None:
@@ -245,61 +222,3 @@ def _usable(frame: pl.DataFrame, problems: Problems) -> pl.DataFrame:
             problems.add_all(reason, frame.filter(missing)[LINE])
             frame = frame.filter(~missing)
     return frame
-
-
-def as_ids(column: pl.Series) -> pl.Series:
-    """External ids as text, null where there is none; a whole float (5.0, pandas' integer beside missing ones) is "5".
-
-    Raises DataError for columns of lists and other nested types.
-    """
-    if column.dtype.is_nested():
-        raise DataError(f"the {column.name} column holds lists or records; an id is a text or a number")
-    if column.dtype.is_float():
-        whole = column.cast(pl.Int64, strict=False)
-        column = whole.to_frame("w").select(pl.when(pl.col("w") == column).then(pl.col("w")))["w"].alias(column.name)
-    text = column.cast(pl.String)
-    return text.to_frame("t").select(pl.when(pl.col("t") != "").then(pl.col("t")).alias(column.name))[column.name]
-
-
-def read_items(table: Table) -> pl.DataFrame:
-    """Cleaned texts (ITEM_SCHEMA) of all items of a table. Raises ConfigError without an item and a title column."""
-    return _items([table], ColumnsConfig(), None, [Problems(table.path)])
-
-
-def _items(
-    tables: Sequence[Table], given: ColumnsConfig, wanted: pl.Series | None, problems: Sequence[Problems],
-    *, every_title: bool = False,
-) -> pl.DataFrame:  # fmt: skip
-    """Cleaned texts (ITEM_SCHEMA) of the items in ``wanted`` (None = all): each once, or once with each of its titles."""
-    parts = [pl.DataFrame(schema=ITEM_SCHEMA)]
-    key = [ITEM, TITLE] if every_title else [ITEM]
-    for table, problem in zip(tables, problems, strict=True):
-        found = roles_.roles_of(table.path, table.columns, (ITEM, TITLE), given)
-        roles = {role: found[role] for role in (ITEM, *ITEM_TEXTS) if role in found}
-        for raw in frames(table, roles, problem):
-            frame = raw.with_columns(as_ids(raw[ITEM]))
-            known = pl.col(ITEM).is_not_null() if wanted is None else pl.col(ITEM).is_in(wanted.implode())
-            parts.append(_texts(frame.filter(known).unique(key, keep="first", maintain_order=True)))
-    unique = [EXTERNAL_ID, TITLE] if every_title else [EXTERNAL_ID]
-    return pl.concat(parts).unique(unique, keep="first", maintain_order=True)
-
-
-def _texts(frame: pl.DataFrame) -> pl.DataFrame:
-    empty = pl.Series([""] * frame.height, dtype=pl.String)
-
-    def column(role: str, separator: str) -> pl.Series:
-        values = frame[role] if role in frame.columns else empty
-        if values.dtype.is_nested():
-            return pl.Series([join_list(value, separator) for value in values.to_list()], dtype=pl.String)
-        return pl.Series([join_json_list(text, separator) for text in values.cast(pl.String)], dtype=pl.String)
-
-    return pl.DataFrame(
-        {
-            EXTERNAL_ID: frame[ITEM],
-            TITLE: clean_column(frame[TITLE].cast(pl.String)),
-            DESCRIPTION: column(DESCRIPTION, " ").str.slice(0, DESCRIPTION_LIMIT),
-            BRAND: column(BRAND, " "),
-            CATEGORY: column(CATEGORY, " > "),
-        },
-        schema=ITEM_SCHEMA,
-    )

@@ -322,7 +322,7 @@ def test_a_title_column_of_the_log_counts_if_it_belongs_to_items(
     assert run(tmp_path).items.titles == [title(n) for n in range(ITEMS)]
     write(tmp_path, [(*row, f"Good {n}") for n, row in enumerate(rows())], f"{HEADER},title", items=False)
     assert not run(tmp_path).has_titles
-    assert "the column title of log.csv differs between rows of one item" in caplog.text
+    assert "the column title of log.csv differs between rows of one item: it is no item title" in caplog.text
     named = run(tmp_path, columns=ColumnsConfig(title="title"))
     assert named.has_titles
     assert named.items.titles[0].startswith("Good")
