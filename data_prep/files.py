@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import gzip
 import re
 import sys
@@ -26,13 +27,11 @@ _BINARY = {
     b"BZh": ("bzip2", "run bunzip2 on it"),
     b"\xfd7zXZ": ("xz", "run unxz on it"),
     b"\x28\xb5\x2f\xfd": ("zstd", "run unzstd on it"),
-    b"\xff\xfe": ("UTF-16 text", "convert it: iconv -f utf-16 -t utf-8"),
-    b"\xfe\xff": ("UTF-16 text", "convert it: iconv -f utf-16 -t utf-8"),
     b"ustar": ("a tar archive", "unpack it"),
 }
 _ARRAY = re.compile(rb"\s*\[\s*(\{|$)")
 _SPREAD_OUT = re.compile(rb"\s*\{\s*[\r\n]")
-BOM = b"\xef\xbb\xbf"
+BOM = codecs.BOM_UTF8
 
 
 def is_gzip(path: Path) -> bool:
@@ -54,6 +53,8 @@ def unusable_reason(path: Path, beginning: bytes) -> str | None:
     for magic, (what, remedy) in _BINARY.items():
         if beginning.startswith(magic) or (magic == b"ustar" and beginning[257:262] == magic):
             return f"{path} is {what}; {remedy}"
+    if beginning[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) and b"\0" in beginning[:64]:
+        return f"{path} is UTF-16 text; convert it: iconv -f utf-16 -t utf-8"
     if _ARRAY.match(beginning):
         return (
             f"{path} is a JSON array; expected JSON lines, one object per line: "
@@ -126,5 +127,6 @@ def _read_chunk(stream: BinaryIO, path: Path) -> bytes:
         return chunk
     rest = stream.readline(CHUNK_BYTES)
     if len(rest) == CHUNK_BYTES and not rest.endswith(b"\n"):
-        raise DataError(f"{path} has a line of more than {CHUNK_BYTES} bytes; expected one object or row per line")
+        reason = f"{path} has a line of more than {CHUNK_BYTES} bytes; expected one object or row per line"
+        raise DataError(unusable_reason(path, chunk) or reason)
     return chunk + rest

@@ -107,5 +107,5 @@ def default_name(source: str, root: Path, files: list[Path]) -> str:
 def _table_name(root: Path, files: list[Path]) -> str:
     """The log's name; the folder's where the file has the usual name of a log, or is a part of a folder."""
     stem = files[0].name.split(".", 1)[0]
-    usual = stem in ("ratings", "u", "log", "data", "interactions", "train") or files[0].parent != root
+    usual = stem in ("ratings", "u", "log", "data", "interactions", "train", "dataset_dict") or files[0].parent != root
     return root.resolve().name if usual else stem
