@@ -30,7 +30,7 @@ _BINARY = {
     b"ustar": ("a tar archive", "unpack it"),
 }
 _ARRAY = re.compile(rb"\s*\[\s*(\{|$)")
-_SPREAD_OUT = re.compile(rb"\s*\{\s*[\r\n]")
+_SPREAD_OUT = re.compile(rb"\s*\{\s*[\r\n]\s*\x22")
 BOM = codecs.BOM_UTF8
 
 

@@ -62,7 +62,11 @@ def _report(reason: str, items: pl.DataFrame) -> None:
     first = items.select(ITEM, TITLE).head(3).rows()
     examples = ", ".join(item if title is None else f"{item} {_short(title)!r}" for item, title in first)
     remedy = f"; {REMEDY[reason]} decides" if reason in REMEDY else ""
-    say(f"{items.height:,} items skipped ({reason}{remedy}), e.g. {examples}")
+    say(f"{_items(items.height)} skipped ({reason}{remedy}), e.g. {examples}")
+
+
+def _items(count: int) -> str:
+    return f"{count:,} item{'s' if count > 1 else ''}"
 
 
 def _short(text: str) -> str:
@@ -103,4 +107,4 @@ def ready_made(items: pl.DataFrame, prepare: PrepareConfig, source: str) -> pl.D
 def _named(items: pl.DataFrame) -> str:
     shown = items.select(EXTERNAL_ID, TITLE).head(3).rows()
     names = ", ".join(f"{item} ({_short(title)!r})" for item, title in shown)
-    return f"{items.height:,} items such as {names}"
+    return f"{_items(items.height)} such as {names}"

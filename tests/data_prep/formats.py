@@ -290,11 +290,11 @@ def shown_lines(entry: Format, root: Path) -> list[str]:
     return content.decode().splitlines()[:3]
 
 
-def first_sample(dataset: Dataset) -> str:
-    """The first row of train in external ids: user, history -> target."""
-    train, names = dataset.train, dataset.items.external_ids
-    history = ", ".join(names[item] for item in train.history[0])
-    return f"{dataset.user_ids(train.user_N[:1])[0]}: {history} -> {names[train.target_N[0]]}"
+def last_sample(dataset: Dataset) -> str:
+    """The last row of test in external ids: user, history -> target."""
+    test, names = dataset.test, dataset.items.external_ids
+    history = ", ".join(names[item] for item in test.history[len(test) - 1])
+    return f"{dataset.user_ids(test.user_N[-1:])[0]}: {history} -> {names[test.target_N[-1]]}"
 
 
 def markdown() -> str:
@@ -305,7 +305,7 @@ def markdown() -> str:
             dataset = load(entry, Path(folder))
             shown = [_code(line) for line in shown_lines(entry, Path(folder))]
         rows = " / ".join(str(len(getattr(dataset, split))) for split in SPLITS)
-        result = f"{rows} samples, {len(dataset.items)} items; first: {first_sample(dataset)}"
+        result = f"{rows} samples, {len(dataset.items)} items; the last: {last_sample(dataset)}"
         name = f"{entry.name}, {_code(entry.shown)}" if entry.shown else entry.name
         keys = f" with `{entry.keys}`" if entry.keys else ""
         lines.append(f"| {name} | `{entry.dataset}`{keys} | {'<br>'.join(shown)} | {result} |")

@@ -103,15 +103,13 @@ def test_a_reserved_token_in_a_ready_made_title_is_named_or_escaped(tmp_path: Pa
     write(tmp_path)
     entries = {str(n): {"title": f"Item {n}"} for n in range(3)} | {"1": {"title": "a <|endoftext|> b"}}
     (tmp_path / "Tiny_Set.item.json").write_text(json.dumps(entries))
-    with pytest.raises(
-        DataError, match=r"1 items such as 1 \('a <\|endoftext\|> b'\).*prepare\.reserved_tokens=escape"
-    ):
+    with pytest.raises(DataError, match=r"1 item such as 1 \('a <\|endoftext\|> b'\).*prepare\.reserved_tokens=escape"):
         load(tmp_path, tmp_path / "out")
     keys = PrepareConfig(reserved_tokens="escape")
     out = prepare("inter", tmp_path, tmp_path / "out", prepare=keys, data=DataConfig(), seed=0)
     assert load_dataset(out).items.titles[1] == "a < |endoftext|> b"
     (tmp_path / "Tiny_Set.item.json").write_text(json.dumps(entries | {"1": {"title": "x" * 3000}}))
-    with pytest.raises(DataError, match=r"items such as 1 \('x+\.\.\. \(3,000 characters\).*prepare\.max_title_chars"):
+    with pytest.raises(DataError, match=r"item such as 1 \('x+\.\.\. \(3,000 characters\).*prepare\.max_title_chars"):
         load(tmp_path, tmp_path / "out")
 
 
