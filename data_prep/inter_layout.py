@@ -101,12 +101,11 @@ def _users(tables: dict[str, pl.DataFrame]) -> pl.DataFrame:
 def _numbered(
     frame: pl.DataFrame, path: Path, first_row: int, ids: list[str], users: pl.DataFrame, max_history: int
 ) -> Split:  # fmt: skip
-    places = {"old": ids, "new": list(range(len(ids))), "default": None, "return_dtype": pl.Int64}
-    numbers = frame.select(
-        pl.col(USER).replace_strict(users[EXTERNAL_ID], users[USER], default=None, return_dtype=pl.Int64),
-        pl.col(HISTORY).list.eval(pl.element().replace_strict(**places)),
-        pl.col(TARGET).replace_strict(**places),
-    )
+    def places(column: pl.Expr) -> pl.Expr:
+        return column.replace_strict(ids, list(range(len(ids))), default=None, return_dtype=pl.Int64)
+
+    user = pl.col(USER).replace_strict(users[EXTERNAL_ID], users[USER], default=None, return_dtype=pl.Int64)
+    numbers = frame.select(user, pl.col(HISTORY).list.eval(places(pl.element())), places(pl.col(TARGET)))
     good = numbers.select(
         pl.col(USER).is_not_null()
         & pl.col(TARGET).is_not_null()

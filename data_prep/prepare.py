@@ -151,9 +151,10 @@ def _read_raw(
     if prepare.events:
         raise ConfigError(f"prepare.events={','.join(prepare.events)}, but reviews ({source}) have no events; empty it")
     selection = Selection(min_rating=prepare.min_rating)
+    reviews, metadata = files
     if source == "yelp":
-        return yelp.read(name, *files, window, selection)
-    return amazon.read(name, *files, window, prepare.k_core, selection)
+        return yelp.read(name, reviews, metadata, window, selection)
+    return amazon.read(name, reviews, metadata, window, prepare.k_core, selection)
 
 
 def _read_synthetic(prepare: PrepareConfig, window: Period, seed: int, name: str) -> RawData:

@@ -61,8 +61,8 @@ def leave_one_out(samples: Split) -> tuple[Split, Split, Split]:
 
 def split_by_dates(samples: Split, valid_start: str, test_start: str) -> tuple[Split, Split, Split]:
     """Train before the day ``valid_start``, valid before the day ``test_start``, test from then on (UTC)."""
-    borders = np.searchsorted(samples.time_N, [times.first_second(valid_start), times.first_second(test_start)])
-    first, second = (int(border) for border in borders)
+    days = [times.first_second(day) or 0 for day in (valid_start, test_start)]
+    first, second = (int(border) for border in np.searchsorted(samples.time_N, days))
     return samples.slice(0, first), samples.slice(first, second), samples.slice(second, len(samples))
 
 

@@ -174,9 +174,9 @@ def read(name: str, sources: Sources, prepare: PrepareConfig, period: Period) ->
     wanted = reviews.inside[ITEM].unique()
     if sources.items is not None:
         problems = Problems(sources.items.path)
-        items = items_of([sources.items], prepare.columns, wanted, [problems])
+        texts = items_of([sources.items], prepare.columns, wanted, [problems])
         problems.report()
-        return RawData(name, "table", period, reviews, items, [*log_problems, problems])
+        return RawData(name, "table", period, reviews, texts, [*log_problems, problems])
     items = own_items(sources.logs, prepare.columns, wanted)
     if items is None:
         log = sources.logs[0].path.name
