@@ -1,1 +1,1 @@
-"""Raw review logs to prepared data sets: Amazon Review 2018, Yelp, the MiniOneRec layout and a synthetic log."""
+"""Raw review logs to prepared data sets: tables, Amazon, Yelp, ready-made splits and a synthetic log."""

@@ -16,8 +16,10 @@ from typing import Any
 import numpy as np
 import polars as pl
 
+from tawin_nemo.config.schema import PrepareConfig
 from tawin_nemo.data.interactions import BRAND, CATEGORY, DESCRIPTION, Split
 from tawin_nemo.data_prep.dataset import Prepared, Step
+from tawin_nemo.data_prep.item_texts import ready_made
 from tawin_nemo.types import EXTERNAL_ID, ITEM, SPLITS, TITLE, TokenRows
 from tawin_nemo.util.errors import DataError
 
@@ -63,7 +65,7 @@ def _files(root: Path, split: str) -> list[Path]:
     return sorted(path for ending in ENDINGS[split] for path in root.glob(f"*{ending}"))
 
 
-def read(root: Path, name: str, max_history: int) -> Prepared:
+def read(root: Path, name: str, max_history: int, prepare: PrepareConfig | None = None) -> Prepared:
     """Splits with candidates; items are all names that occur, in alphabetical order, time = row number.
 
     Histories are cut to their newest ``max_history`` items. Raises DataError naming file, row and key for a row that is
@@ -89,6 +91,7 @@ def read(root: Path, name: str, max_history: int) -> Prepared:
     )
     longest = max(int(rows.history.lengths.max()) for rows in splits.values())
     steps = [Step("rows as imported", first_row, first_user, len(names))]
+    items = ready_made(items, prepare or PrepareConfig(), name)
     return Prepared(name, "candidates", items, splits, min(max_history, longest), steps)
 
 

@@ -11,12 +11,15 @@ import numpy as np
 import polars as pl
 import pyarrow as pa
 
-from tawin_nemo.data.interactions import FORMAT, ITEMS_FILE, MANIFEST, Split
+from tawin_nemo.data.interactions import FORMAT, ITEMS_FILE, MANIFEST, NO_TITLES, USERS_FILE, Split
+from tawin_nemo.data_prep.splits import LEAVE_ONE_OUT, late_train_rows
 from tawin_nemo.types import CANDIDATES, HISTORY, SPLITS, TARGET, TIME, USER, TokenRows
 from tawin_nemo.util.errors import DataError
 from tawin_nemo.util.files import atomic_directory, sha256, write_json
 
 STATISTICS = "statistics.md"
+#: Sources whose samples come as they are.
+READY_MADE = ("inter", "candidates", "split_csv")
 
 
 @dataclass(frozen=True)
@@ -28,10 +31,13 @@ class LeakReport:
     broken_windows: int
 
 
-def leak_check(splits: Mapping[str, Split], num_items: int, max_history: int) -> LeakReport:
+def leak_check(
+    splits: Mapping[str, Split], num_items: int, max_history: int, *, by_time: bool = True
+) -> LeakReport:  # fmt: skip
     """Check order in time, item indices and windows of train, valid and test.
 
-    Raises DataError if times are not ascending within and across the splits, an item index is outside
+    ``by_time``: the splits follow each other in time (leave-one-out follows users instead). Raises DataError if times
+    are not ascending within the splits, and across them with ``by_time``, an item index is outside
     0..num_items-1, or a history is empty or longer than ``max_history``. Broken windows are only counted: sample
     n + 1 of a user must have the history (history of sample n + its target), cut to the newest ``max_history``, and a
     user's first sample a history of one item; anything else means that a history has gaps or holds later items.
@@ -46,7 +52,7 @@ def leak_check(splits: Mapping[str, Split], num_items: int, max_history: int) ->
         time = samples.time_N
         if (backwards := np.flatnonzero(np.diff(time) < 0)).size:
             raise DataError(f"leak: {name} row {int(backwards[0]) + 1} is earlier than the row before it")
-        if latest is not None and time[0] < latest:
+        if by_time and latest is not None and time[0] < latest:
             raise DataError(f"leak: {latest_split} ends at time {latest}, later than {name} begins ({time[0]})")
         latest, latest_split = int(time[-1]), name
         borders[name] = (int(time[0]), int(time[-1]))
@@ -99,7 +105,11 @@ class Step:
 
 @dataclass(frozen=True)
 class Prepared:
-    """A data set that is ready to be written. ``items`` has the columns of items.parquet, ordered by item index."""
+    """A data set that is ready to be written. ``items`` has the columns of items.parquet, ordered by item index.
+
+    ``users`` has the columns of users.parquet, None where users have no names; ``ties`` is ``ties.tie_statistics``;
+    without ``has_titles`` the titles are external ids.
+    """
 
     name: str
     source: str
@@ -109,6 +119,10 @@ class Prepared:
     steps: list[Step]
     problems: dict[str, Any] = field(default_factory=dict)
     extra_files: dict[str, bytes] = field(default_factory=dict)
+    users: pl.DataFrame | None = None
+    ties: dict[str, Any] | None = None
+    split: str = "ratio"
+    has_titles: bool = True
 
 
 def write_dataset(prepared: Prepared, out: Path, request: dict[str, Any]) -> Path:
@@ -117,11 +131,14 @@ def write_dataset(prepared: Prepared, out: Path, request: dict[str, Any]) -> Pat
     ``request`` (parameters and source files with size and SHA-256) goes into the manifest and decides later whether the
     folder can be reused. Raises DataError if the leak check fails.
     """
-    report = leak_check(prepared.splits, prepared.items.height, prepared.max_history)
-    if report.broken_windows and prepared.source not in ("inter", "candidates"):
+    by_time = prepared.split != LEAVE_ONE_OUT
+    report = leak_check(prepared.splits, prepared.items.height, prepared.max_history, by_time=by_time)
+    if report.broken_windows and prepared.source not in READY_MADE:
         raise DataError(f"leak: {report.broken_windows} samples do not continue the same user's previous sample")
     with atomic_directory(out) as folder:
         _write_parquet(prepared.items.to_arrow(), folder / ITEMS_FILE)
+        if prepared.users is not None:
+            _write_parquet(prepared.users.to_arrow(), folder / USERS_FILE)
         for name in SPLITS:
             _write_parquet(_table(prepared.splits[name]), folder / f"{name}.parquet")
         for name, content in prepared.extra_files.items():
@@ -138,7 +155,7 @@ def write_dataset(prepared: Prepared, out: Path, request: dict[str, Any]) -> Pat
             "problems": prepared.problems,
             "leak_check": asdict(report),
             "files": {path.name: sha256(path) for path in sorted(folder.iterdir())},
-        }
+        } | ({} if prepared.has_titles else {NO_TITLES: True})
         write_json(folder / MANIFEST, manifest)
     return out
 
@@ -182,14 +199,20 @@ def _statistics(prepared: Prepared) -> dict[str, Any]:
     rows = {name: len(splits[name]) for name in SPLITS}
     users = len(np.unique(np.concatenate([splits[name].user_N for name in SPLITS])))
     lengths = np.concatenate([splits[name].history.lengths for name in SPLITS])
-    return {
-        "items": prepared.items.height,
-        "users": users,
-        "rows": rows,
-        "mean_history": round(float(lengths.mean()), 4),
-        "distinct_titles": prepared.items["title"].n_unique(),
-        "unseen_targets": {name: int((~in_train[targets[name]]).sum()) for name in SPLITS[1:]},
-    }
+    ties = {} if prepared.ties is None else {"ties": prepared.ties}
+    late = {"late_train_rows": late_train_rows(splits)} if prepared.split == LEAVE_ONE_OUT else {}
+    return (
+        ties
+        | late
+        | {
+            "items": prepared.items.height,
+            "users": users,
+            "rows": rows,
+            "mean_history": round(float(lengths.mean()), 4),
+            "distinct_titles": prepared.items["title"].n_unique(),
+            "unseen_targets": {name: int((~in_train[targets[name]]).sum()) for name in SPLITS[1:]},
+        }
+    )
 
 
 def _markdown(prepared: Prepared, statistics: dict[str, Any], report: LeakReport) -> str:
@@ -208,6 +231,7 @@ def _markdown(prepared: Prepared, statistics: dict[str, Any], report: LeakReport
         f"| distinct titles | {statistics['distinct_titles']:,} |",
         f"| distinct targets never in train, valid / test | {unseen['valid']:,} / {unseen['test']:,} |",
         f"| samples that do not continue the user's previous sample | {report.broken_windows:,} |",
+        *_ordering(statistics),
         "",
         "| step | interactions | users | items |",
         "|---|---|---|---|",
@@ -216,6 +240,19 @@ def _markdown(prepared: Prepared, statistics: dict[str, Any], report: LeakReport
         f"| {s.name} | {_count(s.interactions)} | {_count(s.users)} | {_count(s.items)} |" for s in prepared.steps
     ]
     return "\n".join(lines) + "\n"
+
+
+def _ordering(statistics: dict[str, Any]) -> list[str]:
+    """Rows of the statistics about ties, and about train rows later than test."""
+    lines = []
+    if ties := statistics.get("ties"):
+        share, larger = ties["tied"] / max(1, ties["neighbours"]), ties["larger_id_share"]
+        lines.append(f"| neighbours of one user with the same time | {ties['tied']:,} ({share:.1%}) |")
+        if larger is not None:
+            lines.append(f"| of these with the larger item id second (chance: 50 %) | {larger:.1%} |")
+    if "late_train_rows" in statistics:
+        lines.append(f"| train rows not earlier than the first of test | {statistics['late_train_rows']:,} |")
+    return lines
 
 
 def _count(value: int | None) -> str:

@@ -1,44 +1,53 @@
 """JSON lines, plain or gzipped, as a stream of frames that hold only the wanted fields.
 
 Chunks whose lines are all good are parsed by polars. A chunk with anything doubtful in it is read again line by line,
-which says what is wrong with which line; the good lines of such a chunk are kept.
+which says what is wrong with which line; the good lines of such a chunk are kept. Lines in Python's notation
+(``{'asin': ...}``, Amazon 2014) are read as such. Half a surrogate pair (valid JSON, no Unicode text) becomes U+FFFD in
+a text and makes a line unusable where it stands in an id; chunks with one are doubtful.
 """
 
 from __future__ import annotations
 
-import gzip
+import ast
 import io
 import json
 import math
-import sys
-import zlib
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO, Literal
+from typing import Any, Literal
 
 import polars as pl
-from tqdm import tqdm
 
+from tawin_nemo.data_prep.files import BOM, chunks, unusable_reason
 from tawin_nemo.util.errors import DataError
-from tawin_nemo.util.launch import read_launch
 from tawin_nemo.util.log import say
 
-CHUNK_BYTES = 16 << 20
 #: Line numbers that are kept per kind of problem.
 EXAMPLES = 5
 LINE = "line"
 
 _FLOAT = r"^-?[0-9]+(\.[0-9]+)?([eE][+-]?[0-9]+)?$"
 _DOUBTFUL_ID = rf"^[\[{{]|^(true|false)$|{_FLOAT}"
+_DOUBTFUL_SCALAR = r"^[\[{]|^(true|false)$"
+#: An escaped surrogate without its other half; an escaped backslash before it may hide one.
+_HALF_PAIR = re.compile(
+    rb"\\u[dD][89abAB][0-9a-fA-F]{2}(?!\\u[dD][c-fC-F])"
+    rb"|\\u[dD][c-fC-F][0-9a-fA-F]{2}(?<!\\u[dD][89abAB][0-9a-fA-F]{2}\\u[dD][c-fC-F][0-9a-fA-F]{2})"
+    rb"|\\\\u[dD][89a-fA-F]"
+)
 
 
 @dataclass(frozen=True)
 class Field:
-    """One wanted field. ``id`` and ``int`` are required; ``text`` may be absent, and a list in it stays JSON text."""
+    """One wanted field. ``id`` and ``int`` are required; ``scalar`` (text or number) and ``text`` may be absent.
+
+    A list in a ``text`` stays JSON text.
+    """
 
     name: str
-    kind: Literal["id", "int", "text"]
+    kind: Literal["id", "int", "scalar", "text"]
 
     @property
     def dtype(self) -> type[pl.DataType]:
@@ -61,6 +70,12 @@ class Problems:
         lines = self.examples.setdefault(reason, [])
         if len(lines) < EXAMPLES:
             lines.append(line)
+
+    def add_all(self, reason: str, lines: pl.Series) -> None:
+        """Count several lines that are unusable for ``reason``."""
+        self.counts[reason] = self.counts.get(reason, 0) + len(lines)
+        kept = self.examples.setdefault(reason, [])
+        kept += lines.head(EXAMPLES - len(kept)).to_list()
 
     @property
     def total(self) -> int:
@@ -86,10 +101,14 @@ def read_frames(path: Path, fields: list[Field], problems: Problems) -> Iterator
     """Frames with ``fields`` and the 1-based ``line`` number, in file order; unusable lines go into ``problems``.
 
     Memory is bounded by the chunk size, not by the file. Raises DataError if the file cannot be opened, its gzip
-    stream is damaged, or a line is longer than a chunk (the file is then not JSON lines).
+    stream is damaged, it is a JSON array, or a line is longer than a chunk.
     """
     line = 1
-    for chunk in _chunks(path):
+    for chunk in chunks(path):
+        if line == 1:
+            chunk = chunk.removeprefix(BOM)
+            if reason := unusable_reason(path, chunk):
+                raise DataError(reason)
         count = chunk.count(b"\n") + (not chunk.endswith(b"\n"))
         frame = _parse_fast(chunk, count, fields)
         if frame is None:
@@ -102,49 +121,10 @@ def read_frames(path: Path, fields: list[Field], problems: Problems) -> Iterator
         yield frame
 
 
-def _chunks(path: Path) -> Iterator[bytes]:
-    """Whole lines, about CHUNK_BYTES at a time, with a progress bar over the bytes on disk."""
-    try:
-        raw = path.open("rb")
-    except OSError as error:
-        raise DataError(f"{path} cannot be read ({error.strerror}); check the path and its permissions") from error
-    size = path.stat().st_size
-    terminal = sys.stderr.isatty()
-    with (
-        raw,
-        tqdm(
-            total=size,
-            desc=path.name,
-            unit="B",
-            unit_scale=True,
-            disable=read_launch().rank != 0 or size < CHUNK_BYTES,
-            mininterval=0.2 if terminal else 10.0,
-            file=sys.stderr,
-        ) as bar,
-    ):
-        stream: Any = gzip.GzipFile(fileobj=raw) if path.suffix == ".gz" else raw
-        try:
-            while chunk := _read_chunk(stream, path):
-                yield chunk
-                bar.update(raw.tell() - bar.n)
-        except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-            raise DataError(
-                f"{path}: gzip stream damaged near byte {raw.tell()} of {size} ({error}); download the file again"
-            ) from error
-
-
-def _read_chunk(stream: BinaryIO, path: Path) -> bytes:
-    chunk = stream.read(CHUNK_BYTES)
-    if not chunk or chunk.endswith(b"\n"):
-        return chunk
-    rest = stream.readline(CHUNK_BYTES)
-    if len(rest) == CHUNK_BYTES and not rest.endswith(b"\n"):
-        raise DataError(f"{path} has a line of more than {CHUNK_BYTES} bytes; expected JSON lines, one object per line")
-    return chunk + rest
-
-
 def _parse_fast(chunk: bytes, count: int, fields: list[Field]) -> pl.DataFrame | None:
     """The chunk as a frame, or None if any of its lines needs to be parsed by itself."""
+    if (b"\\ud" in chunk or b"\\uD" in chunk) and _HALF_PAIR.search(chunk):
+        return None
     try:
         frame = pl.read_ndjson(io.BytesIO(chunk), schema={wanted.name: wanted.dtype for wanted in fields})
     except (pl.exceptions.PolarsError, UnicodeDecodeError):
@@ -159,6 +139,8 @@ def _doubt(wanted: Field) -> pl.Expr:
     column = pl.col(wanted.name)
     if wanted.kind == "int":
         return column.is_null()
+    if wanted.kind == "scalar":
+        return column.str.contains(_DOUBTFUL_SCALAR).fill_null(False)
     # A number in a text column arrives as its digits; only the slow path can tell "5" from 5.0, so floats go there.
     plain_integer = column.str.contains(r"^-?[0-9]+$")
     doubtful = column.str.contains(_DOUBTFUL_ID) & ~plain_integer
@@ -182,9 +164,8 @@ def _parse_lines(chunk: bytes, first_line: int, fields: list[Field], problems: P
 
 def _parse_line(text: bytes, fields: list[Field]) -> dict[str, Any] | str:
     """The wanted fields of one line, or the reason why the line is unusable."""
-    try:
-        value = json.loads(text, parse_constant=_refuse_constant)
-    except (ValueError, RecursionError):
+    value = parse_line(text)
+    if value is NOT_JSON:
         return "not valid JSON"
     if not isinstance(value, dict):
         return "not a JSON object"
@@ -197,7 +178,25 @@ def _parse_line(text: bytes, fields: list[Field]) -> dict[str, Any] | str:
             row[wanted.name] = _CONVERT[wanted.kind](entry)
         except TypeError:
             return f"wrong type of field {wanted.name}"
+        except UnicodeEncodeError:
+            return f"field {wanted.name} is not Unicode text"
     return row
+
+
+NOT_JSON = object()
+
+
+def parse_line(text: bytes) -> Any:
+    """The value of a line in JSON, or in Python's notation of a dictionary; NOT_JSON if it is neither."""
+    try:
+        return json.loads(text, parse_constant=_refuse_constant)
+    except (ValueError, RecursionError):
+        if not text.lstrip().startswith((b"{'", b"{u'")):
+            return NOT_JSON
+    try:
+        return ast.literal_eval(text.decode("utf-8").strip())
+    except (ValueError, SyntaxError, RecursionError, MemoryError):
+        return NOT_JSON
 
 
 def _refuse_constant(name: str) -> None:
@@ -206,6 +205,7 @@ def _refuse_constant(name: str) -> None:
 
 def _id(value: Any) -> str:
     if isinstance(value, str):
+        value.encode()  # UnicodeEncodeError for half a surrogate pair
         return value
     if isinstance(value, float) and value.is_integer():
         return str(int(value))
@@ -220,12 +220,31 @@ def _int(value: Any) -> int:
     return value
 
 
+def _scalar(value: Any) -> str | None:
+    if value is None or isinstance(value, str):
+        return None if value is None else whole_text(value)
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        return repr(value)
+    raise TypeError(value)
+
+
 def _text(value: Any) -> str | None:
     if value is None or isinstance(value, str):
-        return value
+        return None if value is None else whole_text(value)
     if isinstance(value, float) and not math.isfinite(value):
         return None
-    return json.dumps(value, ensure_ascii=False)
+    return whole_text(json.dumps(value, ensure_ascii=False))
 
 
-_CONVERT = {"id": _id, "int": _int, "text": _text}
+def whole_text(text: str) -> str:
+    """``text`` with U+FFFD for each half of a surrogate pair that stands alone.
+
+    >>> whole_text("half \\ud83d")
+    'half \ufffd'
+    """
+    if text.isascii():
+        return text
+    return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+
+
+_CONVERT = {"id": _id, "int": _int, "scalar": _scalar, "text": _text}

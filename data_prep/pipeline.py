@@ -8,72 +8,75 @@ from typing import Any
 import numpy as np
 import polars as pl
 
+from tawin_nemo.config.schema import PrepareConfig
 from tawin_nemo.data.interactions import Split
 from tawin_nemo.data_prep.dataset import Prepared, Step
-from tawin_nemo.data_prep.raw import ITEM_TEXTS, RawData
-from tawin_nemo.data_prep.titles import title_faults
-from tawin_nemo.types import EXTERNAL_ID, ITEM, SPLITS, TIME, TITLE, USER, TokenRows
+from tawin_nemo.data_prep.item_texts import untitled, valid_items
+from tawin_nemo.data_prep.raw import RawData
+from tawin_nemo.data_prep.splits import split_samples
+from tawin_nemo.data_prep.ties import order_ties, report_ties, tie_statistics
+from tawin_nemo.types import EXTERNAL_ID, ITEM, TIME, USER, TokenRows
 from tawin_nemo.util.errors import DataError
 
 
-def build(raw: RawData, *, k: int, max_title_words: int, max_history: int) -> Prepared:
+def build(raw: RawData, prepare: PrepareConfig, *, max_history: int, seed: int = 0) -> Prepared:
     """Run the filters and make samples. Exact duplicates (user, item, time) go before the k-core.
 
-    Item indices follow the sorted external ids, user indices likewise. Raises DataError, with the counts of every step,
-    when a filter leaves nothing.
+    Item indices follow the sorted external ids, user indices likewise. Where there is no item table, titles are the
+    external ids. Raises DataError, with the counts of every step, when a filter leaves nothing.
     """
     steps = [Step("readable reviews", raw.reviews.readable, None, None)]
     _check_not_empty(raw, steps, f"is {raw.problems[0].path} the raw review file?")
+    _check_selected(raw, steps)
     steps.append(_step(f"time window {raw.period}", raw.reviews.inside))
     seen = f"{_day(raw.reviews.first_time)} and {_day(raw.reviews.last_time)}"
     _check_not_empty(raw, steps, f"the reviews lie between {seen}: set prepare.start and prepare.end")
     reviews = raw.reviews.inside.unique(subset=[USER, ITEM, TIME], keep="first", maintain_order=True)
     steps.append(_step("exact duplicates removed", reviews))
 
-    items, faults = _valid_items(raw.items, reviews, max_title_words)
+    items, faults = untitled(reviews) if raw.items is None else valid_items(raw.items, reviews, prepare)
     reviews = reviews.join(items.select(ITEM), on=ITEM, how="semi", maintain_order="left")
-    steps.append(_step("valid titles", reviews))
+    steps.append(_step("no item file" if raw.items is None else "valid titles", reviews))
     reasons = ", ".join(f"{reason}: {count['items']}" for reason, count in faults.items())
     _check_not_empty(raw, steps, f"items rejected ({reasons}); does the metadata belong to the reviews?")
 
     user_N, item_N = _codes(reviews[USER]), _codes(reviews[ITEM])
-    reviews = reviews.filter(pl.Series(k_core(user_N, item_N, k)))
-    steps.append(_step(f"{k}-core", reviews))
-    _check_not_empty(raw, steps, f"lower prepare.k_core (now {k}) or widen the time window")
+    reviews = reviews.filter(pl.Series(k_core(user_N, item_N, prepare.k_core)))
+    steps.append(_step(f"{prepare.k_core}-core", reviews))
+    _check_not_empty(raw, steps, f"lower prepare.k_core (now {prepare.k_core}) or widen the time window")
 
-    samples = sliding_windows(_codes(reviews[USER]), _codes(reviews[ITEM]), reviews[TIME].to_numpy(), max_history)
-    users, kept = reviews[USER].n_unique(), reviews[ITEM].unique().sort()
-    steps.append(Step(f"samples (history <= {max_history})", len(samples), users, len(kept)))
+    order = order_ties(_codes(reviews[ITEM]), prepare.ties, seed)
+    log = _codes(reviews[USER])[order], _codes(reviews[ITEM])[order], reviews[TIME].to_numpy()[order]
+    ties = tie_statistics(*log)
+    report_ties(ties, prepare.ties)
+    samples = sliding_windows(*log, max_history)
+    users, kept = reviews[USER].unique().sort(), reviews[ITEM].unique().sort()
+    steps.append(Step(f"samples (history <= {max_history})", len(samples), len(users), len(kept)))
     if len(samples) < 10:
         raise DataError(_summary(raw, steps) + f" Only {len(samples)} samples are left; a split of 8:1:1 needs 10.")
     texts = kept.alias(ITEM).to_frame().join(items, on=ITEM, how="left", maintain_order="left")
     frame = texts.rename({ITEM: EXTERNAL_ID}).with_row_index(ITEM).with_columns(pl.col(ITEM).cast(pl.Int64))
-    splits = dict(zip(SPLITS, split_by_time(samples), strict=True))
     problems: dict[str, Any] = {problem.path.name: problem.as_dict() for problem in raw.problems}
     return Prepared(
-        raw.name, raw.source, frame, splits, max_history, steps, problems=problems | {"refused_items": faults}
-    )
+        raw.name, raw.source, frame, split_samples(samples, prepare), max_history, steps,
+        problems=problems | {"refused_items": faults}, users=user_table(users), ties=ties, split=prepare.split,
+        has_titles=raw.items is not None,
+    )  # fmt: skip
 
 
-def _valid_items(items: pl.DataFrame, reviews: pl.DataFrame, max_words: int) -> tuple[pl.DataFrame, dict[str, Any]]:
-    """Items with a valid title (columns ITEM and ITEM_TEXTS), and per reason how many others and their reviews."""
-    reviewed = reviews.group_by(ITEM).len("reviews")
-    first = items.unique(subset=[EXTERNAL_ID], keep="first", maintain_order=True).rename({EXTERNAL_ID: ITEM})
-    first = first.with_columns(title_faults(first[TITLE], max_words))
-    judged = reviewed.join(first.with_columns(known=True), on=ITEM, how="left").with_columns(
-        pl.when(pl.col("known").is_null()).then(pl.lit("no metadata")).otherwise(pl.col("fault")).alias("fault")
-    )
-    rejected = judged.filter(pl.col("fault").is_not_null()).sort(ITEM)
-    faults = {
-        str(reason): {
-            "items": part.height,
-            "reviews": int(part["reviews"].sum()),
-            "first_items": part[ITEM].head(5).to_list(),
-        }
-        for (reason,), part in rejected.group_by("fault", maintain_order=True)
-    }
-    valid = judged.filter(pl.col("fault").is_null()).select(ITEM, *ITEM_TEXTS)
-    return valid, dict(sorted(faults.items()))
+def user_table(external_ids: pl.Series) -> pl.DataFrame:
+    """users.parquet: number and external id of each user; user n has the n-th of ``external_ids``."""
+    return pl.DataFrame({USER: pl.int_range(len(external_ids), dtype=pl.Int64, eager=True), EXTERNAL_ID: external_ids})
+
+
+def _check_selected(raw: RawData, steps: list[Step]) -> None:
+    """Add the steps of prepare.events and prepare.min_rating. Raises DataError when one leaves nothing."""
+    for name, rows in raw.reviews.selected:
+        steps.append(Step(name, rows, None, None))
+        kinds = sorted(raw.reviews.kinds.items(), key=lambda kind: -kind[1])[:8]
+        seen = ", ".join(f"{kind} ({count:,})" for kind, count in kinds)
+        remedy = f"the log has the events {seen}" if name.startswith("events") else "lower prepare.min_rating"
+        _check_not_empty(raw, steps, remedy)
 
 
 def _codes(column: pl.Series) -> np.ndarray:
@@ -125,8 +128,8 @@ def k_core(user_N: np.ndarray, item_N: np.ndarray, k: int) -> np.ndarray:
 def sliding_windows(user_N: np.ndarray, item_N: np.ndarray, time_N: np.ndarray, max_history: int) -> Split:
     """Every interaction of a user but the first becomes a target; its history is the up to ``max_history`` before it.
 
-    Ties in time are broken by the order of the input (the review file's) within a user, and by user, then by position,
-    between samples. A sample's time is its target's; the samples are in global time order.
+    Ties in time are broken by the order of the input (``ties.order_ties``) within a user, and by user, then by
+    position, between samples. A sample's time is its target's; the samples are in global time order.
     """
     order = np.lexsort((time_N, user_N))  # lexsort is stable: equal times keep their input order
     user, item, time = user_N[order], item_N[order], time_N[order]
@@ -143,10 +146,3 @@ def sliding_windows(user_N: np.ndarray, item_N: np.ndarray, time_N: np.ndarray, 
     start_of_flat = np.repeat(samples - length - offsets[:-1], length)
     history = TokenRows(item[start_of_flat + np.arange(offsets[-1])], offsets)
     return Split(user[samples], history, item[samples], time[samples])
-
-
-def split_by_time(samples: Split) -> tuple[Split, Split, Split]:
-    """Train, valid and test: the first 80 %, the next 10 % and the last 10 % of the rows (borders rounded down)."""
-    count = len(samples)
-    train, valid = count * 8 // 10, count * 9 // 10
-    return samples.slice(0, train), samples.slice(train, valid), samples.slice(valid, count)

@@ -5,23 +5,23 @@ from __future__ import annotations
 import argparse
 import sys
 import tempfile
-import typing
+from collections.abc import Callable
+from dataclasses import MISSING, asdict, replace
 from dataclasses import Field as DataclassField
-from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
-from tawin_nemo.config.schema import DataConfig, PrepareConfig
+from tawin_nemo.config.fields import leaf_fields
+from tawin_nemo.config.schema import ColumnsConfig, DataConfig, PrepareConfig, Recipe
 from tawin_nemo.data.interactions import MANIFEST, read_manifest, verify_files
-from tawin_nemo.data_prep import amazon, candidates_layout, inter_layout, synthetic, yelp
-from tawin_nemo.data_prep.dataset import STATISTICS, Prepared, write_dataset
+from tawin_nemo.data_prep import amazon, candidates_layout, inter_layout, split_csv, synthetic, table, yelp
+from tawin_nemo.data_prep.dataset import READY_MADE, STATISTICS, Prepared, write_dataset
 from tawin_nemo.data_prep.pipeline import build
-from tawin_nemo.data_prep.raw import Period, period
+from tawin_nemo.data_prep.raw import Period, RawData, Selection, period
+from tawin_nemo.data_prep.sources import SOURCES, default_name, detect, source_files
 from tawin_nemo.util.errors import ConfigError, DataError, UserError
 from tawin_nemo.util.files import sha256
 from tawin_nemo.util.log import say
-
-SOURCES = ("synthetic", "amazon", "yelp", "inter", "candidates")
 
 
 def prepare(
@@ -32,19 +32,19 @@ def prepare(
 
     ``source`` is one of SOURCES, ``auto`` (see ``detect``) or ``prepared`` (returns ``root``). A finished folder with
     the same parameters and sources is reused. ``name`` (empty = taken from the files) goes into the manifest.
-    ``seed`` matters for ``synthetic`` only. Raises DataError or ConfigError, also when ``out`` holds other data and
-    ``used_by`` names a checkpoint that was trained on them.
+    ``seed`` matters for ``synthetic`` and ``prepare.ties=random`` only. Raises DataError or ConfigError, also when
+    ``out`` holds other data and ``used_by`` names a checkpoint that was trained on them.
     """
     if source == "auto":
-        source = detect(root)
+        source = detect(root, prepare)
         say(f"{root} holds data of the kind: {source}")
     if source == "prepared":
         read_manifest(root)
         return root
     if source not in SOURCES:
         raise DataError(f"data.dataset={source!r} is unknown; use auto, prepared or one of {', '.join(SOURCES)}")
-    files = _source_files(source, root, prepare)
-    name = name or _default_name(source, root, files)
+    files = source_files(source, root, prepare)
+    name = name or default_name(source, root, files)
     request = _request(source, files, prepare, data, seed, name)
     if _is_finished(out, request):
         say(f"{out} is already prepared from the same sources with the same parameters; reused")
@@ -70,91 +70,32 @@ def _check_unchanged(before: Any, request: dict[str, Any], out: Path, used_by: P
     )
 
 
-def detect(root: Path) -> str:
-    """The format of the data in ``root``: prepared, inter, candidates, amazon or yelp.
-
-    Raises DataError, naming the expected files, if it is none of these.
-    """
-    if not root.is_dir():
-        raise DataError(f"data.root={str(root)!r} is not a folder; give the folder that holds the data")
-    if (root / MANIFEST).is_file():
-        return "prepared"
-    if any(root.glob("*.train.inter")):
-        return "inter"
-    if candidates_layout.found_in(root):
-        return "candidates"
-    if _json_files(root, "meta_*"):
-        return "amazon"
-    if _json_files(root, "*review*") and _json_files(root, "*business*"):
-        return "yelp"
-    raise DataError(
-        f"nothing known in {root}: looked for {MANIFEST} (prepared), NAME.train.inter (inter), NAME-val.json beside "
-        "NAME-test.json (candidates), meta_NAME.json[.gz] "
-        "beside NAME.json[.gz] (amazon), and *review*.json[.gz] beside *business*.json[.gz] (yelp); "
-        "set data.dataset, prepare.reviews and prepare.metadata for other file names"
-    )
-
-
-def _json_files(root: Path, stem: str) -> list[Path]:
-    return sorted({*root.glob(f"{stem}.json"), *root.glob(f"{stem}.json.gz")})
-
-
-def _source_files(source: str, root: Path, prepare: PrepareConfig) -> list[Path]:
-    """The files that the result depends on; reviews and metadata are the first two of raw layouts."""
-    if source == "synthetic":
-        return []
-    if source == "inter":
-        return inter_layout.source_files(root)
-    if source == "candidates":
-        return candidates_layout.source_files(root)
-    items = _json_files(root, "meta_*" if source == "amazon" else "*business*")
-    if source == "amazon":
-        reviews = [path for path in _json_files(root, "*") if path not in items]
-    else:
-        reviews = _json_files(root, "*review*")
-    return [
-        _one_file(root, "prepare.reviews", prepare.reviews, reviews),
-        _one_file(root, "prepare.metadata", prepare.metadata, items),
-    ]
-
-
-def _one_file(root: Path, key: str, named: str, paths: list[Path]) -> Path:
-    if named:
-        path = root / named
-        if not path.is_file():
-            raise DataError(f"{key}={named!r}: there is no file {path}")
-        return path
-    if len(paths) != 1:
-        candidates = ", ".join(path.name for path in paths) or "none"
-        raise DataError(f"set {key} to one file in {root}; candidates: {candidates}")
-    return paths[0]
-
-
-def _default_name(source: str, root: Path, files: list[Path]) -> str:
-    if source == "inter":
-        return inter_layout.find_name(root)
-    if source == "candidates":
-        return files[-1].name.removesuffix("-test.json")
-    if source == "amazon":
-        return files[0].name.split(".", 1)[0]
-    return {"yelp": "Yelp", "synthetic": "Synthetic"}[source]
-
-
 def _request(
     source: str, files: list[Path], prepare: PrepareConfig, data: DataConfig, seed: int, name: str
 ) -> dict[str, Any]:
     """Everything that the bytes of the result depend on."""
     parameters: dict[str, Any] = {"source": source, "name": name, "max_history": data.max_history}
     settings = asdict(prepare)
-    if source not in ("inter", "candidates"):
+    if source not in READY_MADE:
         parameters |= {key: settings[key] for key in ("start", "end", "k_core", "max_title_words")}
+    parameters |= _set_keys(prepare)
     published = _published_name(source, files, prepare.preset)
     if period(published) != period(name):
         parameters["period_of"] = published
     if source == "synthetic":
         parameters |= {key: value for key, value in settings.items() if key.startswith("synthetic_")} | {"seed": seed}
+    if prepare.ties == "random":
+        parameters["seed"] = seed
     sources = [{"file": path.name, "bytes": path.stat().st_size, "sha256": sha256(path)} for path in files]
     return {"parameters": parameters, "sources": sources}
+
+
+def _set_keys(prepare: PrepareConfig) -> dict[str, Any]:
+    """Keys that came later and are not at their default: data prepared before a key existed are still the same."""
+    later = ("columns", "events", "min_rating", "max_title_chars", "reserved_tokens", "decode_entities", "ties")
+    now, default = asdict(prepare), asdict(PrepareConfig())
+    keys = (*later, "split", "valid_start", "test_start")
+    return {key: now[key] for key in keys if now[key] != default[key]}
 
 
 def _published_name(source: str, files: list[Path], preset: str) -> str:
@@ -164,7 +105,9 @@ def _published_name(source: str, files: list[Path], preset: str) -> str:
     """
     if preset != "auto":
         return "" if preset == "none" else preset
-    return _default_name(source, Path(), files) if source in ("amazon", "yelp") else ""
+    if source == "amazon" and amazon.release(*files[:2]) is not amazon.RELEASE_2018:
+        return ""  # the windows are those of the release of 2018
+    return default_name(source, Path(), files) if source in ("amazon", "yelp") else ""
 
 
 def _is_finished(out: Path, request: dict[str, Any]) -> bool:
@@ -185,31 +128,45 @@ def _read(
     source: str, root: Path, files: list[Path], prepare: PrepareConfig, data: DataConfig, seed: int, name: str
 ) -> Prepared:
     if source == "inter":
-        return inter_layout.read(root, name, data.max_history)
+        return inter_layout.read(root, name, data.max_history, prepare)
     if source == "candidates":
-        return candidates_layout.read(root, name, data.max_history)
+        return candidates_layout.read(root, name, data.max_history, prepare)
+    if source == "split_csv":
+        return split_csv.read(name, files, prepare, data.max_history)
     published = _published_name(source, files, prepare.preset)
     window = period(published, prepare.start, prepare.end)
     if period(published) != period("") and not (prepare.start and prepare.end):
         say(f"time window {window}: the published one of {published} (prepare.preset=none takes all reviews)")
-    limits = {"k": prepare.k_core, "max_title_words": prepare.max_title_words, "max_history": data.max_history}
+    raw = _read_raw(source, root, files, prepare, window, seed, name)
+    return build(raw, prepare, max_history=data.max_history, seed=seed)
+
+
+def _read_raw(
+    source: str, root: Path, files: list[Path], prepare: PrepareConfig, window: Period, seed: int, name: str
+) -> RawData:
     if source == "synthetic":
-        return _read_synthetic(prepare, window, limits, seed, name)
-    reviews, items = files
+        return _read_synthetic(prepare, window, seed, name)
+    if source == "table":
+        return table.read(name, table.find(root, prepare), prepare, window)
+    if prepare.events:
+        raise ConfigError(f"prepare.events={','.join(prepare.events)}, but reviews ({source}) have no events; empty it")
+    selection = Selection(min_rating=prepare.min_rating)
+    reviews, metadata = files
     if source == "yelp":
-        return build(yelp.read(name, reviews, items, window), **limits)
-    return build(amazon.read(name, reviews, items, window, prepare.k_core), **limits)
+        return yelp.read(name, reviews, metadata, window, selection)
+    return amazon.read(name, reviews, metadata, window, prepare.k_core, selection)
 
 
-def _read_synthetic(prepare: PrepareConfig, window: Period, limits: dict[str, int], seed: int, name: str) -> Prepared:
+def _read_synthetic(prepare: PrepareConfig, window: Period, seed: int, name: str) -> RawData:
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         size = (prepare.synthetic_items, prepare.synthetic_users, prepare.synthetic_reviews_per_user)
         say(synthetic.announcement(*size))
         synthetic.write_raw(folder, *size, seed)
         reviews, items = folder / synthetic.REVIEWS_FILE, folder / synthetic.METADATA_FILE
-        raw = amazon.read(name, reviews, items, window, prepare.k_core)
-        return build(replace(raw, source="synthetic"), **limits)
+        selection = Selection(min_rating=prepare.min_rating)
+        raw = amazon.read(name, reviews, items, window, prepare.k_core, selection)
+        return replace(raw, source="synthetic")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -220,20 +177,23 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, required=True, help="folder to write")
     parser.add_argument("--name", default="", help="name of the data set (empty = from the files)")
     parser.add_argument("--seed", type=int, default=42, help="of the synthetic log")
-    options = [(f"prepare.{option.name}", option) for option in fields(PrepareConfig)]
-    options += [(f"data.{option.name}", option) for option in fields(DataConfig) if option.name == "max_history"]
-    types = typing.get_type_hints(PrepareConfig) | typing.get_type_hints(DataConfig)
+    options = [(key, option) for key, option in leaf_fields(Recipe) if _is_option(key)]
     for flag, option in options:
-        parser.add_argument(f"--{flag}", type=types[option.name], default=option.default, help=_help(option))
+        parser.add_argument(
+            f"--{flag}", type=_PARSERS[str(option.type)], default=_default(option), help=_help(option),
+            choices=option.metadata.get("choices"),
+        )  # fmt: skip
     given = vars(parser.parse_args(arguments))
     try:
         for flag, option in options:
             _check_limits(flag, given[flag], option)
+        columns = {flag.split(".")[2]: given[flag] for flag, _ in options if flag.startswith("prepare.columns.")}
+        own = {flag[8:]: given[flag] for flag, _ in options if flag.startswith("prepare.") and flag.count(".") == 1}
         prepare(
             given["source"],
             given["root"],
             given["out"],
-            prepare=PrepareConfig(**{flag[8:]: given[flag] for flag, _ in options if flag.startswith("prepare.")}),
+            prepare=PrepareConfig(columns=ColumnsConfig(**columns), **own),
             data=DataConfig(max_history=given["data.max_history"]),
             seed=given["seed"],
             name=given["name"],
@@ -245,8 +205,23 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
+#: How the command line reads a value of each type.
+_PARSERS: dict[str, Callable[[str], Any]] = {
+    "str": str, "int": int, "float": float, "bool": lambda text: text.lower() in ("true", "yes", "1"),
+    "list[str]": lambda text: [part.strip() for part in text.split(",") if part.strip()],
+}  # fmt: skip
+
+
+def _is_option(key: str) -> bool:
+    return key.startswith("prepare.") or key == "data.max_history"
+
+
+def _default(option: DataclassField[Any]) -> Any:
+    return option.default if option.default is not MISSING else []
+
+
 def _help(option: DataclassField[Any]) -> str:
-    return f"{option.metadata['help']} (default: {option.default!r})".replace("%", "%%")
+    return f"{option.metadata['help']} (default: {_default(option)!r})".replace("%", "%%")
 
 
 def _check_limits(flag: str, value: Any, option: DataclassField[Any]) -> None:

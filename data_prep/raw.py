@@ -6,7 +6,7 @@ The window comes from ``prepare.start`` and ``prepare.end``, or from the publish
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import polars as pl
 
@@ -65,27 +65,45 @@ def _seconds(key: str, text: str, parse: Callable[[str], int | None]) -> int | N
 ITEM_TEXTS = (TITLE, DESCRIPTION, BRAND, CATEGORY)
 ITEM_SCHEMA = dict.fromkeys((EXTERNAL_ID, *ITEM_TEXTS), pl.String)
 REVIEW_SCHEMA = {USER: pl.String, ITEM: pl.String, TIME: pl.Int64}
+#: Columns that a reader may add to REVIEW_SCHEMA: kind of event (String), rating (Float64), part of a second (Float64).
+EVENT, RATING, FRACTION = "event", "rating", "fraction"
+
+
+@dataclass(frozen=True)
+class Selection:
+    """The rows of a log that count: kinds of events (empty = all) and the lowest rating (0 = all)."""
+
+    events: tuple[str, ...] = ()
+    min_rating: float = 0.0
 
 
 @dataclass(frozen=True)
 class Reviews:
-    """Reviews inside the time window (REVIEW_SCHEMA, in file order), and the counts before the window is applied."""
+    """Reviews inside the time window (REVIEW_SCHEMA, in file order), and the counts before the window is applied.
+
+    ``selected``: name and rows of each filter by event or rating, in order; ``kinds``: rows of each kind of event.
+    """
 
     inside: pl.DataFrame
     readable: int
     first_time: int
     last_time: int
+    selected: tuple[tuple[str, int], ...] = ()
+    kinds: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class RawData:
-    """Reviews and the cleaned texts of reviewed items (ITEM_SCHEMA; an item may occur twice, its first row counts)."""
+    """Reviews and the cleaned texts of reviewed items (ITEM_SCHEMA; an item may occur twice, its first row counts).
+
+    ``items`` is None where there is no item file: titles are then the external ids.
+    """
 
     name: str
     source: str
     period: Period
     reviews: Reviews
-    items: pl.DataFrame
+    items: pl.DataFrame | None
     problems: list[Problems]
 
 
@@ -106,7 +124,7 @@ class Clock:
         self.implausible = 0
 
     def seconds(self, frame: pl.DataFrame) -> pl.DataFrame:
-        """``frame`` with TIME in seconds, without rows whose time is in no unit between 1990 and 2100.
+        """``frame`` with TIME in seconds and FRACTION, without rows whose time is in no unit between 1990 and 2100.
 
         Raises DataError when rows of this or an earlier frame have another unit.
         """
@@ -128,7 +146,9 @@ class Clock:
             counts = ", ".join(f"{self.rows[unit]} in {unit} (such as {self.examples[unit]})" for unit in units)
             raise DataError(f"times of mixed units: {counts}; write all of them in the same one")
         ticks = UNITS[units[0]] if units else 1
-        return frame.filter(known).with_columns(pl.col(TIME) // ticks)
+        own = pl.col(FRACTION) if FRACTION in frame.columns else pl.lit(0.0)
+        rest = ((pl.col(TIME) % ticks).cast(pl.Float64) + own) / ticks
+        return frame.filter(known).with_columns(rest.alias(FRACTION), pl.col(TIME) // ticks)
 
     def report(self) -> None:
         """Say the unit where it is not seconds, and dropped rows. Raises DataError when those are more than 1 %."""
@@ -147,19 +167,52 @@ class Clock:
         say(f"{message}: skipped")
 
 
-def collect_reviews(frames: Iterable[pl.DataFrame], period: Period) -> Reviews:
-    """Gather frames of REVIEW_SCHEMA; rows outside of the period are counted and dropped at once.
+class _Selecting:
+    """Applies a Selection to frames and counts what is left."""
 
-    Times come out in seconds. Raises DataError for times of mixed units, and when more than 1 % are implausible.
+    def __init__(self, selection: Selection) -> None:
+        self.selection = selection
+        self.kinds: dict[str, int] = {}
+        self.rows = {"events": 0, "rating": 0}
+
+    def __call__(self, frame: pl.DataFrame) -> pl.DataFrame:
+        wanted = self.selection
+        if wanted.events:
+            for kind, rows in frame.group_by(EVENT).len().iter_rows():
+                self.kinds[str(kind)] = self.kinds.get(str(kind), 0) + rows
+            frame = frame.filter(pl.col(EVENT).is_in(list(wanted.events)))
+            self.rows["events"] += frame.height
+        if wanted.min_rating > 0:
+            frame = frame.filter(pl.col(RATING) >= wanted.min_rating)
+            self.rows["rating"] += frame.height
+        return frame
+
+    def steps(self) -> tuple[tuple[str, int], ...]:
+        """Name and rows of each filter that was applied."""
+        wanted, steps = self.selection, []
+        if wanted.events:
+            steps.append((f"events {', '.join(wanted.events)}", self.rows["events"]))
+        if wanted.min_rating > 0:
+            steps.append((f"rating >= {wanted.min_rating:g}", self.rows["rating"]))
+        return tuple(steps)
+
+
+def collect_reviews(frames: Iterable[pl.DataFrame], period: Period, selection: Selection | None = None) -> Reviews:
+    """Gather frames of REVIEW_SCHEMA; rows outside of ``selection`` or the period are counted and dropped at once.
+
+    Times come out in seconds, rows in file order, except that finer times order them where the log has them. Raises
+    DataError for times of mixed units, and when more than 1 % are implausible.
     """
-    parts = [pl.DataFrame(schema=REVIEW_SCHEMA)]
+    columns = [*REVIEW_SCHEMA, FRACTION]
+    parts = [pl.DataFrame(schema={**REVIEW_SCHEMA, FRACTION: pl.Float64})]
     readable, first, last = 0, None, None
-    clock = Clock()
+    clock, selecting = Clock(), _Selecting(selection or Selection())
     for raw in frames:
         frame = clock.seconds(raw)
+        readable += frame.height
+        frame = selecting(frame)
         if frame.height == 0:
             continue
-        readable += frame.height
         low, high = frame.select(pl.col(TIME).min(), pl.col(TIME).max().alias("last")).row(0)
         first = low if first is None else min(first, low)
         last = high if last is None else max(last, high)
@@ -168,9 +221,12 @@ def collect_reviews(frames: Iterable[pl.DataFrame], period: Period) -> Reviews:
             inside &= pl.col(TIME) >= period.first
         if period.stop is not None:
             inside &= pl.col(TIME) < period.stop
-        parts.append(frame.filter(inside))
+        parts.append(frame.filter(inside).select(columns))
     clock.report()
-    return Reviews(pl.concat(parts), readable, first or 0, last or 0)
+    log = pl.concat(parts)
+    if (log[FRACTION] != 0).any():
+        log = log.sort(TIME, FRACTION, maintain_order=True)
+    return Reviews(log.drop(FRACTION), readable, first or 0, last or 0, selecting.steps(), selecting.kinds)
 
 
 def frequent_items(reviews: Reviews, k: int) -> pl.Series:

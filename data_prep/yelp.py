@@ -9,7 +9,7 @@ import polars as pl
 
 from tawin_nemo.data.interactions import BRAND, CATEGORY, DESCRIPTION
 from tawin_nemo.data_prep.ndjson import LINE, Field, Problems, read_frames
-from tawin_nemo.data_prep.raw import ITEM_SCHEMA, Period, RawData, Reviews, collect_reviews
+from tawin_nemo.data_prep.raw import ITEM_SCHEMA, RATING, Period, RawData, Reviews, Selection, collect_reviews
 from tawin_nemo.data_prep.titles import clean_column
 from tawin_nemo.types import EXTERNAL_ID, ITEM, TIME, TITLE, USER
 
@@ -18,25 +18,30 @@ ITEM_FIELDS = [Field("business_id", "id"), *(Field(name, "text") for name in ("n
 DATE_FORMAT = "%Y-%m-%d %H:%M:%S"
 
 
-def read(name: str, reviews: Path, businesses: Path, period: Period) -> RawData:
+def read(
+    name: str, reviews: Path, businesses: Path, period: Period, selection: Selection | None = None
+) -> RawData:  # fmt: skip
     """Read both files. The title is the business's name, the description its city; dates are taken as UTC.
 
     Raises DataError if a file cannot be opened or decompressed; unusable lines are counted in ``problems``.
     """
     review_problems, item_problems = Problems(reviews), Problems(businesses)
-    log = collect_reviews(_review_frames(reviews, review_problems), period)
+    selection = selection or Selection()
+    log = collect_reviews(_review_frames(reviews, selection, review_problems), period, selection)
     review_problems.report()
     items = _read_items(businesses, log, item_problems)
     item_problems.report()
     return RawData(name, "yelp", period, log, items, [review_problems, item_problems])
 
 
-def _review_frames(path: Path, problems: Problems) -> Iterator[pl.DataFrame]:
+def _review_frames(path: Path, selection: Selection, problems: Problems) -> Iterator[pl.DataFrame]:
     seconds = pl.col("date").str.to_datetime(DATE_FORMAT, strict=False, time_unit="us").dt.epoch("s")
-    for frame in read_frames(path, REVIEW_FIELDS, problems):
-        frame = frame.select(
-            pl.col("user_id").alias(USER), pl.col("business_id").alias(ITEM), seconds.alias(TIME), LINE
-        )
+    fields, columns = list(REVIEW_FIELDS), [pl.col("user_id").alias(USER), pl.col("business_id").alias(ITEM)]
+    if selection.min_rating > 0:
+        fields.append(Field("stars", "scalar"))
+        columns.append(pl.col("stars").cast(pl.Float64, strict=False).alias(RATING))
+    for frame in read_frames(path, fields, problems):
+        frame = frame.select(*columns, seconds.alias(TIME), LINE)
         for line in frame.filter(pl.col(TIME).is_null())[LINE]:
             problems.add("date is not YYYY-MM-DD HH:MM:SS", line)
         yield frame.filter(pl.col(TIME).is_not_null()).drop(LINE)

@@ -97,10 +97,11 @@ def run_baseline(world: World, sink: MetricSink | None = None) -> EvalResult:
     for split in splits:
         rows, label = world.samples[split], f"{stage.name} {split}"
         result = evaluate_baseline(model, rows, world.catalog, recipe.eval, label=label, popularity_I=popularity_I)
+        result = result.named(world.dataset)
         result.write(directory / "eval", split)
         if recipe.eval.candidates:
             among = baseline_candidates(model, rows, world.catalog, recipe.eval, seed=recipe.seed, label=label)
-            among.write(directory / "eval", split)
+            among.named(world.dataset).write(directory / "eval", split)
             log.info("%s among candidates: hit_ratio@1 %.4f", label, among.means["hit_ratio@1"])
     return result
 

@@ -15,8 +15,12 @@ from tawin_nemo.util.errors import ConfigError
 
 
 def generate(world: World) -> dict[str, Any]:
-    """Ranked recommendations for ``generate.history``, or for the first rows of ``generate.split``."""
+    """Ranked recommendations for ``generate.history``, or for the first rows of ``generate.split``.
+
+    Rows of a split come with the external id of their ``user`` where the data have one.
+    """
     options = world.recipe.generate
+    users: list[str | None] = []
     if options.history:
         histories = [items_of(options.history, world.catalog.external_ids)[-world.recipe.data.max_history :]]
         texts = [
@@ -30,8 +34,12 @@ def generate(world: World) -> dict[str, Any]:
                 "set generate.history=ID,ID or data.root=DIR"
             )
         samples = world.samples[options.split].take(np.arange(min(options.rows, len(world.samples[options.split]))))
+        users = world.dataset.user_ids(samples.user_N)
         histories, prompts = [samples.history[i].tolist() for i in range(len(samples))], samples.prompts
-    return {"recommendations": recommend(world, histories, prompts, options.n)}
+    recommendations = recommend(world, histories, prompts, options.n)
+    for entry, user in zip(recommendations, users, strict=False):
+        entry |= {} if user is None else {"user": user}
+    return {"recommendations": recommendations}
 
 
 def items_of(names: Sequence[str], external_ids: Sequence[str]) -> list[int]:

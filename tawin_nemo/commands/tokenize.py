@@ -39,6 +39,11 @@ def tokenize(recipe: Recipe, root: Path) -> dict[str, Any]:
     cfg = recipe.semantic_ids
     out = Path(cfg.output) if cfg.output else run / "semantic_ids"
     dataset = load_dataset(root)
+    if not dataset.has_titles and cfg.text.encoder != "file" and not cfg.given and cfg.method != "random":
+        raise DataError(
+            "the data have no item file, so there are no texts to embed; name one with prepare.metadata=FILE, or set "
+            "semantic_ids.text.encoder=file"
+        )
     vectors = out.with_name(f"{out.name}.vectors")
     existing = ExistingIndex.read(Path(cfg.grow_from)) if cfg.grow_from else None
     if existing:

@@ -33,6 +33,7 @@ VERBS = {
         (
             "prepare --recipe recipes/quickstart.yaml",
             "prepare data.root=DIR prepare.reviews=Toys.json.gz prepare.metadata=meta_Toys.json.gz run_dir=runs/toys",
+            "prepare data.root=DIR prepare.columns.user=customer prepare.columns.item=sku run_dir=runs/shop",
         ),
         '{"prepared": folder}',
     ),

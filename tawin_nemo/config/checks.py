@@ -66,6 +66,7 @@ def combinations(r: Recipe) -> Iterator[tuple[bool, str]]:
     yield from _space_combinations(r)
     yield from _semantic_id_combinations(r)
     yield from preference_combinations(r)
+    yield from _prepare_combinations(r)
     if rl.enabled:
         yield from _rl_combinations(r)
         yield from ahead_combinations(r)
@@ -256,4 +257,21 @@ def _semantic_id_combinations(r: Recipe) -> Iterator[tuple[bool, str]]:
     yield (
         any(width < 1 for width in ids.rqvae.widths),
         f"semantic_ids.rqvae.widths={list(ids.rqvae.widths)} must hold layer sizes >= 1",
+    )
+
+
+def _prepare_combinations(r: Recipe) -> Iterator[tuple[bool, str]]:
+    p = r.prepare
+    dates = f"prepare.valid_start={p.valid_start} and prepare.test_start={p.test_start}"
+    yield (
+        p.split == "date" and not (p.valid_start and p.test_start),
+        f"prepare.split=date begins valid and test on days, but {dates}; set both, YYYY-MM-DD",
+    )
+    yield (
+        p.split != "date" and bool(p.valid_start or p.test_start),
+        f"{dates} belong to prepare.split=date, not {p.split}; set it, or leave them empty",
+    )
+    yield (
+        bool(p.valid_start and p.test_start) and p.test_start <= p.valid_start,
+        f"{dates}: test must begin after valid; exchange them",
     )

@@ -28,7 +28,7 @@ from tawin_nemo.util.errors import ConfigError
 #: Keys that hold dates or durations as text, with the function that reads them.
 TIMES = {
     "trainer.max_time": times.duration, "prepare.start": times.first_second, "prepare.end": times.last_second,
-    "retrain.date": times.day,
+    "prepare.valid_start": times.first_second, "prepare.test_start": times.first_second, "retrain.date": times.day,
 }  # fmt: skip
 
 

@@ -336,7 +336,7 @@ TEMPLATES = ("compact", "alpaca")
 class DataConfig:
     root: str = opt("", "Names the folder with the data: prepared Parquet, or raw files that `dataset` names.")
     dataset: str = choice(
-        "auto", "prepared", "inter", "candidates", "amazon", "yelp", "synthetic",
+        "auto", "prepared", "inter", "candidates", "amazon", "yelp", "synthetic", "table", "split_csv",
         help="Says what lies in data.root; auto detects it, and raw data is prepared into RUN_DIR/data first.",
     )  # fmt: skip
     max_history: int = number(10, 1, 200, help="Limits the items of history in a sample; the newest are kept.")
@@ -370,11 +370,36 @@ class DataConfig:
 
 
 @dataclass(frozen=True)
-class PrepareConfig:
-    """Raw reviews -> samples; used when ``data.dataset`` is amazon, yelp or synthetic."""
+class ColumnsConfig:
+    """Columns of a table (``data.dataset=table``), by their names, or by number from 1 in a file without header."""
 
-    reviews: str = opt("", "Names the review file, relative to data.root: *.json or *.json.gz.")
-    metadata: str = opt("", "Names the item file, relative to data.root: *.json or *.json.gz.")
+    user: str = opt("", "Names the column with the user's id (empty = user_id, userId, reviewerID and the like).")
+    item: str = opt("", "Names the column with the item's id (empty = item_id, parent_asin, movieId and the like).")
+    time: str = opt("", "Names the column with the time (empty = timestamp, time, event_time and the like).")
+    event: str = opt("", "Names the column that prepare.events filters (empty = event_type, action and the like).")
+    rating: str = opt("", "Names the column that prepare.min_rating filters (empty = rating, overall, stars, score).")
+    title: str = opt("", "Names the column with the item's title (empty = title, name, movie_title and the like).")
+    description: str = opt("", "Names the column with the item's description (empty = description).")
+    brand: str = opt("", "Names the column with the item's brand (empty = brand, store, manufacturer).")
+    category: str = opt("", "Names the column with the item's category (empty = categories, genres and the like).")
+
+
+@dataclass(frozen=True)
+class PrepareConfig:
+    """Raw reviews -> samples; used when ``data.dataset`` is amazon, yelp, table or synthetic.
+
+    Titles, entities and reserved tokens are treated in ready-made splits (inter, candidates, split_csv) as well.
+    """
+
+    reviews: str = opt(
+        "", "Names the file with the log, relative to data.root; for table also a pattern such as part-*.parquet."
+    )
+    metadata: str = opt(
+        "", "Names the item file, relative to data.root; a table may have none, and its titles are then the ids."
+    )
+    columns: ColumnsConfig = field(default_factory=ColumnsConfig)
+    events: list[str] = opt([], "Keeps only these kinds of events, such as purchase,cart (empty = all).")
+    min_rating: float = number(0.0, 0.0, help="Keeps only rows with at least this rating (0 = all).")
     preset: str = choice(
         "auto", "none", "toys_and_games", "office_products", "industrial_and_scientific", "yelp",
         help="Selects the published time window; auto takes the one that the review file's name contains.",
@@ -385,6 +410,28 @@ class PrepareConfig:
     end: str = opt("", "Sets the last day or month of the time window, inclusive (empty = as for start).")
     k_core: int = number(5, 1, help="Drops users and items with fewer interactions, until nothing changes.")
     max_title_words: int = number(40, 1, help="Drops items whose titles have more words, as noise.")
+    max_title_chars: int = number(1000, 1, help="Drops items whose titles have more characters, as noise.")
+    reserved_tokens: str = choice(
+        "drop", "escape",
+        help="Drops items whose title holds a tokenizer's reserved token such as <|endoftext|>, or writes it with a "
+        "space (escape).",
+    )  # fmt: skip
+    decode_entities: bool = opt(
+        False, "Decodes HTML entities in the texts of ready-made splits (raw logs are always decoded)."
+    )
+    ties: str = choice(
+        "file",
+        "random",
+        "item",
+        help="Orders a user's interactions of the same time: as in the file, at random by seed, or by item id.",
+    )
+    split: str = choice(
+        "ratio", "leave_one_out", "date",
+        help="Splits 8:1:1 by time (ratio), takes each user's last target for test and the one before for valid "
+        "(leave_one_out), or begins valid and test on given days (date).",
+    )  # fmt: skip
+    valid_start: str = opt("", "Sets the first day of valid for prepare.split=date, YYYY-MM-DD or YYYY-MM.")
+    test_start: str = opt("", "Sets the first day of test for prepare.split=date, YYYY-MM-DD or YYYY-MM.")
     synthetic_items: int = number(2400, 50, help="Sets the items of the generated catalog.")
     synthetic_users: int = number(6000, 50, help="Sets the users of the generated review log.")
     synthetic_reviews_per_user: float = number(8.0, 1, help="Sets the mean number of reviews of a generated user.")

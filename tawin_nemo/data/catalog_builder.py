@@ -98,7 +98,8 @@ def _check_reserved(paths: TokenRows, texts: Sequence[str], tokenizer: Tokenizer
         item = int(np.searchsorted(paths.offsets, reserved[0], side="right")) - 1
         token = tokenizer.decode([int(paths.flat[reserved[0]])])
         raise CatalogError(
-            f"item {item} ({texts[item]!r}) contains the reserved token {token}; remove it from the text"
+            f"item {item} ({texts[item]!r}) contains the reserved token {token}; remove it from the text, or prepare "
+            "the data again with prepare.reserved_tokens=escape"
         )
 
 

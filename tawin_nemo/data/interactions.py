@@ -1,8 +1,8 @@
 """The prepared data set on disk, read back and checked.
 
-Layout of the folder: ``items.parquet`` (item, external_id, title, description, brand, category), one Parquet file per
-split (user, history, target, time; candidates where rows have candidate sets), further files such as code indices, and
-``manifest.json`` with the SHA-256 of each of them.
+Layout of the folder: ``items.parquet`` (item, external_id, title, description, brand, category), ``users.parquet``
+(user, external_id, by user) where users have names, one Parquet file per split (user, history, target, time; candidates
+where rows have candidate sets), further files such as code indices, and ``manifest.json`` with the SHA-256 of each.
 """
 
 from __future__ import annotations
@@ -22,7 +22,9 @@ from tawin_nemo.util.files import sha256
 
 FORMAT = "tawin_nemo.prepared.v1"
 MANIFEST = "manifest.json"
-ITEMS_FILE = "items.parquet"
+ITEMS_FILE, USERS_FILE = "items.parquet", "users.parquet"
+#: Key of the manifest of data without item texts: their titles are external ids.
+NO_TITLES = "titles_are_ids"
 #: Columns of ITEMS_FILE besides ITEM, EXTERNAL_ID and TITLE.
 DESCRIPTION, BRAND, CATEGORY = "description", "brand", "category"
 
@@ -67,13 +69,32 @@ class ItemFrame:
 
 @dataclass(frozen=True)
 class Dataset:
-    """A prepared data set: its items, its three splits and the manifest that the preparation wrote."""
+    """A prepared data set: its items, its three splits and the manifest that the preparation wrote.
+
+    ``users``: USER and EXTERNAL_ID, ordered by user number; None where users have no names.
+    """
 
     items: ItemFrame
     train: Split
     valid: Split
     test: Split
     manifest: dict[str, Any]
+    users: pa.Table | None = None
+
+    @property
+    def has_titles(self) -> bool:
+        """Whether items have texts; without, their titles are external ids."""
+        return not self.manifest.get(NO_TITLES)
+
+    def user_ids(self, user_N: np.ndarray) -> list[str | None]:
+        """External ids of users [N]; None for users without a name."""
+        if self.users is None or not len(self.users):
+            return [None] * len(user_N)
+        numbers_U = self.users[USER].to_numpy()
+        place_N = np.searchsorted(numbers_U, user_N).clip(max=len(numbers_U) - 1)
+        known_N = numbers_U[place_N] == user_N
+        names = self.users[EXTERNAL_ID].take(pa.array(place_N)).to_pylist()
+        return [name if known else None for name, known in zip(names, known_N.tolist(), strict=True)]
 
 
 def read_manifest(root: Path) -> dict[str, Any]:
@@ -116,7 +137,7 @@ def load_dataset(root: Path) -> Dataset:
     verify_files(root, manifest)
     items = _read_items(root / ITEMS_FILE)
     train, valid, test = (_read_split(root / f"{split}.parquet", len(items)) for split in SPLITS)
-    return Dataset(items, train, valid, test, manifest)
+    return Dataset(items, train, valid, test, manifest, _read_users(root, manifest))
 
 
 def _read_table(path: Path, columns: list[str]) -> pa.Table:
@@ -153,6 +174,10 @@ def read_columns(root: Path) -> dict[str, list[Any]]:
     except (pa.ArrowException, OSError) as error:
         raise DataError(f"{path} cannot be read as Parquet ({error}); {_AGAIN}") from error
     return {name: table[name].to_pylist() for name in table.column_names if name != ITEM}
+
+
+def _read_users(root: Path, manifest: dict[str, Any]) -> pa.Table | None:
+    return _read_table(root / USERS_FILE, [USER, EXTERNAL_ID]) if USERS_FILE in manifest["files"] else None
 
 
 def _read_split(path: Path, num_items: int) -> Split:

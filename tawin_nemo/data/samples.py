@@ -199,8 +199,11 @@ def _newest(history: TokenRows, kept_N: np.ndarray) -> TokenRows:
 
 
 def _unfit(row: int, items: np.ndarray, needed: int, texts: Sequence[str], data: DataConfig) -> DataError:
-    what = f"item {items[0]} ({texts[items[0]]!r}) alone makes a prompt" if len(items) else "a prompt without items is"
+    text = texts[items[0]] if len(items) else ""
+    shown = repr(text) if len(text) <= 60 else f"{text[:60]!r}..., {len(text):,} characters"
+    what = f"item {items[0]} ({shown}) alone makes a prompt" if len(items) else "a prompt without items is"
+    shorter = ", or drop such titles: prepare.max_title_chars, prepare.max_title_words" if len(text) > 200 else ""
     return DataError(
         f"data.max_prompt_tokens={data.max_prompt_tokens}: {what} of {needed} tokens (row {row}); "
-        f"set data.max_prompt_tokens to {needed} or more"
+        f"set data.max_prompt_tokens to {needed} or more{shorter}"
     )

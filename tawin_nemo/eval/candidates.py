@@ -14,7 +14,7 @@ Axes beyond ``types``: C candidates of a row.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -22,9 +22,11 @@ import polars as pl
 
 from tawin_nemo.catalog.items import Catalog
 from tawin_nemo.config.schema import EvalConfig
+from tawin_nemo.data.interactions import Dataset
 from tawin_nemo.data.negative_sampling import candidate_set
 from tawin_nemo.data.samples import Samples
 from tawin_nemo.eval.intervals import normal_interval
+from tawin_nemo.eval.result import named_rows
 from tawin_nemo.rollout.engine import RolloutEngine
 from tawin_nemo.rollout.filters import ItemFilter
 from tawin_nemo.rollout.greedy import greedy_decode
@@ -61,6 +63,10 @@ class CandidateResult:
             intervals={name: (interval.low, interval.high) for name, interval in intervals.items()},
             per_user=pl.DataFrame(keys | measured),
         )
+
+    def named(self, dataset: Dataset) -> CandidateResult:
+        """This result with external ids in ``per_user``, as ``result.named_rows`` adds them."""
+        return replace(self, per_user=named_rows(self.per_user, dataset))
 
     def write(self, directory: Path, split: str) -> None:
         """Write ``SPLIT.candidates.json`` and ``SPLIT.candidates.parquet``."""

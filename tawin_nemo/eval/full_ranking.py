@@ -8,7 +8,7 @@ paths (leaves of the trie); items on one path are one negative.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -16,8 +16,10 @@ import polars as pl
 
 from tawin_nemo.catalog.items import Catalog
 from tawin_nemo.config.schema import EvalConfig
+from tawin_nemo.data.interactions import Dataset
 from tawin_nemo.data.samples import Samples
 from tawin_nemo.eval.intervals import normal_interval
+from tawin_nemo.eval.result import named_rows
 from tawin_nemo.rollout.engine import Engine
 from tawin_nemo.types import DataParallel
 from tawin_nemo.util.errors import DataError
@@ -37,6 +39,10 @@ class FullRanking:
     means: dict[str, float]
     intervals: dict[str, tuple[float, float]]
     per_user: pl.DataFrame  # row, user, target, rank among all paths, then one column per mean
+
+    def named(self, dataset: Dataset) -> FullRanking:
+        """This result with external ids in ``per_user``: ``user_id`` and ``target_id``."""
+        return replace(self, per_user=named_rows(self.per_user, dataset))
 
     def write(self, directory: Path, split: str) -> None:
         """Write ``SPLIT.auc.json`` and ``SPLIT.auc.parquet``."""

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import polars as pl
 
+from tawin_nemo.data.interactions import Dataset
 from tawin_nemo.eval.intervals import Interval, minimal_detectable_effect, paired_difference
 from tawin_nemo.util.errors import DataError
 from tawin_nemo.util.files import atomic_path, write_json
@@ -77,6 +78,10 @@ class EvalResult:
         share_B = 1.0 / self.per_user["sharing"].to_numpy()
         return {name: float((self.per_user[name].to_numpy() * share_B).mean()) for name in self.means}
 
+    def named(self, dataset: Dataset) -> EvalResult:
+        """This result with external ids in ``per_user``: ``user_id`` and ``target_id``, as ``named_rows`` adds them."""
+        return replace(self, per_user=named_rows(self.per_user, dataset))
+
     def write(self, directory: Path, split: str) -> None:
         """Write both files, the table first, so that a JSON file is never without its table."""
         content = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "per_user"}
@@ -98,6 +103,18 @@ class EvalResult:
             return cls(**content, per_user=per_user)
         except (OSError, ValueError, KeyError, TypeError, pl.exceptions.PolarsError) as error:
             raise DataError(f"cannot read the evaluation {path} with {table.name}: {error}; evaluate again") from error
+
+
+def named_rows(per_user: pl.DataFrame, dataset: Dataset) -> pl.DataFrame:
+    """A table of rows with ``user`` and ``target``, with the text columns ``user_id`` and ``target_id`` at its end.
+
+    They hold the external ids of the log, so that a result can be joined with it; null for users without a name.
+    """
+    targets = [dataset.items.external_ids[item] for item in per_user["target"]]
+    users = dataset.user_ids(per_user["user"].to_numpy())
+    return per_user.with_columns(
+        pl.Series("user_id", users, dtype=pl.String), pl.Series("target_id", targets, dtype=pl.String)
+    )
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,7 @@ def prepared_root(recipe: Recipe, *, run_dir: Path | None = None, prepare: Prepa
     if recipe.data.root and not root.is_dir():
         raise ConfigError(f"data.root={recipe.data.root} is not a folder; name the one that holds the data")
     if source == "auto":
-        source = detect(root)
+        source = detect(root, recipe.prepare)
     if source == "prepared":
         return prepare_data(source, root, root, prepare=recipe.prepare, data=recipe.data, seed=recipe.seed)
     run_dir = run_dir or run_dir_of(recipe)

@@ -142,6 +142,7 @@ def open_run_dir(recipe: Recipe, *, same_recipe: bool) -> Path:
 def build_world(recipe: Recipe, run_dir: Path, data_root: Path, *, codes_path: Path | None = None) -> World:
     """Load the prepared dataset under ``data_root`` and derive everything from it (deterministic on every rank)."""
     dataset = load_dataset(data_root)
+    check_titles(recipe, dataset)
     codes = load_codes(codes_path, dataset.items.external_ids) if codes_path else None
     plain = plain_template(recipe, run_dir, data_root)
     runtime.on_rank_0(partial(_write_tokenizer, recipe, run_dir, dataset, codes, plain))
@@ -167,6 +168,18 @@ def build_world(recipe: Recipe, run_dir: Path, data_root: Path, *, codes_path: P
         recipe, run_dir, dataset, tokenizer, template, catalog, texts, samples, shape,
         runtime.data_parallel(), deadline(recipe.trainer.max_time),
     )  # fmt: skip
+
+
+def check_titles(recipe: Recipe, dataset: Dataset) -> None:
+    """Raises DataError where a language model would learn titles that are only external ids."""
+    aligned = [task.name for task in active_tasks(recipe.align)]
+    if dataset.has_titles or recipe.baseline.model != "off" or (recipe.catalog.kind == "sid" and not aligned):
+        return
+    raise DataError(
+        "the data have no item file, so items have no titles, and a language model would learn their ids as text; "
+        "name one with prepare.metadata=FILE (item and title), or train a classic baseline (baseline.model=sasrec), "
+        "or codes without text (catalog.kind=sid)"
+    )
 
 
 def store_catalog(folder: Path, catalog: Catalog, tokenizer: Tokenizer) -> None:
@@ -223,9 +236,21 @@ def check_lengths(samples: dict[str, Samples], catalog: Catalog, shape: Backbone
         if shape.positions < shape.max_position:
             has = f"attends to its newest {shape.window} alone (sliding_window), which is not supported for longer ones"
         raise ConfigError(
-            f"the longest prompt with its answer has {longest} tokens but the model {has}; lower "
-            "data.max_prompt_tokens or data.max_history"
+            f"the longest prompt with its answer has {longest} tokens but the model {has}; {_too_long(catalog, shape)}"
         )
+
+
+def _too_long(catalog: Catalog, shape: Backbone) -> str:
+    """Which key helps: of the items where one alone fills much of the model's positions, else of the prompts."""
+    longest = int(catalog.paths.lengths.argmax())
+    tokens = int(catalog.paths.lengths[longest])
+    if tokens <= shape.max_position // 4:
+        return "lower data.max_prompt_tokens or data.max_history"
+    title = catalog.titles[longest]
+    return (
+        f"item {catalog.external_ids[longest]} ({title[:60]!r}, {len(title):,} characters) alone has {tokens}: lower "
+        "prepare.max_title_chars or prepare.max_title_words"
+    )
 
 
 def catalog_summary(catalog: Catalog, samples: dict[str, Samples]) -> dict[str, object]:

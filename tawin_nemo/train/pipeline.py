@@ -183,7 +183,7 @@ def evaluate_stage(world: World, directory: Path, engine: Engine) -> EvalResult:
     engine.receive_weights()
     for split in world.recipe.eval.splits:
         label = f"{directory.name} {split}"
-        results[split] = evaluate_split(world, engine, split, label=label, popularity=True)
+        results[split] = evaluate_split(world, engine, split, label=label, popularity=True).named(world.dataset)
         among = candidate_metrics(world, engine, split, label)
         ranked = auc_metrics(world, engine, split, label)
         if ranked is not None:
@@ -191,8 +191,8 @@ def evaluate_stage(world: World, directory: Path, engine: Engine) -> EvalResult:
         if runtime.world_rank() == 0:
             results[split].write(directory / "eval", split)
             if among is not None:
-                among.write(directory / "eval", split)
+                among.named(world.dataset).write(directory / "eval", split)
             if ranked is not None:
-                ranked.write(directory / "eval", split)
+                ranked.named(world.dataset).write(directory / "eval", split)
     runtime.barrier()
     return results[world.recipe.eval.splits[-1]]

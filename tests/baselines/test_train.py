@@ -58,6 +58,9 @@ def world(tmp_path):
         run_dir=tmp_path / "run",
         deadline=None,
         catalog=Catalog(titles, titles, "sid", PATHS, TokenTrie.from_paths(PATHS)),
+        dataset=SimpleNamespace(
+            items=SimpleNamespace(external_ids=titles), user_ids=lambda user_N: [f"u{user}" for user in user_N]
+        ),
         samples={"train": samples_of(300, seed=1), "valid": samples_of(40, seed=2), "test": samples_of(41, seed=3)},
     )
 

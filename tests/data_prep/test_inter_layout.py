@@ -45,7 +45,7 @@ def test_small_set(tmp_path: Path) -> None:
     assert copied.name in dataset.manifest["files"]
 
 
-@pytest.mark.parametrize("row", ["7\t0 3\t1", "7\t0\t3", "x\t0\t1", "7\t\t1", "7\t0 y\t1", "7\t0"])
+@pytest.mark.parametrize("row", ["7\t0 3\t1", "7\t0\t3", "\t0\t1", "7\t\t1", "7\t0 y\t1", "7\t0"])
 def test_a_bad_row_is_named(tmp_path: Path, row: str) -> None:
     write(tmp_path, ROWS | {"valid": ["9\t2 0\t1", row]})
     with pytest.raises(DataError, match=r"Tiny_Set\.valid\.inter line 3"):
@@ -67,6 +67,49 @@ def test_other_faults_are_named(tmp_path: Path) -> None:
         load(tmp_path, tmp_path / "out")
     write(tmp_path, name="Other")
     with pytest.raises(DataError, match="found Other, Tiny_Set"):
+        load(tmp_path, tmp_path / "out")
+
+
+def test_users_and_items_may_be_text(tmp_path: Path) -> None:
+    write(tmp_path, {"train": ["bob\tx\ty", "al\tz\tx"], "valid": ["bob\tx y\tz"], "test": ["al\tz x\ty"]})
+    entries = {name: {"title": f"Title &amp; {name}"} for name in ("z", "x", "y")}
+    (tmp_path / "Tiny_Set.item.json").write_text(json.dumps(entries))
+    dataset = load(tmp_path, tmp_path / "out")
+    assert dataset.items.external_ids == ["x", "y", "z"]
+    assert dataset.items.titles == ["Title &amp; x", "Title &amp; y", "Title &amp; z"]  # as they are, unless a key says
+    assert dataset.user_ids(dataset.train.user_N) == ["bob", "al"]
+    assert dataset.valid.history[0].tolist() == [0, 1]
+    keys = PrepareConfig(decode_entities=True)
+    out = prepare("inter", tmp_path, tmp_path / "decoded", prepare=keys, data=DataConfig(), seed=0)
+    assert load_dataset(out).items.titles == ["Title & x", "Title & y", "Title & z"]
+
+
+def test_numbers_of_users_stay_and_are_their_ids(tmp_path: Path) -> None:
+    write(tmp_path)
+    dataset = load(tmp_path, tmp_path / "out")
+    assert dataset.train.user_N.tolist() == [7, 7, 9]
+    assert dataset.user_ids(dataset.train.user_N) == ["7", "7", "9"]
+
+
+def test_without_an_item_file_the_ids_are_titles(tmp_path: Path) -> None:
+    write(tmp_path, {"train": ["7\t10\t9", "7\t10 9\t8"], "valid": ["7\t10\t9"], "test": ["7\t10\t8"]})
+    (tmp_path / "Tiny_Set.item.json").unlink()
+    dataset = load(tmp_path, tmp_path / "out")
+    assert dataset.items.external_ids == dataset.items.titles == ["8", "9", "10"]
+    assert not dataset.has_titles
+
+
+def test_a_reserved_token_in_a_ready_made_title_is_named_or_escaped(tmp_path: Path) -> None:
+    write(tmp_path)
+    entries = {str(n): {"title": f"Item {n}"} for n in range(3)} | {"1": {"title": "a <|endoftext|> b"}}
+    (tmp_path / "Tiny_Set.item.json").write_text(json.dumps(entries))
+    with pytest.raises(DataError, match=r"1 item such as 1 \('a <\|endoftext\|> b'\).*prepare\.reserved_tokens=escape"):
+        load(tmp_path, tmp_path / "out")
+    keys = PrepareConfig(reserved_tokens="escape")
+    out = prepare("inter", tmp_path, tmp_path / "out", prepare=keys, data=DataConfig(), seed=0)
+    assert load_dataset(out).items.titles[1] == "a < |endoftext|> b"
+    (tmp_path / "Tiny_Set.item.json").write_text(json.dumps(entries | {"1": {"title": "x" * 3000}}))
+    with pytest.raises(DataError, match=r"item such as 1 \('x+\.\.\. \(3,000 characters\).*prepare\.max_title_chars"):
         load(tmp_path, tmp_path / "out")
 
 

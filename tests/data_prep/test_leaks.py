@@ -7,7 +7,8 @@ import pytest
 
 from tawin_nemo.data.interactions import Split
 from tawin_nemo.data_prep.dataset import leak_check
-from tawin_nemo.data_prep.pipeline import sliding_windows, split_by_time
+from tawin_nemo.data_prep.pipeline import sliding_windows
+from tawin_nemo.data_prep.splits import split_by_time
 from tawin_nemo.types import SPLITS, TokenRows
 from tawin_nemo.util.errors import DataError
 

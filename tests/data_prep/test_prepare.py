@@ -37,6 +37,7 @@ def test_two_runs_give_the_same_bytes(tmp_path: Path) -> None:
     assert set(one) == {
         "manifest.json",
         "items.parquet",
+        "users.parquet",
         "train.parquet",
         "valid.parquet",
         "test.parquet",

@@ -3,7 +3,14 @@ from __future__ import annotations
 import polars as pl
 import pytest
 
-from tawin_nemo.data_prep.titles import clean_column, clean_text, join_json_list, title_faults
+from tawin_nemo.data_prep.titles import (
+    RESERVED,
+    clean_column,
+    clean_text,
+    escape_reserved,
+    join_json_list,
+    title_faults,
+)
 
 
 @pytest.mark.parametrize(
@@ -51,6 +58,14 @@ def test_faults() -> None:
         "one two three four five six": "title too long",
         "螺栓": None,
         "Fits < 5 mm": None,
+        "Multi-Function (Black)": None,
+        "Function (Black) Multi": None,
+        "Watch: Function (Black), function (3)": None,
+        "Bolt function(x) {return}": "markup in title",
+        "Bolt x=function (a)": "markup in title",
+        "Bolt <|endoftext|> 4mm": "reserved token in title",
+        "x" * 1000: None,
+        "x" * 1001: "title too long",
     }
     faults = title_faults(pl.Series(list(titles), dtype=pl.String), max_words=5)
     assert dict(zip(titles, faults, strict=True)) == titles
@@ -60,4 +75,12 @@ def test_json_lists() -> None:
     assert join_json_list('["a &amp; b", "", "<br>", "c"]', " > ") == "a & b > c"
     assert join_json_list("plain &amp; simple", " ") == "plain & simple"
     assert join_json_list("[not json", " ") == "[not json"
+    assert join_json_list("[['Tools', 'Bolts'], ['Steel']]", " > ") == "Tools > Bolts > Steel"
     assert join_json_list(None, " ") == ""
+
+
+def test_escaped_tokens_are_no_tokens() -> None:
+    texts = pl.Series(["a <|endoftext|> b <|im_end|>", "plain < 5 | 3 >", "</s>", None], dtype=pl.String)
+    escaped = escape_reserved(texts)
+    assert escaped.to_list() == ["a < |endoftext|> b < |im_end|>", "plain < 5 | 3 >", "< /s>", None]
+    assert not escaped.str.contains(RESERVED).any()

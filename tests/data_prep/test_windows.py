@@ -5,7 +5,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tawin_nemo.data_prep.pipeline import sliding_windows, split_by_time
+from tawin_nemo.data_prep.pipeline import sliding_windows
+from tawin_nemo.data_prep.splits import split_by_time
 
 #: (user, item, time)
 logs = st.lists(st.tuples(st.integers(0, 4), st.integers(0, 9), st.integers(0, 6)), max_size=50)

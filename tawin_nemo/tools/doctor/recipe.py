@@ -38,7 +38,7 @@ def uses_language_model(recipe: Recipe) -> bool:
 @check("data")
 def data(recipe: Recipe) -> Check:
     from tawin_nemo.data.interactions import MANIFEST, read_manifest
-    from tawin_nemo.data_prep.prepare import detect
+    from tawin_nemo.data_prep.sources import detect, source_files
 
     wanted, root = recipe.data.dataset, Path(recipe.data.root)
     if wanted == "synthetic":
@@ -50,8 +50,10 @@ def data(recipe: Recipe) -> Check:
     named = [root / name for name in (recipe.prepare.reviews, recipe.prepare.metadata) if name]
     if wanted in ("amazon", "yelp") and len(named) == 2:
         found, files = wanted, named
+    elif wanted in ("table", "split_csv"):
+        found, files = wanted, source_files(wanted, root, recipe.prepare)
     else:
-        found = detect(root)
+        found = detect(root, recipe.prepare)
         files = [path for path in sorted(root.iterdir()) if path.is_file()]
     if found == "prepared" and wanted in ("auto", "prepared"):
         files = [root / MANIFEST, *(root / name for name in read_manifest(root)["files"])]
