@@ -527,7 +527,9 @@ class RlConfig:
         "full", "branching", help="Counts all tokens of the path as |Y| (full), or only the branching ones."
     )
     advantage: str = choice(
-        "group", help="Selects the advantage: the reward, normalised within its group (group, see rl.std).", imports=True
+        "group",
+        help="Selects the advantage: the reward, normalised within its group (group, see rl.std).",
+        imports=True,
     )
     candidate_weights: str = choice(
         "tawin", help="Selects the weights of the candidates: those of TAWin (tawin, see rl.tawin).", imports=True
