@@ -13,12 +13,13 @@ from typing import Any
 
 from tawin_nemo.config.schema import DataConfig, PrepareConfig
 from tawin_nemo.data.interactions import MANIFEST, read_manifest, verify_files
-from tawin_nemo.data_prep import amazon, candidates_layout, inter_layout, synthetic, yelp
+from tawin_nemo.data_prep import amazon, candidates_layout, inter_layout, own_reader, synthetic, yelp
 from tawin_nemo.data_prep.dataset import STATISTICS, Prepared, write_dataset
 from tawin_nemo.data_prep.pipeline import build
 from tawin_nemo.data_prep.raw import Period, period
 from tawin_nemo.util.errors import ConfigError, DataError, UserError
 from tawin_nemo.util.files import sha256
+from tawin_nemo.util.imports import is_import_path, source_hash
 from tawin_nemo.util.log import say
 
 SOURCES = ("synthetic", "amazon", "yelp", "inter", "candidates")
@@ -41,7 +42,7 @@ def prepare(
     if source == "prepared":
         read_manifest(root)
         return root
-    if source not in SOURCES:
+    if source not in SOURCES and not is_import_path(source):
         raise DataError(f"data.dataset={source!r} is unknown; use auto, prepared or one of {', '.join(SOURCES)}")
     files = _source_files(source, root, prepare)
     name = name or _default_name(source, root, files)
@@ -103,6 +104,8 @@ def _source_files(source: str, root: Path, prepare: PrepareConfig) -> list[Path]
     """The files that the result depends on; reviews and metadata are the first two of raw layouts."""
     if source == "synthetic":
         return []
+    if is_import_path(source):
+        return own_reader.source_files(root)
     if source == "inter":
         return inter_layout.source_files(root)
     if source == "candidates":
@@ -131,6 +134,8 @@ def _one_file(root: Path, key: str, named: str, paths: list[Path]) -> Path:
 
 
 def _default_name(source: str, root: Path, files: list[Path]) -> str:
+    if is_import_path(source):
+        return root.name
     if source == "inter":
         return inter_layout.find_name(root)
     if source == "candidates":
@@ -153,6 +158,8 @@ def _request(
         parameters["period_of"] = published
     if source == "synthetic":
         parameters |= {key: value for key, value in settings.items() if key.startswith("synthetic_")} | {"seed": seed}
+    if is_import_path(source):
+        parameters["code"] = source_hash("data.dataset", source)
     sources = [{"file": path.name, "bytes": path.stat().st_size, "sha256": sha256(path)} for path in files]
     return {"parameters": parameters, "sources": sources}
 
@@ -195,6 +202,8 @@ def _read(
     limits = {"k": prepare.k_core, "max_title_words": prepare.max_title_words, "max_history": data.max_history}
     if source == "synthetic":
         return _read_synthetic(prepare, window, limits, seed, name)
+    if is_import_path(source):
+        return build(own_reader.read(source, name, root, prepare, window), **limits)
     reviews, items = files
     if source == "yelp":
         return build(yelp.read(name, reviews, items, window), **limits)

@@ -16,7 +16,16 @@ BUILT_IN = ("recall", "ndcg")
 
 def metric_kinds(cfg: EvalConfig) -> tuple[str, ...]:
     """The metrics of an evaluation without their cut-offs: recall, ndcg, then the names of ``eval.metrics``."""
-    return (*BUILT_IN, *(path.rpartition(":")[2].rpartition(".")[2] for path in cfg.metrics))
+    return (*BUILT_IN, *map(metric_name, cfg.metrics))
+
+
+def metric_name(path: str) -> str:
+    """The name of the metric at an import path: that of its function.
+
+    >>> metric_name("my.mod:mrr")
+    'mrr'
+    """
+    return path.rpartition(":")[2].rpartition(".")[2]
 
 
 def seam_combinations(r: Recipe) -> Iterator[tuple[bool, str]]:

@@ -105,8 +105,8 @@ def made(key: str, path: str, world: Any = None) -> Any:
 def imported(recipe: Recipe, *, trains: bool) -> Recipe:
     """``recipe`` with section ``code``: the hash of the source behind every import path that this process will use.
 
-    ``trains``: all of them, else those of ``EVERYWHERE``. Raises ConfigError for code that cannot be imported, that does
-    not fit its key, or that lies in no file.
+    ``trains``: all of them, else those of ``EVERYWHERE``. Raises ConfigError for code that cannot be imported, does not
+    fit its key, or lies in no file.
     """
     code: dict[str, str] = {}
     for key, path in import_paths(recipe, tuple(SEAMS) if trains else EVERYWHERE):

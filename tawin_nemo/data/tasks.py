@@ -15,7 +15,7 @@ import numpy as np
 from tawin_nemo.config.schema import AlignConfig, DataConfig
 from tawin_nemo.data.catalog_builder import answer_paths
 from tawin_nemo.data.interactions import Split
-from tawin_nemo.data.prompts import ALPACA_INPUT, ALPACA_START, Template
+from tawin_nemo.data.prompts import ALPACA_INPUT, ALPACA_START, Template, build_template
 from tawin_nemo.data.samples import Samples, encode_split
 from tawin_nemo.data.tokenizer import Tokenizer
 from tawin_nemo.types import TokenRows
@@ -130,7 +130,7 @@ class TaskEncoder:
 
     def paths(self, way: str) -> TokenRows:
         """Token paths of all items as answers in ``way``, EOS included; an item without such a text is EOS alone."""
-        template = Template(self.template.name, _kind(way))
+        template = build_template(self.template.name, _kind(way))
         texts = self.texts[way]
         known = [item for item, text in enumerate(texts) if text]
         paths = answer_paths([texts[item] for item in known], self.tokenizer, template)

@@ -18,7 +18,7 @@ from tawin_nemo.config.load import differences, to_yaml
 from tawin_nemo.config.schema import Recipe
 from tawin_nemo.data.catalog_builder import build_catalog
 from tawin_nemo.data.interactions import Dataset, Split, load_dataset
-from tawin_nemo.data.prompts import Template
+from tawin_nemo.data.prompts import Template, build_template
 from tawin_nemo.data.samples import Samples, encode_split
 from tawin_nemo.data.tasks import active_tasks
 from tawin_nemo.data.tokenizer import Tokenizer, build_tokenizer
@@ -45,7 +45,7 @@ RESUMABLE_KEYS = (
     "preference.micro_batch_tokens",
     "trainer.offload_optimizer", "trainer.collective_timeout", "rollout.placement", "rollout.devices",
     "rollout.servers", "rollout.api_key_file", "rollout.control_token_file", "rollout.server_timeout_s",
-    "rollout.server_tries", "rollout.weights_backend",
+    "rollout.server_tries", "rollout.weights_backend", "trainer.metric_sinks",
 )  # fmt: skip
 
 
@@ -115,9 +115,11 @@ def open_run_dir(recipe: Recipe, *, same_recipe: bool) -> Path:
     if same_recipe and stored.is_file():
         changed = differences(stored.read_text(encoding="utf-8"), resolved, ignore=RESUMABLE_KEYS)
         if changed:
+            sources = [line.removeprefix("code.").split(":")[0] for line in changed if line.startswith("code.")]
             raise ConfigError(
                 f"{run_dir} holds a run of another recipe ({'; '.join(changed[:5])}); "
-                "choose another name= or run_dir=, or remove that directory"
+                + ("bring back the source of the code that it names, or " if sources else "")
+                + "choose another name= or run_dir=, or remove that directory"
             )
     if runtime.world_rank() == 0 and not stored.is_file():
         with atomic_path(stored) as temporary:
@@ -132,7 +134,7 @@ def build_world(recipe: Recipe, run_dir: Path, data_root: Path, *, codes_path: P
     codes = load_codes(codes_path, dataset.items.external_ids) if codes_path else None
     runtime.on_rank_0(partial(_write_tokenizer, recipe, run_dir, dataset, codes))
     tokenizer = Tokenizer.load(run_dir / "tokenizer")
-    template = Template(recipe.data.template, kind=recipe.catalog.kind)
+    template = build_template(recipe.data.template, recipe.catalog.kind)
     texts = ["".join(item) for item in codes] if codes else list(dataset.items.titles)
     catalog = build_catalog(
         dataset.items.titles, dataset.items.external_ids, texts, tokenizer, template, kind=recipe.catalog.kind

@@ -1,8 +1,8 @@
 """Rewards, advantages, candidate weights, policy losses and rejected items that a recipe names by import path.
 
-Each is wrapped so that what it returns is checked where it returns it: the right shape, numbers, no NaN. ``probe`` calls
-all of an RL stage once on two rows of train before anything is trained. Axes as in ``types``; R rows, N rejected items
-of a row.
+Each is wrapped so that what it returns is checked where it returns it: the right shape, numbers, no NaN. ``train``
+calls each once on two rows of train before anything is trained (``requirements``). Axes as in ``types``; R rows, N
+rejected items of a row.
 """
 
 from __future__ import annotations
@@ -86,8 +86,8 @@ def own_policy_loss(path: str) -> PolicyLoss:
         value, stats = pair
         if not (isinstance(value, Tensor) and value.numel() == 1 and isinstance(stats, dict)):
             raise ConfigError(
-                f"rl.algorithm={path} returned {_kind(result)}; expected (loss, statistics): a tensor of one number and "
-                "a dictionary of tensors, which may be empty"
+                f"rl.algorithm={path} returned {_kind(result)}; expected (loss, statistics): a tensor of one number "
+                "and a dictionary of tensors, which may be empty"
             )
         plain = {"policy_loss": value.detach(), "loss": value.detach()}
         clipped_N = torch.zeros_like(logp_N, dtype=torch.bool)

@@ -130,8 +130,8 @@ def check_preference(world: World) -> None:
     for _, path in import_paths(world.recipe, ("preference.negatives",)):
         from tawin_nemo.train.own_code import own_negatives, probed
 
-        rows = world.train_rows_for_preference[:2]
-        probed("preference.negatives", path, lambda: own_negatives(cfg, world).items(rows, 0))
+        first = world.train_rows_for_preference[:2]
+        probed("preference.negatives", path, partial(own_negatives(cfg, world).items, first, 0))
     drawn = cfg.negatives == "candidates" and world.samples["train"].candidates is None
     if drawn and cfg.num_candidates > paths - world.recipe.data.max_history:
         raise ConfigError(

@@ -96,10 +96,10 @@ class WeightedReward:
 def build_reward(rl: RlConfig, world: World) -> Reward:
     """The reward that ``rl.reward`` names, with its files loaded: one, or a weighted sum.
 
-    An import path is a function of the rollout, or a class that is made with the world. ``semantic`` without ``rl.reward_source`` uses vectors made from the item titles (``text_vectors``), which need no
-    other model. Raises ConfigError for an unknown name, ``collaborative`` without a source or with one that is not a
-    finished baseline of this catalog (or is tiger), code that cannot be imported; DataError for an unusable embedding
-    file.
+    An import path is a function of the rollout, or a class that is made with the world. ``semantic`` without
+    ``rl.reward_source`` uses vectors made from the item titles (``text_vectors``), which need no other model. Raises
+    ConfigError for an unknown name, code that cannot be imported, ``collaborative`` without a source or with one that
+    is not a finished baseline of this catalog (or is tiger); DataError for an unusable embedding file.
     """
     terms = reward_terms(rl.reward)
     if len(terms) == 1 and terms[0].weight == 1.0:
