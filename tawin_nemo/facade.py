@@ -8,23 +8,18 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
-import sys
-import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
 from tawin_nemo.config.load import load_recipe as read_recipe
-from tawin_nemo.config.load import to_yaml
 from tawin_nemo.config.schema import Recipe
 from tawin_nemo.config.seams import imported
-from tawin_nemo.run.datasets import run_dir_of
 from tawin_nemo.types import NO_ITEM
 from tawin_nemo.util.cuda_defaults import set_cuda_defaults
-from tawin_nemo.util.errors import ConfigError, Preempted, TawinError
+from tawin_nemo.util.errors import ConfigError
 from tawin_nemo.util.imports import path_of
 from tawin_nemo.util.launch import is_launched
 
@@ -53,8 +48,7 @@ def load_recipe(path: str | Path | None = None, overrides: Sequence[str] | Mappi
     >>> load_recipe(None, {"rl.lr": 1e-5, "eval.ks": [1, 3]}).eval.ks
     [1, 3]
     """
-    words = [f"{key}={_text(value)}" for key, value in overrides.items()] if isinstance(overrides, Mapping) else overrides
-    return read_recipe(path, list(words))
+    return read_recipe(path, _words(overrides))
 
 
 def _text(value: Any) -> str:
@@ -89,7 +83,9 @@ def train(recipe: RecipeLike, *, dry_run: bool = False) -> dict[str, Any]:
     from tawin_nemo.commands.train import train as verb
 
     if recipe.trainer.devices > 1 and not is_launched():
-        return _in_processes(recipe, dry_run=dry_run)
+        from tawin_nemo.run.processes import train_in_processes
+
+        return train_in_processes(recipe, dry_run=dry_run)
     with _alone("train"):
         return run(recipe, verb, dry_run=dry_run)
 
@@ -281,26 +277,3 @@ def _alone(what: str) -> Iterator[None]:
     _check_alone(what)
     set_cuda_defaults()
     yield
-
-
-def _in_processes(recipe: Recipe, *, dry_run: bool) -> dict[str, Any]:
-    """``train`` in ``trainer.devices`` processes, which import from where this process does."""
-    from tawin_nemo.run.launcher import launch
-
-    before = os.environ.get("PYTHONPATH")
-    os.environ["PYTHONPATH"] = os.pathsep.join([os.getcwd(), *(place for place in sys.path if place)])
-    try:
-        with tempfile.TemporaryDirectory() as folder:
-            file = Path(folder) / "recipe.yaml"
-            file.write_text(to_yaml(recipe), encoding="utf-8")
-            words = ["train", "--recipe", str(file), *(["--dry-run"] if dry_run else [])]
-            code = launch(recipe.trainer.devices, words)
-    finally:
-        os.environ.pop("PYTHONPATH")
-        if before is not None:
-            os.environ["PYTHONPATH"] = before
-    if code:
-        kinds: dict[int, Callable[[str], TawinError]] = {ConfigError.exit_code: ConfigError, Preempted.exit_code: Preempted}
-        raise kinds.get(code, TawinError)(f"training ended with exit code {code}; its messages are on stderr")
-    summary = run_dir_of(recipe) / "summary.json"
-    return {"dry_run": True} if dry_run else dict(json.loads(summary.read_text(encoding="utf-8")))
