@@ -76,9 +76,12 @@ class CatalogSearch:
         """The ``width`` best items for each prompt (token ids), best first. Raises ConfigError for too many."""
         return self._engine.search(TokenRows.from_lists([list(prompt) for prompt in prompts]), width)
 
-    def draws(self, prompts: Sequence[Sequence[int]], count: int, step: int) -> Candidates:
-        """``count`` independent draws for each prompt, over the admissible tokens; a function of seed and step."""
-        seeds = [draw_seed(self.seed, step, row) for row in range(len(prompts))]
+    def draws(self, prompts: Sequence[Sequence[int]], count: int, *, step: int, numbers: Sequence[int]) -> Candidates:
+        """``count`` independent draws for each prompt, over the admissible tokens.
+
+        A function of seed, ``step`` and the prompt's number alone, so that processes that share a group agree.
+        """
+        seeds = [draw_seed(self.seed, step, number) for number in numbers]
         return self._engine.sample(TokenRows.from_lists([list(prompt) for prompt in prompts]), count, seeds)
 
 
@@ -111,7 +114,8 @@ class CatalogRollouts:
         if self.negatives == "beam":
             found = self.search.beams(tokens, group)
         else:
-            found = self.search.draws(tokens, group, trainer.state.global_step)
+            numbers = [places[n][0] for n in firsts]
+            found = self.search.draws(tokens, group, step=trainer.state.global_step, numbers=numbers)
         index = {places[n][0]: row for row, n in enumerate(firsts)}
         chosen = [(index[number], candidate) for number, candidate in places]
         if any(int(found.items_BW[row, candidate]) == NO_ITEM for row, candidate in chosen):
