@@ -18,7 +18,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from tawin_nemo.tools.trl import CatalogRollouts, CatalogSearch
+from tawin_nemo.tools.hf_search import CatalogSearch
+from tawin_nemo.tools.trl import CatalogRollouts
 from tawin_nemo.types import TokenRows
 from tests.benchmarks import harness
 from tests.benchmarks.baselines import PrefixTable, generate_beams
@@ -28,7 +29,7 @@ GOAL = 2.0
 LR = 1e-6
 UNFAIR = [
     "the update, which is TRL's on both sides, is part of every step",
-    "transformers' generation walks token by token to the longest living title; the trie's forced tokens cost it a call",
+    "transformers' generation walks token by token to the longest living title, through forced tokens too",
     "with 4 of 24 layers the vocabulary-wide head weighs more than in the whole model (--full has all layers)",
 ]
 

@@ -10,7 +10,8 @@ import pytest
 import torch
 from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
 
-from tawin_nemo.tools.trl import CatalogRollouts, CatalogSearch
+from tawin_nemo.tools.hf_search import CatalogSearch
+from tawin_nemo.tools.trl import CatalogRollouts
 from tawin_nemo.util.errors import ConfigError
 from tests.benchmarks.hf_round_trip import make_tokenizer
 from tests.benchmarks.trl_step import PrefixRollouts, hit, trainer_of
