@@ -193,7 +193,7 @@ def test_rejected_items_are_checked():
     assert negatives([[2, -1], [0, 1]]).tolist() == [[2, -1], [0, 1]]
     with pytest.raises(ConfigError, match="the target of a row among its rejected items, or an item written like it"):
         negatives([[1, 2], [0, 2]])
-    with pytest.raises(ConfigError, match="items that do not exist; expected 0 .. 3, or -1 for none"):
+    with pytest.raises(ConfigError, match=r"items that do not exist; expected 0 \.\. 3, or -1 for none"):
         negatives([[2, 4], [0, 2]])
 
 
@@ -219,7 +219,7 @@ def test_own_template():
     template = build_template(f"{OWN}:Spoken", "title")
     assert isinstance(template, own_code_samples.Spoken)
     assert template.prompt(["a", "b"]) == "Seen: a; b Next: "
-    with pytest.raises(ConfigError, match="data.template=alpca is not known; use compact or alpaca"):
+    with pytest.raises(ConfigError, match=r"data\.template=alpca is not known; use compact or alpaca"):
         build_template("alpca", "title")
 
 
