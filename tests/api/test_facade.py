@@ -10,9 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import nbformat
 import pytest
-from nbclient import NotebookClient
 
 from tawin_nemo import api
 from tawin_nemo.util.errors import ConfigError
@@ -114,6 +112,9 @@ def text_of(output: Any) -> str:
 @pytest.mark.slow
 def test_the_notebook_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Every cell, in the repository's folder, with runs below another one; what the cells show is what they say."""
+    nbclient = pytest.importorskip("nbclient", reason="nbclient is not installed; tests/run.sh installs it")
+    import nbformat
+
     for name, value in {**environment(), "PYTHONPATH": str(REPOSITORY)}.items():
         monkeypatch.setenv(name, value)
     notebook = nbformat.read(NOTEBOOK, as_version=4)
@@ -124,7 +125,7 @@ def test_the_notebook_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
             cell.source = cell.source.replace(
                 f'"name": "{name}"', f'"name": "{place}", "run_dir": "{tmp_path}/{place}"'
             )
-    NotebookClient(notebook, timeout=500, resources={"metadata": {"path": str(REPOSITORY)}}).execute()
+    nbclient.NotebookClient(notebook, timeout=500, resources={"metadata": {"path": str(REPOSITORY)}}).execute()
     cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
     shown = ["".join(map(text_of, cell.outputs)) for cell in cells]
     assert shown[0] == "('rule', [1, 3])"

@@ -10,6 +10,8 @@ import pytest
 import torch
 from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
 
+pytest.importorskip("trl", reason="TRL is not installed; tests/run.sh installs it")
+
 from tawin_nemo.tools.hf_search import CatalogSearch
 from tawin_nemo.tools.trl import CatalogRollouts
 from tawin_nemo.util.errors import ConfigError
