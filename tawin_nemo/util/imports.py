@@ -83,14 +83,14 @@ def load(key: str, path: str, seam: Seam) -> Any:
 
 
 def make(key: str, path: str, seam: Seam, world: Any = None) -> Any:
-    """``load``, and the object of a class: made with ``world`` where its constructor takes one argument.
+    """``load``, and the object of a class: made with ``world``, if there is one and the constructor takes an argument.
 
     Raises ConfigError as ``load``, and when the constructor fails.
     """
     found = load(key, path, seam)
     if not inspect.isclass(found):
         return found
-    arguments = (world,) if _binds(found, 1) else ()
+    arguments = (world,) if world is not None and _binds(found, 1) else ()
     try:
         return found(*arguments)
     except Exception as error:
