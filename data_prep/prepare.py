@@ -44,8 +44,9 @@ def prepare(
         return root
     if source not in SOURCES and not is_import_path(source):
         raise DataError(f"data.dataset={source!r} is unknown; use auto, prepared or one of {', '.join(SOURCES)}")
-    files = _source_files(source, root, prepare)
-    name = name or _default_name(source, root, files)
+    own = is_import_path(source)
+    files = own_reader.source_files(root) if own else _source_files(source, root, prepare)
+    name = name or (root.name if own else _default_name(source, root, files))
     request = _request(source, files, prepare, data, seed, name)
     if _is_finished(out, request):
         say(f"{out} is already prepared from the same sources with the same parameters; reused")
@@ -104,8 +105,6 @@ def _source_files(source: str, root: Path, prepare: PrepareConfig) -> list[Path]
     """The files that the result depends on; reviews and metadata are the first two of raw layouts."""
     if source == "synthetic":
         return []
-    if is_import_path(source):
-        return own_reader.source_files(root)
     if source == "inter":
         return inter_layout.source_files(root)
     if source == "candidates":
@@ -134,8 +133,6 @@ def _one_file(root: Path, key: str, named: str, paths: list[Path]) -> Path:
 
 
 def _default_name(source: str, root: Path, files: list[Path]) -> str:
-    if is_import_path(source):
-        return root.name
     if source == "inter":
         return inter_layout.find_name(root)
     if source == "candidates":
