@@ -11,11 +11,11 @@ have to be the same. A third row replays one rollout: the step without generatio
 from __future__ import annotations
 
 import copy
+import itertools
 import tempfile
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
 from transformers import PreTrainedModel
 
 from tawin_nemo.tools.hf_search import CatalogSearch
@@ -27,6 +27,7 @@ from tests.benchmarks.setting import industrial_titles, model_parser, qwen_shape
 
 GOAL = 2.0
 LR = 1e-6
+SPARE = 8  # tokens: cut text is not always encoded as it was
 UNFAIR = [
     "the update, which is TRL's on both sides, is part of every step",
     "transformers' generation walks token by token to the longest living title, through forced tokens too",
@@ -47,9 +48,10 @@ class PrefixRollouts:
         model = trainer.accelerator.unwrap_model(trainer.model)
         training = model.training
         model.eval()
-        with torch.no_grad():
-            found = generate_beams(
-                model, TokenRows.from_lists(tokens[::group]), self.table, group,
+        found: list[list[tuple[tuple[int, ...], float]]] = []
+        for _, alike in itertools.groupby(tokens[::group], key=len):  # of one length: no padding
+            found += generate_beams(
+                model, TokenRows.from_lists(list(alike)), self.table, group,
                 longest=self.longest, eos=self.eos, per_call=self.per_call,
             )  # fmt: skip
         model.train(training)
@@ -80,6 +82,12 @@ def trainer_of(
 def hit(completions: list[str], target: list[str], **_: Any) -> list[float]:
     """1 for the target's title."""
     return [float(text.strip() == wanted.strip()) for text, wanted in zip(completions, target, strict=True)]
+
+
+def text_of(tokenizer: Any, tokens: list[int], count: int) -> str:
+    """The end of a prompt as text that is encoded as ``count`` tokens."""
+    ends = (tokenizer.decode(tokens[start:]) for start in range(2 * SPARE))
+    return next(text for text in ends if len(tokenizer(text)["input_ids"]) == count)
 
 
 class Replayed:
@@ -118,7 +126,8 @@ def main() -> None:
     tokenizer = titles.tokenizer.fast
     tokenizer.pad_token = tokenizer.eos_token
     search = CatalogSearch(model, tokenizer, titles.catalog.titles)
-    texts = [tokenizer.decode(tokens) for tokens in titles.prompts(given.prompts, given.tokens).padded()[0].tolist()]
+    prompts = titles.prompts(given.prompts, given.tokens + SPARE)
+    texts = [text_of(tokenizer, prompts[row].tolist(), given.tokens) for row in range(given.prompts)]
     best = search.beams([tokenizer(text)["input_ids"] for text in texts], given.group)
     wanted = [search.catalog.titles[int(items[given.group // 3])] for items in best.items_BW]
     rows = [{"prompt": text, "target": title} for text, title in zip(texts, wanted, strict=True)]
