@@ -16,15 +16,14 @@ from tawin_nemo import api
 from tawin_nemo.util.errors import ConfigError
 from tests.conftest import REPOSITORY
 from tests.train import own_code_samples
-from tests.train.runs import environment, run
+from tests.train.runs import importable, run
 
 NOTEBOOK = REPOSITORY / "recipes" / "tutorial" / "python.ipynb"
 
 
 def python(*words: str) -> str:
     """What a new process says in its last line; it must end with 0."""
-    env = {**environment(), "PYTHONPATH": str(REPOSITORY)}
-    done = subprocess.run([sys.executable, *words], env=env, capture_output=True, text=True, timeout=500)
+    done = subprocess.run([sys.executable, *words], env=importable(), capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stderr[-5000:]
     return done.stdout.strip().splitlines()[-1]
 
@@ -115,7 +114,7 @@ def test_the_notebook_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     nbclient = pytest.importorskip("nbclient", reason="nbclient is not installed; tests/run.sh installs it")
     import nbformat
 
-    for name, value in {**environment(), "PYTHONPATH": str(REPOSITORY)}.items():
+    for name, value in importable().items():
         monkeypatch.setenv(name, value)
     notebook = nbformat.read(NOTEBOOK, as_version=4)
     nbformat.validate(notebook)

@@ -11,15 +11,14 @@ import pytest
 
 from tests.conftest import REPOSITORY
 from tests.pages.test_examples import folder, path_scores  # noqa: F401 (folder: a fixture)
-from tests.train.runs import environment
+from tests.train.runs import importable
 
 TUTORIAL = REPOSITORY / "recipes" / "tutorial"
 
 
 def lines(script: str, model: Path, workplace: Path) -> list[str]:
-    env = {**environment(), "PYTHONPATH": str(REPOSITORY)}
     done = subprocess.run(
-        [sys.executable, str(TUTORIAL / script), str(model)], env=env, cwd=workplace, capture_output=True, text=True,
+        [sys.executable, str(TUTORIAL / script), str(model)], env=importable(), cwd=workplace, capture_output=True, text=True,
         timeout=500,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-5000:]

@@ -15,9 +15,8 @@ import pytest
 from tawin_nemo.data.prompts import build_template
 from tawin_nemo.train.own_code import OwnNegatives
 from tawin_nemo.util.errors import ConfigError
-from tests.conftest import REPOSITORY
 from tests.train import own_code_samples
-from tests.train.runs import SMALL, called, environment, metrics, run
+from tests.train.runs import SMALL, called, importable, metrics, run
 
 OWN = "tests.train.own_code_samples"
 #: Ten lines: what a user writes first.
@@ -53,8 +52,9 @@ SCRIPT = """
 
 def started(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
     """A command started from nothing in ``folder``, as a user does; the package is found through PYTHONPATH."""
-    env = {**environment(), "PYTHONPATH": str(REPOSITORY)}
-    return subprocess.run([sys.executable, *words], cwd=folder, env=env, capture_output=True, text=True, timeout=500)
+    return subprocess.run(
+        [sys.executable, *words], cwd=folder, env=importable(), capture_output=True, text=True, timeout=500
+    )
 
 
 def result(done: subprocess.CompletedProcess[str]) -> dict:
