@@ -17,10 +17,8 @@ TUTORIAL = REPOSITORY / "recipes" / "tutorial"
 
 
 def lines(script: str, model: Path, workplace: Path) -> list[str]:
-    done = subprocess.run(
-        [sys.executable, str(TUTORIAL / script), str(model)], env=importable(), cwd=workplace, capture_output=True, text=True,
-        timeout=500,
-    )  # fmt: skip
+    words = [sys.executable, str(TUTORIAL / script), str(model)]
+    done = subprocess.run(words, env=importable(), cwd=workplace, capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stderr[-5000:]
     return done.stdout.strip().splitlines()
 
