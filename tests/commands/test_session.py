@@ -34,6 +34,8 @@ def test_ranks_that_have_read_different_sources_are_refused(monkeypatch: pytest.
     recipe = replace(load_recipe(None, ["rl.reward=my:reward"]), code={"rl.reward=my:reward": "aaaa"})
     session.check_same_code(recipe)
     monkeypatch.setattr(session.runtime, "gather_objects", lambda code: [code, {"rl.reward=my:reward": "bbbb"}])
-    with pytest.raises(ConfigError, match=r"rl\.reward=my:reward: the ranks have read different sources \(aaaa, bbbb\)"):
+    with pytest.raises(
+        ConfigError, match=r"rl\.reward=my:reward: the ranks have read different sources \(aaaa, bbbb\)"
+    ):
         session.check_same_code(recipe)
     session.check_same_code(load_recipe(None, []))

@@ -88,7 +88,7 @@ def test_sums_of_rewards():
         ("rl.reward=0.5 rule", "is no sum of rewards"),
         ("rl.reward=", "is no sum of rewards"),
         ("rl.reward=my.mod", "rl.reward=my.mod is not one of"),
-        ("rl.algorithm=gpro", "or an import path such as package.module:name; did you mean grpo?"),
+        ("rl.algorithm=grp", "or an import path such as package.module:name; did you mean grpo?"),
         ("preference.negatives=randm", "did you mean random?"),
         ("data.template=alpca", "did you mean alpaca?"),
         ("data.dataset=amzon", "did you mean amazon?"),
