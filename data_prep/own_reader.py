@@ -13,6 +13,7 @@ import polars as pl
 
 from tawin_nemo.config.schema import PrepareConfig
 from tawin_nemo.config.seams import made
+from tawin_nemo.data_prep.ndjson import Problems
 from tawin_nemo.data_prep.raw import ITEM_SCHEMA, REVIEW_SCHEMA, Period, RawData, collect_reviews
 from tawin_nemo.data_prep.titles import clean_column
 from tawin_nemo.types import EXTERNAL_ID, TITLE
@@ -54,4 +55,4 @@ def read(path: str, name: str, root: Path, prepare: PrepareConfig, window: Perio
     except pl.exceptions.PolarsError as error:
         raise DataError(f"data.dataset={path}: {str(error).splitlines()[0]}") from error
     items = items.with_columns(clean_column(items[TITLE]).alias(TITLE))
-    return RawData(name, path, window, collect_reviews([log], window), items, [])
+    return RawData(name, path, window, collect_reviews([log], window), items, [Problems(root, lines=log.height)])

@@ -136,7 +136,7 @@ def test_the_built_in_ones_by_import_path_give_the_same_run(small_dataset: Path,
     ("override", "words"),
     [
         (f"rl.reward={OWN}:several", "expected a function or class called as (rollout)"),
-        (f"data.dataset={OWN}:several", "expected a function or class called as (root, prepare)"),
+        (f"data.dataset={OWN}:rule", "expected a function or class called as (root, prepare)"),
     ],
 )
 def test_a_wrong_signature_ends_with_2_before_any_data_are_prepared(tmp_path: Path, override: str, words: str):
