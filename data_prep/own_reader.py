@@ -49,7 +49,7 @@ def read(path: str, name: str, root: Path, prepare: PrepareConfig, window: Perio
     try:
         log = log.select(pl.col(column).cast(kind) for column, kind in REVIEW_SCHEMA.items())
         items = items.select(
-            (pl.col(column) if column in items.columns else pl.lit(None)).cast(kind).alias(column)
+            (pl.col(column).cast(kind).fill_null("") if column in items.columns else pl.lit("", kind)).alias(column)
             for column, kind in ITEM_SCHEMA.items()
         )
     except pl.exceptions.PolarsError as error:
