@@ -20,13 +20,15 @@ from omegaconf.errors import OmegaConfBaseException
 from tawin_nemo.config.backbones import backbone
 from tawin_nemo.config.checks import combinations
 from tawin_nemo.config.fields import leaf_fields, value_of
-from tawin_nemo.config.reading import read_layers, read_overrides
+from tawin_nemo.config.reading import FREE_FORM, read_layers, read_overrides
 from tawin_nemo.config.schema import Recipe
 from tawin_nemo.config.seams import names_in, reward_terms
 from tawin_nemo.util import times
 from tawin_nemo.util.errors import ConfigError
 from tawin_nemo.util.imports import is_import_path
 
+#: Sections that are compared as one value; the hashes of ``code`` are compared one by one.
+_WHOLE = tuple(section for section in FREE_FORM if section != "code")
 #: Keys that hold dates or durations as text, with the function that reads them.
 TIMES = {
     "trainer.max_time": times.duration, "prepare.start": times.first_second, "prepare.end": times.last_second,
@@ -164,7 +166,7 @@ def differences(old: str, new: str, ignore: Sequence[str] = ()) -> list[str]:
 
         def visit(node: Any, prefix: str) -> None:
             for name, value in node.items():
-                if isinstance(value, dict) and f"{prefix}{name}" != "exp_manager":
+                if isinstance(value, dict) and f"{prefix}{name}" not in _WHOLE:
                     visit(value, f"{prefix}{name}.")
                 else:
                     result[f"{prefix}{name}"] = value
