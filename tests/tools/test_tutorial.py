@@ -51,7 +51,7 @@ def test_rl_steps_in_forty_lines(folder: Path, tmp_path: Path):  # noqa: F811
 @pytest.mark.slow
 def test_trl_with_our_search(folder: Path, tmp_path: Path):  # noqa: F811
     pytest.importorskip("trl", reason="TRL is not installed; tests/run.sh installs it")
-    shown = lines("trl_grpo.py", folder, tmp_path)
+    shown = [line for line in lines("trl_grpo.py", folder, tmp_path) if line.startswith("step")]  # TRL prints too
     assert [line.split(":")[0] for line in shown] == [f"step {n}" for n in range(1, 6)]
     assert all(0 < float(line.rsplit(" ", 1)[1]) <= 1 for line in shown)
 
