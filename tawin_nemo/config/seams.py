@@ -61,7 +61,8 @@ def reward_terms(text: str) -> tuple[Term, ...]:
     >>> reward_terms("rule - 1e-2 * my.mod:fn")
     (Term(weight=1.0, name='rule'), Term(weight=-0.01, name='my.mod:fn'))
     """
-    terms, at = [], 0
+    terms: list[Term] = []
+    at = 0
     while at < len(text) or not terms:
         term = _TERM.match(text, at)
         if term is None or (terms and not term["sign"]):

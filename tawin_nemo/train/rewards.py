@@ -29,7 +29,7 @@ log = get_logger(__name__)
 class Reward(Protocol):
     """``rewards_BG`` of a rollout: float, one per candidate, 0 at padding."""
 
-    def __call__(self, rollout: Rollout) -> Tensor: ...
+    def __call__(self, rollout: Rollout, /) -> Tensor: ...
 
 
 class ItemScorer(Protocol):
