@@ -14,13 +14,14 @@ from typing import Any
 from tawin_nemo.config.fields import leaf_fields
 from tawin_nemo.config.schema import ColumnsConfig, DataConfig, PrepareConfig, Recipe
 from tawin_nemo.data.interactions import MANIFEST, read_manifest, verify_files
-from tawin_nemo.data_prep import amazon, candidates_layout, inter_layout, split_csv, synthetic, table, yelp
+from tawin_nemo.data_prep import amazon, candidates_layout, inter_layout, own_reader, split_csv, synthetic, table, yelp
 from tawin_nemo.data_prep.dataset import READY_MADE, STATISTICS, Prepared, write_dataset
 from tawin_nemo.data_prep.pipeline import build
 from tawin_nemo.data_prep.raw import Period, RawData, Selection, period
 from tawin_nemo.data_prep.sources import SOURCES, default_name, detect, source_files
 from tawin_nemo.util.errors import ConfigError, DataError, UserError
 from tawin_nemo.util.files import sha256
+from tawin_nemo.util.imports import is_import_path, source_hash
 from tawin_nemo.util.log import say
 
 
@@ -41,10 +42,11 @@ def prepare(
     if source == "prepared":
         read_manifest(root)
         return root
-    if source not in SOURCES:
+    if source not in SOURCES and not is_import_path(source):
         raise DataError(f"data.dataset={source!r} is unknown; use auto, prepared or one of {', '.join(SOURCES)}")
-    files = source_files(source, root, prepare)
-    name = name or default_name(source, root, files)
+    own = is_import_path(source)
+    files = own_reader.source_files(root) if own else source_files(source, root, prepare)
+    name = name or (root.name if own else default_name(source, root, files))
     request = _request(source, files, prepare, data, seed, name)
     if _is_finished(out, request):
         say(f"{out} is already prepared from the same sources with the same parameters; reused")
@@ -86,6 +88,8 @@ def _request(
         parameters |= {key: value for key, value in settings.items() if key.startswith("synthetic_")} | {"seed": seed}
     if prepare.ties == "random":
         parameters["seed"] = seed
+    if is_import_path(source):
+        parameters["code"] = source_hash("data.dataset", source)
     sources = [{"file": path.name, "bytes": path.stat().st_size, "sha256": sha256(path)} for path in files]
     return {"parameters": parameters, "sources": sources}
 
@@ -146,6 +150,8 @@ def _read_raw(
 ) -> RawData:
     if source == "synthetic":
         return _read_synthetic(prepare, window, seed, name)
+    if is_import_path(source):
+        return own_reader.read(source, name, root, prepare, window)
     if source == "table":
         return table.read(name, table.find(root, prepare), prepare, window)
     if prepare.events:

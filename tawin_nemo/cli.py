@@ -160,9 +160,11 @@ def _dispatch(arguments: argparse.Namespace, argv: list[str]) -> int:
     if arguments.verb == "plan":
         return plan(arguments)
     from tawin_nemo.config.load import load_recipe
+    from tawin_nemo.config.seams import imported
     from tawin_nemo.run.datasets import prepared_root
 
     recipe = load_recipe(arguments.recipe or recipe_of_checkpoint(arguments.overrides), arguments.overrides)
+    recipe = imported(recipe, trains=arguments.verb in ("train", "retrain"))
     if arguments.verb == "prepare":
         result: dict[str, Any] = {"prepared": str(prepared_root(recipe))}
     elif arguments.verb == "tokenize":

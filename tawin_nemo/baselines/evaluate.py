@@ -69,7 +69,7 @@ def evaluate_baseline(
     """
     rankings = rank_rows(model, samples, cfg.beams, max(COVERAGE_K, *cfg.ks), label)
     per_user = per_user_table(samples, rankings.rank_B, rankings.sharing_B, rankings.listed_B, cfg)
-    intervals = {name: normal_interval(per_user[name].to_numpy()) for name in metric_names(cfg.ks)}
+    intervals = {name: normal_interval(per_user[name].to_numpy()) for name in metric_names(cfg.ks, cfg.metrics)}
     leaf_BK = np.where(rankings.top_BK == NO_ITEM, -1, catalog.leaf_I[rankings.top_BK])
     listed = np.unique(rankings.top_BK[:, :COVERAGE_K])
     longest = int(rankings.listed_B.max())
@@ -112,7 +112,7 @@ def valid_metrics(model: SequentialRecommender, samples: Samples, cfg: EvalConfi
     """Means on ``samples`` for early stopping; a search uses as many beams as the largest cut-off, for speed."""
     rankings = rank_rows(model, samples, max(cfg.ks), max(cfg.ks), "valid")
     table = per_user_table(samples, rankings.rank_B, rankings.sharing_B, rankings.listed_B, cfg)
-    return {name: float(table[name].to_numpy().mean()) for name in metric_names(cfg.ks)}
+    return {name: float(table[name].to_numpy().mean()) for name in metric_names(cfg.ks, cfg.metrics)}
 
 
 @torch.no_grad()

@@ -23,6 +23,7 @@ from tawin_nemo.eval.bias import item_counts
 from tawin_nemo.eval.result import EvalResult
 from tawin_nemo.models.megatron.checkpoint import checkpoint
 from tawin_nemo.models.megatron.parallel import runtime
+from tawin_nemo.run.callbacks import Callbacks
 from tawin_nemo.run.schedule import scheduled
 from tawin_nemo.run.stage import MetricSink, Progress, Stage, monitored, soonest_stop
 from tawin_nemo.run.world import World
@@ -63,9 +64,10 @@ class BaselineStage(Stage):
         save_checkpoint(self.checkpoints / f"step_{progress.step}", trainable, state)
         self._saved_step = progress.step
         checkpoint.prune(self.checkpoints, keep_last=self.trainer.keep_last, keep={progress.best_step})
+        self._callbacks.call("on_save", self, progress.step)
 
 
-def run_baseline(world: World, sink: MetricSink | None = None) -> EvalResult:
+def run_baseline(world: World, sink: MetricSink | None = None, callbacks: Callbacks | None = None) -> EvalResult:
     """Train ``baseline.model`` on ``baseline.rows`` and evaluate it on ``eval.splits``, each unless that is done.
 
     Returns the result on the last of these splits. Raises ConfigError for a combination of keys that makes no sense,
@@ -79,7 +81,9 @@ def run_baseline(world: World, sink: MetricSink | None = None) -> EvalResult:
             "set trainer.num_nodes=1 and trainer.devices=1"
         )
     directory = world.run_dir / recipe.baseline.model
-    stage = BaselineStage(directory, recipe.trainer, deadline=world.deadline, sink=sink, profile=recipe.profile)
+    stage = BaselineStage(
+        directory, recipe.trainer, deadline=world.deadline, sink=sink, profile=recipe.profile, callbacks=callbacks
+    )
     splits = recipe.eval.splits
     endings = [".json", *([".candidates.json"] if recipe.eval.candidates else [])]
     expected = [directory / "eval" / f"{split}{ending}" for split in splits for ending in endings]

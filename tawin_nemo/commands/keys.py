@@ -46,7 +46,7 @@ def below(key: str, prefix: str) -> bool:
 def limits(metadata: Any) -> str:
     """Choices or limits of a key as text, empty without any."""
     if choices := metadata.get("choices"):
-        return f" [{' | '.join(choices)}]"
+        return f" [{' | '.join(choices)}{' | package.module:name' if metadata['imports'] else ''}]"
     low, high = metadata.get("low"), metadata.get("high")
     if low is None and high is None:
         return ""
@@ -83,6 +83,8 @@ def _key_schema(kind: str, metadata: Any, default: Any) -> dict[str, Any]:
     value: dict[str, Any] = {"type": _JSON[kind]}
     if choices := metadata.get("choices"):
         value = {"enum": [*choices, False] if "off" in choices else list(choices)}
+        if metadata["imports"]:  # package.module:name, or a sum of names
+            value = {"anyOf": [value, {"type": "string", "pattern": "[:+*]"}]}
     for name, limit in (("minimum", metadata.get("low")), ("maximum", metadata.get("high"))):
         if limit is not None:
             value[name] = limit

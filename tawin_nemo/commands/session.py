@@ -55,6 +55,7 @@ def run(recipe: Recipe, verb: Verb, **options: Any) -> dict[str, Any]:
         if not trains:
             weights_follow = verb.__name__ == "serve" and recipe.rollout.placement == "server"
             return verb(trained_world(recipe, weights_follow=weights_follow), **options)
+        check_same_code(recipe)
         run_dir = open_run_dir(recipe, same_recipe=True)
         stack.enter_context(attempt_logs(run_dir))
         data_root = runtime.on_rank_0(lambda: prepared_root(recipe))
@@ -164,6 +165,19 @@ def stop_rollout_ranks(kind: type[BaseException] | None, error: BaseException | 
     channel, expected = disaggregated.rollout_channel(), isinstance(error, None | Preempted | UserError)
     if expected and not disaggregated.is_rollout_rank() and not channel.awaits_response:
         channel.broadcast(Stop())
+
+
+def check_same_code(recipe: Recipe) -> None:
+    """Raises ConfigError when the ranks have read different sources for the import paths of the recipe. Collective."""
+    if not recipe.code:
+        return
+    codes = runtime.gather_objects(recipe.code)
+    for key in recipe.code:
+        seen = sorted({code[key] for code in codes})
+        if len(seen) > 1:
+            raise ConfigError(
+                f"{key}: the ranks have read different sources ({', '.join(seen)}); give all machines the same files"
+            )
 
 
 def check_processes(recipe: Recipe) -> None:

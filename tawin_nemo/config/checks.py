@@ -8,7 +8,10 @@ from tawin_nemo.config.layout import SEQUENCE_PARALLEL_NEEDS_TP, rollout_layout,
 from tawin_nemo.config.placement_checks import ahead_combinations, aligned, placement_combinations
 from tawin_nemo.config.preference_checks import preference_combinations, prefers_reference
 from tawin_nemo.config.schema import TEMPLATES, Recipe
+from tawin_nemo.config.seam_checks import metric_kinds, seam_combinations
+from tawin_nemo.config.seams import reward_names
 from tawin_nemo.util.hub import is_hub_name
+from tawin_nemo.util.imports import is_import_path
 
 
 def combinations(r: Recipe) -> Iterator[tuple[bool, str]]:
@@ -65,6 +68,7 @@ def combinations(r: Recipe) -> Iterator[tuple[bool, str]]:
     yield from _precision_combinations(r)
     yield from _space_combinations(r)
     yield from _semantic_id_combinations(r)
+    yield from seam_combinations(r)
     yield from preference_combinations(r)
     yield from _prepare_combinations(r)
     if rl.enabled:
@@ -101,7 +105,7 @@ def _precision_combinations(r: Recipe) -> Iterator[tuple[bool, str]]:
 def _template_combinations(r: Recipe) -> Iterator[tuple[bool, str]]:
     data = r.data
     yield (
-        data.template not in TEMPLATES and not data.jinja,
+        data.template not in TEMPLATES and not data.jinja and not is_import_path(data.template),
         f"data.template={data.template} is not one of compact, alpaca, a Jinja file (NAME.jinja) or Jinja text with "
         "{{ }}; data.chat=true puts the tokenizer's chat template around it",
     )
@@ -190,11 +194,11 @@ def _rl_combinations(r: Recipe) -> Iterator[tuple[bool, str]]:
         f"reference.mode={r.reference.mode}); set rl.beta above 0 and reference.mode=copy, or refresh=off",
     )
     yield (
-        rl.reward == "collaborative" and not rl.reward_source,
+        "collaborative" in reward_names(rl.reward) and not rl.reward_source,
         "rl.reward=collaborative needs rl.reward_source, the directory of a finished baseline (RUN_DIR/sasrec)",
     )
     yield (
-        bool(rl.reward_source) and rl.reward not in ("semantic", "collaborative"),
+        bool(rl.reward_source) and not {*reward_names(rl.reward)} & {"semantic", "collaborative"},
         f"rl.reward_source={rl.reward_source} is not used by rl.reward={rl.reward}; leave it empty",
     )
     yield (
@@ -219,8 +223,9 @@ def _space_combinations(r: Recipe) -> Iterator[tuple[bool, str]]:
         f"eval.splits={list(splits)} must be valid, test or both",
     )
     yield (
-        r.trainer.monitor not in ("", *(f"{kind}@{k}" for kind in ("ndcg", "recall") for k in ks)),
-        f"trainer.monitor={r.trainer.monitor} is not measured; use ndcg@K or recall@K with a K of eval.ks={list(ks)}",
+        r.trainer.monitor not in ("", *(f"{kind}@{k}" for kind in metric_kinds(r.eval) for k in ks)),
+        f"trainer.monitor={r.trainer.monitor} is not measured; use NAME@K with a NAME of "
+        f"{', '.join(reversed(metric_kinds(r.eval)))} and a K of eval.ks={list(ks)}",
     )
     yield (
         r.eval.candidates > 0 and r.rollout.placement != "colocated",

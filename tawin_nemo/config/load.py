@@ -22,9 +22,13 @@ from tawin_nemo.config.checks import combinations
 from tawin_nemo.config.fields import leaf_fields, value_of
 from tawin_nemo.config.reading import FREE_FORM, read_layers, read_overrides
 from tawin_nemo.config.schema import Recipe
+from tawin_nemo.config.seams import names_in, reward_terms
 from tawin_nemo.util import times
 from tawin_nemo.util.errors import ConfigError
+from tawin_nemo.util.imports import is_import_path
 
+#: Sections that are compared as one value; the hashes of ``code`` are compared one by one.
+_WHOLE = tuple(section for section in FREE_FORM if section != "code")
 #: Keys that hold dates or durations as text, with the function that reads them.
 TIMES = {
     "trainer.max_time": times.duration, "prepare.start": times.first_second, "prepare.end": times.last_second,
@@ -105,11 +109,8 @@ def check(recipe: Recipe) -> None:
     """Limits of single values, then combinations. Raises ConfigError."""
     for key, item in leaf_fields(Recipe):
         value = value_of(recipe, key)
-        choices = item.metadata.get("choices")
-        if choices and value not in choices:
-            near = difflib.get_close_matches(str(value), choices, n=1)
-            hint = f"; did you mean {near[0]}?" if near else ""
-            raise ConfigError(f"{key}={value} is not one of {', '.join(choices)}{hint}")
+        if "choices" in item.metadata:
+            check_names(key, value, item.metadata["choices"], imports=item.metadata["imports"])
         if isinstance(value, float) and not math.isfinite(value):
             raise ConfigError(f"{key}={value} is no finite number ({item.metadata['help']})")
         low, high = item.metadata.get("low"), item.metadata.get("high")
@@ -125,6 +126,28 @@ def check(recipe: Recipe) -> None:
     for wrong, message in combinations(recipe):
         if wrong:
             raise ConfigError(message)
+
+
+def check_names(key: str, value: Any, choices: Sequence[str], *, imports: bool) -> None:
+    """Raises ConfigError unless ``value`` consists of names out of ``choices``, or of import paths where those may be.
+
+    Whether an import path leads anywhere is looked up later, by the verbs that use it (``seams.imported``).
+    """
+    if key == "rl.reward":
+        try:
+            reward_terms(value)
+        except ValueError as error:
+            raise ConfigError(f"{key}={value} {error}; the names are {', '.join(choices)}") from None
+    for name in names_in(key, value):
+        if name in choices or (imports and is_import_path(str(name))):
+            continue
+        near = difflib.get_close_matches(str(name), choices, n=1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        path = "an import path such as package.module:name"
+        if not choices:
+            raise ConfigError(f"{key}={name} is not {path}")
+        known = f"one of {', '.join(choices)}" + (f", or {path}" if imports else "")
+        raise ConfigError(f"{key}={name} is not {known}{hint}")
 
 
 def to_yaml(recipe: Recipe) -> str:
@@ -143,7 +166,7 @@ def differences(old: str, new: str, ignore: Sequence[str] = ()) -> list[str]:
 
         def visit(node: Any, prefix: str) -> None:
             for name, value in node.items():
-                if isinstance(value, dict) and f"{prefix}{name}" not in FREE_FORM:
+                if isinstance(value, dict) and f"{prefix}{name}" not in _WHOLE:
                     visit(value, f"{prefix}{name}.")
                 else:
                     result[f"{prefix}{name}"] = value

@@ -22,7 +22,7 @@ from tawin_nemo.config.fields import leaf_fields, sections
 from tawin_nemo.config.schema import Recipe
 from tawin_nemo.util.errors import ConfigError
 
-FREE_FORM = ("exp_manager",)  # sections whose keys belong to another library
+FREE_FORM = ("exp_manager", "code")  # sections whose keys are not the recipe's
 _CLEARED = ("str", "list[str]", "list[int]")  # types of keys that an empty value clears
 _STR, _NULL = "tag:yaml.org,2002:str", "tag:yaml.org,2002:null"
 

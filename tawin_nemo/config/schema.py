@@ -20,8 +20,14 @@ def opt(default: Any, help: str) -> Any:
     return field(default=default, metadata=metadata)
 
 
-def choice(default: str, *others: str, help: str) -> Any:
-    return field(default=default, metadata={"help": help, "choices": (default, *others)})
+def choice(default: str, *others: str, help: str, imports: bool = False) -> Any:
+    """One of several words; with ``imports`` also an import path (``config.seams``)."""
+    return field(default=default, metadata={"help": help, "choices": (default, *others), "imports": imports})
+
+
+def imports(help: str) -> Any:
+    """A list of import paths (``config.seams``)."""
+    return field(default_factory=list, metadata={"help": help, "choices": (), "imports": True})
 
 
 def number(default: float, low: float | None = None, high: float | None = None, *, help: str) -> Any:
@@ -338,12 +344,13 @@ class DataConfig:
     dataset: str = choice(
         "auto", "prepared", "inter", "candidates", "amazon", "yelp", "synthetic", "table", "split_csv",
         help="Says what lies in data.root; auto detects it, and raw data is prepared into RUN_DIR/data first.",
+        imports=True,
     )  # fmt: skip
     max_history: int = number(10, 1, 200, help="Limits the items of history in a sample; the newest are kept.")
     template: str = opt(
         "compact",
         "Selects the prompt wording, the same in SFT, RL, evaluation and serving: compact, alpaca, a Jinja file"
-        " (NAME.jinja), or Jinja text.",
+        " (NAME.jinja), Jinja text, or an import path (package.module:name).",
     )
     chat: bool = opt(
         False, "Puts the tokenizer's own chat template around the prompt, as one user's message, for Instruct models."
@@ -521,6 +528,10 @@ class TrainerConfig:
     max_skipped_steps: int = number(
         10, 0, help="Limits the steps of a stage that may be skipped because a loss or gradient is not finite."
     )
+    callbacks: list[str] = imports("Lists classes of your own (package.module:Class) that are told of steps and saves.")
+    metric_sinks: list[str] = imports(
+        "Lists functions of your own (package.module:function) that rank 0 sends its metrics to."
+    )
     weight_decay: float = number(0.01, 0.0, help="Sets AdamW's weight decay, which norms and biases do not get.")
     adam_beta2: float = number(0.999, 0.0, 1.0, help="Sets AdamW's decay of the second moment.")
 
@@ -546,7 +557,7 @@ class TawinConfig:
 @dataclass(frozen=True)
 class RlConfig:
     enabled: bool = opt(True, "Runs RL after SFT.")
-    algorithm: str = choice("grpo", "dapo", "gspo", help="Selects the policy objective.")
+    algorithm: str = choice("grpo", "dapo", "gspo", help="Selects the policy objective.", imports=True)
     init: str = choice(
         "sft", "base", "preference",
         help="Starts from the SFT stage (turns sft.enabled on unless that is set beside it), from model.init (base), "
@@ -582,6 +593,14 @@ class RlConfig:
     length_norm: str = choice(
         "full", "branching", help="Counts all tokens of the path as |Y| (full), or only the branching ones."
     )
+    advantage: str = choice(
+        "group",
+        help="Selects the advantage: the reward, normalised within its group (group, see rl.std).",
+        imports=True,
+    )
+    candidate_weights: str = choice(
+        "tawin", help="Selects the weights of the candidates: those of TAWin (tawin, see rl.tawin).", imports=True
+    )
     std: str = choice("population", "sample", help="Selects the standard deviation of the group.")
     negatives: str = choice(
         "beam", "sample", "dynamic",
@@ -594,8 +613,9 @@ class RlConfig:
     reward: str = choice(
         "rule", "ranking", "semantic", "collaborative",
         help="Selects the reward: rule is 1 for the target; the others add ReRe's rank penalty (ranking), the "
-        "similarity to the target (semantic), or a sequential recommender's score (collaborative). Rewards "
-        "that are not the goal can be gamed.",
+        "similarity to the target (semantic), or a sequential recommender's score (collaborative). A sum is "
+        "written rule + 0.5 * package.module:function. Rewards that are not the goal can be gamed.",
+        imports=True,
     )  # fmt: skip
     reward_weight: float = number(1.0, 0.0, help="Weights the added term with reward=semantic or collaborative.")
     reward_source: str = opt(
@@ -647,6 +667,7 @@ class PreferenceConfig:
         "random", "candidates", "beam", "self_play",
         help="rejected items: any, out of the row's candidate set, the best wrong ones of a beam search, or draws of "
         "the policy (SPRec); never the target",
+        imports=True,
     )  # fmt: skip
     num_negatives: int = number(3, 1, 1024, help="rejected items per row")
     num_candidates: int = number(20, 2, help="negatives=candidates: items of a candidate set, the target included")
@@ -775,6 +796,9 @@ class EvalConfig:
     )  # fmt: skip
     splits: list[str] = opt(["valid", "test"], "Lists the splits that a finished stage is evaluated on.")
     ks: list[int] = opt([1, 3, 5, 10], "Lists the cut-offs of Recall@K and NDCG@K.")
+    metrics: list[str] = imports(
+        "Lists further metrics of your own (package.module:function), each at every K of eval.ks."
+    )
     candidates: int = number(
         0, 0,
         help="Measures the candidate protocol as well: picks the target among this many items, those of the data or "
@@ -838,6 +862,9 @@ class Recipe:
     semantic_ids: SemanticIdsConfig = field(default_factory=SemanticIdsConfig)
     exp_manager: dict[str, Any] = opt(
         {}, "Passes these keys to NeMo's exp_manager (TensorBoard, W&B, MLflow); empty = not used."
+    )
+    code: dict[str, str] = opt(
+        {}, "Holds the hashes of the sources that import paths name; a run writes them, whatever is given here."
     )
 
     @property

@@ -15,7 +15,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Self
 
+from tawin_nemo.config.seams import loaded
 from tawin_nemo.util.errors import ConfigError
+from tawin_nemo.util.imports import is_import_path
 
 #: Marker tokens of the compact template: in front of an item (once in front of all for codes) and of the answer.
 ITEM_MARK, ANSWER_MARK = "<|item|>", "<|next|>"
@@ -52,10 +54,10 @@ class Template:
     chat: tuple[str, str] = ("", "")
 
     def __post_init__(self) -> None:
-        if self.name not in ("compact", "alpaca"):
+        if self.name not in ("compact", "alpaca") and type(self) is Template:
             raise ConfigError(
-                f"data.template={self.name} is not known; use compact, alpaca, a Jinja file (NAME.jinja) or Jinja text "
-                "with {{ }} (data.chat=true puts the tokenizer's chat template around it)"
+                f"data.template={self.name} is not known; use compact, alpaca, a Jinja file (NAME.jinja), Jinja text "
+                "with {{ }} or an import path (data.chat=true puts the tokenizer's chat template around it)"
             )
         if self.kind not in ("title", "sid"):
             raise ConfigError(f"catalog.kind={self.kind} is not known; use title or sid")
@@ -157,3 +159,12 @@ class Template:
     def answer(self, item_text: str) -> str:
         """The text of an item in the history and as the answer, without the end-of-text token."""
         return f'"{item_text}"' if self.name == "alpaca" and self.kind == "title" else item_text
+
+
+def build_template(name: str, kind: str) -> Template:
+    """The template that ``data.template`` names; an import path names a subclass of ``Template``.
+
+    Raises ConfigError for an unknown name, or for code that cannot be imported.
+    """
+    made: type[Template] = loaded("data.template", name) if is_import_path(name) else Template
+    return made(name, kind)

@@ -16,7 +16,7 @@ import numpy as np
 from tawin_nemo.config.schema import AlignConfig, DataConfig
 from tawin_nemo.data.catalog_builder import answer_paths
 from tawin_nemo.data.interactions import Split
-from tawin_nemo.data.prompts import Template
+from tawin_nemo.data.prompts import Template, build_template
 from tawin_nemo.data.samples import Samples, encode_split
 from tawin_nemo.data.tokenizer import Tokenizer
 from tawin_nemo.types import TokenRows
@@ -137,7 +137,7 @@ class TaskEncoder:
         return self._paths[way]
 
     def _tokenized(self, way: str) -> TokenRows:
-        template = Template(self.template.wording, _kind(way), self.template.chat)
+        template = build_template(self.template.wording, _kind(way)).with_chat(self.template.chat)
         texts = self.texts[way]
         known = [item for item, text in enumerate(texts) if text]
         paths = answer_paths([texts[item] for item in known], self.tokenizer, template)

@@ -25,7 +25,7 @@ from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
 from tokenizers import Tokenizer as Backend
 
 from tawin_nemo.config.schema import CatalogConfig, DataConfig, ModelConfig
-from tawin_nemo.data.prompts import Template
+from tawin_nemo.data.prompts import Template, build_template
 from tawin_nemo.types import TokenRows
 from tawin_nemo.util.errors import CatalogError, ConfigError, DataError
 from tawin_nemo.util.files import atomic_path
@@ -208,7 +208,7 @@ def build_tokenizer(
     and ``bpe`` for titles. The same input gives the same ids. Raises ConfigError for combinations that cannot work,
     CatalogError for codes that are ambiguous when written without separators.
     """
-    template = template or Template(data.template, catalog.kind)
+    template = template or build_template(data.template, catalog.kind)
     kind = _resolve_kind(data, catalog, model)
     code_words = sorted({code for item in codes or () for code in item})
     if kind == "codes":

@@ -19,6 +19,8 @@ from torch import Tensor
 
 from tawin_nemo.catalog.items import Catalog
 from tawin_nemo.config.schema import EvalConfig
+from tawin_nemo.config.seam_checks import BUILT_IN, metric_name
+from tawin_nemo.config.seams import made
 from tawin_nemo.data.samples import Samples
 from tawin_nemo.eval.bias import beyond_accuracy
 from tawin_nemo.eval.intervals import normal_interval
@@ -78,7 +80,7 @@ def evaluate(
     per_user = per_user_table(
         samples, everything.rank_B, catalog.sharing_I[samples.target_N], everything.candidates_B, cfg
     )
-    metrics = {name: per_user[name].to_numpy() for name in metric_names(cfg.ks)}
+    metrics = {name: per_user[name].to_numpy() for name in metric_names(cfg.ks, cfg.metrics)}
     intervals = {name: normal_interval(values_B) for name, values_B in metrics.items()}
     full_list = min(cfg.beams, num_paths)
     return EvalResult(
@@ -101,9 +103,28 @@ def _listed_paths(leaf_BK: np.ndarray) -> int:
     return int(np.count_nonzero(np.unique(leaf_BK) >= 0))
 
 
-def metric_names(ks: Sequence[int]) -> list[str]:
-    """The columns ``recall@K`` of all cut-offs, then ``ndcg@K``: the order of tables and reports."""
-    return [f"{metric}@{k}" for metric in ("recall", "ndcg") for k in ks]
+def metric_names(ks: Sequence[int], own: Sequence[str] = ()) -> list[str]:
+    """The columns ``recall@K`` of all cut-offs, then ``ndcg@K``, then those of ``eval.metrics``: the order of tables.
+
+    >>> metric_names([1, 3], ["my.mod:mrr"])
+    ['recall@1', 'recall@3', 'ndcg@1', 'ndcg@3', 'mrr@1', 'mrr@3']
+    """
+    return [f"{metric}@{k}" for metric in (*BUILT_IN, *map(metric_name, own)) for k in ks]
+
+
+def own_metric(path: str, rank_B: Tensor, k: int) -> np.ndarray:
+    """Metric ``path`` of ``eval.metrics`` at cut-off ``k``, from 0-based ranks (-1 = not listed). [B] float64.
+
+    Raises ConfigError when the function returns another shape, or values that are not finite.
+    """
+    values = np.asarray(made("eval.metrics", path)(rank_B, k), dtype=np.float64)
+    if values.shape != tuple(rank_B.shape) or not np.isfinite(values).all():
+        wrong = f"shape {list(values.shape)}" if values.shape != tuple(rank_B.shape) else "values that are not finite"
+        raise ConfigError(
+            f"eval.metrics={path} returned {wrong} at k={k}; expected one finite number per rank, shape "
+            f"{list(rank_B.shape)}"
+        )
+    return values
 
 
 def per_user_table(
@@ -124,7 +145,9 @@ def per_user_table(
     for k in cfg.ks:
         columns[f"recall@{k}"] = recall_at_k(rank, k).numpy() * credit_B
         columns[f"ndcg@{k}"] = ndcg_at_k(rank, k).numpy() * credit_B
-    return pl.DataFrame({name: columns[name] for name in [*identity, *metric_names(cfg.ks)]})
+        for path in cfg.metrics:
+            columns[f"{metric_name(path)}@{k}"] = own_metric(path, rank, k) * credit_B
+    return pl.DataFrame({name: columns[name] for name in [*identity, *metric_names(cfg.ks, cfg.metrics)]})
 
 
 def target_rank(leaf_BW: Tensor, target_leaf_B: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from tawin_nemo.config.load import differences, to_yaml
 from tawin_nemo.config.schema import Recipe
 from tawin_nemo.data.interactions import Dataset, ItemFrame, Split, load_dataset
 from tawin_nemo.data.jinja_prompts import Columns, JinjaTemplate
-from tawin_nemo.data.prompts import Template
+from tawin_nemo.data.prompts import Template, build_template
 from tawin_nemo.data.samples import encode_split
 from tawin_nemo.data.tokenizer import Tokenizer
 from tawin_nemo.models.megatron.hf.config import backbone_from_hf
@@ -107,7 +107,7 @@ def exported_world(recipe: Recipe, folder: Path, run_dir: Path, data_root: Path 
 
 def _template(prompt: dict[str, Any], recipe: Recipe, folder: Path) -> Template:
     """The template of the export's training, with the text that recipe keys do not fix."""
-    template = Template(recipe.data.template, recipe.catalog.kind) if not prompt["jinja"] else JinjaTemplate(
+    template = build_template(recipe.data.template, recipe.catalog.kind) if not prompt["jinja"] else JinjaTemplate(
         kind=recipe.catalog.kind, source=prompt["jinja"], columns=_columns(folder / COLUMNS_FILE)
     )  # fmt: skip
     before, behind = prompt["chat"]

@@ -1,4 +1,6 @@
-"""TensorBoard, W&B and MLflow through NeMo's ``exp_manager``; the only module that imports NeMo.
+"""Where metrics go besides files: TensorBoard, W&B, MLflow through NeMo's ``exp_manager``, and sinks of one's own.
+
+This is the only module that imports NeMo.
 
 NeMo is imported inside the function, because that takes seconds. The recipe's ``exp_manager`` section is passed
 unchanged: its keys are NeMo's own (``create_tensorboard_logger``, ``create_wandb_logger``, ``wandb_logger_kwargs``,
@@ -13,7 +15,9 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
+from tawin_nemo.config.seams import made
 from tawin_nemo.run.stage import MetricSink
+from tawin_nemo.run.world import World
 from tawin_nemo.util.errors import ConfigError
 from tawin_nemo.util.files import atomic_path
 from tawin_nemo.util.launch import read_launch
@@ -68,3 +72,21 @@ def metric_sink(section: dict[str, Any], run_dir: Path, name: str) -> MetricSink
             logger.save()
 
     return send
+
+
+def build_sink(world: World) -> MetricSink | None:
+    """What metrics are sent to: the loggers of ``exp_manager`` and ``trainer.metric_sinks``; None without any.
+
+    Raises ConfigError as ``metric_sink`` and ``seams.made``.
+    """
+    recipe = world.recipe
+    sinks = [metric_sink(recipe.exp_manager, world.run_dir, recipe.name)]
+    if read_launch().rank == 0:
+        sinks += [made("trainer.metric_sinks", path, world) for path in recipe.trainer.metric_sinks]
+    used = [sink for sink in sinks if sink is not None]
+
+    def send(stage: str, step: int, metrics: dict[str, float]) -> None:
+        for sink in used:
+            sink(stage, step, metrics)
+
+    return send if used else None

@@ -16,7 +16,7 @@ from tawin_nemo.config.schema import Recipe
 from tawin_nemo.data.chat import chat_frame, check_frame
 from tawin_nemo.data.interactions import read_columns
 from tawin_nemo.data.jinja_prompts import Columns, JinjaTemplate, read_source
-from tawin_nemo.data.prompts import Template
+from tawin_nemo.data.prompts import Template, build_template
 from tawin_nemo.data.tokenizer import Tokenizer
 from tawin_nemo.models.megatron.parallel import runtime
 from tawin_nemo.util.errors import ConfigError
@@ -32,7 +32,7 @@ def plain_template(recipe: Recipe, run_dir: Path, data_root: Path) -> Template:
     """
     data, kind = recipe.data, recipe.catalog.kind
     if not data.jinja:
-        return Template(data.template, kind)
+        return build_template(data.template, kind)
     source = runtime.on_rank_0(partial(_source, recipe, run_dir))
     template = JinjaTemplate(kind=kind, source=source, shown=data.template, columns=Columns.of(read_columns(data_root)))
     if data.show_candidates and not template.shows_candidates:

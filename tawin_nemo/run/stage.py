@@ -24,6 +24,7 @@ from tawin_nemo.models.megatron.checkpoint.async_save import AsyncSaver
 from tawin_nemo.models.megatron.optim.trainable import Trainable
 from tawin_nemo.models.megatron.parallel import runtime
 from tawin_nemo.run import signals
+from tawin_nemo.run.callbacks import Callbacks
 from tawin_nemo.run.profile import StepProfiler
 from tawin_nemo.run.trained import chosen_checkpoint
 from tawin_nemo.util.errors import Preempted
@@ -66,6 +67,7 @@ class Stage:
         sink: MetricSink | None = None,
         profile: str = "off",
         identity: Mapping[str, str] | None = None,
+        callbacks: Callbacks | None = None,
     ) -> None:
         """``identity``: fingerprints of what the weights belong to, stored in ``state.json`` of every checkpoint."""
         self.directory, self.trainer = directory, trainer
@@ -73,6 +75,7 @@ class Stage:
         self.name = directory.name
         self.checkpoints = directory / "checkpoints"
         self._deadline, self._sink = deadline, sink
+        self._callbacks = callbacks or Callbacks()
         self._writer = runtime.world_rank() == 0
         self._profiler = StepProfiler(profile, directory / "profile", writer=self._writer)
         self._last_time = time.monotonic()
@@ -128,6 +131,7 @@ class Stage:
 
         ``soonest``: the number of steps after which early stopping may end the stage; the ETA counts to there.
         """
+        self._callbacks.call("on_stage_start", self, done)
         for step in progress(range(done, total), what=self.name, total=total, initial=done, soonest=soonest):
             if self._saver is not None:
                 self._saver.check()
@@ -139,10 +143,12 @@ class Stage:
         """Append one line to metrics.jsonl and one, with the wall clock and ``timings``, to timings.jsonl."""
         now = time.monotonic()
         seconds, self._last_time = now - self._last_time, now
-        if not self._writer:
-            return
+        if self._writer:
+            self._log(step, metrics, seconds, timings or {})
+        self._callbacks.call("on_log", self, step, metrics)
+
+    def _log(self, step: int, metrics: dict[str, float], seconds: float, timings: dict[str, float]) -> None:
         self._append("metrics.jsonl", {"step": step, **metrics})
-        timings = timings or {}
         clock = {"step": step, "seconds": round(seconds, 4), "time": round(time.time(), 3)}
         self._append("timings.jsonl", clock | timings)
         if self._sink is not None:
@@ -168,10 +174,11 @@ class Stage:
         if self.trainer.async_save:
             self._saver = self._saver or AsyncSaver()
             self._saver.save(path, model=trainable.model, trainable=trainable, state=state, after=prune)
-            return
-        checkpoint.save_checkpoint(path, model=trainable.model, trainable=trainable, state=state)
-        prune()
-        runtime.barrier()
+        else:
+            checkpoint.save_checkpoint(path, model=trainable.model, trainable=trainable, state=state)
+            prune()
+            runtime.barrier()
+        self._callbacks.call("on_save", self, progress.step)
 
     def wait_for_save(self) -> None:
         """Wait until no checkpoint is being written. Raises CheckpointError when the last one failed."""
@@ -226,6 +233,7 @@ class Stage:
         if self._writer:
             write_json(self.directory / "done.json", {"step": progress.step, "chosen_step": chosen_step})
         runtime.barrier()
+        self._callbacks.call("on_stage_end", self, progress.step)
 
     @property
     def chosen_checkpoint(self) -> Path:

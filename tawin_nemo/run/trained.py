@@ -20,7 +20,7 @@ from tawin_nemo.util.log import get_logger
 log = get_logger(__name__)
 
 #: Sections and keys that decide what a model's tokens and prompts mean, or which tensors it has.
-BOUND = ("prepare.", "data.", "catalog.", "align.", "model.backbone")
+BOUND = ("prepare.", "data.", "catalog.", "align.", "model.backbone", "code.data.template=")
 #: Keys among them that a verb may set: where the data lie, and how many rows are read.
 SOURCES = ("data.dataset", "data.root")
 FREE = (*SOURCES, "data.train_limit", "data.eval_limit")

@@ -47,7 +47,7 @@ RESUMABLE_KEYS = (
     "preference.micro_batch_tokens",
     "trainer.offload_optimizer", "trainer.collective_timeout", "rollout.placement", "rollout.devices",
     "rollout.servers", "rollout.api_key_file", "rollout.control_token_file", "rollout.server_timeout_s",
-    "rollout.server_tries", "rollout.weights_backend",
+    "rollout.server_tries", "rollout.weights_backend", "trainer.metric_sinks",
 )  # fmt: skip
 
 #: Keys that may change between two attempts because they only say how long stages are; see train/extension.py.
@@ -128,9 +128,11 @@ def open_run_dir(recipe: Recipe, *, same_recipe: bool) -> Path:
     if same_recipe and stored.is_file():
         changed = differences(stored.read_text(encoding="utf-8"), resolved, ignore=(*RESUMABLE_KEYS, *LENGTH_KEYS))
         if changed:
+            sources = [line.removeprefix("code.").split(":")[0] for line in changed if line.startswith("code.")]
             raise ConfigError(
                 f"{run_dir} holds a run of another recipe ({'; '.join(changed[:5])}); "
-                "choose another name= or run_dir=, or remove that directory"
+                + ("bring back the source of the code that it names, or " if sources else "")
+                + "choose another name= or run_dir=, or remove that directory"
             )
     if runtime.world_rank() == 0 and not stored.is_file():
         with atomic_path(stored) as temporary:

@@ -22,9 +22,18 @@ from tawin_nemo.maths.grpo import grpo_loss
 from tawin_nemo.maths.gspo import gspo_loss
 from tawin_nemo.maths.policy_loss import Counts, Objective, PolicyTerms, candidate_sums, mean_stats
 from tawin_nemo.models.megatron.optim.trainable import MicroBatch, Trainable
+from tawin_nemo.train.own_code import PolicyLoss, own_policy_loss
 from tawin_nemo.types import DataParallel, Rollout, TokenBatch, TokenRows
 
-LOSSES = {"grpo": grpo_loss, "dapo": dapo_loss, "gspo": gspo_loss}
+LOSSES: dict[str, PolicyLoss] = {"grpo": grpo_loss, "dapo": dapo_loss, "gspo": gspo_loss}
+
+
+def policy_loss(name: str) -> PolicyLoss:
+    """The objective that ``rl.algorithm`` names, one of ``LOSSES`` or one's own by import path.
+
+    Raises ConfigError for code that cannot be imported.
+    """
+    return LOSSES[name] if name in LOSSES else own_policy_loss(name)
 
 
 @dataclass(frozen=True)
@@ -49,6 +58,7 @@ class Actor:
 
     def __init__(self, trainable: Trainable, catalog: Catalog, rl: RlConfig, dp: DataParallel) -> None:
         self.trainable, self._catalog, self._rl, self.dp = trainable, catalog, rl, dp
+        self._policy_loss = policy_loss(rl.algorithm)
 
     def pack(self, rollout: Rollout, adv_BG: Tensor, omega_BG: Tensor) -> list[PackedCandidates]:
         """Every prompt once, followed by the tree of its candidates, under the token budget.
@@ -201,8 +211,8 @@ class Actor:
         rl, terms = self._rl, terms.to(logp_N.device)
         objective = Objective(rl.clip_low, rl.clip_high, rl.beta, rl.kl)
         if rl.sft_weight == 0:
-            return LOSSES[rl.algorithm](logp_N, terms, counts, objective)
-        loss, stats = LOSSES[rl.algorithm](logp_N[~of_target_N], terms, counts, objective)
+            return self._policy_loss(logp_N, terms, counts, objective)
+        loss, stats = self._policy_loss(logp_N[~of_target_N], terms, counts, objective)
         sft = -logp_N[of_target_N].sum() / target_tokens
         loss = loss + rl.sft_weight * sft
         return loss, stats | {"sft_loss": sft.detach(), "loss": loss.detach()}

@@ -30,7 +30,8 @@ from tawin_nemo.models.megatron.parallel import runtime
 from tawin_nemo.placement.remote_engine import RemoteEngine
 from tawin_nemo.placement.weight_sync import build_engine
 from tawin_nemo.rollout.engine import Engine
-from tawin_nemo.run.logging import metric_sink
+from tawin_nemo.run.callbacks import Callbacks, build_callbacks
+from tawin_nemo.run.logging import build_sink
 from tawin_nemo.run.mfu import peak_flops
 from tawin_nemo.run.stage import MetricSink, Stage, logged_seconds
 from tawin_nemo.run.world import World, read_json
@@ -54,13 +55,13 @@ log = get_logger(__name__)
 def run_pipeline(world: World) -> dict[str, Any]:
     """Run every planned stage that is not done yet; returns the summary that is also written to summary.json."""
     start, earlier = time.monotonic(), earlier_seconds(world.run_dir)
-    sink = metric_sink(world.recipe.exp_manager, world.run_dir, world.recipe.name)
+    sink, callbacks = build_sink(world), build_callbacks(world)
     if world.recipe.baseline.model != "off":
-        results = {world.recipe.baseline.model: run_baseline(world, sink)}
+        results = {world.recipe.baseline.model: run_baseline(world, sink, callbacks)}
     else:
         extend_finished(world)
         planned = list(plans(world))  # all of them first: it checks what later stages need
-        results = {plan.name: run_stage(world, plan, sink) for plan in planned}
+        results = {plan.name: run_stage(world, plan, sink, callbacks) for plan in planned}
     summary: dict[str, Any] = {name: dict(result.means) for name, result in results.items()}
     invalid = max(result.invalid_rate for result in results.values())
     wall = earlier + time.monotonic() - start
@@ -94,11 +95,12 @@ def earlier_seconds(run_dir: Path) -> float:
     return sum(logged_seconds(log_file) for log_file in run_dir.glob("*/timings.jsonl"))
 
 
-def run_stage(world: World, plan: Plan, sink: MetricSink | None) -> EvalResult:
+def run_stage(world: World, plan: Plan, sink: MetricSink | None, callbacks: Callbacks) -> EvalResult:
     """Train one stage and evaluate it, each unless it is done; returns the result on the last of ``eval.splits``."""
     stage = Stage(
         world.run_dir / plan.name, world.recipe.trainer,
         deadline=world.deadline, sink=sink, profile=world.recipe.profile, identity=world.identity,
+        callbacks=callbacks,
     )  # fmt: skip
     splits = world.recipe.eval.splits
     endings = [".json", *evaluation_files(world.recipe.eval)]

@@ -24,8 +24,10 @@ from tawin_nemo.placement.weight_sync import sync_weights
 from tawin_nemo.rollout.engine import Engine
 from tawin_nemo.rollout.groups import repeats_before
 from tawin_nemo.run.world import World
+from tawin_nemo.train.own_code import OwnNegatives, own_negatives
 from tawin_nemo.types import NO_ITEM, DataParallel, PromptBatch, TokenRows  # noqa: F401 (TokenRows: doctest)
 from tawin_nemo.util.errors import CheckpointError, ConfigError
+from tawin_nemo.util.imports import is_import_path
 
 #: Draws of the policy per rejected item that is kept (``distinct_first``).
 OVERSAMPLE = 1.5
@@ -51,7 +53,7 @@ class Negatives(Protocol):
 class DrawnNegatives:
     """Pure functions of seed and step: nothing to prepare or to save."""
 
-    source: RandomNegatives | CandidateNegatives
+    source: RandomNegatives | CandidateNegatives | OwnNegatives
 
     def prepare(self, step: int) -> bool:
         return False
@@ -149,13 +151,18 @@ def wrong_items(items_BW: Tensor, leaf_I: Tensor, prompts: PromptBatch, num: int
 def build_negatives(
     world: World, rows: np.ndarray, stream: BatchStream, engine: Engine, *, total: int
 ) -> Negatives:  # fmt: skip
-    """The source that ``preference.negatives`` names, for ``rows`` of train."""
+    """The source that ``preference.negatives`` names, for ``rows`` of train.
+
+    Raises ConfigError for an import path that leads nowhere.
+    """
     cfg, samples, leaf_I, seed = (
         world.recipe.preference,
         world.samples["train"],
         world.catalog.leaf_I,
         world.recipe.seed,
     )
+    if is_import_path(cfg.negatives):
+        return DrawnNegatives(own_negatives(cfg, world))
     if cfg.negatives == "random":
         return DrawnNegatives(RandomNegatives(samples, leaf_I, cfg.num_negatives, seed))
     if cfg.negatives == "candidates":

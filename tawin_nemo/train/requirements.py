@@ -7,14 +7,19 @@ also under ``--dry-run``. Each check is the one that the stage itself makes.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator
+from functools import partial
 
 from tawin_nemo.baselines.build import check_config
+from tawin_nemo.config.seams import import_paths
 from tawin_nemo.data.tasks import active_tasks
 from tawin_nemo.run.trained import resolve_checkpoint
 from tawin_nemo.run.world import World
 from tawin_nemo.train.plan import Plan, plans
 from tawin_nemo.util.errors import ConfigError, UserError
 from tawin_nemo.util.hub import local_folder
+
+#: Keys of code that an RL stage calls.
+RL_SEAMS = ("rl.reward", "rl.advantage", "rl.candidate_weights", "rl.algorithm")
 
 
 def check_requirements(world: World, continued: Collection[str] = ()) -> None:
@@ -91,10 +96,27 @@ def check_widths(world: World) -> None:
 
 
 def check_reward(world: World) -> None:
-    """Raises ConfigError or DataError when the reward's files are missing or of another catalog."""
+    """Raises ConfigError or DataError when the reward's files are missing or of another catalog.
+
+    Code of one's own is called once, on two rows of train: ConfigError also when it fails there.
+    """
     from tawin_nemo.train.rewards import build_reward
 
-    build_reward(world.recipe.rl, world)
+    rl = world.recipe.rl
+    reward = build_reward(rl, world)
+    own = [(key, path) for key, path in import_paths(world.recipe, RL_SEAMS)]
+    if not own:
+        return
+    from tawin_nemo.train.own_code import own_group_values, own_policy_loss, probe_policy_loss, probe_rollout, probed
+
+    rollout = probe_rollout(world)
+    rewards_BG = probed("rl.reward", rl.reward, lambda: reward(rollout))
+    for key, path in own:
+        if key == "rl.algorithm":
+            probe_policy_loss(rl, own_policy_loss(path))
+        elif key != "rl.reward":
+            arguments = (rewards_BG, rollout) if key == "rl.advantage" else (rollout,)
+            probed(key, path, partial(own_group_values(key, path, world), *arguments))
 
 
 def check_tasks(world: World) -> None:
@@ -116,6 +138,11 @@ def check_preference(world: World) -> None:
             f"preference.num_negatives={cfg.num_negatives}, but the catalog has {paths} distinct token paths, one of "
             f"them the target's; use at most {paths - 1}"
         )
+    for _, path in import_paths(world.recipe, ("preference.negatives",)):
+        from tawin_nemo.train.own_code import own_negatives, probed
+
+        first = world.train_rows_for_preference[:2]
+        probed("preference.negatives", path, partial(own_negatives(cfg, world).items, first, 0))
     drawn = cfg.negatives == "candidates" and world.samples["train"].candidates is None
     if drawn and cfg.num_candidates > paths - world.recipe.data.max_history:
         raise ConfigError(

@@ -13,11 +13,14 @@ from torch import Tensor
 
 from tawin_nemo.baselines.load import load_scorer
 from tawin_nemo.config.schema import RlConfig
+from tawin_nemo.config.seams import reward_terms
 from tawin_nemo.data.text_vectors import load_item_vectors, text_vectors
 from tawin_nemo.maths.rewards import collaborative_reward, ranking_reward, semantic_reward
 from tawin_nemo.run.world import World
+from tawin_nemo.train.own_code import own_group_values
 from tawin_nemo.types import Rollout, TokenRows
 from tawin_nemo.util.errors import ConfigError
+from tawin_nemo.util.imports import is_import_path
 from tawin_nemo.util.log import get_logger
 
 log = get_logger(__name__)
@@ -26,7 +29,7 @@ log = get_logger(__name__)
 class Reward(Protocol):
     """``rewards_BG`` of a rollout: float, one per candidate, 0 at padding."""
 
-    def __call__(self, rollout: Rollout) -> Tensor: ...
+    def __call__(self, rollout: Rollout, /) -> Tensor: ...
 
 
 class ItemScorer(Protocol):
@@ -80,20 +83,41 @@ class CollaborativeReward:
         return collaborative_reward(scores_BI, rollout.items_BG, rollout.is_target_BG, weight=self.weight)
 
 
-def build_reward(rl: RlConfig, world: World) -> Reward:
-    """The reward that ``rl.reward`` names, with its files loaded.
+@dataclass(frozen=True)
+class WeightedReward:
+    """The weighted sum of several rewards."""
 
-    ``semantic`` without ``rl.reward_source`` uses vectors made from the item titles (``text_vectors``), which need no
-    other model. Raises ConfigError for an unknown name, ``collaborative`` without a source or with one that is not a
-    finished baseline of this catalog (or is tiger); DataError for an unusable embedding file.
+    parts: tuple[tuple[float, Reward], ...]
+
+    def __call__(self, rollout: Rollout) -> Tensor:
+        return torch.stack([weight * reward(rollout).float() for weight, reward in self.parts]).sum(0)
+
+
+def build_reward(rl: RlConfig, world: World) -> Reward:
+    """The reward that ``rl.reward`` names, with its files loaded: one, or a weighted sum.
+
+    An import path is a function of the rollout, or a class that is made with the world. ``semantic`` without
+    ``rl.reward_source`` uses vectors made from the item titles (``text_vectors``), which need no other model. Raises
+    ConfigError for an unknown name, code that cannot be imported, ``collaborative`` without a source or with one that
+    is not a finished baseline of this catalog (or is tiger); DataError for an unusable embedding file.
     """
-    if rl.reward == "rule":
+    terms = reward_terms(rl.reward)
+    if len(terms) == 1 and terms[0].weight == 1.0:
+        return named_reward(terms[0].name, rl, world)
+    return WeightedReward(tuple((term.weight, named_reward(term.name, rl, world)) for term in terms))
+
+
+def named_reward(name: str, rl: RlConfig, world: World) -> Reward:
+    """One summand of ``rl.reward``; errors as ``build_reward``."""
+    if is_import_path(name):
+        return own_group_values("rl.reward", name, world)
+    if name == "rule":
         return RuleReward()
-    if rl.reward == "ranking":
+    if name == "ranking":
         return RankingReward()
-    if rl.reward == "semantic":
+    if name == "semantic":
         return SemanticReward(item_vectors(rl, world), rl.reward_weight)
-    if rl.reward == "collaborative":
+    if name == "collaborative":
         if not rl.reward_source:
             raise ConfigError(
                 "rl.reward=collaborative needs rl.reward_source, a finished baseline stage such as RUN_DIR/sasrec "
@@ -101,7 +125,7 @@ def build_reward(rl: RlConfig, world: World) -> Reward:
             )
         scorer = load_scorer(Path(rl.reward_source), world.catalog.external_ids)
         return CollaborativeReward(scorer, world.samples["train"].history, rl.reward_weight)
-    raise ConfigError(f"rl.reward={rl.reward!r} is not known; use one of rule, ranking, semantic, collaborative")
+    raise ConfigError(f"rl.reward={name!r} is not known; use one of rule, ranking, semantic, collaborative")
 
 
 def item_vectors(rl: RlConfig, world: World) -> Tensor:

@@ -27,12 +27,18 @@ from tawin_nemo.run.timers import Timers
 from tawin_nemo.run.world import World
 from tawin_nemo.train.actor import Actor, weighted_groups
 from tawin_nemo.train.evaluation import evaluate_split
+from tawin_nemo.train.own_code import OwnGroupValues, own_group_values
 from tawin_nemo.train.plan import total_steps
 from tawin_nemo.train.reference import Reference, Refresh
 from tawin_nemo.train.rewards import Reward, build_reward
 from tawin_nemo.train.rl_metrics import count_flops, prefixed, rollout_metrics
 from tawin_nemo.train.rollouts import PromptStream, Rollouts
 from tawin_nemo.types import Rollout
+from tawin_nemo.util.imports import is_import_path
+
+#: Advantages [B, G] of a rollout from its rewards [B, G]; weights omega [B, G] of its candidates.
+Advantages = Callable[[Tensor, Rollout], Tensor]
+CandidateWeights = Callable[[Rollout], Tensor]
 
 
 @dataclass(frozen=True)
@@ -46,6 +52,18 @@ class RlComponents:
     reward: Reward
     timers: Timers
     guard: Guard = unguarded
+    own_advantages: Advantages | None = None  # None: those of the group, by ``rl.std``
+    own_weights: CandidateWeights | None = None  # None: those of TAWin, by ``rl.tawin``
+
+    def advantages(self, rewards_BG: Tensor, rollout: Rollout) -> Tensor:
+        """Group advantages, or what ``rl.advantage`` names. [B, G]."""
+        if self.own_advantages is not None:
+            return self.own_advantages(rewards_BG, rollout)
+        return group_advantages(rewards_BG, std=self.rl.std, valid_BG=rollout.valid_BG)
+
+    def weights(self, rollout: Rollout) -> Tensor:
+        """TAWin's weights, or what ``rl.candidate_weights`` names. [B, G]."""
+        return candidate_weights(self.rl, rollout) if self.own_weights is None else self.own_weights(rollout)
 
 
 def rl_step(components: RlComponents, *, step: int, lr: float) -> dict[str, float]:
@@ -67,9 +85,9 @@ def rl_step(components: RlComponents, *, step: int, lr: float) -> dict[str, floa
             rollout, rewards_BG, added = rollouts.refill(rollout, rewards_BG, components.reward, step)
             metrics["rl/refill_batches"] = float(added)
     with timers("reward"):
-        adv_BG = group_advantages(rewards_BG, std=rl.std, valid_BG=rollout.valid_BG)
+        adv_BG = components.advantages(rewards_BG, rollout)
         adv_BG = weighted_groups(adv_BG, rollout.inserted_BG, rl.inserted_weight)
-        omega_BG = candidate_weights(rl, rollout)
+        omega_BG = components.weights(rollout)
     with timers("data"):
         packed = actor.pack(rollout, adv_BG, omega_BG)
         batches = [part.batch for part in packed]
@@ -112,7 +130,10 @@ def train_rl(
     timers = Timers(total_peak_flops(world.recipe), world.dp)
     rollouts = build_rollouts(world, engine, timers, total)
     rollouts.restore(done)
-    components = RlComponents(rl, rollouts, actor, reference, build_reward(rl, world), timers, step_guard(stage, done))
+    components = RlComponents(
+        rl, rollouts, actor, reference, build_reward(rl, world), timers, step_guard(stage, done),
+        build_own("rl.advantage", rl.advantage, world), build_own("rl.candidate_weights", rl.candidate_weights, world),
+    )  # fmt: skip
     save = partial(save_checkpoint, stage, components, refresh, done)
     sync_weights(engine, version=done.step)
     for step in stage.steps(done.step, total):
@@ -133,6 +154,11 @@ def train_rl(
         stage.stop_if_requested(save, done)
     best = done.best_step if trainer.keep_best and done.best_step >= 0 else done.step
     stage.finish(done, chosen_step=best)
+
+
+def build_own(key: str, name: str, world: World) -> OwnGroupValues | None:
+    """The function at an import path, None for a name of the product. Raises ConfigError as ``seams.made``."""
+    return own_group_values(key, name, world) if is_import_path(name) else None
 
 
 def build_rollouts(world: World, engine: Engine, timers: Timers, total: int) -> Rollouts:

@@ -1,7 +1,6 @@
 """TRL's own GRPO loss as a further row of the update benchmark, where the package is installed.
 
-``pip install --no-deps trl==0.26.2`` suits this project's pins (or put it in a folder on PYTHONPATH); without it the
-row is left out.
+``tests/run.sh`` installs the version that the tests use; without TRL the row is left out.
 """
 
 from __future__ import annotations

@@ -1,11 +1,14 @@
-"""How many CPU threads a process takes."""
+"""How many CPU threads a process takes, and that all ranks run the same code."""
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 import pytest
 
 from tawin_nemo.commands import session
 from tawin_nemo.config.load import load_recipe
+from tawin_nemo.util.errors import ConfigError
 
 
 @pytest.mark.parametrize(
@@ -25,3 +28,14 @@ def test_small_models_take_one_thread_others_their_share_of_the_cores(
     recipe = load_recipe(None, words)
     assert session.chosen_threads(recipe) == session.chosen_threads(recipe) == expected
     assert ("CPU threads per process" in caplog.text) == (not recipe.trainer.threads)
+
+
+def test_ranks_that_have_read_different_sources_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = replace(load_recipe(None, ["rl.reward=my:reward"]), code={"rl.reward=my:reward": "aaaa"})
+    session.check_same_code(recipe)
+    monkeypatch.setattr(session.runtime, "gather_objects", lambda code: [code, {"rl.reward=my:reward": "bbbb"}])
+    with pytest.raises(
+        ConfigError, match=r"rl\.reward=my:reward: the ranks have read different sources \(aaaa, bbbb\)"
+    ):
+        session.check_same_code(recipe)
+    session.check_same_code(load_recipe(None, []))

@@ -68,7 +68,7 @@ def test_is_a_command_that_exists(page: Path, command: Command, monkeypatch: pyt
     elif words[:2] == ["pip", "install"]:
         assert all(Path(file).is_file() for option, file in pairwise(words) if option == "-r")
     elif words[0] == "python":
-        assert words[1] == "-c"
+        assert words[1] == "-c" or Path(words[1]).is_file()
     elif words[0] == "curl":
         assert any(f"localhost:8000{route}" in words for route in _routes())
     elif words[0] == "eval":

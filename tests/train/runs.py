@@ -16,6 +16,7 @@ from typing import Any
 from tests import forked
 from tests.distributed.launch import free_port
 
+ROOT = Path(__file__).resolve().parents[2]
 #: A complete run of a few seconds: SFT with early stopping, SFT continued, RL with TAWin and a reference, evaluation.
 SMALL = (
     "data.dataset=prepared model.backbone=nano data.bpe_vocab_size=320 data.max_prompt_tokens=120 data.max_history=4 "
@@ -27,6 +28,12 @@ SMALL = (
 
 def environment() -> dict[str, str]:
     return {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONUNBUFFERED": "1"}
+
+
+def importable() -> dict[str, str]:
+    """``environment`` for processes that start in another folder: they import this checkout, installed or not."""
+    env = environment()
+    return env | {"PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), env.get("PYTHONPATH")]))}
 
 
 def command(*overrides: str, verb: str = "train") -> list[str]:

@@ -20,6 +20,7 @@ from tawin_nemo.tools.doctor.probe import Found
 from tawin_nemo.tools.plan.memory import least_machine_bytes, least_rank_bytes, parameters
 from tawin_nemo.util.errors import CheckpointError
 from tawin_nemo.util.hub import is_hub_name, local_folder
+from tawin_nemo.util.imports import is_import_path
 
 AMPERE = (8, 0)
 _CPU_FLAGS = ("amx_bf16", "avx512_bf16")
@@ -48,7 +49,9 @@ def data(recipe: Recipe) -> Check:
     if not root.is_dir():
         return fails(f"data.root={root} is not a folder", "name the folder that holds the data")
     named = [root / name for name in (recipe.prepare.reviews, recipe.prepare.metadata) if name]
-    if wanted in ("amazon", "yelp") and len(named) == 2:
+    if is_import_path(wanted):
+        found, files = wanted, [path for path in sorted(root.iterdir()) if path.is_file()]
+    elif wanted in ("amazon", "yelp") and len(named) == 2:
         found, files = wanted, named
     elif wanted in ("table", "split_csv"):
         found, files = wanted, source_files(wanted, root, recipe.prepare)
