@@ -68,8 +68,8 @@ class TokenTrie:
         """The same trie on another device."""
         if device == self.offsets.device:
             return self
-        tensors = (self.offsets, self.tokens, self.item_offsets, self.items_at)
-        return TokenTrie(*(tensor.to(device) for tensor in tensors), end_token=self.end_token)
+        edges = self.offsets.to(device), self.tokens.to(device)
+        return TokenTrie(*edges, self.item_offsets.to(device), self.items_at.to(device), self.end_token)
 
     def follow(self, tokens_RT: Tensor, start_R: Tensor) -> Tensor:
         """The node that each row's tokens from column ``start_R`` on lead to from the root; -1: not in the trie."""

@@ -134,7 +134,8 @@ def _dataset(catalog: Catalog, data_root: Path | None) -> Dataset:
             "use the data that the model was trained on"
         )
     numbers_I = np.array([number_of[name] for name in data.items.external_ids], dtype=np.int64)
-    return Dataset(items, *(_renumbered(getattr(data, name), numbers_I) for name in SPLITS), data.manifest)
+    train, valid, test = (_renumbered(getattr(data, name), numbers_I) for name in SPLITS)
+    return Dataset(items, train, valid, test, data.manifest)
 
 
 def _renumbered(split: Split, numbers_I: np.ndarray) -> Split:

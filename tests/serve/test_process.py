@@ -159,6 +159,16 @@ def test_weights_come_from_another_checkpoint_and_from_an_export(served: Served,
     assert versions == list(range(versions[0], versions[0] + 4))
 
 
+def test_an_export_is_served_with_its_own_catalog(served: Served, stage: Path, tmp_path: Path) -> None:
+    run(f"checkpoint={stage}", f"convert.output={tmp_path / 'hf'}", verb="convert")
+    with served.client() as client:
+        expected = client.recommend([3, 5], n=6)
+    file, keys = tmp_path / "run" / "serve" / "address.json", f"serve.api_keys_file={stage.parent / 'keys'}"
+    words = (f"checkpoint={tmp_path / 'hf'}", f"run_dir={tmp_path / 'run'}", keys)
+    with process_of(file, *words) as other, other.client() as client:
+        assert client.recommend([3, 5], n=6).items == expected.items
+
+
 def test_sigterm_drains_and_ends_well(stage: Path) -> None:
     with process(stage) as served, served.client() as client:
         assert client.recommend([1]).items

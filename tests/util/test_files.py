@@ -75,7 +75,7 @@ def test_files_and_directories_have_the_rights_that_the_umask_leaves(tmp_path: P
         (folder / "inner" / "wide.txt").chmod(0o777)
     for path in tmp_path.rglob("*"):
         assert rights(path) == (0o777 if path.is_dir() else 0o666) & ~umask, path
-    assert not [path for path in tmp_path.rglob(".*")]
+    assert not list(tmp_path.rglob(".*"))
 
 
 def test_a_file_that_is_replaced_gets_the_rights_of_a_new_one(tmp_path: Path, umask: int):
