@@ -201,7 +201,8 @@ def _used_columns(tree: nodes.Template) -> Iterator[str]:
     """Columns that are read of an item: of a loop's variable over the items, or of ``items[...]`` itself."""
     loops = [loop for loop in tree.find_all(nodes.For) if _is_listed(loop.iter)]
     names = {loop.target.name for loop in loops if isinstance(loop.target, nodes.Name)}
-    for node in tree.find_all((nodes.Getattr, nodes.Getitem)):
+    reads: list[nodes.Getattr | nodes.Getitem] = [*tree.find_all(nodes.Getattr), *tree.find_all(nodes.Getitem)]
+    for node in reads:
         of_loop = isinstance(node.node, nodes.Name) and node.node.name in names
         of_list = isinstance(node.node, nodes.Getitem) and _is_listed(node.node.node)
         if not of_loop and not of_list:

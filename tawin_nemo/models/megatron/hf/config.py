@@ -189,12 +189,13 @@ def hf_config(
         "transformers_version": version("transformers"),
         "use_cache": True,
     }
-    config |= {
+    of_family: dict[str, dict[str, Any]] = {
         "qwen2": {"use_sliding_window": False},
         "qwen3": {"use_sliding_window": False, "attention_bias": False},
         "llama": {"attention_bias": False, "mlp_bias": False},
         "mistral": {"sliding_window": shape.window or None},
-    }[shape.family]
+    }
+    config |= of_family[shape.family]
     if shape.rope_scaling is not None:
         config["rope_scaling"] = {
             "rope_type": "llama3",
