@@ -35,9 +35,10 @@ from tawin_nemo.serve.engine.telemetry import Metrics
 from tawin_nemo.serve.http.requests import ServerContext
 from tawin_nemo.serve.http.server import Secrets, Server, roots_and_folder
 from tawin_nemo.train.start import engine_of
-from tawin_nemo.util.errors import ConfigError
+from tawin_nemo.util.errors import CheckpointError, ConfigError, TawinError
 from tawin_nemo.util.files import write_json
 from tawin_nemo.util.log import get_logger
+from tawin_nemo.util.trusted import confined
 
 log = get_logger(__name__)
 SWITCH_INTERVAL_S = 1e-4  # of Python threads
@@ -58,6 +59,9 @@ class ProcessGroupRanks:
 
     def barrier(self) -> None:
         runtime.any_rank(False)
+
+    def first_problem(self, problem: str) -> str:
+        return next((text for text in runtime.gather_objects(problem) if text), "")
 
     def broadcast_tensor(self, tensor: Tensor | None, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         return runtime.broadcast_tensor(tensor, shape, dtype)
@@ -148,10 +152,24 @@ def first_catalog(world: World) -> ServedCatalog:
 def loader(world: World) -> Callable[[str], LM]:
     """A function that loads a model from a stage, a step or a Hugging Face folder; empty path: the recipe's weights.
 
-    The function raises CheckpointError for weights that cannot be loaded, ConfigError for a disaggregated placement.
+    Of a path, which comes from a request, all files must lie below ``serve.roots`` when they are opened. The function
+    raises CheckpointError for weights that cannot be loaded or are not finite, ConfigError for a disaggregated
+    placement.
     """
+    roots, _ = roots_and_folder(world.recipe.serve, world.run_dir)
 
     def load(path: str) -> LM:
+        if not path:
+            return finite(load_unconfined(path), "these weights")
+        try:
+            with confined(roots):
+                return finite(load_unconfined(path), path)
+        except TawinError:
+            raise
+        except Exception as error:  # files in any shape: whatever the libraries raise for them
+            raise CheckpointError(f"{path} cannot be loaded ({type(error).__name__}: {error})") from error
+
+    def load_unconfined(path: str) -> LM:
         runtime.use_device()
         recipe = world.recipe
         if (Path(path) / "config.json").is_file() and path:
@@ -167,6 +185,15 @@ def loader(world: World) -> Callable[[str], LM]:
         return engine.lm
 
     return load
+
+
+def finite(lm: LM, name: str) -> LM:
+    """Return ``lm``. Raises CheckpointError when one of this rank's parameters holds NaN or infinity."""
+    model = getattr(getattr(lm, "lm", lm), "model", None)
+    for parameter_name, parameter in () if model is None else model.named_parameters():
+        if parameter.dtype in (torch.float32, torch.bfloat16, torch.float16) and not bool(parameter.isfinite().all()):
+            raise CheckpointError(f"{name}: {parameter_name} holds values that are not finite; the training diverged")
+    return lm
 
 
 def from_tensors(shape: Backbone, cfg: ModelConfig, layout: tuple[int, int]) -> FromTensors:

@@ -12,6 +12,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from tawin_nemo.util.trusted import open_trusted
+
 
 @contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
@@ -60,5 +62,5 @@ def write_json(path: Path, value: Any) -> None:
 
 def sha256(path: Path) -> str:
     """SHA-256 of a file's content as hexadecimal digits."""
-    with path.open("rb") as file:
+    with open_trusted(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -70,7 +70,7 @@ class Replica:
     def apply(self, message: Message) -> Any:
         """Execute a message; returns the FinishedPrompts of ``Advance``, the Candidates of ``Draw``, None otherwise.
 
-        Raises the errors of searching (DataError, CatalogError, ConfigError) and of loading (CheckpointError).
+        Raises the errors of searching (DataError, CatalogError, ConfigError).
         """
         match message:
             case Admit():
@@ -81,17 +81,13 @@ class Replica:
                 self._drop(message)
             case Draw():
                 return self._draw(message)
-            case LoadWeights():
-                self.models[message.version] = self.load(message.path)
-            case PutCatalog():
-                self.tries[message.version] = TokenTrie.from_paths(message.paths)
             case Release():
                 for version in message.weights:
                     del self.models[version]
                 for version in message.catalogs:
                     del self.tries[version]
-            case Probe() | Stop() | ReceiveWeights():  # ``ranks`` calls ``build_from_tensors`` for ReceiveWeights
-                pass
+            case Probe() | Stop() | LoadWeights() | ReceiveWeights() | PutCatalog():
+                pass  # ``ranks`` carries these out on all ranks together
         return None
 
     def build_from_tensors(self, tensor_of: Callable[[str, tuple[int, ...], torch.dtype], Tensor]) -> LM:
