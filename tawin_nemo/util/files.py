@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import glob
 import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -14,11 +18,16 @@ from typing import Any
 
 from tawin_nemo.util.trusted import open_trusted
 
+#: The temporary names that ``atomic_path`` and ``atomic_directory`` make, with mkstemp's eight characters.
+_LEFT = re.compile(r"\..+(\.[a-z0-9_]{8}\.tmp(\.[^.]+)?|\.tmp[a-z0-9_]{8})")
+
 
 @contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
     """Yield a temporary sibling of ``path``; rename it over ``path`` if the block ends without an error."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    if path.exists() and not path.is_file():  # a rename would put the file in place of a device
+        raise IsADirectoryError(errno.EISDIR, "is no regular file", str(path))
     handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=f".tmp{path.suffix}", dir=path.parent)
     os.close(handle)
     temporary = Path(name)
@@ -39,6 +48,8 @@ def atomic_directory(path: Path) -> Iterator[Path]:
     An older directory of that name is removed only after the new one has its name.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
+    if path.exists() and not path.is_dir():
+        raise NotADirectoryError(errno.ENOTDIR, "is no folder", str(path))
     temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.tmp", dir=path.parent))
     try:
         yield temporary
@@ -52,6 +63,26 @@ def atomic_directory(path: Path) -> Iterator[Path]:
             temporary.rename(path)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def remove_leftovers(folder: Path, *, before: float, name: str = "") -> None:
+    """Remove the temporary files and folders that writers which were killed have left in ``folder``.
+
+    ``before``: only names last changed before this time (seconds since 1970), as a writer that lives has newer ones.
+    ``name``: only those of this file or folder, and its old version beside a new one; without a name those of
+    everything in ``folder``, at any depth.
+    """
+    for left in [*folder.glob(f"{glob.escape(f'.{name}.')}*")] if name else [*folder.rglob(".*")]:
+        replaced = name and left.name == f".{name}.old" and (folder / name).exists()
+        if not (_LEFT.fullmatch(left.name) or replaced):
+            continue
+        with contextlib.suppress(OSError):
+            if left.lstat().st_mtime >= before:
+                continue
+            if left.is_dir() and not left.is_symlink():
+                shutil.rmtree(left, ignore_errors=True)
+            else:
+                left.unlink()
 
 
 def write_json(path: Path, value: Any) -> None:
