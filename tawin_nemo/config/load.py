@@ -10,7 +10,7 @@ import dataclasses
 import difflib
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -110,12 +110,7 @@ def check(recipe: Recipe) -> None:
             near = difflib.get_close_matches(str(value), choices, n=1)
             hint = f"; did you mean {near[0]}?" if near else ""
             raise ConfigError(f"{key}={value} is not one of {', '.join(choices)}{hint}")
-        if isinstance(value, float) and not math.isfinite(value):
-            raise ConfigError(f"{key}={value} is no finite number ({item.metadata['help']})")
-        low, high = item.metadata.get("low"), item.metadata.get("high")
-        if (low is not None and value < low) or (high is not None and value > high):
-            limits = f">= {low}" if high is None else f"in {low}..{high}"
-            raise ConfigError(f"{key}={value} is out of limits; it must be {limits} ({item.metadata['help']})")
+        _check_limits(key, value, item.metadata)
     for key, parse in TIMES.items():
         try:
             parse(value_of(recipe, key))
@@ -125,6 +120,21 @@ def check(recipe: Recipe) -> None:
     for wrong, message in combinations(recipe):
         if wrong:
             raise ConfigError(message)
+
+
+def _check_limits(key: str, value: Any, metadata: Mapping[str, Any]) -> None:
+    """Raises ConfigError for a number, or a number of a list, that is not finite or out of its limits."""
+    for number in value if isinstance(value, list) else [value]:
+        if isinstance(number, float) and not math.isfinite(number):
+            raise ConfigError(f"{key}={number} is no finite number ({metadata['help']})")
+        if (high := metadata.get("high")) is None:
+            continue
+        low = metadata["low"]
+        if number < low or number > high:
+            reason = f", because {metadata['why']}" if number > high else ""
+            raise ConfigError(
+                f"{key}={number} is out of limits; it must be in {low}..{high}{reason} ({metadata['help']})"
+            )
 
 
 def to_yaml(recipe: Recipe) -> str:
