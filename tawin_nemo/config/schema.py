@@ -43,13 +43,15 @@ WORDS = Most(100_000, "no text of an item is as long")
 LR = Most(1.0, "Adam moves every weight by about this much in one step")
 WEIGHT = Most(1_000_000.0, "float32 keeps nothing of what is so much smaller beside it")
 SHARE = Most(1.0, "it is a share")
+TIMES = Most(100.0, "an epoch would repeat every row as often")
 DROPOUT = Most(0.9, "hardly anything is left beyond it")
 BEAMS = Most(4096, "no search has more beams")
 WIDTH = Most(65_536, "no recommender here is as wide, nor does a row need as many items")
 LAYERS = Most(1024, "no model here is as deep")
 RANKS = Most(65_536, "no cluster has more processors for one job")
+DEVICES = Most(256, "no machine has more GPUs, and the system ends where it cannot start processes")
 THREADS = Most(1024, "no machine has more cores, and the system ends where it cannot start threads")
-TRIES = Most(1000, "what has failed so often will fail again")
+TRIES = Most(1000, "nothing is tried, or reviewed by one user, more often")
 MONTH_MINUTES = Most(43_200.0, "a rank that hangs would not be noticed within a month")
 WEEK_S = Most(604_800.0, "a client or server that hangs would not be noticed within a week")
 TFLOPS = Most(1_000_000.0, "a hundred times the fastest device")
@@ -122,25 +124,25 @@ class AlignConfig:
     Needs catalog.kind=sid and a tokenizer that can write words. MiniOneRec (arXiv 2510.24431), LC-Rec (2311.09049).
     """
 
-    title_to_sid: float = number(0.0, 0.0, WEIGHT, help="Weights the task: title of an item to its codes.")
-    sid_to_title: float = number(0.0, 0.0, WEIGHT, help="Weights the task: codes of an item to its title.")
+    title_to_sid: float = number(0.0, 0.0, TIMES, help="Weights the task: title of an item to its codes.")
+    sid_to_title: float = number(0.0, 0.0, TIMES, help="Weights the task: codes of an item to its title.")
     history_to_title: float = number(
-        0.0, 0.0, WEIGHT, help="Weights the task: codes of a history to the title of the next item."
+        0.0, 0.0, TIMES, help="Weights the task: codes of a history to the title of the next item."
     )
     titles_to_sid: float = number(
-        0.0, 0.0, WEIGHT, help="Weights the task: titles of a history to the codes of the next item."
+        0.0, 0.0, TIMES, help="Weights the task: titles of a history to the codes of the next item."
     )
     titles_to_title: float = number(
-        0.0, 0.0, WEIGHT, help="Weights the task: titles of a history to the title of the next item."
+        0.0, 0.0, TIMES, help="Weights the task: titles of a history to the title of the next item."
     )
     description_to_sid: float = number(
-        0.0, 0.0, WEIGHT, help="Weights the task: description of an item to its codes (LC-Rec)."
+        0.0, 0.0, TIMES, help="Weights the task: description of an item to its codes (LC-Rec)."
     )
     sid_to_description: float = number(
-        0.0, 0.0, WEIGHT, help="Weights the task: codes of an item to its description (LC-Rec)."
+        0.0, 0.0, TIMES, help="Weights the task: codes of an item to its description (LC-Rec)."
     )
     intention_to_sid: float = number(
-        0.0, 0.0, WEIGHT, help="Weights the task: what a customer wants to codes (LC-Rec); it needs align.intentions."
+        0.0, 0.0, TIMES, help="Weights the task: what a customer wants to codes (LC-Rec); it needs align.intentions."
     )
     intentions: str = opt("", "Names the JSON file {item index: text} for intention_to_sid, below data.root.")
     max_words: int = number(64, 1, WORDS, help="Cuts descriptions and intentions after this many words.")
@@ -462,7 +464,7 @@ class PrepareConfig:
     synthetic_items: int = number(2400, 50, ROWS, help="Sets the items of the generated catalog.")
     synthetic_users: int = number(6000, 50, ROWS, help="Sets the users of the generated review log.")
     synthetic_reviews_per_user: float = number(
-        8.0, 1, WEIGHT, help="Sets the mean number of reviews of a generated user."
+        8.0, 1, TRIES, help="Sets the mean number of reviews of a generated user."
     )
 
 
@@ -516,7 +518,7 @@ class ModelConfig:
 @dataclass(frozen=True)
 class TrainerConfig:
     num_nodes: int = number(1, 1, RANKS, help="Sets the number of machines.")
-    devices: int = number(1, 1, RANKS, help="Sets the processes per machine, one per GPU (on CPU: gloo).")
+    devices: int = number(1, 1, DEVICES, help="Sets the processes per machine, one per GPU (on CPU: gloo).")
     max_time: str = opt("", "Saves and exits with code 75 after this time, DD:HH:MM:SS (empty = no limit).")
     save_interval: int = number(50, 1, help="Sets the optimizer steps between checkpoints.")
     val_check_interval: int = number(
@@ -607,6 +609,11 @@ class RlConfig:
     )
     beta: float = number(1e-3, 0.0, WEIGHT, help="Weights the KL to the reference (0 = no reference is built).")
     kl: str = choice("k3", "k1", "k2", help="Selects the KL estimator.")
+    kl_groups: str = choice(
+        "all", "informative",
+        help="Applies the KL to all groups, or only to those whose rewards differ (informative); the others are then "
+        "not computed at all.",
+    )  # fmt: skip
     clip_low: float = number(0.2, 0.0, SHARE, help="Clips the probability ratio below 1 - clip_low.")
     clip_high: float = number(0.2, 0.0, WEIGHT, help="Clips the probability ratio above 1 + clip_high.")
     policy_space: str = choice(

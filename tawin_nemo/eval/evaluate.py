@@ -21,7 +21,7 @@ from tawin_nemo.catalog.items import Catalog
 from tawin_nemo.config.schema import EvalConfig
 from tawin_nemo.data.samples import Samples
 from tawin_nemo.eval.bias import beyond_accuracy
-from tawin_nemo.eval.intervals import normal_interval
+from tawin_nemo.eval.intervals import share_interval
 from tawin_nemo.eval.result import EvalResult
 from tawin_nemo.maths.ranking import ndcg_at_k, recall_at_k
 from tawin_nemo.rollout.engine import Engine
@@ -79,7 +79,7 @@ def evaluate(
         samples, everything.rank_B, catalog.sharing_I[samples.target_N], everything.candidates_B, cfg
     )
     metrics = {name: per_user[name].to_numpy() for name in metric_names(cfg.ks)}
-    intervals = {name: normal_interval(values_B) for name, values_B in metrics.items()}
+    intervals = {name: share_interval(values_B) for name, values_B in metrics.items()}
     full_list = min(cfg.beams, num_paths)
     return EvalResult(
         means={name: interval.mean for name, interval in intervals.items()},
