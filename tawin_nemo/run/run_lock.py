@@ -97,6 +97,7 @@ def run_lock(folder: Path, command: str, *, name: str = LOCK) -> Iterator[None]:
     folder.mkdir(parents=True, exist_ok=True)
     lock, mine = folder / name, Owner.here(command)
     _acquire(lock, mine)
+    _remove_drafts(lock)
     stop = threading.Event()
     beat = threading.Thread(target=_beat, args=(lock, mine, stop), name="run-lock", daemon=True)
     beat.start()
@@ -117,7 +118,7 @@ def run_lock(folder: Path, command: str, *, name: str = LOCK) -> Iterator[None]:
 
 
 def _acquire(lock: Path, mine: Owner) -> None:
-    draft = lock.with_name(f".{lock.name}.{mine.token}")
+    draft = lock.with_name(f".{lock.name.removeprefix('.')}.{mine.token}")
     draft.write_text(json.dumps(asdict(mine)) + "\n", encoding="utf-8")
     try:
         begun, waits = time.monotonic(), False
@@ -138,6 +139,14 @@ def _acquire(lock: Path, mine: Owner) -> None:
             time.sleep(0.2)
     finally:
         draft.unlink(missing_ok=True)
+
+
+def _remove_drafts(lock: Path) -> None:
+    """Remove the drafts of processes that were killed while they waited for the lock, long ago."""
+    for draft in lock.parent.glob(f".{lock.name.removeprefix('.')}.*"):
+        with suppress(OSError):
+            if draft.stat().st_mtime < lock.stat().st_mtime - 2 * STALE_S:
+                draft.unlink()
 
 
 def _linked(draft: Path, lock: Path) -> bool:
@@ -186,7 +195,7 @@ def _beats(lock: Path, draft: Path, waited: float) -> bool:
 
 def _take_over(lock: Path, owner: Owner | None, mine: Owner) -> None:
     """Remove a stale lock, unless another process has just replaced it by its own."""
-    aside = lock.with_name(f".{lock.name}.{mine.token}.stale")
+    aside = lock.with_name(f".{lock.name.removeprefix('.')}.{mine.token}.stale")
     try:
         lock.rename(aside)
     except FileNotFoundError:

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -16,6 +17,7 @@ import pytest
 from tawin_nemo.run import run_lock as module
 from tawin_nemo.run.run_lock import LOCK, Locked, Owner, run_lock
 from tawin_nemo.util.errors import UserError
+from tests.train.runs import SMALL, called, command, environment
 
 HOLDER = """
 import sys, time
@@ -224,3 +226,46 @@ def test_what_killed_writers_left_goes_after_success_only(tmp_path: Path) -> Non
         young.touch()
     assert not any(path.exists() for path in left)
     assert all(path.exists() for path in (*kept, young))
+
+
+def test_drafts_of_waiters_that_were_killed_are_removed(tmp_path: Path) -> None:
+    for name, age in (("old", 100), ("young", 0)):
+        draft = tmp_path / f".{LOCK}.{name}"
+        draft.touch()
+        os.utime(draft, (time.time() - age, time.time() - age))
+    with run_lock(tmp_path, "train"):
+        assert files(tmp_path) == [f".{LOCK}.young", LOCK]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("devices", [1, 2])
+def test_of_two_runs_that_start_together_one_trains_and_the_other_says_why(
+    small_dataset: Path, tmp_path: Path, devices: int
+) -> None:
+    words = [*SMALL, f"data.root={small_dataset}", f"run_dir={tmp_path / 'run'}", f"trainer.devices={devices}"]
+    with ThreadPoolExecutor(2) as pool:
+        first, second = pool.map(lambda _: called(*words), range(2))
+    done, refused = sorted((first, second), key=lambda ended: ended.returncode)
+    assert (done.returncode, refused.returncode) == (0, 2), refused.stderr[-3000:]
+    assert "is in use by process" in refused.stderr
+    assert "(train, since " in refused.stderr
+    assert "Traceback" not in refused.stderr
+    left = [path.name for path in (tmp_path / "run").rglob("*") if path.name.startswith(".") or path.name == LOCK]
+    assert left == []
+    assert (tmp_path / "run" / "summary.json").is_file()
+
+
+@pytest.mark.slow
+def test_a_run_that_was_killed_continues_at_once(small_dataset: Path, tmp_path: Path) -> None:
+    words = [*SMALL, f"data.root={small_dataset}", f"run_dir={tmp_path / 'run'}"]
+    process = subprocess.Popen(command(*words), env=environment(), stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    while not (tmp_path / "run" / "sft" / "metrics.jsonl").is_file():
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.kill()
+    process.wait()
+    assert (tmp_path / "run" / LOCK).is_file()
+    done = called(*words)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert f"was left by process {process.pid}" in done.stderr
+    assert not (tmp_path / "run" / LOCK).exists()
