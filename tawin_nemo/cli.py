@@ -219,13 +219,16 @@ def prepare_or_tokenize(recipe: Any, verb: str) -> dict[str, Any]:
     from tawin_nemo.run.datasets import prepared_root, prepares, run_dir_of
     from tawin_nemo.run.run_lock import run_lock
 
-    writes = verb == "tokenize" or prepares(recipe)
-    with run_lock(run_dir_of(recipe), verb) if writes else contextlib.nullcontext():
+    with contextlib.ExitStack() as stack:
+        if verb == "tokenize" or prepares(recipe):
+            stack.enter_context(run_lock(run_dir_of(recipe), verb))
         root = prepared_root(recipe)
         if verb == "prepare":
             return {"prepared": str(root)}
-        from tawin_nemo.commands.tokenize import tokenize
+        from tawin_nemo.commands.tokenize import output_of, tokenize
 
+        out = output_of(recipe)
+        stack.enter_context(run_lock(out.parent, verb, name=f".{out.name}.lock"))
         return tokenize(recipe, root)
 
 

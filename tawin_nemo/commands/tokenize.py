@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import asdict, replace
@@ -15,6 +16,7 @@ import polars as pl
 from tawin_nemo.catalog.semantic_ids import find_codes
 from tawin_nemo.config.schema import Recipe, SemanticIdsConfig
 from tawin_nemo.data.interactions import BRAND, CATEGORY, ITEMS_FILE, MANIFEST, Dataset, load_dataset
+from tawin_nemo.run.datasets import run_dir_of
 from tawin_nemo.semantic_ids.clustering import check_enough_items
 from tawin_nemo.semantic_ids.codebooks import mean_codebooks
 from tawin_nemo.semantic_ids.coder import WITH_NETWORK, ItemCoder, fit, resolve_collisions
@@ -24,7 +26,7 @@ from tawin_nemo.semantic_ids.growth import CODES, FORMAT, ITEMS, ExistingIndex, 
 from tawin_nemo.semantic_ids.index_files import read_index, write_index, write_info
 from tawin_nemo.semantic_ids.report import IndexReport, measure, plot_index, word_sets
 from tawin_nemo.util.errors import DataError
-from tawin_nemo.util.files import atomic_directory, sha256, write_json
+from tawin_nemo.util.files import atomic_directory, remove_leftovers, sha256, write_json
 from tawin_nemo.util.log import say
 
 INDEX, INFO, REPORT, PICTURE = "index.json", "info.txt", "report.json", "codes.png"
@@ -35,9 +37,7 @@ def tokenize(recipe: Recipe, root: Path) -> dict[str, Any]:
 
     Raises ConfigError and DataError for whatever cannot be used, naming keys or items.
     """
-    run = Path(recipe.run_dir or f"runs/{recipe.name}")
-    cfg = recipe.semantic_ids
-    out = Path(cfg.output) if cfg.output else run / "semantic_ids"
+    begun, cfg, out = time.time(), recipe.semantic_ids, output_of(recipe)
     dataset = load_dataset(root)
     vectors = out.with_name(f"{out.name}.vectors")
     existing = ExistingIndex.read(Path(cfg.grow_from)) if cfg.grow_from else None
@@ -68,7 +68,14 @@ def tokenize(recipe: Recipe, root: Path) -> dict[str, Any]:
     )
     _write(out, made, cfg, dataset, embeddings.vectors_ID, vectors, report, request)
     _checkpoint(out).unlink(missing_ok=True)
+    for folder in (out, vectors):
+        remove_leftovers(folder.parent, before=begun, name=folder.name)
     return _result(out)
+
+
+def output_of(recipe: Recipe) -> Path:
+    """The folder of the index: ``semantic_ids.output``, or RUN_DIR/semantic_ids where that is empty."""
+    return Path(recipe.semantic_ids.output) if recipe.semantic_ids.output else run_dir_of(recipe) / "semantic_ids"
 
 
 def _made(
