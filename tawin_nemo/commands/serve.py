@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import os
 import signal
 import socket
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,13 +19,16 @@ from torch import Tensor
 from tawin_nemo.api.secrets_files import control_token, read_keys
 from tawin_nemo.config.backbones import Backbone
 from tawin_nemo.config.schema import ModelConfig, Recipe
+from tawin_nemo.models.megatron.checkpoint.checkpoint import check_form
 from tawin_nemo.models.megatron.decode.lm import MegatronLM
+from tawin_nemo.models.megatron.hf.io import check_hf
 from tawin_nemo.models.megatron.hf.memory import fill_from_rows, rows_of
 from tawin_nemo.models.megatron.model.build import build_rollout_model
 from tawin_nemo.models.megatron.model.precision import in_precision
 from tawin_nemo.models.megatron.parallel import runtime
 from tawin_nemo.rollout.engine import RolloutEngine
 from tawin_nemo.rollout.lm import LM, MeteredLM
+from tawin_nemo.run.trained import check_tokenizer, resolve_checkpoint
 from tawin_nemo.run.world import World
 from tawin_nemo.serve.engine.catalog import PromptFormat, ServedCatalog, read_items
 from tawin_nemo.serve.engine.engine import Engine
@@ -90,7 +94,10 @@ def serve(world: World) -> dict[str, Any]:
             f"PP {pp} of rollouts; start several servers for several replicas"
         )
     build_from_tensors = from_tensors(world.shape, model_in(recipe), recipe.rollout_layout)
-    replica = Replica(loader(world), length_penalty=recipe.rollout.length_penalty, from_tensors=build_from_tensors)
+    replica = Replica(
+        loader(world), check=checker(world), length_penalty=recipe.rollout.length_penalty,
+        from_tensors=build_from_tensors,
+    )  # fmt: skip
     catalog = first_catalog(world)
     replica.models[FIRST_VERSION] = replica.load("")
     replica.tries[FIRST_VERSION] = catalog.trie
@@ -161,13 +168,8 @@ def loader(world: World) -> Callable[[str], LM]:
     def load(path: str) -> LM:
         if not path:
             return finite(load_unconfined(path), "these weights")
-        try:
-            with confined(roots):
-                return finite(load_unconfined(path), path)
-        except TawinError:
-            raise
-        except Exception as error:  # files in any shape: whatever the libraries raise for them
-            raise CheckpointError(f"{path} cannot be loaded ({type(error).__name__}: {error})") from error
+        with of_a_request(path, roots):
+            return finite(load_unconfined(path), path)
 
     def load_unconfined(path: str) -> LM:
         runtime.use_device()
@@ -185,6 +187,34 @@ def loader(world: World) -> Callable[[str], LM]:
         return engine.lm
 
     return load
+
+
+@contextlib.contextmanager
+def of_a_request(path: str, roots: list[Path]) -> Iterator[None]:
+    """Inside the block files are opened below ``roots`` only, and every error is a TawinError that names ``path``."""
+    try:
+        with confined(roots):
+            yield
+    except TawinError:
+        raise
+    except Exception as error:  # files in any shape: whatever the libraries raise for them
+        raise CheckpointError(f"{path} cannot be loaded ({type(error).__name__}: {error})") from error
+
+
+def checker(world: World) -> Callable[[str], None]:
+    """A function that raises a TawinError for a path that cannot be loaded, as far as headers say; not collective."""
+    roots, _ = roots_and_folder(world.recipe.serve, world.run_dir)
+
+    def check(path: str) -> None:
+        with of_a_request(path, roots):
+            if (Path(path) / "config.json").is_file():
+                check_hf(world.shape, path)
+                return
+            step = resolve_checkpoint(path, "model_path")
+            check_form(step)
+            check_tokenizer(step, world.tokenizer.fingerprint)
+
+    return check
 
 
 def finite(lm: LM, name: str) -> LM:

@@ -46,10 +46,20 @@ def loads(broken_on: dict[str, Exception]) -> Callable[[str], LM]:
     return load
 
 
+def checks(broken_on: dict[str, Exception]) -> Callable[[str], None]:
+    """Sees what is wrong with a path beforehand where its name ends with "seen"."""
+
+    def check(path: str) -> None:
+        if path.endswith("seen") and path in broken_on:
+            raise broken_on[path]
+
+    return check
+
+
 @contextmanager
 def two_ranks(zero: dict[str, Exception], one: dict[str, Exception]) -> Iterator[Pair]:
     """An engine over two ranks; each maps the paths that it cannot load to its error."""
-    replicas = (Replica(loads(zero)), Replica(loads(one)))
+    replicas = (Replica(loads(zero), check=checks(zero)), Replica(loads(one), check=checks(one)))
     catalog = first_catalog()
     catalog.warm()
     for replica in replicas:
@@ -82,13 +92,15 @@ ODD = TypeError("list indices must be integers or slices, not str")
     ],
     ids=["both", "rank 0", "rank 1", "both, of another kind", "rank 1, of another kind", "rank 0, of another kind"],
 )
+@pytest.mark.parametrize("path", ["bad", "bad, as can be seen"])
 def test_weights_that_one_rank_cannot_load_change_nothing(
-    zero: dict[str, Exception], one: dict[str, Exception]
+    zero: dict[str, Exception], one: dict[str, Exception], path: str
 ) -> None:
+    zero, one = ({path: error for error in broken.values()} for broken in (zero, one))
     with two_ranks(zero, one) as pair:
         for _ in range(2):
             with pytest.raises(CheckpointError, match=r"not finite|list indices must be integers"):
-                pair.engine.update_weights(FromDisk("bad"))
+                pair.engine.update_weights(FromDisk(path))
             assert pair.versions() == [[1], [1]]
             assert pair.engine.weights == 1
             pair.engine.probe().result(20)  # both ranks still answer

@@ -16,13 +16,14 @@ import torch
 from torch import Tensor
 
 from tawin_nemo.api.control_schema import ItemToAdd, UpdateFromDistributed
-from tawin_nemo.commands.serve import finite, loader
+from tawin_nemo.commands.serve import checker, finite, loader
 from tawin_nemo.config.schema import Recipe, ServeConfig
 from tawin_nemo.rollout.lm import MeteredLM
 from tawin_nemo.serve.http.errors import ApiError
 from tawin_nemo.serve.http.weight_updates import WeightUpdates
-from tawin_nemo.util.errors import CheckpointError
+from tawin_nemo.util.errors import CheckpointError, TawinError
 from tawin_nemo.util.trusted import OutsideRoots, read_text
+from tests.models.megatron.checkpoint.checkpoint_scene import SHAPE
 from tests.planted import pickled
 from tests.serve.scene import IDS, TENSORS, TITLES, TOKEN, Scene, serving
 
@@ -196,3 +197,35 @@ def test_a_fault_of_a_command_is_answered_and_logged_with_its_id(
         monkeypatch.undo()
         assert scene.engine.catalog.version == 1
         assert http.post("/catalog/items", json=body).status_code == 200
+
+
+ODD_FILES: dict[str, dict[str, str]] = {
+    "done is a list": {"done.json": "[1, 2]"},
+    "done names no step": {"done.json": "{}"},
+    "done names a path": {"done.json": '{"chosen_step": "../../x"}'},
+    "done is deep": {"done.json": "[" * 100_000},
+    "state is a list": {"state.json": "[]"},
+    "state is a text": {"state.json": '"a"'},
+    "state has no checksum": {"state.json": "{}"},
+    "state is no text": {"state.json": "\udcff"},
+    "index is a list": {"config.json": "{}", "model.safetensors.index.json": "[1]"},
+    "index has a list": {"config.json": "{}", "model.safetensors.index.json": '{"weight_map": [1]}'},
+    "index has numbers": {"config.json": "{}", "model.safetensors.index.json": '{"weight_map": {"a": 5}}'},
+    "index leads out": {"config.json": "{}", "model.safetensors.index.json": '{"weight_map": {"a": "../b"}}'},
+    "index is semantic IDs": {"config.json": "{}", "model.safetensors.index.json": '{"0": ["<a_1>"]}'},
+    "weights are text": {"config.json": "{}", "model.safetensors": "text"},
+    "nothing": {},
+}
+
+
+@pytest.mark.parametrize("name", ODD_FILES)
+def test_a_folder_in_another_shape_is_refused_before_any_rank_loads(tmp_path: Path, name: str) -> None:
+    folder = tmp_path / "weights"
+    folder.mkdir()
+    for file, content in ODD_FILES[name].items():
+        (folder / file).write_text(content, encoding="utf-8", errors="surrogateescape")
+    world: Any = SimpleNamespace(
+        recipe=Recipe(), run_dir=tmp_path, shape=SHAPE, tokenizer=SimpleNamespace(fingerprint="f")
+    )
+    with pytest.raises(TawinError, match=str(folder)):
+        checker(world)(str(folder))

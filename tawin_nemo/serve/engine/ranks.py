@@ -83,6 +83,15 @@ def agreed(ranks: Ranks, kind: type[TawinError], build: Callable[[], T]) -> T:
     return made  # type: ignore[return-value]
 
 
+def load_weights(replica: Replica, ranks: Ranks, message: LoadWeights) -> None:
+    """Carry out ``message`` on this rank, as all others do: first every rank looks at the files, then all load.
+
+    Raises CheckpointError on all ranks when one of them cannot; no rank then has the weights.
+    """
+    agreed(ranks, CheckpointError, partial(replica.check, message.path))
+    replica.models[message.version] = agreed(ranks, CheckpointError, partial(replica.load, message.path))
+
+
 def _together(call: Callable[[], T]) -> T:
     """A collective. Raises RanksLost when it fails."""
     try:
@@ -108,8 +117,7 @@ class Leader:
         if isinstance(message, Probe):
             _together(self.ranks.barrier)
         if isinstance(message, LoadWeights):
-            load = partial(self.replica.load, message.path)
-            self.replica.models[message.version] = agreed(self.ranks, CheckpointError, load)
+            load_weights(self.replica, self.ranks, message)
         return self.replica.apply(message)
 
     def put_catalog(self, message: PutCatalog, trie: TokenTrie) -> None:
@@ -154,8 +162,7 @@ def follow(replica: Replica, ranks: Ranks) -> None:
             replica.models[message.version] = model
         if isinstance(message, LoadWeights):
             with contextlib.suppress(CheckpointError):
-                load = partial(replica.load, message.path)
-                replica.models[message.version] = agreed(ranks, CheckpointError, load)
+                load_weights(replica, ranks, message)
         elif isinstance(message, PutCatalog):
             with contextlib.suppress(CatalogError):
                 build = partial(TokenTrie.from_paths, message.paths)

@@ -56,12 +56,16 @@ class FromTensors:
 
 
 class Replica:
-    """``load`` makes a model with the weights of a path; ``length_penalty`` is that of all searches."""
+    """``load`` makes a model with the weights of a path; ``length_penalty`` is that of all searches.
+
+    ``check`` raises a TawinError for a path that ``load`` cannot load, as far as one rank sees that without the others.
+    """
 
     def __init__(
-        self, load: Callable[[str], LM], *, length_penalty: float = 0.0, from_tensors: FromTensors | None = None
+        self, load: Callable[[str], LM], *, check: Callable[[str], None] = lambda path: None,
+        length_penalty: float = 0.0, from_tensors: FromTensors | None = None,
     ) -> None:  # fmt: skip
-        self.load, self.from_tensors = load, from_tensors
+        self.load, self.check, self.from_tensors = load, check, from_tensors
         self.models: dict[int, LM] = {}
         self.tries: dict[int, TokenTrie] = {}
         self.searches: dict[Lane, BeamSearch] = {}

@@ -162,6 +162,21 @@ def _read_shards(path: Path, record: dict[str, Any], wanted: dict[str, Any]) -> 
         raise CheckpointError(f"{path} does not fit this model ({error})") from error
 
 
+def check_form(path: Path) -> None:
+    """Raises CheckpointError unless the record, the formats and the metadata of the checkpoint can be read.
+
+    It is not collective and reads no tensors: several ranks can agree on it before they load together.
+    """
+    try:
+        names = files.read_record(path)["files"].keys()
+        check_kinds(path, names)
+        ShardLoad(names).load_sharded_metadata(path)
+    except (UserError, CheckpointError):
+        raise
+    except Exception as error:
+        raise CheckpointError(f"{path} cannot be loaded ({type(error).__name__}: {error})") from error
+
+
 def newest_valid(directory: Path, problem_of: Callable[[Path], str | None] | None = None) -> Path | None:
     """The newest checkpoint that is complete and undamaged; None when there are none at all.
 
