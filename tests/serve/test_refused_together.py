@@ -96,7 +96,7 @@ ODD = TypeError("list indices must be integers or slices, not str")
 def test_weights_that_one_rank_cannot_load_change_nothing(
     zero: dict[str, Exception], one: dict[str, Exception], path: str
 ) -> None:
-    zero, one = ({path: error for error in broken.values()} for broken in (zero, one))
+    zero, one = (dict.fromkeys([path] * len(broken), *broken.values()) for broken in (zero, one))
     with two_ranks(zero, one) as pair:
         for _ in range(2):
             with pytest.raises(CheckpointError, match=r"not finite|list indices must be integers"):

@@ -171,8 +171,10 @@ def check_form(path: Path) -> None:
         names = files.read_record(path)["files"].keys()
         check_kinds(path, names)
         ShardLoad(names).load_sharded_metadata(path)
-    except (UserError, CheckpointError):
+    except UserError:
         raise
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: {error}") from error
     except Exception as error:
         raise CheckpointError(f"{path} cannot be loaded ({type(error).__name__}: {error})") from error
 
