@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
 from typing import Any
 
 from tawin_nemo.commands.session import writing
 from tawin_nemo.models.megatron.hf.io import save_hf
-from tawin_nemo.models.megatron.parallel import runtime
 from tawin_nemo.run.world import World
 from tawin_nemo.train.start import starting_model
 from tawin_nemo.util.errors import ConfigError
-from tawin_nemo.util.files import remove_leftovers
 
 
 def convert(world: World) -> dict[str, Any]:
@@ -23,10 +20,8 @@ def convert(world: World) -> dict[str, Any]:
     output = Path(options.output)
     if output.exists() and not output.is_dir():
         raise ConfigError(f"convert.output={output} is no folder; name one, which may exist or not")
-    begun = time.time()
-    with writing(output.parent, "convert", name=f".{output.name}.lock"):
+    with writing(output.parent, "convert", outputs=[output.name]):
         export(world, world.recipe.checkpoint, output)
-        runtime.on_rank_0(lambda: remove_leftovers(output.parent, before=begun, name=output.name))
     return {"exported": options.output, "checkpoint": world.recipe.checkpoint}
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
@@ -24,7 +24,7 @@ from tawin_nemo.run import determinism, signals
 from tawin_nemo.run.datasets import prepared_root, run_dir_of
 from tawin_nemo.run.failures import attempt_logs, recorded
 from tawin_nemo.run.profile import check_profile
-from tawin_nemo.run.run_lock import LOCK, run_lock
+from tawin_nemo.run.run_lock import run_lock
 from tawin_nemo.run.trained import check_catalog, resolve_checkpoint, trained_model
 from tawin_nemo.run.world import World, build_world, open_run_dir
 from tawin_nemo.util.errors import ConfigError, Preempted, UserError
@@ -64,10 +64,13 @@ def run(recipe: Recipe, verb: Verb, **options: Any) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def writing(folder: Path, command: str, *, name: str = LOCK) -> Iterator[None]:
-    """Inside the block no other command writes into ``folder``: rank 0 holds its lock. Raises Locked on all ranks."""
+def writing(folder: Path, command: str, *, outputs: Sequence[str] = ()) -> Iterator[None]:
+    """Inside the block no other command writes into ``folder``: rank 0 holds its lock (see ``run_lock``).
+
+    Raises Locked on all ranks.
+    """
     with contextlib.ExitStack() as stack:
-        runtime.on_rank_0(lambda: stack.enter_context(run_lock(folder, command, name=name)))
+        runtime.on_rank_0(lambda: stack.enter_context(run_lock(folder, command, outputs=outputs)))
         yield
 
 

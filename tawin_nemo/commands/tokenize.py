@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import asdict, replace
@@ -26,7 +25,7 @@ from tawin_nemo.semantic_ids.growth import CODES, FORMAT, ITEMS, ExistingIndex, 
 from tawin_nemo.semantic_ids.index_files import read_index, write_index, write_info
 from tawin_nemo.semantic_ids.report import IndexReport, measure, plot_index, word_sets
 from tawin_nemo.util.errors import DataError
-from tawin_nemo.util.files import atomic_directory, remove_leftovers, sha256, write_json
+from tawin_nemo.util.files import atomic_directory, sha256, write_json
 from tawin_nemo.util.log import say
 
 INDEX, INFO, REPORT, PICTURE = "index.json", "info.txt", "report.json", "codes.png"
@@ -37,9 +36,9 @@ def tokenize(recipe: Recipe, root: Path) -> dict[str, Any]:
 
     Raises ConfigError and DataError for whatever cannot be used, naming keys or items.
     """
-    begun, cfg, out = time.time(), recipe.semantic_ids, output_of(recipe)
+    cfg, out = recipe.semantic_ids, output_of(recipe)
     dataset = load_dataset(root)
-    vectors = out.with_name(f"{out.name}.vectors")
+    vectors = vectors_of(out)
     existing = ExistingIndex.read(Path(cfg.grow_from)) if cfg.grow_from else None
     if existing:
         cfg = existing.settings(cfg)
@@ -68,14 +67,17 @@ def tokenize(recipe: Recipe, root: Path) -> dict[str, Any]:
     )
     _write(out, made, cfg, dataset, embeddings.vectors_ID, vectors, report, request)
     _checkpoint(out).unlink(missing_ok=True)
-    for folder in (out, vectors):
-        remove_leftovers(folder.parent, before=begun, name=folder.name)
     return _result(out)
 
 
 def output_of(recipe: Recipe) -> Path:
     """The folder of the index: ``semantic_ids.output``, or RUN_DIR/semantic_ids where that is empty."""
     return Path(recipe.semantic_ids.output) if recipe.semantic_ids.output else run_dir_of(recipe) / "semantic_ids"
+
+
+def vectors_of(out: Path) -> Path:
+    """The folder of the item vectors, beside that of the index."""
+    return out.with_name(f"{out.name}.vectors")
 
 
 def _made(

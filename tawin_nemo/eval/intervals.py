@@ -77,7 +77,8 @@ def share_interval(values_B: np.ndarray, level: float = 0.95) -> Interval:
     z = _z(0.5 + level / 2)
     centre, scale = mean + z * z / (2 * count), 1 + z * z / count
     half = z * math.sqrt(mean * (1 - mean) / count + (z / (2 * count)) ** 2)
-    return Interval(mean, max((centre - half) / scale, 0.0), min((centre + half) / scale, 1.0))
+    low, high = (centre - half) / scale, (centre + half) / scale
+    return Interval(mean, max(low, 0.0) if mean > 0 else 0.0, min(high, 1.0) if mean < 1 else 1.0)  # but for rounding
 
 
 def bootstrap_interval(

@@ -19,7 +19,7 @@ import sys
 import threading
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -85,27 +85,28 @@ class Owner:
 
 
 @contextmanager
-def run_lock(folder: Path, command: str, *, name: str = LOCK) -> Iterator[None]:
-    """Hold the lock ``name`` of ``folder`` inside the block; the folder is made if it is missing.
+def run_lock(folder: Path, command: str, *, outputs: Sequence[str] = ()) -> Iterator[None]:
+    """Hold the lock of ``folder`` inside the block; the folder is made if it is missing.
 
-    After a block without an error it removes the temporary files that earlier, killed writers have left there.
+    ``outputs``: names in ``folder`` that alone are written; the lock is then theirs, and lies beside the first one.
+    After a block without an error the temporary files that earlier, killed writers have left there are removed.
 
     Raises Locked when another process holds it, naming host, process and start, and OSError when the folder cannot be
     written.
     """
     made = not folder.is_dir()
     folder.mkdir(parents=True, exist_ok=True)
-    lock, mine = folder / name, Owner.here(command)
+    lock, mine = folder / (f".{outputs[0]}.lock" if outputs else LOCK), Owner.here(command)
     _acquire(lock, mine)
     _remove_drafts(lock)
+    begun = lock.stat().st_mtime  # by the clock of the file server
     stop = threading.Event()
     beat = threading.Thread(target=_beat, args=(lock, mine, stop), name="run-lock", daemon=True)
     beat.start()
-    begun = time.time()
     try:
         yield
-        if name == LOCK:
-            remove_leftovers(folder, before=begun)
+        for name in outputs or ("",):
+            remove_leftovers(folder, before=begun, name=name)
     finally:
         stop.set()
         beat.join()

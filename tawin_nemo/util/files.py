@@ -19,7 +19,7 @@ from typing import Any
 from tawin_nemo.util.trusted import open_trusted
 
 #: The temporary names that ``atomic_path`` and ``atomic_directory`` make, with mkstemp's eight characters.
-_LEFT = re.compile(r"\..+(\.[a-z0-9_]{8}\.tmp(\.[^.]+)?|\.tmp[a-z0-9_]{8})")
+_LEFT = re.compile(r"\.(.+)(?:\.[a-z0-9_]{8}\.tmp(?:\.[^.]+)?|\.tmp[a-z0-9_]{8})")
 
 
 @contextmanager
@@ -68,13 +68,14 @@ def atomic_directory(path: Path) -> Iterator[Path]:
 def remove_leftovers(folder: Path, *, before: float, name: str = "") -> None:
     """Remove the temporary files and folders that writers which were killed have left in ``folder``.
 
-    ``before``: only names last changed before this time (seconds since 1970), as a writer that lives has newer ones.
-    ``name``: only those of this file or folder, and its old version beside a new one; without a name those of
-    everything in ``folder``, at any depth.
+    ``before``: only names last changed before this time (of the file server, in seconds since 1970), as a writer that
+    lives has newer ones. ``name``: only those of this file or folder, and its old version beside a new one; without a
+    name those of everything in ``folder``, at any depth.
     """
     for left in [*folder.glob(f"{glob.escape(f'.{name}.')}*")] if name else [*folder.rglob(".*")]:
         replaced = name and left.name == f".{name}.old" and (folder / name).exists()
-        if not (_LEFT.fullmatch(left.name) or replaced):
+        temporary = _LEFT.fullmatch(left.name)
+        if not replaced and (temporary is None or (name and temporary[1] != name)):
             continue
         with contextlib.suppress(OSError):
             if left.lstat().st_mtime >= before:

@@ -189,8 +189,9 @@ def test_who_was_taken_over_ends_without_writing(tmp_path: Path) -> None:
     assert process.stdout.readline().strip() == "held"
     (tmp_path / LOCK).unlink()
     lie(tmp_path)
-    _, said = process.communicate(timeout=30)
-    assert process.returncode == 1
+    assert process.wait(30) == 1
+    assert process.stderr is not None
+    said = process.stderr.read()
     assert "has taken" in said
     assert Owner.of((tmp_path / LOCK).read_text()).token == "other"  # type: ignore[union-attr]
 
