@@ -251,8 +251,8 @@ def test_of_two_runs_that_start_together_one_trains_and_the_other_says_why(
     assert "is in use by process" in refused.stderr
     assert "(train, since " in refused.stderr
     assert "Traceback" not in refused.stderr
-    left = [path.name for path in (tmp_path / "run").rglob("*") if path.name.startswith(".") or path.name == LOCK]
-    assert left == []
+    hidden = {path.name for path in (tmp_path / "run").rglob("*") if path.name.startswith(".") or path.name == LOCK}
+    assert hidden == {".metadata"}
     assert (tmp_path / "run" / "summary.json").is_file()
 
 
