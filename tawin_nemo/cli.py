@@ -192,7 +192,7 @@ def _dispatch(arguments: argparse.Namespace, argv: list[str]) -> int:
 
     recipe = load_recipe(arguments.recipe or recipe_of_checkpoint(arguments.overrides), arguments.overrides)
     if arguments.verb in ("prepare", "tokenize"):
-        result = prepare_or_tokenize(recipe, arguments.verb)
+        result: dict[str, Any] = prepare_or_tokenize(recipe, arguments.verb)
     else:
         if recipe.trainer.devices > 1 and not is_launched():
             from tawin_nemo.run.launcher import launch
@@ -208,7 +208,7 @@ def _dispatch(arguments: argparse.Namespace, argv: list[str]) -> int:
             import_module(f"tawin_nemo.commands.{arguments.verb}"), arguments.verb
         )
         options = {"dry_run": arguments.dry_run} if arguments.verb == "train" else {}
-        result: dict[str, Any] = run(recipe, verb, **options)
+        result = run(recipe, verb, **options)
     if read_launch().rank == 0:
         print(json.dumps(result), flush=True)
     return 0

@@ -130,17 +130,14 @@ class Tokenizer:
     @classmethod
     def load(cls, directory: Path) -> Tokenizer:
         """Read a folder with ``tokenizer.json``. Raises ConfigError when it is missing or unreadable."""
-        directory = Path(directory)
-        with _reading(directory):
+        with _reading(directory := Path(directory)):
             config = _config_of(directory)
             if _is_own(config):
                 return cls(Backend.from_str(read_text(directory / "tokenizer.json")), EOS, PAD)
             from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
             if config:
-                fast = AutoTokenizer.from_pretrained(
-                    directory, local_files_only=True, use_fast=True, trust_remote_code=False
-                )
+                fast = AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
             else:
                 fast = PreTrainedTokenizerFast(tokenizer_file=str(directory / "tokenizer.json"))
         if fast.eos_token is None:
@@ -155,8 +152,8 @@ def _config_of(directory: Path) -> dict[str, Any]:
 
 def _is_own(config: dict[str, Any]) -> bool:
     """True if ``Tokenizer.save`` wrote this config, for codes or BPE: ``tokenizer.json`` is then complete."""
-    own = (("tokenizer_class", "PreTrainedTokenizerFast"), ("eos_token", EOS), ("pad_token", PAD))
-    return all(config.get(key) == value for key, value in own)
+    own = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": EOS, "pad_token": PAD}
+    return all(config.get(key) == value for key, value in own.items())
 
 
 def read_vocabulary(directory: Path) -> dict[str, int]:

@@ -11,8 +11,8 @@ import os
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from io import BufferedReader
 from pathlib import Path
-from typing import BinaryIO
 
 from tawin_nemo.util.errors import UserError
 
@@ -36,7 +36,7 @@ def confined(roots: Sequence[Path]) -> Iterator[None]:
 
 
 @contextmanager
-def open_trusted(path: Path) -> Iterator[BinaryIO]:
+def open_trusted(path: Path) -> Iterator[BufferedReader]:
     """The file ``path``, open for reading in bytes.
 
     Raises OutsideRoots inside ``confined`` when the file that was opened lies elsewhere, OSError when it cannot be
@@ -85,7 +85,7 @@ def refuse_pickles(folder: Path, *, known: Collection[str] = ()) -> None:
         )
 
 
-def _opened_path(file: BinaryIO, path: Path) -> Path:
+def _opened_path(file: BufferedReader, path: Path) -> Path:
     """Where the open file lies. Linux knows; elsewhere the name is resolved again and must lead to the same file."""
     try:
         return Path(os.readlink(f"/proc/self/fd/{file.fileno()}"))
