@@ -233,7 +233,7 @@ def _help(option: DataclassField[Any]) -> str:
 def _check_limits(flag: str, value: Any, option: DataclassField[Any]) -> None:
     low, high = option.metadata.get("low"), option.metadata.get("high")
     if (low is not None and value < low) or (high is not None and value > high):
-        limits = f"at least {low}" if high is None else f"between {low} and {high}"
+        limits = f"between {low} and {high}"
         raise DataError(f"--{flag} {value} is out of range; it must be {limits}")
 
 

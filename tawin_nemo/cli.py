@@ -12,6 +12,7 @@ import difflib
 import errno
 import json
 import os
+import re
 import signal
 import sys
 import traceback
@@ -23,11 +24,21 @@ from typing import Any
 from tawin_nemo import __version__
 from tawin_nemo.commands.verbs import EXIT_CODES, VERBS, page
 from tawin_nemo.util.cuda_defaults import set_cuda_defaults
-from tawin_nemo.util.errors import REFUSED, ConfigError, TawinError
+from tawin_nemo.util.errors import REFUSED, ConfigError, TawinError, UserError
 from tawin_nemo.util.launch import is_launched, read_launch
 
 #: No space, over the quota, over the limit of one file's size.
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+#: The same from safetensors and polars (which name the system's number), from NumPy, and from torch.
+_FULL_IN_WORDS = re.compile(
+    rf"os error ({errno.ENOSPC}|{errno.EDQUOT}|{errno.EFBIG})\b|\d+ requested and \d+ written|"
+    "PytorchStreamWriter failed writing"
+)
+#: What is wrong with a path: a file or a device in place of a folder, its length, a circle of links, no permission.
+BAD_PATH = (
+    errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.ELOOP, errno.EROFS, errno.EACCES, errno.EPERM,
+    errno.ENXIO, errno.ENODEV,
+)  # fmt: skip
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -52,16 +63,34 @@ def main(argv: Sequence[str] | None = None) -> int:
         # the reader of `tawin-nemo keys | head` has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE
-    except OSError as error:
-        if error.errno not in DISK_FULL:
-            raise
-        traceback.print_exc()
-        message = f"{error}; what was complete before is untouched: free space there, then run the same command again"
-        print(f"tawin-nemo {arguments.verb}: {message}", file=sys.stderr, flush=True)
-        return 1
+    except Exception as error:
+        return _disk_error(arguments.verb, error)
     except KeyboardInterrupt:
         print("tawin-nemo: interrupted; the same command continues from the last checkpoint", file=sys.stderr)
         return 130
+
+
+def _disk_error(verb: str, error: Exception) -> int:
+    """The exit code after a full disk (1) or a path that cannot be used (2), which are said; raises any other error."""
+    if disk_is_full(error):
+        traceback.print_exc()
+        message = f"{error}; what was complete before is untouched: free space there, then run the same command again"
+        print(f"tawin-nemo {verb}: {message}", file=sys.stderr, flush=True)
+        return 1
+    if isinstance(error, OSError) and error.errno in BAD_PATH and error.filename is not None:
+        reason = f"{error.filename} cannot be used: {error.strerror}"
+        print(f"tawin-nemo {verb}: {reason}; name another path, or change that one", file=sys.stderr, flush=True)
+        return UserError.exit_code
+    raise error
+
+
+def disk_is_full(error: BaseException | None) -> bool:
+    """Whether ``error``, or what caused it, is a write for which there was no space; libraries say it in own words."""
+    return error is not None and (
+        (isinstance(error, OSError) and error.errno in DISK_FULL)
+        or _FULL_IN_WORDS.search(str(error)) is not None
+        or disk_is_full(error.__cause__)
+    )
 
 
 def _answering(verb: str) -> contextlib.AbstractContextManager[None]:
@@ -161,16 +190,11 @@ def _dispatch(arguments: argparse.Namespace, argv: list[str]) -> int:
         return plan(arguments)
     from tawin_nemo.config.load import load_recipe
     from tawin_nemo.config.seams import imported
-    from tawin_nemo.run.datasets import prepared_root
 
     recipe = load_recipe(arguments.recipe or recipe_of_checkpoint(arguments.overrides), arguments.overrides)
     recipe = imported(recipe, trains=arguments.verb in ("train", "retrain"))
-    if arguments.verb == "prepare":
-        result: dict[str, Any] = {"prepared": str(prepared_root(recipe))}
-    elif arguments.verb == "tokenize":
-        from tawin_nemo.commands.tokenize import tokenize
-
-        result = tokenize(recipe, prepared_root(recipe))
+    if arguments.verb in ("prepare", "tokenize"):
+        result: dict[str, Any] = prepare_or_tokenize(recipe, arguments.verb)
     else:
         if recipe.trainer.devices > 1 and not is_launched():
             from tawin_nemo.run.launcher import launch
@@ -190,6 +214,24 @@ def _dispatch(arguments: argparse.Namespace, argv: list[str]) -> int:
     if read_launch().rank == 0:
         print(json.dumps(result), flush=True)
     return 0
+
+
+def prepare_or_tokenize(recipe: Any, verb: str) -> dict[str, Any]:
+    """The two verbs that need no process group; they hold the lock of the run directory while they write there."""
+    from tawin_nemo.run.datasets import prepared_root, prepares, run_dir_of
+    from tawin_nemo.run.run_lock import run_lock
+
+    with contextlib.ExitStack() as stack:
+        if verb == "tokenize" or prepares(recipe):
+            stack.enter_context(run_lock(run_dir_of(recipe), verb))
+        root = prepared_root(recipe)
+        if verb == "prepare":
+            return {"prepared": str(root)}
+        from tawin_nemo.commands.tokenize import output_of, tokenize, vectors_of
+
+        out = output_of(recipe)
+        stack.enter_context(run_lock(out.parent, verb, outputs=[out.name, vectors_of(out).name]))
+        return tokenize(recipe, root)
 
 
 def simulate(arguments: argparse.Namespace) -> int:

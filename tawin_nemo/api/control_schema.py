@@ -9,6 +9,8 @@ from pydantic import Field, StrictBool, StrictInt, StrictStr, computed_field, mo
 from tawin_nemo.api.schema import Strict, Versions
 
 Name = Annotated[StrictStr, Field(min_length=1, max_length=512)]
+#: Versions end far below the numbers that JSON readers and counters round.
+Version = Annotated[StrictInt, Field(ge=1, le=2**53 - 1)]
 Seconds = Annotated[float, Field(ge=0, le=3600, allow_inf_nan=False)]
 
 
@@ -16,7 +18,7 @@ class UpdateWeights(Strict):
     """Body of `POST /update_weights_from_disk`."""
 
     model_path: Name = Field(description="a stage (RUN_DIR/rl), a step_N, or a Hugging Face folder, below serve.roots")
-    weight_version: Annotated[StrictInt, Field(ge=1)] | None = Field(
+    weight_version: Version | None = Field(
         None, description="version of the new weights, above the current one; default: the current one + 1"
     )
 
@@ -42,7 +44,7 @@ class UpdateFromDistributed(Strict):
     dtypes: list[Name] = Field(description="bfloat16 or float32; one per name")
     shapes: list[list[Annotated[StrictInt, Field(ge=0)]]] = Field(description="shape of each tensor; one per name")
     group_name: Name = "weight_update_group"
-    weight_version: Annotated[StrictInt, Field(ge=1)] | None = Field(
+    weight_version: Version | None = Field(
         None, description="version of the new weights, above the current one; default: the current one + 1"
     )
     flush_cache: StrictBool = Field(
@@ -95,7 +97,7 @@ class Build(Change):
 class Candidate(Strict):
     """Body of `POST /catalog/validate` and `/catalog/activate`: the version of a candidate catalog."""
 
-    catalog_version: Annotated[StrictInt, Field(ge=1)]
+    catalog_version: Version
 
     @model_validator(mode="before")
     @classmethod

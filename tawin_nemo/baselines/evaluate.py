@@ -24,7 +24,7 @@ from tawin_nemo.data.samples import Samples
 from tawin_nemo.eval.bias import beyond_accuracy
 from tawin_nemo.eval.candidates import CandidateResult
 from tawin_nemo.eval.evaluate import CHUNK_ROWS, COVERAGE_K, metric_names, per_user_table
-from tawin_nemo.eval.intervals import normal_interval
+from tawin_nemo.eval.intervals import share_interval
 from tawin_nemo.eval.result import EvalResult
 from tawin_nemo.types import NO_ITEM
 from tawin_nemo.util.errors import DataError, TawinError
@@ -69,7 +69,7 @@ def evaluate_baseline(
     """
     rankings = rank_rows(model, samples, cfg.beams, max(COVERAGE_K, *cfg.ks), label)
     per_user = per_user_table(samples, rankings.rank_B, rankings.sharing_B, rankings.listed_B, cfg)
-    intervals = {name: normal_interval(per_user[name].to_numpy()) for name in metric_names(cfg.ks, cfg.metrics)}
+    intervals = {name: share_interval(per_user[name].to_numpy()) for name in metric_names(cfg.ks, cfg.metrics)}
     leaf_BK = np.where(rankings.top_BK == NO_ITEM, -1, catalog.leaf_I[rankings.top_BK])
     listed = np.unique(rankings.top_BK[:, :COVERAGE_K])
     longest = int(rankings.listed_B.max())

@@ -7,6 +7,7 @@ optimizer.pt and state.json (which carries their checksums), and, when it has en
 from __future__ import annotations
 
 import json
+import pickle
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -55,7 +56,10 @@ def load_baseline(
     blueprint = stored_blueprint(folder)
     if external_ids is not None:
         _check_items(folder, blueprint, external_ids)
-    step = json.loads((folder / DONE_FILE).read_text(encoding="utf-8"))["chosen_step"]
+    try:
+        step = int(json.loads((folder / DONE_FILE).read_text(encoding="utf-8"))["chosen_step"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{folder / DONE_FILE} does not name the step that was chosen ({error!r})") from error
     model = build_recommender(blueprint)
     load_checkpoint(folder / "checkpoints" / f"step_{step}", model)
     return model.to(device).eval().requires_grad_(False)
@@ -134,7 +138,10 @@ def load_checkpoint(path: Path, model: nn.Module, optimizer: torch.optim.Optimiz
         model.load_state_dict(torch.load(path / WEIGHTS, map_location=device, weights_only=True))
         if optimizer is not None:
             optimizer.load_state_dict(torch.load(path / OPTIMIZER, map_location=device, weights_only=True))
-    except (RuntimeError, ValueError) as error:
+    except pickle.UnpicklingError as error:
+        reason = str(error).strip().splitlines()[0]
+        raise CheckpointError(f"{path} holds more than tensors and numbers, and is not loaded ({reason})") from error
+    except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{path} is of another model: {error}") from error
     return dict(json.loads((path / STATE_FILE).read_text(encoding="utf-8"))["state"])
 
@@ -144,6 +151,6 @@ def find_problem(path: Path) -> str | None:
     try:
         files = json.loads((path / STATE_FILE).read_text(encoding="utf-8"))["files"]
         damaged = [name for name in (WEIGHTS, OPTIMIZER) if sha256(path / name) != files[name]]
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         return f"a file is missing or unreadable ({error})"
     return f"the checksum of {damaged[0]} is wrong" if damaged else None

@@ -73,7 +73,10 @@ def _load(folder: Path, name: str, checksums: dict[str, str]) -> np.ndarray:
     if sha256(file) != checksums.get(name):
         raise CatalogError(f"{file} does not match its checksum; remove {folder} and build the trie again")
     # Copy-on-write: pages stay shared, and torch can wrap the array without a warning about read-only memory.
-    array: np.ndarray = np.load(file, mmap_mode="c")
+    try:
+        array: np.ndarray = np.load(file, mmap_mode="c", allow_pickle=False)
+    except (ValueError, EOFError) as error:
+        raise CatalogError(f"{file} cannot be read ({error}); remove {folder} and build the trie again") from error
     return array
 
 

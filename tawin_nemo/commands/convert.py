@@ -6,6 +6,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from tawin_nemo.commands.session import writing
 from tawin_nemo.models.megatron.hf.io import save_hf
 from tawin_nemo.run.export import special_ids, write_companions
 from tawin_nemo.run.world import World
@@ -18,7 +19,11 @@ def convert(world: World) -> dict[str, Any]:
     options = world.recipe.convert
     if not options.output:
         raise ConfigError("convert.output is empty; name the folder for the Hugging Face export")
-    export(world, world.recipe.checkpoint, Path(options.output))
+    output = Path(options.output)
+    if output.exists() and not output.is_dir():
+        raise ConfigError(f"convert.output={output} is no folder; name one, which may exist or not")
+    with writing(output.parent, "convert", outputs=[output.name]):
+        export(world, world.recipe.checkpoint, output)
     return {"exported": options.output, "checkpoint": world.recipe.checkpoint}
 
 

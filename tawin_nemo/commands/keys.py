@@ -77,7 +77,8 @@ def _key_schema(kind: str, metadata: Any, default: Any) -> dict[str, Any]:
         return {"type": "object", **described}
     if kind.startswith("list"):
         inner = _JSON[kind[5:-1]]
-        return {"type": sorted({"array", "string", inner, "null"}), "items": {"type": inner}, **described}
+        bounds = {"minimum": metadata["low"], "maximum": metadata["high"]} if "high" in metadata else {}
+        return {"type": sorted({"array", "string", inner, "null"}), "items": {"type": inner, **bounds}, **described}
     if kind == "str" and not metadata.get("choices"):
         return {"type": ["string", "number", "boolean", "null"], **described}  # any scalar is text here
     value: dict[str, Any] = {"type": _JSON[kind]}

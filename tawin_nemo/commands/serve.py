@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import os
 import signal
 import socket
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,13 +19,16 @@ from torch import Tensor
 from tawin_nemo.api.secrets_files import control_token, read_keys
 from tawin_nemo.config.backbones import Backbone
 from tawin_nemo.config.schema import ModelConfig, Recipe
+from tawin_nemo.models.megatron.checkpoint.checkpoint import check_form
 from tawin_nemo.models.megatron.decode.lm import MegatronLM
+from tawin_nemo.models.megatron.hf.io import check_hf
 from tawin_nemo.models.megatron.hf.memory import fill_from_rows, rows_of
 from tawin_nemo.models.megatron.model.build import build_rollout_model
 from tawin_nemo.models.megatron.model.precision import in_precision
 from tawin_nemo.models.megatron.parallel import runtime
 from tawin_nemo.rollout.engine import RolloutEngine
 from tawin_nemo.rollout.lm import LM, MeteredLM
+from tawin_nemo.run.trained import check_tokenizer, resolve_checkpoint
 from tawin_nemo.run.world import World
 from tawin_nemo.serve.engine.catalog import PromptFormat, ServedCatalog, read_items
 from tawin_nemo.serve.engine.engine import Engine
@@ -35,9 +39,10 @@ from tawin_nemo.serve.engine.telemetry import Metrics
 from tawin_nemo.serve.http.requests import ServerContext
 from tawin_nemo.serve.http.server import Secrets, Server, roots_and_folder
 from tawin_nemo.train.start import engine_of
-from tawin_nemo.util.errors import ConfigError
+from tawin_nemo.util.errors import CheckpointError, ConfigError, TawinError
 from tawin_nemo.util.files import write_json
 from tawin_nemo.util.log import get_logger
+from tawin_nemo.util.trusted import confined
 
 log = get_logger(__name__)
 SWITCH_INTERVAL_S = 1e-4  # of Python threads
@@ -58,6 +63,9 @@ class ProcessGroupRanks:
 
     def barrier(self) -> None:
         runtime.any_rank(False)
+
+    def first_problem(self, problem: str) -> str:
+        return next((text for text in runtime.gather_objects(problem) if text), "")
 
     def broadcast_tensor(self, tensor: Tensor | None, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         return runtime.broadcast_tensor(tensor, shape, dtype)
@@ -86,7 +94,10 @@ def serve(world: World) -> dict[str, Any]:
             f"PP {pp} of rollouts; start several servers for several replicas"
         )
     build_from_tensors = from_tensors(world.shape, model_in(recipe), recipe.rollout_layout)
-    replica = Replica(loader(world), length_penalty=recipe.rollout.length_penalty, from_tensors=build_from_tensors)
+    replica = Replica(
+        loader(world), check=checker(world), length_penalty=recipe.rollout.length_penalty,
+        from_tensors=build_from_tensors,
+    )  # fmt: skip
     catalog = first_catalog(world)
     replica.models[FIRST_VERSION] = replica.load("")
     replica.tries[FIRST_VERSION] = catalog.trie
@@ -148,10 +159,19 @@ def first_catalog(world: World) -> ServedCatalog:
 def loader(world: World) -> Callable[[str], LM]:
     """A function that loads a model from a stage, a step or a Hugging Face folder; empty path: the recipe's weights.
 
-    The function raises CheckpointError for weights that cannot be loaded, ConfigError for a disaggregated placement.
+    Of a path, which comes from a request, all files must lie below ``serve.roots`` when they are opened. The function
+    raises CheckpointError for weights that cannot be loaded or are not finite, ConfigError for a disaggregated
+    placement.
     """
+    roots, _ = roots_and_folder(world.recipe.serve, world.run_dir)
 
     def load(path: str) -> LM:
+        if not path:
+            return finite(load_unconfined(path), "these weights")
+        with of_a_request(path, roots):
+            return finite(load_unconfined(path), path)
+
+    def load_unconfined(path: str) -> LM:
         runtime.use_device()
         recipe = world.recipe
         if (Path(path) / "config.json").is_file() and path:
@@ -167,6 +187,43 @@ def loader(world: World) -> Callable[[str], LM]:
         return engine.lm
 
     return load
+
+
+@contextlib.contextmanager
+def of_a_request(path: str, roots: list[Path]) -> Iterator[None]:
+    """Inside the block files are opened below ``roots`` only, and every error is a TawinError that names ``path``."""
+    try:
+        with confined(roots):
+            yield
+    except TawinError:
+        raise
+    except Exception as error:  # files in any shape: whatever the libraries raise for them
+        raise CheckpointError(f"{path} cannot be loaded ({type(error).__name__}: {error})") from error
+
+
+def checker(world: World) -> Callable[[str], None]:
+    """A function that raises a TawinError for a path that cannot be loaded, as far as headers say; not collective."""
+    roots, _ = roots_and_folder(world.recipe.serve, world.run_dir)
+
+    def check(path: str) -> None:
+        with of_a_request(path, roots):
+            if (Path(path) / "config.json").is_file():
+                check_hf(world.shape, path)
+                return
+            step = resolve_checkpoint(path, "model_path")
+            check_form(step)
+            check_tokenizer(step, world.tokenizer.fingerprint)
+
+    return check
+
+
+def finite(lm: LM, name: str) -> LM:
+    """Return ``lm``. Raises CheckpointError when one of this rank's parameters holds NaN or infinity."""
+    model = getattr(getattr(lm, "lm", lm), "model", None)
+    for parameter_name, parameter in () if model is None else model.named_parameters():
+        if parameter.dtype in (torch.float32, torch.bfloat16, torch.float16) and not bool(parameter.isfinite().all()):
+            raise CheckpointError(f"{name}: {parameter_name} holds values that are not finite; the training diverged")
+    return lm
 
 
 def from_tensors(shape: Backbone, cfg: ModelConfig, layout: tuple[int, int]) -> FromTensors:

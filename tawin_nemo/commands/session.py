@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
@@ -21,10 +21,11 @@ from tawin_nemo.models.megatron.parallel import disaggregated, runtime
 from tawin_nemo.models.megatron.parallel.channel import Stop
 from tawin_nemo.models.megatron.parallel.disaggregated import RolloutRanks
 from tawin_nemo.run import determinism, signals
-from tawin_nemo.run.datasets import prepared_root
+from tawin_nemo.run.datasets import prepared_root, run_dir_of
 from tawin_nemo.run.exported import exported_world, from_export
 from tawin_nemo.run.failures import attempt_logs, recorded
 from tawin_nemo.run.profile import check_profile
+from tawin_nemo.run.run_lock import run_lock
 from tawin_nemo.run.trained import Trained, check_catalog, check_prompt, resolve_checkpoint, trained_model
 from tawin_nemo.run.world import World, build_world, open_run_dir
 from tawin_nemo.util.errors import ConfigError, Preempted, UserError
@@ -56,11 +57,32 @@ def run(recipe: Recipe, verb: Verb, **options: Any) -> dict[str, Any]:
             weights_follow = verb.__name__ == "serve" and recipe.rollout.placement == "server"
             return verb(trained_world(recipe, weights_follow=weights_follow), **options)
         check_same_code(recipe)
+        stack.enter_context(writing(run_dir_of(recipe), "train"))
+        if computes:
+            stack.callback(finish_saving)
         run_dir = open_run_dir(recipe, same_recipe=True)
         stack.enter_context(attempt_logs(run_dir))
         data_root = runtime.on_rank_0(lambda: prepared_root(recipe))
         stack.enter_context(signals.listening())
         return verb(build_world(recipe, run_dir, data_root, codes_path=codes_path(recipe)), **options)
+
+
+@contextlib.contextmanager
+def writing(folder: Path, command: str, *, outputs: Sequence[str] = ()) -> Iterator[None]:
+    """Inside the block no other command writes into ``folder``: rank 0 holds its lock (see ``run_lock``).
+
+    Raises Locked on all ranks.
+    """
+    with contextlib.ExitStack() as stack:
+        runtime.on_rank_0(lambda: stack.enter_context(run_lock(folder, command, outputs=outputs)))
+        yield
+
+
+def finish_saving() -> None:
+    """Wait for the checkpoints that are still being written; the lock of the run directory is released after that."""
+    from tawin_nemo.models.megatron.checkpoint import async_save
+
+    async_save.drain()
 
 
 def trained_world(recipe: Recipe, *, weights_follow: bool) -> World:

@@ -15,6 +15,7 @@ import polars as pl
 from tawin_nemo.catalog.semantic_ids import find_codes
 from tawin_nemo.config.schema import Recipe, SemanticIdsConfig
 from tawin_nemo.data.interactions import BRAND, CATEGORY, ITEMS_FILE, MANIFEST, Dataset, load_dataset
+from tawin_nemo.run.datasets import run_dir_of
 from tawin_nemo.semantic_ids.clustering import check_enough_items
 from tawin_nemo.semantic_ids.codebooks import mean_codebooks
 from tawin_nemo.semantic_ids.coder import WITH_NETWORK, ItemCoder, fit, resolve_collisions
@@ -35,16 +36,14 @@ def tokenize(recipe: Recipe, root: Path) -> dict[str, Any]:
 
     Raises ConfigError and DataError for whatever cannot be used, naming keys or items.
     """
-    run = Path(recipe.run_dir or f"runs/{recipe.name}")
-    cfg = recipe.semantic_ids
-    out = Path(cfg.output) if cfg.output else run / "semantic_ids"
+    cfg, out = recipe.semantic_ids, output_of(recipe)
     dataset = load_dataset(root)
     if not dataset.has_titles and cfg.text.encoder != "file" and not cfg.given and cfg.method != "random":
         raise DataError(
             "the data have no item file, so there are no texts to embed; name one with prepare.metadata=FILE, or set "
             "semantic_ids.text.encoder=file"
         )
-    vectors = out.with_name(f"{out.name}.vectors")
+    vectors = vectors_of(out)
     existing = ExistingIndex.read(Path(cfg.grow_from)) if cfg.grow_from else None
     if existing:
         cfg = existing.settings(cfg)
@@ -75,6 +74,16 @@ def tokenize(recipe: Recipe, root: Path) -> dict[str, Any]:
     _write(out, made, cfg, dataset, embeddings.vectors_ID, vectors, report, request)
     _checkpoint(out).unlink(missing_ok=True)
     return _result(out)
+
+
+def output_of(recipe: Recipe) -> Path:
+    """The folder of the index: ``semantic_ids.output``, or RUN_DIR/semantic_ids where that is empty."""
+    return Path(recipe.semantic_ids.output) if recipe.semantic_ids.output else run_dir_of(recipe) / "semantic_ids"
+
+
+def vectors_of(out: Path) -> Path:
+    """The folder of the item vectors, beside that of the index."""
+    return out.with_name(f"{out.name}.vectors")
 
 
 def _made(

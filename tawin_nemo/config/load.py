@@ -10,7 +10,7 @@ import dataclasses
 import difflib
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -111,12 +111,7 @@ def check(recipe: Recipe) -> None:
         value = value_of(recipe, key)
         if "choices" in item.metadata:
             check_names(key, value, item.metadata["choices"], imports=item.metadata["imports"])
-        if isinstance(value, float) and not math.isfinite(value):
-            raise ConfigError(f"{key}={value} is no finite number ({item.metadata['help']})")
-        low, high = item.metadata.get("low"), item.metadata.get("high")
-        if (low is not None and value < low) or (high is not None and value > high):
-            limits = f">= {low}" if high is None else f"in {low}..{high}"
-            raise ConfigError(f"{key}={value} is out of limits; it must be {limits} ({item.metadata['help']})")
+        _check_limits(key, value, item.metadata)
     for key, parse in TIMES.items():
         try:
             parse(value_of(recipe, key))
@@ -148,6 +143,21 @@ def check_names(key: str, value: Any, choices: Sequence[str], *, imports: bool) 
             raise ConfigError(f"{key}={name} is not {path}")
         known = f"one of {', '.join(choices)}" + (f", or {path}" if imports else "")
         raise ConfigError(f"{key}={name} is not {known}{hint}")
+
+
+def _check_limits(key: str, value: Any, metadata: Mapping[str, Any]) -> None:
+    """Raises ConfigError for a number, or a number of a list, that is not finite or out of its limits."""
+    for number in value if isinstance(value, list) else [value]:
+        if isinstance(number, float) and not math.isfinite(number):
+            raise ConfigError(f"{key}={number} is no finite number ({metadata['help']})")
+        if (high := metadata.get("high")) is None:
+            continue
+        low = metadata["low"]
+        if number < low or number > high:
+            reason = f", because {metadata['why']}" if number > high else ""
+            raise ConfigError(
+                f"{key}={number} is out of limits; it must be in {low}..{high}{reason} ({metadata['help']})"
+            )
 
 
 def to_yaml(recipe: Recipe) -> str:

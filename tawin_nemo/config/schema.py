@@ -30,9 +30,53 @@ def imports(help: str) -> Any:
     return field(default_factory=list, metadata={"help": help, "choices": (), "imports": True})
 
 
-def number(default: float, low: float | None = None, high: float | None = None, *, help: str) -> Any:
-    """A number with inclusive limits."""
-    return field(default=default, metadata={"help": help, "low": low, "high": high})
+@dataclass(frozen=True)
+class Most:
+    """The largest value of a key, and why no person can mean a larger one."""
+
+    value: float
+    why: str
+
+
+COUNT = Most(1_000_000_000, "counters of 32 bits hold no more")
+SEED = Most(2**31 - 1, "NumPy, torch and scikit-learn all take seeds of this size")
+STEPS = Most(2**24, "the optimizer counts its steps in float32, which is exact up to there")
+EPOCHS = Most(100_000, "no run has as many passes")
+ROWS = Most(10_000_000, "all rows of a step are in memory at once")
+TOKENS = Most(2**31 - 1, "positions in a batch are numbers of 32 bits")
+PROMPT = Most(32_768, "no backbone here has more positions")
+WORDS = Most(100_000, "no text of an item is as long")
+LR = Most(1.0, "Adam moves every weight by about this much in one step")
+WEIGHT = Most(1_000_000.0, "float32 keeps nothing of what is so much smaller beside it")
+SHARE = Most(1.0, "it is a share")
+TIMES = Most(100.0, "an epoch would repeat every row as often")
+DROPOUT = Most(0.9, "hardly anything is left beyond it")
+BEAMS = Most(4096, "no search has more beams")
+WIDTH = Most(65_536, "no recommender here is as wide, nor does a row need as many items")
+LAYERS = Most(1024, "no model here is as deep")
+RANKS = Most(65_536, "no cluster has more processors for one job")
+DEVICES = Most(256, "no machine has more GPUs, and the system ends where it cannot start processes")
+THREADS = Most(1024, "no machine has more cores, and the system ends where it cannot start threads")
+TRIES = Most(1000, "nothing is tried, or reviewed by one user, more often")
+MONTH_MINUTES = Most(43_200.0, "a rank that hangs would not be noticed within a month")
+WEEK_S = Most(604_800.0, "a client or server that hangs would not be noticed within a week")
+TFLOPS = Most(1_000_000.0, "a hundred times the fastest device")
+MEGABYTES = Most(1_000_000, "files and requests are written and read as a whole")
+PORT = Most(65_535, "ports are numbers of 16 bits")
+
+
+def number(
+    default: float, low: float | None = None, high: Most | float = COUNT, *, why: str = "", help: str
+) -> Any:  # fmt: skip
+    """A number with inclusive limits; ``why``: the reason of an upper limit that is given as a number."""
+    most = high if isinstance(high, Most) else Most(high, why)
+    return field(default=default, metadata={"help": help, "low": low, "high": most.value, "why": most.why})
+
+
+def numbers(default: list[int], low: int, high: Most, *, help: str) -> Any:
+    """A list of numbers, each with inclusive limits."""
+    metadata = {"help": help, "low": low, "high": high.value, "why": high.why}
+    return field(default_factory=lambda: list(default), metadata=metadata)
 
 
 # -- Recipe sections of supervised fine-tuning: the loop, and the tasks beside the next item.
@@ -47,19 +91,21 @@ class SftConfig:
         "auto means earlier when rl.rows=fresh.",
     )  # fmt: skip
     epochs: int = number(
-        30, 1,
+        30, 1, EPOCHS,
         help="Limits the passes over the rows; early stopping on valid ends SFT sooner, and cosine and linear "
         "schedules end here.",
     )  # fmt: skip
-    global_batch_size: int = number(128, 1, help="Sets the rows per optimizer step, over all ranks.")
-    micro_batch_tokens: int = number(16384, 16, help="Sets the tokens per forward pass and rank; there is no padding.")
-    lr: float = number(1e-3, 0.0, help="Sets the peak learning rate.")
+    global_batch_size: int = number(128, 1, ROWS, help="Sets the rows per optimizer step, over all ranks.")
+    micro_batch_tokens: int = number(
+        16384, 16, TOKENS, help="Sets the tokens per forward pass and rank; there is no padding."
+    )
+    lr: float = number(1e-3, 0.0, LR, help="Sets the peak learning rate.")
     schedule: str = choice(
         "constant", "cosine", "linear", help="Selects how the learning rate changes after the warm-up."
     )
-    warmup: int = number(50, 0, help="Sets the length of the linear warm-up, in optimizer steps.")
+    warmup: int = number(50, 0, STEPS, help="Sets the length of the linear warm-up, in optimizer steps.")
     min_lr_ratio: float = number(
-        0.1, 0.0, 1.0, help="Sets the lowest learning rate of cosine and linear, as a share of lr."
+        0.1, 0.0, SHARE, help="Sets the lowest learning rate of cosine and linear, as a share of lr."
     )
     watch: str = choice(
         "loss", "ndcg",
@@ -68,9 +114,9 @@ class SftConfig:
     )  # fmt: skip
     patience: int = number(1, 1, help="Stops SFT after this many checks on valid without progress.")
     min_delta: float = number(
-        0.0, 0.0, help="Sets the fall of the valid loss, or the rise of NDCG, that counts as progress."
+        0.0, 0.0, WEIGHT, help="Sets the fall of the valid loss, or the rise of NDCG, that counts as progress."
     )
-    checks_per_epoch: int = number(1, 1, help="Sets the number of validations per epoch.")
+    checks_per_epoch: int = number(1, 1, EPOCHS, help="Sets the number of validations per epoch.")
     loss_space: str = choice(
         "vocab", "trie",
         help="Normalises the loss over the whole vocabulary (vocab) or over the admissible tokens (trie).",
@@ -84,23 +130,31 @@ class AlignConfig:
     Needs catalog.kind=sid and a tokenizer that can write words. MiniOneRec (arXiv 2510.24431), LC-Rec (2311.09049).
     """
 
-    title_to_sid: float = number(0.0, 0.0, help="Weights the task: title of an item to its codes.")
-    sid_to_title: float = number(0.0, 0.0, help="Weights the task: codes of an item to its title.")
+    title_to_sid: float = number(0.0, 0.0, TIMES, help="Weights the task: title of an item to its codes.")
+    sid_to_title: float = number(0.0, 0.0, TIMES, help="Weights the task: codes of an item to its title.")
     history_to_title: float = number(
-        0.0, 0.0, help="Weights the task: codes of a history to the title of the next item."
+        0.0, 0.0, TIMES, help="Weights the task: codes of a history to the title of the next item."
     )
-    titles_to_sid: float = number(0.0, 0.0, help="Weights the task: titles of a history to the codes of the next item.")
+    titles_to_sid: float = number(
+        0.0, 0.0, TIMES, help="Weights the task: titles of a history to the codes of the next item."
+    )
     titles_to_title: float = number(
-        0.0, 0.0, help="Weights the task: titles of a history to the title of the next item."
+        0.0, 0.0, TIMES, help="Weights the task: titles of a history to the title of the next item."
     )
-    description_to_sid: float = number(0.0, 0.0, help="Weights the task: description of an item to its codes (LC-Rec).")
-    sid_to_description: float = number(0.0, 0.0, help="Weights the task: codes of an item to its description (LC-Rec).")
+    description_to_sid: float = number(
+        0.0, 0.0, TIMES, help="Weights the task: description of an item to its codes (LC-Rec)."
+    )
+    sid_to_description: float = number(
+        0.0, 0.0, TIMES, help="Weights the task: codes of an item to its description (LC-Rec)."
+    )
     intention_to_sid: float = number(
-        0.0, 0.0, help="Weights the task: what a customer wants to codes (LC-Rec); it needs align.intentions."
+        0.0, 0.0, TIMES, help="Weights the task: what a customer wants to codes (LC-Rec); it needs align.intentions."
     )
     intentions: str = opt("", "Names the JSON file {external id: text} for intention_to_sid, below data.root.")
-    max_words: int = number(64, 1, help="Cuts descriptions and intentions after this many words.")
-    holdout: float = number(0.05, 0.0, 0.9, help="Sets the share of items that tasks about single items are tested on.")
+    max_words: int = number(64, 1, WORDS, help="Cuts descriptions and intentions after this many words.")
+    holdout: float = number(
+        0.05, 0.0, DROPOUT, help="Sets the share of items that tasks about single items are tested on."
+    )
     tested_rows: int = number(512, 1, help="Limits the rows of train that each task is tested on after the stage.")
 
 
@@ -119,28 +173,28 @@ class BaselineConfig:
         help="Selects the negatives: all items, for tiger all codes (softmax); sampled items, not for tiger (bce);"
         " codes that lead to items, for tiger (trie).",
     )  # fmt: skip
-    negatives: int = number(1, 1, help="Sets the sampled negatives per positive with loss=bce.")
+    negatives: int = number(1, 1, WIDTH, help="Sets the sampled negatives per positive with loss=bce.")
     rows: str = choice(
         "all", "earlier",
         help="Selects rows of train: all, or the earlier 1 - rl.fresh_share by time, which a reward model needs.",
     )  # fmt: skip
-    hidden: int = number(64, 4, help="Sets the width of embeddings and layers.")
-    layers: int = number(2, 1, help="Sets the number of layers (gru4rec, sasrec, tiger).")
-    heads: int = number(2, 1, help="Sets the number of attention heads (sasrec, tiger).")
-    dropout: float = number(0.2, 0.0, 0.9, help="Sets the dropout probability on inputs and layers.")
-    batch_size: int = number(256, 1, help="Sets the rows per optimizer step.")
-    epochs: int = number(200, 1, help="Limits the passes over the rows.")
+    hidden: int = number(64, 4, WIDTH, help="Sets the width of embeddings and layers.")
+    layers: int = number(2, 1, LAYERS, help="Sets the number of layers (gru4rec, sasrec, tiger).")
+    heads: int = number(2, 1, LAYERS, help="Sets the number of attention heads (sasrec, tiger).")
+    dropout: float = number(0.2, 0.0, DROPOUT, help="Sets the dropout probability on inputs and layers.")
+    batch_size: int = number(256, 1, ROWS, help="Sets the rows per optimizer step.")
+    epochs: int = number(200, 1, EPOCHS, help="Limits the passes over the rows.")
     patience: int = number(10, 1, help="Stops training after this many epochs without progress on valid.")
-    lr: float = number(1e-3, 0.0, help="Sets Adam's peak learning rate.")
+    lr: float = number(1e-3, 0.0, LR, help="Sets Adam's peak learning rate.")
     schedule: str = choice(
         "constant", "cosine", "linear",
         help="Selects how the learning rate changes after the warm-up, over all baseline.epochs.",
     )  # fmt: skip
-    warmup: int = number(0, 0, help="Sets the length of the linear warm-up, in optimizer steps.")
+    warmup: int = number(0, 0, STEPS, help="Sets the length of the linear warm-up, in optimizer steps.")
     min_lr_ratio: float = number(
-        0.1, 0.0, 1.0, help="Sets the lowest learning rate of cosine and linear, as a share of lr."
+        0.1, 0.0, SHARE, help="Sets the lowest learning rate of cosine and linear, as a share of lr."
     )
-    weight_decay: float = number(0.0, 0.0, help="Sets Adam's L2 penalty.")
+    weight_decay: float = number(0.0, 0.0, WEIGHT, help="Sets Adam's L2 penalty.")
 
 
 @dataclass(frozen=True)
@@ -154,13 +208,13 @@ class GenerateConfig:
         "Lists items, oldest first, to recommend for instead of prompts of the split: external ids, or numbers of "
         "items as 3 or #3.",
     )
-    n: int = number(10, 1, help="Sets the recommendations per prompt.")
+    n: int = number(10, 1, BEAMS, help="Sets the recommendations per prompt.")
 
 
 @dataclass(frozen=True)
 class ConvertConfig:
     output: str = opt("", "Names the folder for the Hugging Face export.")
-    shard_mb: int = number(2000, 1, help="Limits the size of a safetensors file, in MB.")
+    shard_mb: int = number(2000, 1, MEGABYTES, help="Limits the size of a safetensors file, in MB.")
 
 
 @dataclass(frozen=True)
@@ -172,7 +226,7 @@ class RetrainConfig:
     warm_start: bool = opt(True, "Starts from the published model, if there is one, instead of model.init.")
     metrics: list[str] = opt(["ndcg@10"], "Lists the metrics on valid that all have to pass the gate.")
     margin: float = number(
-        0.05, 0.0, 1.0,
+        0.05, 0.0, SHARE,
         help="Lets the lower end of the 95 % interval of the difference lie this share of the published metric "
         "below 0.",
     )  # fmt: skip
@@ -184,10 +238,10 @@ class ServeConfig:
 
     host: str = opt("127.0.0.1", "Sets the address of the data plane; 0.0.0.0 makes it reachable from other machines.")
     port: int = number(
-        8000, 0, 65535, help="Sets the port of the data plane (0 = any free one, see RUN_DIR/serve/address.json)."
+        8000, 0, PORT, help="Sets the port of the data plane (0 = any free one, see RUN_DIR/serve/address.json)."
     )
     control_host: str = opt("127.0.0.1", "Sets the address of the control plane.")
-    control_port: int = number(8001, 0, 65535, help="Sets the port of the control plane (0 = any free one).")
+    control_port: int = number(8001, 0, PORT, help="Sets the port of the control plane (0 = any free one).")
     api_keys_file: str = opt(
         "", "Names a file with one API key of 16 characters or more per line (empty = no key is asked for)."
     )
@@ -201,36 +255,44 @@ class ServeConfig:
     catalogue: str = opt(
         "", "Names a JSON lines file of catalog items (external_id, title, codes) that replaces the data set's."
     )
-    beams: int = number(0, 0, 4096, help="Sets the beams of a request that names none (0 = eval.beams).")
-    max_beams: int = number(512, 1, 4096, help="Limits the beams, and the results, of a request.")
-    max_prompts: int = number(16, 1, help="Limits the prompts of one completions request.")
+    beams: int = number(0, 0, BEAMS, help="Sets the beams of a request that names none (0 = eval.beams).")
+    max_beams: int = number(512, 1, BEAMS, help="Limits the beams, and the results, of a request.")
+    max_prompts: int = number(16, 1, BEAMS, help="Limits the prompts of one completions request.")
     max_history: int = number(
         10000, 1, help="Limits the items of a history; the newest data.max_history of them are used."
     )
     max_items: int = number(10000, 1, help="Limits the items of an allow, deny or score list.")
-    max_body_kb: int = number(1024, 1, help="Limits the request body, in kB; larger requests get status 413.")
-    max_queue: int = number(256, 1, help="Limits the requests that wait for the engine; further ones get status 429.")
-    token_budget: int = number(
-        262144, 16, help="Limits the tokens held at once: prompts once, plus what their beams may run."
+    max_body_kb: int = number(
+        1024, 1, MEGABYTES, help="Limits the request body, in kB; larger requests get status 413."
     )
-    row_budget: int = number(8192, 1, help="Limits the beams that run at once, over all requests.")
+    max_queue: int = number(
+        256, 1, ROWS, help="Limits the requests that wait for the engine; further ones get status 429."
+    )
+    token_budget: int = number(
+        262144, 16, TOKENS, help="Limits the tokens held at once: prompts once, plus what their beams may run."
+    )
+    row_budget: int = number(8192, 1, ROWS, help="Limits the beams that run at once, over all requests.")
     join_after: int = number(
         1, 0, help="Lets this many model calls pass a waiting request by, so that more requests can join with it."
     )
     gather_ms: float = number(
-        10.0, 0.0, 1000.0, help="Limits how long an idle engine waits for as many requests as before, in milliseconds."
+        10.0,
+        0.0,
+        1000.0,
+        why="a person notices a wait of more than a second",
+        help="Limits how long an idle engine waits for as many requests as before, in milliseconds.",
     )
     deadline_s: float = number(
-        30.0, 0.01, help="Gives a request up after this many seconds with status 504; clients may ask for less."
+        30.0, 0.01, WEEK_S, help="Gives a request up after this many seconds with status 504; clients may ask for less."
     )
     rollout_deadline_s: float = number(
-        600.0, 0.01, help="Gives a rollout batch of a training job up after this many seconds."
+        600.0, 0.01, WEEK_S, help="Gives a rollout batch of a training job up after this many seconds."
     )
     read_timeout_s: float = number(
-        10.0, 0.01, help="Gives a client this many seconds to send a request; status 408 follows."
+        10.0, 0.01, WEEK_S, help="Gives a client this many seconds to send a request; status 408 follows."
     )
-    probe_s: float = number(2.0, 0.01, help="Gives the engine this many seconds to answer /ready.")
-    drain_s: float = number(60.0, 0.0, help="Gives running requests this many seconds after SIGTERM.")
+    probe_s: float = number(2.0, 0.01, WEEK_S, help="Gives the engine this many seconds to answer /ready.")
+    drain_s: float = number(60.0, 0.0, WEEK_S, help="Gives running requests this many seconds after SIGTERM.")
     log_history: bool = opt(False, "Writes users' histories and prompts into the log.")
 
 
@@ -249,17 +311,32 @@ class TextConfig:
         " (encoder=file).",
     )
     fields: str = choice("title_description", "title", help="Selects the fields of an item that are read.")
-    dims: int = number(256, 2, 4096, help="Sets the dimensions of the vectors with encoder=tfidf.")
-    max_tokens: int = number(
-        256, 8, 32_768, help="Cuts texts after this many tokens and counts the cuts, with encoder=minilm or hf."
+    dims: int = number(
+        256,
+        2,
+        4096,
+        why="the SVD of a catalog has no more dimensions that carry text",
+        help="Sets the dimensions of the vectors with encoder=tfidf.",
     )
-    batch_size: int = number(64, 1, help="Sets the texts per forward pass, with encoder=minilm or hf.")
+    max_tokens: int = number(
+        256, 8, PROMPT, help="Cuts texts after this many tokens and counts the cuts, with encoder=minilm or hf."
+    )
+    batch_size: int = number(64, 1, ROWS, help="Sets the texts per forward pass, with encoder=minilm or hf.")
     precision: str = choice(
         "fp32", "bf16", help="Selects the number format of the forward pass, with encoder=minilm or hf."
     )
-    processes: int = number(1, 1, 256, help="Sets the processes that share the texts, with encoder=minilm or hf.")
+    processes: int = number(
+        1,
+        1,
+        256,
+        why="more processes than that wait for each other's files",
+        help="Sets the processes that share the texts, with encoder=minilm or hf.",
+    )
     shard_items: int = number(
-        4096, 1, help="Sets the items per file, with encoder=minilm or hf; a stopped run continues after the last file."
+        4096,
+        1,
+        ROWS,
+        help="Sets the items per file, with encoder=minilm or hf; a stopped run continues after the last file.",
     )
 
 
@@ -267,26 +344,29 @@ class TextConfig:
 class RqVaeConfig:
     """The networks of method=rqvae and method=rqkmeans_plus (semantic_ids.rqvae)."""
 
-    widths: list[int] = opt(
-        [512, 256, 128], "Lists the widths of the encoder's hidden layers; the decoder mirrors them."
+    widths: list[int] = numbers(
+        [512, 256, 128], 1, WIDTH, help="Lists the widths of the encoder's hidden layers; the decoder mirrors them."
     )
     latent: int = number(
-        32, 1, help="Sets the dimensions that are quantised with method=rqvae; rqkmeans_plus has those of the text."
+        32,
+        1,
+        WIDTH,
+        help="Sets the dimensions that are quantised with method=rqvae; rqkmeans_plus has those of the text.",
     )
-    epochs: int = number(100, 0, help="Sets the passes over the items.")
-    batch_size: int = number(1024, 1, help="Sets the items per optimizer step.")
-    lr: float = number(1e-3, 0.0, help="Sets AdamW's peak learning rate, which falls to 0 by a cosine.")
-    weight_decay: float = number(1e-4, 0.0, help="Sets AdamW's weight decay, on all weights.")
-    commitment: float = number(0.25, 0.0, help="Weights the loss that pulls the latents to their codes.")
+    epochs: int = number(100, 0, EPOCHS, help="Sets the passes over the items.")
+    batch_size: int = number(1024, 1, ROWS, help="Sets the items per optimizer step.")
+    lr: float = number(1e-3, 0.0, LR, help="Sets AdamW's peak learning rate, which falls to 0 by a cosine.")
+    weight_decay: float = number(1e-4, 0.0, WEIGHT, help="Sets AdamW's weight decay, on all weights.")
+    commitment: float = number(0.25, 0.0, WEIGHT, help="Weights the loss that pulls the latents to their codes.")
     update: str = choice(
         "gradient", "ema", help="Selects how codebooks learn: by their loss (gradient), or as moving averages (ema)."
     )
-    ema_decay: float = number(0.99, 0.0, 1.0, help="Sets the share that a codebook keeps per step with update=ema.")
+    ema_decay: float = number(0.99, 0.0, SHARE, help="Sets the share that a codebook keeps per step with update=ema.")
     sinkhorn: str = choice(
         "off", "last", "all", help="Selects the levels whose codes are balanced within a batch in training."
     )
     sinkhorn_epsilon: float = number(
-        0.003, 1e-6, 1.0, help="Sets the entropy weight of Sinkhorn, as a share of the largest distance."
+        0.003, 1e-6, SHARE, help="Sets the entropy weight of Sinkhorn, as a share of the largest distance."
     )
     restart_after: int = number(
         2, 0, help="Moves a code to a random item after this many epochs without use (0 = never)."
@@ -304,9 +384,9 @@ class SemanticIdsConfig:
         help="Selects residual k-means (rqkmeans), the same with balanced sizes (constrained), the same refined by"
         " networks (rqkmeans_plus), RQ-VAE, or random codes as a control.",
     )  # fmt: skip
-    levels: int = number(3, 2, 8, help="Sets the tokens per item.")
-    codes: int = number(256, 2, 65_536, help="Sets the codes per level.")
-    kmeans_iterations: int = number(50, 1, help="Limits Lloyd's iterations per level.")
+    levels: int = number(3, 2, 8, why="codes are named <a_N> to <h_N>", help="Sets the tokens per item.")
+    codes: int = number(256, 2, 65_536, why="codes are numbers of 16 bits", help="Sets the codes per level.")
+    kmeans_iterations: int = number(50, 1, EPOCHS, help="Limits Lloyd's iterations per level.")
     collisions: str = choice(
         "assign", "sinkhorn", "dedup", "keep",
         help="Selects what items with equal codes get: the cheapest different last codes (assign), Sinkhorn's, one"
@@ -346,7 +426,13 @@ class DataConfig:
         help="Says what lies in data.root; auto detects it, and raw data is prepared into RUN_DIR/data first.",
         imports=True,
     )  # fmt: skip
-    max_history: int = number(10, 1, 200, help="Limits the items of history in a sample; the newest are kept.")
+    max_history: int = number(
+        10,
+        1,
+        200,
+        why="longer histories do not fit into the prompts of any backbone here",
+        help="Limits the items of history in a sample; the newest are kept.",
+    )
     template: str = opt(
         "compact",
         "Selects the prompt wording, the same in SFT, RL, evaluation and serving: compact, alpaca, a Jinja file"
@@ -360,9 +446,15 @@ class DataConfig:
         "Selects the tokenizer: auto, a folder with tokenizer.json, bpe (trained on the titles), or codes (of"
         " the index).",
     )
-    bpe_vocab_size: int = number(2048, 300, 200_000, help="Sets the vocabulary size of a BPE trained on the catalog.")
+    bpe_vocab_size: int = number(
+        2048,
+        300,
+        200_000,
+        why="a larger vocabulary has tokens that no title of a catalog repeats",
+        help="Sets the vocabulary size of a BPE trained on the catalog.",
+    )
     max_prompt_tokens: int = number(
-        512, 8, 32_768, help="Limits the tokens of a prompt; longer ones lose their oldest items, each as a whole."
+        512, 8, PROMPT, help="Limits the tokens of a prompt; longer ones lose their oldest items, each as a whole."
     )
     show_candidates: bool = opt(
         False, "Lists the row's candidate set in the prompt, behind the history (data with candidates)."
@@ -416,8 +508,8 @@ class PrepareConfig:
     )
     end: str = opt("", "Sets the last day or month of the time window, inclusive (empty = as for start).")
     k_core: int = number(5, 1, help="Drops users and items with fewer interactions, until nothing changes.")
-    max_title_words: int = number(40, 1, help="Drops items whose titles have more words, as noise.")
-    max_title_chars: int = number(1000, 1, help="Drops items whose titles have more characters, as noise.")
+    max_title_words: int = number(40, 1, WORDS, help="Drops items whose titles have more words, as noise.")
+    max_title_chars: int = number(1000, 1, WORDS, help="Drops items whose titles have more characters, as noise.")
     reserved_tokens: str = choice(
         "drop", "escape",
         help="Drops items whose title holds a tokenizer's reserved token such as <|endoftext|>, or writes it with a "
@@ -439,9 +531,11 @@ class PrepareConfig:
     )  # fmt: skip
     valid_start: str = opt("", "Sets the first day of valid for prepare.split=date, YYYY-MM-DD or YYYY-MM.")
     test_start: str = opt("", "Sets the first day of test for prepare.split=date, YYYY-MM-DD or YYYY-MM.")
-    synthetic_items: int = number(2400, 50, help="Sets the items of the generated catalog.")
-    synthetic_users: int = number(6000, 50, help="Sets the users of the generated review log.")
-    synthetic_reviews_per_user: float = number(8.0, 1, help="Sets the mean number of reviews of a generated user.")
+    synthetic_items: int = number(2400, 50, ROWS, help="Sets the items of the generated catalog.")
+    synthetic_users: int = number(6000, 50, ROWS, help="Sets the users of the generated review log.")
+    synthetic_reviews_per_user: float = number(
+        8.0, 1, TRIES, help="Sets the mean number of reviews of a generated user."
+    )
 
 
 @dataclass(frozen=True)
@@ -468,10 +562,12 @@ class ModelConfig:
     )  # fmt: skip
     freeze_backbone: bool = opt(False, "Lets SFT train only the rows of tokens that model.init does not know.")
     dropout: float = number(
-        0.0, 0.0, 0.9, help="Sets the hidden and attention dropout of SFT from scratch; RL runs without."
+        0.0, 0.0, DROPOUT, help="Sets the hidden and attention dropout of SFT from scratch; RL runs without."
     )
-    tensor_model_parallel_size: int = number(1, 1, help="Sets the ranks that share each layer.")
-    pipeline_model_parallel_size: int = number(1, 1, help="Sets the groups of layers that lie on different ranks.")
+    tensor_model_parallel_size: int = number(1, 1, RANKS, help="Sets the ranks that share each layer.")
+    pipeline_model_parallel_size: int = number(
+        1, 1, RANKS, help="Sets the groups of layers that lie on different ranks."
+    )
     sequence_parallel: bool = opt(False, "Splits activations along the sequence between TP ranks.")
     precision: str = choice(
         "fp32", "bf16", "fp8-blockwise", "fp8-tensorwise", "fp8-delayed",
@@ -480,9 +576,11 @@ class ModelConfig:
         "norms and attention stay bf16.",
     )  # fmt: skip
     num_layers_at_start_in_bf16: int = number(
-        0, 0, help="Keeps this many decoder layers at the beginning in bf16 under FP8."
+        0, 0, LAYERS, help="Keeps this many decoder layers at the beginning in bf16 under FP8."
     )
-    num_layers_at_end_in_bf16: int = number(0, 0, help="Keeps this many decoder layers at the end in bf16 under FP8.")
+    num_layers_at_end_in_bf16: int = number(
+        0, 0, LAYERS, help="Keeps this many decoder layers at the end in bf16 under FP8."
+    )
     recompute: str = choice(
         "none", "selective", "full", help="Selects the activations that the backward pass recomputes."
     )
@@ -490,8 +588,8 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class TrainerConfig:
-    num_nodes: int = number(1, 1, help="Sets the number of machines.")
-    devices: int = number(1, 1, help="Sets the processes per machine, one per GPU (on CPU: gloo).")
+    num_nodes: int = number(1, 1, RANKS, help="Sets the number of machines.")
+    devices: int = number(1, 1, DEVICES, help="Sets the processes per machine, one per GPU (on CPU: gloo).")
     max_time: str = opt("", "Saves and exits with code 75 after this time, DD:HH:MM:SS (empty = no limit).")
     save_interval: int = number(50, 1, help="Sets the optimizer steps between checkpoints.")
     val_check_interval: int = number(
@@ -507,10 +605,10 @@ class TrainerConfig:
         False, "Writes checkpoints in a thread while training continues, which needs CPU memory for a copy."
     )
     collective_timeout: float = number(
-        30.0, 0.1, help="Sets the minutes after which a rank gives up waiting for the others."
+        30.0, 0.1, MONTH_MINUTES, help="Sets the minutes after which a rank gives up waiting for the others."
     )
     threads: int = number(
-        0, 0,
+        0, 0, THREADS,
         help="Sets the CPU threads per process (0 = one for small models, else this process's cores, shared by the "
         "ranks of its node).",
     )  # fmt: skip
@@ -518,13 +616,13 @@ class TrainerConfig:
         False, "Computes the same bytes in equal runs on CUDA as well, more slowly; fails at an operation that cannot."
     )
     peak_tflops: float = number(
-        0.0, 0.0, help="Sets one device's peak for MFU, in TFLOP/s (0 = by GPU name, or a short measurement)."
+        0.0, 0.0, TFLOPS, help="Sets one device's peak for MFU, in TFLOP/s (0 = by GPU name, or a short measurement)."
     )
     distributed_optimizer: bool = opt(True, "Shards the optimizer state over data-parallel ranks.")
     offload_optimizer: bool = opt(
         False, "Keeps the optimizer state in pinned CPU memory and frees gradients while rollouts run."
     )
-    clip_grad: float = number(1.0, 0.0, help="Limits the gradient norm (0 = no clipping).")
+    clip_grad: float = number(1.0, 0.0, WEIGHT, help="Limits the gradient norm (0 = no clipping).")
     max_skipped_steps: int = number(
         10, 0, help="Limits the steps of a stage that may be skipped because a loss or gradient is not finite."
     )
@@ -532,8 +630,10 @@ class TrainerConfig:
     metric_sinks: list[str] = imports(
         "Lists functions of your own (package.module:function) that rank 0 sends its metrics to."
     )
-    weight_decay: float = number(0.01, 0.0, help="Sets AdamW's weight decay, which norms and biases do not get.")
-    adam_beta2: float = number(0.999, 0.0, 1.0, help="Sets AdamW's decay of the second moment.")
+    weight_decay: float = number(
+        0.01, 0.0, WEIGHT, help="Sets AdamW's weight decay, which norms and biases do not get."
+    )
+    adam_beta2: float = number(0.999, 0.0, SHARE, help="Sets AdamW's decay of the second moment.")
 
 
 @dataclass(frozen=True)
@@ -541,10 +641,10 @@ class TawinConfig:
     """Threshold-adjusted windowed reweighting (arXiv 2604.22504, Section 3.3)."""
 
     enabled: bool = opt(True, "Weights the negatives of each group; off is the plain algorithm.")
-    k: float = number(4.0, 1e-6, help="Sets the mass of the window, in ranks (Eq. 16).")
-    tau: float = number(0.1, 1e-6, help="Sets the softness of the window's border (Eq. 17).")
-    anchor: float = number(2.0, 0.0, help="Sets the rank, counted from 0, at which the window lies.")
-    target_k: int = number(0, 0, help="Aims at Recall@K by setting anchor = K - 1 (0 = use anchor).")
+    k: float = number(4.0, 1e-6, BEAMS, help="Sets the mass of the window, in ranks (Eq. 16).")
+    tau: float = number(0.1, 1e-6, WEIGHT, help="Sets the softness of the window's border (Eq. 17).")
+    anchor: float = number(2.0, 0.0, BEAMS, help="Sets the rank, counted from 0, at which the window lies.")
+    target_k: int = number(0, 0, BEAMS, help="Aims at Recall@K by setting anchor = K - 1 (0 = use anchor).")
     window: str = choice(
         "centred", "start", help="Makes the anchor the window's centre (centred) or its low-FPR border (start)."
     )
@@ -567,25 +667,34 @@ class RlConfig:
         "fresh", "all",
         help="Selects rows of train: the last fresh_share by time, which SFT has not seen (fresh), or all.",
     )  # fmt: skip
-    fresh_share: float = number(0.2, 0.0, 1.0, help="Sets the share of train that is kept for RL.")
-    prompts_per_step: int = number(64, 1, help="Sets the prompts of one rollout, over all ranks.")
-    group_size: int = number(16, 2, 512, help="Sets the candidates per prompt.")
-    max_steps: int = number(0, 0, help="Sets the number of rollouts (0 = what rl.epochs gives).")
-    epochs: float = number(1.0, 0.0, help="Sets the passes over the RL rows.")
-    inner_updates: int = number(1, 1, help="Sets the optimizer steps on each rollout (GRPO's mu).")
-    micro_batch_tokens: int = number(32768, 16, help="Sets the tokens per forward pass and rank; there is no padding.")
-    lr: float = number(1e-4, 0.0, help="Sets the peak learning rate.")
+    fresh_share: float = number(0.2, 0.0, SHARE, help="Sets the share of train that is kept for RL.")
+    prompts_per_step: int = number(64, 1, ROWS, help="Sets the prompts of one rollout, over all ranks.")
+    group_size: int = number(
+        16, 2, 512, why="a group is computed at once, and each step has many", help="Sets the candidates per prompt."
+    )
+    max_steps: int = number(0, 0, STEPS, help="Sets the number of rollouts (0 = what rl.epochs gives).")
+    epochs: float = number(1.0, 0.0, EPOCHS, help="Sets the passes over the RL rows.")
+    inner_updates: int = number(1, 1, EPOCHS, help="Sets the optimizer steps on each rollout (GRPO's mu).")
+    micro_batch_tokens: int = number(
+        32768, 16, TOKENS, help="Sets the tokens per forward pass and rank; there is no padding."
+    )
+    lr: float = number(1e-4, 0.0, LR, help="Sets the peak learning rate.")
     schedule: str = choice(
         "constant", "cosine", "linear", help="Selects how the learning rate changes after the warm-up."
     )
-    warmup: int = number(0, 0, help="Sets the length of the linear warm-up, in optimizer steps.")
+    warmup: int = number(0, 0, STEPS, help="Sets the length of the linear warm-up, in optimizer steps.")
     min_lr_ratio: float = number(
-        0.1, 0.0, 1.0, help="Sets the lowest learning rate of cosine and linear, as a share of lr."
+        0.1, 0.0, SHARE, help="Sets the lowest learning rate of cosine and linear, as a share of lr."
     )
-    beta: float = number(1e-3, 0.0, help="Weights the KL to the reference (0 = no reference is built).")
+    beta: float = number(1e-3, 0.0, WEIGHT, help="Weights the KL to the reference (0 = no reference is built).")
     kl: str = choice("k3", "k1", "k2", help="Selects the KL estimator.")
-    clip_low: float = number(0.2, 0.0, 1.0, help="Clips the probability ratio below 1 - clip_low.")
-    clip_high: float = number(0.2, 0.0, help="Clips the probability ratio above 1 + clip_high.")
+    kl_groups: str = choice(
+        "all", "informative",
+        help="Applies the KL to all groups, or only to those whose rewards differ (informative); the others are then "
+        "not computed at all.",
+    )  # fmt: skip
+    clip_low: float = number(0.2, 0.0, SHARE, help="Clips the probability ratio below 1 - clip_low.")
+    clip_high: float = number(0.2, 0.0, WEIGHT, help="Clips the probability ratio above 1 + clip_high.")
     policy_space: str = choice(
         "trie", "vocab",
         help="Selects the distribution of ratio, KL and loss: admissible tokens (trie) or all tokens (vocab).",
@@ -608,7 +717,11 @@ class RlConfig:
         "distinct ones out of more draws (dynamic).",
     )  # fmt: skip
     oversample: float = number(
-        1.5, 1.0, 64.0, help="Sets the draws per candidate that is kept, with negatives=dynamic."
+        1.5,
+        1.0,
+        64.0,
+        why="more draws than that find the same items again",
+        help="Sets the draws per candidate that is kept, with negatives=dynamic.",
     )
     reward: str = choice(
         "rule", "ranking", "semantic", "collaborative",
@@ -617,7 +730,9 @@ class RlConfig:
         "written rule + 0.5 * package.module:function. Rewards that are not the goal can be gamed.",
         imports=True,
     )  # fmt: skip
-    reward_weight: float = number(1.0, 0.0, help="Weights the added term with reward=semantic or collaborative.")
+    reward_weight: float = number(
+        1.0, 0.0, WEIGHT, help="Weights the added term with reward=semantic or collaborative."
+    )
     reward_source: str = opt(
         "", "Names a .npy with one row per item (reward=semantic), or a finished baseline stage (reward=collaborative)."
     )
@@ -625,18 +740,20 @@ class RlConfig:
         "off", "replace_last",
         help="Puts the target into a group that lacks it, in place of the last candidate (replace_last).",
     )  # fmt: skip
-    inserted_weight: float = number(1.0, 0.0, help="Weights groups whose target was put in by ensure_target.")
+    inserted_weight: float = number(1.0, 0.0, WEIGHT, help="Weights groups whose target was put in by ensure_target.")
     inserted_correction: str = choice(
         "none", "ratio",
         help="Weights a group whose target was put in by how likely the policy finds the target, against the last "
         "candidate it searched (ratio, at most 1).",
     )  # fmt: skip
-    sft_weight: float = number(0.0, 0.0, help="Weights the log-likelihood of the target beside the RL objective.")
+    sft_weight: float = number(
+        0.0, 0.0, WEIGHT, help="Weights the log-likelihood of the target beside the RL objective."
+    )
     max_refill_batches: int = number(
-        0, 0, help="Limits the further rollouts that replace groups of equal rewards, with algorithm=dapo."
+        0, 0, TRIES, help="Limits the further rollouts that replace groups of equal rewards, with algorithm=dapo."
     )
     importance_cap: float = number(
-        0.0, 0.0, help="Caps the ratio of training to rollout probabilities (0 = no correction)."
+        0.0, 0.0, WEIGHT, help="Caps the ratio of training to rollout probabilities (0 = no correction)."
     )
     tawin: TawinConfig = field(default_factory=TawinConfig)
 
@@ -652,16 +769,23 @@ class PreferenceConfig:
     )  # fmt: skip
     init: str = choice("sft", "base", help="from the SFT stage or from model.init (or `start`)")
     rows: str = choice("all", "fresh", help="rows of train: all, or the last rl.fresh_share by time")
-    beta: float = number(1.0, 0.0, help="scale of the implicit reward")
-    gamma0: float = number(1.0, 0.0, help="napo, simpo, alpha_dpo: margin")
+    beta: float = number(1.0, 0.0, WEIGHT, help="scale of the implicit reward")
+    gamma0: float = number(1.0, 0.0, WEIGHT, help="napo, simpo, alpha_dpo: margin")
     alpha: float = number(
-        0.3, 0.0, help="napo: how far the margin follows the confidence; alpha_dpo: weight of the normalised margin"
+        0.3,
+        0.0,
+        WEIGHT,
+        help="napo: how far the margin follows the confidence; alpha_dpo: weight of the normalised margin",
     )
-    rho: float = number(0.7, 0.0, 1.0, help="napo: share of the group whose rejected items a row uses (0 = none)")
-    momentum: float = number(0.9, 0.0, 1.0, help="napo: share that the running mean confidence keeps at each step")
+    rho: float = number(0.7, 0.0, SHARE, help="napo: share of the group whose rejected items a row uses (0 = none)")
+    momentum: float = number(0.9, 0.0, SHARE, help="napo: share that the running mean confidence keeps at each step")
     margin: str = choice("dynamic", "fixed", help="napo: the margin follows the confidence of `aux`, or is gamma0")
     epsilon: float = number(
-        0.1, 0.0, 0.5, help="rosepo: probability of a wrong label; with `aux` its largest value, by that model's scores"
+        0.1,
+        0.0,
+        0.5,
+        why="above a half the label means its opposite",
+        help="rosepo: probability of a wrong label; with `aux` its largest value, by that model's scores",
     )
     negatives: str = choice(
         "random", "candidates", "beam", "self_play",
@@ -669,12 +793,18 @@ class PreferenceConfig:
         "the policy (SPRec); never the target",
         imports=True,
     )  # fmt: skip
-    num_negatives: int = number(3, 1, 1024, help="rejected items per row")
-    num_candidates: int = number(20, 2, help="negatives=candidates: items of a candidate set, the target included")
-    search_every: int = number(
-        0, 0, help="negatives=beam|self_play: steps between searches by the current weights (0 = once per epoch)"
+    num_negatives: int = number(
+        3, 1, 1024, why="the loss compares a row with all of its rejected items at once", help="rejected items per row"
     )
-    share_group: int = number(16, 1, help="napo: rows among which rejected items are shared; never split over ranks")
+    num_candidates: int = number(
+        20, 2, WIDTH, help="negatives=candidates: items of a candidate set, the target included"
+    )
+    search_every: int = number(
+        0, 0, STEPS, help="negatives=beam|self_play: steps between searches by the current weights (0 = once per epoch)"
+    )
+    share_group: int = number(
+        16, 1, ROWS, help="napo: rows among which rejected items are shared; never split over ranks"
+    )
     aux: str = opt("", "napo, rosepo: finished baseline stage (RUN_DIR/sasrec) whose states and scores are used")
     length_norm: str = choice(
         "auto", "full", "branching", "off",
@@ -682,14 +812,16 @@ class PreferenceConfig:
         "simpo, napo and alpha_dpo, else off",
     )  # fmt: skip
     policy_space: str = choice("trie", "vocab", help="distribution of the log-probabilities")
-    epochs: float = number(1.0, 0.0, help="passes over the rows")
-    max_steps: int = number(0, 0, help="optimizer steps; 0 = what `epochs` gives")
-    lr: float = number(1e-5, 0.0, help="peak learning rate")
+    epochs: float = number(1.0, 0.0, EPOCHS, help="passes over the rows")
+    max_steps: int = number(0, 0, STEPS, help="optimizer steps; 0 = what `epochs` gives")
+    lr: float = number(1e-5, 0.0, LR, help="peak learning rate")
     schedule: str = choice("cosine", "constant", "linear", help="after the warm-up")
-    warmup: int = number(0, 0, help="steps of linear warm-up")
-    min_lr_ratio: float = number(0.1, 0.0, 1.0, help="floor of cosine and linear, as a share of lr")
-    global_batch_size: int = number(128, 1, help="rows per optimizer step over all ranks")
-    micro_batch_tokens: int = number(16384, 16, help="tokens per forward pass and rank; a sharing group stays whole")
+    warmup: int = number(0, 0, STEPS, help="steps of linear warm-up")
+    min_lr_ratio: float = number(0.1, 0.0, SHARE, help="floor of cosine and linear, as a share of lr")
+    global_batch_size: int = number(128, 1, ROWS, help="rows per optimizer step over all ranks")
+    micro_batch_tokens: int = number(
+        16384, 16, TOKENS, help="tokens per forward pass and rank; a sharing group stays whole"
+    )
 
     @property
     def uses_reference(self) -> bool:
@@ -716,23 +848,30 @@ class PreferenceConfig:
 
 @dataclass(frozen=True)
 class RolloutConfig:
-    width: int = number(0, 0, 4096, help="Sets the beams in rollouts (0 = rl.group_size).")
+    width: int = number(0, 0, BEAMS, help="Sets the beams in rollouts (0 = rl.group_size).")
     score_space: str = choice(
         "trie", "vocab", help="Ranks beams by log-probs over admissible tokens (trie) or over all tokens (vocab)."
     )
-    length_penalty: float = number(0.0, help="Sets the exponent in the final score, sum log p / len^penalty.")
-    temperature: float = number(1.0, 1e-6, help="Sets the temperature of constrained sampling.")
+    length_penalty: float = number(
+        0.0,
+        -10.0,
+        10.0,
+        why="beyond it the power of a path's length leaves float32",
+        help="Sets the exponent in the final score, sum log p / len^penalty.",
+    )
+    temperature: float = number(1.0, 1e-6, WEIGHT, help="Sets the temperature of constrained sampling.")
     token_budget: int = number(
-        262144, 16, help="Limits the tokens held at once per rank: prompts once, plus what beams may run."
+        262144, 16, TOKENS, help="Limits the tokens held at once per rank: prompts once, plus what beams may run."
     )
     placement: str = choice(
         "colocated", "separate", "server",
         help="Runs rollouts and evaluation on the training ranks (colocated), on ranks that do nothing else "
         "(separate), or on generation servers (server).",
     )  # fmt: skip
-    devices: int = number(0, 0, help="Sets how many of all processes only search, with placement=separate.")
+    devices: int = number(0, 0, RANKS, help="Sets how many of all processes only search, with placement=separate.")
     ahead: int = number(
-        0, 0, 1, help="Searches the next rollout during the update, by the old weights (1), with placement=separate."
+        0, 0, 1, why="the policy would be older than one update",
+        help="Searches the next rollout during the update, by the old weights (1), with placement=separate.",
     )  # fmt: skip
     servers: list[str] = opt(
         [],
@@ -748,19 +887,25 @@ class RolloutConfig:
         "control_token beside address.json).",
     )
     server_timeout_s: float = number(
-        600.0, 0.1, help="Gives a server this many seconds for a rollout or for new weights, with placement=server."
+        600.0,
+        0.1,
+        WEEK_S,
+        help="Gives a server this many seconds for a rollout or for new weights, with placement=server.",
     )
     server_tries: int = number(
-        4, 1, help="Limits how often a part of a rollout is sent, to the same or another server, with placement=server."
+        4,
+        1,
+        TRIES,
+        help="Limits how often a part of a rollout is sent, to the same or another server, with placement=server.",
     )
     weights_backend: str = choice(
         "auto", "gloo", "nccl", help="Selects what carries weights with placement=server (auto = as training)."
     )
     tensor_model_parallel_size: int = number(
-        0, 0, help="Sets the ranks that share each layer in searches (0 = as in training)."
+        0, 0, RANKS, help="Sets the ranks that share each layer in searches (0 = as in training)."
     )
     pipeline_model_parallel_size: int = number(
-        0, 0,
+        0, 0, RANKS,
         help="Sets the groups of layers in searches (0 = as in training); the ranks left over search other prompts.",
     )  # fmt: skip
 
@@ -780,22 +925,22 @@ class ReferenceConfig:
         "off", "every", "ema",
         help="Lets the reference follow the actor: never (off), in jumps (every), or smoothly (ema).",
     )  # fmt: skip
-    refresh_steps: int = number(100, 1, help="Sets the steps between copies of the actor with refresh=every.")
+    refresh_steps: int = number(100, 1, STEPS, help="Sets the steps between copies of the actor with refresh=every.")
     refresh_decay: float = number(
-        0.99, 0.0, 1.0, help="Sets the share that the reference keeps at each step with refresh=ema."
+        0.99, 0.0, SHARE, help="Sets the share that the reference keeps at each step with refresh=ema."
     )
 
 
 @dataclass(frozen=True)
 class EvalConfig:
-    beams: int = number(50, 1, 4096, help="Sets the beam width of evaluation.")
+    beams: int = number(50, 1, BEAMS, help="Sets the beam width of evaluation.")
     precision: str = choice(
         *PRECISIONS_OF_A_PART,
         help="Selects the number format of finished stages' evaluation, of evaluate and of generate (model = "
         "model.precision); checks during training run in model.precision.",
     )  # fmt: skip
     splits: list[str] = opt(["valid", "test"], "Lists the splits that a finished stage is evaluated on.")
-    ks: list[int] = opt([1, 3, 5, 10], "Lists the cut-offs of Recall@K and NDCG@K.")
+    ks: list[int] = numbers([1, 3, 5, 10], 1, BEAMS, help="Lists the cut-offs of Recall@K and NDCG@K.")
     metrics: list[str] = imports(
         "Lists further metrics of your own (package.module:function), each at every K of eval.ks."
     )
@@ -816,7 +961,7 @@ class EvalConfig:
         "(optimistic).",
     )  # fmt: skip
     token_budget: int = number(
-        262144, 16, help="Limits the tokens held at once per rank: prompts once, plus what beams may run."
+        262144, 16, TOKENS, help="Limits the tokens held at once per rank: prompts once, plus what beams may run."
     )
 
 
@@ -826,7 +971,7 @@ class CompareConfig:
 
     sft_continued: bool = opt(True, "Continues SFT on the rows that RL uses, with early stopping.")
     sft_continued_lr: float = number(
-        0.0, 0.0, help="Sets the constant learning rate of sft_continued (0 = sft.lr with sft.schedule)."
+        0.0, 0.0, LR, help="Sets the constant learning rate of sft_continued (0 = sft.lr with sft.schedule)."
     )
     sft_all: bool = opt(False, "Runs SFT on all training rows.")
 
@@ -834,7 +979,7 @@ class CompareConfig:
 @dataclass(frozen=True)
 class Recipe:
     name: str = opt("run", "Names the run; the run directory is runs/NAME.")
-    seed: int = number(42, 0, help="Seeds data order, initial weights, dropout and sampling.")
+    seed: int = number(42, 0, SEED, help="Seeds data order, initial weights, dropout and sampling.")
     run_dir: str = opt("", "Names the folder that the run writes to (empty = runs/NAME).")
     data: DataConfig = field(default_factory=DataConfig)
     prepare: PrepareConfig = field(default_factory=PrepareConfig)

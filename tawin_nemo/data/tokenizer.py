@@ -30,6 +30,7 @@ from tawin_nemo.types import TokenRows
 from tawin_nemo.util.errors import CatalogError, ConfigError, DataError
 from tawin_nemo.util.files import atomic_path
 from tawin_nemo.util.hub import local_folder
+from tawin_nemo.util.trusted import OutsideRoots, read_text, refuse_pickles
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -130,15 +131,14 @@ class Tokenizer:
     @classmethod
     def load(cls, directory: Path) -> Tokenizer:
         """Read a folder with ``tokenizer.json``. Raises ConfigError when it is missing or unreadable."""
-        directory = Path(directory)
-        with _reading(directory):
+        with _reading(directory := Path(directory)):
             config = _config_of(directory)
             if _is_own(config) and not (directory / "chat_template.jinja").is_file():
-                return cls(Backend.from_file(str(directory / "tokenizer.json")), EOS, PAD)
+                return cls(Backend.from_str(read_text(directory / "tokenizer.json")), EOS, PAD)
             from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
             if config:
-                fast = AutoTokenizer.from_pretrained(directory, local_files_only=True, use_fast=True)
+                fast = AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
             else:
                 fast = PreTrainedTokenizerFast(tokenizer_file=str(directory / "tokenizer.json"))
         if fast.eos_token is None:
@@ -148,7 +148,7 @@ class Tokenizer:
 
 def _config_of(directory: Path) -> dict[str, Any]:
     path = directory / "tokenizer_config.json"
-    return dict(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else {}
+    return dict(json.loads(read_text(path))) if path.is_file() else {}
 
 
 def _is_own(config: dict[str, Any]) -> bool:
@@ -164,7 +164,7 @@ def read_vocabulary(directory: Path) -> dict[str, int]:
     """
     directory = Path(directory)
     with _reading(directory):
-        words = dict(Backend.from_file(str(directory / "tokenizer.json")).get_vocab(with_added_tokens=True))
+        words = dict(Backend.from_str(read_text(directory / "tokenizer.json")).get_vocab(with_added_tokens=True))
         added = _config_of(directory).get("added_tokens_decoder", {})
         return words | {token["content"]: int(number) for number, token in added.items()}
 
@@ -174,8 +174,11 @@ def _reading(directory: Path) -> Iterator[None]:
     """Raises ConfigError for a folder without a tokenizer and for one that cannot be read."""
     if not (directory / "tokenizer.json").is_file():
         raise ConfigError(f"no tokenizer.json in {directory}; set data.tokenizer to a folder that has one")
+    refuse_pickles(directory)
     try:
         yield
+    except OutsideRoots:
+        raise
     except Exception as error:  # the libraries raise many types for a broken file
         raise ConfigError(f"the tokenizer in {directory} cannot be read: {error}") from error
 

@@ -25,7 +25,7 @@ from tawin_nemo.config.schema import EvalConfig
 from tawin_nemo.data.interactions import Dataset
 from tawin_nemo.data.negative_sampling import candidate_set
 from tawin_nemo.data.samples import Samples
-from tawin_nemo.eval.intervals import normal_interval
+from tawin_nemo.eval.intervals import share_interval
 from tawin_nemo.eval.result import named_rows
 from tawin_nemo.rollout.engine import RolloutEngine
 from tawin_nemo.rollout.filters import ItemFilter
@@ -56,7 +56,7 @@ class CandidateResult:
     @classmethod
     def of(cls, samples: Samples, measured: dict[str, np.ndarray]) -> CandidateResult:
         """From one value per row of ``samples`` for each name."""
-        intervals = {name: normal_interval(values_B) for name, values_B in measured.items()}
+        intervals = {name: share_interval(values_B) for name, values_B in measured.items()}
         keys = {"row": samples.row_N, "user": samples.user_N, "target": samples.target_N}
         return cls(
             means={name: interval.mean for name, interval in intervals.items()},

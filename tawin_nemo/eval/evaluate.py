@@ -23,7 +23,7 @@ from tawin_nemo.config.seam_checks import BUILT_IN, metric_name
 from tawin_nemo.config.seams import made
 from tawin_nemo.data.samples import Samples
 from tawin_nemo.eval.bias import beyond_accuracy
-from tawin_nemo.eval.intervals import normal_interval
+from tawin_nemo.eval.intervals import share_interval
 from tawin_nemo.eval.result import EvalResult
 from tawin_nemo.maths.ranking import ndcg_at_k, recall_at_k
 from tawin_nemo.rollout.engine import Engine
@@ -81,7 +81,7 @@ def evaluate(
         samples, everything.rank_B, catalog.sharing_I[samples.target_N], everything.candidates_B, cfg
     )
     metrics = {name: per_user[name].to_numpy() for name in metric_names(cfg.ks, cfg.metrics)}
-    intervals = {name: normal_interval(values_B) for name, values_B in metrics.items()}
+    intervals = {name: share_interval(values_B) for name, values_B in metrics.items()}
     full_list = min(cfg.beams, num_paths)
     return EvalResult(
         means={name: interval.mean for name, interval in intervals.items()},

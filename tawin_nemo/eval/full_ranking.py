@@ -18,7 +18,7 @@ from tawin_nemo.catalog.items import Catalog
 from tawin_nemo.config.schema import EvalConfig
 from tawin_nemo.data.interactions import Dataset
 from tawin_nemo.data.samples import Samples
-from tawin_nemo.eval.intervals import normal_interval
+from tawin_nemo.eval.intervals import share_interval
 from tawin_nemo.eval.result import named_rows
 from tawin_nemo.rollout.engine import Engine
 from tawin_nemo.types import DataParallel
@@ -130,7 +130,7 @@ def _ranked(
 
 
 def _result(samples: Samples, rank_B: np.ndarray, measured: dict[str, np.ndarray]) -> FullRanking:
-    intervals = {name: normal_interval(values_B) for name, values_B in measured.items()}
+    intervals = {name: share_interval(values_B) for name, values_B in measured.items()}
     keys = {"row": samples.row_N, "user": samples.user_N, "target": samples.target_N, "rank": rank_B}
     return FullRanking(
         means={name: interval.mean for name, interval in intervals.items()},

@@ -5,12 +5,21 @@ from __future__ import annotations
 from pathlib import Path
 
 from tawin_nemo.config.schema import PrepareConfig, Recipe
+from tawin_nemo.data.interactions import MANIFEST
 from tawin_nemo.util.errors import ConfigError
 
 
 def run_dir_of(recipe: Recipe) -> Path:
     """The run directory: ``run_dir``, or ``runs/NAME`` where that is empty."""
     return Path(recipe.run_dir or f"runs/{recipe.name}")
+
+
+def prepares(recipe: Recipe) -> bool:
+    """Whether ``prepared_root`` writes RUN_DIR/data: not where ``data.root`` holds prepared data."""
+    source, root = recipe.data.dataset, Path(recipe.data.root)
+    return source == "synthetic" or (
+        bool(recipe.data.root) and source != "prepared" and not (source == "auto" and (root / MANIFEST).is_file())
+    )
 
 
 def prepared_root(recipe: Recipe, *, run_dir: Path | None = None, prepare: PrepareConfig | None = None) -> Path:

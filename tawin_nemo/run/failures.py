@@ -35,6 +35,17 @@ _SYMPTOM = re.compile(
     re.IGNORECASE,
 )
 
+_TIME_OUT = re.compile(
+    r"timed out waiting|wait timeout|collective operation timeout|timed out or failed|socket timeout|"
+    r"operations have failed or timed out",
+    re.IGNORECASE,
+)
+
+
+def is_time_out(message: str) -> bool:
+    """Whether an error message says that another rank did not take part in a collective within the time limit."""
+    return _TIME_OUT.search(message) is not None
+
 
 def is_symptom(message: str) -> bool:
     """Whether an error message only reports the loss of another rank."""
@@ -70,7 +81,7 @@ def recorded() -> Iterator[None]:
         raise
     except Exception as error:
         handler.record_exception(error)
-        if disaggregated.job_size() > 1 and is_symptom(str(error)):
+        if disaggregated.job_size() > 1 and (is_symptom(str(error)) or is_time_out(str(error))):
             log.warning("rank %d lost another rank (%s)", runtime.world_rank(), str(error).splitlines()[0])
             time.sleep(PATIENCE)
         raise

@@ -19,7 +19,7 @@ from typing import Any
 
 import psutil
 
-from tawin_nemo.run.failures import is_symptom
+from tawin_nemo.run.failures import is_symptom, is_time_out
 from tawin_nemo.run.signals import SIGNALS
 from tawin_nemo.util.errors import Preempted, UserError
 
@@ -54,7 +54,8 @@ def launch(processes: int, argv: Sequence[str], *, results: Collection[int] = ()
         elastic_launch(config, sys.executable)("-m", "tawin_nemo", *argv)
     except ChildFailedError as error:
         rank, failure = first_failure(error.failures)
-        return int(failure.exitcode) if failure.exitcode in results else _report(rank, failure, forwarded)
+        hung = hung_ranks(error.failures, processes) if is_time_out(str(failure.message)) else []
+        return int(failure.exitcode) if failure.exitcode in results else _report(rank, failure, forwarded, hung)
     except SignalException as error:  # torch's launcher has handed it on and waited for the processes
         print(f"tawin-nemo: {error.sigval.name}; the same command continues from the last checkpoint", file=sys.stderr)
         return 128 + int(error.sigval)
@@ -73,10 +74,22 @@ def end_with_launcher() -> None:
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
 
 
-def _report(rank: int, failure: Any, forwarded: Sequence[int]) -> int:
-    """Print the first failure with its traceback on stderr; returns the exit code of the job."""
+def _report(rank: int, failure: Any, forwarded: Sequence[int], hung: Sequence[int] = ()) -> int:
+    """Print the first failure with its traceback on stderr; returns the exit code of the job.
+
+    ``hung``: ranks that ``rank`` waited for until the time limit; the last line then names them.
+    """
     if failure.exitcode == Preempted.exit_code or (forwarded and -failure.exitcode in forwarded):
         return Preempted.exit_code
+    if hung:
+        names = f"rank {hung[0]}" if len(hung) == 1 else f"ranks {', '.join(map(str, hung))}"
+        print(
+            f"{_traceback(failure)}tawin-nemo: {names} hung or was too slow: rank {rank} waited in vain until the time "
+            "limit of collectives (trainer.collective_timeout), the job ends with it; the same command continues from "
+            "the last checkpoint",
+            file=sys.stderr, flush=True,
+        )  # fmt: skip
+        return 1
     ended = f"was killed by {failure.signal_name()}" if failure.exitcode < 0 else f"ended with {failure.exitcode}"
     print(
         f"tawin-nemo: rank {rank} (process {failure.pid} on {socket.gethostname()}) {ended}, the job ends with it\n"
@@ -96,12 +109,22 @@ def _traceback(failure: Any) -> str:
 def first_failure(failures: Mapping[int, Any]) -> tuple[int, Any]:
     """The failure that caused the others: a kill before an error, an error before the loss of a peer, then by time.
 
-    SIGTERM is what the launcher itself sends to the others.
+    Ended by the launcher itself are those with SIGTERM, and those with SIGKILL ``GRACE`` seconds after an error: a rank
+    that was killed by something else is seen before, as the others report its loss within ``PATIENCE`` seconds.
     """
+    errors = [failure.timestamp for failure in failures.values() if failure.exitcode > 0]
 
     def order(item: tuple[int, Any]) -> tuple[bool, bool, bool, int, int]:
         rank, failure = item
-        ended = failure.exitcode == -signal.SIGTERM
-        return ended, failure.exitcode > 0, is_symptom(str(failure.message)), failure.timestamp, rank
+        late = bool(errors) and failure.timestamp >= min(errors) + GRACE - 1
+        ended = failure.exitcode == -signal.SIGTERM or (failure.exitcode == -signal.SIGKILL and late)
+        waited = is_symptom(str(failure.message)) or is_time_out(str(failure.message))
+        return ended, failure.exitcode > 0, waited, failure.timestamp, rank
 
     return min(failures.items(), key=order)
+
+
+def hung_ranks(failures: Mapping[int, Any], processes: int) -> list[int]:
+    """The ranks that did not report a time-out, while others waited for them; empty when all did."""
+    waited = [rank for rank, failure in failures.items() if is_time_out(str(failure.message))]
+    return [rank for rank in range(processes) if rank not in waited] if waited else []

@@ -14,8 +14,9 @@ from tawin_nemo.config.load import differences, to_yaml
 from tawin_nemo.config.schema import Recipe
 from tawin_nemo.run.datasets import prepared_root, run_dir_of
 from tawin_nemo.run.exported import is_export
-from tawin_nemo.util.errors import ConfigError
+from tawin_nemo.util.errors import CheckpointError, ConfigError
 from tawin_nemo.util.log import get_logger
+from tawin_nemo.util.trusted import OutsideRoots, read_text
 
 log = get_logger(__name__)
 
@@ -92,8 +93,13 @@ def trained_model(recipe: Recipe, *, weights_follow: bool = False) -> Trained:
 
 def chosen_checkpoint(stage: Path) -> Path:
     """The checkpoint of the finished stage in ``stage`` that later stages and evaluation use."""
-    chosen = json.loads((stage / "done.json").read_text(encoding="utf-8"))["chosen_step"]
-    return stage / "checkpoints" / f"step_{chosen}"
+    try:
+        chosen = json.loads(read_text(stage / "done.json"))["chosen_step"]
+        return stage / "checkpoints" / f"step_{int(chosen)}"
+    except OutsideRoots:
+        raise
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{stage / 'done.json'} does not name the step that was chosen ({error!r})") from error
 
 
 def resolve_checkpoint(named: str, key: str) -> Path:
@@ -189,5 +195,10 @@ def check_prompt(checkpoint: Path, prompt: str) -> None:
 
 def identity_of(checkpoint: Path) -> dict[str, str]:
     """The fingerprints in ``state.json`` of a step_N; empty for checkpoints that older versions wrote."""
-    state = json.loads((checkpoint / "state.json").read_text(encoding="utf-8")).get("state", {})
+    try:
+        state = dict(dict(json.loads(read_text(checkpoint / "state.json"))).get("state", {}))
+    except OutsideRoots:
+        raise
+    except (ValueError, TypeError) as error:
+        raise CheckpointError(f"{checkpoint / 'state.json'} is damaged ({error!r})") from error
     return {name: str(state[name]) for name in ("tokenizer", "catalog", "prompt") if name in state}

@@ -98,8 +98,11 @@ class ExistingIndex:
         """
         manifest = read_manifest(folder)
         _verify(folder, manifest)
-        external_ids = json.loads((folder / ITEMS).read_text(encoding="utf-8"))
-        codes_IL = np.load(folder / CODES, allow_pickle=False)
+        try:
+            external_ids = list(json.loads((folder / ITEMS).read_text(encoding="utf-8")))
+            codes_IL = np.load(folder / CODES, allow_pickle=False)
+        except (OSError, EOFError, ValueError, TypeError) as error:
+            raise DataError(f"{folder} holds no index that can be read ({error}); tokenize again") from error
         if len(codes_IL) != len(external_ids):
             raise DataError(
                 f"{folder} has codes for {len(codes_IL)} items and {len(external_ids)} names; tokenize again"

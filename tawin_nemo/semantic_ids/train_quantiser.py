@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import pickle
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,6 +19,7 @@ from torch.nn import functional as F
 from tawin_nemo.config.schema import RqVaeConfig
 from tawin_nemo.semantic_ids.clustering import check_enough_distinct, check_enough_items, residual_kmeans, total_std
 from tawin_nemo.semantic_ids.quantiser import Autoencoder, NetworkShape, QuantizerOutput
+from tawin_nemo.util.errors import DataError
 from tawin_nemo.util.files import atomic_path
 from tawin_nemo.util.log import progress, say
 
@@ -183,8 +185,13 @@ class _Training:
         """Load the state in ``path``; returns the epochs that are done, 0 without a file of the same training."""
         if not path.is_file():
             return 0
-        state: dict[str, Any] = torch.load(path, map_location=self.device, weights_only=True)
-        if state["key"] != self.key:
+        try:
+            state: dict[str, Any] = torch.load(path, map_location=self.device, weights_only=True)
+            key = state["key"]
+        except (pickle.UnpicklingError, RuntimeError, ValueError, KeyError, TypeError, EOFError) as error:
+            reason = str(error).strip().splitlines()[0]
+            raise DataError(f"{path} is no state of a quantiser's training ({reason}); remove it") from error
+        if key != self.key:
             say(f"{path} belongs to another training (other vectors or settings); starting again")
             return 0
         self.model.load_state_dict(state["model"])

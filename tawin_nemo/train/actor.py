@@ -63,11 +63,16 @@ class Actor:
     def pack(self, rollout: Rollout, adv_BG: Tensor, omega_BG: Tensor) -> list[PackedCandidates]:
         """Every prompt once, followed by the tree of its candidates, under the token budget.
 
-        Without a KL term a candidate of weight or advantage 0 has gradient 0. Such candidates, and prompts without
+        Groups whose advantages are all 0 are left out with ``rl.kl_groups=informative``. Without a KL term a candidate
+        of weight or advantage 0 has gradient 0. Such candidates, and prompts without
         other candidates, are not packed; this saves time (most groups of a rollout have no hit) and does not change the
         update. At least one candidate is packed, so that no rank has an empty update.
         """
-        learns_BG = rollout.valid_BG if self._rl.beta > 0 else rollout.valid_BG & (adv_BG * omega_BG != 0)
+        learns_BG = rollout.valid_BG
+        if self._rl.beta == 0:
+            learns_BG = learns_BG & (adv_BG * omega_BG != 0)
+        elif self._rl.kl_groups == "informative":
+            learns_BG = learns_BG & (adv_BG != 0).any(dim=1, keepdim=True)
         learns_C = learns_BG.flatten() if learns_BG.any() else rollout.valid_BG.flatten()
         flat_C = learns_C.nonzero().squeeze(1)[: None if learns_BG.any() else 1].cpu()
         row_C, paths = flat_C // rollout.items_BG.shape[1], _paths(rollout, flat_C)

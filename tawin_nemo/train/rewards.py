@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
@@ -18,7 +18,7 @@ from tawin_nemo.data.text_vectors import load_item_vectors, text_vectors
 from tawin_nemo.maths.rewards import collaborative_reward, ranking_reward, semantic_reward
 from tawin_nemo.run.world import World
 from tawin_nemo.train.own_code import own_group_values
-from tawin_nemo.types import Rollout, TokenRows
+from tawin_nemo.types import NO_ITEM, Rollout, TokenRows
 from tawin_nemo.util.errors import ConfigError
 from tawin_nemo.util.imports import is_import_path
 from tawin_nemo.util.log import get_logger
@@ -37,6 +37,41 @@ class ItemScorer(Protocol):
 
     def scores(self, histories: Sequence[np.ndarray]) -> Tensor:
         """Scores [B, I] of all items for each history (item indices, oldest first), higher is better."""
+
+
+def with_finite_rewards(rollout: Rollout, rewards_BG: Tensor) -> tuple[Rollout, Tensor, int]:
+    """The rollout without the candidates whose reward is NaN or infinite, their rewards, and how many those were.
+
+    Such a candidate becomes padding at the end of its group, so that the others of the group are compared and learned
+    from as if the search had not found it. Without one both are returned as they are.
+    """
+    lost_BG = rollout.valid_BG & ~rewards_BG.isfinite()
+    count = int(lost_BG.sum())
+    if count == 0:
+        return rollout, rewards_BG, 0
+    log.warning("%d rewards are not finite; their candidates are left out of their groups", count)
+    order_BG = lost_BG.to(torch.uint8).argsort(dim=1, stable=True)
+    padding_BG = lost_BG.gather(1, order_BG)
+
+    def moved(values_BG: Tensor, filler: float) -> Tensor:
+        return values_BG.gather(1, order_BG).masked_fill(padding_BG, filler)
+
+    def moved_tokens(values_BGT: Tensor) -> Tensor:
+        order_BGT = order_BG.unsqueeze(2).expand_as(values_BGT)
+        return values_BGT.gather(1, order_BGT).masked_fill(padding_BG.unsqueeze(2), 0)
+
+    logprobs_BGT, inserted_BG = rollout.logprobs_BGT, rollout.inserted_BG
+    kept = replace(
+        rollout,
+        items_BG=moved(rollout.items_BG, NO_ITEM),
+        tokens_BGT=moved_tokens(rollout.tokens_BGT),
+        lengths_BG=moved(rollout.lengths_BG, 0),
+        scores_BG=moved(rollout.scores_BG, -torch.inf),
+        logprobs_BGT=None if logprobs_BGT is None else moved_tokens(logprobs_BGT),
+        is_target_BG=moved(rollout.is_target_BG, False),
+        inserted_BG=None if inserted_BG is None else moved(inserted_BG, False),
+    )
+    return kept, moved(rewards_BG, 0.0), count
 
 
 @dataclass(frozen=True)

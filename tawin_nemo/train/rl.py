@@ -30,7 +30,7 @@ from tawin_nemo.train.evaluation import evaluate_split
 from tawin_nemo.train.own_code import OwnGroupValues, own_group_values
 from tawin_nemo.train.plan import total_steps
 from tawin_nemo.train.reference import Reference, Refresh
-from tawin_nemo.train.rewards import Reward, build_reward
+from tawin_nemo.train.rewards import Reward, build_reward, with_finite_rewards
 from tawin_nemo.train.rl_metrics import count_flops, prefixed, rollout_metrics
 from tawin_nemo.train.rollouts import PromptStream, Rollouts
 from tawin_nemo.types import Rollout
@@ -78,8 +78,8 @@ def rl_step(components: RlComponents, *, step: int, lr: float) -> dict[str, floa
         prompts = rollouts.next_prompts()
         rollout = rollouts.generate(prompts, step).to("cpu")
         with timers("reward"):
-            rewards_BG = components.reward(rollout)
-        metrics = rollout_metrics(rollout, rewards_BG, actor.dp) | rollouts.staleness(rollout, step)
+            rollout, rewards_BG, masked = with_finite_rewards(rollout, components.reward(rollout))
+        metrics = rollout_metrics(rollout, rewards_BG, actor.dp, masked) | rollouts.staleness(rollout, step)
         path_tokens = int(rollout.lengths_BG.sum())
         if rl.max_refill_batches:
             rollout, rewards_BG, added = rollouts.refill(rollout, rewards_BG, components.reward, step)

@@ -17,21 +17,28 @@ from tawin_nemo.run.timers import Timers, count_update
 from tawin_nemo.types import DataParallel, Rollout, TokenBatch
 
 
-def rollout_metrics(rollout: Rollout, rewards_BG: Tensor, dp: DataParallel) -> dict[str, float]:
-    """Mean reward, hit rate and shares of the kinds of groups (``GroupStats``), over all data-parallel ranks."""
+def rollout_metrics(rollout: Rollout, rewards_BG: Tensor, dp: DataParallel, masked: int = 0) -> dict[str, float]:
+    """Mean reward, hit rate and shares of the kinds of groups (``GroupStats``), over all data-parallel ranks.
+
+    ``masked``: candidates of this rank that were left out, because their reward is not finite; only a step with such
+    candidates has ``rl/masked_rewards``.
+    """
     valid = rollout.valid_BG
     mine = (
         GroupStats.of(rollout),
         float((rewards_BG * valid).sum(dtype=torch.float64)),
         int(zero_std_groups(rewards_BG, valid).sum()),
+        masked,
     )
     parts = dp.gather(mine)
-    groups = sum((part for part, _, _ in parts), GroupStats())
+    groups = sum((part for part, *_ in parts), GroupStats())
+    lost = sum(count for *_, count in parts)
     count, shares = max(1, groups.groups), groups.means()
     return {
-        "rl/reward": sum(rewards for _, rewards, _ in parts) / max(1, groups.candidates),
+        "rl/reward": sum(rewards for _, rewards, *_ in parts) / max(1, groups.candidates),
         "rl/hit_rate": 1.0 - shares.pop("frac_groups_without_target") - shares["frac_inserted_groups"],
-        "rl/frac_zero_std_groups": sum(zero for _, _, zero in parts) / count,
+        "rl/frac_zero_std_groups": sum(zero for _, _, zero, _ in parts) / count,
+        **({"rl/masked_rewards": float(lost)} if lost else {}),
         **prefixed(shares),
     }
 

@@ -29,6 +29,7 @@ from tawin_nemo.rollout.engine import Engine
 from tawin_nemo.rollout.groups import ensure_target
 from tawin_nemo.run.stage import Progress
 from tawin_nemo.run.timers import Timers
+from tawin_nemo.train.rewards import with_finite_rewards
 from tawin_nemo.types import DataParallel, PromptBatch, Rollout
 
 #: From a rollout on the CPU to its rewards [B, G].
@@ -128,7 +129,7 @@ class Rollouts:
         def further() -> tuple[Rollout, Tensor]:
             more = self.generate(self.next_prompts(), step).to("cpu")
             with self._timers("reward"):
-                return more, reward(more)
+                return with_finite_rewards(more, reward(more))[:2]
 
         wanted, most = self._rl.prompts_per_step, self._rl.max_refill_batches
         return refilled(rollout, rewards_BG, further, wanted=wanted, most=most, dp=self._dp)

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import glob
 import hashlib
 import json
 import os
+import re
 import secrets
 import shutil
 import stat
@@ -12,6 +16,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from tawin_nemo.util.trusted import open_trusted
+
+#: The temporary names that ``atomic_path`` and ``atomic_directory`` make, with mkstemp's eight characters.
+_LEFT = re.compile(r"\.(.+)(?:\.[a-z0-9_]{8}\.tmp(?:\.[^.]+)?|\.tmp[a-z0-9_]{8})")
 
 
 @contextmanager
@@ -21,6 +30,8 @@ def atomic_path(path: Path) -> Iterator[Path]:
     The file has the access rights of any new file (0666 without the bits of the umask), whatever library wrote it.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
+    if path.exists() and not path.is_file():  # a rename would put the file in place of a device
+        raise IsADirectoryError(errno.EISDIR, "is no regular file", str(path))
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp{path.suffix}")
     rights = _new_file(temporary)
     try:
@@ -41,6 +52,8 @@ def atomic_directory(path: Path) -> Iterator[Path]:
     it have the access rights of new files and directories under the umask, whatever library wrote them.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
+    if path.exists() and not path.is_dir():
+        raise NotADirectoryError(errno.ENOTDIR, "is no folder", str(path))
     temporary = path.with_name(f".{path.name}.tmp{secrets.token_hex(4)}")
     temporary.mkdir()
     try:
@@ -83,6 +96,27 @@ def _set_rights(folder: Path) -> None:
             entry.chmod(wanted)
 
 
+def remove_leftovers(folder: Path, *, before: float, name: str = "") -> None:
+    """Remove the temporary files and folders that writers which were killed have left in ``folder``.
+
+    ``before``: only names last changed before this time (of the file server, in seconds since 1970), as a writer that
+    lives has newer ones. ``name``: only those of this file or folder, and its old version beside a new one; without a
+    name those of everything in ``folder``, at any depth.
+    """
+    for left in [*folder.glob(f"{glob.escape(f'.{name}.')}*")] if name else [*folder.rglob(".*")]:
+        replaced = name and left.name == f".{name}.old" and (folder / name).exists()
+        temporary = _LEFT.fullmatch(left.name)
+        if not replaced and (temporary is None or (name and temporary[1] != name)):
+            continue
+        with contextlib.suppress(OSError):
+            if left.lstat().st_mtime >= before:
+                continue
+            if left.is_dir() and not left.is_symlink():
+                shutil.rmtree(left, ignore_errors=True)
+            else:
+                left.unlink()
+
+
 def write_json(path: Path, value: Any) -> None:
     """Write ``value`` atomically as indented JSON with sorted keys."""
     with atomic_path(path) as temporary:
@@ -91,5 +125,5 @@ def write_json(path: Path, value: Any) -> None:
 
 def sha256(path: Path) -> str:
     """SHA-256 of a file's content as hexadecimal digits."""
-    with path.open("rb") as file:
+    with open_trusted(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -52,7 +52,7 @@ APART = "trainer.devices=4 rollout.placement=separate"
         ("rl=3", ["rl is a section"]),
         ("rl.lr=abc", ["rl.lr", "abc", "peak learning rate"]),
         ("rl.kl=k4", ["rl.kl=k4", "k3"]),
-        ("rl.beta=-1", ["rl.beta=-1", ">= 0"]),
+        ("rl.beta=-1", ["rl.beta=-1", "must be in 0.0..1000000.0"]),
         ("model.backbone=qwen2.5-0.6b", ["model.backbone=qwen2.5-0.6b", "did you mean qwen2.5-0.5b"]),
         ("trainer.devices=3 model.tensor_model_parallel_size=2", ["trainer.devices=3", "multiple of 2"]),
         ("model.sequence_parallel=true", ["sequence_parallel", "tensor_model_parallel_size > 1"]),

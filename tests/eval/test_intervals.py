@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from statistics import NormalDist
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from tawin_nemo.eval.intervals import (
     minimal_detectable_effect,
     normal_interval,
     paired_difference,
+    share_interval,
 )
 
 Z95, Z80 = 1.959964, 0.841621  # quantiles of the normal distribution at 0.975 and 0.8
@@ -83,3 +85,33 @@ def test_an_effect_of_the_detectable_size_is_found_four_times_in_five() -> None:
     effect = minimal_detectable_effect(rng.normal(0, 1, 400))
     found = [normal_interval(rng.normal(effect, 1, 400)).low > 0 for _ in range(400)]
     assert 0.73 <= np.mean(found) <= 0.87  # standard error 0.02
+
+
+def test_shares_stay_between_0_and_1_on_small_data() -> None:
+    """Each against the exact binomial probabilities: Wilson's limits hold at least 90 % for small numbers of users."""
+    z = NormalDist().inv_cdf(0.975)
+    for users in range(2, 60):
+        for hits in range(users + 1):
+            values_B = np.r_[np.ones(hits), np.zeros(users - hits)]
+            found, normal = share_interval(values_B), normal_interval(values_B)
+            assert 0 <= found.low <= found.mean <= found.high <= 1
+            if 0 <= normal.low < normal.high <= 1:
+                assert found == normal
+                continue
+            assert found.low < found.high
+            for limit in (found.low, found.high):  # Wilson: the limits are the shares that z deviations exclude
+                if 0 < limit < 1:
+                    assert abs(found.mean - limit) == pytest.approx(z * (limit * (1 - limit) / users) ** 0.5)
+    assert share_interval(np.zeros(20)).high > 0.1
+    assert share_interval(np.ones(20)).low < 0.9
+
+
+def test_shares_of_large_data_are_what_they_were() -> None:
+    values_B = np.random.default_rng(0).random(5000) < 0.07
+    assert share_interval(values_B.astype(float)) == normal_interval(values_B.astype(float))
+    ndcg_B = values_B / np.log2(2 + np.arange(5000) % 3)
+    assert share_interval(ndcg_B) == normal_interval(ndcg_B)
+    one = np.array([1.0])
+    assert share_interval(one) == normal_interval(one)
+    beyond = np.array([-1.0, 0.0, 3.0])
+    assert share_interval(beyond) == normal_interval(beyond)

@@ -16,14 +16,16 @@ import pytest
 
 from tawin_nemo.config.schema import ModelConfig
 from tawin_nemo.models.megatron.parallel import runtime
-from tawin_nemo.run.failures import attempt_logs, is_symptom, recorded
-from tawin_nemo.run.launcher import first_failure
+from tawin_nemo.run.failures import attempt_logs, is_symptom, is_time_out, recorded
+from tawin_nemo.run.launcher import first_failure, hung_ranks
 from tawin_nemo.run.logging import with_run_id
 from tawin_nemo.util.errors import Preempted
 from tests.crash_matrix.attempts import launched
 from tests.crash_matrix.cases import LAYOUT, RANK_LIMIT
 
 LOST = "RuntimeError: [gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:2023"
+
+TIMED_OUT = "RuntimeError: [gloo/transport/tcp/unbound_buffer.cc:80] Timed out waiting 2000ms for recv operation"
 
 
 @dataclass(frozen=True)
@@ -41,11 +43,71 @@ class Failure:
         ({0: Failure(-signal.SIGTERM, "Signal 15", 5), 1: Failure(1, "ValueError: no", 6)}, 1),
         ({0: Failure(1, "ValueError: no", 6), 1: Failure(1, "ValueError: no", 5)}, 1),
         ({0: Failure(1, "ValueError: no", 5), 1: Failure(1, "ValueError: no", 5)}, 0),
+        ({0: Failure(1, TIMED_OUT, 5), 1: Failure(-signal.SIGKILL, "Signal 9", 20)}, 0),
+        ({0: Failure(1, "ValueError: no", 5), 1: Failure(-signal.SIGKILL, "Signal 9", 15)}, 0),
+        ({0: Failure(1, TIMED_OUT, 5), 1: Failure(1, "ValueError: no", 6)}, 1),
     ],
-    ids=["kill", "error before lost peer", "ended by the launcher", "earlier", "lower rank"],
+    ids=[
+        "kill",
+        "error before lost peer",
+        "ended by the launcher",
+        "earlier",
+        "lower rank",
+        "killed by the launcher after a time-out",
+        "killed by the launcher after an error",
+        "error before time-out",
+    ],
 )
 def test_the_failure_that_caused_the_others(failures: dict[int, Failure], first: int):
     assert first_failure(failures)[0] == first
+
+
+def test_the_ranks_that_hung_are_those_that_report_no_time_out():
+    killed = Failure(-signal.SIGKILL, "Signal 9", 20)
+    failures = {0: Failure(1, TIMED_OUT, 5), 1: killed, 2: Failure(1, TIMED_OUT, 6), 3: Failure(-15, "Signal 15", 9)}
+    assert hung_ranks(failures, 4) == [1, 3]
+    assert hung_ranks({0: Failure(1, "ValueError: no", 5), 1: killed}, 2) == []
+    assert is_time_out(TIMED_OUT)
+    assert not is_time_out(LOST)
+
+
+HANG = """
+import sys, time
+from datetime import timedelta
+from tawin_nemo.config.schema import ModelConfig
+from tawin_nemo.models.megatron.parallel import runtime
+from tawin_nemo.run.failures import recorded
+from tawin_nemo.run.signals import listening
+with recorded(), listening():
+    runtime.initialize(ModelConfig(), seed=0, limit=timedelta(seconds=3))
+    runtime.barrier()
+    while runtime.world_rank() == 1:
+        time.sleep(0.1)
+    runtime.gather_objects(1)
+"""
+
+
+@pytest.mark.distributed
+@pytest.mark.slow
+def test_the_last_line_after_a_time_out_names_the_rank_that_hung(tmp_path):
+    """Of three ranks one hangs; the launcher kills it, and possibly others, and none of those kills is the cause."""
+    (tmp_path / "tawin_nemo_hang.py").write_text(HANG)
+    start = "import sys; from tawin_nemo.run import launcher; launcher.GRACE = 10; sys.exit(launcher.launch(3, []))"
+    start = start.replace("import sys;", "import sys, runpy;").replace(
+        "sys.exit(launcher.launch(3, []))",
+        "import torch.distributed.launcher.api as api; real = api.elastic_launch; "
+        "api.elastic_launch = lambda config, entry: lambda *words: real(config, entry)('-m', 'tawin_nemo_hang'); "
+        "sys.exit(launcher.launch(3, []))",
+    )
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path]), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", start], capture_output=True, text=True, env=environment, timeout=240, check=False
+    )
+    last = done.stderr.strip().splitlines()[-1]
+    assert done.returncode == 1, done.stderr[-3000:]
+    assert last.startswith("tawin-nemo: rank 1 hung or was too slow: rank "), done.stderr[-3000:]
+    assert "trainer.collective_timeout" in last
+    assert "SIGKILL" not in last
 
 
 def test_losing_a_peer_is_told_from_an_error():

@@ -168,7 +168,7 @@ def test_equal_vectors_are_refused_on_demand(tmp_path: Path) -> None:
         (["semantic_ids.text.encoder=hf"], r"semantic_ids\.text\.encoder=hf needs semantic_ids\.text\.source"),
         (["semantic_ids.text.source=x"], r"is not read by semantic_ids\.text\.encoder=tfidf"),
         (["semantic_ids.given=a.json", "semantic_ids.grow_from=b"], "both say where codes come from"),
-        (["semantic_ids.rqvae.widths=[8,0]"], "must hold layer sizes >= 1"),
+        (["semantic_ids.rqvae.widths=[8,0]"], "semantic_ids.rqvae.widths=0 is out of limits; it must be in 1..65536"),
         (["semantic_ids.method=kmeans"], r"semantic_ids\.method=kmeans is not one of"),
     ],
 )

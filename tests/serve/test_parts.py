@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import queue
 import socket
 import threading
 
@@ -37,6 +36,7 @@ from tawin_nemo.types import TokenRows
 from tawin_nemo.util.errors import CheckpointError, DataError
 from tests.rollout.sequence_lm import TableLM
 from tests.serve.scene import first_catalog, tokenizer
+from tests.serve.two_ranks import OneOfTwo, Wire
 
 LANE = Lane(1, 2, "vocab")
 ROWS = TokenRows.from_lists([[1, 2, 3], [], [4]])
@@ -71,25 +71,6 @@ def plain(value):
     return {name: plain(item) for name, item in vars(value).items()} if hasattr(value, "__dict__") else value
 
 
-class Wire:
-    """Two ranks as two threads."""
-
-    size = 2
-
-    def __init__(self) -> None:
-        self.sent: queue.Queue[bytes] = queue.Queue()
-        self.met = threading.Barrier(2)
-
-    def send(self, data: bytes) -> None:
-        self.sent.put(data)
-
-    def receive(self) -> bytes:
-        return self.sent.get(timeout=30)
-
-    def barrier(self) -> None:
-        self.met.wait(30)
-
-
 def replica(catalog) -> Replica:
     def load(path: str) -> TableLM:
         if path == "broken":
@@ -104,8 +85,8 @@ def replica(catalog) -> Replica:
 def test_a_follower_calls_its_model_exactly_as_the_leader_does() -> None:
     catalog = first_catalog()
     wire, first, second = Wire(), replica(catalog), replica(catalog)
-    leader = Leader(first, wire)
-    follower = threading.Thread(target=follow, args=(second, wire))
+    leader = Leader(first, OneOfTwo(wire, 0))
+    follower = threading.Thread(target=follow, args=(second, OneOfTwo(wire, 1)))
     follower.start()
     running, jobs = Running(leader, Metrics()), []
     for weights, width in ((1, 3), (1, 8), (2, 5)):
@@ -138,7 +119,7 @@ def test_a_follower_calls_its_model_exactly_as_the_leader_does() -> None:
 
 
 def test_a_follower_ends_with_an_error_that_the_ranks_may_not_share() -> None:
-    wire = Wire()
+    wire = OneOfTwo(Wire(), 0)
     broken = replica(first_catalog())
     wire.send(encode(Admit(Lane(1, 1, "trie"), ROWS, NUMBERS, NUMBERS * 0 + 1, NUMBERS * 0, ROWS)))
     with pytest.raises(DataError, match="has no tokens"):

@@ -147,3 +147,30 @@ def test_rollout_and_training_agree_before_the_first_update():
     assert abs(stats["mismatch_kl"]) < 1e-9
     assert stats["mismatch_prob_error"] < LOGP_ATOL
     assert stats["shift_kl"] > 1e-6  # the second update sees what the first one changed
+
+
+@pytest.mark.parametrize("kl_groups", ["all", "informative"])
+def test_the_kl_of_groups_without_reward_difference_can_be_switched_off(kl_groups):
+    rl = RlConfig(beta=0.3, kl_groups=kl_groups)
+    scene = Scene(rl)
+    packed = scene.actor.pack(scene.rollout, scene.adv_BG, scene.omega_BG)
+    groups = sorted({int(flat) // GROUP for part in packed for flat in part.flat_M})
+    assert groups == ([0, 1, 2, 3, 4, 5] if kl_groups == "all" else [2, 3, 4, 5])
+    assert sum(len(part.flat_M) for part in packed) == len(groups) * GROUP
+    # the KL that is logged is that of these groups, over the candidates of all
+    own = scene.actor.behaviour_logprobs(scene.rollout, packed)
+    stats = scene.actor.update(
+        scene.rollout, packed, scene.adv_BG, scene.omega_BG, [logp_N + 0.5 for logp_N in own], lr=0.0
+    )
+    lengths_C, k3 = scene.rollout.lengths_BG.flatten(), np.expm1(0.5) - 0.5
+    scored_C = torch.zeros(len(lengths_C))
+    for part in packed:
+        scored_C.index_add_(0, part.flat_M[part.candidate_N], torch.ones(len(part.candidate_N)))
+    expected = k3 * float((scored_C / lengths_C).sum()) / len(lengths_C)
+    assert stats["kl"] == pytest.approx(expected, rel=1e-3)
+
+
+def test_without_any_informative_group_one_candidate_is_packed():
+    scene = Scene(RlConfig(beta=0.3, kl_groups="informative"))
+    packed = scene.actor.pack(scene.rollout, torch.zeros_like(scene.adv_BG), scene.omega_BG)
+    assert sum(len(part.flat_M) for part in packed) == 1

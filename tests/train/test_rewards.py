@@ -18,9 +18,18 @@ from tawin_nemo.baselines.load import DONE_FILE, MODEL_FILE, ModelAndOptimizer, 
 from tawin_nemo.config.schema import BaselineConfig, RlConfig
 from tawin_nemo.data.samples import Samples
 from tawin_nemo.data.text_vectors import text_vectors
+from tawin_nemo.maths.advantages import group_advantages
 from tawin_nemo.maths.rewards import collaborative_reward, ranking_reward, rule_reward, semantic_reward
-from tawin_nemo.train.rewards import CollaborativeReward, RankingReward, RuleReward, SemanticReward, build_reward
-from tawin_nemo.types import NO_ITEM, PromptBatch, Rollout, TokenRows
+from tawin_nemo.train.rewards import (
+    CollaborativeReward,
+    RankingReward,
+    RuleReward,
+    SemanticReward,
+    build_reward,
+    with_finite_rewards,
+)
+from tawin_nemo.train.rl_metrics import rollout_metrics
+from tawin_nemo.types import NO_ITEM, DataParallel, PromptBatch, Rollout, TokenRows
 from tawin_nemo.util.errors import ConfigError, DataError
 
 TITLES = ["steel bolt", "steel nut", "brass bolt", "nitrile glove", "latex glove"]
@@ -156,3 +165,42 @@ def test_unusable_sources_are_refused(stage: Path, tmp_path: Path) -> None:
         build_reward(replace(rl, reward_source=str(tmp_path)), world())
     with pytest.raises(ConfigError, match=r"rl\.reward='sasrec'"):
         build_reward(replace(rl, reward="sasrec"), world())
+
+
+def test_a_reward_that_is_not_finite_masks_its_candidate_alone() -> None:
+    found = rollout([2, 0, 4])
+    found = replace(found, logprobs_BGT=found.scores_BG[..., None].clone(), inserted_BG=found.is_target_BG.clone())
+    rewards_BG = torch.tensor([[0.0, 1.0, 0.5, 0.0], [0.0, 1.0, 0.0, 0.0], [1.0, 0.0, 0.0, 0.0]])
+    same, unchanged_BG, none = with_finite_rewards(found, rewards_BG)
+    assert same is found
+    assert unchanged_BG is rewards_BG
+    assert none == 0
+    broken_BG = rewards_BG.clone()
+    broken_BG[0, 1], broken_BG[2, 0], broken_BG[2, 3] = torch.nan, torch.inf, torch.nan
+    kept, kept_BG, masked = with_finite_rewards(found, broken_BG)
+    assert masked == 3
+    assert kept.items_BG[0].tolist() == [*found.items_BG[0, [0, 2, 3]].tolist(), NO_ITEM]
+    assert kept.items_BG[2].tolist() == [*found.items_BG[2, [1, 2]].tolist(), NO_ITEM, NO_ITEM]
+    assert kept_BG[0].tolist() == [0.0, 0.5, 0.0, 0.0]
+    assert kept.scores_BG[0].tolist() == [0.0, -2.0, -3.0, -torch.inf]
+    assert torch.equal(kept.tokens_BGT[0, :3, 0], found.tokens_BGT[0, [0, 2, 3], 0])
+    assert kept.lengths_BG[0].tolist() == [1, 1, 1, 0]
+    assert kept.logprobs_BGT is not None
+    assert kept.logprobs_BGT[0, :, 0].tolist() == [0.0, -2.0, -3.0, 0.0]
+    assert not (kept.is_target_BG | kept.inserted_BG)[~kept.valid_BG].any()
+    assert torch.equal(kept.items_BG[1], found.items_BG[1])  # the other groups stay as they are
+    # the group learns from the candidates that are left, exactly as if the others had never been found
+    expected_G = group_advantages(torch.tensor([[0.0, 0.5, 0.0]]))[0]
+    advantages_BG = group_advantages(kept_BG, valid_BG=kept.valid_BG)
+    assert torch.equal(advantages_BG[0, :3], expected_G)
+    assert advantages_BG.isfinite().all()
+
+
+def test_masked_candidates_are_counted_in_metrics_of_their_step_only() -> None:
+    found = rollout([2, 0, 4])
+    alone = DataParallel()
+    rewards_BG = torch.zeros(3, 4)
+    before = rollout_metrics(found, rewards_BG, alone)
+    assert "rl/masked_rewards" not in before
+    counted = rollout_metrics(found, rewards_BG, alone, 2)
+    assert counted == before | {"rl/masked_rewards": 2.0}

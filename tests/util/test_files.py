@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from tawin_nemo.util.files import atomic_directory, atomic_path, sha256, write_json
+from tawin_nemo.util.files import atomic_directory, atomic_path, remove_leftovers, sha256, write_json
 
 
 def test_an_error_leaves_the_old_file_and_no_rubbish(tmp_path):
@@ -84,3 +84,29 @@ def test_a_file_that_is_replaced_gets_the_rights_of_a_new_one(tmp_path: Path, um
     path.chmod(0o600)
     write_json(path, {"a": 1})
     assert rights(path) == 0o666 & ~umask
+
+
+def test_a_device_or_a_folder_is_not_replaced_by_a_file(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "folder").mkdir()
+    for name in ("pipe", "folder"):
+        with pytest.raises(IsADirectoryError, match=f"is no regular file: '{tmp_path / name}'"):
+            write_json(tmp_path / name, 1)
+    (tmp_path / "file").touch()
+    for name in ("pipe", "file"):
+        with pytest.raises(NotADirectoryError, match=name), atomic_directory(tmp_path / name):
+            pass
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "folder", "pipe"]
+
+
+def test_leftovers_of_one_output_are_removed_and_nothing_else(tmp_path):
+    for name in (".out.tmpab12cd_9", ".out.ab12cd_9.tmp.json", ".out.old", ".other.tmpab12cd_9", ".out.tmp", ".outer"):
+        (tmp_path / name).mkdir()
+        os.utime(tmp_path / name, (1, 1))
+    (tmp_path / ".out.tmpyoung123").mkdir()
+    remove_leftovers(tmp_path, before=2.0, name="out")
+    left = sorted(path.name for path in tmp_path.iterdir())
+    assert left == [".other.tmpab12cd_9", ".out.old", ".out.tmp", ".out.tmpyoung123", ".outer"]
+    (tmp_path / "out").mkdir()
+    remove_leftovers(tmp_path, before=2.0, name="out")
+    assert ".out.old" not in [path.name for path in tmp_path.iterdir()]

@@ -25,6 +25,7 @@ from tawin_nemo.data.special_tokens import encode_prompts
 from tawin_nemo.data.tokenizer import Tokenizer
 from tawin_nemo.types import TokenRows
 from tawin_nemo.util.errors import CatalogError, DataError
+from tawin_nemo.util.trusted import read_text
 
 
 @dataclass(frozen=True)
@@ -249,7 +250,7 @@ def read_items(path: Path) -> list[NewItem]:
     """
     items = []
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = read_text(path).splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise CatalogError(f"{path} cannot be read as a catalog: {error}") from error
     for number, line in enumerate(lines, 1):
@@ -257,10 +258,13 @@ def read_items(path: Path) -> list[NewItem]:
             continue
         try:
             record = json.loads(line)
-            item = NewItem(record["external_id"], record["title"], tuple(record.get("codes", ())))
-            if not all(isinstance(word, str) and word for word in (item.external_id, item.title, *item.codes)):
+            codes = record.get("codes", ())
+            item = NewItem(record["external_id"], record["title"], tuple(codes))
+            if isinstance(codes, str) or not all(
+                isinstance(word, str) and word for word in (item.external_id, item.title, *item.codes)
+            ):
                 raise TypeError("external_id, title and codes must be strings that are not empty")
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise CatalogError(f"{path}, line {number}: {type(error).__name__}: {error}") from error
         items.append(item)
     if not items:

@@ -19,11 +19,10 @@ from tawin_nemo.rollout.lm import LM
 from tawin_nemo.serve.engine.catalog import ServedCatalog
 from tawin_nemo.serve.engine.jobs import AdmissionPolicy, Job, Limits, Rejected
 from tawin_nemo.serve.engine.messages import Probe, PutCatalog, Release
-from tawin_nemo.serve.engine.ranks import Leader
+from tawin_nemo.serve.engine.ranks import Leader, RanksLost
 from tawin_nemo.serve.engine.running import Running
 from tawin_nemo.serve.engine.telemetry import Metrics
 from tawin_nemo.serve.engine.weight_sources import Source
-from tawin_nemo.util.errors import TawinError
 from tawin_nemo.util.log import get_logger
 
 T = TypeVar("T")
@@ -253,7 +252,7 @@ class Engine:
             future.set_result(function())
         except Exception as error:
             future.set_exception(error)
-            if self.leader.ranks.size > 1 and not isinstance(error, TawinError):  # which all ranks raise alike
+            if isinstance(error, RanksLost):  # after every other error all ranks still have the state before
                 raise
 
     def _next_jobs(self) -> list[Job]:

@@ -56,12 +56,16 @@ class FromTensors:
 
 
 class Replica:
-    """``load`` makes a model with the weights of a path; ``length_penalty`` is that of all searches."""
+    """``load`` makes a model with the weights of a path; ``length_penalty`` is that of all searches.
+
+    ``check`` raises a TawinError for a path that ``load`` cannot load, as far as one rank sees that without the others.
+    """
 
     def __init__(
-        self, load: Callable[[str], LM], *, length_penalty: float = 0.0, from_tensors: FromTensors | None = None
+        self, load: Callable[[str], LM], *, check: Callable[[str], None] = lambda path: None,
+        length_penalty: float = 0.0, from_tensors: FromTensors | None = None,
     ) -> None:  # fmt: skip
-        self.load, self.from_tensors = load, from_tensors
+        self.load, self.check, self.from_tensors = load, check, from_tensors
         self.models: dict[int, LM] = {}
         self.tries: dict[int, TokenTrie] = {}
         self.searches: dict[Lane, BeamSearch] = {}
@@ -70,7 +74,7 @@ class Replica:
     def apply(self, message: Message) -> Any:
         """Execute a message; returns the FinishedPrompts of ``Advance``, the Candidates of ``Draw``, None otherwise.
 
-        Raises the errors of searching (DataError, CatalogError, ConfigError) and of loading (CheckpointError).
+        Raises the errors of searching (DataError, CatalogError, ConfigError).
         """
         match message:
             case Admit():
@@ -81,17 +85,13 @@ class Replica:
                 self._drop(message)
             case Draw():
                 return self._draw(message)
-            case LoadWeights():
-                self.models[message.version] = self.load(message.path)
-            case PutCatalog():
-                self.tries[message.version] = TokenTrie.from_paths(message.paths)
             case Release():
                 for version in message.weights:
                     del self.models[version]
                 for version in message.catalogs:
                     del self.tries[version]
-            case Probe() | Stop() | ReceiveWeights():  # ``ranks`` calls ``build_from_tensors`` for ReceiveWeights
-                pass
+            case Probe() | Stop() | LoadWeights() | ReceiveWeights() | PutCatalog():
+                pass  # ``ranks`` carries these out on all ranks together
         return None
 
     def build_from_tensors(self, tensor_of: Callable[[str, tuple[int, ...], torch.dtype], Tensor]) -> LM:

@@ -33,6 +33,7 @@ class FromDisk:
     path: str
 
     def load_here(self, replica: Replica) -> LM:
+        replica.check(self.path)
         return replica.load(self.path)
 
     def load_on_all_ranks(self, leader: Leader, version: int) -> None:

@@ -24,6 +24,7 @@ from tawin_nemo.serve.http.middleware import add_middleware
 from tawin_nemo.serve.http.requests import ServerContext
 from tawin_nemo.serve.http.weight_updates import WeightUpdates
 from tawin_nemo.util.errors import CheckpointError
+from tawin_nemo.util.trusted import confined
 
 
 class ControlPlane:
@@ -51,7 +52,7 @@ class ControlPlane:
         With several ranks the engine answers no requests while all ranks load. If loading fails (400) the current
         weights stay active.
         """
-        path = self._confined(body.model_path)
+        path = self._confined(body.model_path, "model_path")
         try:
             version = self.engine.update_weights(FromDisk(str(path)), body.weight_version)
         except CheckpointError as error:  # the current weights stay active
@@ -150,7 +151,9 @@ class ControlPlane:
         current = self.engine.catalog
         version = self._last_version + 1
         if body.path is not None:
-            built = current.replaced(read_items(self._confined(body.path)), version)
+            with confined(self._roots):
+                items = read_items(self._confined(body.path, "path"))
+            built = current.replaced(items, version)
         else:
             added = [NewItem(item.external_id, item.title, tuple(item.codes)) for item in body.add]
             built = current.changed(added, body.remove, version)
@@ -211,15 +214,21 @@ class ControlPlane:
             message=message, weight_version=self.engine.weights, catalog_version=self.engine.catalog.version
         )
 
-    def _confined(self, name: str) -> Path:
-        """The resolved path. Raises ApiError when it lies outside of the roots (403) or does not exist (404)."""
-        if "\0" in name:
-            raise ApiError(400, "a path cannot contain zero bytes", param="path")
-        path = Path(name).resolve()
-        if not any(path.is_relative_to(root) for root in self._roots):
-            raise ApiError(403, "the path is not below serve.roots", param="path", code="path_not_allowed")
-        if not path.exists():
-            raise ApiError(404, "the path does not exist", param="path")
+    def _confined(self, name: str, field: str) -> Path:
+        """The resolved path. Raises ApiError when it lies outside of the roots (403), does not exist (404) or cannot
+        be a path (400).
+
+        Links can change afterwards: whoever opens the files does so under ``confined``, which looks at what is opened.
+        """
+        try:
+            path = Path(name).resolve()
+            allowed, exists = any(path.is_relative_to(root) for root in self._roots), path.exists()
+        except (OSError, ValueError, RuntimeError) as error:  # too long, a zero byte, a circle of links
+            raise ApiError(400, f"this cannot be a path ({error})", param=field) from error
+        if not allowed:
+            raise ApiError(403, "the path is not below serve.roots", param=field, code="path_not_allowed")
+        if not exists:
+            raise ApiError(404, "the path does not exist", param=field)
         return path
 
 

@@ -13,6 +13,10 @@ from starlette.exceptions import HTTPException
 
 from tawin_nemo.serve.engine.jobs import Rejected
 from tawin_nemo.util.errors import TawinError
+from tawin_nemo.util.log import get_logger
+from tawin_nemo.util.trusted import OutsideRoots
+
+log = get_logger(__name__)
 
 _TYPES = {
     400: "invalid_request_error", 401: "authentication_error", 404: "not_found_error", 405: "invalid_request_error",
@@ -76,7 +80,9 @@ def add_error_handlers(app: FastAPI) -> None:
     @app.exception_handler(TawinError)
     async def on_tawin_error(request: Request, error: TawinError) -> JSONResponse:
         request.state.reason = "invalid" if error.exit_code == 2 else "fault"
-        status = 400 if error.exit_code == 2 else 500
+        status = 403 if isinstance(error, OutsideRoots) else 400 if error.exit_code == 2 else 500
+        if status == 500:
+            log.error("request %s failed", correlation_id.get(), exc_info=error)
         return JSONResponse(error_body(status, str(error)), status)
 
     @app.exception_handler(RequestValidationError)
@@ -95,6 +101,7 @@ def add_error_handlers(app: FastAPI) -> None:
 
     @app.exception_handler(Exception)
     async def on_unexpected_error(request: Request, error: Exception) -> JSONResponse:
+        log.error("request %s failed", correlation_id.get(), exc_info=error)
         message = f"a fault of the server ({type(error).__name__}); see its log"
         # Starlette sends this response from outside of all other middleware, which would have added the header.
         return JSONResponse(error_body(500, message), 500, {"X-Request-Id": correlation_id.get() or ""})

@@ -66,7 +66,8 @@ class WeightUpdates:
     def update(self, body: UpdateFromDistributed) -> int:
         """Receive weights and activate them; returns their version.
 
-        Raises ApiError for tensors that do not match the model (400) or do not arrive completely (503).
+        Raises ApiError for tensors that do not match the model or are not finite (400), or do not arrive completely
+        (503).
         """
         parts = self._parts()
         with self._exclusive():
@@ -84,6 +85,10 @@ class WeightUpdates:
                 )  # fmt: skip
                 text = f"the weights did not arrive whole ({error}); make a new group"
                 raise ApiError(503, text, reason="fault", code="transfer_failed", retry_after=1) from error
+            wrong = [name for name, tensor in tensors.items() if not bool(tensor.isfinite().all())]
+            if wrong:
+                text = f"{_few(wrong)}: not all values are finite; version {self._engine.weights} stays in use"
+                raise ApiError(400, text, param="names", code="not_finite")
             return self._engine.update_weights(FromMemory(tensors), version)
 
     def destroy(self, body: DestroyGroup) -> str:

@@ -72,8 +72,9 @@ class PublishRoot:
             version.parent.mkdir(parents=True, exist_ok=True)
             (self.run_dir(day) / EXPORT).rename(version)
         temporary = self.folder / f".latest.{os.getpid()}"
-        with contextlib.suppress(FileNotFoundError):
-            temporary.unlink()
+        for left in self.folder.glob(".latest.*"):  # by a call that was killed; the root's lock is held
+            with contextlib.suppress(FileNotFoundError):
+                left.unlink()
         temporary.symlink_to(version.relative_to(self.folder))
         temporary.replace(self.latest)
         descriptor = os.open(self.folder, os.O_RDONLY)

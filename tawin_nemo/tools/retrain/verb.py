@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from tawin_nemo.commands.convert import export as write_export
-from tawin_nemo.commands.session import codes_path, started
+from tawin_nemo.commands.session import codes_path, finish_saving, started, writing
 from tawin_nemo.config.schema import Recipe, RetrainConfig
 from tawin_nemo.eval.result import EvalResult
 from tawin_nemo.models.megatron.parallel import disaggregated, runtime
@@ -46,6 +46,8 @@ def run_retrain(recipe: Recipe) -> tuple[dict[str, Any], int]:
         if disaggregated.is_rollout_rank():
             serve()
             return {}, 0
+        stack.enter_context(writing(root.folder, "retrain"))
+        stack.callback(finish_saving)
         result = runtime.on_rank_0(lambda: finished(root, day))
         if result is None:
             run = runtime.on_rank_0(lambda: root.nightly_run(day, data_of(recipe, day), warm=recipe.retrain.warm_start))

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import pickle
 import platform
 import shutil
 from collections.abc import Callable, Iterator
@@ -30,12 +31,14 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from tawin_nemo import __version__
 from tawin_nemo.models.megatron.checkpoint import files
+from tawin_nemo.models.megatron.checkpoint.dcp_load import COMMON, CommonLoad, ShardLoad, check_kinds
 from tawin_nemo.models.megatron.checkpoint.dcp_save import ShardSave
 from tawin_nemo.models.megatron.checkpoint.files import FORMAT, Ranks, list_checkpoints
 from tawin_nemo.models.megatron.checkpoint.sharded_state import HasOptimizer, load_state, optimizer_kind, sharded_state
 from tawin_nemo.models.megatron.parallel import runtime
-from tawin_nemo.util.errors import CheckpointError
+from tawin_nemo.util.errors import CheckpointError, UserError
 from tawin_nemo.util.log import get_logger
+from tawin_nemo.util.trusted import refuse_pickles
 
 log = get_logger(__name__)
 
@@ -134,13 +137,46 @@ def load_checkpoint(
         raise CheckpointError(f"{path}: {problem}; continue from another checkpoint (newest_valid finds one)")
     record = files.read_record(path)
     _check_signature(path, record, model, trainable)
-    wanted = sharded_state(model, trainable, is_loading=True)
-    try:
-        loaded = dist_checkpointing.load(wanted, str(path), strict=StrictHandling.RAISE_UNEXPECTED)
-    except (dist_checkpointing.core.CheckpointingException, KeyError, ValueError, RuntimeError) as error:
-        raise CheckpointError(f"{path} does not fit this model ({error})") from error
-    load_state(model, trainable, loaded)
+    load_state(model, trainable, _read_shards(path, record, sharded_state(model, trainable, is_loading=True)))
     return record["state"]
+
+
+def _read_shards(path: Path, record: dict[str, Any], wanted: dict[str, Any]) -> dict[str, Any]:
+    """What megatron-core finds for ``wanted``. Raises CheckpointError; nothing in the files is run (``dcp_load``)."""
+    names = record["files"].keys()
+    try:
+        check_kinds(path, names)
+        return dict(
+            dist_checkpointing.load(
+                wanted, str(path), ShardLoad(names), CommonLoad(), strict=StrictHandling.RAISE_UNEXPECTED
+            )
+        )
+    except UserError:
+        raise
+    except CheckpointException as error:  # the ranks' own errors; it is no Exception
+        raise CheckpointError(f"{path} cannot be loaded ({'; '.join(_causes(error))})") from error
+    except pickle.UnpicklingError as error:
+        reason = str(error).strip().splitlines()[0]
+        raise CheckpointError(f"{path} holds more than tensors and numbers, and is not loaded ({reason})") from error
+    except (dist_checkpointing.core.CheckpointingException, KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise CheckpointError(f"{path} does not fit this model ({error})") from error
+
+
+def check_form(path: Path) -> None:
+    """Raises CheckpointError unless the record, the formats and the metadata of the checkpoint can be read.
+
+    It is not collective and reads no tensors: several ranks can agree on it before they load together.
+    """
+    try:
+        names = files.read_record(path)["files"].keys()
+        check_kinds(path, names)
+        ShardLoad(names).load_sharded_metadata(path)
+    except UserError:
+        raise
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: {error}") from error
+    except Exception as error:
+        raise CheckpointError(f"{path} cannot be loaded ({type(error).__name__}: {error})") from error
 
 
 def newest_valid(directory: Path, problem_of: Callable[[Path], str | None] | None = None) -> Path | None:
@@ -184,9 +220,10 @@ def find_problem(path: Path) -> str | None:
     """Why ``path`` is not a complete, undamaged checkpoint; None if it is. The files are divided among the ranks."""
     ranks = Ranks()
     try:
+        refuse_pickles(path, known=(COMMON,))
         record = files.read_record(path)
         problem = files.damaged_file(path, ranks.share(sorted(record["files"])), record["files"])
-    except CheckpointError as error:
+    except (CheckpointError, UserError) as error:
         problem = str(error)
     except OSError as error:
         problem = f"it cannot be read ({error})"

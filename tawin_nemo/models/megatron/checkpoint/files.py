@@ -21,6 +21,7 @@ import torch.distributed as dist
 
 from tawin_nemo.util.errors import CheckpointError
 from tawin_nemo.util.files import sha256
+from tawin_nemo.util.trusted import OutsideRoots, read_text
 
 T = TypeVar("T")
 
@@ -132,17 +133,39 @@ def digests(directory: Path, names: list[str]) -> dict[str, dict[str, Any]]:
 def read_record(path: Path) -> dict[str, Any]:
     """``state.json``. Raises CheckpointError when it is missing, damaged or of another format."""
     try:
-        record = json.loads((path / STATE_FILE).read_text(encoding="utf-8"))
+        record = json.loads(read_text(path / STATE_FILE))
         digest = record.pop("sha256")
     except FileNotFoundError:
         raise CheckpointError(f"{STATE_FILE} is missing") from None
-    except (ValueError, KeyError, AttributeError) as error:
+    except OutsideRoots:
+        raise
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
         raise CheckpointError(f"{STATE_FILE} is damaged ({error!r})") from error
     if digest != _record_digest(record):
         raise CheckpointError(f"the checksum of {STATE_FILE} is wrong")
-    if record["format"] != FORMAT:
-        raise CheckpointError(f"format {record['format']} is not known (this version reads {FORMAT})")
+    if record.get("format") != FORMAT:
+        raise CheckpointError(f"format {record.get('format')} is not known (this version reads {FORMAT})")
+    if not _is_complete(record):
+        raise CheckpointError(f"{STATE_FILE} is damaged (it lacks entries, or they have another form)")
     return dict(record)
+
+
+def _is_complete(record: dict[str, Any]) -> bool:
+    """Whether the record has all entries in their form, and lists files of the checkpoint's own folder only."""
+    entries = record.get("files")
+    return (
+        all(isinstance(record.get(key), dict) for key in ("state", "model", "files"))
+        and "optimizer" in record
+        and isinstance(entries, dict)
+        and all(
+            name not in ("", ".", "..")
+            and "/" not in name
+            and isinstance(entry, dict)
+            and isinstance(entry.get("bytes"), int)
+            and isinstance(entry.get("sha256"), str)
+            for name, entry in entries.items()
+        )
+    )
 
 
 def commit(temporary: Path, path: Path, record: dict[str, Any]) -> None:

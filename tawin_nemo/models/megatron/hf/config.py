@@ -20,6 +20,7 @@ from typing import Any
 from tawin_nemo.config.backbones import Backbone, RopeScaling
 from tawin_nemo.util.errors import ConfigError
 from tawin_nemo.util.log import get_logger
+from tawin_nemo.util.trusted import read_text
 
 log = get_logger(__name__)
 
@@ -122,13 +123,23 @@ def backbone_from_hf(directory: str | Path) -> Backbone:
     """
     file = Path(directory) / "config.json"
     try:
-        config = json.loads(file.read_text(encoding="utf-8"))
+        config = json.loads(read_text(file))
     except FileNotFoundError:
         raise ConfigError(
             f"{file} does not exist; model.init must be `random` or a folder with config.json and safetensors files"
         ) from None
     except json.JSONDecodeError as error:
         raise ConfigError(f"{file} is not valid JSON ({error}); download it again") from error
+    try:
+        return _shape_of(config, file)
+    except ConfigError:
+        raise
+    except (TypeError, ValueError, AttributeError) as error:
+        raise ConfigError(f"{file} describes no model ({error}); download it again") from error
+
+
+def _shape_of(config: dict[str, Any], file: Path) -> Backbone:
+    """The shape; raises TypeError, ValueError or AttributeError for values of another kind than transformers writes."""
     _check_supported(config, file)
     family = config["model_type"]
     heads = int(_require(config, "num_attention_heads", file))

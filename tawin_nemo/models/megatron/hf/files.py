@@ -13,6 +13,7 @@ from torch import Tensor
 from tawin_nemo.config.backbones import Backbone
 from tawin_nemo.models.megatron.hf.map import hf_names, table
 from tawin_nemo.util.errors import CheckpointError
+from tawin_nemo.util.trusted import OutsideRoots, read_text, refuse_pickles, trusted_name
 
 SINGLE_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
 #: Rows of a matrix that are read at a time where a second copy of it must not be held.
@@ -26,10 +27,14 @@ class HfWeights:
     def __init__(self, directory: Path) -> None:
         self.directory = directory
         self._open: dict[str, Any] = {}
+        self.files: dict[str, str]
+        if any((directory / name).exists() for name in (SINGLE_FILE, INDEX_FILE)):
+            refuse_pickles(directory)
         if (directory / INDEX_FILE).exists():
             try:
-                index = json.loads((directory / INDEX_FILE).read_text(encoding="utf-8"))
-                self.files: dict[str, str] = dict(index["weight_map"])
+                self.files = _weight_map(json.loads(read_text(directory / INDEX_FILE)))
+            except OutsideRoots:
+                raise
             except (ValueError, KeyError, TypeError) as error:
                 raise CheckpointError(
                     f"{directory / INDEX_FILE} has no readable weight_map ({error!r}); download it again"
@@ -46,7 +51,8 @@ class HfWeights:
     def _file(self, name: str) -> Any:
         if name not in self._open:
             try:
-                self._open[name] = safe_open(self.directory / name, framework="pt", device="cpu")
+                with trusted_name(self.directory / name) as file:
+                    self._open[name] = safe_open(file, framework="pt", device="cpu")
             except (OSError, SafetensorError) as error:
                 raise CheckpointError(_damage(self.directory / name, error)) from error
         return self._open[name]
@@ -104,6 +110,18 @@ class HfWeights:
         for start in range(0, rows, ROWS_AT_ONCE):
             total += self.read(name, 0, start, min(start + ROWS_AT_ONCE, rows)).double().sum(0)
         return total / rows
+
+
+def _weight_map(index: Any) -> dict[str, str]:
+    """Tensor -> file of the folder. Raises KeyError, TypeError or ValueError for an index of another form."""
+    files = dict(index["weight_map"])
+    wrong = [file for pair in files.items() for file in pair if not isinstance(file, str)]
+    if wrong:
+        raise TypeError(f"{wrong[0]!r:.40} is no name")
+    outside = [file for file in files.values() if Path(file).name != file]
+    if outside:
+        raise ValueError(f"{outside[0]!r} is no file of this folder")
+    return files
 
 
 def _damage(path: Path, error: Exception) -> str:

@@ -59,6 +59,18 @@ def _check_shapes(weights: HfWeights, entry: Entry, layer: int | None, shape: Ba
             )
 
 
+def check_hf(shape: Backbone, directory: str | Path) -> None:
+    """Raises CheckpointError unless ``load_hf`` can load the directory into a model of this shape.
+
+    It is not collective and reads only the headers of the files.
+    """
+    weights = HfWeights(Path(directory))
+    weights.check_files()
+    weights.check_names(shape)
+    for entry, layer in table(shape):
+        _check_shapes(weights, entry, layer, shape)
+
+
 def _fill_new_rows(
     parameter: Tensor, drawn: Tensor, first_row: int, vocab: int, weights: HfWeights, name: str, new: NewTokens
 ) -> None:
