@@ -194,6 +194,8 @@ def _dispatch(arguments: argparse.Namespace, argv: list[str]) -> int:
     recipe = load_recipe(arguments.recipe or recipe_of_checkpoint(arguments.overrides), arguments.overrides)
     recipe = imported(recipe, trains=arguments.verb in ("train", "retrain"))
     if arguments.verb in ("prepare", "tokenize"):
+        from tawin_nemo.commands.prepare import prepare_or_tokenize
+
         result: dict[str, Any] = prepare_or_tokenize(recipe, arguments.verb)
     else:
         if recipe.trainer.devices > 1 and not is_launched():
@@ -214,24 +216,6 @@ def _dispatch(arguments: argparse.Namespace, argv: list[str]) -> int:
     if read_launch().rank == 0:
         print(json.dumps(result), flush=True)
     return 0
-
-
-def prepare_or_tokenize(recipe: Any, verb: str) -> dict[str, Any]:
-    """The two verbs that need no process group; they hold the lock of the run directory while they write there."""
-    from tawin_nemo.run.datasets import prepared_root, prepares, run_dir_of
-    from tawin_nemo.run.run_lock import run_lock
-
-    with contextlib.ExitStack() as stack:
-        if verb == "tokenize" or prepares(recipe):
-            stack.enter_context(run_lock(run_dir_of(recipe), verb))
-        root = prepared_root(recipe)
-        if verb == "prepare":
-            return {"prepared": str(root)}
-        from tawin_nemo.commands.tokenize import output_of, tokenize, vectors_of
-
-        out = output_of(recipe)
-        stack.enter_context(run_lock(out.parent, verb, outputs=[out.name, vectors_of(out).name]))
-        return tokenize(recipe, root)
 
 
 def simulate(arguments: argparse.Namespace) -> int:

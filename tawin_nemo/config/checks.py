@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Iterator
 
 from tawin_nemo.config.layout import SEQUENCE_PARALLEL_NEEDS_TP, rollout_layout, training_layout
@@ -102,12 +103,18 @@ def _precision_combinations(r: Recipe) -> Iterator[tuple[bool, str]]:
     )
 
 
+def _near(template: str) -> str:
+    found = difflib.get_close_matches(template, TEMPLATES, n=1)
+    return f"; did you mean {found[0]}?" if found else ""
+
+
 def _template_combinations(r: Recipe) -> Iterator[tuple[bool, str]]:
     data = r.data
     yield (
         data.template not in TEMPLATES and not data.jinja and not is_import_path(data.template),
-        f"data.template={data.template} is not one of compact, alpaca, a Jinja file (NAME.jinja) or Jinja text with "
-        "{{ }}; data.chat=true puts the tokenizer's chat template around it",
+        f"data.template={data.template} is not one of compact, alpaca, a Jinja file (NAME.jinja), Jinja text with {{{{ }}}} "
+        f"or an import path such as package.module:name{_near(data.template)}; data.chat=true puts the tokenizer's chat "
+        "template around it",
     )
     yield (
         data.chat and data.template == "compact",

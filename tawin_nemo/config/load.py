@@ -61,12 +61,22 @@ def read_recipe(path: str | Path | None, overrides: Sequence[str] = ()) -> Recip
         _expand_home(merged)
         recipe = OmegaConf.to_object(merged)
     except OmegaConfBaseException as error:
-        key = getattr(error, "full_key", None) or "a value"
+        key = getattr(error, "full_key", None) or _unresolvable(merged) or "a value"
         field = dict(leaf_fields(Recipe)).get(key)
         meaning = f" ({key}: {field.metadata['help']})" if field else ""
         raise ConfigError(f"{key}: {str(error).splitlines()[0]}{meaning}") from None
     assert isinstance(recipe, Recipe)
     return recipe
+
+
+def _unresolvable(merged: Any) -> str:
+    """The first key whose value refers to a key that does not exist."""
+    for key, _ in leaf_fields(Recipe):
+        try:
+            OmegaConf.select(merged, key)
+        except OmegaConfBaseException:
+            return key
+    return ""
 
 
 def _sft_for_rl(layer: DictConfig) -> None:

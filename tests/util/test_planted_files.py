@@ -35,7 +35,7 @@ from tawin_nemo.semantic_ids.train_quantiser import Plan, train_quantiser
 from tawin_nemo.serve.engine.catalog import read_items
 from tawin_nemo.util.errors import TawinError
 from tawin_nemo.util.files import sha256, write_json
-from tests.baselines.test_load import ITEMS, finished_stage
+from tests.baselines.test_load import IDS, finished_stage
 from tests.planted import numpy_saved, pickled, torch_saved
 from tests.semantic_ids.vectors import blobs
 
@@ -187,7 +187,7 @@ def auxiliary_recommender(folder: Path, marker: Path) -> Callable[[], Any]:
     record = json.loads((step / "state.json").read_text())
     record["files"]["weights.pt"] = sha256(step / "weights.pt")
     write_json(step / "state.json", record)
-    return lambda: load_baseline(folder, num_items=ITEMS)
+    return lambda: load_baseline(folder, external_ids=IDS)
 
 
 def per_user_parquet(folder: Path, marker: Path) -> Callable[[], Any]:
@@ -248,6 +248,6 @@ def test_a_weights_folder_is_refused_before_anything_in_it_is_opened(
 
 def test_own_checkpoints_of_recommenders_are_read_as_before(tmp_path: Path) -> None:
     trained = finished_stage(tmp_path, "gru4rec", seed=1).model
-    loaded = load_baseline(tmp_path, num_items=ITEMS)
+    loaded = load_baseline(tmp_path, external_ids=IDS)
     for one, other in zip(trained.parameters(), loaded.parameters(), strict=True):
         assert torch.equal(one, other)
