@@ -112,9 +112,9 @@ def _template_combinations(r: Recipe) -> Iterator[tuple[bool, str]]:
     data = r.data
     yield (
         data.template not in TEMPLATES and not data.jinja and not is_import_path(data.template),
-        f"data.template={data.template} is not one of compact, alpaca, a Jinja file (NAME.jinja), Jinja text with {{{{ }}}} "
-        f"or an import path such as package.module:name{_near(data.template)}; data.chat=true puts the tokenizer's chat "
-        "template around it",
+        f"data.template={data.template} is not one of compact, alpaca, a Jinja file (NAME.jinja), Jinja text with "
+        f"{{{{ }}}}, or an import path such as package.module:name{_near(data.template)}; data.chat=true puts the "
+        "tokenizer's chat template around it",
     )
     yield (
         data.chat and data.template == "compact",

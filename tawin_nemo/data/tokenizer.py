@@ -196,14 +196,9 @@ def _eos_of_folder(directory: Path, fast: PreTrainedTokenizerFast) -> str | None
 
 
 def build_tokenizer(
-    data: DataConfig,
-    catalog: CatalogConfig,
-    model: ModelConfig,
-    titles: Sequence[str],
-    codes: Sequence[Sequence[str]] | None,
-    task_markers: Sequence[str] = (),
-    template: Template | None = None,
-) -> Tokenizer:
+    data: DataConfig, catalog: CatalogConfig, model: ModelConfig, titles: Sequence[str],
+    codes: Sequence[Sequence[str]] | None, task_markers: Sequence[str] = (), template: Template | None = None,
+) -> Tokenizer:  # fmt: skip
     """The tokenizer that ``data.tokenizer`` names, able to write the template and every item as single codes.
 
     ``task_markers`` become single tokens as well (those of alignment tasks in the compact template). ``template``: None
