@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -25,7 +26,9 @@ from tawin_nemo.data.catalog_builder import answer_paths
 from tawin_nemo.data.prompts import Template
 from tawin_nemo.data.tokenizer import build_tokenizer
 from tawin_nemo.train.start import new_tokens
-from tests.train.runs import called, run
+from tests.data.chat_tokenizers import instruct_tokenizer
+from tests.train.runs import called, command, environment, run
+from tests.util.fake_hub import fake_hub
 
 pytestmark = pytest.mark.slow
 CODES = 8  # per level
@@ -154,3 +157,29 @@ def test_a_hub_name_without_a_hub_ends_before_preparation(tmp_path: Path, monkey
     assert "model.init=Acme/none-such is no folder here" in done.stderr
     assert "set model.init=DIR" in done.stderr
     assert not (tmp_path / "run").exists()
+
+
+def test_a_hub_model_is_used_like_a_folder_also_offline(small_dataset: Path, tmp_path: Path) -> None:
+    """A hub on this machine; the second run has the cache alone, and the figures of the folder."""
+    folder = instruct_tokenizer(tmp_path / "hub" / "Acme" / "tiny-lm")
+    torch.manual_seed(0)
+    Qwen3ForCausalLM(Qwen3Config(**SIZES, vocab_size=400, head_dim=8)).save_pretrained(folder)
+    words = [
+        f"data.root={small_dataset}", "data.dataset=prepared", "data.template=alpaca", "data.chat=true",
+        "data.max_history=2", "data.train_limit=16", "data.eval_limit=8", "data.max_prompt_tokens=500", "eval.beams=4",
+        "eval.ks=[1,3]", "trainer.threads=1",
+    ]  # fmt: skip
+    expected = run(*words, f"model.init={folder}", f"run_dir={tmp_path / 'folder'}", verb="evaluate")
+    kept = {name: value for name, value in environment().items() if not name.startswith(("HF_", "TRANSFORMERS_"))}
+    requests: list[int] = []
+    with fake_hub(tmp_path / "hub") as (endpoint, asked):
+        for number, offline in enumerate(("0", "1")):
+            done = subprocess.run(
+                command(*words, "model.init=Acme/tiny-lm", f"run_dir={tmp_path / str(number)}", verb="evaluate"),
+                env={**kept, "HF_ENDPOINT": endpoint, "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": offline},
+                cwd=tmp_path, capture_output=True, text=True, timeout=300,
+            )  # fmt: skip
+            assert done.returncode == 0, done.stderr
+            assert json.loads(done.stdout.splitlines()[-1])["test"] == expected["test"]
+            requests.append(len(asked))
+    assert requests[0] == requests[1] > 0
