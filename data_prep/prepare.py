@@ -211,6 +211,7 @@ def _read_synthetic(prepare: PrepareConfig, window: Period, limits: dict[str, in
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         size = (prepare.synthetic_items, prepare.synthetic_users, prepare.synthetic_reviews_per_user)
+        say(synthetic.announcement(*size))
         synthetic.write_raw(folder, *size, seed)
         reviews, items = folder / synthetic.REVIEWS_FILE, folder / synthetic.METADATA_FILE
         raw = amazon.read(name, reviews, items, window, prepare.k_core)

@@ -41,6 +41,16 @@ MAX_REVIEWS = 60
 REVIEWS_FILE, METADATA_FILE = "Synthetic.json.gz", "meta_Synthetic.json.gz"
 
 
+def announcement(num_items: int, num_users: int, reviews_per_user: float) -> str:
+    """What ``write_raw`` is about to write, and that its faulty lines are meant to be there."""
+    share = sum(REVIEW_DIRT.values()) + sum(ITEM_DIRT.values())
+    return (
+        f"generating about {round(num_users * reviews_per_user):,} reviews of {num_items:,} items in Amazon's format; "
+        f"as real files have them, some lines and titles are faulty (on purpose, up to {100 * share:.1f} %), and the "
+        "next lines say what becomes of them"
+    )
+
+
 def write_metadata(path: Path, catalog: Catalog, asins: list[str], generator: np.random.Generator) -> None:
     """One line per item, some spoiled, one repeated and one broken."""
     order = generator.permutation(len(catalog))

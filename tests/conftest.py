@@ -86,7 +86,7 @@ SLOW_FOLDERS = ("train", "run", "placement", "baselines", "distributed", "serve"
 #: Folders of the fast lane (``tests/run.sh --fast``): no process is started, and one test takes at most a few seconds.
 FAST_FOLDERS = ("maths", "catalog", "data", "config", "rollout", "eval")
 #: Marks that keep a test of these folders out of the fast lane.
-NOT_FAST = ("slow", "distributed", "real_data", "results", "gpu")
+NOT_FAST = ("slow", "full", "distributed", "real_data", "results", "gpu")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -96,3 +96,5 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         rules = item.path.name == "test_import_dag.py"
         if (folder in FAST_FOLDERS or rules) and not any(item.get_closest_marker(name) for name in NOT_FAST):
             item.add_marker(pytest.mark.fast)
+        if item.get_closest_marker("full") and os.environ.get("TAWIN_FULL") != "1":
+            item.add_marker(pytest.mark.skip(reason="takes minutes: tests/run.sh --full runs it"))

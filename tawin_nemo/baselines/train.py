@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tawin_nemo.baselines.build import Blueprint, build_recommender, check_config
+from tawin_nemo.baselines.build import Blueprint, build_recommender, check_config, items_fingerprint
 from tawin_nemo.baselines.evaluate import baseline_candidates, evaluate_baseline, valid_metrics
 from tawin_nemo.baselines.load import MODEL_FILE, ModelAndOptimizer, find_problem, load_checkpoint, save_checkpoint
 from tawin_nemo.baselines.protocol import SequentialRecommender, left_padded, sample_negatives
@@ -113,7 +113,13 @@ def blueprint_of(world: World) -> Blueprint:
     """The shape of the model that the recipe and the data ask for."""
     recipe = world.recipe
     paths = world.catalog.paths if recipe.baseline.model == "tiger" else None
-    return Blueprint(recipe.baseline, len(world.catalog), recipe.data.max_history, paths)
+    return Blueprint(
+        recipe.baseline,
+        len(world.catalog),
+        recipe.data.max_history,
+        paths,
+        items_fingerprint(world.catalog.external_ids),
+    )
 
 
 def train_baseline(world: World, stage: BaselineStage, model: SequentialRecommender) -> None:

@@ -9,10 +9,8 @@ from pathlib import Path
 from statistics import median_low
 from typing import Any
 
+from tawin_nemo.catalog.item_names import named, shorten
 from tawin_nemo.util.errors import CatalogError, ConfigError
-
-#: The file beside an index of numbers that says which item has which number.
-NAMES = "items.json"
 
 
 def find_codes(root: Path, index: str, *, key: str = "catalog.index") -> Path:
@@ -40,7 +38,7 @@ def load_codes(path: Path, external_ids: Sequence[str]) -> list[list[str]]:
     not a list of non-empty strings without white space, and items with far more or fewer codes than the others; also
     for an index of numbers that nothing explains.
     """
-    pairs = _named(path, _pairs(path), external_ids)
+    pairs = named(path, _pairs(path), external_ids, "codes")
     known, seen = set(external_ids), Counter(key for key, _ in pairs)
     depth = {key: len(codes) for key, codes in pairs if _well_formed(codes)}
     usual = median_low(depth.values()) if depth else 0
@@ -53,7 +51,7 @@ def load_codes(path: Path, external_ids: Sequence[str]) -> list[list[str]]:
             key for key, codes in depth.items() if abs(codes - usual) > 1
         ],
     }
-    messages = [f"{len(keys)} {problem}: {_shorten(keys)}" for problem, keys in problems.items() if keys]
+    messages = [f"{len(keys)} {problem}: {shorten(keys)}" for problem, keys in problems.items() if keys]
     if messages:
         raise CatalogError(f"{path} does not fit the catalog of {len(external_ids)} items; {'; '.join(messages)}")
     codes_of = dict(pairs)
@@ -71,50 +69,9 @@ def _pairs(path: Path) -> list[tuple[str, Any]]:
     return pairs
 
 
-def _named(path: Path, pairs: list[tuple[str, Any]], external_ids: Sequence[str]) -> list[tuple[str, Any]]:
-    """``pairs`` with external ids as keys."""
-    keys = {key for key, _ in pairs}
-    if not keys or not all(key.isdecimal() for key in keys):
-        return pairs
-    if (names_file := path.parent / NAMES).is_file():
-        names = _names(names_file)
-        if len(names) != len(keys) or keys != set(map(str, range(len(names)))):
-            raise CatalogError(
-                f"{names_file} names {len(names)} items and {path} has codes of {len(keys)}, numbered "
-                f"{min(map(int, keys))} .. {max(map(int, keys))}: the two files do not belong together"
-            )
-        return [(names[int(key)], codes) for key, codes in pairs]
-    if len(keys & set(external_ids)) * 2 > len(external_ids) or list(external_ids) == _numbers(len(external_ids)):
-        return pairs
-    raise CatalogError(
-        f"{path} numbers its items, but this catalog names them (the first is {external_ids[0]!r}), and one item more "
-        f"or less shifts every number: write {names_file} (a JSON list of external ids, number 0 first), use external "
-        "ids as keys, or make the index with `tawin-nemo tokenize`, which writes both"
-    )
-
-
-def _numbers(count: int) -> list[str]:
-    return [str(item) for item in range(count)]
-
-
-def _names(path: Path) -> list[str]:
-    """The external ids in ``items.json``."""
-    try:
-        names = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CatalogError(f"cannot read the items of the semantic-ID index, {path}: {error}") from error
-    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        raise CatalogError(f"{path} must hold one JSON list of external ids, number 0 first")
-    return names
-
-
 def _well_formed(codes: Any) -> bool:
     return (
         isinstance(codes, list)
         and len(codes) > 0
         and all(isinstance(code, str) and code and not any(map(str.isspace, code)) for code in codes)
     )
-
-
-def _shorten(keys: list[str], shown: int = 5) -> str:
-    return ", ".join(map(repr, keys[:shown])) + (" ..." if len(keys) > shown else "")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from tawin_nemo.run.world import World
+from tawin_nemo.train.auc_eval import auc_metrics
 from tawin_nemo.train.candidate_eval import candidate_metrics
 from tawin_nemo.train.evaluation import evaluate_split
 from tawin_nemo.train.start import engine_of
@@ -26,4 +27,7 @@ def evaluate(world: World) -> dict[str, Any]:
         among = candidate_metrics(world, engine, split, f"evaluate {split}")
         if among is not None:
             result[split]["candidates"] = among.means
+        ranked = auc_metrics(world, engine, split, f"evaluate {split}")
+        if ranked is not None:
+            result[split]["auc"] = ranked.means
     return result

@@ -47,7 +47,8 @@ def tokenize(recipe: Recipe, root: Path) -> dict[str, Any]:
     if not (existing or cfg.given or cfg.method == "random"):
         check_enough_items(len(dataset.items.titles), cfg.codes)  # before the texts are embedded, which may take hours
     texts = item_texts(dataset.items.titles, dataset.items.descriptions, cfg.text.fields)
-    embeddings = embed(texts, cfg.text, vectors, seed=seed, like=existing.folder if existing else None)
+    like = existing.folder if existing else None
+    embeddings = embed(texts, cfg.text, vectors, seed=seed, like=like, external_ids=dataset.items.external_ids)
     request = _request(cfg, seed, dataset, embeddings.manifest, existing, root)
     if is_finished(out, request):
         say(f"{out} holds this index already; reused")

@@ -98,9 +98,10 @@ class AlignConfig:
     intention_to_sid: float = number(
         0.0, 0.0, help="Weights the task: what a customer wants to codes (LC-Rec); it needs align.intentions."
     )
-    intentions: str = opt("", "Names the JSON file {item index: text} for intention_to_sid, below data.root.")
+    intentions: str = opt("", "Names the JSON file {external id: text} for intention_to_sid, below data.root.")
     max_words: int = number(64, 1, help="Cuts descriptions and intentions after this many words.")
     holdout: float = number(0.05, 0.0, 0.9, help="Sets the share of items that tasks about single items are tested on.")
+    tested_rows: int = number(512, 1, help="Limits the rows of train that each task is tested on after the stage.")
 
 
 # -- Sections of a recipe besides training a language model: baselines, generate, convert, retrain, serve, tokenize.
@@ -485,6 +486,10 @@ class TawinConfig:
     window: str = choice(
         "centred", "start", help="Makes the anchor the window's centre (centred) or its low-FPR border (start)."
     )
+    mass: str = choice(
+        "mean1", "k",
+        help="Scales the weights of the negatives to 1 on average (mean1), or leaves those of Eq. 20, which sum to k.",
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -737,6 +742,12 @@ class EvalConfig:
         help="Measures the candidate protocol as well: picks the target among this many items, those of the data or "
         "drawn ones (0 = off).",
     )  # fmt: skip
+    auc: bool = opt(
+        False,
+        "Measures AUC, partial AUC and TAWin's windowed partial AUC over the full catalog as well, and how many of the "
+        "best items the beams find; it ranks every item for every row, so it is for small catalogs.",
+    )  # fmt: skip
+    auc_rows: int = number(0, 0, help="Limits eval.auc to so many evenly spaced rows (0 = all).")
     collision: str = choice(
         "fractional", "optimistic",
         help="Credits items that share one token path with 1/number sharing (fractional), or with a full hit "

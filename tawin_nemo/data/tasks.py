@@ -8,7 +8,7 @@ use the same prompt template as the next item, each with its own instruction (al
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -108,6 +108,7 @@ class TaskEncoder:
     tokenizer: Tokenizer
     template: Template  # of the run
     data: DataConfig
+    _paths: dict[str, TokenRows] = field(default_factory=dict)  # those that ``paths`` has made, by way
 
     def rows(self, task: Task, split: Split) -> TaskRows:
         """The rows of ``split`` as questions of ``task``; those whose question or answer has no text are skipped.
@@ -130,6 +131,11 @@ class TaskEncoder:
 
     def paths(self, way: str) -> TokenRows:
         """Token paths of all items as answers in ``way``, EOS included; an item without such a text is EOS alone."""
+        if way not in self._paths:
+            self._paths[way] = self._tokenized(way)
+        return self._paths[way]
+
+    def _tokenized(self, way: str) -> TokenRows:
         template = build_template(self.template.name, _kind(way))
         texts = self.texts[way]
         known = [item for item, text in enumerate(texts) if text]

@@ -10,7 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from tawin_nemo.util.errors import DataError
+from tawin_nemo.catalog.item_names import rows_of
+from tawin_nemo.util.errors import CatalogError, DataError
 
 #: Dimensions of ``text_vectors``.
 TEXT_DIMS = 64
@@ -18,11 +19,14 @@ TEXT_DIMS = 64
 WORDS, MODEL = "words.json", "text_model.npy"
 
 
-def load_item_vectors(path: Path, num_items: int, *, key: str = "rl.reward_source") -> np.ndarray:
-    """Item embeddings [I, D] float32 from a NumPy file (``numpy.save``); row i belongs to item i.
+def load_item_vectors(path: Path, external_ids: Sequence[str], *, key: str = "rl.reward_source") -> np.ndarray:
+    """Item embeddings [I, D] float32 from a NumPy file (``numpy.save``), for the items with ``external_ids``.
 
-    Raises DataError, naming ``key``, for a file that is absent, unreadable or not a 2-D array of numbers, another
-    number of rows than ``num_items``, values that are not finite, and all-zero rows (they have no direction).
+    Row i belongs to item i, or to the i-th name in ``items.json`` (a JSON list of external ids) beside the file.
+
+    Raises DataError, naming ``key``, for a file that is absent, unreadable or not a 2-D array of numbers, for items
+    without a row, another number of rows than items where nothing names them, values that are not finite, and all-zero
+    rows (they have no direction).
     """
     where = f"{key}={path}"
     if not path.is_file():
@@ -38,11 +42,10 @@ def load_item_vectors(path: Path, num_items: int, *, key: str = "rl.reward_sourc
         raise DataError(
             f"{where} holds {description}; it must be one array of numbers with the shape [items, dimensions]"
         )
-    if len(vectors) != num_items:
-        raise DataError(
-            f"{where} has {len(vectors)} rows and the catalog {num_items} items; "
-            "write one row per item, in the order of items.parquet"
-        )
+    try:
+        vectors = vectors[rows_of(path, len(vectors), external_ids)]
+    except CatalogError as error:
+        raise DataError(f"{key}={error}") from error
     return usable_vectors(vectors.astype(np.float32), where)
 
 

@@ -56,6 +56,16 @@ class PairedTest:
     detectable: float  # smallest true difference found with a power of 80 %, from the users' standard deviation
 
 
+#: Values of each row that further evaluations measure (eval.candidates, eval.auc), which no rank gives.
+MEASURED = ("hit_ratio@1", "valid_ratio", "trie_hit_ratio@1", "auc", "opauc@10", "opauc@50", "wpauc")
+
+
+def check_metric(name: str) -> None:
+    """Raises ConfigError for a name that is neither ``recall@K``, ``ndcg@K`` nor one of ``MEASURED``."""
+    if name not in MEASURED:
+        parse_metric(name)
+
+
 def parse_metric(name: str) -> tuple[str, int]:
     """``recall@3`` -> ("recall", 3). Raises ConfigError for anything else.
 

@@ -120,7 +120,7 @@ def _metric_names(tested: list[StageRecord]) -> list[str]:
 def _beyond_names(tested: list[StageRecord]) -> list[str]:
     """Metrics beyond accuracy that at least one evaluation has, by name and cut-off; older versions wrote none."""
     names = {name for stage in tested if stage.result is not None for name in stage.result.beyond}
-    return sorted(names, key=lambda name: (name.partition("@")[0], int(name.partition("@")[2])))
+    return sorted(names, key=lambda name: (name.partition("@")[0], int(name.partition("@")[2] or 0)))
 
 
 def _beyond_text(value: float | None, name: str) -> str:
@@ -240,6 +240,9 @@ def _data_rows(report: ReportInput, tested: list[StageRecord]) -> Iterator[Summa
         result = tested[-1].result
         shared = f"{result.collisions:,} of {result.rows:,} ({result.collision})"
         yield SummaryRow(f"{report.split} rows whose target shares its path", shared)
+        if result.collision == "optimistic" and result.collisions:
+            means = ", ".join(f"{_short(name)} {value:.4f}" for name, value in result.fractional_means().items())
+            yield SummaryRow("Means with a hit on a shared path divided among its items", means)
 
 
 def _number(value: Any) -> str:

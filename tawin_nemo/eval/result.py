@@ -36,6 +36,9 @@ def results_table(results: Mapping[str, EvalResult], ks: Sequence[int], split: s
     for stage, result in results.items():
         cells = (f"{result.means[m]:.4f} [{result.intervals[m][0]:.4f}, {result.intervals[m][1]:.4f}]" for m in metrics)
         lines.append(f"{stage:24}" + "".join(f"{cell:>28}" for cell in cells))
+        if result.collision == "optimistic" and result.collisions:
+            shared = result.fractional_means()
+            lines.append(f"{'  1 / items on the path':24}" + "".join(f"{f'{shared[m]:.4f}':>28}" for m in metrics))
     for ours in (stage for stage in ("preference", "rl") if stage in results):
         baselines = (*BASELINES, "preference") if ours == "rl" else BASELINES
         lines += [_difference(results, ours, baseline, metrics) for baseline in baselines if baseline in results]
@@ -65,6 +68,14 @@ class EvalResult:
     collision: str  # eval.collision: what a hit on a shared path is worth
     per_user: pl.DataFrame  # row, user, target, rank (-1 = not listed), sharing, candidates, one column per metric
     beyond: dict[str, float] = field(default_factory=dict)  # popularity_bias@K, coverage@K, first_codes@10 (bias.py)
+
+    def fractional_means(self) -> dict[str, float]:
+        """``means`` with the credit of ``eval.collision=fractional``, whatever these have: a hit on a path that s items
+        share counts 1/s."""
+        if self.collision == "fractional":
+            return dict(self.means)
+        share_B = 1.0 / self.per_user["sharing"].to_numpy()
+        return {name: float((self.per_user[name].to_numpy() * share_B).mean()) for name in self.means}
 
     def write(self, directory: Path, split: str) -> None:
         """Write both files, the table first, so that a JSON file is never without its table."""

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 WINDOWS = ("centred", "start")
+MASSES = ("mean1", "k")
 
 
 def soft_topk(logits: Tensor, k: float, tau: float) -> Tensor:
@@ -68,13 +69,15 @@ def tawin_weights(
     tau: float,
     anchor: float,
     window: str = "centred",
+    mass: str = "mean1",
     valid_BG: Tensor | None = None,
 ) -> Tensor:
     """Weight of every candidate's surrogate term, from the rank of its score among its group's negatives.
 
     With n negatives, ranks ``s = 0 .. n-1`` (best score first, ties in list order): logits ``-|s - anchor| / n``
     (Eq. 19), weights ``w = soft_topk(logits, k, tau)``, then ``n * w / sum(w)`` so that the negatives weigh 1 on
-    average (Eq. 21). Targets weigh 1. ``k >= n`` and ``tau -> inf`` give plain GRPO: every weight is 1.
+    average (Eq. 21). Targets weigh 1. ``k >= n`` and ``tau -> inf`` give plain GRPO: every weight is 1. That Eq. 21
+    normalises is one reading of the paper; ``mass="k"`` takes the weights of Eq. 20 as they are, smaller by ``k / n``.
 
     Args:
         scores_BG: What the group is ranked by; only the order matters, no gradient flows.
@@ -84,13 +87,14 @@ def tawin_weights(
         anchor: 0-based rank at which the window sits.
         window: ``centred``: the anchor is the middle of the window. ``start``: the window begins at the anchor, so
             its middle is ``anchor + (k - 1) / 2``.
+        mass: What the weights of n > k negatives sum to: ``mean1``: n. ``k``: k, each at most 1.
         valid_BG: bool; candidates that are padding are False, weigh 0 and do not count. None: all are valid.
 
     Returns:
         Weights [B, G] in the dtype of the scores.
 
     Raises:
-        ValueError: ``k`` or ``tau`` is not positive, or ``window`` is not one of ``WINDOWS``.
+        ValueError: ``k`` or ``tau`` is not positive, ``window`` none of ``WINDOWS``, or ``mass`` none of ``MASSES``.
 
     Five negatives, the window takes their ranks 1 to 3 (``k = 3``), each with weight 5/3:
 
@@ -106,7 +110,7 @@ def tawin_weights(
     others_last_BG = (~negative_BG).gather(-1, by_score_BG).to(torch.uint8).argsort(dim=-1, stable=True)
     order_BG = by_score_BG.gather(-1, others_last_BG)
     rank_BG = order_BG.argsort(dim=-1)
-    weights_BG = _rank_weights(rank_BG, negative_BG, k=k, tau=tau, anchor=anchor, window=window)
+    weights_BG = _rank_weights(rank_BG, negative_BG, k=k, tau=tau, anchor=anchor, window=window, mass=mass)
     return torch.where(negative_BG, weights_BG, (valid_BG & is_target_BG).double()).to(scores_BG.dtype)
 
 
@@ -120,14 +124,20 @@ def weight_profile(n: int, *, k: float, tau: float, anchor: float, window: str =
     return _rank_weights(rank, torch.ones_like(rank, dtype=torch.bool), k=k, tau=tau, anchor=anchor, window=window)
 
 
-def _rank_weights(rank_BG: Tensor, negative_BG: Tensor, *, k: float, tau: float, anchor: float, window: str) -> Tensor:
+def _rank_weights(
+    rank_BG: Tensor, negative_BG: Tensor, *, k: float, tau: float, anchor: float, window: str, mass: str = "mean1"
+) -> Tensor:
     """Eq. 19-21 for negatives of known rank; what is returned for the others means nothing."""
     if window not in WINDOWS:
         raise ValueError(f"window = {window!r}, but it must be one of {', '.join(WINDOWS)}")
+    if mass not in MASSES:
+        raise ValueError(f"mass = {mass!r}, but it must be one of {', '.join(MASSES)}")
     middle = anchor if window == "centred" else anchor + (k - 1) / 2
     n_B1 = negative_BG.sum(-1, keepdim=True).clamp(min=1)
     # float64 and the division last: ranks at equal distance stay exact ties however small tau is.
     logits_BG = -(rank_BG.double() - middle).abs() / n_B1
     weights_BG = soft_topk(logits_BG.masked_fill(~negative_BG, -math.inf), k, tau)
-    mass_B1 = weights_BG.sum(-1, keepdim=True)
-    return n_B1 * weights_BG / torch.where(mass_B1 > 0, mass_B1, 1.0)
+    if mass == "k":
+        return weights_BG
+    sum_B1 = weights_BG.sum(-1, keepdim=True)
+    return n_B1 * weights_BG / torch.where(sum_B1 > 0, sum_B1, 1.0)

@@ -48,6 +48,9 @@ RESUMABLE_KEYS = (
     "rollout.server_tries", "rollout.weights_backend", "trainer.metric_sinks",
 )  # fmt: skip
 
+#: Keys that may change between two attempts because they only say how long stages are; see train/extension.py.
+LENGTH_KEYS = ("sft.epochs", "preference.epochs", "preference.max_steps", "rl.epochs", "rl.max_steps")
+
 
 @dataclass(frozen=True)
 class World:
@@ -113,7 +116,7 @@ def open_run_dir(recipe: Recipe, *, same_recipe: bool) -> Path:
     run_dir = run_dir_of(recipe)
     stored, resolved = run_dir / "recipe.yaml", to_yaml(recipe)
     if same_recipe and stored.is_file():
-        changed = differences(stored.read_text(encoding="utf-8"), resolved, ignore=RESUMABLE_KEYS)
+        changed = differences(stored.read_text(encoding="utf-8"), resolved, ignore=(*RESUMABLE_KEYS, *LENGTH_KEYS))
         if changed:
             sources = [line.removeprefix("code.").split(":")[0] for line in changed if line.startswith("code.")]
             raise ConfigError(

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from tawin_nemo.catalog.item_names import NAMES, numbers
 from tawin_nemo.config.schema import TextConfig
 from tawin_nemo.data.interactions import MANIFEST
 from tawin_nemo.data.text_vectors import MODEL, WORDS, TextModel, load_item_vectors, usable_vectors
@@ -65,12 +66,21 @@ def _plain(text: str) -> str:
     return "" if text == "[]" else join_json_list(text, " ")
 
 
-def embed(texts: Sequence[str], cfg: TextConfig, out: Path, *, seed: int, like: Path | None = None) -> Embeddings:
+def embed(
+    texts: Sequence[str],
+    cfg: TextConfig,
+    out: Path,
+    *,
+    seed: int,
+    like: Path | None = None,
+    external_ids: Sequence[str] | None = None,
+) -> Embeddings:
     """Vectors of the texts, in the folder ``out`` with its manifest; a finished folder of the same request is reused.
 
     ``seed`` is of the SVD (encoder=tfidf). ``like``: folder with what ``copy_encoder_files`` left; the vectors are made
-    in the same way. Raises ConfigError for an encoder that is absent or another than ``like``'s, DataError for unusable
-    vectors, naming items.
+    in the same way. ``external_ids``: of the items, by which the rows of a vector file (encoder=file) are found; None =
+    row i belongs to text i. Raises ConfigError for an encoder that is absent or another than ``like``'s, DataError for
+    unusable vectors, naming items.
     """
     maker = _maker(cfg, seed)
     request = {"maker": maker, "items": len(texts), "texts_sha256": _texts_sha256(texts)}
@@ -79,11 +89,15 @@ def embed(texts: Sequence[str], cfg: TextConfig, out: Path, *, seed: int, like: 
         request["text_model"] = sha256(like / MODEL) if cfg.encoder == "tfidf" else ""
     if cfg.encoder == "file":
         request["vectors_sha256"] = sha256(_vector_file(cfg))
+        names = _vector_file(cfg).parent / NAMES
+        if names.is_file():
+            request["names_sha256"] = sha256(names)
     if (finished := _finished(out, request)) is not None:
         say(f"{out} holds the vectors of these texts already; reused")
         return finished
     with atomic_directory(out) as folder:
-        vectors_ID, details = _vectors(texts, cfg, out, folder, seed, like, request)
+        ids = numbers(len(texts)) if external_ids is None else external_ids
+        vectors_ID, details = _vectors(texts, ids, cfg, out, folder, seed, like, request)
         np.save(folder / VECTORS, usable_vectors(vectors_ID, f"semantic_ids.text.encoder={cfg.encoder}"))
         files = {path.name: sha256(path) for path in sorted(folder.iterdir())}
         manifest = {"format": FORMAT, **request, **details, "dims": int(vectors_ID.shape[1]), "files": files}
@@ -122,6 +136,7 @@ def _check_same_encoder(maker: dict[str, Any], before: dict[str, Any]) -> None:
 
 def _vectors(
     texts: Sequence[str],
+    external_ids: Sequence[str],
     cfg: TextConfig,
     out: Path,
     folder: Path,
@@ -130,7 +145,7 @@ def _vectors(
     request: dict[str, Any],
 ) -> tuple[np.ndarray, dict[str, Any]]:
     if cfg.encoder == "file":
-        return load_item_vectors(_vector_file(cfg), len(texts), key="semantic_ids.text.source"), {}
+        return load_item_vectors(_vector_file(cfg), external_ids, key="semantic_ids.text.source"), {}
     if cfg.encoder == "tfidf":
         model = TextModel.load(like) if like else TextModel.fit(texts, dims=cfg.dims, seed=seed)
         model.save(folder)

@@ -26,8 +26,6 @@ from tawin_nemo.util.log import get_logger
 
 log = get_logger(__name__)
 
-#: Rows of a task's training rows on which it is tested.
-TESTED_ROWS = 512
 #: Beam width of the search for an answer.
 BEAMS = 10
 
@@ -81,7 +79,8 @@ def task_file(directory: Path) -> Path:
 
 
 def _exact(world: World, engine: Engine, catalog: Catalog, part: TaskSet) -> dict[str, dict[str, float]]:
-    index = np.unique(np.linspace(0, len(part.train) - 1, min(TESTED_ROWS, len(part.train))).astype(np.int64))
+    tested = min(world.recipe.align.tested_rows, len(part.train))
+    index = np.unique(np.linspace(0, len(part.train) - 1, tested).astype(np.int64))
     chosen: dict[str, TaskRows] = {"held_out": part.held_out, "trained": part.train.take(index)}
     cfg = replace(world.recipe.eval, ks=[1], beams=BEAMS)
     shares: dict[str, dict[str, float]] = {}

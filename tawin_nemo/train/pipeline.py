@@ -17,7 +17,7 @@ from typing import Any
 from megatron.core.models.gpt import GPTModel
 
 from tawin_nemo.baselines.train import run_baseline
-from tawin_nemo.config.schema import Recipe, SftConfig
+from tawin_nemo.config.schema import EvalConfig, Recipe, SftConfig
 from tawin_nemo.data.tasks import active_tasks
 from tawin_nemo.eval.report import write_report
 from tawin_nemo.eval.result import EvalResult, results_table
@@ -36,8 +36,10 @@ from tawin_nemo.run.mfu import peak_flops
 from tawin_nemo.run.stage import MetricSink, Stage, logged_seconds
 from tawin_nemo.run.world import World, read_json
 from tawin_nemo.train.actor import Actor
+from tawin_nemo.train.auc_eval import auc_metrics
 from tawin_nemo.train.candidate_eval import candidate_metrics
 from tawin_nemo.train.evaluation import evaluate_split, evaluate_tasks, task_file
+from tawin_nemo.train.extension import extend_finished
 from tawin_nemo.train.plan import Plan, plans
 from tawin_nemo.train.preference import train_preference
 from tawin_nemo.train.reference import Reference, build_reference
@@ -57,6 +59,7 @@ def run_pipeline(world: World) -> dict[str, Any]:
     if world.recipe.baseline.model != "off":
         results = {world.recipe.baseline.model: run_baseline(world, sink, callbacks)}
     else:
+        extend_finished(world)
         planned = list(plans(world))  # all of them first: it checks what later stages need
         results = {plan.name: run_stage(world, plan, sink, callbacks) for plan in planned}
     summary: dict[str, Any] = {name: dict(result.means) for name, result in results.items()}
@@ -100,7 +103,7 @@ def run_stage(world: World, plan: Plan, sink: MetricSink | None, callbacks: Call
         callbacks=callbacks,
     )  # fmt: skip
     splits = world.recipe.eval.splits
-    endings = [".json", *([".candidates.json"] if world.recipe.eval.candidates else [])]
+    endings = [".json", *evaluation_files(world.recipe.eval)]
     expected = [stage.directory / "eval" / f"{split}{ending}" for split in splits for ending in endings]
     if plan.kind == "sft" and active_tasks(world.recipe.align):
         expected.append(task_file(stage.directory))
@@ -167,6 +170,12 @@ def reference_for(world: World, plan: Plan, actor_model: GPTModel) -> Reference:
     )  # fmt: skip
 
 
+def evaluation_files(cfg: EvalConfig) -> list[str]:
+    """What the files of the further evaluations that ``cfg`` asks for are called, behind the split."""
+    wanted = {".candidates.json": cfg.candidates > 0, ".auc.json": cfg.auc}
+    return [ending for ending, asked in wanted.items() if asked]
+
+
 def evaluate_stage(world: World, directory: Path, engine: Engine) -> EvalResult:
     """Evaluate on all of ``eval.splits`` and write the results to ``eval`` in the stage's ``directory``.
 
@@ -178,9 +187,14 @@ def evaluate_stage(world: World, directory: Path, engine: Engine) -> EvalResult:
         label = f"{directory.name} {split}"
         results[split] = evaluate_split(world, engine, split, label=label, popularity=True)
         among = candidate_metrics(world, engine, split, label)
+        ranked = auc_metrics(world, engine, split, label)
+        if ranked is not None:
+            results[split] = replace(results[split], beyond=results[split].beyond | ranked.means)
         if runtime.world_rank() == 0:
             results[split].write(directory / "eval", split)
             if among is not None:
                 among.write(directory / "eval", split)
+            if ranked is not None:
+                ranked.write(directory / "eval", split)
     runtime.barrier()
     return results[world.recipe.eval.splits[-1]]

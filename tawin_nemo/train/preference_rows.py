@@ -108,7 +108,7 @@ class RowBuilder:
 def build_rows(world: World, rows: np.ndarray, stream: BatchStream) -> RowBuilder:
     """The rows of section ``preference``. Raises ConfigError for an unusable ``preference.aux``."""
     cfg = world.recipe.preference
-    aux = load_auxiliary(cfg.aux, len(world.catalog)) if cfg.aux else None
+    aux = load_auxiliary(cfg.aux, world.catalog.external_ids) if cfg.aux else None
     return RowBuilder(cfg, world.samples["train"], rows, stream, world.dp, aux)
 
 

@@ -6,7 +6,7 @@ also under ``--dry-run``. Each check is the one that the stage itself makes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from functools import partial
 from pathlib import Path
 
@@ -22,10 +22,13 @@ from tawin_nemo.util.errors import ConfigError, UserError
 RL_SEAMS = ("rl.reward", "rl.advantage", "rl.candidate_weights", "rl.algorithm")
 
 
-def check_requirements(world: World) -> None:
-    """Raises ConfigError that lists everything which would end a later stage of this run."""
+def check_requirements(world: World, continued: Collection[str] = ()) -> None:
+    """Raises ConfigError that lists everything which would end a later stage of this run.
+
+    ``continued``: the finished stages that are going to get more steps.
+    """
     wrong = []
-    for check in checks(world):
+    for check in checks(world, continued):
         try:
             check()
         except UserError as error:
@@ -36,13 +39,19 @@ def check_requirements(world: World) -> None:
         raise ConfigError("".join([f"{len(wrong)} things would end this run:", *(f"\n  - {line}" for line in wrong)]))
 
 
-def checks(world: World) -> Iterator[Callable[[], object]]:
-    """One function for each requirement of a stage that is not done, which raises a UserError when that is not met."""
+def checks(world: World, continued: Collection[str] = ()) -> Iterator[Callable[[], object]]:
+    """One function for each requirement of a stage that is not done or is ``continued``.
+
+    Each raises a UserError when its requirement is not met.
+    """
     recipe = world.recipe
     if recipe.baseline.model != "off":
         yield lambda: check_config(recipe.baseline, semantic_ids=recipe.catalog.kind == "sid")
         return
-    waiting = [plan for plan in plans(world) if not (world.run_dir / plan.name / "done.json").is_file()]
+    waiting = [
+        plan for plan in plans(world)
+        if plan.name in continued or not (world.run_dir / plan.name / "done.json").is_file()
+    ]  # fmt: skip
     if any(plan.start is None for plan in waiting):
         yield lambda: check_start(world)
     for plan in waiting:
@@ -121,7 +130,7 @@ def check_preference(world: World) -> None:
 
     cfg, paths = world.recipe.preference, world.catalog.trie.num_leaves
     if cfg.aux:
-        load_auxiliary(cfg.aux, len(world.catalog))
+        load_auxiliary(cfg.aux, world.catalog.external_ids)
     if cfg.num_negatives >= paths:
         raise ConfigError(
             f"preference.num_negatives={cfg.num_negatives}, but the catalog has {paths} distinct token paths, one of "

@@ -123,7 +123,7 @@ def named_reward(name: str, rl: RlConfig, world: World) -> Reward:
                 "rl.reward=collaborative needs rl.reward_source, a finished baseline stage such as RUN_DIR/sasrec "
                 "(train one with baseline.model=sasrec)"
             )
-        scorer = load_scorer(Path(rl.reward_source), len(world.catalog))
+        scorer = load_scorer(Path(rl.reward_source), world.catalog.external_ids)
         return CollaborativeReward(scorer, world.samples["train"].history, rl.reward_weight)
     raise ConfigError(f"rl.reward={name!r} is not known; use one of rule, ranking, semantic, collaborative")
 
@@ -131,7 +131,7 @@ def named_reward(name: str, rl: RlConfig, world: World) -> Reward:
 def item_vectors(rl: RlConfig, world: World) -> Tensor:
     """Embeddings [I, D] float32 from ``rl.reward_source``, or from the titles where that is empty."""
     if rl.reward_source:
-        return torch.from_numpy(load_item_vectors(Path(rl.reward_source), len(world.catalog)))
+        return torch.from_numpy(load_item_vectors(Path(rl.reward_source), world.catalog.external_ids))
     vectors = text_vectors(world.dataset.items.titles, seed=world.recipe.seed)
     log.info("rl.reward_source is empty: %d-dimensional vectors of the item titles", vectors.shape[1])
     return torch.from_numpy(vectors)

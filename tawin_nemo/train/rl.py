@@ -111,7 +111,7 @@ def candidate_weights(rl: RlConfig, rollout: Rollout) -> Tensor:
     anchor = float(tawin.target_k - 1) if tawin.target_k else tawin.anchor
     return tawin_weights(
         rollout.scores_BG, rollout.is_target_BG,
-        k=tawin.k, tau=tawin.tau, anchor=anchor, window=tawin.window, valid_BG=rollout.valid_BG,
+        k=tawin.k, tau=tawin.tau, anchor=anchor, window=tawin.window, mass=tawin.mass, valid_BG=rollout.valid_BG,
     )  # fmt: skip
 
 

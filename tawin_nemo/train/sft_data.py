@@ -5,13 +5,14 @@ Axes: N questions (prompts with an answer), R some of them.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 
+from tawin_nemo.catalog.item_names import named, shorten
 from tawin_nemo.config.schema import SftConfig
 from tawin_nemo.data.batches import BatchStream, MixedStream
 from tawin_nemo.data.interactions import Split
@@ -32,7 +33,7 @@ from tawin_nemo.data.tasks import (
 from tawin_nemo.data.trees import tree_batches
 from tawin_nemo.run.world import World, read_json
 from tawin_nemo.types import TokenBatch, TokenRows
-from tawin_nemo.util.errors import ConfigError
+from tawin_nemo.util.errors import CatalogError, ConfigError
 from tawin_nemo.util.log import get_logger
 
 log = get_logger(__name__)
@@ -169,28 +170,33 @@ def wording_of(world: World) -> TaskEncoder:
         DESCRIPTION: [truncate_words(text, align.max_words) for text in items.descriptions],
     }
     if align.intentions:
-        texts[INTENTION] = _intentions(
-            Path(world.recipe.data.root) / align.intentions, len(items.titles), align.max_words
-        )
+        path = Path(world.recipe.data.root) / align.intentions
+        texts[INTENTION] = intentions(path, items.external_ids, align.max_words)
     return TaskEncoder(texts, world.tokenizer, world.template, world.recipe.data)
 
 
-def _intentions(path: Path, num_items: int, max_words: int) -> list[str]:
-    """Texts by item from a JSON file {item index: text}; items without one get an empty text."""
+def intentions(path: Path, external_ids: Sequence[str], max_words: int) -> list[str]:
+    """Texts by item from a JSON file {item: text}; items without one get an empty text.
+
+    Items are external ids, or numbers as ``catalog.item_names.named`` explains them. Raises ConfigError for a missing
+    or malformed file, numbers that nothing explains, items that the catalog lacks, and values that are no text.
+    """
     if not path.is_file():
-        raise ConfigError(f"align.intentions: there is no file {path}; write one JSON object {{item index: text}}")
+        raise ConfigError(f"align.intentions: there is no file {path}; write one JSON object {{external id: text}}")
     try:
-        texts = read_json(path)
+        texts = dict(named(path, list(read_json(path).items()), external_ids, "intentions"))
+    except CatalogError as error:
+        raise ConfigError(f"align.intentions: {error}") from error
     except ValueError as error:
         raise ConfigError(f"align.intentions: {path} is not a JSON object ({error})") from error
-    known = {str(item) for item in range(num_items)}
+    known = set(external_ids)
     wrong = [key for key, text in texts.items() if key not in known or not isinstance(text, str)]
     if wrong:
         raise ConfigError(
-            f"align.intentions: {path} has {len(wrong)} entries that are not an item of 0 .. {num_items - 1} with a "
-            f"text: {', '.join(map(repr, wrong[:5]))}"
+            f"align.intentions: {path} has {len(wrong)} entries that are not an item of the catalog with a text: "
+            f"{shorten(wrong)}"
         )
-    return [truncate_words(str(texts.get(str(item), "")), max_words) for item in range(num_items)]
+    return [truncate_words(str(texts.get(item, "")), max_words) for item in external_ids]
 
 
 def _as_split(samples: Samples) -> Split:

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from tawin_nemo.baselines.build import Blueprint
+from tawin_nemo.baselines.build import Blueprint, items_fingerprint
 from tawin_nemo.baselines.load import (
     ModelAndOptimizer,
     find_problem,
@@ -20,6 +20,8 @@ from tawin_nemo.config.schema import BaselineConfig
 from tawin_nemo.util.errors import CheckpointError, ConfigError
 from tawin_nemo.util.files import write_json
 from tests.baselines.patterns import ITEMS, MODELS, PATHS, WINDOW, model_of
+
+IDS = [f"B{item:03d}" for item in range(ITEMS)]
 
 
 def fitting_of(name: str, seed: int) -> ModelAndOptimizer:
@@ -34,7 +36,8 @@ def fitting_of(name: str, seed: int) -> ModelAndOptimizer:
 def finished_stage(folder: Path, name: str, seed: int) -> ModelAndOptimizer:
     fitting = fitting_of(name, seed)
     config = BaselineConfig(model=name, hidden=16, layers=2, heads=2, dropout=0.0)
-    write_json(folder / "model.json", Blueprint(config, ITEMS, WINDOW, PATHS if name == "tiger" else None).to_json())
+    paths = PATHS if name == "tiger" else None
+    write_json(folder / "model.json", Blueprint(config, ITEMS, WINDOW, paths, items_fingerprint(IDS)).to_json())
     save_checkpoint(folder / "checkpoints" / "step_4", fitting, {"progress": {"step": 4}})
     save_checkpoint(folder / "checkpoints" / "step_8", fitting_of(name, seed + 1), {"progress": {"step": 8}})
     write_json(folder / "done.json", {"step": 8, "chosen_step": 4})
@@ -46,7 +49,7 @@ def test_the_chosen_checkpoint_scores_as_it_did(name, tmp_path):
     trained = finished_stage(tmp_path, name, seed=5)
     trained.model.requires_grad_(False)  # torch takes other kernels for frozen weights
     history_BL = torch.tensor([[-1, 4, 2], [7, 8, 9]])
-    loaded = load_baseline(tmp_path, num_items=ITEMS)
+    loaded = load_baseline(tmp_path, external_ids=IDS)
     assert not loaded.training
     assert not any(weight.requires_grad for weight in loaded.parameters())
     with torch.no_grad():
@@ -67,7 +70,15 @@ def test_unfinished_stages_and_other_catalogs_are_refused(tmp_path):
         load_baseline(tmp_path)
     finished_stage(tmp_path, "gru4rec", seed=1)
     with pytest.raises(ConfigError, match="ranks 12 items, but the catalog has 13"):
-        load_baseline(tmp_path, num_items=13)
+        load_baseline(tmp_path, external_ids=[*IDS, "more"])
+
+
+def test_a_catalog_of_as_many_other_items_is_refused(tmp_path):
+    """One item left and another one came: every item number behind them means another item."""
+    finished_stage(tmp_path, "gru4rec", seed=1)
+    load_baseline(tmp_path, external_ids=IDS)
+    with pytest.raises(ConfigError, match="as many items as the catalog has, but not the same ones"):
+        load_baseline(tmp_path, external_ids=[*IDS[1:], "new"])
 
 
 @pytest.mark.parametrize("name", ["weights.pt", "optimizer.pt"])
@@ -96,7 +107,7 @@ def test_weights_of_another_model_are_refused(tmp_path):
 
 def test_a_scorer_takes_ragged_histories_and_reads_the_newest_items(tmp_path):
     trained = finished_stage(tmp_path, "gru4rec", seed=5).model
-    scorer = load_scorer(tmp_path, ITEMS)
+    scorer = load_scorer(tmp_path, IDS)
     histories = [np.array([3]), np.array([1, 2, 3, 4, 5, 6, 7])]
     scores_BI = scorer.scores(histories)
     assert scores_BI.dtype == torch.float32
@@ -106,9 +117,9 @@ def test_a_scorer_takes_ragged_histories_and_reads_the_newest_items(tmp_path):
 
 def test_scorers_that_cannot_be_had_name_the_key(tmp_path):
     with pytest.raises(ConfigError, match=r"rl\.reward_source=.*not a finished baseline"):
-        load_scorer(tmp_path, ITEMS)
+        load_scorer(tmp_path, IDS)
     finished_stage(tmp_path, "tiger", seed=1)
     with pytest.raises(ConfigError, match=r"rl\.reward_source=.*tiger"):
-        load_scorer(tmp_path, ITEMS)
+        load_scorer(tmp_path, IDS)
     with pytest.raises(ConfigError, match=r"rl\.reward_source=.*has 13"):
-        load_scorer(tmp_path, 13)
+        load_scorer(tmp_path, [*IDS, "more"])

@@ -80,7 +80,7 @@ def test_both_losses_are_those_of_the_scores(name):
 @pytest.mark.parametrize(("name", "loss"), [*((name, "softmax") for name in MODELS), *((n, "bce") for n in EMBEDDED)])
 def test_a_rule_is_learned(name, loss):
     model = model_of(name)
-    rows = histories(400, seed=4)
+    rows = histories(200, seed=4)
     history_BL, target_B = left_padded(rows), torch.from_numpy(successors(rows))
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
     for _ in range(150):

@@ -155,7 +155,7 @@ def test_each_learns_and_leaves_the_files_of_a_stage(world, model, loss):
     done = json.loads((folder / "done.json").read_text())
     assert checks[done["chosen_step"]] == max(checks.values())
     assert list(checks) == [6 * (epoch + 1) for epoch in range(len(checks))]
-    scorer = load_baseline(folder, num_items=ITEMS)
+    scorer = load_baseline(folder, external_ids=world.catalog.external_ids)
     scores_BI = scorer.scores(left_padded(world.samples["test"].history))
     hits = (scores_BI.argmax(dim=1).numpy() == world.samples["test"].target_N).mean()
     assert hits == pytest.approx(result.means["recall@1"])

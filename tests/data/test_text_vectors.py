@@ -11,15 +11,30 @@ import pytest
 from tawin_nemo.data.text_vectors import load_item_vectors, text_vectors
 from tawin_nemo.util.errors import DataError
 
+IDS = ["a", "b", "c", "d", "e"]
+
 
 def test_a_good_file_is_read_as_float32(tmp_path: Path) -> None:
     rows = np.random.default_rng(0).normal(size=(5, 3))
     np.save(tmp_path / "items.npy", rows)
-    found = load_item_vectors(tmp_path / "items.npy", 5)
+    found = load_item_vectors(tmp_path / "items.npy", IDS)
     assert found.dtype == np.float32
     np.testing.assert_array_equal(found, rows.astype(np.float32))
     np.save(tmp_path / "counts.npy", np.eye(5, dtype=np.int32))
-    assert load_item_vectors(tmp_path / "counts.npy", 5).tolist() == np.eye(5).tolist()
+    assert load_item_vectors(tmp_path / "counts.npy", IDS).tolist() == np.eye(5).tolist()
+
+
+def test_rows_are_found_by_the_ids_of_their_items(tmp_path: Path) -> None:
+    """A file of another state of the catalog: one item left and one came, so no row stands at its item's number."""
+    rows = np.arange(1, 13, dtype=np.float32).reshape(6, 2)
+    np.save(tmp_path / "items.npy", rows)
+    (tmp_path / "items.json").write_text(json.dumps(["0", "b", "e", "d", "a", "c"]))
+    np.testing.assert_array_equal(load_item_vectors(tmp_path / "items.npy", IDS), rows[[4, 1, 5, 3, 2]])
+    with pytest.raises(DataError, match=r"rl.reward_source=.*no row for 1 items of the catalog: 'new'"):
+        load_item_vectors(tmp_path / "items.npy", ["a", "new"])
+    (tmp_path / "items.json").write_text(json.dumps(["a"]))
+    with pytest.raises(DataError, match=r"names 1 items, but .* has 6 rows"):
+        load_item_vectors(tmp_path / "items.npy", IDS)
 
 
 def wrong(name: str, rows: np.ndarray) -> np.ndarray:
@@ -53,21 +68,21 @@ def wrong(name: str, rows: np.ndarray) -> np.ndarray:
 def test_unusable_arrays_are_named(tmp_path: Path, name: str, message: str) -> None:
     np.save(tmp_path / "items.npy", wrong(name, np.random.default_rng(0).normal(size=(5, 3))))
     with pytest.raises(DataError, match=rf"rl\.reward_source=.*{message}"):
-        load_item_vectors(tmp_path / "items.npy", 5)
+        load_item_vectors(tmp_path / "items.npy", IDS)
 
 
 def test_unusable_files_are_named(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"rl\.reward_source=.*no such file"):
-        load_item_vectors(tmp_path / "absent.npy", 5)
+        load_item_vectors(tmp_path / "absent.npy", IDS)
     (tmp_path / "broken.npy").write_bytes(b"not an array")
     (tmp_path / "empty.npy").write_bytes(b"")
     np.save(tmp_path / "objects.npy", np.array([{"a": 1}]), allow_pickle=True)
     for name in ("broken", "empty", "objects"):
         with pytest.raises(DataError, match=rf"{name}.*cannot be read as \.npy"):
-            load_item_vectors(tmp_path / f"{name}.npy", 5)
+            load_item_vectors(tmp_path / f"{name}.npy", IDS)
     np.savez(tmp_path / "archive.npz", a=np.eye(5))
     with pytest.raises(DataError, match=r"archive"):
-        load_item_vectors(tmp_path / "archive.npz", 5)
+        load_item_vectors(tmp_path / "archive.npz", IDS)
 
 
 KINDS = ("steel hex bolt", "nitrile glove box", "digital caliper tool", "safety goggle clear")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 
 import pytest
@@ -36,8 +35,7 @@ def test_memory_counts_what_is_touched_and_no_file_pages(tmp_path):
 
 
 @pytest.mark.distributed
-@pytest.mark.slow
-@pytest.mark.skipif(os.environ.get("TAWIN_FULL") != "1", reason="1 GB, minutes: tests/run.sh --full runs it")
+@pytest.mark.full
 def test_round_trip(tmp_path):
     assert hf_round_trip.main(["--json", str(tmp_path / "result.json")]) == 0
     assert json.loads((tmp_path / "result.json").read_text(encoding="utf-8"))["bit_identical"]

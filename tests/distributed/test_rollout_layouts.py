@@ -96,7 +96,7 @@ def assert_same(got: dict[str, Any], expected: dict[str, Any], name: str) -> Non
     [
         pytest.param(2, TWO, id="2-processes"),
         pytest.param(4, FOUR, id="4-processes"),
-        pytest.param(4, REST, id="4-processes-more", marks=pytest.mark.slow),
+        pytest.param(4, REST, id="4-processes-more", marks=pytest.mark.full),
     ],
 )
 def test_layouts_equal_one_process(

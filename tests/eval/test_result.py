@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tawin_nemo.catalog.items import Catalog
-from tawin_nemo.eval.result import EvalResult, compare
+from tawin_nemo.eval.result import EvalResult, compare, results_table
 from tawin_nemo.util.errors import DataError
 from tests.eval.listed_engine import (
     LISTS,
@@ -64,3 +64,17 @@ def test_files_of_older_versions_are_read(catalog: Catalog, tmp_path: Path) -> N
     again = EvalResult.read(tmp_path, "test")
     assert again.beyond == {}
     assert again.means == result.means
+
+
+def test_full_credit_comes_with_the_divided_credit_beside_it(catalog: Catalog) -> None:
+    """The papers count a match of the text; the fair figure of rows whose target shares its path stands below it."""
+    samples, engine = make_samples(TARGETS), ListedEngine(catalog, LISTS)
+    divided = run(engine, samples, catalog, collision="fractional")
+    full = run(engine, samples, catalog, collision="optimistic")
+    assert full.collisions > 0
+    assert full.means["recall@3"] > divided.means["recall@3"]
+    for name, value in full.fractional_means().items():
+        assert value == pytest.approx(divided.means[name], abs=1e-12)
+    assert divided.fractional_means() == divided.means
+    assert f"{divided.means['recall@3']:.4f}" in results_table({"rl": full}, [1, 3]).splitlines()[2]
+    assert len(results_table({"rl": divided}, [1, 3]).splitlines()) == 2

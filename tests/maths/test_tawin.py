@@ -157,6 +157,21 @@ def test_start_window_begins_at_the_anchor() -> None:
     torch.testing.assert_close(weights, window, rtol=0, atol=1e-5)
 
 
+def test_mass_k_leaves_the_weights_of_the_soft_top_k() -> None:
+    """Eq. 20 as it stands: they sum to k, none exceeds 1, and mean1 is the same profile times n / k."""
+    scores_BG, is_target_BG = group(15)
+    raw_BG = tawin_weights(scores_BG, is_target_BG, k=4, tau=0.1, anchor=2, mass="k")
+    rank = torch.arange(15, dtype=torch.float64)
+    expected = soft_topk(-(rank - 2).abs() / 15, 4, 0.1)
+    torch.testing.assert_close(raw_BG[~is_target_BG].double(), expected, rtol=0, atol=1e-6)
+    assert raw_BG[~is_target_BG].sum().item() == pytest.approx(4, abs=1e-5)
+    assert raw_BG[is_target_BG].item() == 1
+    mean1_BG = tawin_weights(scores_BG, is_target_BG, k=4, tau=0.1, anchor=2)
+    torch.testing.assert_close(mean1_BG[~is_target_BG], raw_BG[~is_target_BG] * 15 / 4, rtol=1e-6, atol=1e-6)
+    with pytest.raises(ValueError, match="mass = 'all', but it must be one of mean1, k"):
+        tawin_weights(scores_BG, is_target_BG, k=4, tau=0.1, anchor=2, mass="all")
+
+
 @pytest.mark.parametrize(("k", "tau"), [(15, 0.01), (99, 0.01), (4, 1e9)])
 def test_wide_windows_are_plain_grpo(k: float, tau: float) -> None:
     scores_BG, is_target_BG = group(15)

@@ -17,7 +17,7 @@ from tests.slurm.jobs import Job, Slurm, wait_until
 from tests.train.runs import prepare_dataset
 
 pytestmark = [
-    pytest.mark.skipif(os.environ.get("TAWIN_FULL") != "1", reason="a real Slurm runs with tests/run.sh --full only"),
+    pytest.mark.full,
     pytest.mark.timeout(7200),
 ]
 #: Steps of the jobs that run to their end: minutes, so that Slurm, which looks at time limits every 30 s, can stop one.

@@ -5,7 +5,6 @@ Takes minutes, so ``tests/run.sh --full`` runs it (TAWIN_FULL=1).
 
 from __future__ import annotations
 
-import os
 import shutil
 from pathlib import Path
 
@@ -14,7 +13,7 @@ import pytest
 from tests.slurm.jobs import REPOSITORY, Job, Slurm, wait_until
 
 pytestmark = [
-    pytest.mark.skipif(os.environ.get("TAWIN_FULL") != "1", reason="a real Slurm runs with tests/run.sh --full only"),
+    pytest.mark.full,
     pytest.mark.timeout(3600),
 ]
 #: Answers signals as training does, and has nothing left to do in a second attempt.

@@ -12,6 +12,8 @@ from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
 from tawin_nemo.config.schema import CatalogConfig, DataConfig, ModelConfig
 from tawin_nemo.data.interactions import load_dataset
 from tawin_nemo.data.tokenizer import build_tokenizer
+from tawin_nemo.train.sft_data import intentions
+from tawin_nemo.util.errors import ConfigError
 from tests.train.runs import SMALL, metrics, run
 
 ALIGNED = [
@@ -94,3 +96,17 @@ def test_a_frozen_backbone_keeps_every_bit(
     assert all(torch.equal(after[other], value) for other, value in before.items())
     logged = [line["valid/loss"] for line in metrics(tmp_path / "run", "sft") if "valid/loss" in line]
     assert logged[-1] < logged[0]
+
+
+def test_intentions_belong_to_external_ids(tmp_path: Path) -> None:
+    """Numbers are read through the ids that they number, never as positions in the present catalog."""
+    file = tmp_path / "intentions.json"
+    file.write_text(json.dumps({"B2": "to measure a pipe", "B1": "to hold a sheet of steel"}))
+    assert intentions(file, ["B0", "B1", "B2"], 3) == ["", "to hold a", "to measure a"]
+    file.write_text(json.dumps({"0": "to cut", "2": "to measure"}))
+    with pytest.raises(ConfigError, match=r"align.intentions: .*numbers its items, but this catalog names them"):
+        intentions(file, ["B0", "B1", "B2"], 3)
+    (tmp_path / "items.json").write_text(json.dumps(["B9", "B0", "B1"]))
+    with pytest.raises(ConfigError, match="not an item of the catalog with a text: 'B9'"):
+        intentions(file, ["B0", "B1", "B2"], 3)
+    assert intentions(file, ["B0", "B1", "B9"], 3) == ["", "to measure", "to cut"]

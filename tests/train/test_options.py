@@ -1,5 +1,6 @@
 """Recipe options that the other runs leave at their defaults, each through the whole pipeline."""
 
+import json
 import math
 
 import pytest
@@ -33,7 +34,8 @@ OPTIONS = {
         "sft.epochs=1 compare.sft_continued=false eval.splits=[valid]"
     ),
     "sft_in_trie_space_only": (
-        "rl.enabled=false sft.loss_space=trie sft.schedule=linear sft.checks_per_epoch=2 sft.watch=ndcg"
+        "rl.enabled=false sft.loss_space=trie sft.schedule=linear sft.checks_per_epoch=2 sft.watch=ndcg "
+        "eval.auc=true eval.auc_rows=8"
     ),
 }
 
@@ -77,3 +79,8 @@ def test_option(name, small_dataset, tmp_path):
     if name == "sft_in_trie_space_only":
         losses = [line["valid/loss"] for line in metrics(tmp_path, "sft") if "valid/loss" in line]
         assert losses[-1] < losses[0]
+        ranked = json.loads((tmp_path / "sft" / "eval" / "test.auc.json").read_text())
+        assert ranked["rows"] == 8
+        assert 0.0 < ranked["means"]["auc"] <= 1.0
+        beyond = json.loads((tmp_path / "sft" / "eval" / "test.json").read_text())["beyond"]
+        assert beyond["beams_found@6"] == ranked["means"]["beams_found@6"]

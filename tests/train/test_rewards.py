@@ -32,7 +32,7 @@ def world(titles: list[str] = TITLES) -> Any:
     rows = len(HISTORIES)
     samples = Samples(TokenRows.from_lists([[7]] * rows), np.zeros(rows, np.int64), np.zeros(rows, np.int64), HISTORIES)
     return SimpleNamespace(
-        catalog=titles, samples={"train": samples}, recipe=SimpleNamespace(seed=3),
+        catalog=SimpleNamespace(external_ids=titles), samples={"train": samples}, recipe=SimpleNamespace(seed=3),
         dataset=SimpleNamespace(items=SimpleNamespace(titles=titles)),
     )  # fmt: skip
 

@@ -18,7 +18,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from tawin_nemo.config.load import FREE_FORM, leaf_fields
 from tawin_nemo.config.schema import Recipe, number, opt
-from tawin_nemo.eval.paired import parse_metric
+from tawin_nemo.eval.paired import check_metric
 from tawin_nemo.util.errors import ConfigError
 
 #: What an arm may hold besides recipe keys.
@@ -56,7 +56,11 @@ class StudyFile:
     arms: dict[str, Any] = opt({}, "name: {recipe keys, after: ARM or STUDY/ARM, grid: {key: [values]}, seeds: [..]}")
     shared_from: str = opt("", "study whose arms `after` may name as if they were of this one")
     compare: list[Any] = opt([], "[[ours, theirs], ...] for paired tests; a grid's name means all of its arms")
-    metrics: list[str] = opt(["recall@1", "recall@3", "ndcg@3", "recall@10"], "columns of the tables")
+    metrics: list[str] = opt(
+        ["recall@1", "recall@3", "ndcg@3", "recall@10"],
+        "columns of the tables: recall@K, ndcg@K; with eval.candidates hit_ratio@1, valid_ratio, trie_hit_ratio@1; "
+        "with eval.auc (of all rows) auc, opauc@10, opauc@50, wpauc",
+    )
     facts: list[str] = opt([], "further columns: other numbers of eval/SPLIT.json, e.g. coverage")
     trends: list[str] = opt([], "logged scalars to show from the first to the last tenth of training, e.g. rl/reward")
     pool: bool = opt(False, "also test on valid and test together (only if nothing was selected on them)")
@@ -166,7 +170,7 @@ def _check(file: StudyFile, path: Path, arms: Mapping[str, Mapping[str, Any]]) -
         if wrong:
             raise ConfigError(f"{path}: {message}")
     for metric in [*file.metrics, *(metric for sweep in file.sweeps for metric in sweep.metrics)]:
-        parse_metric(metric)
+        check_metric(metric)
 
 
 def _check_recipe_keys(keys: Iterable[str], where: str, also: Sequence[str] = ()) -> None:

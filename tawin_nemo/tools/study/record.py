@@ -18,13 +18,16 @@ from statistics import fmean
 from typing import Any
 
 import numpy as np
+import polars as pl
 
-from tawin_nemo.eval.paired import metric_values, parse_metric
+from tawin_nemo.eval.paired import MEASURED, metric_values, parse_metric
 from tawin_nemo.eval.result import EvalResult
 from tawin_nemo.util.errors import DataError
 from tawin_nemo.util.files import atomic_path, sha256, write_json
 
 FAILED = ".failed.json"
+#: In front of the names of measured values in the file of ranks.
+MEASURED_PREFIX = "measured."
 #: What reading a damaged run file or its ranks may raise.
 _DAMAGE = (OSError, ValueError, KeyError, TypeError, AttributeError, EOFError, zlib.error, zipfile.BadZipFile)
 #: Parts of a run whose means are kept of each logged scalar.
@@ -47,9 +50,14 @@ class SplitResult:
     rows_sha256: str  # of users and targets: runs with the same one may be paired
     rank_B: np.ndarray  # 0-based, -1 = not listed
     sharing_B: np.ndarray | None  # items on the target's path, None = 1 everywhere
+    measured: dict[str, np.ndarray] = field(default_factory=dict)  # MEASURED values of each user, [B] float64
 
     def values(self, metric: str) -> np.ndarray:
-        """``recall@K`` or ``ndcg@K`` of each user. [B] float64. Raises DataError when K goes beyond the list."""
+        """``recall@K``, ``ndcg@K`` or a measured value of each user. [B]. Raises DataError for a missing one."""
+        if metric in MEASURED:
+            if metric not in self.measured:
+                raise DataError(f"{metric} was not measured; set eval.candidates or eval.auc (eval.auc_rows=0) and run")
+            return self.measured[metric]
         k = parse_metric(metric)[1]
         if k > self.beams:
             raise DataError(f"{metric} needs a list of {k} items, but eval.beams was {self.beams}; run with more beams")
@@ -57,7 +65,7 @@ class SplitResult:
 
     def matches(self, metric: str) -> np.ndarray:
         """``values`` with a hit on a path that several items share counted in full, as in MiniOneRec's evaluation."""
-        return replace(self, sharing_B=None).values(metric)
+        return replace(self, sharing_B=None).values(metric)  # what was measured has its own rule
 
     @property
     def shares_credit(self) -> bool:
@@ -104,6 +112,7 @@ class RunRecord:
         content |= {"parent": asdict(self.parent) if self.parent else None, "splits": {}}
         for name, split in self.splits.items():
             values = {item.name: getattr(split, item.name) for item in fields(split)}
+            arrays |= {f"{name}.{MEASURED_PREFIX}{key}": array_B for key, array_B in values.pop("measured").items()}
             for key in ("rank_B", "sharing_B"):
                 array_B = values.pop(key)
                 if array_B is not None:
@@ -143,7 +152,9 @@ def _arrays(path: Path, name: str, split: dict[str, Any]) -> dict[str, Any]:
         return {key: None if text is None else unpack(text) for key, text in texts.items()}
     with np.load(ranks_file(path)) as arrays:
         sharing_B = arrays[f"{name}.sharing_B"].astype(np.int64) if f"{name}.sharing_B" in arrays else None
-        return {"rank_B": arrays[f"{name}.rank_B"].astype(np.int64), "sharing_B": sharing_B}
+        begin = f"{name}.{MEASURED_PREFIX}"
+        measured = {key.removeprefix(begin): arrays[key] for key in arrays.files if key.startswith(begin)}
+        return {"rank_B": arrays[f"{name}.rank_B"].astype(np.int64), "sharing_B": sharing_B, "measured": measured}
 
 
 def unpack(text: str) -> np.ndarray:
@@ -242,7 +253,15 @@ def _read_split(directory: Path, name: str) -> SplitResult:
         rows_sha256=hashlib.sha256(keys.tobytes()).hexdigest(),
         rank_B=table["rank"].to_numpy(),
         sharing_B=sharing_B if (sharing_B > 1).any() else None,
+        measured=_measured(directory, name, result.rows),
     )
+
+
+def _measured(directory: Path, name: str, rows: int) -> dict[str, np.ndarray]:
+    """Values of each row of ``SPLIT.candidates.parquet`` and ``SPLIT.auc.parquet``, where they hold all rows."""
+    paths = [directory / f"{name}.{kind}.parquet" for kind in ("candidates", "auc")]
+    tables = [table for path in paths if path.is_file() and (table := pl.read_parquet(path)).height == rows]
+    return {key: table[key].cast(pl.Float64).to_numpy() for table in tables for key in table.columns if key in MEASURED}
 
 
 def _numbers(node: Mapping[str, Any]) -> dict[str, float]:

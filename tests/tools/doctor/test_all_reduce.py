@@ -45,7 +45,7 @@ sys.exit('connection refused')"""
 
 
 def test_processes_that_hang_are_named_and_ended():
-    result = run_workers(python("print('waiting', flush=True)\ntime.sleep(100)"), local_environments(2), 20)
+    result = run_workers(python("print('waiting', flush=True)\ntime.sleep(100)"), local_environments(2), 8)
     assert result == Failure(0, None, "waiting")
 
 
@@ -55,7 +55,7 @@ def test_processes_that_hang_are_named_and_ended():
 )
 def test_a_failure_becomes_a_check_with_a_remedy(monkeypatch, text, part):
     monkeypatch.setattr(all_reduce, "WORKER", python(text))
-    seen = all_reduce.all_reduce(FOUND, 1, launched=False, limit_s=20)
+    seen = all_reduce.all_reduce(FOUND, 1, launched=False, limit_s=8)
     assert seen.status == Status.FAILS
     assert part in seen.value
     assert "GLOO_SOCKET_IFNAME" in seen.remedy

@@ -21,7 +21,9 @@ def nightly_run(root: Path, date: str, *overrides: str) -> subprocess.CompletedP
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("processes", [TOGETHER, APART], ids=["together", "apart"])
+@pytest.mark.parametrize(
+    "processes", [pytest.param(TOGETHER, id="together"), pytest.param(APART, id="apart", marks=pytest.mark.full)]
+)
 def test_a_nightly_run_is_published_the_next_refused(processes, tmp_path):
     first = nightly_run(tmp_path, FIRST, *processes, *IDLE)
     assert first.returncode == 0, first.stderr[-4000:]

@@ -6,6 +6,7 @@ import zlib
 from dataclasses import replace
 
 import numpy as np
+import polars as pl
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -124,6 +125,24 @@ def test_what_is_written_is_read(tmp_path, shared):
     finished, failed = read_folder(tmp_path / "r")
     assert list(finished) == [("a[x=1]", 3)]
     assert failed == {}
+
+
+def test_values_that_no_rank_gives_are_kept_row_by_row(tmp_path):
+    """Candidate figures of all rows can be paired; areas of some rows cannot, so they stay a mean."""
+    found = record(tmp_path)
+    table, folder = (
+        pl.DataFrame({"row": np.arange(200), "hit_ratio@1": np.arange(200) % 3 / 3}),
+        tmp_path / "run/rl/eval",
+    )
+    table.write_parquet(folder / "test.candidates.parquet")
+    table.rename({"hit_ratio@1": "auc"}).head(50).write_parquet(folder / "test.auc.parquet")
+    first = replace(found, **read_stage(tmp_path / "run" / "rl", ["valid", "test"]))
+    first.write(tmp_path / "r" / "a.seed3.json")
+    split = RunRecord.read(tmp_path / "r" / "a.seed3.json").splits["test"]
+    np.testing.assert_array_equal(split.values("hit_ratio@1"), table["hit_ratio@1"].to_numpy())
+    for metric in ("auc", "valid_ratio"):
+        with pytest.raises(DataError, match=f"{metric} was not measured; set eval.candidates or eval.auc"):
+            split.values(metric)
 
 
 def test_hits_on_shared_paths_count_as_the_evaluation_says(tmp_path):

@@ -1,0 +1,133 @@
+"""AUC, partial and windowed partial AUC over the full catalog, and how hard the beams' negatives are (``eval.auc``).
+
+The papers' argument is about areas under the ROC curve: random negatives train AUC, beam negatives partial AUC, TAWin
+its window. Here every path of the catalog is ranked for every row, so the figures are exact. Axes beyond ``types``: L
+paths (leaves of the trie); items on one path are one negative.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+
+from tawin_nemo.catalog.items import Catalog
+from tawin_nemo.config.schema import EvalConfig
+from tawin_nemo.data.samples import Samples
+from tawin_nemo.eval.intervals import normal_interval
+from tawin_nemo.rollout.engine import Engine
+from tawin_nemo.types import DataParallel
+from tawin_nemo.util.errors import DataError
+from tawin_nemo.util.files import atomic_path, write_json
+from tawin_nemo.util.log import progress
+
+#: Rows that are ranked at once, before the engine's own division by ``eval.token_budget``.
+CHUNK_ROWS = 32
+#: ``opauc@n``: the AUC against the best n negatives.
+PARTIAL = (10, 50)
+
+
+@dataclass(frozen=True, eq=False)
+class FullRanking:
+    """Means over the ranked rows with 95 % intervals, and the per-user table they come from."""
+
+    means: dict[str, float]
+    intervals: dict[str, tuple[float, float]]
+    per_user: pl.DataFrame  # row, user, target, rank among all paths, then one column per mean
+
+    def write(self, directory: Path, split: str) -> None:
+        """Write ``SPLIT.auc.json`` and ``SPLIT.auc.parquet``."""
+        directory.mkdir(parents=True, exist_ok=True)
+        with atomic_path(directory / f"{split}.auc.parquet") as temporary:
+            self.per_user.write_parquet(temporary)
+        facts = {"rows": self.per_user.height, "means": self.means, "intervals": self.intervals}
+        write_json(directory / f"{split}.auc.json", facts)
+
+
+def rank_everything(
+    engine: Engine,
+    samples: Samples,
+    catalog: Catalog,
+    cfg: EvalConfig,
+    *,
+    window: tuple[int, int],
+    widths: Sequence[int],
+    dp: DataParallel,
+    label: str,
+) -> FullRanking:
+    """Rank all paths for ``cfg.auc_rows`` evenly spaced rows (0 = all); every rank returns the same.
+
+    The means: ``auc``; ``opauc@n`` against the best n negatives; ``wpauc`` against the negatives of the 0-based ranks
+    ``window[0] <= rank < window[1]``; ``beams_found@w``, the share of the true w best paths that a search with w beams
+    finds, for each of ``widths``. Raises DataError without rows, and for a catalog of a single path.
+    """
+    leaves = catalog.trie.num_leaves
+    if len(samples) == 0 or leaves < 2:
+        raise DataError(f"{label}: eval.auc needs rows and two paths, not {len(samples)} rows and {leaves} paths")
+    dp = engine.dp or dp
+    chosen = spaced_rows(len(samples), cfg.auc_rows)
+    mine = chosen[dp.rank :: dp.size]
+    widths = sorted({min(width, leaves) for width in widths})
+    size = CHUNK_ROWS * engine.num_replicas
+    parts = [
+        _ranked(engine, samples, catalog, cfg, mine[start : start + size], widths)
+        for start in progress(range(0, len(mine), size), what=f"{label} full ranking")
+    ]
+    found = np.concatenate([np.zeros((0, 1 + len(widths))), *parts])
+    everyone = dp.gather((mine, found))
+    order = np.concatenate([rows for rows, _ in everyone]).argsort(kind="stable")
+    values = np.concatenate([part for _, part in everyone])[order]
+    rank_B = values[:, 0].astype(np.int64)
+    measured = areas(rank_B, leaves - 1, window)
+    measured |= {f"beams_found@{width}": values[:, 1 + place].copy() for place, width in enumerate(widths)}
+    return _result(samples.take(chosen), rank_B, measured)
+
+
+def areas(rank_B: np.ndarray, negatives: int, window: tuple[int, int]) -> dict[str, np.ndarray]:
+    """``auc``, ``opauc@n`` and ``wpauc`` of rows with one positive at 0-based ``rank_B`` among its negatives. [B] each.
+
+    >>> {name: value.tolist() for name, value in areas(np.array([0, 3, 60]), 100, (1, 5)).items()}
+    {'auc': [1.0, 0.97, 0.4], 'opauc@10': [1.0, 0.7, 0.0], 'opauc@50': [1.0, 0.94, 0.0], 'wpauc': [1.0, 0.5, 0.0]}
+    """
+    spans = {"auc": (0, negatives), **{f"opauc@{n}": (0, min(n, negatives)) for n in PARTIAL}}
+    start = min(window[0], negatives - 1)
+    spans["wpauc"] = (start, max(start + 1, min(window[1], negatives)))
+    return {
+        name: np.clip(end - np.maximum(rank_B, first), 0, end - first) / (end - first)
+        for name, (first, end) in spans.items()
+    }
+
+
+def spaced_rows(rows: int, limit: int) -> np.ndarray:
+    """``limit`` evenly spaced row numbers out of ``rows``, ascending; all of them for 0."""
+    if limit == 0 or limit >= rows:
+        return np.arange(rows)
+    return np.linspace(0, rows - 1, limit).round().astype(np.int64)
+
+
+def _ranked(
+    engine: Engine, samples: Samples, catalog: Catalog, cfg: EvalConfig, rows: np.ndarray, widths: Sequence[int]
+) -> np.ndarray:
+    """[B, 1 + widths]: the target's rank among all paths, then the share of the best w that w beams find."""
+    prompts = samples.prompts.take(rows)
+    everything_BL = engine.search(prompts, catalog.trie.num_leaves, token_budget=cfg.token_budget).leaf_BW.cpu().numpy()
+    target_B = catalog.leaf_I[samples.target_N[rows]]
+    columns = [(everything_BL == target_B[:, None]).argmax(axis=1).astype(float)]
+    for width in widths:
+        beams_BW = engine.search(prompts, width, token_budget=cfg.token_budget).leaf_BW.cpu().numpy()
+        best_BW = everything_BL[:, :width]
+        columns.append(np.array([np.isin(best, beams).mean() for best, beams in zip(best_BW, beams_BW, strict=True)]))
+    return np.stack(columns, axis=1)
+
+
+def _result(samples: Samples, rank_B: np.ndarray, measured: dict[str, np.ndarray]) -> FullRanking:
+    intervals = {name: normal_interval(values_B) for name, values_B in measured.items()}
+    keys = {"row": samples.row_N, "user": samples.user_N, "target": samples.target_N, "rank": rank_B}
+    return FullRanking(
+        means={name: interval.mean for name, interval in intervals.items()},
+        intervals={name: (interval.low, interval.high) for name, interval in intervals.items()},
+        per_user=pl.DataFrame(keys | measured),
+    )
