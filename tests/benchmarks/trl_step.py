@@ -25,7 +25,7 @@ from tests.benchmarks import harness
 from tests.benchmarks.baselines import PrefixTable, generate_beams
 from tests.benchmarks.setting import industrial_titles, model_parser, qwen_shape, start, transformers_model
 
-GOAL = 2.0
+GOAL = 1.0  # less time than with the prefix function; the update is the same
 LR = 1e-6
 SPARE = 8  # tokens: cut text is not always encoded as it was
 UNFAIR = [
