@@ -27,7 +27,7 @@ NIGHT = (
     "trainer.threads=1"
 ).split()
 #: A first run that learns nothing, and one that unlearns everything.
-IDLE, RUINED = ("sft.lr=1e-9", "rl.lr=1e-9"), ("sft.lr=3.0", "sft.warmup=0", "rl.lr=1.0")
+IDLE, RUINED = ("sft.lr=1e-9", "rl.lr=1e-9"), ("sft.lr=1.0", "sft.warmup=0", "rl.lr=1.0")
 
 
 @pytest.fixture(scope="module")
