@@ -61,7 +61,7 @@ def untitled(reviews: pl.DataFrame) -> tuple[pl.DataFrame, dict[str, Any]]:
 def _report(reason: str, items: pl.DataFrame) -> None:
     first = items.select(ITEM, TITLE).head(3).rows()
     examples = ", ".join(item if title is None else f"{item} {_short(title)!r}" for item, title in first)
-    remedy = f"; {REMEDY[reason]} decides" if reason in REMEDY else ""
+    remedy = f"; see {REMEDY[reason]}" if reason in REMEDY else ""
     say(f"{_items(items.height)} skipped ({reason}{remedy}), e.g. {examples}")
 
 

@@ -41,8 +41,8 @@ def test_faults_are_counted_on_screen_with_examples_and_keys(tmp_path: Path, cap
     assert dataset.items.external_ids == ["i0", "i5", "i6", "i7", "i8", "i9"]
     text = caplog.text
     assert "1 item skipped (markup in title), e.g. i1 '<3 <span class='" in text
-    assert "1 item skipped (reserved token in title; prepare.reserved_tokens=escape decides), e.g. i2" in text
-    assert "title too long; prepare.max_title_words and prepare.max_title_chars decides), e.g. i3 'xxx" in text
+    assert "1 item skipped (reserved token in title; see prepare.reserved_tokens=escape), e.g. i2" in text
+    assert "title too long; see prepare.max_title_words and prepare.max_title_chars), e.g. i3 'xxx" in text
     assert "(3,000 characters)" in text
     assert "1 item skipped (empty title), e.g. i4 '--'" in text
     assert dataset.manifest["problems"]["refused_items"]["title too long"]["first_items"] == ["i3"]
