@@ -229,7 +229,7 @@ def test_content_counts_not_the_name(tmp_path: Path) -> None:
     write(tmp_path, items=False)
     plain = (tmp_path / "log.csv").read_bytes()
     expected = run(tmp_path).test.target_N.tolist()
-    (tmp_path / "log.csv").write_bytes(gzip.compress(plain))  # gzip without .gz
+    (tmp_path / "log.csv").write_bytes(gzip.compress(plain, mtime=0))  # gzip without .gz
     assert run(tmp_path).test.target_N.tolist() == expected
     (tmp_path / "log.csv").unlink()
     (tmp_path / "log.csv.gz").write_bytes(plain)  # text that is called .gz
@@ -249,10 +249,10 @@ def test_content_counts_not_the_name(tmp_path: Path) -> None:
         ("log.json", json.dumps([{"user": 1}]).encode(), r"log\.json is a JSON array.*jq -c '\.\[\]' log\.json"),
         ("log.json", b"[\n  {\n", "is a JSON array"),
         ("log.json", b'{\n  "user": 1\n}\n', r"over several lines.*jq -c \."),
-        ("log.json", gzip.compress(b'[{"user": 1}]'), "is a JSON array"),
+        ("log.json", gzip.compress(b'[{"user": 1}]', mtime=0), "is a JSON array"),
         ("log.csv", b"PK\x03\x04rest", "ZIP archive or spreadsheet; unpack it"),
         ("log.csv", "user,item,time".encode("utf-16"), "UTF-16 text; convert it: iconv"),
-        ("log.csv", gzip.compress(b"user,item,time\n" * 99)[:-9], "gzip stream damaged"),
+        ("log.csv", gzip.compress(b"user,item,time\n" * 99, mtime=0)[:-9], "gzip stream damaged"),
         ("log.parquet", b"PAR1 and no more", "cannot be read as Parquet"),
     ],
 )
