@@ -1,6 +1,6 @@
 """A step of TRL's GRPOTrainer over a catalog: this package's search as its generation function, against transformers'.
 
-    python -m tests.benchmarks.trl_step [--full]
+    python -m tests.benchmarks.trl_step [--small | --full]
 
 Both sides are the real GRPOTrainer with the same model, prompts, reward and update; only ``rollout_func`` differs. Ours
 is ``tools.trl.CatalogRollouts``, with the copy of the weights before every rollout; the other one calls the model's own
@@ -14,19 +14,25 @@ import copy
 import itertools
 import tempfile
 from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedModel
+from transformers import AutoTokenizer, PreTrainedModel
 
+from tawin_nemo.config.backbones import BACKBONES
+from tawin_nemo.config.schema import CatalogConfig, DataConfig, ModelConfig
+from tawin_nemo.data.tokenizer import build_tokenizer
 from tawin_nemo.tools.hf_search import CatalogSearch
 from tawin_nemo.tools.trl import CatalogRollouts
 from tawin_nemo.types import TokenRows
 from tests.benchmarks import harness
 from tests.benchmarks.baselines import PrefixTable, generate_beams
-from tests.benchmarks.setting import industrial_titles, model_parser, qwen_shape, start, transformers_model
+from tests.benchmarks.setting import SPREAD, industrial_titles, model_parser, qwen_shape, start, transformers_model
 
 GOAL = 1.0  # less time than with the prefix function; the update is the same
 LR = 1e-6
+SMALL = replace(BACKBONES["small-1m"], init_std=SPREAD)
 SPARE = 8  # tokens: cut text is not always encoded as it was
 UNFAIR = [
     "the update, which is TRL's on both sides, is part of every step",
@@ -84,6 +90,13 @@ def hit(completions: list[str], target: list[str], **_: Any) -> list[float]:
     return [float(text.strip() == wanted.strip()) for text, wanted in zip(completions, target, strict=True)]
 
 
+def small_tokenizer(titles: Sequence[str]) -> Any:
+    """A BPE of 2,048 tokens, trained on the titles."""
+    folder = Path(tempfile.mkdtemp())
+    build_tokenizer(DataConfig(tokenizer="bpe"), CatalogConfig(), ModelConfig(), titles, None).save(folder)
+    return AutoTokenizer.from_pretrained(folder)
+
+
 def text_of(tokenizer: Any, tokens: list[int], count: int) -> str:
     """The end of a prompt as text that is encoded as ``count`` tokens."""
     ends = (tokenizer.decode(tokens[start:]) for start in range(2 * SPARE))
@@ -118,16 +131,19 @@ def main() -> None:
     options.add_argument("--prompts", type=int, default=2)
     options.add_argument("--tokens", type=int, default=128, help="of a prompt")
     options.add_argument("--group", type=int, default=16, help="candidates of a prompt = beams")
+    options.add_argument("--small", action="store_true", help="a model of 1M parameters with a small vocabulary")
     given = options.parse_args()
     start(given.threads)
     machine, titles = harness.this_machine(), industrial_titles()
-    shape = qwen_shape(given.layers, full=given.full)
+    tokenizer = small_tokenizer(titles.catalog.titles) if given.small else titles.tokenizer.fast
+    shape = SMALL if given.small else qwen_shape(given.layers, full=given.full)
+    shape = replace(shape, vocab=len(tokenizer)) if given.small else shape
     model = transformers_model(shape, given.precision)
-    tokenizer = titles.tokenizer.fast
     tokenizer.pad_token = tokenizer.eos_token
     search = CatalogSearch(model, tokenizer, titles.catalog.titles)
-    prompts = titles.prompts(given.prompts, given.tokens + SPARE)
-    texts = [text_of(tokenizer, prompts[row].tolist(), given.tokens) for row in range(given.prompts)]
+    long_texts = titles.tokenizer.fast.batch_decode(titles.prompts(given.prompts, 4 * given.tokens).padded()[0])
+    encoded = [tokenizer(text)["input_ids"][-given.tokens - SPARE :] for text in long_texts]
+    texts = [text_of(tokenizer, tokens, given.tokens) for tokens in encoded]
     best = search.beams([tokenizer(text)["input_ids"] for text in texts], given.group)
     wanted = [search.catalog.titles[int(items[given.group // 3])] for items in best.items_BW]
     rows = [{"prompt": text, "target": title} for text, title in zip(texts, wanted, strict=True)]
