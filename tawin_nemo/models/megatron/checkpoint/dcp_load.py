@@ -157,4 +157,4 @@ class _Files(FileSystem):
         if mode != "rb":
             raise ValueError(f"{path} is opened for reading, not with mode {mode}")
         with open_trusted(Path(path)) as file:
-            yield file  # type: ignore[misc]
+            yield file
