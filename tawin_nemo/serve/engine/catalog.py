@@ -258,13 +258,15 @@ def read_items(path: Path) -> list[NewItem]:
             continue
         try:
             record = json.loads(line)
+            if not isinstance(record, dict):
+                raise TypeError("an item must be one JSON object")
             codes = record.get("codes", ())
             item = NewItem(record["external_id"], record["title"], tuple(codes))
             if isinstance(codes, str) or not all(
                 isinstance(word, str) and word for word in (item.external_id, item.title, *item.codes)
             ):
                 raise TypeError("external_id, title and codes must be strings that are not empty")
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise CatalogError(f"{path}, line {number}: {type(error).__name__}: {error}") from error
         items.append(item)
     if not items:
