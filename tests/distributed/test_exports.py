@@ -19,7 +19,15 @@ from typing import Any
 import pytest
 import torch
 from tokenizers import processors
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, PretrainedConfig, Qwen2Config
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaConfig,
+    MistralConfig,
+    PretrainedConfig,
+    Qwen2Config,
+    Qwen3Config,
+)
 
 from tawin_nemo.config.load import load_recipe
 from tawin_nemo.config.schema import CatalogConfig, DataConfig, ModelConfig
@@ -41,6 +49,8 @@ SIZES = {
 FAMILIES: dict[str, tuple[type[PretrainedConfig], dict[str, Any], bool]] = {
     "qwen2": (Qwen2Config, {}, False),
     "llama": (LlamaConfig, {"head_dim": 16}, True),
+    "qwen3": (Qwen3Config, {"head_dim": 16}, False),
+    "mistral": (MistralConfig, {"head_dim": 16, "sliding_window": None}, True),
 }
 CHAT = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
 TIED, KINDS, LAYOUTS = ("tied", "untied"), ("title", "sid"), (1, 2)
