@@ -151,7 +151,10 @@ class Recommender:
         """Open the model of ``recipe``, chosen as in ``evaluate``. Raises ConfigError as ``evaluate``."""
         recipe = _single(imported(recipe, trains=False))
         from tawin_nemo.commands.session import started, trained_world
+        from tawin_nemo.run.exported import from_export
         from tawin_nemo.train.start import engine_of
+
+        recipe = from_export(recipe)
 
         _check_alone("a Recommender")
         set_cuda_defaults()

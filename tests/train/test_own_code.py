@@ -220,7 +220,7 @@ def test_own_template():
     template = build_template(f"{OWN}:Spoken", "title")
     assert isinstance(template, own_code_samples.Spoken)
     assert template.prompt(["a", "b"]) == "Seen: a; b Next: "
-    with pytest.raises(ConfigError, match=r"data\.template=alpca is not known; use compact or alpaca"):
+    with pytest.raises(ConfigError, match=r"data\.template=alpca is not known; use compact, alpaca"):
         build_template("alpca", "title")
 
 
