@@ -193,8 +193,8 @@ def test_the_margin_of_alpha_dpo_has_no_gradient():
 
 
 def test_trl_agrees_on_dpo_and_simpo():
-    """A second opinion: ``CPOTrainer.cpo_loss`` on the same log-probs; of ratios to a reference its sigmoid loss is DPO's
-    (TRL's DPOTrainer has its own only inside a whole step)."""
+    """A second opinion: ``CPOTrainer.cpo_loss`` on the same log-probs. Its sigmoid loss of ratios to a reference is that
+    of DPO, which TRL's DPOTrainer has inside a whole step only."""
     pytest.importorskip("trl")
     from types import SimpleNamespace
 
@@ -206,7 +206,7 @@ def test_trl_agrees_on_dpo_and_simpo():
     mask = torch.ones(B, 1, dtype=torch.bool)
 
     def theirs(kind, chosen, rejected):
-        settings = {"beta": beta, "label_smoothing": 0.0, "loss_type": kind, "simpo_gamma": GAMMA, "cpo_alpha": 0.0}
+        settings = {"beta": beta, "label_smoothing": 0.0, "loss_type": kind, "simpo_gamma": GAMMA, "alpha": 0.0}
         trainer = SimpleNamespace(**settings, accelerator=SimpleNamespace(device="cpu"))
         return CPOTrainer.cpo_loss(trainer, chosen, rejected)[0]
 
