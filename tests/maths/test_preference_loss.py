@@ -193,8 +193,8 @@ def test_the_margin_of_alpha_dpo_has_no_gradient():
 
 
 def test_trl_agrees_on_dpo_and_simpo():
-    """A second opinion: ``CPOTrainer.cpo_loss`` on the same log-probs. Its sigmoid loss of ratios to a reference is that
-    of DPO, which TRL's DPOTrainer has inside a whole step only."""
+    """A second opinion: ``CPOTrainer.cpo_loss`` on the same log-probs. Its sigmoid loss of ratios to a reference is
+    that of DPO, which TRL's DPOTrainer has inside a whole step only."""
     pytest.importorskip("trl")
     from types import SimpleNamespace
 
