@@ -32,5 +32,7 @@ if [ $# = 0 ]; then # committed result files against their pages
   set -- -m "not results"
 fi
 wait "$types"
-# one worker per core, each file on one worker so that its fixtures are made once
+# one worker per core, each file on one worker so that its fixtures are made once; a second thread of torch in one worker
+# would wait for the core of the other
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 pytest -q -n "${TAWIN_TEST_WORKERS:-2}" --dist loadfile --no-loadscope-reorder "$@"
