@@ -12,7 +12,7 @@ from pathlib import Path
 import polars as pl
 
 from tawin_nemo.config.schema import ColumnsConfig
-from tawin_nemo.data.interactions import BRAND, CATEGORY, DESCRIPTION
+from tawin_nemo.data.interactions import BRAND, CATEGORY, DESCRIPTION, PRICE
 from tawin_nemo.data_prep.ndjson import Field, Problems, read_frames
 from tawin_nemo.data_prep.raw import (
     ITEM_SCHEMA,
@@ -96,7 +96,7 @@ def _read_reviews(
 
 def _read_items(path: Path, names: Release, reviews: Reviews, k: int, problems: Problems) -> pl.DataFrame:
     texts = (TITLE, DESCRIPTION, names.brand, names.category)
-    fields = [Field(names.item, "id"), *(Field(text, "text") for text in texts)]
+    fields = [Field(names.item, "id"), *(Field(text, "text") for text in texts), Field(PRICE, "text")]
     reviewed = reviews.inside[ITEM].unique()
     frequent = frequent_items(reviews, k)
     parts = [pl.DataFrame(schema=ITEM_SCHEMA)]
@@ -112,6 +112,7 @@ def _read_items(path: Path, names: Release, reviews: Reviews, k: int, problems: 
                     DESCRIPTION: _joined(frame[DESCRIPTION], " ").str.slice(0, DESCRIPTION_LIMIT),
                     BRAND: clean_column(frame[names.brand]),
                     CATEGORY: _joined(frame[names.category], " > "),
+                    PRICE: clean_column(frame[PRICE]),
                 },
                 schema=ITEM_SCHEMA,
             )

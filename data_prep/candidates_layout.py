@@ -17,7 +17,7 @@ import numpy as np
 import polars as pl
 
 from tawin_nemo.config.schema import PrepareConfig
-from tawin_nemo.data.interactions import BRAND, CATEGORY, DESCRIPTION, Split
+from tawin_nemo.data.interactions import BRAND, CATEGORY, DESCRIPTION, PRICE, Split
 from tawin_nemo.data_prep.dataset import Prepared, Step
 from tawin_nemo.data_prep.item_texts import ready_made
 from tawin_nemo.types import EXTERNAL_ID, ITEM, SPLITS, TITLE, TokenRows
@@ -95,7 +95,7 @@ def read(root: Path, name: str, max_history: int, prepare: PrepareConfig | None 
     return Prepared(name, "candidates", items, splits, min(max_history, longest), steps)
 
 
-_EMPTY = (DESCRIPTION, BRAND, CATEGORY)
+_EMPTY = (DESCRIPTION, BRAND, CATEGORY, PRICE)
 
 
 def _read_rows(path: Path) -> list[NamedRow]:

@@ -7,7 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from tawin_nemo.config.schema import ColumnsConfig
-from tawin_nemo.data.interactions import BRAND, CATEGORY, DESCRIPTION
+from tawin_nemo.data.interactions import BRAND, CATEGORY, DESCRIPTION, PRICE
 from tawin_nemo.data_prep.raw import EVENT, RATING
 from tawin_nemo.types import ITEM, TIME, TITLE, USER
 from tawin_nemo.util.errors import ConfigError
@@ -31,6 +31,7 @@ USUAL = {
     TITLE: ("title", "item_title", "movie_title", "product_title", "name", "item_name", "product_name"),
     DESCRIPTION: ("description", "item_description", "product_description", "desc"),
     BRAND: ("brand", "store", "manufacturer"),
+    PRICE: ("price", "list_price"),
     CATEGORY: ("category", "categories", "genres", "genre", "category_name", "main_category", "class"),
 }  # fmt: skip
 LOG_ROLES = (USER, ITEM, TIME)

@@ -15,7 +15,7 @@ import numpy as np
 import polars as pl
 
 from tawin_nemo.config.schema import ColumnsConfig, PrepareConfig
-from tawin_nemo.data.interactions import BRAND, CATEGORY, DESCRIPTION, Split
+from tawin_nemo.data.interactions import BRAND, CATEGORY, DESCRIPTION, PRICE, Split
 from tawin_nemo.data_prep.dataset import Prepared, Step
 from tawin_nemo.data_prep.item_texts import ready_made
 from tawin_nemo.data_prep.table_items import read_items
@@ -141,7 +141,7 @@ def _items(path: Path | None, tables: dict[str, pl.DataFrame]) -> pl.DataFrame:
     return texts.with_row_index(ITEM).with_columns(pl.col(ITEM).cast(pl.Int64))
 
 
-_OTHERS = (DESCRIPTION, BRAND, CATEGORY)
+_OTHERS = (DESCRIPTION, BRAND, CATEGORY, PRICE)
 
 
 def _read_items(path: Path) -> pl.DataFrame:
@@ -163,7 +163,7 @@ def _read_items(path: Path) -> pl.DataFrame:
     shown = range(len(rows)) if numbered else names
     if wrong := [item for item, row in zip(shown, rows, strict=True) if not _has_title(row)]:
         raise DataError(f"{path}: {len(wrong)} items have no title, e.g. {wrong[:5]}; every item needs one")
-    texts = {TITLE: "title", DESCRIPTION: "description", BRAND: "brand", CATEGORY: "categories"}
+    texts = {TITLE: "title", DESCRIPTION: "description", BRAND: "brand", CATEGORY: "categories", PRICE: "price"}
     columns = {ours: [_text(row.get(theirs)) for row in rows] for ours, theirs in texts.items()}
     identity = {ITEM: range(len(rows)), EXTERNAL_ID: names}
     return pl.DataFrame(identity | columns, schema_overrides={ITEM: pl.Int64, **dict.fromkeys(texts, pl.String)})

@@ -8,7 +8,7 @@ from typing import Any
 import polars as pl
 
 from tawin_nemo.config.schema import PrepareConfig
-from tawin_nemo.data.interactions import BRAND, CATEGORY, DESCRIPTION
+from tawin_nemo.data.interactions import BRAND, CATEGORY, DESCRIPTION, PRICE
 from tawin_nemo.data_prep.raw import ITEM_TEXTS
 from tawin_nemo.data_prep.titles import RESERVED, escape_reserved, title_faults
 from tawin_nemo.types import EXTERNAL_ID, ITEM, TITLE
@@ -33,7 +33,7 @@ def valid_items(
     """
     reviewed = reviews.group_by(ITEM).len("reviews")
     first = items.unique(subset=[EXTERNAL_ID], keep="first", maintain_order=True).rename({EXTERNAL_ID: ITEM})
-    escaped = [DESCRIPTION, BRAND, CATEGORY, *([TITLE] if prepare.reserved_tokens == "escape" else [])]
+    escaped = [DESCRIPTION, BRAND, CATEGORY, PRICE, *([TITLE] if prepare.reserved_tokens == "escape" else [])]
     first = first.with_columns(escape_reserved(first[name]) for name in escaped)
     first = first.with_columns(title_faults(first[TITLE], prepare.max_title_words, prepare.max_title_chars))
     judged = reviewed.join(first.with_columns(known=True), on=ITEM, how="left").with_columns(
@@ -54,7 +54,7 @@ def valid_items(
 def untitled(reviews: pl.DataFrame) -> tuple[pl.DataFrame, dict[str, Any]]:
     """All items of a log, each with its external id as title and no other text; no fault."""
     items = reviews[ITEM].unique().sort()
-    empty = [pl.lit("").alias(name) for name in (DESCRIPTION, BRAND, CATEGORY)]
+    empty = [pl.lit("").alias(name) for name in (DESCRIPTION, BRAND, CATEGORY, PRICE)]
     return items.to_frame().select(ITEM, pl.col(ITEM).alias(TITLE), *empty), {}
 
 
@@ -87,7 +87,7 @@ def ready_made(items: pl.DataFrame, prepare: PrepareConfig, source: str) -> pl.D
         items = items.with_columns(
             pl.Series(name, [html.unescape(text) for text in items[name]], dtype=pl.String) for name in ITEM_TEXTS
         )
-    escaped = [DESCRIPTION, BRAND, CATEGORY, *([TITLE] if prepare.reserved_tokens == "escape" else [])]
+    escaped = [DESCRIPTION, BRAND, CATEGORY, PRICE, *([TITLE] if prepare.reserved_tokens == "escape" else [])]
     items = items.with_columns(escape_reserved(items[name]) for name in escaped)
     reserved = items.filter(pl.col(TITLE).str.contains(RESERVED))
     if reserved.height:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 import polars as pl
 
-from tawin_nemo.data.interactions import BRAND, CATEGORY, DESCRIPTION
+from tawin_nemo.data.interactions import BRAND, CATEGORY, DESCRIPTION, PRICE
 from tawin_nemo.data_prep.ndjson import Problems
 from tawin_nemo.types import EXTERNAL_ID, ITEM, TIME, TITLE, USER
 from tawin_nemo.util import times
@@ -62,7 +62,7 @@ def _seconds(key: str, text: str, parse: Callable[[str], int | None]) -> int | N
         raise ConfigError(f"{key}={text!r} {error}") from None
 
 
-ITEM_TEXTS = (TITLE, DESCRIPTION, BRAND, CATEGORY)
+ITEM_TEXTS = (TITLE, DESCRIPTION, BRAND, CATEGORY, PRICE)
 ITEM_SCHEMA = dict.fromkeys((EXTERNAL_ID, *ITEM_TEXTS), pl.String)
 REVIEW_SCHEMA = {USER: pl.String, ITEM: pl.String, TIME: pl.Int64}
 #: Columns that a reader may add to REVIEW_SCHEMA: kind of event (String), rating (Float64), part of a second (Float64).

@@ -20,7 +20,7 @@ import numpy as np
 import polars as pl
 
 from tawin_nemo.config.schema import ColumnsConfig, PrepareConfig
-from tawin_nemo.data.interactions import BRAND, CATEGORY, DESCRIPTION, Split
+from tawin_nemo.data.interactions import BRAND, CATEGORY, DESCRIPTION, PRICE, Split
 from tawin_nemo.data_prep.dataset import Prepared, Step
 from tawin_nemo.data_prep.item_texts import ready_made
 from tawin_nemo.data_prep.ndjson import LINE, Problems
@@ -228,7 +228,7 @@ def _frame(ids: list[str], items: _Items) -> pl.DataFrame:
         ITEM: range(len(ids)),
         EXTERNAL_ID: names if len(set(names)) == len(names) else ids,
         TITLE: [items.titles.get(item, item).strip() or item for item in ids],
-    } | {key: [""] * len(ids) for key in (DESCRIPTION, BRAND, CATEGORY)}
+    } | {key: [""] * len(ids) for key in (DESCRIPTION, BRAND, CATEGORY, PRICE)}
     return pl.DataFrame(columns, schema_overrides={ITEM: pl.Int64})
 
 

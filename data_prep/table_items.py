@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import polars as pl
 
 from tawin_nemo.config.schema import ColumnsConfig
-from tawin_nemo.data.interactions import BRAND, CATEGORY, DESCRIPTION
+from tawin_nemo.data.interactions import BRAND, CATEGORY, DESCRIPTION, PRICE
 from tawin_nemo.data_prep import columns as roles_
 from tawin_nemo.data_prep.ndjson import Problems
 from tawin_nemo.data_prep.raw import ITEM_SCHEMA, ITEM_TEXTS
@@ -89,6 +89,7 @@ def _texts(frame: pl.DataFrame) -> pl.DataFrame:
             DESCRIPTION: column(DESCRIPTION, " ").str.slice(0, DESCRIPTION_LIMIT),
             BRAND: column(BRAND, " "),
             CATEGORY: column(CATEGORY, " > "),
+            PRICE: column(PRICE, " "),
         },
         schema=ITEM_SCHEMA,
     )

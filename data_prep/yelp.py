@@ -7,7 +7,7 @@ from pathlib import Path
 
 import polars as pl
 
-from tawin_nemo.data.interactions import BRAND, CATEGORY, DESCRIPTION
+from tawin_nemo.data.interactions import BRAND, CATEGORY, DESCRIPTION, PRICE
 from tawin_nemo.data_prep.ndjson import LINE, Field, Problems, read_frames
 from tawin_nemo.data_prep.raw import ITEM_SCHEMA, RATING, Period, RawData, Reviews, Selection, collect_reviews
 from tawin_nemo.data_prep.titles import clean_column
@@ -60,6 +60,7 @@ def _read_items(path: Path, reviews: Reviews, problems: Problems) -> pl.DataFram
                     DESCRIPTION: clean_column(frame["city"]),
                     BRAND: pl.Series([""] * frame.height, dtype=pl.String),
                     CATEGORY: clean_column(frame["categories"]),
+                    PRICE: pl.Series([""] * frame.height, dtype=pl.String),
                 },
                 schema=ITEM_SCHEMA,
             )

@@ -481,6 +481,7 @@ class ColumnsConfig:
     description: str = opt("", "Names the column with the item's description (empty = description).")
     brand: str = opt("", "Names the column with the item's brand (empty = brand, store, manufacturer).")
     category: str = opt("", "Names the column with the item's category (empty = categories, genres and the like).")
+    price: str = opt("", "Names the column with the item's price, for Jinja templates (empty = price, list_price).")
 
 
 @dataclass(frozen=True)

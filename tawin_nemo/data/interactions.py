@@ -26,7 +26,7 @@ ITEMS_FILE, USERS_FILE = "items.parquet", "users.parquet"
 #: Key of the manifest of data without item texts: their titles are external ids.
 NO_TITLES = "titles_are_ids"
 #: Columns of ITEMS_FILE besides ITEM, EXTERNAL_ID and TITLE.
-DESCRIPTION, BRAND, CATEGORY = "description", "brand", "category"
+DESCRIPTION, BRAND, CATEGORY, PRICE = "description", "brand", "category", "price"
 
 _AGAIN = "prepare the data set again"
 

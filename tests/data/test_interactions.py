@@ -41,7 +41,7 @@ def test_equals_what_polars_reads(prepared: Path) -> None:
     items = pl.read_parquet(prepared / ITEMS_FILE)
     assert items.schema == {
         ITEM: pl.Int64,
-        **dict.fromkeys([EXTERNAL_ID, TITLE, "description", "brand", "category"], pl.String),
+        **dict.fromkeys([EXTERNAL_ID, TITLE, "description", "brand", "category", "price"], pl.String),
     }
     assert dataset.items.external_ids == items[EXTERNAL_ID].to_list()
     assert dataset.items.titles == items[TITLE].to_list()

@@ -8,6 +8,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import polars as pl
 import pytest
 
 from tawin_nemo.config.schema import DataConfig, PrepareConfig
@@ -146,3 +147,16 @@ def test_too_few_samples_for_three_splits(tmp_path: Path) -> None:
     write(tmp_path, full_log()[:9], metadata())
     with pytest.raises(DataError, match="Only 7 samples are left"):
         run(tmp_path, k_core=1)
+
+
+def test_brand_category_and_price_are_kept_as_text_for_templates(tmp_path: Path) -> None:
+    """Prices are numbers in some releases and texts such as $12.99 in others; an item without one has an empty text."""
+    prices = dict(zip(ITEMS, [12.99, "$5.00", None, 7, ""], strict=True))
+    items = [{**row, "price": prices[row["asin"]]} for row in metadata()]
+    del items[2]["price"]
+    write(tmp_path, full_log(), items)
+    table = pl.read_parquet(run(tmp_path) / "items.parquet")
+    found = dict(zip(table["external_id"], table["price"], strict=True))
+    assert found == dict(zip(ITEMS, ["12.99", "$5.00", "", "7", ""], strict=True))
+    assert set(table["brand"]) == {"B"}
+    assert set(table["category"]) == {"a > b"}
