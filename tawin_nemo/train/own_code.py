@@ -44,7 +44,8 @@ class OwnGroupValues:
     def __call__(self, *arguments: Any) -> Tensor:
         """[B, G] float32, 0 at padding. The last of ``arguments`` is the rollout.
 
-        Raises ConfigError for another shape, or for values of candidates that are not finite.
+        A single reward may be NaN: the step leaves its candidate out. Raises ConfigError for another shape, for other
+        values that are not finite, and for rewards of which none is.
         """
         rollout: Rollout = arguments[-1]
         valid_BG = rollout.valid_BG.cpu()
@@ -55,8 +56,10 @@ class OwnGroupValues:
             raise self.wrong(f"an object of type {type(value).__name__}", valid_BG) from None
         if values_BG.shape != valid_BG.shape:
             raise self.wrong(f"shape {list(values_BG.shape)}", valid_BG)
-        if not bool(values_BG[valid_BG].isfinite().all()):
-            raise self.wrong(f"{int((~values_BG[valid_BG].isfinite()).sum())} values that are not finite", valid_BG)
+        finite = values_BG[valid_BG].isfinite()
+        enough = finite.any() or not len(finite) if self.key == "rl.reward" else finite.all()
+        if not bool(enough):
+            raise self.wrong(f"{int((~finite).sum())} values that are not finite", valid_BG)
         return torch.where(valid_BG, values_BG, 0.0)
 
     def wrong(self, found: str, valid_BG: Tensor) -> ConfigError:

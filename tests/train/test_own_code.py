@@ -8,12 +8,14 @@ import subprocess
 import sys
 from pathlib import Path
 from textwrap import dedent
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 
 from tawin_nemo.data.prompts import build_template
-from tawin_nemo.train.own_code import OwnNegatives
+from tawin_nemo.train.own_code import OwnGroupValues, OwnNegatives
 from tawin_nemo.util.errors import ConfigError
 from tests.train import own_code_samples
 from tests.train.runs import SMALL, called, importable, metrics, run
@@ -231,3 +233,18 @@ def test_the_current_directory_is_searched_first(tmp_path: Path, monkeypatch: py
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [place for place in sys.path if place not in ("", os.getcwd())])
     assert loaded("rl.reward", "own_here:reward")(None) == 1
+
+
+def test_one_reward_that_is_no_number_is_left_to_the_step_and_one_weight_is_an_error():
+    """The step leaves the candidate out of its group and counts it; a weight or an advantage has no such place."""
+    rollout = SimpleNamespace(valid_BG=torch.tensor([[True, True, False]]))
+    given = torch.tensor([[1.0, float("nan"), float("nan")]])
+    found = OwnGroupValues("rl.reward", "own:fn", lambda _: given)(rollout)
+    assert found[0, 0] == 1.0
+    assert bool(found[0, 1].isnan())
+    assert found[0, 2] == 0.0
+    with pytest.raises(ConfigError, match=r"rl\.candidate_weights=own:fn returned 1 values that are not finite"):
+        OwnGroupValues("rl.candidate_weights", "own:fn", lambda _: given)(rollout)
+    nothing = torch.full((1, 3), float("nan"))
+    with pytest.raises(ConfigError, match=r"rl\.reward=own:fn returned 2 values that are not finite"):
+        OwnGroupValues("rl.reward", "own:fn", lambda _: nothing)(rollout)
