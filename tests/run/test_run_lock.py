@@ -119,9 +119,13 @@ def test_the_lock_of_a_killed_process_is_taken_over_at_once(tmp_path: Path, capl
 
 
 def test_a_later_process_with_the_same_id_holds_nothing(tmp_path: Path) -> None:
-    lie(tmp_path, start=1)  # this process's id, but another start
+    old = lie(tmp_path, start=1)  # this process's id, but another start
     with run_lock(tmp_path, "train"):
-        pass
+        owner = Owner.of((tmp_path / LOCK).read_text())
+        assert owner is not None
+        assert owner.token != old.token
+        assert (owner.pid, owner.start != 1) == (old.pid, True)
+    assert files(tmp_path) == []
 
 
 def test_another_host_is_believed_while_it_touches_the_lock(tmp_path: Path) -> None:
