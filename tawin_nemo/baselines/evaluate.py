@@ -22,9 +22,9 @@ from tawin_nemo.config.schema import EvalConfig
 from tawin_nemo.data.negative_sampling import candidate_set
 from tawin_nemo.data.samples import Samples
 from tawin_nemo.eval.bias import beyond_accuracy
-from tawin_nemo.eval.candidates import CandidateResult
 from tawin_nemo.eval.evaluate import CHUNK_ROWS, COVERAGE_K, metric_names, per_user_table
 from tawin_nemo.eval.intervals import share_interval
+from tawin_nemo.eval.measured import Measured
 from tawin_nemo.eval.result import EvalResult
 from tawin_nemo.types import NO_ITEM
 from tawin_nemo.util.errors import DataError, TawinError
@@ -91,7 +91,7 @@ def evaluate_baseline(
 @torch.no_grad()
 def baseline_candidates(
     model: SequentialRecommender, samples: Samples, catalog: Catalog, cfg: EvalConfig, *, seed: int, label: str
-) -> CandidateResult:
+) -> Measured:
     """HitRatio@1 of the candidate protocol (``eval.candidates``): the candidate with the best score, the first of equal
     ones. Every answer is valid; models that search count what they do not list as worst."""
     model.eval()
@@ -105,7 +105,7 @@ def baseline_candidates(
             items_C = candidate_set(samples, catalog.leaf_I, row, cfg.candidates, seed)
             best = items_C[int(scores_BI[place, torch.from_numpy(items_C)].argmax())]
             hit_B[row] = best == samples.target_N[row]
-    return CandidateResult.of(samples, {"hit_ratio@1": hit_B, "valid_ratio": np.ones(len(samples))})
+    return Measured.of("candidates", samples, {"hit_ratio@1": hit_B, "valid_ratio": np.ones(len(samples))})
 
 
 def valid_metrics(model: SequentialRecommender, samples: Samples, cfg: EvalConfig) -> dict[str, float]:

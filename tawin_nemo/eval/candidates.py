@@ -14,25 +14,19 @@ Axes beyond ``types``: C candidates of a row.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
 
 import numpy as np
-import polars as pl
 
 from tawin_nemo.catalog.items import Catalog
 from tawin_nemo.config.schema import EvalConfig
-from tawin_nemo.data.interactions import Dataset
 from tawin_nemo.data.negative_sampling import candidate_set
 from tawin_nemo.data.samples import Samples
-from tawin_nemo.eval.intervals import share_interval
-from tawin_nemo.eval.result import named_rows
+from tawin_nemo.eval.measured import Measured
 from tawin_nemo.rollout.engine import RolloutEngine
 from tawin_nemo.rollout.filters import ItemFilter
 from tawin_nemo.rollout.greedy import greedy_decode
 from tawin_nemo.types import DataParallel
 from tawin_nemo.util.errors import DataError
-from tawin_nemo.util.files import atomic_path, write_json
 from tawin_nemo.util.log import progress
 
 #: New tokens of free decoding, at most.
@@ -43,38 +37,6 @@ CHUNK_ROWS = 128
 MEASURED = ("hit_ratio@1", "valid_ratio", "trie_hit_ratio@1")
 
 Decode = Callable[[Iterable[int]], str]
-
-
-@dataclass(frozen=True, eq=False)
-class CandidateResult:
-    """Means over all rows with 95 % intervals, and the per-user table they come from."""
-
-    means: dict[str, float]
-    intervals: dict[str, tuple[float, float]]
-    per_user: pl.DataFrame  # row, user, target, then MEASURED
-
-    @classmethod
-    def of(cls, samples: Samples, measured: dict[str, np.ndarray]) -> CandidateResult:
-        """From one value per row of ``samples`` for each name."""
-        intervals = {name: share_interval(values_B) for name, values_B in measured.items()}
-        keys = {"row": samples.row_N, "user": samples.user_N, "target": samples.target_N}
-        return cls(
-            means={name: interval.mean for name, interval in intervals.items()},
-            intervals={name: (interval.low, interval.high) for name, interval in intervals.items()},
-            per_user=pl.DataFrame(keys | measured),
-        )
-
-    def named(self, dataset: Dataset) -> CandidateResult:
-        """This result with external ids in ``per_user``, as ``result.named_rows`` adds them."""
-        return replace(self, per_user=named_rows(self.per_user, dataset))
-
-    def write(self, directory: Path, split: str) -> None:
-        """Write ``SPLIT.candidates.json`` and ``SPLIT.candidates.parquet``."""
-        directory.mkdir(parents=True, exist_ok=True)
-        with atomic_path(directory / f"{split}.candidates.parquet") as temporary:
-            self.per_user.write_parquet(temporary)
-        facts = {"rows": self.per_user.height, "means": self.means, "intervals": self.intervals}
-        write_json(directory / f"{split}.candidates.json", facts)
 
 
 def evaluate_candidates(
@@ -89,7 +51,7 @@ def evaluate_candidates(
     seed: int,
     dp: DataParallel,
     label: str,
-) -> CandidateResult:
+) -> Measured:
     """The three figures of the module's docstring over all rows; every rank calls it and returns the same.
 
     ``texts`` are the item texts as answers write them, by item index; ``decode`` turns tokens into text. Candidates are
@@ -113,7 +75,7 @@ def evaluate_candidates(
     parts = dp.gather((by_length, np.concatenate(columns)))
     order = np.concatenate([rows for rows, _ in parts]).argsort(kind="stable")
     values = np.concatenate([part for _, part in parts])[order]
-    return CandidateResult.of(samples, {name: values[:, place].copy() for place, name in enumerate(MEASURED)})
+    return Measured.of("candidates", samples, {name: values[:, place].copy() for place, name in enumerate(MEASURED)})
 
 
 def named_candidate(output: str, names: Sequence[str]) -> int | None:

@@ -8,49 +8,22 @@ paths (leaves of the trie); items on one path are one negative.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
 
 import numpy as np
-import polars as pl
 
 from tawin_nemo.catalog.items import Catalog
 from tawin_nemo.config.schema import EvalConfig
-from tawin_nemo.data.interactions import Dataset
 from tawin_nemo.data.samples import Samples
-from tawin_nemo.eval.intervals import share_interval
-from tawin_nemo.eval.result import named_rows
+from tawin_nemo.eval.measured import Measured
 from tawin_nemo.rollout.engine import Engine
 from tawin_nemo.types import DataParallel
 from tawin_nemo.util.errors import DataError
-from tawin_nemo.util.files import atomic_path, write_json
 from tawin_nemo.util.log import progress
 
 #: Rows that are ranked at once, before the engine's own division by ``eval.token_budget``.
 CHUNK_ROWS = 32
 #: ``opauc@n``: the AUC against the best n negatives.
 PARTIAL = (10, 50)
-
-
-@dataclass(frozen=True, eq=False)
-class FullRanking:
-    """Means over the ranked rows with 95 % intervals, and the per-user table they come from."""
-
-    means: dict[str, float]
-    intervals: dict[str, tuple[float, float]]
-    per_user: pl.DataFrame  # row, user, target, rank among all paths, then one column per mean
-
-    def named(self, dataset: Dataset) -> FullRanking:
-        """This result with external ids in ``per_user``: ``user_id`` and ``target_id``."""
-        return replace(self, per_user=named_rows(self.per_user, dataset))
-
-    def write(self, directory: Path, split: str) -> None:
-        """Write ``SPLIT.auc.json`` and ``SPLIT.auc.parquet``."""
-        directory.mkdir(parents=True, exist_ok=True)
-        with atomic_path(directory / f"{split}.auc.parquet") as temporary:
-            self.per_user.write_parquet(temporary)
-        facts = {"rows": self.per_user.height, "means": self.means, "intervals": self.intervals}
-        write_json(directory / f"{split}.auc.json", facts)
 
 
 def rank_everything(
@@ -63,7 +36,7 @@ def rank_everything(
     widths: Sequence[int],
     dp: DataParallel,
     label: str,
-) -> FullRanking:
+) -> Measured:
     """Rank all paths for ``cfg.auc_rows`` evenly spaced rows (0 = all); every rank returns the same.
 
     The means: ``auc``; ``opauc@n`` against the best n negatives; ``wpauc`` against the negatives of the 0-based ranks
@@ -89,7 +62,7 @@ def rank_everything(
     rank_B = values[:, 0].astype(np.int64)
     measured = areas(rank_B, leaves - 1, window)
     measured |= {f"beams_found@{width}": values[:, 1 + place].copy() for place, width in enumerate(widths)}
-    return _result(samples.take(chosen), rank_B, measured)
+    return Measured.of("auc", samples.take(chosen), measured, rank=rank_B)
 
 
 def areas(rank_B: np.ndarray, negatives: int, window: tuple[int, int]) -> dict[str, np.ndarray]:
@@ -121,19 +94,10 @@ def _ranked(
     prompts = samples.prompts.take(rows)
     everything_BL = engine.search(prompts, catalog.trie.num_leaves, token_budget=cfg.token_budget).leaf_BW.cpu().numpy()
     target_B = catalog.leaf_I[samples.target_N[rows]]
-    columns = [(everything_BL == target_B[:, None]).argmax(axis=1).astype(float)]
+    hit_BL = everything_BL == target_B[:, None]  # a path that the model gives no probability at all is not listed
+    columns = [np.where(hit_BL.any(axis=1), hit_BL.argmax(axis=1), catalog.trie.num_leaves - 1).astype(float)]
     for width in widths:
         beams_BW = engine.search(prompts, width, token_budget=cfg.token_budget).leaf_BW.cpu().numpy()
         best_BW = everything_BL[:, :width]
         columns.append(np.array([np.isin(best, beams).mean() for best, beams in zip(best_BW, beams_BW, strict=True)]))
     return np.stack(columns, axis=1)
-
-
-def _result(samples: Samples, rank_B: np.ndarray, measured: dict[str, np.ndarray]) -> FullRanking:
-    intervals = {name: share_interval(values_B) for name, values_B in measured.items()}
-    keys = {"row": samples.row_N, "user": samples.user_N, "target": samples.target_N, "rank": rank_B}
-    return FullRanking(
-        means={name: interval.mean for name, interval in intervals.items()},
-        intervals={name: (interval.low, interval.high) for name, interval in intervals.items()},
-        per_user=pl.DataFrame(keys | measured),
-    )

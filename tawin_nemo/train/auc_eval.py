@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 
 from tawin_nemo.config.schema import TawinConfig
-from tawin_nemo.eval.full_ranking import FullRanking, rank_everything
+from tawin_nemo.eval.full_ranking import rank_everything
+from tawin_nemo.eval.measured import Measured
 from tawin_nemo.rollout.engine import Engine
 from tawin_nemo.run.world import World
 from tawin_nemo.util.log import get_logger
@@ -13,7 +14,7 @@ from tawin_nemo.util.log import get_logger
 log = get_logger(__name__)
 
 
-def auc_metrics(world: World, engine: Engine, split: str, label: str) -> FullRanking | None:
+def auc_metrics(world: World, engine: Engine, split: str, label: str) -> Measured | None:
     """AUC, partial and windowed AUC on a split (``eval.auc``), logged; None where it is off."""
     cfg, rl = world.recipe.eval, world.recipe.rl
     if not cfg.auc:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from tawin_nemo.eval.candidates import CandidateResult, evaluate_candidates
+from tawin_nemo.eval.candidates import evaluate_candidates
+from tawin_nemo.eval.measured import Measured
 from tawin_nemo.rollout.engine import Engine, RolloutEngine
 from tawin_nemo.run.world import World
 from tawin_nemo.util.log import get_logger
@@ -10,7 +11,7 @@ from tawin_nemo.util.log import get_logger
 log = get_logger(__name__)
 
 
-def candidate_metrics(world: World, engine: Engine, split: str, label: str) -> CandidateResult | None:
+def candidate_metrics(world: World, engine: Engine, split: str, label: str) -> Measured | None:
     """The candidate protocol on a split (``eval.candidates``), logged; None where it is off."""
     if world.recipe.eval.candidates == 0:
         return None

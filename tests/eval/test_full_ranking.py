@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from tawin_nemo.config.schema import EvalConfig
-from tawin_nemo.eval.full_ranking import FullRanking, areas, rank_everything, spaced_rows
+from tawin_nemo.eval.full_ranking import areas, rank_everything, spaced_rows
+from tawin_nemo.eval.measured import Measured
 from tawin_nemo.maths.auc import auc, opauc, wpauc
 from tawin_nemo.types import Candidates, DataParallel, TokenRows
 from tawin_nemo.util.errors import DataError
@@ -52,11 +53,21 @@ def test_ranks_and_beams() -> None:
     assert found.per_user["beams_found@2"].to_list() == [0.0, 0.5, 0.5]
 
 
+def test_a_target_that_the_search_does_not_list_is_last() -> None:
+    """Not first: a path to which the model gives no probability at all is missing in the list."""
+    catalog, cfg = make_catalog(), EvalConfig(auc=True)
+    engine = Beams(catalog, [[0, 1, 2, 3]] * 3)
+    found = rank_everything(
+        engine, make_samples([5, 0, 1]), catalog, cfg, window=(0, 2), widths=(), dp=DataParallel(), label="x"
+    )  # fmt: skip
+    assert found.per_user["rank"].to_list() == [4, 0, 1]
+
+
 def test_replicas_share_the_rows() -> None:
     catalog, samples = make_catalog(), make_samples([0, 4, 3])
     cfg = EvalConfig(auc=True)
 
-    def ranked(dp: DataParallel) -> FullRanking:
+    def ranked(dp: DataParallel) -> Measured:
         return rank_everything(
             Beams(catalog, FULL), samples, catalog, cfg, window=(0, 2), widths=(2,), dp=dp, label="x"
         )  # fmt: skip
