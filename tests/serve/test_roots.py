@@ -192,6 +192,7 @@ def test_a_fault_of_a_command_is_answered_and_logged_with_its_id(
         with caplog.at_level(logging.ERROR):
             reply = http.post("/catalog/items", json=body, headers={"X-Request-Id": "4" * 32})
         assert reply.status_code == 500
+        assert reply.headers["connection"] == "close"  # the server closes it: a client must not send into it
         assert f"request {reply.headers['x-request-id']} failed" in caplog.text
         assert "ZeroDivisionError" in caplog.text
         monkeypatch.undo()

@@ -103,8 +103,10 @@ def add_error_handlers(app: FastAPI) -> None:
     async def on_unexpected_error(request: Request, error: Exception) -> JSONResponse:
         log.error("request %s failed", correlation_id.get(), exc_info=error)
         message = f"a fault of the server ({type(error).__name__}); see its log"
-        # Starlette sends this response from outside of all other middleware, which would have added the header.
-        return JSONResponse(error_body(500, message), 500, {"X-Request-Id": correlation_id.get() or ""})
+        # Starlette sends this response from outside of all other middleware, which would have added the id; then
+        # uvicorn closes the connection, and a client that is not told sends its next request into it.
+        headers = {"X-Request-Id": correlation_id.get() or "", "Connection": "close"}
+        return JSONResponse(error_body(500, message), 500, headers)
 
 
 def without_422(openapi: Callable[[], dict[str, Any]]) -> Callable[[], dict[str, Any]]:
