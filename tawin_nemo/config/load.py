@@ -10,6 +10,7 @@ import dataclasses
 import difflib
 import math
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,10 @@ from tawin_nemo.util import times
 from tawin_nemo.util.errors import ConfigError
 from tawin_nemo.util.imports import is_import_path
 
+#: Control characters, and the two marks without width that come along when text is copied.
+_UNSEEN = re.compile("[\x00-\x1f\x7f-\x9f\u200b\ufeff]")
+#: The longest path of Linux, and more than any other text of a recipe.
+_LONGEST = 4095
 #: Sections that are compared as one value; the hashes of ``code`` are compared one by one.
 _WHOLE = tuple(section for section in FREE_FORM if section != "code")
 #: Keys that hold dates or durations as text, with the function that reads them.
@@ -81,7 +86,9 @@ def _unresolvable(merged: Any) -> str:
 
 def _sft_for_rl(layer: DictConfig) -> None:
     """``rl.init=sft`` asks for SFT, also over a file with ``sft.enabled: false``; the same layer may say otherwise."""
-    if OmegaConf.select(layer, "rl.init") == "sft" and OmegaConf.select(layer, "sft.enabled") is None:
+    written: Any = OmegaConf.to_container(layer, resolve=False)  # references are resolved when all layers are merged
+    rl, sft = (written.get(name) if isinstance(written.get(name), dict) else {} for name in ("rl", "sft"))
+    if rl.get("init") == "sft" and sft.get("enabled") is None:
         OmegaConf.update(layer, "sft.enabled", True)
 
 
@@ -117,8 +124,18 @@ def _sections(node: Any) -> Iterator[DictConfig]:
 
 def check(recipe: Recipe) -> None:
     """Limits of single values, then combinations. Raises ConfigError."""
+    check_values(recipe)
+    backbone(recipe.model.backbone)
+    for wrong, message in combinations(recipe):
+        if wrong:
+            raise ConfigError(message)
+
+
+def check_values(recipe: Recipe) -> None:
+    """Every value by itself: readable text, names that exist, numbers in their limits, dates. Raises ConfigError."""
     for key, item in leaf_fields(Recipe):
         value = value_of(recipe, key)
+        _check_text(key, value)
         if "choices" in item.metadata:
             check_names(key, value, item.metadata["choices"], imports=item.metadata["imports"])
         _check_limits(key, value, item.metadata)
@@ -127,10 +144,18 @@ def check(recipe: Recipe) -> None:
             parse(value_of(recipe, key))
         except ValueError as error:
             raise ConfigError(f"{key}={value_of(recipe, key)} {error}") from None
-    backbone(recipe.model.backbone)
-    for wrong, message in combinations(recipe):
-        if wrong:
-            raise ConfigError(message)
+
+
+def _check_text(key: str, value: Any) -> None:
+    """Raises ConfigError for a text, or a text of a list, with something in it that nobody sees."""
+    for text in value if isinstance(value, list) else [value]:
+        if isinstance(text, str) and (text != text.strip() or _UNSEEN.search(text)):
+            raise ConfigError(
+                f"{key}={text!r} has blanks at an end, or a control character or mark that cannot be seen; write "
+                f"{_UNSEEN.sub('', text).strip()!r}"
+            )
+        if isinstance(text, str) and len(text) > _LONGEST:
+            raise ConfigError(f"{key}={text[:40]}... has {len(text)} characters; a path has at most {_LONGEST}")
 
 
 def check_names(key: str, value: Any, choices: Sequence[str], *, imports: bool) -> None:

@@ -15,7 +15,6 @@ import argparse
 import contextlib
 import io
 import json
-import math
 import random
 import re
 import sys
@@ -129,14 +128,17 @@ def run(overrides: Sequence[str]) -> tuple[int, str]:
 def names_its_cause(overrides: Sequence[str], said: str) -> bool:
     """Whether the last line names a key that was written, a part of it, or the word that is no override."""
     last = said.strip().splitlines()[-1] if said.strip() else ""
-    parts = {part for word in overrides for part in re.split(r"[=.\[\]+~ ]", word.partition("=")[0]) if len(part) > 1}
-    return any(part in last for part in parts) or any(repr(word) in last or word in last for word in overrides)
+    parts = {part for word in overrides for part in re.split(r"[=.\[\]+~ ]", word.partition("=")[0]) if part}
+    named = any(re.search(rf"(?<!\w){re.escape(part)}(?!\w)", last) for part in parts)
+    return named or any(repr(word) in last or word in last for word in overrides)
 
 
 def plain(key: str, text: str, value: Any) -> bool:
     """Whether ``value`` is what a reader takes ``text`` for."""
     if isinstance(value, str):
         return not _CONTROL.search(value) and value == value.strip() and len(value) < 4096
+    if isinstance(value, list) and text[:1] not in "['\"":  # 1,3,5 is a list, and so is 3
+        return [str(part) for part in value] == [part.strip() for part in text.split(",") if text.strip()]
     if "${" in text:
         return True  # compared where it points to
     try:
@@ -144,11 +146,15 @@ def plain(key: str, text: str, value: Any) -> bool:
     except yaml.YAMLError:
         return False
     if isinstance(value, bool):
-        return read is value
+        return (yaml.safe_load(read) if isinstance(read, str) else read) in (value, int(value))
     if isinstance(value, int | float):
-        number = read if isinstance(read, int | float) else float(text) if isinstance(read, str) else math.nan
-        return not isinstance(read, bool) and number == value
-    return bool(read == value or [str(part) for part in read or []] == [str(part) for part in value])
+        if isinstance(read, str):  # YAML 1.1 takes 1e-5 for a text
+            with contextlib.suppress(ValueError):
+                read = float(read)
+        return not isinstance(read, bool) and bool(read == value)
+    if isinstance(value, list):
+        return isinstance(read, list) and [str(part) for part in read] == [str(part) for part in value]
+    return bool(read == value)
 
 
 def judged(overrides: Sequence[str]) -> Case:
