@@ -12,10 +12,13 @@ import math
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
+import yaml
 from omegaconf import DictConfig, OmegaConf
+from omegaconf._utils import get_omega_conf_dumper, get_yaml_loader  # its YAML without its containers, which are slow
 from omegaconf.errors import OmegaConfBaseException
 
 from tawin_nemo.config.backbones import backbone
@@ -57,13 +60,12 @@ def read_recipe(path: str | Path | None, overrides: Sequence[str] = ()) -> Recip
     layers.append(read_overrides(overrides))
     for layer in layers:
         _sft_for_rl(layer)
-    merged: Any = OmegaConf.structured(Recipe)
-    OmegaConf.set_readonly(merged, False)
+        _expand_home(layer)
+    merged: Any = _defaults()
     try:
         for layer in layers:
-            merged = _merge(merged, layer)
+            merged = OmegaConf.merge(merged, layer)  # a copy each time
         OmegaConf.resolve(merged)
-        _expand_home(merged)
         recipe = OmegaConf.to_object(merged)
     except OmegaConfBaseException as error:
         key = getattr(error, "full_key", None) or _unresolvable(merged) or "a value"
@@ -92,22 +94,30 @@ def _sft_for_rl(layer: DictConfig) -> None:
         OmegaConf.update(layer, "sft.enabled", True)
 
 
-def _merge(base: Any, layer: DictConfig) -> Any:
-    """Structured configs of frozen dataclasses are read-only by type; merging needs the flag off."""
-    OmegaConf.set_readonly(base, False)
-    for node in _sections(base):
+@cache
+def _defaults() -> DictConfig:
+    """All keys with their defaults, to be merged into copies; frozen dataclasses would be read-only."""
+    defaults: DictConfig = OmegaConf.structured(Recipe)
+    for node in (defaults, *_sections(defaults)):
         OmegaConf.set_readonly(node, False)
-    return OmegaConf.merge(base, layer)
+    return defaults
 
 
-def _expand_home(merged: Any) -> None:
-    """``~/`` at the beginning of a text is the home folder, wherever a recipe names a path."""
-    for key, _ in leaf_fields(Recipe):
-        value = OmegaConf.select(merged, key)
-        if isinstance(value, str):
-            OmegaConf.update(merged, key, _at_home(value))
-        elif OmegaConf.is_list(value):
-            OmegaConf.update(merged, key, [_at_home(part) if isinstance(part, str) else part for part in value])
+def _expand_home(layer: DictConfig) -> None:
+    """``~/`` at the beginning of a text is the home folder, wherever a layer names a path."""
+
+    def visit(written: Any, prefix: str) -> None:
+        for name, value in written.items():
+            if isinstance(value, dict):
+                visit(value, f"{prefix}{name}.")
+            elif isinstance(value, str) and _at_home(value) != value:
+                OmegaConf.update(layer, f"{prefix}{name}", _at_home(value))
+            elif isinstance(value, list):
+                parts = [_at_home(part) if isinstance(part, str) else part for part in value]
+                if parts != value:
+                    OmegaConf.update(layer, f"{prefix}{name}", parts)
+
+    visit(OmegaConf.to_container(layer, resolve=False), "")
 
 
 def _at_home(text: str) -> str:
@@ -197,7 +207,12 @@ def _check_limits(key: str, value: Any, metadata: Mapping[str, Any]) -> None:
 
 def to_yaml(recipe: Recipe) -> str:
     """The resolved recipe, as it is stored in a run directory."""
-    return OmegaConf.to_yaml(OmegaConf.create(dataclasses.asdict(recipe)), sort_keys=False)
+    return str(
+        yaml.dump(
+            dataclasses.asdict(recipe), default_flow_style=False, allow_unicode=True, sort_keys=False,
+            Dumper=get_omega_conf_dumper(),
+        )
+    )  # fmt: skip
 
 
 def differences(old: str, new: str, ignore: Sequence[str] = ()) -> list[str]:
@@ -216,7 +231,7 @@ def differences(old: str, new: str, ignore: Sequence[str] = ()) -> list[str]:
                 else:
                     result[f"{prefix}{name}"] = value
 
-        visit(OmegaConf.to_container(OmegaConf.create(text)), "")
+        visit(yaml.load(text, Loader=get_yaml_loader()) or {}, "")
         return result
 
     before, after = flat(to_yaml(Recipe())) | flat(old), flat(new)
