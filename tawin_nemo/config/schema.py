@@ -593,6 +593,9 @@ class TrainerConfig:
     devices: int = number(1, 1, DEVICES, help="Sets the processes per machine, one per GPU (on CPU: gloo).")
     max_time: str = opt("", "Saves and exits with code 75 after this time, DD:HH:MM:SS (empty = no limit).")
     save_interval: int = number(50, 1, help="Sets the optimizer steps between checkpoints.")
+    save_minutes: float = number(
+        0.0, 0.0, MONTH_MINUTES, help="Also saves when the last checkpoint is this many minutes old (0 = never)."
+    )
     val_check_interval: int = number(
         0, 0, help="Sets the optimizer steps between validations in RL (0 = only at the end)."
     )

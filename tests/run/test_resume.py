@@ -98,3 +98,20 @@ def test_out_of_time_saves_exits_75_and_continues(small_dataset, uninterrupted, 
     assert stopped.returncode == 75, stopped.stderr[-3000:]
     run(*arguments)
     assert (tmp_path / "rl" / "metrics.jsonl").read_bytes() == (uninterrupted / "rl" / "metrics.jsonl").read_bytes()
+
+
+def test_checkpoints_by_time_change_nothing_that_is_computed(small_dataset, uninterrupted, tmp_path):
+    """Here one after every step, also while a thread writes the one before."""
+    often = [
+        "trainer.save_interval=1000",
+        "trainer.save_minutes=1e-6",
+        "trainer.keep_last=100",
+        "trainer.async_save=true",
+    ]
+    run(*DROPOUT, f"data.root={small_dataset}", f"run_dir={tmp_path}", *often)
+    assert sorted(path.name for path in (tmp_path / "rl" / "checkpoints").iterdir()) == [
+        f"step_{n}" for n in range(1, 5)
+    ]
+    for stage in ("sft", "sft_continued", "rl"):
+        ours, expected = ((base / stage / "metrics.jsonl").read_bytes() for base in (tmp_path, uninterrupted))
+        assert ours == expected, stage
