@@ -161,6 +161,15 @@ class Trainable:
             raise NonFiniteStep(f"the loss is {stats['loss']}; the weights were not changed.")
         return {**stats, "grad_norm": self.step(lr)}
 
+    def update_without_gradient(self, *, lr: float) -> float:
+        """The AdamW step of a gradient of exactly 0, without forward and backward; returns the norm, 0.
+
+        The moments decay and the weights follow them, bit for bit as after a backward pass of a loss of 0.
+        """
+        self.ddp.zero_grad_buffer()
+        self.optimizer.zero_grad()
+        return self.step(lr)
+
     def accumulate(self, micro_batches: list[MicroBatch]) -> dict[str, float]:
         """Forward and backward: the gradients' buffers hold the sum over micro-batches and data-parallel ranks."""
         micro_batches = micro_batches or [_no_rows()]
