@@ -57,6 +57,8 @@ LAYOUTS = [
     pytest.param(True, 2, {}, id="dp2-distributed-optimizer"),
     pytest.param(False, 2, TP2, id="tp2"),
     pytest.param(False, 2, PP2, id="pp2"),
+    pytest.param(True, 4, TP2, id="tp2-dp2-distributed-optimizer"),
+    pytest.param(True, 4, PP2, id="pp2-dp2-distributed-optimizer", marks=pytest.mark.full),
     pytest.param(True, 4, {**TP2, **PP2, "sequence_parallel": True}, id="tp2-pp2-sp-distributed-optimizer"),
 ]
 

@@ -74,14 +74,6 @@ def test_a_step_without_any_advantage_costs_no_forward_pass_and_changes_nothing_
         assert torch.equal(ours, theirs)
 
 
-def test_a_rank_without_advantages_takes_part_while_another_learns():
-    scene = Scene(PLAIN)
-    zeros, ones = torch.zeros_like(scene.adv_BG), torch.ones_like(scene.adv_BG)
-    for flags, packed in (([False, True], 1), ([False, False], 0)):
-        scene.actor.dp = DataParallel(0, 2, lambda mine, flags=flags: [mine, *flags[1:]])
-        assert sum(len(part.flat_M) for part in scene.actor.pack(scene.rollout, zeros, ones)) == packed
-
-
 @pytest.mark.parametrize("term", [{"beta": 0.1}, {"sft_weight": 0.5}])
 def test_a_step_with_another_term_is_never_empty(term):
     scene = Scene(replace(PLAIN, **term))
@@ -154,8 +146,9 @@ def test_every_learning_candidate_is_packed_once_and_every_prompt_too(space):
         assert torch.equal(part.batch.position_S[places], prompt_lengths - 1 + part.token_N)
 
 
-def test_a_rank_on_which_nothing_learns_keeps_one_candidate():
+def test_a_rank_on_which_nothing_learns_keeps_one_candidate_while_another_learns():
     scene = Scene(PLAIN)
+    scene.actor.dp = DataParallel(0, 2, lambda mine: [mine, True])
     (part,) = scene.actor.pack(scene.rollout, torch.zeros_like(scene.adv_BG), scene.omega_BG)
     assert part.flat_M.tolist() == [0]
     assert len(part.batch.chain_B) == 1
