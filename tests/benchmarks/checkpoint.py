@@ -95,8 +95,10 @@ def finish(sides: dict[str, list[dict[str, Any]]], shape: Backbone, given: argpa
     )  # fmt: skip
     seconds = {}
     for side, ranks in sides.items():
-        seconds[side] = {what: harness.Timed([max(ranks[n][what][i] for n in range(RANKS)) for i in range(given.repeats)])
-                         for what in ("save_seconds", "load_seconds")}  # fmt: skip
+        seconds[side] = {
+            what: harness.Timed([max(rank[what][turn] for rank in ranks) for turn in range(given.repeats)])
+            for what in ("save_seconds", "load_seconds")
+        }
         report.rows.append({
             "side": side,
             "written, MB": [harness.rounded(rank["written"] / 1e6) for rank in ranks],
