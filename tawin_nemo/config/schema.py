@@ -623,6 +623,9 @@ class TrainerConfig:
         0.0, 0.0, TFLOPS, help="Sets one device's peak for MFU, in TFLOP/s (0 = by GPU name, or a short measurement)."
     )
     distributed_optimizer: bool = opt(True, "Shards the optimizer state over data-parallel ranks.")
+    grad_reduce_in_fp32: bool = opt(
+        True, "Sums gradients in float32; off keeps them in bf16 under bf16 and FP8, with half the memory and traffic."
+    )
     offload_optimizer: bool = opt(
         False, "Keeps the optimizer state in pinned CPU memory and frees gradients while rollouts run."
     )

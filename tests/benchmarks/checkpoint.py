@@ -66,6 +66,18 @@ def seven_b(nodes: int, tensor: int = 2, per_node: int = 8) -> list[dict[str, An
     ]
 
 
+def lines() -> list[str]:
+    """The arithmetic for 7B on one and on four nodes as the Markdown table of recipes/results/reliability.md."""
+    rows = [row for nodes in (1, 4) for row in seven_b(nodes)]
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    return [
+        "| " + " | ".join(names) + " |",
+        "|---" * len(names) + "|",
+        *("| " + " | ".join(f"{row[name]:.3g}" if isinstance(row.get(name), float) else str(row.get(name, "-"))
+                            for name in names) + " |" for row in rows),
+    ]  # fmt: skip
+
+
 def main() -> None:
     parser = harness.parser(__doc__)
     parser.set_defaults(repeats=3)
@@ -122,6 +134,7 @@ def finish(sides: dict[str, list[dict[str, Any]]], shape: Backbone, given: argpa
         "equal_bits": {side: [rank["equal"] for rank in ranks] for side, ranks in sides.items()},
         "qwen2.5-7b, GB by arithmetic": [row for nodes in (1, 4) for row in seven_b(nodes)],
     }
+    print("\n".join(lines()))
     assert all(all(rank["equal"].values()) for ranks in sides.values() for rank in ranks), report.checks
     floor = machine.floor_seconds(moved_bytes=2.0 * total)
     report.finish(

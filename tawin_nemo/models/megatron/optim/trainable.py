@@ -118,7 +118,7 @@ class Trainable:
         self._weight_decay, self._clip_grad = trainer.weight_decay, trainer.clip_grad
         bf16 = model.config.params_dtype == torch.bfloat16
         ddp_config = DistributedDataParallelConfig(
-            grad_reduce_in_fp32=True,
+            grad_reduce_in_fp32=trainer.grad_reduce_in_fp32,
             overlap_grad_reduce=False,  # ranks may run different numbers of micro-batches
             use_distributed_optimizer=trainer.distributed_optimizer,
             average_in_collective=False,
