@@ -162,7 +162,7 @@ class Asker:
     """One client of both planes of a server."""
 
     def __init__(self, served: Served, stage: Path) -> None:
-        control = set(openapi.documents()["openapi_control.json"]["paths"])
+        control = set(json.loads(openapi.documents()["openapi_control.json"])["paths"])
         self._bases = {path: served.control if path in control else served.data for path in GOOD}
         self._served, self._stage = served, str(stage)
         self._http = httpx.Client(timeout=60)
