@@ -56,6 +56,8 @@ class NamedDevices(TorchFunctionMode):
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         kwargs = dict(kwargs or {})
+        if isinstance(func, torch._ops.OpOverload):  # called by a dispatch mode, with the devices as they are
+            return func(*args, **kwargs)
         if getattr(func, "__name__", "") == "__get__":
             return self._property(func, args)
         special = _SPECIAL.get(func)
