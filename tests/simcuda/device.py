@@ -35,7 +35,7 @@ from tawin_nemo.models.megatron.model.precision import this_machine
 from tawin_nemo.models.megatron.parallel.shim import locate
 from tests.simcuda import groups
 from tests.simcuda.dispatch import Operations
-from tests.simcuda.functions import Current, NamedDevices
+from tests.simcuda.functions import Current, NamedDevices, seen_in_backward
 from tests.simcuda.ledger import Counts, counting
 from tests.simcuda.transfers import FAULTS, DeviceFault, wait
 
@@ -75,7 +75,10 @@ def visible() -> Iterator[None]:
 @contextlib.contextmanager
 def pretended() -> Iterator[None]:
     """Pretend inside the block, in this thread and in those that it starts."""
-    replaced = {**_cuda(), **groups.replacements(), "threading.Thread.run": _entered(threading.Thread.run)}
+    replaced = {
+        **_cuda(), **groups.replacements(), "threading.Thread.run": _entered(threading.Thread.run),
+        "torch.autograd._engine_run_backward": seen_in_backward(torch.autograd._engine_run_backward),
+    }  # fmt: skip
     with contextlib.ExitStack() as stack:
         # before the rest, since Dynamo reads torch.cuda: megatron's compiled functions run, without a compiler
         stack.callback(torch.compiler.set_stance, "default")

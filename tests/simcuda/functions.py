@@ -250,20 +250,24 @@ def _attention(mode: NamedDevices, *args: Any, **kwargs: Any) -> Tensor:
     return result
 
 
-def _backward(
-    mode: NamedDevices, tensor: Tensor, gradient: Any = None, retain_graph: Any = None, create_graph: bool = False,
-    inputs: Any = None,
-) -> None:  # fmt: skip
-    """With the mode on again: the backward pass runs code in Python that names devices."""
-    with mode:
-        torch.autograd.backward(tensor, gradient, retain_graph, create_graph, inputs=inputs)
-
-
 _SPECIAL: dict[Any, Callable[..., Any]] = {
     torch.Tensor.to: _to, torch.Tensor.cuda: _cuda, torch.Tensor.cpu: _cpu, torch.Tensor.type: _type,
     torch.Tensor.type_as: _type_as, torch.Tensor.get_device: _get_device, torch.Tensor.numpy: _numpy,
     torch.Tensor.__array__: _array, torch.Tensor.tolist: _tolist, torch.Tensor.new_tensor: _new_tensor,
     torch.Tensor.__deepcopy__: _deepcopy, torch.Tensor.pin_memory: _pin_memory,
     torch.Tensor.is_pinned: _is_pinned, torch.Tensor.record_stream: _record_stream,
-    torch.Tensor.backward: _backward, torch.nn.functional.scaled_dot_product_attention: _attention,
+    torch.nn.functional.scaled_dot_product_attention: _attention,
 }  # fmt: skip
+
+
+def seen_in_backward(run: Callable[..., Any]) -> Callable[..., Any]:
+    """The autograd engine's start with a mode on, which a call of ``backward`` takes off: its formulas in Python, and
+    what is recomputed, name devices."""
+
+    def run_backward(*args: Any, **kwargs: Any) -> Any:
+        if any(isinstance(mode, NamedDevices) for mode in torch.overrides._get_current_function_mode_stack()):
+            return run(*args, **kwargs)
+        with NamedDevices():
+            return run(*args, **kwargs)
+
+    return run_backward

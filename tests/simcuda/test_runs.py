@@ -20,18 +20,18 @@ SHORT = (
 #: Two runs of one process and one of two: together they take every option of a step at least once.
 BF16_COPY = (
     "model.precision=bf16 rl.negatives=beam rl.policy_space=trie rl.reward=ranking reference.mode=copy "
-    "rl.sft_weight=0.3 rl.inserted_correction=ratio rl.importance_cap=2 trainer.offload_optimizer=true "
+    "rl.sft_weight=0.3 rl.inserted_correction=ratio trainer.offload_optimizer=true "
     "trainer.async_save=true eval.precision=fp32"
 )
 FP32_SWAP = (
     "preference.enabled=true preference.algorithm=sdpo preference.max_steps=2 preference.global_batch_size=16 "
     "preference.micro_batch_tokens=1024 rl.init=preference sft.loss_space=trie model.recompute=selective "
-    "rl.negatives=dynamic rl.policy_space=vocab rollout.score_space=vocab rl.algorithm=dapo rl.max_refill_batches=2 "
+    "rl.negatives=dynamic rl.policy_space=vocab rl.algorithm=dapo rl.max_refill_batches=2 "
     "rl.ensure_target=off reference.mode=swap reference.refresh=ema reference.refresh_decay=0.5 eval.precision=bf16"
 )
 TP2_SP = (
     "trainer.devices=2 model.tensor_model_parallel_size=2 model.sequence_parallel=true model.precision=bf16 "
-    "rl.algorithm=gspo rl.negatives=sample reference.mode=swap"
+    "rl.algorithm=gspo rl.negatives=sample rl.ensure_target=off rl.importance_cap=2 reference.mode=swap"
 )
 
 
