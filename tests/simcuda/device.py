@@ -35,7 +35,7 @@ from tawin_nemo.models.megatron.model.precision import this_machine
 from tawin_nemo.models.megatron.parallel.shim import locate
 from tests.simcuda import groups
 from tests.simcuda.dispatch import Operations
-from tests.simcuda.functions import Current, NamedDevices, seen_in_backward
+from tests.simcuda.functions import Current, NamedDevices, loaded_to_device, seen_in_backward
 from tests.simcuda.ledger import Counts, counting
 from tests.simcuda.transfers import FAULTS, DeviceFault, wait
 
@@ -78,6 +78,7 @@ def pretended() -> Iterator[None]:
     replaced = {
         **_cuda(), **groups.replacements(), "threading.Thread.run": _entered(threading.Thread.run),
         "torch.autograd._engine_run_backward": seen_in_backward(torch.autograd._engine_run_backward),
+        "torch.load": loaded_to_device(torch.load),
     }  # fmt: skip
     with contextlib.ExitStack() as stack:
         # before the rest, since Dynamo reads torch.cuda: megatron's compiled functions run, without a compiler
@@ -145,6 +146,19 @@ class _Stream:
         return None
 
 
+class _Device:
+    """``torch.cuda.device``: selects a GPU inside a block; a process has only one here."""
+
+    def __init__(self, device: Any) -> None:
+        self.device = device
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, *error: object) -> None:
+        return None
+
+
 @contextlib.contextmanager
 def _context(*args: Any, **kwargs: Any) -> Iterator[None]:
     yield
@@ -179,7 +193,7 @@ def _cuda() -> dict[str, object]:
     cuda: dict[str, object] = {
         "is_available": _always(True), "is_initialized": _always(True), "device_count": _always(8),
         "init": _nothing, "_lazy_init": _nothing, "current_device": lambda: Current.number, "set_device": _set_device,
-        "synchronize": _synchronize, "empty_cache": _nothing, "ipc_collect": _nothing, "device": _context,
+        "synchronize": _synchronize, "empty_cache": _nothing, "ipc_collect": _nothing, "device": _Device,
         "get_device_name": _always(NAME), "get_device_properties": _always(_PROPERTIES),
         "get_device_capability": _always((9, 0)), "is_bf16_supported": _always(True),
         "Stream": _Stream, "Event": _Stream, "stream": _context, "current_stream": _Stream, "default_stream": _Stream,

@@ -260,6 +260,21 @@ _SPECIAL: dict[Any, Callable[..., Any]] = {
 }  # fmt: skip
 
 
+def loaded_to_device(load: Callable[..., Any]) -> Callable[..., Any]:
+    """``torch.load`` whose ``map_location`` may name the device."""
+
+    def load_and_move(file: Any, map_location: Any = None, **kwargs: Any) -> Any:
+        if not is_device(map_location) or wanted(map_location) != CUDA:
+            return load(file, map_location=map_location, **kwargs)
+        result = load(file, map_location="cpu", **kwargs)
+        for tensor in tensors_in((result,)):
+            set_tag(tensor, CUDA)
+            transfer(tensor, to_host=False, non_blocking=False, operation="load")
+        return result
+
+    return load_and_move
+
+
 def seen_in_backward(run: Callable[..., Any]) -> Callable[..., Any]:
     """The autograd engine's start with a mode on, which a call of ``backward`` takes off: its formulas in Python, and
     what is recomputed, name devices."""

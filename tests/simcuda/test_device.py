@@ -198,3 +198,10 @@ def test_it_ends_with_the_block():
     with device.pretended():
         assert torch.cuda.is_available is not real
     assert torch.cuda.is_available is real
+
+
+def test_files_are_loaded_to_the_device(tmp_path):
+    torch.save({"weights": [torch.ones(2)], "step": 3}, tmp_path / "state.pt")
+    loaded = torch.load(tmp_path / "state.pt", map_location=torch.device("cuda"), weights_only=True)
+    assert loaded["weights"][0].is_cuda
+    assert not torch.load(tmp_path / "state.pt", weights_only=True)["weights"][0].is_cuda

@@ -17,7 +17,9 @@ PREFERENCE = (
     "preference.global_batch_size=16 preference.micro_batch_tokens=1024 preference.share_group=8"
 )
 RL = {
-    "tp2": "trainer.devices=2 model.tensor_model_parallel_size=2 rl.policy_space=vocab trainer.offload_optimizer=true",
+    "tp2": (
+        "trainer.devices=2 model.tensor_model_parallel_size=2 rl.policy_space=vocab trainer.offload_optimizer=true"
+    ),
     "pp2": "trainer.devices=2 model.pipeline_model_parallel_size=2 trainer.async_save=true rl.sft_weight=0.3",
     "pp2_bf16": "trainer.devices=2 model.pipeline_model_parallel_size=2 model.precision=bf16 reference.mode=swap",
     "dp2": (
@@ -49,13 +51,16 @@ RL = {
         "model.precision=bf16 reference.precision=fp32 reference.refresh=every reference.refresh_steps=2"
     ),
     "samples_in_vocabulary_space": (
-        "rl.negatives=sample rl.policy_space=vocab rl.inner_updates=2 rl.kl=k2 rl.std=sample rl.length_norm=branching"
+        "rl.negatives=sample rl.policy_space=vocab rl.inner_updates=2 rl.kl=k2 rl.std=sample"
     ),
     "beams_in_vocabulary_space": (
         "rollout.score_space=vocab rl.policy_space=vocab rl.ensure_target=off rl.importance_cap=2 rollout.width=6 "
         "rollout.length_penalty=0.5"
     ),
-    "informative_groups": "rl.kl_groups=informative rl.algorithm=gspo rl.schedule=cosine trainer.val_check_interval=1",
+    "informative_groups": (
+        "rl.kl_groups=informative rl.length_norm=branching rl.algorithm=gspo rl.schedule=cosine "
+        "trainer.val_check_interval=1"
+    ),
     "semantic_reward": "rl.reward=semantic rl.reward_weight=0.5 rl.negatives=dynamic rl.ensure_target=off",
     "full_ranking": "eval.auc=true eval.auc_rows=4 eval.candidates=20 sft.watch=ndcg compare.sft_all=true",
 }
@@ -63,7 +68,9 @@ PREFERENCES = {
     "dpo": "preference.algorithm=dpo reference.mode=swap",
     "simpo_beams": "preference.algorithm=simpo preference.negatives=beam preference.search_every=2",
     "alpha_dpo_vocab": "preference.algorithm=alpha_dpo preference.policy_space=vocab model.precision=bf16",
-    "napo_self_play": "preference.algorithm=napo preference.negatives=self_play preference.margin=fixed",
+    "napo_self_play": (
+        "preference.algorithm=napo preference.negatives=self_play preference.margin=fixed preference.rho=0"
+    ),
     "sdpo_tp2": (
         "preference.algorithm=sdpo trainer.devices=2 model.tensor_model_parallel_size=2 model.sequence_parallel=true"
     ),
