@@ -22,6 +22,7 @@ What it cannot show: numbers of real kernels, time, memory, NCCL itself, CUDA gr
 from __future__ import annotations
 
 import contextlib
+import importlib
 import logging
 import threading
 import types
@@ -65,6 +66,7 @@ def install() -> None:
 @contextlib.contextmanager
 def visible() -> Iterator[None]:
     """Inside, torch.cuda shows a device, and nothing else is pretended: for imports that look for one."""
+    importlib.import_module("torch._inductor.utils")  # the compiler reads torch.cuda as it is
     with contextlib.ExitStack() as stack:
         for dotted, replacement in _cuda().items():
             if dotted.startswith("torch."):
