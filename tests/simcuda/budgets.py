@@ -142,6 +142,7 @@ def main(words: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--write", action="store_true")
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--layers", type=int, nargs=2, default=LAYERS)
     parser.add_argument("--wait-in-device", action="store_true", help="every call of runtime.device() reads a result")
     given = parser.parse_args(words)
     from tests.simcuda import device
@@ -149,7 +150,7 @@ def main(words: Sequence[str]) -> int:
     with device.pretended():
         if given.wait_in_device:
             _make_wasteful()
-        table = measure()
+        table = measure(given.layers)
     if given.json:
         given.json.write_text(json.dumps(table), encoding="utf-8")
     elif given.write:
