@@ -6,6 +6,7 @@ import difflib
 from collections.abc import Iterator
 
 from tawin_nemo.config.layout import SEQUENCE_PARALLEL_NEEDS_TP, rollout_layout, training_layout
+from tawin_nemo.config.lora_checks import lora_combinations
 from tawin_nemo.config.placement_checks import ahead_combinations, aligned, placement_combinations
 from tawin_nemo.config.preference_checks import preference_combinations, prefers_reference
 from tawin_nemo.config.schema import TEMPLATES, Recipe
@@ -67,6 +68,7 @@ def combinations(r: Recipe) -> Iterator[tuple[bool, str]]:
     )
     yield from _align_combinations(r)
     yield from _precision_combinations(r)
+    yield from lora_combinations(r)
     yield from _space_combinations(r)
     yield from _semantic_id_combinations(r)
     yield from seam_combinations(r)

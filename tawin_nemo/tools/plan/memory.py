@@ -2,7 +2,7 @@
 
 Weights in the precision's format; gradients in float32 (megatron's DDP with ``grad_reduce_in_fp32``); AdamW's two
 moments in float32 and, unless the weights are float32 themselves, a float32 copy of the weights, all three divided over
-the data-parallel ranks by the distributed optimizer.
+the data-parallel ranks by the distributed optimizer. With ``model.lora`` that is so of the adapters alone.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from dataclasses import dataclass, fields, replace
 
 from tawin_nemo.config.backbones import Backbone, stage_layers
 from tawin_nemo.config.layout import Layout, padded_vocab, rollout_layout, training_layout
+from tawin_nemo.config.lora import layer_parameters
 from tawin_nemo.config.schema import Recipe
 from tawin_nemo.tools.plan.work import (
     Lengths,
@@ -85,15 +86,24 @@ def parameters(shape: Backbone) -> int:
     return stage_parameters(shape, Layout(), 0)
 
 
+def adapter_parameters(shape: Backbone, recipe: Recipe, layout: Layout, stage: int) -> int:
+    """Parameters of the adapters (``model.lora``) of one rank of a pipeline stage; 0 where the weights are trained."""
+    return stage_layers(shape.layers, layout.pp)[stage] * layer_parameters(shape, recipe.model.lora, layout.tp)
+
+
 def resident(shape: Backbone, recipe: Recipe, layout: Layout, numbers: Numbers, stage: int) -> Parts:
-    """What a stage holds at all times while it trains; the reference is the caller's to add."""
-    count = stage_parameters(shape, layout, stage)
+    """What a stage holds at all times while it trains; the reference is the caller's to add.
+
+    With ``model.lora`` only the adapters have gradients and a state of the optimizer.
+    """
+    count, adapters = stage_parameters(shape, layout, stage), adapter_parameters(shape, recipe, layout, stage)
+    trained = adapters or count
     shards = layout.dp if recipe.trainer.distributed_optimizer else 1
     cached = count * 2 if numbers.fp8 else 0  # Transformer Engine keeps the weights in FP8, and transposed
     return Parts(
-        weights=count * numbers.bytes + cached,
-        gradients=4 * count,
-        optimizer=(8 if numbers.bytes == 4 else 12) * count / shards,
+        weights=(count + adapters) * numbers.bytes + cached,
+        gradients=4 * trained,
+        optimizer=(8 if numbers.bytes == 4 else 12) * trained / shards,
         context=CONTEXT_BYTES if numbers.device == "cuda" else 0.0,
     )
 
@@ -221,7 +231,7 @@ def peaks(shape: Backbone, recipe: Recipe, layout: Layout, lengths: Lengths, *, 
     apart, searching = recipe.rollout.devices > 0, rollout_layout(recipe, layout)
     for stage in range(layout.pp):
         base = resident(shape, recipe, layout, numbers, stage)
-        copied = uses_reference(recipe) and recipe.reference.mode == "copy"
+        copied = uses_reference(recipe) and recipe.reference.mode == "copy" and not recipe.model.lora.rank
         phases = list(updates(shape, recipe, layout, numbers, lengths, stage))
         if not apart and recipe.rollout.placement != "server":
             search_stage = stage if searching is layout else searching.pp - 1
@@ -258,8 +268,11 @@ def _peaks_apart(
 
 
 def swap_bytes(shape: Backbone, recipe: Recipe, layout: Layout) -> float:
-    """CPU memory of one rank (the fullest stage) for a reference that is swapped in; 0 without one."""
-    if not uses_reference(recipe) or recipe.reference.mode != "swap":
+    """CPU memory of one rank (the fullest stage) for a reference that is swapped in; 0 without one.
+
+    The reference of adapters is the model without them.
+    """
+    if not uses_reference(recipe) or recipe.reference.mode != "swap" or recipe.model.lora.rank:
         return 0.0
     bytes_per_weight = Numbers.of(recipe.model.precision).bytes
     return float(max(stage_parameters(shape, layout, stage) for stage in range(layout.pp)) * bytes_per_weight)
