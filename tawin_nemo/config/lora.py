@@ -34,6 +34,16 @@ def targets(linear: str, lora: LoraConfig) -> tuple[str, ...]:
     return tuple(name for name in MATRICES[linear] if lora.rank and name in lora.target_modules)
 
 
+def training_passes(lora: LoraConfig) -> float:
+    """FLOPs of a training pass, in forward passes: forward, backward to the inputs and backward to the weights, which
+    frozen weights do not have. Products of the adapters themselves are not counted.
+
+    >>> training_passes(LoraConfig()), training_passes(LoraConfig(rank=8))
+    (3.0, 2.0)
+    """
+    return 2.0 if lora.rank else 3.0
+
+
 def matrix_shape(shape: Backbone, name: str) -> tuple[int, int]:
     """Outputs and inputs of a Hugging Face matrix of a decoder layer."""
     q, kv = shape.heads * shape.kv_channels, shape.kv_heads * shape.kv_channels

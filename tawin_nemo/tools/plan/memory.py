@@ -13,7 +13,7 @@ from dataclasses import dataclass, fields, replace
 from tawin_nemo.config.backbones import Backbone, stage_layers
 from tawin_nemo.config.layout import Layout, padded_vocab, rollout_layout, training_layout
 from tawin_nemo.config.lora import layer_parameters
-from tawin_nemo.config.schema import Recipe
+from tawin_nemo.config.schema import LoraConfig, Recipe
 from tawin_nemo.tools.plan.work import (
     Lengths,
     Numbers,
@@ -86,9 +86,14 @@ def parameters(shape: Backbone) -> int:
     return stage_parameters(shape, Layout(), 0)
 
 
-def adapter_parameters(shape: Backbone, recipe: Recipe, layout: Layout, stage: int) -> int:
+def adapter_parameters(shape: Backbone, lora: LoraConfig, layout: Layout, stage: int) -> int:
     """Parameters of the adapters (``model.lora``) of one rank of a pipeline stage; 0 where the weights are trained."""
-    return stage_layers(shape.layers, layout.pp)[stage] * layer_parameters(shape, recipe.model.lora, layout.tp)
+    return stage_layers(shape.layers, layout.pp)[stage] * layer_parameters(shape, lora, layout.tp)
+
+
+def trained_parameters(shape: Backbone, lora: LoraConfig, layout: Layout, stage: int) -> int:
+    """Parameters of one rank of a pipeline stage that are trained: its adapters, or all of them without any."""
+    return adapter_parameters(shape, lora, layout, stage) or stage_parameters(shape, layout, stage)
 
 
 def resident(shape: Backbone, recipe: Recipe, layout: Layout, numbers: Numbers, stage: int) -> Parts:
@@ -96,8 +101,8 @@ def resident(shape: Backbone, recipe: Recipe, layout: Layout, numbers: Numbers, 
 
     With ``model.lora`` only the adapters have gradients and a state of the optimizer.
     """
-    count, adapters = stage_parameters(shape, layout, stage), adapter_parameters(shape, recipe, layout, stage)
-    trained = adapters or count
+    count, lora = stage_parameters(shape, layout, stage), recipe.model.lora
+    adapters, trained = (of(shape, lora, layout, stage) for of in (adapter_parameters, trained_parameters))
     shards = layout.dp if recipe.trainer.distributed_optimizer else 1
     cached = count * 2 if numbers.fp8 else 0  # Transformer Engine keeps the weights in FP8, and transposed
     return Parts(
