@@ -24,8 +24,8 @@ class Timers:
     """Clock of one step: ``with timers("update"): ...`` adds to a phase, ``report`` returns everything
     measured and resets the clock.
 
-    ``peak_flops`` is the peak of all processes together, in FLOP/s; ``training_passes`` are the FLOPs of a training pass
-    in forward passes. Phases must not be nested. On CUDA both ends of a phase wait for the device.
+    ``peak_flops`` is the peak of all processes together, in FLOP/s; ``training_passes`` the FLOPs of a training pass in
+    forward passes. Phases must not be nested. On CUDA both ends of a phase wait for the device.
     """
 
     def __init__(self, peak_flops: float, dp: DataParallel, *, training_passes: float = 3.0) -> None:

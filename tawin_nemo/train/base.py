@@ -128,8 +128,8 @@ def _check_same(checkpoint: Path, base: Base, where: str, found: str) -> None:
         now = {"source": where, "fingerprint": found}
         raise CheckpointError(
             f"the frozen weights below {checkpoint} have changed: it holds adapters to "
-            f"{adapters.described(asdict(base))}, but there is now {adapters.described(now)}; bring those weights back, "
-            "or train again"
+            f"{adapters.described(asdict(base))}, but there is now {adapters.described(now)}; bring those weights "
+            "back, or train again"
         )
 
 

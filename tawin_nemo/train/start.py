@@ -29,7 +29,7 @@ from tawin_nemo.rollout.engine import Engine
 from tawin_nemo.run.exported import is_export
 from tawin_nemo.run.trained import check_tokenizer, chosen_checkpoint, resolve_checkpoint
 from tawin_nemo.run.world import World
-from tawin_nemo.train.base import origin, own_base
+from tawin_nemo.train.base import Base, origin, own_base
 from tawin_nemo.types import TokenRows
 from tawin_nemo.util.errors import ConfigError
 from tawin_nemo.util.hub import local_folder
@@ -44,8 +44,8 @@ def starting_model(
     """A model with the weights of a finished ``stage`` of this run, on this rank's device.
 
     Without a stage (None) they are those of ``checkpoint_path``, else of ``start``, else of ``model.init``. Adapters
-    (``model.lora``) are merged into the weights that they belong to. Only SFT
-    uses dropout: with it the policy ratio of an unchanged policy would be noise around 1, which the loss would clip.
+    (``model.lora``) are merged into the weights that they belong to. Only SFT uses dropout: with it the policy ratio of
+    an unchanged policy would be noise around 1, which the loss would clip.
     ``precision`` may differ from the recipe's (``reference.precision``, ``eval.precision``). Raises ConfigError for a
     path that is no checkpoint, and for one that was trained with another tokenizer; CheckpointError for adapters whose
     frozen weights are gone or have changed.
@@ -63,8 +63,7 @@ def starting_model(
     if parts.whole is not None:
         checkpoint.load_checkpoint(parts.whole, model=model)
     elif base.kind == "pretrained":
-        folder = local_folder(base.source, base.revision)
-        load_hf(model, world.shape, folder, new_tokens(world, folder, base.new_tokens))
+        load_hf(model, world.shape, local_folder(base.source, base.revision), new_tokens(world, base))
     for adapters in parts.adapters:
         merge_checkpoint(model, world.shape, adapters)
     return model
@@ -99,9 +98,7 @@ def adapt(world: World, model: GPTModel, stage: str | None, *, dropout: bool) ->
         model, world.shape, lora, seed=world.recipe.seed, base=asdict(base), dropout=lora.dropout if dropout else 0.0
     )  # fmt: skip
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    log.info(
-        "LoRA of rank %d: %d parameters of this rank are trained, its other weights are frozen", lora.rank, trained
-    )
+    log.info("LoRA of rank %d: %d parameters of this rank are trained, all others frozen", lora.rank, trained)
 
 
 def merged(recipe: Recipe) -> Recipe:
@@ -126,16 +123,20 @@ def checkpoint_model(world: World, precision: str = AS_MODEL) -> GPTModel:
     return starting_model(world, None, checkpoint_path=world.recipe.checkpoint, precision=precision)
 
 
-def new_tokens(world: World, folder: Path, start: str) -> NewTokens:
-    """The tokens that were added to the tokenizer of the pretrained model in ``folder`` (of ``data.tokenizer`` where
-    that has none). ``start``: how their rows begin (``model.new_tokens``)."""
-    recipe = world.recipe
+def new_tokens(world: World, base: Base | None = None) -> NewTokens:
+    """The tokens that were added to the tokenizer of ``model.init`` (of ``data.tokenizer`` where that has none).
+
+    ``base``: the pretrained weights below adapters, and how the rows of new tokens began there, where given.
+    """
+    recipe, model = world.recipe, world.recipe.model
+    source, revision = (model.init, model.revision) if base is None else (base.source, base.revision)
+    folder = local_folder(source, revision)
     if not (folder / "tokenizer.json").is_file():
         folder = Path(recipe.data.tokenizer)
     known = read_vocabulary(folder)
     own = world.tokenizer.backend.get_vocab(with_added_tokens=True)
     ids = np.sort(np.array([token for word, token in own.items() if word not in known], dtype=np.int64))
-    if start == "mean":
+    if (model.new_tokens if base is None else base.new_tokens) == "mean":
         return NewTokens(ids)
     return NewTokens(ids, words_of_codes(ids, world.catalog, world.tokenizer.encode_batch(world.dataset.items.titles)))
 
@@ -156,8 +157,7 @@ def words_of_codes(ids: np.ndarray, catalog: Catalog, title_I: TokenRows) -> Tok
 
 def only_new_tokens(world: World) -> NewTokens:
     """The new tokens, whose rows alone ``model.freeze_backbone`` trains. Raises ConfigError when there are none."""
-    model = world.recipe.model
-    new = new_tokens(world, local_folder(model.init, model.revision), model.new_tokens)
+    new = new_tokens(world)
     if len(new.ids) == 0:
         raise ConfigError(
             f"model.freeze_backbone=true trains what model.init={world.recipe.model.init} does not know, but it knows "

@@ -33,8 +33,8 @@ def check_adapters(path: Path, record: Mapping[str, Any], model: GPTModel) -> No
         )
     if here.get(BASE) != there.get(BASE):
         raise CheckpointError(
-            f"the frozen weights of {path} have changed: it holds adapters to {described(there[BASE])}, but this run has "
-            f"{described(here[BASE])}; bring those weights back, or train again under another name"
+            f"the frozen weights below {path} have changed: it holds adapters to {described(there[BASE])}, but this "
+            f"run has {described(here[BASE])}; bring those weights back, or train again under another name"
         )
 
 
