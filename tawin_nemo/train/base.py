@@ -20,7 +20,7 @@ from tawin_nemo.models.megatron.hf.files import HfWeights
 from tawin_nemo.models.megatron.parallel import runtime
 from tawin_nemo.run.trained import run_of
 from tawin_nemo.run.world import World
-from tawin_nemo.util.errors import CheckpointError
+from tawin_nemo.util.errors import CheckpointError, ConfigError
 from tawin_nemo.util.files import sha256
 from tawin_nemo.util.hub import local_folder
 
@@ -70,11 +70,11 @@ def own_base(world: World, checkpoint: Path | None) -> Base:
 def origin(world: World, checkpoint: Path | None) -> Origin:
     """How the weights of ``checkpoint`` (None: of ``model.init``) are put together. Collective.
 
-    Raises CheckpointError when the base of its adapters is gone or has changed.
+    Raises ConfigError when the base of its adapters is gone or has changed, CheckpointError for a damaged record.
     """
     above: list[Path] = []
     while checkpoint is not None:
-        record = files.read_record(checkpoint)
+        record = _record(checkpoint)
         if adapters.BASE not in record:
             return Origin(Base("checkpoint", seed=world.recipe.seed), checkpoint, tuple(above))
         above.insert(0, checkpoint)
@@ -85,6 +85,15 @@ def origin(world: World, checkpoint: Path | None) -> Origin:
     model = world.recipe.model
     kind = "random" if model.init == "random" else "pretrained"
     return Origin(Base(kind, model.init, model.revision, seed=world.recipe.seed, new_tokens=model.new_tokens))
+
+
+def _record(checkpoint: Path) -> dict[str, Any]:
+    try:
+        return files.read_record(checkpoint)
+    except CheckpointError as error:
+        raise CheckpointError(
+            f"{checkpoint}: {error}; continue from another checkpoint (newest_valid finds one)"
+        ) from error
 
 
 def _read(checkpoint: Path, stored: Any) -> Base:
@@ -100,7 +109,7 @@ def _checkpoint_below(checkpoint: Path, base: Base) -> Path:
     if not path.is_absolute():
         path = (run_of(checkpoint) or Path()) / path
     if not (path / files.STATE_FILE).is_file():
-        raise CheckpointError(
+        raise ConfigError(
             f"{checkpoint} holds adapters to {path}, which is not there; bring it back (adapters alone are no model)"
         )
     _check_same(checkpoint, base, str(path), adapters.fingerprint(path))
@@ -113,7 +122,7 @@ def _pretrained(world: World, checkpoint: Path, base: Base) -> Base:
     places = [(base.source, base.revision), (model.init, model.revision)]
     there = [place for place in dict.fromkeys(places) if place[0] != "random" and local_folder(*place).is_dir()]
     if not there:
-        raise CheckpointError(
+        raise ConfigError(
             f"{checkpoint} holds adapters to {base.source}, which is not there; bring it back, or name a copy with "
             "model.init=DIR"
         )
@@ -126,7 +135,7 @@ def _pretrained(world: World, checkpoint: Path, base: Base) -> Base:
 def _check_same(checkpoint: Path, base: Base, where: str, found: str) -> None:
     if found != base.fingerprint:
         now = {"source": where, "fingerprint": found}
-        raise CheckpointError(
+        raise ConfigError(
             f"the frozen weights below {checkpoint} have changed: it holds adapters to "
             f"{adapters.described(asdict(base))}, but there is now {adapters.described(now)}; bring those weights "
             "back, or train again"

@@ -10,7 +10,7 @@ from megatron.core.models.gpt import GPTModel
 
 from tawin_nemo.models.megatron.checkpoint import files
 from tawin_nemo.models.megatron.model.adapters import adapters_of
-from tawin_nemo.util.errors import CheckpointError
+from tawin_nemo.util.errors import CheckpointError, ConfigError
 
 #: Keys of a checkpoint's record: what the adapters are, and the frozen weights that they belong to.
 LORA, BASE = "lora", "base"
@@ -23,8 +23,8 @@ def adapter_record(model: GPTModel) -> dict[str, Any]:
 
 
 def check_adapters(path: Path, record: Mapping[str, Any], model: GPTModel) -> None:
-    """Raises CheckpointError unless the checkpoint at ``path`` holds what ``model`` has: the same adapters to the same
-    frozen weights, or none."""
+    """Raises CheckpointError unless the checkpoint at ``path`` holds what ``model`` has, the same adapters or none, and
+    ConfigError when the frozen weights that they belong to are not the model's."""
     here, there = adapter_record(model), {key: record[key] for key in (LORA, BASE) if key in record}
     if here.get(LORA) != there.get(LORA):
         raise CheckpointError(
@@ -32,7 +32,7 @@ def check_adapters(path: Path, record: Mapping[str, Any], model: GPTModel) -> No
             f"checkpoint, or start a new run from it: name=NEW start={path}"
         )
     if here.get(BASE) != there.get(BASE):
-        raise CheckpointError(
+        raise ConfigError(
             f"the frozen weights below {path} have changed: it holds adapters to {described(there[BASE])}, but this "
             f"run has {described(here[BASE])}; bring those weights back, or train again under another name"
         )

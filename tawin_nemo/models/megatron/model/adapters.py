@@ -13,9 +13,10 @@ from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParall
 from torch import Tensor
 
 from tawin_nemo.config.backbones import Backbone
-from tawin_nemo.config.lora import MARK, MATRICES, ROW_PARALLEL, targets
+from tawin_nemo.config.lora import MARK, MATRICES, ROW_PARALLEL, check_lora, targets
 from tawin_nemo.config.schema import LoraConfig
 from tawin_nemo.models.megatron.model.lora import AdaptedColumn, AdaptedRow, LowRank
+from tawin_nemo.util.errors import ConfigError
 
 
 @dataclass(frozen=True)
@@ -46,13 +47,20 @@ def add_adapters(
 ) -> None:
     """Freeze a model of megatron's own linear layers and give it new adapters, which change no output yet.
 
-    ``base`` names the frozen weights. Call it once the weights are loaded, before the optimizer is built.
+    ``base`` names the frozen weights. Call it once the weights are loaded, before the optimizer is built. Raises
+    ConfigError for the linear layers of Transformer Engine (FP8).
     """
+    check_lora(shape, lora)
     model.requires_grad_(False)
     for layer in model.decoder.layers:
         for name, linear in _linears(layer):
             if not targets(name, lora):
                 continue
+            if not isinstance(linear, ColumnParallelLinear | RowParallelLinear):
+                raise ConfigError(
+                    f"adapters (model.lora) belong to weights of fp32 or bf16, but {name} is of FP8; set model.precision "
+                    "and eval.precision to bf16"
+                )
             linear.lora = LowRank(linear, name, shape, lora, dropout=dropout)
             linear.lora.draw(f"{layer.layer_number - 1}.{name}", seed)
             linear.__class__ = AdaptedRow if name in ROW_PARALLEL else AdaptedColumn
