@@ -24,8 +24,8 @@ def lora_combinations(r: Recipe) -> Iterator[tuple[bool, str]]:
     )
     yield (
         r.eval.precision.startswith("fp8"),
-        f"model.lora.rank={lora.rank} adds to products of fp32 and bf16 weights, but eval.precision={r.eval.precision}; "
-        "set eval.precision=model",
+        f"model.lora.rank={lora.rank} adds to products of fp32 and bf16 weights, but "
+        f"eval.precision={r.eval.precision}; set eval.precision=model",
     )
     yield (
         m.freeze_backbone,

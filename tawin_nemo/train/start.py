@@ -47,8 +47,8 @@ def starting_model(
     (``model.lora``) are merged into the weights that they belong to. Only SFT uses dropout: with it the policy ratio of
     an unchanged policy would be noise around 1, which the loss would clip.
     ``precision`` may differ from the recipe's (``reference.precision``, ``eval.precision``). Raises ConfigError for a
-    path that is no checkpoint, for one that was trained with another tokenizer, and for adapters whose frozen weights are
-    gone or have changed.
+    path that is no checkpoint, for one that was trained with another tokenizer, and for adapters whose frozen weights
+    are gone or have changed.
     """
     recipe = world.recipe
     cfg = in_precision(replace(recipe.model, dropout=dropout), precision)  # build_model reads both from the section

@@ -58,8 +58,8 @@ def add_adapters(
                 continue
             if not isinstance(linear, ColumnParallelLinear | RowParallelLinear):
                 raise ConfigError(
-                    f"adapters (model.lora) belong to weights of fp32 or bf16, but {name} is of FP8; set model.precision "
-                    "and eval.precision to bf16"
+                    f"adapters (model.lora) belong to weights of fp32 or bf16, but {name} is of FP8; set "
+                    "model.precision and eval.precision to bf16"
                 )
             linear.lora = LowRank(linear, name, shape, lora, dropout=dropout)
             linear.lora.draw(f"{layer.layer_number - 1}.{name}", seed)
