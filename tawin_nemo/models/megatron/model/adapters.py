@@ -65,13 +65,23 @@ def add_adapters(
             linear.lora.draw(f"{layer.layer_number - 1}.{name}", seed)
             linear.__class__ = AdaptedRow if name in ROW_PARALLEL else AdaptedColumn
     model.adapters = Adapters(replace(lora, dropout=0.0), dict(base))
-    if model.pre_process and model.config.recompute_granularity == "full":
-        # megatron recomputes layers in a function of their input, which has no gradient unless the input has one
-        model.embedding.register_forward_hook(lambda module, args, output: _with_gradient(output))
+    if model.pre_process:
+        recomputes = model.config.recompute_granularity == "full"
+        model.embedding.register_forward_hook(lambda module, args, output: _prepared(output, recomputes=recomputes))
 
 
-def _with_gradient(output: Tensor) -> Tensor:
-    return output.requires_grad_() if torch.is_grad_enabled() and not output.requires_grad else output
+def _prepared(hidden_SBD: Tensor, *, recomputes: bool) -> Tensor:
+    """The embedding's output as frozen layers need it.
+
+    torch multiplies a row of tokens with a frozen matrix token by token, unless the strides are those of one matrix:
+    slower, and rounded differently from the search. megatron recomputes layers in a function of their input, which
+    has no gradient at all unless that input has one.
+    """
+    if hidden_SBD.shape[1] == 1:
+        hidden_SBD = hidden_SBD[:, 0].unsqueeze(1)
+    if recomputes and torch.is_grad_enabled() and not hidden_SBD.requires_grad:
+        hidden_SBD.requires_grad_()
+    return hidden_SBD
 
 
 @torch.no_grad()
