@@ -53,7 +53,8 @@ def checks(world: World, continued: Collection[str] = ()) -> Iterator[Callable[[
         plan for plan in plans(world)
         if plan.name in continued or not (world.run_dir / plan.name / "done.json").is_file()
     ]  # fmt: skip
-    yield lambda: check_lora(world.shape, recipe.model.lora)
+    if recipe.model.lora.rank:
+        yield lambda: check_lora(world.shape, recipe.model.lora)
     if any(plan.start is None for plan in waiting):
         yield lambda: check_start(world)
     for plan in waiting:

@@ -31,7 +31,7 @@ def check_adapters(path: Path, record: Mapping[str, Any], model: GPTModel) -> No
             f"{path} holds {_words(there)}, but this run trains {_words(here)}; set model.lora as in the run of the "
             f"checkpoint, or start a new run from it: name=NEW start={path}"
         )
-    if here.get(BASE) != there.get(BASE):
+    if _weights(here.get(BASE, {})) != _weights(there.get(BASE, {})):
         raise ConfigError(
             f"the frozen weights below {path} have changed: it holds adapters to {described(there[BASE])}, but this "
             f"run has {described(here[BASE])}; bring those weights back, or train again under another name"
@@ -47,6 +47,11 @@ def described(base: Mapping[str, Any]) -> str:
 def fingerprint(checkpoint: Path) -> str:
     """SHA-256 of the record of a checkpoint, which has the SHA-256 of every file. Raises CheckpointError."""
     return files.record_digest(files.read_record(checkpoint))
+
+
+def _weights(base: Mapping[str, Any]) -> dict[str, Any]:
+    """What decides the frozen weights, wherever they lie."""
+    return {key: value for key, value in base.items() if key not in ("source", "revision")}
 
 
 def _words(entries: Mapping[str, Any]) -> str:
