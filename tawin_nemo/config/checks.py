@@ -68,7 +68,6 @@ def combinations(r: Recipe) -> Iterator[tuple[bool, str]]:
     )
     yield from _align_combinations(r)
     yield from _precision_combinations(r)
-    yield from lora_combinations(r)
     yield from _space_combinations(r)
     yield from _semantic_id_combinations(r)
     yield from seam_combinations(r)
@@ -97,6 +96,7 @@ def _precision_combinations(r: Recipe) -> Iterator[tuple[bool, str]]:
         f"model.precision=fp8-delayed scales over the whole model, but model.num_layers_at_start_in_bf16={first} and "
         f"model.num_layers_at_end_in_bf16={last}; set both to 0, or use fp8-tensorwise or fp8-blockwise",
     )
+    yield from lora_combinations(r)
     own = r.reference.precision
     yield (
         r.reference.mode == "swap" and own not in ("model", m.precision),

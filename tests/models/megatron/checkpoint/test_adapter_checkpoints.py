@@ -24,9 +24,11 @@ BASE = {"kind": "pretrained", "source": "folder", "fingerprint": "0123456789abcd
 pytestmark = pytest.mark.usefixtures("one_process")
 
 
-def adapted(seed: int, *, distributed: bool = True, lora: LoraConfig = LORA, **base: str) -> Trainable:
+def adapted(
+    seed: int, *, distributed: bool = True, lora: LoraConfig = LORA, base: dict[str, object] | None = None
+) -> Trainable:
     model = build_model(SHAPE, ModelConfig(), seed=3)
-    add_adapters(model, SHAPE, lora, seed=seed, base={**BASE, **base})
+    add_adapters(model, SHAPE, lora, seed=seed, base={**BASE, **(base or {})})
     return Trainable(model, SHAPE, TrainerConfig(distributed_optimizer=distributed), lr=1e-2)
 
 
@@ -73,7 +75,7 @@ def test_a_changed_base_is_refused_by_name_and_fingerprint(tmp_path: Path) -> No
     save(tmp_path / "step_1", adapted(5), step=1)
     message = r"have changed: it holds adapters to folder \(0123456789ab\), but this run has folder \(fedcba987654\)"
     with pytest.raises(ConfigError, match=message):
-        load(tmp_path / "step_1", adapted(5, fingerprint="fedcba9876543210"))
+        load(tmp_path / "step_1", adapted(5, base={"fingerprint": "fedcba9876543210"}))
     with pytest.raises(ConfigError, match=r"but this run has random weights of seed 7 \(drawn\); bring those"):
-        load(tmp_path / "step_1", adapted(5, kind="random", source="", fingerprint="", seed="7"))
-    load(tmp_path / "step_1", adapted(5, source="another place"))
+        load(tmp_path / "step_1", adapted(5, base={"kind": "random", "source": "", "fingerprint": "", "seed": 7}))
+    load(tmp_path / "step_1", adapted(5, base={"source": "another place"}))
