@@ -230,8 +230,10 @@ class _LogSumExp(torch.autograd.Function):
     def backward(ctx: Any, grad_P: Tensor) -> tuple[Tensor, Tensor | None, None, None]:
         hidden_PD, lse_P, *kept = ctx.saved_tensors
         weight_VD = ctx.weight_VD
-        buffer, trains = getattr(weight_VD, "main_grad", None), ctx.needs_input_grad[1]
-        grad_VD = torch.zeros_like(weight_VD) if trains and buffer is None else buffer
+        buffer = getattr(weight_VD, "main_grad", None)
+        grad_VD: Tensor | None = None
+        if ctx.needs_input_grad[1]:  # else the head is frozen
+            grad_VD = torch.zeros_like(weight_VD) if buffer is None else buffer
         grad_PD = torch.zeros(hidden_PD.shape, dtype=_wide_dtype(hidden_PD), device=hidden_PD.device)
         for i, rows in enumerate(_vocab_slices(hidden_PD, ctx.real)):
             if kept:
@@ -243,9 +245,9 @@ class _LogSumExp(torch.autograd.Function):
                 )
             weighted_PN = weighted_PN.to(hidden_PD.dtype)
             _add_matmul(grad_PD, weighted_PN, weight_VD[rows])
-            if trains:
+            if grad_VD is not None:
                 _add_matmul(grad_VD[rows], weighted_PN.t(), hidden_PD)
-        return grad_PD.to(hidden_PD.dtype), (grad_VD if trains and buffer is None else None), None, None
+        return grad_PD.to(hidden_PD.dtype), (grad_VD if buffer is None else None), None, None
 
 
 def _vocab_slices(hidden_PD: Tensor, real: int) -> Iterator[slice]:

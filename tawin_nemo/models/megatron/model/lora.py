@@ -45,6 +45,8 @@ from tawin_nemo.models.megatron.model import weight_init
 class LowRank(torch.nn.Module):
     """The two factors of one linear layer; ``forward`` gives what they add to its output."""
 
+    mask_RS: Tensor | None
+
     def __init__(self, linear: Any, name: str, shape: Backbone, lora: LoraConfig, *, dropout: float) -> None:
         """``name`` is that of the layer in its module. ``a`` is left undefined (``draw``), ``b`` is 0."""
         super().__init__()
