@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-from megatron.core.models.gpt import GPTModel
 
 from tawin_nemo.catalog.items import Catalog
 from tawin_nemo.config.backbones import Backbone
@@ -36,6 +36,9 @@ from tawin_nemo.util.hub import local_folder
 from tawin_nemo.util.log import get_logger
 
 log = get_logger(__name__)
+
+if TYPE_CHECKING:
+    from megatron.core.models.gpt import GPTModel
 
 
 def starting_model(
