@@ -188,9 +188,9 @@ def test_adapters_and_whole_weights_start_from_each_other(
 
 
 LAYOUTS = {
-    "tp2_sp": "model.tensor_model_parallel_size=2 model.sequence_parallel=true",
+    "tp2_sp": "model.tensor_model_parallel_size=2 model.sequence_parallel=true trainer.async_save=true",
     "pp2, searches in one process": "model.pipeline_model_parallel_size=2 rollout.pipeline_model_parallel_size=1",
-    "dp2": "",
+    "dp2": "trainer.offload_optimizer=true",
     "searches apart": "rollout.placement=separate rollout.devices=1",
 }
 

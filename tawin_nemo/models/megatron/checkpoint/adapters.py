@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
-
-from megatron.core.models.gpt import GPTModel
+from typing import TYPE_CHECKING, Any
 
 from tawin_nemo.models.megatron.checkpoint import files
 from tawin_nemo.models.megatron.model.adapters import adapters_of
 from tawin_nemo.util.errors import CheckpointError, ConfigError
+
+if TYPE_CHECKING:
+    from megatron.core.models.gpt import GPTModel
 
 #: Keys of a checkpoint's record: what the adapters are, and the frozen weights that they belong to.
 LORA, BASE = "lora", "base"

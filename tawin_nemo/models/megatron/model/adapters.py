@@ -5,10 +5,9 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from megatron.core.models.gpt import GPTModel
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from torch import Tensor
 
@@ -17,6 +16,9 @@ from tawin_nemo.config.lora import MARK, MATRICES, ROW_PARALLEL, check_lora, tar
 from tawin_nemo.config.schema import LoraConfig
 from tawin_nemo.models.megatron.model.lora import AdaptedColumn, AdaptedRow, LowRank
 from tawin_nemo.util.errors import ConfigError
+
+if TYPE_CHECKING:
+    from megatron.core.models.gpt import GPTModel
 
 
 @dataclass(frozen=True)
