@@ -299,6 +299,10 @@ class ServeConfig:
     )
     probe_s: float = number(2.0, 0.01, WEEK_S, help="Gives the engine this many seconds to answer /ready.")
     drain_s: float = number(60.0, 0.0, WEEK_S, help="Gives running requests this many seconds after SIGTERM.")
+    keep_versions: int = number(
+        0, 0, 64, why="each version may hold all weights of a model",
+        help="Keeps this many pairs of weights and catalog behind the one in use in memory, for POST /rollback.",
+    )  # fmt: skip
     log_history: bool = opt(False, "Writes users' histories and prompts into the log.")
 
 
@@ -618,6 +622,9 @@ class TrainerConfig:
     devices: int = number(1, 1, DEVICES, help="Sets the processes per machine, one per GPU (on CPU: gloo).")
     max_time: str = opt("", "Saves and exits with code 75 after this time, DD:HH:MM:SS (empty = no limit).")
     save_interval: int = number(50, 1, help="Sets the optimizer steps between checkpoints.")
+    save_minutes: float = number(
+        0.0, 0.0, MONTH_MINUTES, help="Also saves when the last checkpoint is this many minutes old (0 = never)."
+    )
     val_check_interval: int = number(
         0, 0, help="Sets the optimizer steps between validations in RL (0 = only at the end)."
     )
@@ -645,6 +652,9 @@ class TrainerConfig:
         0.0, 0.0, TFLOPS, help="Sets one device's peak for MFU, in TFLOP/s (0 = by GPU name, or a short measurement)."
     )
     distributed_optimizer: bool = opt(True, "Shards the optimizer state over data-parallel ranks.")
+    grad_reduce_in_fp32: bool = opt(
+        True, "Sums gradients in float32; off keeps them in bf16 under bf16 and FP8, with half the memory and traffic."
+    )
     offload_optimizer: bool = opt(
         False, "Keeps the optimizer state in pinned CPU memory and frees gradients while rollouts run."
     )

@@ -74,7 +74,7 @@ def test_the_count_is_that_of_a_model(targets: list[str]) -> None:
 
 def test_times_count_no_backward_to_frozen_weights() -> None:
     work = FlopCount(tokens=1_000_000)
-    rates = Rates(LLAMA, Layout(dp=8), GPUS["h800"], "bf16", 0.5, "none", LoraConfig(rank=8))
+    rates = Rates(LLAMA, Layout(dp=8), GPUS["h800"], "bf16", 0.5, "none", lora=LoraConfig(rank=8))
     dense = replace(rates, lora=LoraConfig())
     assert rates.training(work, 4) == pytest.approx(2 * rates.forward(work))
     assert dense.training(work, 4) == pytest.approx(3 * rates.forward(work))
