@@ -60,5 +60,5 @@ def sign(step: Path) -> None:
     record = json.loads((step / "state.json").read_text(encoding="utf-8"))
     del record["sha256"]
     record["files"] = checkpoint_files.digests(step, sorted(record["files"]))
-    record["sha256"] = checkpoint_files._record_digest(record)
+    record["sha256"] = checkpoint_files.record_digest(record)
     (step / "state.json").write_text(json.dumps(record), encoding="utf-8")

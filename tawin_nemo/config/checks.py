@@ -6,6 +6,7 @@ import difflib
 from collections.abc import Iterator
 
 from tawin_nemo.config.layout import SEQUENCE_PARALLEL_NEEDS_TP, rollout_layout, training_layout
+from tawin_nemo.config.lora_checks import lora_combinations
 from tawin_nemo.config.placement_checks import ahead_combinations, aligned, placement_combinations
 from tawin_nemo.config.preference_checks import preference_combinations, prefers_reference
 from tawin_nemo.config.schema import TEMPLATES, Recipe
@@ -95,6 +96,7 @@ def _precision_combinations(r: Recipe) -> Iterator[tuple[bool, str]]:
         f"model.precision=fp8-delayed scales over the whole model, but model.num_layers_at_start_in_bf16={first} and "
         f"model.num_layers_at_end_in_bf16={last}; set both to 0, or use fp8-tensorwise or fp8-blockwise",
     )
+    yield from lora_combinations(r)
     own = r.reference.precision
     yield (
         r.reference.mode == "swap" and own not in ("model", m.precision),

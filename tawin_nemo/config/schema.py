@@ -30,6 +30,12 @@ def imports(help: str) -> Any:
     return field(default_factory=list, metadata={"help": help, "choices": (), "imports": True})
 
 
+def words(default: list[str], help: str) -> Any:
+    """A list of words, by default all that there are."""
+    metadata = {"help": help, "choices": tuple(default), "imports": False}
+    return field(default_factory=lambda: list(default), metadata=metadata)
+
+
 @dataclass(frozen=True)
 class Most:
     """The largest value of a key, and why no person can mean a larger one."""
@@ -552,6 +558,24 @@ class CatalogConfig:
 
 
 @dataclass(frozen=True)
+class LoraConfig:
+    """Low-rank adaptation (arXiv 2106.09685): ``y = W x + alpha / rank * B A x`` with frozen ``W``."""
+
+    rank: int = number(
+        0,
+        0,
+        WIDTH,
+        help="Trains adapters of this rank in every stage and freezes all other weights (0 = trains the weights).",
+    )
+    alpha: float = number(16.0, 1e-6, WEIGHT, help="Scales what the adapters add by alpha / rank.")
+    dropout: float = number(0.0, 0.0, DROPOUT, help="Sets the dropout in front of the adapters in SFT.")
+    target_modules: list[str] = words(
+        ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
+        help="Lists the matrices of every decoder layer that get adapters, by their Hugging Face names.",
+    )
+
+
+@dataclass(frozen=True)
 class ModelConfig:
     backbone: str = opt("tiny", "Names the backbone, one of config/backbones.py such as qwen2.5-0.5b.")
     init: str = opt(
@@ -589,6 +613,7 @@ class ModelConfig:
     recompute: str = choice(
         "none", "selective", "full", help="Selects the activations that the backward pass recomputes."
     )
+    lora: LoraConfig = field(default_factory=LoraConfig)
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,9 @@ import numpy as np
 import torch
 
 from tawin_nemo.config.backbones import Backbone
-from tawin_nemo.run.mfu import training_flops
+from tawin_nemo.config.lora import training_passes
+from tawin_nemo.config.schema import Recipe
+from tawin_nemo.run.mfu import total_peak_flops, training_flops
 from tawin_nemo.types import DataParallel, TokenBatch
 
 
@@ -22,14 +24,19 @@ class Timers:
     """Clock of one step: ``with timers("update"): ...`` adds to a phase, ``report`` returns everything
     measured and resets the clock.
 
-    ``peak_flops`` is the peak of all processes together, in FLOP/s. Phases must not be nested. On CUDA both ends of a
-    phase wait for the device.
+    ``peak_flops`` is the peak of all processes together, in FLOP/s; ``training_passes`` the FLOPs of a training pass in
+    forward passes. Phases must not be nested. On CUDA both ends of a phase wait for the device.
     """
 
-    def __init__(self, peak_flops: float, dp: DataParallel) -> None:
-        self._peak, self._dp = peak_flops, dp
+    def __init__(self, peak_flops: float, dp: DataParallel, *, training_passes: float = 3.0) -> None:
+        self._peak, self._dp, self.training_passes = peak_flops, dp, training_passes
         self._seconds: dict[str, float] = {}
         self._counts: dict[str, np.ndarray] = {}
+
+    @classmethod
+    def of(cls, recipe: Recipe, dp: DataParallel) -> Timers:
+        """The timers of a training stage."""
+        return cls(total_peak_flops(recipe), dp, training_passes=training_passes(recipe.model.lora))
 
     @contextmanager
     def __call__(self, phase: str) -> Iterator[None]:
@@ -66,7 +73,7 @@ class Timers:
 def count_update(timers: Timers, batches: Sequence[TokenBatch], shape: Backbone, *, passes: int = 1) -> None:
     """Count ``passes`` training passes over the batches as phase ``update``; its tokens are the scored ones."""
     scored, rows = sum(len(batch.target_N) for batch in batches), sum(len(batch.tokens_S) for batch in batches)
-    flops = training_flops(batches, shape)
+    flops = timers.training_passes / 3.0 * training_flops(batches, shape)
     timers.count("update", tokens=passes * scored, rows=passes * rows, flops=passes * flops)
 
 

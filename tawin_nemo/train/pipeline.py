@@ -21,7 +21,8 @@ from tawin_nemo.eval.report import write_report
 from tawin_nemo.eval.result import EvalResult, results_table
 from tawin_nemo.models.megatron.checkpoint import checkpoint
 from tawin_nemo.models.megatron.hf.new_tokens import freeze_others
-from tawin_nemo.models.megatron.model.build import build_model, model_summary
+from tawin_nemo.models.megatron.model.adapters import fold
+from tawin_nemo.models.megatron.model.build import model_summary
 from tawin_nemo.models.megatron.model.precision import in_precision
 from tawin_nemo.models.megatron.optim.trainable import Trainable
 from tawin_nemo.models.megatron.parallel import runtime
@@ -43,7 +44,7 @@ from tawin_nemo.train.preference import train_preference
 from tawin_nemo.train.reference import Reference, build_reference
 from tawin_nemo.train.rl import train_rl
 from tawin_nemo.train.sft import train_sft
-from tawin_nemo.train.start import only_new_tokens, starting_model
+from tawin_nemo.train.start import adapt, merged, only_new_tokens, starting_model
 from tawin_nemo.util.files import write_json
 from tawin_nemo.util.log import get_logger
 
@@ -112,7 +113,9 @@ def run_stage(world: World, plan: Plan, sink: MetricSink | None, callbacks: Call
         log.info("%s is done", plan.name)
         return EvalResult.read(stage.directory / "eval", splits[-1])
     stage.stop_before(plan.name)
-    model = starting_model(world, plan.start, dropout=world.recipe.model.dropout if plan.kind == "sft" else 0.0)
+    drops = plan.kind == "sft"
+    model = starting_model(world, plan.start, dropout=world.recipe.model.dropout if drops else 0.0)
+    adapt(world, model, plan.start, dropout=drops)
     known = world.tokenizer.fingerprint
     engine = build_engine(world.recipe, model, world.shape, world.catalog, tokenizer=known)
     write_layout(world.run_dir, model, engine, peak_flops(world.recipe))
@@ -133,18 +136,17 @@ def run_stage(world: World, plan: Plan, sink: MetricSink | None, callbacks: Call
         else:
             train_sft(world, sft, stage, trainable, plan.rows, engine)
     stage.stop_before(f"the evaluation of {plan.name}")
-    precision = world.recipe.eval.precision
-    cfg = in_precision(world.recipe.model, precision)
-    if cfg != world.recipe.model:
-        model = build_model(world.shape, cfg, seed=world.recipe.seed, rollout_tp=world.recipe.rollout_layout[0])
-        engine = build_engine(
-            world.recipe, model, world.shape, world.catalog, tokenizer=known, precision=precision
-        )  # fmt: skip
-    checkpoint.load_checkpoint(stage.chosen_checkpoint, model=model)
+    recipe, precision = world.recipe, world.recipe.eval.precision
+    if in_precision(recipe.model, precision) != recipe.model:
+        recipe, model = merged(recipe), starting_model(world, plan.name, precision=precision)
+        engine = build_engine(recipe, model, world.shape, world.catalog, tokenizer=known, precision=precision)
+    else:
+        checkpoint.load_checkpoint(stage.chosen_checkpoint, model=model)
+        fold(model)
     with optimizer_offloaded():
         result = evaluate_stage(world, stage.directory, engine)
         if plan.kind == "sft":
-            build = partial(build_engine, world.recipe, model, world.shape, precision=precision)
+            build = partial(build_engine, recipe, model, world.shape, precision=precision)
             evaluate_tasks(world, stage.directory, plan.rows, build)
     return result
 

@@ -21,7 +21,7 @@ from tawin_nemo.models.megatron.parallel import runtime
 from tawin_nemo.placement.weight_sync import sync_weights
 from tawin_nemo.rollout.engine import Engine
 from tawin_nemo.run.bad_steps import Guard, step_guard
-from tawin_nemo.run.mfu import forward_flop_count, total_peak_flops
+from tawin_nemo.run.mfu import forward_flop_count
 from tawin_nemo.run.schedule import scheduled
 from tawin_nemo.run.stage import Progress, Stage
 from tawin_nemo.run.timers import Timers, count_update
@@ -73,7 +73,7 @@ def train_preference(
         cfg, world, build_rows(world, rows, stream),
         build_negatives(world, rows, stream, engine, total=total), BatchMargin(cfg, world.dp),
         trainable, resumed_reference(build_reference(), refresh, stage, done),
-        engine, Timers(total_peak_flops(world.recipe), world.dp), step_guard(stage, done),
+        engine, Timers.of(world.recipe, world.dp), step_guard(stage, done),
     )  # fmt: skip
     restore(components, done)
     write_checkpoint = partial(save, stage, components, refresh, done)

@@ -1,7 +1,8 @@
 """The reference policy: its own copy of the model, weights swapped in from the CPU, or none at all.
 
 ``copy`` keeps a second set of weights on the device. ``swap`` keeps them in (pinned) CPU memory and exchanges them
-with the actor's during a scoring pass, as NeMo-Aligner does. Both give bit-identical log-probs.
+with the actor's during a scoring pass, as NeMo-Aligner does. Both give bit-identical log-probs. With ``model.lora`` the
+actor's frozen weights are the reference: its adapters are switched off during a scoring pass.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor
 
 from tawin_nemo.models.megatron.checkpoint import checkpoint
+from tawin_nemo.models.megatron.model.adapters import adapters_of, without_adapters
 from tawin_nemo.models.megatron.optim.trainable import score
 from tawin_nemo.types import TokenBatch
 
@@ -139,10 +141,35 @@ def _blend(weights: Mapping[str, Tensor], actor_model: GPTModel, keep: float) ->
             kept.lerp_(now, 1.0 - keep)
 
 
+class FrozenReference:
+    """The actor's model without its adapters (``model.lora``): what the stage started from, without a second copy."""
+
+    def __init__(self, actor_model: GPTModel) -> None:
+        self._model = actor_model
+
+    def logprobs(self, batches: Sequence[TokenBatch]) -> list[Tensor]:
+        with without_adapters(self._model):
+            return score(self._model, list(batches))
+
+    def follow(self, actor_model: GPTModel, keep: float) -> None:
+        """Nothing: the weights are frozen (``reference.refresh`` must be off)."""
+
+    def save(self, path: Path) -> None:
+        """Nothing: the weights are those that the actor's checkpoints name."""
+
+    def load(self, path: Path) -> None:
+        """Nothing: see ``save``."""
+
+
 def build_reference(mode: str, beta: float, actor_model: GPTModel, load_initial: Callable[[], GPTModel]) -> Reference:
-    """``load_initial`` builds a model with the weights RL started from (also when RL itself was resumed)."""
+    """``load_initial`` builds a model with the weights RL started from (also when RL itself was resumed).
+
+    An actor with adapters is its own reference: ``copy`` and ``swap`` are then the same.
+    """
     if mode == "off" or beta == 0.0:
         return NoReference()
+    if adapters_of(actor_model) is not None:
+        return FrozenReference(actor_model)
     initial = load_initial()
     if mode == "copy":
         return CopiedReference(initial)

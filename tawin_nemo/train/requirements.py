@@ -10,6 +10,7 @@ from collections.abc import Callable, Collection, Iterator
 from functools import partial
 
 from tawin_nemo.baselines.build import check_config
+from tawin_nemo.config.lora import check_lora
 from tawin_nemo.config.seams import import_paths
 from tawin_nemo.data.tasks import active_tasks
 from tawin_nemo.run.trained import resolve_checkpoint
@@ -52,6 +53,8 @@ def checks(world: World, continued: Collection[str] = ()) -> Iterator[Callable[[
         plan for plan in plans(world)
         if plan.name in continued or not (world.run_dir / plan.name / "done.json").is_file()
     ]  # fmt: skip
+    if recipe.model.lora.rank:
+        yield lambda: check_lora(world.shape, recipe.model.lora)
     if any(plan.start is None for plan in waiting):
         yield lambda: check_start(world)
     for plan in waiting:

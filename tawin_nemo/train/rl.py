@@ -20,7 +20,6 @@ from tawin_nemo.models.megatron.parallel import runtime
 from tawin_nemo.placement.weight_sync import sync_weights
 from tawin_nemo.rollout.engine import Engine
 from tawin_nemo.run.bad_steps import Guard, step_guard, unguarded
-from tawin_nemo.run.mfu import total_peak_flops
 from tawin_nemo.run.schedule import scheduled
 from tawin_nemo.run.stage import Progress, Stage, monitored
 from tawin_nemo.run.timers import Timers
@@ -127,7 +126,7 @@ def train_rl(
     done = stage.resume(actor.trainable)
     refresh = refresh_of(world.recipe.reference)
     reference = resumed_reference(build_reference(), refresh, stage, done)
-    timers = Timers(total_peak_flops(world.recipe), world.dp)
+    timers = Timers.of(world.recipe, world.dp)
     rollouts = build_rollouts(world, engine, timers, total)
     rollouts.restore(done)
     components = RlComponents(

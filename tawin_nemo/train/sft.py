@@ -17,7 +17,6 @@ from tawin_nemo.models.megatron.optim.trainable import MicroBatch, Trainable
 from tawin_nemo.models.megatron.parallel import runtime
 from tawin_nemo.rollout.engine import Engine
 from tawin_nemo.run.bad_steps import step_guard
-from tawin_nemo.run.mfu import total_peak_flops
 from tawin_nemo.run.schedule import scheduled
 from tawin_nemo.run.stage import Progress, Stage, monitored, soonest_stop
 from tawin_nemo.run.timers import Timers, count_update
@@ -49,7 +48,7 @@ def train_sft(
     done = stage.resume(trainable)
     if done.best_value is None:
         _validate(world, stage, trainable, engine, done, data.tasks)
-    timers = Timers(total_peak_flops(world.recipe), world.dp)
+    timers = Timers.of(world.recipe, world.dp)
     guard = step_guard(stage, done)
     for step in stage.steps(done.step, total, soonest=partial(soonest_stop, done, cfg.patience, check_every)):
         if done.bad_checks >= cfg.patience:

@@ -6,17 +6,22 @@ initialised by ``model.new_tokens``.
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from tawin_nemo.catalog.items import Catalog
+from tawin_nemo.config.backbones import Backbone
+from tawin_nemo.config.schema import LoraConfig, Recipe
 from tawin_nemo.data.tokenizer import read_vocabulary
 from tawin_nemo.models.megatron.checkpoint import checkpoint
+from tawin_nemo.models.megatron.checkpoint.adapters import BASE, LORA
+from tawin_nemo.models.megatron.checkpoint.files import read_record
 from tawin_nemo.models.megatron.hf.io import load_hf
 from tawin_nemo.models.megatron.hf.new_tokens import NewTokens
+from tawin_nemo.models.megatron.model.adapters import add_adapters, merge
 from tawin_nemo.models.megatron.model.build import build_model
 from tawin_nemo.models.megatron.model.precision import AS_MODEL, in_precision
 from tawin_nemo.placement.weight_sync import build_engine
@@ -24,9 +29,13 @@ from tawin_nemo.rollout.engine import Engine
 from tawin_nemo.run.exported import is_export
 from tawin_nemo.run.trained import check_tokenizer, chosen_checkpoint, resolve_checkpoint
 from tawin_nemo.run.world import World
+from tawin_nemo.train.base import Base, origin, own_base
 from tawin_nemo.types import TokenRows
 from tawin_nemo.util.errors import ConfigError
 from tawin_nemo.util.hub import local_folder
+from tawin_nemo.util.log import get_logger
+
+log = get_logger(__name__)
 
 if TYPE_CHECKING:
     from megatron.core.models.gpt import GPTModel
@@ -37,30 +46,67 @@ def starting_model(
 ) -> GPTModel:
     """A model with the weights of a finished ``stage`` of this run, on this rank's device.
 
-    Without a stage (None) they are those of ``checkpoint_path``, else of ``start``, else of ``model.init``. Only SFT
-    uses dropout: with it the policy ratio of an unchanged policy would be noise around 1, which the loss would clip.
+    Without a stage (None) they are those of ``checkpoint_path``, else of ``start``, else of ``model.init``. Adapters
+    (``model.lora``) are merged into the weights that they belong to. Only SFT uses dropout: with it the policy ratio of
+    an unchanged policy would be noise around 1, which the loss would clip.
     ``precision`` may differ from the recipe's (``reference.precision``, ``eval.precision``). Raises ConfigError for a
-    path that is no checkpoint, and for one that was trained with another tokenizer.
+    path that is no checkpoint, for one that was trained with another tokenizer, and for adapters whose frozen weights
+    are gone or have changed.
     """
     recipe = world.recipe
     cfg = in_precision(replace(recipe.model, dropout=dropout), precision)  # build_model reads both from the section
-    path: Path | None = None
-    if stage is not None:
-        path = chosen_checkpoint(world.run_dir / stage)
-    elif checkpoint_path and not is_export(checkpoint_path):  # the weights of an export are those of ``model.init``
-        path = resolve_checkpoint(checkpoint_path, "checkpoint")
-    elif recipe.start:
-        path = resolve_checkpoint(recipe.start, "start")
-    loads = path is not None or recipe.model.init != "random"
-    model = build_model(
-        world.shape, cfg, seed=recipe.seed, rollout_tp=recipe.rollout_layout[0], to_be_loaded=loads
-    )  # fmt: skip
+    path = starting_checkpoint(world, stage, checkpoint_path)
     if path is not None:
         check_tokenizer(path, world.tokenizer.fingerprint)
-        checkpoint.load_checkpoint(path, model=model)
-    elif recipe.model.init != "random":
-        load_hf(model, world.shape, local_folder(recipe.model.init, recipe.model.revision), new_tokens(world))
+    parts = origin(world, path)
+    base = parts.base
+    model = build_model(
+        world.shape, cfg, seed=base.seed, rollout_tp=recipe.rollout_layout[0], to_be_loaded=base.kind != "random"
+    )  # fmt: skip
+    if parts.whole is not None:
+        checkpoint.load_checkpoint(parts.whole, model=model)
+    elif base.kind == "pretrained":
+        load_hf(model, world.shape, local_folder(base.source, base.revision), new_tokens(world, base))
+    for adapters in parts.adapters:
+        merge_checkpoint(model, world.shape, adapters)
     return model
+
+
+def starting_checkpoint(world: World, stage: str | None, checkpoint_path: str = "") -> Path | None:
+    """The checkpoint that ``starting_model`` loads; None where the weights are those of ``model.init``."""
+    if stage is not None:
+        return chosen_checkpoint(world.run_dir / stage)
+    if checkpoint_path and not is_export(checkpoint_path):  # the weights of an export are those of ``model.init``
+        return resolve_checkpoint(checkpoint_path, "checkpoint")
+    return resolve_checkpoint(world.recipe.start, "start") if world.recipe.start else None
+
+
+def merge_checkpoint(model: GPTModel, shape: Backbone, path: Path) -> None:
+    """Add the adapters of the checkpoint ``path`` to the weights of ``model``. Raises CheckpointError."""
+    record = read_record(path)
+    add_adapters(model, shape, LoraConfig(**record[LORA]), seed=0, base=record[BASE])
+    checkpoint.load_checkpoint(path, model=model)
+    merge(model)
+    model.requires_grad_(True)
+
+
+def adapt(world: World, model: GPTModel, stage: str | None, *, dropout: bool) -> None:
+    """Freeze the model that a training stage starts from (``starting_model``) and give it the adapters of
+    ``model.lora``; nothing with rank 0. Collective."""
+    lora = world.recipe.model.lora
+    if lora.rank == 0:
+        return
+    base = own_base(world, starting_checkpoint(world, stage))
+    add_adapters(
+        model, world.shape, lora, seed=world.recipe.seed, base=asdict(base), dropout=lora.dropout if dropout else 0.0
+    )  # fmt: skip
+    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    log.info("LoRA of rank %d: %d parameters of this rank are trained, all others frozen", lora.rank, trained)
+
+
+def merged(recipe: Recipe) -> Recipe:
+    """``recipe`` for a model of ``starting_model``, which has no adapters."""
+    return replace(recipe, model=replace(recipe.model, lora=LoraConfig()))
 
 
 def engine_of(world: World) -> Engine:
@@ -68,7 +114,7 @@ def engine_of(world: World) -> Engine:
     precision, tokenizer = world.recipe.eval.precision, world.tokenizer.fingerprint
     model = checkpoint_model(world, precision)
     engine = build_engine(
-        world.recipe, model, world.shape, world.catalog, tokenizer=tokenizer, precision=precision
+        merged(world.recipe), model, world.shape, world.catalog, tokenizer=tokenizer, precision=precision
     )  # fmt: skip
     engine.receive_weights()
     return engine
@@ -80,16 +126,20 @@ def checkpoint_model(world: World, precision: str = AS_MODEL) -> GPTModel:
     return starting_model(world, None, checkpoint_path=world.recipe.checkpoint, precision=precision)
 
 
-def new_tokens(world: World) -> NewTokens:
-    """The tokens that were added to the tokenizer of ``model.init`` (of ``data.tokenizer`` where that has none)."""
-    recipe = world.recipe
-    folder = local_folder(recipe.model.init, recipe.model.revision)
+def new_tokens(world: World, base: Base | None = None) -> NewTokens:
+    """The tokens that were added to the tokenizer of ``model.init`` (of ``data.tokenizer`` where that has none).
+
+    ``base``: the pretrained weights below adapters, and how the rows of new tokens began there, where given.
+    """
+    recipe, model = world.recipe, world.recipe.model
+    source, revision = (model.init, model.revision) if base is None else (base.source, base.revision)
+    folder = local_folder(source, revision)
     if not (folder / "tokenizer.json").is_file():
         folder = Path(recipe.data.tokenizer)
     known = read_vocabulary(folder)
     own = world.tokenizer.backend.get_vocab(with_added_tokens=True)
     ids = np.sort(np.array([token for word, token in own.items() if word not in known], dtype=np.int64))
-    if recipe.model.new_tokens == "mean":
+    if (model.new_tokens if base is None else base.new_tokens) == "mean":
         return NewTokens(ids)
     return NewTokens(ids, words_of_codes(ids, world.catalog, world.tokenizer.encode_batch(world.dataset.items.titles)))
 

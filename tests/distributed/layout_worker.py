@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear
 
 from tawin_nemo.catalog.trie import TokenTrie
 from tawin_nemo.config.backbones import Backbone
@@ -67,14 +68,19 @@ def train(
     shape: Backbone, cfg: ModelConfig, trainer: TrainerConfig, space: str
 ) -> tuple[Trainable, list[dict[str, float]]]:
     trainable = Trainable(build_model(shape, cfg, seed=3), shape, trainer, lr=1e-2)
+    micro = micro_batches(space)
+    return trainable, [trainable.update(micro, lr=1e-2) for _ in range(STEPS)]
+
+
+def micro_batches(space: str) -> list[MicroBatch]:
+    """This replica's rows, divided unevenly."""
     place = runtime.data_parallel()
     mine = list(range(ROWS))[place.rank :: place.size]
     # uneven micro-batches: under DP the first replica runs more of them than the others
     sizes = [1, len(mine) - 1] if place.rank == 0 else [len(mine)]
     parts = np.split(np.array(mine), np.cumsum(sizes)[:-1])
     mean_loss = partial(loss, total=total_positions(space))
-    micro = [MicroBatch(rows(part.tolist(), space), mean_loss) for part in parts]
-    return trainable, [trainable.update(micro, lr=1e-2) for _ in range(STEPS)]
+    return [MicroBatch(rows(part.tolist(), space), mean_loss) for part in parts]
 
 
 def decode(trainable: Trainable) -> list[torch.Tensor]:
@@ -98,7 +104,7 @@ def decoded_like_fp8(trainable: Trainable) -> list[torch.Tensor]:
     def seen(module: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
         parts.append((module.sequence_parallel, module.config.sequence_parallel))
 
-    linear = [module for module in model.modules() if type(module).__name__ == "ColumnParallelLinear"]
+    linear = [module for module in model.modules() if isinstance(module, ColumnParallelLinear)]
     handles = [module.register_forward_pre_hook(seen) for module in linear]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(lm, "_keeps_sequence_parallel", lambda config: bool(config.sequence_parallel))

@@ -14,12 +14,13 @@ import torch
 from tawin_nemo.commands import session
 from tawin_nemo.config.backbones import BACKBONES, FlopCount
 from tawin_nemo.config.gpus import known_peak
+from tawin_nemo.config.load import load_recipe
 from tawin_nemo.config.schema import ModelConfig, Recipe, TrainerConfig
 from tawin_nemo.models.megatron.parallel import runtime
 from tawin_nemo.rollout.lm import MeteredLM
 from tawin_nemo.run import mfu
 from tawin_nemo.run.stage import Progress, Stage
-from tawin_nemo.run.timers import Timers
+from tawin_nemo.run.timers import Timers, count_update
 from tawin_nemo.train.pipeline import earlier_seconds
 from tawin_nemo.types import Children, DataParallel, TokenBatch, TokenRows
 from tawin_nemo.util.errors import ConfigError
@@ -191,3 +192,17 @@ def test_time_of_attempts_that_were_cut_off_counts(tmp_path):
     assert earlier_seconds(tmp_path) == 4.0
     (tmp_path / "summary.json").write_text('{"wall_s": 9.0}', encoding="utf-8")
     assert earlier_seconds(tmp_path) == 9.0
+
+
+def test_an_update_of_adapters_has_no_backward_to_frozen_weights():
+    """Forward and backward to the inputs: two thirds of a training pass of all weights."""
+    flops = {}
+    for rank in (0, 8):
+        recipe = load_recipe(None, [f"model.lora.rank={rank}", "trainer.peak_tflops=1"])
+        timers = Timers.of(recipe, DataParallel())
+        with timers("update"):
+            pass
+        count_update(timers, [two_leaf_tree(None)], QWEN)
+        report = timers.report()
+        flops[rank] = report["mfu/update"] * report["seconds/update"]
+    assert flops[8] == pytest.approx(flops[0] * 2 / 3, rel=1e-4)

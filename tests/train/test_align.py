@@ -7,13 +7,12 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
+from transformers import AutoTokenizer
 
-from tawin_nemo.config.schema import CatalogConfig, DataConfig, ModelConfig
 from tawin_nemo.data.interactions import load_dataset
-from tawin_nemo.data.tokenizer import build_tokenizer
 from tawin_nemo.train.sft_data import intentions
 from tawin_nemo.util.errors import ConfigError
+from tests.train import tiny_pretrained
 from tests.train.runs import SMALL, metrics, run
 
 ALIGNED = [
@@ -62,19 +61,7 @@ def test_every_task_is_learnt(small_dataset: Path, index: Path, tmp_path: Path, 
 @pytest.fixture(scope="module")
 def pretrained(small_dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A Hugging Face folder with a tokenizer that knows no codes, and spare rows behind its last token."""
-    folder = tmp_path_factory.mktemp("pretrained")
-    items = load_dataset(small_dataset).items
-    titles = items.titles
-    data = DataConfig(tokenizer="bpe", bpe_vocab_size=320)
-    tokenizer = build_tokenizer(data, CatalogConfig(), ModelConfig(), titles, None)
-    tokenizer.save(folder)
-    torch.manual_seed(5)
-    shape = Qwen2Config(
-        vocab_size=tokenizer.size + 7, hidden_size=16, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, intermediate_size=24, max_position_embeddings=256, tie_word_embeddings=True,
-    )  # fmt: skip
-    Qwen2ForCausalLM(shape).save_pretrained(folder)
-    return folder
+    return tiny_pretrained.write(tmp_path_factory.mktemp("pretrained"), small_dataset)
 
 
 @pytest.mark.parametrize("layout", ["", "trainer.devices=2 model.tensor_model_parallel_size=2"], ids=["one", "TP2"])

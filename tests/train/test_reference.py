@@ -3,8 +3,10 @@
 import pytest
 import torch
 
-from tawin_nemo.config.schema import ModelConfig
+from tawin_nemo.config.schema import LoraConfig, ModelConfig, TrainerConfig
+from tawin_nemo.models.megatron.model.adapters import add_adapters
 from tawin_nemo.models.megatron.model.build import build_model
+from tawin_nemo.models.megatron.optim.trainable import Trainable
 from tawin_nemo.train.reference import CopiedReference, Refresh, SwappedReference, build_reference
 from tests.train.actor_scene import PLAIN, SHAPE, Scene
 
@@ -22,6 +24,26 @@ def test_swapped_reference_equals_a_copy_and_leaves_the_actor_alone():
     assert torch.equal(torch.cat(copied), torch.cat(swapped))
     assert all(torch.equal(value, moved[name]) for name, value in scene.weights().items())
     assert not torch.equal(torch.cat(scene.trainable.score(batches)), torch.cat(swapped))
+
+
+def test_the_reference_of_adapters_is_the_model_that_they_were_added_to():
+    """The same bits as a copy of it, before and after updates of the adapters, which are on again behind the pass."""
+    scene = Scene(PLAIN)  # its engine searches with the model that gets adapters
+    ones = torch.ones_like(scene.adv_BG)
+    batches = [part.batch for part in scene.actor.pack(scene.rollout, ones, ones)]
+    copied = torch.cat(CopiedReference(build_model(SHAPE, ModelConfig(), seed=3)).logprobs(batches))
+    model = build_model(SHAPE, ModelConfig(), seed=3)
+    add_adapters(model, SHAPE, LoraConfig(rank=4), seed=1, base={})
+    reference = build_reference("copy", 0.1, model, lambda: pytest.fail("a copy of the model was built"))
+    assert torch.equal(torch.cat(reference.logprobs(batches)), copied)
+    scene.trainable = Trainable(model, SHAPE, TrainerConfig(), lr=1e-2)
+    for _ in range(2):
+        scene.update(PLAIN)
+    moved = torch.cat(scene.trainable.score(batches))
+    assert (moved - copied).abs().max() > 1e-3
+    assert torch.equal(torch.cat(reference.logprobs(batches)), copied)
+    reference.follow(model, 1.0)
+    assert torch.equal(torch.cat(scene.trainable.score(batches)), moved)
 
 
 @pytest.mark.parametrize("kind", ["copy", "swap"])

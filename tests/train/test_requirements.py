@@ -24,6 +24,7 @@ from tests.train.runs import SMALL, called
         (["rollout.width=4000"], "rollout.width=4000 asks for more beams than the catalog has"),
         (["rl.reward=collaborative", "rl.reward_source=nowhere"], "nowhere"),
         (["rl.reward=semantic", "rl.reward_source=nowhere.npy"], "nowhere.npy"),
+        (["model.lora.rank=20"], "model.lora.rank=20 is more than the smaller side of k_proj, which is 16"),
         (["start=nowhere"], "start=nowhere is neither a finished stage"),
     ],
 )

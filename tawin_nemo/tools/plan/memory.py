@@ -3,7 +3,7 @@
 Weights in the precision's format; gradients in float32, or without ``trainer.grad_reduce_in_fp32`` in the weights'
 format and, of the part that the rank's optimizer steps, in float32 as well; AdamW's two
 moments in float32 and, unless the weights are float32 themselves, a float32 copy of the weights, all three divided over
-the data-parallel ranks by the distributed optimizer.
+the data-parallel ranks by the distributed optimizer. With ``model.lora`` that is so of the adapters alone.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ from dataclasses import dataclass, fields, replace
 
 from tawin_nemo.config.backbones import Backbone, stage_layers
 from tawin_nemo.config.layout import Layout, padded_vocab, rollout_layout, training_layout
-from tawin_nemo.config.schema import Recipe
+from tawin_nemo.config.lora import layer_parameters
+from tawin_nemo.config.schema import LoraConfig, Recipe
 from tawin_nemo.tools.plan.work import (
     Lengths,
     Numbers,
@@ -86,16 +87,30 @@ def parameters(shape: Backbone) -> int:
     return stage_parameters(shape, Layout(), 0)
 
 
+def adapter_parameters(shape: Backbone, lora: LoraConfig, layout: Layout, stage: int) -> int:
+    """Parameters of the adapters (``model.lora``) of one rank of a pipeline stage; 0 where the weights are trained."""
+    return stage_layers(shape.layers, layout.pp)[stage] * layer_parameters(shape, lora, layout.tp)
+
+
+def trained_parameters(shape: Backbone, lora: LoraConfig, layout: Layout, stage: int) -> int:
+    """Parameters of one rank of a pipeline stage that are trained: its adapters, or all of them without any."""
+    return adapter_parameters(shape, lora, layout, stage) or stage_parameters(shape, layout, stage)
+
+
 def resident(shape: Backbone, recipe: Recipe, layout: Layout, numbers: Numbers, stage: int) -> Parts:
-    """What a stage holds at all times while it trains; the reference is the caller's to add."""
-    count = stage_parameters(shape, layout, stage)
+    """What a stage holds at all times while it trains; the reference is the caller's to add.
+
+    With ``model.lora`` only the adapters have gradients and a state of the optimizer.
+    """
+    count, lora = stage_parameters(shape, layout, stage), recipe.model.lora
+    adapters, trained = (of(shape, lora, layout, stage) for of in (adapter_parameters, trained_parameters))
     shards = layout.dp if recipe.trainer.distributed_optimizer else 1
     wide = recipe.trainer.grad_reduce_in_fp32 or numbers.bytes == 4
     cached = count * 2 if numbers.fp8 else 0  # Transformer Engine keeps the weights in FP8, and transposed
     return Parts(
-        weights=count * numbers.bytes + cached,
-        gradients=4 * count if wide else numbers.bytes * count + 4 * count / shards,
-        optimizer=(8 if numbers.bytes == 4 else 12) * count / shards,
+        weights=(count + adapters) * numbers.bytes + cached,
+        gradients=4 * trained if wide else numbers.bytes * trained + 4 * trained / shards,
+        optimizer=(8 if numbers.bytes == 4 else 12) * trained / shards,
         context=CONTEXT_BYTES if numbers.device == "cuda" else 0.0,
     )
 
@@ -223,7 +238,7 @@ def peaks(shape: Backbone, recipe: Recipe, layout: Layout, lengths: Lengths, *, 
     apart, searching = recipe.rollout.devices > 0, rollout_layout(recipe, layout)
     for stage in range(layout.pp):
         base = resident(shape, recipe, layout, numbers, stage)
-        copied = uses_reference(recipe) and recipe.reference.mode == "copy"
+        copied = uses_reference(recipe) and recipe.reference.mode == "copy" and not recipe.model.lora.rank
         phases = list(updates(shape, recipe, layout, numbers, lengths, stage))
         if not apart and recipe.rollout.placement != "server":
             search_stage = stage if searching is layout else searching.pp - 1
@@ -260,8 +275,11 @@ def _peaks_apart(
 
 
 def swap_bytes(shape: Backbone, recipe: Recipe, layout: Layout) -> float:
-    """CPU memory of one rank (the fullest stage) for a reference that is swapped in; 0 without one."""
-    if not uses_reference(recipe) or recipe.reference.mode != "swap":
+    """CPU memory of one rank (the fullest stage) for a reference that is swapped in; 0 without one.
+
+    The reference of adapters is the model without them.
+    """
+    if not uses_reference(recipe) or recipe.reference.mode != "swap" or recipe.model.lora.rank:
         return 0.0
     bytes_per_weight = Numbers.of(recipe.model.precision).bytes
     return float(max(stage_parameters(shape, layout, stage) for stage in range(layout.pp)) * bytes_per_weight)

@@ -8,8 +8,9 @@ from dataclasses import dataclass, replace
 from tawin_nemo.config.backbones import Backbone, FlopCount, stage_layers
 from tawin_nemo.config.gpus import NODE, Gpu
 from tawin_nemo.config.layout import Layout, rollout_layout
-from tawin_nemo.config.schema import Recipe
-from tawin_nemo.tools.plan.memory import micro_batches, stage_parameters
+from tawin_nemo.config.lora import training_passes
+from tawin_nemo.config.schema import LoraConfig, Recipe
+from tawin_nemo.tools.plan.memory import micro_batches, stage_parameters, trained_parameters
 from tawin_nemo.tools.plan.work import (
     Lengths,
     preference_pass,
@@ -56,6 +57,7 @@ class Rates:
     mfu: float
     recompute: str
     grad_reduce_in_fp32: bool = True
+    lora: LoraConfig = LoraConfig()
 
     def forward(self, work: FlopCount) -> float:
         """Seconds of one forward pass of the work of one replica, without the floor of its launches."""
@@ -74,7 +76,7 @@ class Rates:
     def training(self, work: FlopCount, micro: int) -> float:
         """Seconds of forward and backward; full recomputation runs forward twice, and a pipeline of P stages with m
         micro-batches idles (P - 1) / m of its time (arXiv 2104.04473, Section 2.2); its largest stage sets the pace."""
-        passes, stages = 4.0 if self.recompute == "full" else 3.0, self.layout.pp
+        passes, stages = training_passes(self.lora) + (1.0 if self.recompute == "full" else 0.0), self.layout.pp
         pace = max(stage_layers(self.shape.layers, stages)) * stages / self.shape.layers
         computing = passes * pace * self.forward(work) / micro
         return max(computing, self.launches(TRAINING_LAUNCHES)) * (micro + stages - 1)
@@ -97,7 +99,8 @@ class Rates:
         link = self.gpu.nvlink_gb_s
         if ranks > NODE:
             link = min(link, self.gpu.network_gb_s * max(1, NODE // self.layout.model_ranks))
-        count = max(stage_parameters(self.shape, self.layout, stage) for stage in range(self.layout.pp))
+        stages = range(self.layout.pp)
+        count = max(trained_parameters(self.shape, self.lora, self.layout, stage) for stage in stages)
         weight = 4 if self.precision == "fp32" else 2
         moved = count * ((4 if self.grad_reduce_in_fp32 else weight) + weight)
         return (dp - 1) / dp * moved / (link * 1e9)
@@ -111,7 +114,8 @@ def sft_step(recipe: Recipe, lengths: Lengths, rates: Rates) -> StepTime:
     micro = micro_batches(mine, work.keys, work.tokens)
     total = sft_step_work(recipe, lengths, rates.shape.vocab, rows)
     seconds = rates.training(sft_step_work(recipe, lengths, rates.shape.vocab, mine), micro)
-    return StepTime(3.0 * total.forward_flops(rates.shape), _counted({"update": seconds, "exchange": rates.exchange()}))
+    flops = training_passes(rates.lora) * total.forward_flops(rates.shape)
+    return StepTime(flops, _counted({"update": seconds, "exchange": rates.exchange()}))
 
 
 def preference_step(recipe: Recipe, lengths: Lengths, rates: Rates) -> StepTime:
@@ -129,7 +133,7 @@ def preference_step(recipe: Recipe, lengths: Lengths, rates: Rates) -> StepTime:
         "exchange": rates.exchange(),
     }
     total = preference_step_work(recipe, lengths, vocab, cfg.global_batch_size).forward_flops(rates.shape)
-    return StepTime((3.0 + passes) * total, _counted(seconds))
+    return StepTime((training_passes(rates.lora) + passes) * total, _counted(seconds))
 
 
 def rl_step(recipe: Recipe, lengths: Lengths, rates: Rates) -> StepTime:
@@ -143,7 +147,8 @@ def rl_step(recipe: Recipe, lengths: Lengths, rates: Rates) -> StepTime:
     work = rl_pass(recipe, lengths)
     micro = micro_batches(-(-prompts // rates.layout.dp), work.keys, work.tokens)
     forwards = total.rollout + total.reference + total.scoring
-    flops = forwards.forward_flops(rates.shape) + 3.0 * total.updates * total.update.forward_flops(rates.shape)
+    flops = forwards.forward_flops(rates.shape)
+    flops += training_passes(rates.lora) * total.updates * total.update.forward_flops(rates.shape)
     seconds = {
         "rollout": searching.search(rolled_out, lengths.run(search_space(recipe))),
         "reference": rates.scoring(mine.reference, micro),

@@ -11,6 +11,7 @@ from tawin_nemo.config.backbones import Backbone, backbone, stage_layers, with_v
 from tawin_nemo.config.gpus import NODE, gpu
 from tawin_nemo.config.layout import Layout, padded_vocab, rollout_layout
 from tawin_nemo.config.load import check, check_values, read_recipe
+from tawin_nemo.config.lora import check_lora
 from tawin_nemo.config.schema import Recipe
 from tawin_nemo.tools.plan.memory import GIB, Parts
 from tawin_nemo.tools.plan.plan import Plan, Question, limit_bytes, make_plan, overrides
@@ -96,6 +97,7 @@ def plan_recipe(path: str | Path | None, words: Sequence[str], read_shape: ReadS
             "rollout.devices or raise gpus="
         )
     shape = recipe_shape(recipe, read_shape)
+    check_lora(shape, recipe.model.lora)
     usual = default_lengths(recipe)
     lengths = replace(
         usual,

@@ -32,6 +32,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from tawin_nemo import __version__
 from tawin_nemo.models.megatron.checkpoint import files
+from tawin_nemo.models.megatron.checkpoint.adapters import adapter_record, check_adapters
 from tawin_nemo.models.megatron.checkpoint.dcp_load import COMMON, CommonLoad, ShardLoad, check_kinds
 from tawin_nemo.models.megatron.checkpoint.dcp_save import ShardSave
 from tawin_nemo.models.megatron.checkpoint.files import FORMAT, Ranks, list_checkpoints
@@ -48,7 +49,8 @@ def save_checkpoint(path: Path, *, model: GPTModel, trainable: HasOptimizer | No
     """Write the checkpoint ``path`` (named ``step_N``); an older one of that name is replaced at the very end.
 
     ``state`` is what the caller needs to continue (step, data position, random states); it must survive JSON.
-    Without ``trainable`` only the weights are stored. Raises TypeError when ``state`` cannot be written as JSON, and
+    Without ``trainable`` only the weights are stored; of a model with adapters only the adapters, with the name and
+    fingerprint of the frozen weights. Raises TypeError when ``state`` cannot be written as JSON, and
     CheckpointError, on every rank, when one of them cannot write; what was there before is then untouched.
     """
     begin_save(path, model=model, trainable=trainable, state=state)()
@@ -73,6 +75,7 @@ def begin_save(
         "format": FORMAT,
         "state": json.loads(json.dumps(state)),
         "model": _signature(model),
+        **adapter_record(model),
         "optimizer": optimizer_kind(trainable),
         "layout": _layout(),
         "versions": {
@@ -268,6 +271,7 @@ def _check_signature(path: Path, record: dict[str, Any], model: GPTModel, traina
         raise CheckpointError(
             f"{path} is of another model: {', '.join(different)}; check model.backbone and the catalog"
         )
+    check_adapters(path, record, model)
     kind = optimizer_kind(trainable)
     if kind is not None and record["optimizer"] != kind:
         raise CheckpointError(

@@ -141,7 +141,7 @@ def read_record(path: Path) -> dict[str, Any]:
         raise
     except (ValueError, KeyError, AttributeError, TypeError) as error:
         raise CheckpointError(f"{STATE_FILE} is damaged ({error!r})") from error
-    if digest != _record_digest(record):
+    if digest != record_digest(record):
         raise CheckpointError(f"the checksum of {STATE_FILE} is wrong")
     if record.get("format") != FORMAT:
         raise CheckpointError(f"format {record.get('format')} is not known (this version reads {FORMAT})")
@@ -170,7 +170,7 @@ def _is_complete(record: dict[str, Any]) -> bool:
 
 def commit(temporary: Path, path: Path, record: dict[str, Any]) -> None:
     """Write ``state.json``, fsync all files, and rename ``temporary`` to ``path``."""
-    text = json.dumps({**record, "sha256": _record_digest(record)}, indent=2, sort_keys=True) + "\n"
+    text = json.dumps({**record, "sha256": record_digest(record)}, indent=2, sort_keys=True) + "\n"
     (temporary / STATE_FILE).write_text(text, encoding="utf-8")
     for name in (*record["files"], STATE_FILE):
         _fsync(temporary / name)
@@ -184,7 +184,8 @@ def commit(temporary: Path, path: Path, record: dict[str, Any]) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def _record_digest(record: dict[str, Any]) -> str:
+def record_digest(record: dict[str, Any]) -> str:
+    """SHA-256 of a record without its own checksum."""
     return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
 
 

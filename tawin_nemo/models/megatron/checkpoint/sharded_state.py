@@ -10,6 +10,7 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
 from tawin_nemo.models.megatron.checkpoint import flat_pieces
+from tawin_nemo.models.megatron.model.adapters import adapter_state, adapters_of
 
 
 class HasOptimizer(Protocol):
@@ -23,10 +24,12 @@ def sharded_state(model: GPTModel, trainable: HasOptimizer | None, *, is_loading
     """What ``dist_checkpointing`` saves, or loads into: ``model`` and, with ``trainable``, ``optimizer``.
 
     Both are in the shape of the parameters, so that they can be loaded under another TP, PP and DP size. Loading writes
-    into the model's and the distributed optimizer's own tensors.
+    into the model's and the distributed optimizer's own tensors. Of a model with adapters they hold the adapters only.
     """
     group = parallel_state.get_data_parallel_group(with_context_parallel=True)
     parts: dict[str, Any] = {"model": model.sharded_state_dict(metadata={"dp_cp_group": group})}
+    if adapters_of(model) is not None:
+        parts["model"] = adapter_state(parts["model"])
     if trainable is not None:
         complete_adam_state(trainable.optimizer)
         parts["optimizer"] = {
@@ -44,7 +47,7 @@ def _sharded_part(part: Any, model_state: dict[str, Any], *, is_loading: bool) -
 
 def load_state(model: GPTModel, trainable: HasOptimizer | None, loaded: dict[str, Any]) -> None:
     """Put what ``dist_checkpointing`` read into the model and the optimizer."""
-    model.load_state_dict(loaded["model"])
+    model.load_state_dict(loaded["model"], strict=adapters_of(model) is None)
     if trainable is None:
         return
     for number, part in enumerate(_parts(trainable.optimizer)):

@@ -21,11 +21,13 @@ from megatron.core.tensor_parallel.layers import ColumnParallelLinear
 from torch import Tensor
 
 from tawin_nemo.models.megatron.model.attention import AttentionPlan
+from tawin_nemo.models.megatron.model.lora import AdaptedColumn, AdaptedRow
 
 
 def supported(model: GPTModel) -> bool:
-    """Whether all linear layers of this stage are megatron's own; Transformer Engine's (FP8) need their own forward."""
-    return all(type(layer.self_attention.linear_qkv) is ColumnParallelLinear for layer in model.decoder.layers)
+    """Whether all linear layers of this stage are megatron's own, with adapters or without; Transformer Engine's (FP8)
+    need their own forward."""
+    return all(isinstance(layer.self_attention.linear_qkv, ColumnParallelLinear) for layer in model.decoder.layers)
 
 
 @torch.no_grad()
@@ -45,10 +47,10 @@ def stage_output(model: GPTModel, tokens_S: Tensor, arriving_SD: Tensor | None, 
         query_SHD, key_SGD, value_SGD = _heads(attention, normed_SD)
         query_SHD, key_SGD = (_rotated(x, cos_S1D, sin_S1D) for x in (query_SHD, key_SGD))
         mixed_SHD = plan.attend(attention.core_attention, query_SHD, key_SGD, value_SGD)
-        hidden_SD = hidden_SD + _summed(_product(attention.linear_proj, mixed_SHD.flatten(1)), group)
+        hidden_SD = hidden_SD + _row_parallel(attention.linear_proj, mixed_SHD.flatten(1), group)
         normed_SD = layer.pre_mlp_layernorm.forward(hidden_SD)
-        gated_SF = _swiglu(_product(mlp.linear_fc1, normed_SD), fused=model.config.bias_activation_fusion)
-        hidden_SD = hidden_SD + _summed(_product(mlp.linear_fc2, gated_SF), group)
+        gated_SF = _swiglu(_column_parallel(mlp.linear_fc1, normed_SD), fused=model.config.bias_activation_fusion)
+        hidden_SD = hidden_SD + _row_parallel(mlp.linear_fc2, gated_SF, group)
     norm = model.decoder.final_layernorm
     return hidden_SD if norm is None else norm.forward(hidden_SD)
 
@@ -69,6 +71,21 @@ def _product(linear: Any, input_SD: Tensor) -> Tensor:
     return output if linear.bias is None else output + linear.bias
 
 
+def _column_parallel(linear: Any, input_SD: Tensor) -> Tensor:
+    return _adapted(linear, input_SD, _product(linear, input_SD))
+
+
+def _row_parallel(linear: Any, input_SD: Tensor, group: dist.ProcessGroup) -> Tensor:
+    return _adapted(linear, input_SD, _summed(_product(linear, input_SD), group))
+
+
+def _adapted(linear: Any, input_SD: Tensor, output_SD: Tensor) -> Tensor:
+    """The layer's output with what its adapters add, if it has any."""
+    if not isinstance(linear, AdaptedColumn | AdaptedRow) or not linear.lora.active:
+        return output_SD
+    return output_SD + linear.lora.evaluated(input_SD)
+
+
 def _summed(part_SD: Tensor, group: dist.ProcessGroup) -> Tensor:
     """The sum over the TP ranks, in place."""
     if group.size() > 1:
@@ -83,7 +100,7 @@ def _heads(attention: Any, normed_SD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """
     groups, dim = attention.num_query_groups_per_partition, attention.hidden_size_per_attention_head
     own = attention.num_attention_heads_per_partition // groups
-    mixed_SGD = _product(attention.linear_qkv, normed_SD).view(len(normed_SD), groups, (own + 2) * dim)
+    mixed_SGD = _column_parallel(attention.linear_qkv, normed_SD).view(len(normed_SD), groups, (own + 2) * dim)
     query, key, value = mixed_SGD.split([own * dim, dim, dim], dim=2)
     query = query.reshape(len(normed_SD), -1, dim)
     if attention.config.qk_layernorm:

@@ -38,6 +38,7 @@ from tawin_nemo.models.megatron.hf.map import (
     table,
 )
 from tawin_nemo.models.megatron.hf.new_tokens import NewTokens, starting_rows
+from tawin_nemo.models.megatron.model.adapters import MergedShards
 from tawin_nemo.models.megatron.parallel import runtime
 from tawin_nemo.util.errors import CheckpointError, ConfigError
 from tawin_nemo.util.files import atomic_directory, write_json
@@ -190,7 +191,7 @@ def save_hf(
     special: Mapping[str, int | None] | None = None,
     finish: Callable[[Path], None] = lambda folder: None,
 ) -> None:
-    """Write a directory that transformers' ``AutoModelForCausalLM`` loads. Collective: every rank calls it.
+    """Write a directory that transformers' ``AutoModelForCausalLM`` loads, adapters merged. Every rank calls it.
 
     ``dtype`` is the number format of the files (default: the model's parameters'). Files hold at most
     ``max_shard_bytes`` bytes each. Tokenizer files are copied from ``tokenizer_dir``. ``special`` has the ids for
@@ -200,7 +201,7 @@ def save_hf(
     """
     tokenizer_files = _tokenizer_files(tokenizer_dir)
     if parallel_state.get_data_parallel_rank(with_context_parallel=True) == 0:
-        local = local_parameters(model, shape)
+        local = MergedShards(model, local_parameters(model, shape))
         dtype = dtype or model.config.params_dtype
         export = Export(model, shape, dtype, local, owners(model, shape, local))
         writer = dist.get_rank() == 0

@@ -17,6 +17,7 @@ from enum import Enum
 from typing import TYPE_CHECKING
 
 from tawin_nemo.config.backbones import Backbone
+from tawin_nemo.config.lora import MARK
 from tawin_nemo.util.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -175,13 +176,13 @@ def shard_segments(entry: Entry, shape: Backbone, tp_rank: int, tp_size: int, *,
 
 
 def local_parameters(model: GPTModel, shape: Backbone) -> dict[tuple[Entry, int | None], Parameter]:
-    """The table rows that this pipeline stage holds, with their parameters.
+    """The table rows that this pipeline stage holds, with their parameters; adapters (``model.lora``) are no rows.
 
     Layer numbers of the table are global; megatron-core numbers the layers of a stage from 0 and says through
     `get_transformer_layer_offset` where the stage starts (uneven splits included). Raises CheckpointError when the
     parameters of the model are not those of the table: it was built from another shape.
     """
-    named = dict(model.named_parameters())
+    named = {name: value for name, value in model.named_parameters() if MARK not in name}
     from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 
     offset = get_transformer_layer_offset(model.config, vp_stage=model.vp_stage)

@@ -20,6 +20,7 @@ from tawin_nemo.models.megatron.hf.files import HfWeights
 from tawin_nemo.models.megatron.hf.gather import Export
 from tawin_nemo.models.megatron.hf.io import fill_row, owners
 from tawin_nemo.models.megatron.hf.map import hf_names, hf_shapes, local_parameters, table
+from tawin_nemo.models.megatron.model.adapters import MergedShards
 
 #: Name -> shape of the tensors of one row of the table.
 Sizes = dict[str, tuple[int, ...]]
@@ -34,12 +35,12 @@ def rows_of(shape: Backbone) -> list[Sizes]:
 def gather_hf(model: GPTModel, shape: Backbone) -> dict[str, Tensor] | None:
     """All weights by Hugging Face name on world rank 0, None on the other ranks.
 
-    They are copies in CPU memory, in the parameters' dtype and the order of ``rows_of``. Collective over all training
-    ranks.
+    They are copies in CPU memory, in the parameters' dtype and the order of ``rows_of``, adapters merged. Collective
+    over all training ranks.
     """
     whole: dict[str, Tensor] | None = {} if dist.get_rank() == 0 else None
     if parallel_state.get_data_parallel_rank(with_context_parallel=True) == 0:
-        local = local_parameters(model, shape)
+        local = MergedShards(model, local_parameters(model, shape))
         export = Export(model, shape, model.config.params_dtype, local, owners(model, shape, local))
         for row in table(shape):
             gathered = None if whole is None else export.allocate([row])

@@ -15,8 +15,10 @@ from torch import Tensor
 
 from tawin_nemo.config.backbones import Backbone, stage_layers
 from tawin_nemo.config.layout import Layout, check_shape, padded_vocab
+from tawin_nemo.config.lora import check_lora
 from tawin_nemo.config.schema import ModelConfig
 from tawin_nemo.models.megatron.model import precision, weight_init
+from tawin_nemo.models.megatron.model.adapters import Adapters, add_adapters
 from tawin_nemo.models.megatron.model.attention import PositionedRotary
 from tawin_nemo.models.megatron.model.compiler import use_fused_functions
 from tawin_nemo.models.megatron.model.embedding import RowEmbedding
@@ -40,6 +42,7 @@ class HiddenGPT(GPTModel):
     """
 
     real_vocab: int  # vocabulary rows that count; the rest is padding up to a multiple of the TP size
+    adapters: Adapters | None = None  # of ``model.lora``, once ``add_adapters`` has been called
 
     def _postprocess(self, hidden_states: Tensor, *unused: Any, **also_unused: Any) -> Tensor:
         return hidden_states
@@ -52,6 +55,7 @@ def _check(shape: Backbone, cfg: ModelConfig, section: str = "model") -> None:
             f"model.backbone={cfg.backbone}: the vocabulary size is not set; call backbones.with_vocab first"
         )
     check_shape(shape, Layout(tp, pp), name=cfg.backbone, section=section)
+    check_lora(shape, cfg.lora)
     precision.check_model_supported(shape, cfg)
 
 
@@ -137,12 +141,15 @@ def build_model(
 def build_rollout_model(shape: Backbone, cfg: ModelConfig, tp: int, pp: int) -> HiddenGPT:
     """This rank's part of a model for rollouts, under TP ``tp`` x PP ``pp``; its weights are not initialised.
 
-    ``cfg`` describes the model in training, which was built with ``rollout_tp=tp``. Raises ConfigError as
-    ``build_model``.
+    ``cfg`` describes the model in training, which was built with ``rollout_tp=tp``; with ``cfg.lora`` both have
+    adapters. Raises ConfigError as ``build_model``.
     """
     config = model_config(shape, _searching(cfg, tp, pp), section="rollout")
     rows = padded_vocab(shape, cfg.tensor_model_parallel_size, tp)
-    return _empty_model(shape, config, rows, rollout_groups(tp, pp)).eval().requires_grad_(False)
+    model = _empty_model(shape, config, rows, rollout_groups(tp, pp)).eval()
+    if cfg.lora.rank:
+        add_adapters(model, shape, cfg.lora, seed=0, base={})
+    return model.requires_grad_(False)
 
 
 def check_rollout_model(shape: Backbone, cfg: ModelConfig, tp: int, pp: int) -> None:
@@ -227,12 +234,12 @@ def full_shape(model: GPTModel, parameter: Tensor) -> list[int]:
 
 
 def own_shard(full: Tensor, name: str, model: GPTModel, parameter: Tensor) -> Tensor:
-    """This TP rank's shard of ``whole``. The gated ``linear_fc1`` has a gate and an up half; each half is split."""
+    """This TP rank's shard of ``full``. The gated ``linear_fc1`` has a gate and an up half; each half is split."""
     axis = sharded_axis(parameter)
     if axis is None:
         return full
     tp, rank = model.pg_collection.tp.size(), model.pg_collection.tp.rank()
-    if name.endswith("linear_fc1.weight"):
+    if name.endswith(("linear_fc1.weight", "linear_fc1.lora.b")):
         return torch.cat([half.chunk(tp, dim=axis)[rank] for half in full.chunk(2, dim=axis)], dim=axis)
     return full.chunk(tp, dim=axis)[rank]
 

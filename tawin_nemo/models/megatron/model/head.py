@@ -96,6 +96,8 @@ class _EdgeDots(torch.autograd.Function):
         hidden_PD, position_E, token_E = ctx.saved_tensors
         weight_VD = ctx.weight_VD
         grad_PD = _weighted_rows(grad_E, position_E, token_E, weight_VD, len(hidden_PD))
+        if not ctx.needs_input_grad[1]:  # a frozen head
+            return grad_PD, None, None, None
         token_U, column_E = token_E.unique(return_inverse=True)
         by_column = column_E.argsort(stable=True)
         grad_UD = _weighted_rows(grad_E[by_column], column_E[by_column], position_E[by_column], hidden_PD, len(token_U))
@@ -229,7 +231,9 @@ class _LogSumExp(torch.autograd.Function):
         hidden_PD, lse_P, *kept = ctx.saved_tensors
         weight_VD = ctx.weight_VD
         buffer = getattr(weight_VD, "main_grad", None)
-        grad_VD = torch.zeros_like(weight_VD) if buffer is None else buffer
+        grad_VD: Tensor | None = None
+        if ctx.needs_input_grad[1]:  # else the head is frozen
+            grad_VD = torch.zeros_like(weight_VD) if buffer is None else buffer
         grad_PD = torch.zeros(hidden_PD.shape, dtype=_wide_dtype(hidden_PD), device=hidden_PD.device)
         for i, rows in enumerate(_vocab_slices(hidden_PD, ctx.real)):
             if kept:
@@ -241,7 +245,8 @@ class _LogSumExp(torch.autograd.Function):
                 )
             weighted_PN = weighted_PN.to(hidden_PD.dtype)
             _add_matmul(grad_PD, weighted_PN, weight_VD[rows])
-            _add_matmul(grad_VD[rows], weighted_PN.t(), hidden_PD)
+            if grad_VD is not None:
+                _add_matmul(grad_VD[rows], weighted_PN.t(), hidden_PD)
         return grad_PD.to(hidden_PD.dtype), (grad_VD if buffer is None else None), None, None
 
 
