@@ -40,7 +40,8 @@ from tawin_nemo.rollout.scoring import (
     empty_candidates,
     probe_logprob,
 )
-from tawin_nemo.rollout.select import Rules, step, to_next_choice
+from tawin_nemo.rollout.select import Rules, to_next_choice
+from tawin_nemo.rollout.select_dense import step_on_device
 from tawin_nemo.types import Candidates, TokenRows
 from tawin_nemo.util.errors import ConfigError
 from tawin_nemo.util.torch_modes import plain_calls
@@ -259,17 +260,17 @@ class BeamSearch:
             if self._space == "trie":
                 self._beams = to_next_choice(self._trie, self._beams, self._rules)
             beams, over_B = self._beams, ~self._beams.live_BW.any(dim=1)
-            if bool(over_B.any()):
+            ready_B = ~waiting(self._trie, beams, self._space).any(dim=1)
+            over, ready = torch.stack([over_B.sum(), ready_B.sum()]).tolist()
+            if over:
                 done.append(self._leave(beams, over_B))
-                continue
-            ready_M = (~waiting(self._trie, beams, self._space).any(dim=1)).nonzero()[:, 0]
-            if len(ready_M) == len(beams):
-                beams = step(self._lm, self._cache, self._trie, beams, self._rules)
-            elif len(ready_M):
-                stepped = step(self._lm, self._cache, self._trie, beams.take(ready_M), self._rules)
-                beams = beams.put(ready_M, stepped)
-            self._beams = beams
-            if not len(ready_M):
+            elif ready == len(beams):
+                self._beams = step_on_device(self._lm, self._cache, self._trie, beams, self._rules)
+            elif ready:
+                ready_M = ready_B.nonzero()[:, 0]
+                stepped = step_on_device(self._lm, self._cache, self._trie, beams.take(ready_M), self._rules)
+                self._beams = beams.put(ready_M, stepped)
+            else:
                 break
         return done
 

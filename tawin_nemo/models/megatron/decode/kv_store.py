@@ -14,7 +14,7 @@ from torch import Tensor
 
 from tawin_nemo.models.megatron.model.attention import AttentionPlan, PlannedAttention, additive_mask
 from tawin_nemo.models.megatron.model.tree_plan import TreePlan
-from tawin_nemo.types import TokenBatch
+from tawin_nemo.types import TokenBatch, TokenRows
 
 
 class KeyValueSlots:
@@ -40,6 +40,10 @@ class KeyValueSlots:
         if prompt_M is None:
             return keys[:, :, :slots], values[:, :, :slots]
         return keys[prompt_M, :, :slots], values[prompt_M, :, :slots]
+
+    def tensors(self) -> list[Tensor]:
+        """Keys and values of all layers."""
+        return [stored for pair in self._layers.values() for stored in pair]
 
     def make_room(self, slots: int) -> None:
         """Grow to at least ``slots`` slots, by half at least so that growing stays rare."""
@@ -153,3 +157,15 @@ def index_in_group(group_S: Tensor) -> Tensor:
     place_S = torch.empty_like(group_S)
     place_S[order_S] = torch.arange(len(group_S), device=group_S.device) - first_S
     return place_S
+
+
+def chains_of(rows: TokenRows) -> TokenBatch:
+    """The rows as token trees without branches."""
+    length_B = torch.from_numpy(rows.lengths)
+    end_S = length_B.cumsum(0).repeat_interleave(length_B)
+    position_S = torch.arange(len(end_S)) - (length_B.cumsum(0) - length_B).repeat_interleave(length_B)
+    none = torch.zeros(0, dtype=torch.long)
+    return TokenBatch(
+        tokens_S=torch.from_numpy(rows.flat).long(), position_S=position_S, end_S=end_S, chain_B=length_B,
+        tree_B=torch.zeros_like(length_B), index_P=none, row_N=none, target_N=none,
+    )  # fmt: skip

@@ -25,7 +25,7 @@ from megatron.core.tensor_parallel.mappings import (
 )
 from torch import Tensor
 
-from tawin_nemo.maths.segments import segment_log_softmax
+from tawin_nemo.maths.segments import segment_log_softmax, segment_starts
 from tawin_nemo.models.megatron.model.embedding import add_rows
 from tawin_nemo.types import Children
 
@@ -66,16 +66,22 @@ def local_vocab(model: GPTModel) -> tuple[int, int]:
     return start, max(0, min(rows, model.real_vocab - start))
 
 
-def edge_logits(model: GPTModel, hidden_PD: Tensor, position_E: Tensor, token_E: Tensor) -> Tensor:
+def edge_logits(
+    model: GPTModel, hidden_PD: Tensor, position_E: Tensor, token_E: Tensor, *, fixed: bool = False
+) -> Tensor:
     """``hidden_PD[position_E[e]] . head[token_E[e]]`` for E edges (``position_E`` ascending), equal on all TP ranks.
 
-    [E] in float32 or wider. Each dot product is made on the TP rank that holds the row.
+    [E] in float32 or wider. Each dot product is made on the TP rank that holds the row; with ``fixed`` all ranks make E
+    of them, with any row for the others' (more arithmetic, but no host sync; no gradient).
     """
     weight_VD, group = head_weight_VD(model), model.pg_collection.tp
     if group.size() == 1:
         return _wide(_EdgeDots.apply(hidden_PD, weight_VD, position_E, token_E))
     local_E = token_E - local_vocab(model)[0]
     here_E = (local_E >= 0) & (local_E < weight_VD.shape[0])
+    if fixed:
+        dots = _wide(_sampled_dots(hidden_PD, weight_VD, position_E, torch.where(here_E, local_E, 0)))
+        return reduce_from_tensor_model_parallel_region(dots.masked_fill(~here_E, 0), group)
     hidden_PD = copy_to_tensor_model_parallel_region(hidden_PD, group)
     dots = _wide(_EdgeDots.apply(hidden_PD, weight_VD, position_E[here_E], local_E[here_E]))
     logit_E = dots.new_zeros(len(token_E)).index_put((here_E.nonzero().squeeze(1),), dots)
@@ -107,7 +113,9 @@ def _sampled_dots(left_PD: Tensor, right_VD: Tensor, position_E: Tensor, token_E
         pattern = _csr(torch.zeros_like(token_E, dtype=left_PD.dtype), position_E, token_E, len(left_PD), len(right_VD))
         return torch.sparse.sampled_addmm(pattern, left_PD.contiguous(), right_VD.t(), beta=0.0).values()
     parts = zip(position_E.split(_EDGES_AT_ONCE), token_E.split(_EDGES_AT_ONCE), strict=True)
-    return torch.cat([(left_PD[p].float() * right_VD[t].float()).sum(-1) for p, t in parts])
+    wide_PD = left_PD.float()
+    dots = [(wide_PD[p] * right_VD[t]).sum(-1) for p, t in parts]  # the product widens the second factor as well
+    return dots[0] if len(dots) == 1 else torch.cat(dots)
 
 
 def _weighted_rows(value_E: Tensor, row_E: Tensor, source_E: Tensor, rows_XD: Tensor, count: int) -> Tensor:
@@ -122,8 +130,7 @@ def _weighted_rows(value_E: Tensor, row_E: Tensor, source_E: Tensor, rows_XD: Te
 
 
 def _csr(value_E: Tensor, row_E: Tensor, column_E: Tensor, rows: int, columns: int) -> Tensor:
-    ends = torch.bincount(row_E, minlength=rows).cumsum(0)
-    starts = torch.cat([ends.new_zeros(1), ends])
+    starts = segment_starts(row_E, rows)
     return torch.sparse_csr_tensor(starts, column_E, value_E, size=(rows, columns), check_invariants=False)
 
 
