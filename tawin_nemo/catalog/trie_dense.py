@@ -89,10 +89,10 @@ def _limits(trie: TokenTrie, width: int) -> StepLimits:
     ends_E = (arrays.child_nodes >= inner) & (child_depth_E == np.repeat(depth_N + 1, children_N))
     ends_N = np.diff(np.concatenate([[0], ends_E.cumsum()])[offsets])
     columns = ends = width
-    bounds = np.flatnonzero(np.diff(depth_N, prepend=-1))  # inner nodes are ordered by depth
-    for first, stop in zip(bounds, [*bounds[1:], inner], strict=True):
-        columns = max(columns, _largest(children_N[first:stop], width))
-        ends = max(ends, _largest(ends_N[first:stop], width))
+    borders = np.flatnonzero(np.diff(depth_N)) + 1  # inner nodes are ordered by depth
+    for at_depth in np.split(np.arange(inner), borders):
+        columns = max(columns, _largest(children_N[at_depth], width))
+        ends = max(ends, _largest(ends_N[at_depth], width))
     # up to one end per beam: 2 W hold W others, and a bound for what is behind them (``select.step``)
     return StepLimits(columns, min(columns, 2 * width if ends <= width else width + 1 + ends))
 

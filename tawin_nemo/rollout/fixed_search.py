@@ -77,10 +77,7 @@ class FixedShapeSearch:
 
         Raises ValueError for more prompts, or longer ones, than the buffers are for; TawinError for NaN log-probs.
         """
-        extended, run = append_root_path(prompts, self._trie)
-        spare = TokenRows.from_lists([extended[0][:1]] * (self._prompts - len(prompts)))
-        self._buffers.fill(TokenRows.cat([extended, spare]))
-        self._start(run, len(prompts))
+        extended = self.begin(prompts)
         assert self._beams is not None
         while True:
             live, chain, nan = self._status.tolist()  # the one time that the host waits for a round
@@ -97,15 +94,21 @@ class FixedShapeSearch:
         candidates = candidates_from(self._trie, found.done_leaf_BW, found.done_score_BW, found.done_logp_BWT)
         return FinishedPrompts(np.asarray(tickets), candidates, found.pruned_score_B.double().cpu().numpy())
 
-    def _start(self, run: int, prompts: int) -> None:
-        """Write the first beams of M prompts into the static tensors; the other prompts have none."""
+    def begin(self, prompts: TokenRows) -> TokenRows:
+        """Run M prompts and write their first beams into the static tensors; returns what was run of each.
+
+        The other prompts of the buffers are of one token and have no beams.
+        """
+        extended, run = append_root_path(prompts, self._trie)
+        spare = TokenRows.from_lists([extended[0][:1]] * (self._prompts - len(prompts)))
+        self._buffers.fill(TokenRows.cat([extended, spare]))
         if self._rules is None:
             self._rules = Rules.of(self._trie, "trie", self._length_penalty, self._probe())
         rules, number_B = self._rules, torch.arange(self._prompts)
         beams = first_beams(
             number_B, number_B, width=self._width, run=run, logprobs=self._trie.decision_depth + 1, like=rules.norm_T
         )
-        spare_B1 = numbers(self._prompts, beams.node_BW.device)[:, None] >= prompts
+        spare_B1 = numbers(self._prompts, beams.node_BW.device)[:, None] >= len(prompts)
         beams = replace(beams, node_BW=beams.node_BW.masked_fill(spare_B1, -1))
         beams = to_next_choice(self._trie, beams, rules, fixed=True)
         if self._beams is None:
@@ -117,6 +120,7 @@ class FixedShapeSearch:
         self._store(beams, torch.zeros((), dtype=torch.bool, device=self._status.device))
         for replayed in self._rounds.values():
             replayed.check_addresses()
+        return extended
 
     def _probe(self) -> Tensor:
         zero = torch.zeros(1, dtype=torch.long, device=self._device)

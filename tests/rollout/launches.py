@@ -8,8 +8,7 @@ Under ``Launches`` the calls of the code are seen below torch's dispatcher, so n
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -72,19 +71,13 @@ class Launches(TorchDispatchMode):
         return result
 
 
-@contextmanager
-def metered(holder: Any, name: str, monkeypatch: Any) -> Iterator[list[Count]]:
-    """The counts of each call of ``holder.name`` made under the yielded block, which runs under ``Launches``."""
-    counts: list[Count] = []
-    original: Callable[..., Any] = getattr(holder, name)
-    with Launches() as mode:
+def metered(function: Callable[..., Any], mode: Launches, seen: list[Count]) -> Callable[..., Any]:
+    """``function``, which adds what each of its calls under ``mode`` took to ``seen``."""
 
-        def wrapped(*args: Any, **kwargs: Any) -> Any:
-            before = mode.count.copy()
-            result = original(*args, **kwargs)
-            counts.append(mode.count - before)
-            return result
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        before = mode.count.copy()
+        result = function(*args, **kwargs)
+        seen.append(mode.count - before)
+        return result
 
-        monkeypatch.setattr(holder, name, wrapped)
-        yield counts
-        monkeypatch.setattr(holder, name, original)
+    return wrapped

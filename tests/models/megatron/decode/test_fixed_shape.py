@@ -1,4 +1,4 @@
-"""Searches in static buffers over a real model: the usual results, one graph's worth of work per round, no host sync."""
+"""Searches in static buffers over a real model: the usual results, rounds that are one graph each, no host sync."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from tawin_nemo.rollout.beam import constrained_beam_search
 from tawin_nemo.rollout.fixed_search import CHAINS, FixedShapeSearch, fixed_buffers
 from tawin_nemo.types import Candidates, TokenRows
 from tawin_nemo.util.graphs import Replayed
-from tests.rollout.launches import Count, Launches
+from tests.rollout.launches import Count, Launches, metered
 
 SHAPE = Backbone(
     "qwen2", hidden=32, layers=2, heads=4, kv_heads=2, ffn=48, vocab=51, rope_theta=1e4, init_std=0.2, max_position=256
@@ -46,7 +46,8 @@ def titles(seed: int, items: int = 40) -> TokenTrie:
 
 def some_prompts(seed: int, rows: int) -> TokenRows:
     rng = np.random.default_rng(seed)
-    return TokenRows.from_lists([rng.integers(1, SHAPE.vocab, rng.integers(1, SLOTS + 1)).tolist() for _ in range(rows)])
+    lengths = rng.integers(1, SLOTS + 1, rows)
+    return TokenRows.from_lists([rng.integers(1, SHAPE.vocab, length).tolist() for length in lengths])
 
 
 def fixed_search(lm: MegatronLM, trie: TokenTrie) -> FixedShapeSearch:
@@ -97,9 +98,8 @@ def test_a_round_is_one_list_of_operations_on_one_piece_of_memory() -> None:
     addresses = search.addresses()
     lists: dict[int, list[Any]] = {tokens: [] for tokens in CHAINS}
     for rows in (4, 1, 3):
-        search.search(some_prompts(rows, rows), np.arange(rows))
         for tokens in CHAINS:
-            search._start(*search_start(search, rows))
+            search.begin(some_prompts(rows, rows))
             for _ in range(3):  # states of three kinds: at the start, on the way, behind the end
                 with torch.no_grad(), Launches() as mode:
                     search.round(tokens)
@@ -110,11 +110,6 @@ def test_a_round_is_one_list_of_operations_on_one_piece_of_memory() -> None:
         assert len(operations) == 9
         assert all(later == operations[0] for later in operations)
     assert len(lists[8][0]) > len(lists[0][0])
-
-
-def search_start(search: FixedShapeSearch, rows: int) -> tuple[int, int]:
-    """What ``search`` hands to ``_start``: tokens of the shared beginning (``titles``: 2), prompts."""
-    return 2, rows
 
 
 def test_moved_weights_are_noticed_and_changed_ones_are_read() -> None:
@@ -161,7 +156,7 @@ def graphs_as_one_launch(monkeypatch: pytest.MonkeyPatch, replays: list[int]) ->
     def replay(self: Replayed) -> None:
         with _disable_current_modes():
             self._function()
-        torch.zeros(()).add_(1)  # two operations, of which the first stands for the graph ...
+        torch.zeros(1)  # the launch of the graph
         replays.append(1)
 
     monkeypatch.setattr(Replayed, "__call__", replay)
@@ -191,17 +186,6 @@ def test_the_step_on_a_gpu_asks_for_less_than_half(monkeypatch: pytest.MonkeyPat
         monkeypatch.setitem(select_dense._DENSE, "cpu", dense)
         seen = counts[dense] = []
         with torch.no_grad(), Launches() as mode:
-            for name in ("step_on_device", "to_next_choice"):
-                monkeypatch.setattr(beam, name, metered(getattr(select_dense if "step" in name else beam, name), mode, seen))
+            monkeypatch.setattr(beam, "step_on_device", metered(select_dense.step_on_device, mode, seen))
             constrained_beam_search(lm, prompts, trie, WIDTH)
         print(dense, [(c.launches, c.syncs) for c in seen])
-
-
-def metered(function: Callable[..., Any], mode: Launches, seen: list[Count]) -> Callable[..., Any]:
-    def wrapped(*args: Any, **kwargs: Any) -> Any:
-        before = mode.count.copy()
-        result = function(*args, **kwargs)
-        seen.append(mode.count - before)
-        return result
-
-    return wrapped
