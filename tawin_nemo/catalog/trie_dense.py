@@ -28,7 +28,7 @@ class DenseTrie:
     A node beyond the inner ones is looked up at row n of ``span_N3``; so is node -1, which indexing takes from the end.
     """
 
-    span_N3: Tensor  # per inner node: its first edge, its number of edges, its depth; row n: 0, 1, never
+    span_N3: Tensor  # per inner node: what is behind its edges, how many these are, its depth; row n: 1, 1, never
     end_depth_V: Tensor  # depth of a leaf, -1 for an inner node
     child_tokens: Tensor  # [E], at least one
     child_nodes: Tensor  # [E], at least one
@@ -48,10 +48,10 @@ _TABLES: WeakKeyDictionary[TokenTrie, dict[torch.device, DenseTrie]] = WeakKeyDi
 def _tables(trie: TokenTrie, device: torch.device) -> DenseTrie:
     arrays, inner = trie.arrays, trie.num_inner
     span_N3 = np.empty((inner + 1, 3), dtype=np.int64)
-    span_N3[:inner, 0] = arrays.child_offsets[:inner]
+    span_N3[:inner, 0] = arrays.child_offsets[1:]
     span_N3[:inner, 1] = np.diff(arrays.child_offsets)
     span_N3[:inner, 2] = arrays.node_depth[:inner]
-    span_N3[inner] = 0, 1, _NEVER
+    span_N3[inner] = 1, 1, _NEVER
     end_depth_V = arrays.node_depth.astype(np.int32)
     end_depth_V[:inner] = -1
     edges = [a if len(a) else np.zeros(1, dtype=np.int64) for a in (arrays.child_tokens, arrays.child_nodes)]

@@ -143,10 +143,7 @@ class BeamSearch:
         return int(self._held_P.sum())
 
     def max_cache_tokens(self, lengths_B: np.ndarray, widths_B: Sequence[int] | np.ndarray | None = None) -> np.ndarray:
-        """Upper bound [B] of the cache tokens that prompts of these lengths need with their beams (default W each).
-
-        Chains that are run ahead can add a few tokens to it.
-        """
+        """Upper bound [B] of the cache tokens of prompts and their beams (default W each), less what is run ahead."""
         depth = self._trie.decision_depth if self._space == "trie" else self._trie.max_depth - 1
         return lengths_B + np.asarray(self._width if widths_B is None else widths_B, dtype=np.int64) * depth
 
@@ -174,6 +171,8 @@ class BeamSearch:
         if self._rules is None:
             like = probe_logprob(self._lm, cache, self._trie, self._space)
             self._rules = Rules.of(self._trie, self._space, self._length_penalty, like)
+        alike = set(widths or [self._width]) == {self._width}
+        self._rules = replace(self._rules, uniform=alike and (self._beams is None or self._rules.uniform))
         ticket_B = torch.as_tensor(np.asarray(tickets, dtype=np.int64))
         logprobs = self._trie.decision_depth + 1 if self._space == "trie" else self._trie.max_depth
         beams = first_beams(

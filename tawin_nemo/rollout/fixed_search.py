@@ -103,7 +103,8 @@ class FixedShapeSearch:
         spare = TokenRows.from_lists([extended[0][:1]] * (self._prompts - len(prompts)))
         self._buffers.fill(TokenRows.cat([extended, spare]))
         if self._rules is None:
-            self._rules = Rules.of(self._trie, "trie", self._length_penalty, self._probe())
+            rules = Rules.of(self._trie, "trie", self._length_penalty, self._probe())
+            self._rules = replace(rules, uniform=True)
         rules, number_B = self._rules, torch.arange(self._prompts)
         beams = first_beams(
             number_B, number_B, width=self._width, run=run, logprobs=self._trie.decision_depth + 1, like=rules.norm_T

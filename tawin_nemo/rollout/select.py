@@ -30,6 +30,8 @@ class Rules:
     norm_T: Tensor  # length ** length_penalty
     best_norm_T: Tensor  # the largest norm that a path which ends behind this token can still be divided by
     filters: Filters | None = None  # what ``Beams.filter_B`` points into
+    uniform: bool = False  # every prompt has W beams
+    flat: bool = False  # all norms are 1
 
     @classmethod
     def of(cls, trie: TokenTrie, space: str, length_penalty: float, like: Tensor) -> Rules:
@@ -37,7 +39,7 @@ class Rules:
         norms = [max(1, length) ** length_penalty for length in range(trie.max_depth + 1)]  # no path has length 0
         norm_T = torch.tensor(norms, dtype=torch.float64)
         best_norm_T = norm_T[-1:].expand_as(norm_T) if length_penalty > 0 else torch.cat([norm_T[1:], norm_T[-1:]])
-        return cls(space, norm_T.to(like), best_norm_T.to(like))
+        return cls(space, norm_T.to(like), best_norm_T.to(like), flat=length_penalty == 0)
 
 
 @dataclass(frozen=True)
@@ -74,7 +76,7 @@ def step(lm: LM, cache: Any, trie: TokenTrie, beams: Beams, rules: Rules) -> Bea
     # more paths can end within the best ones, and the W best that go on may lie behind all of them.
     for count in (min(2 * width, columns), columns):
         continuations = _ranked(trie, beams, table, count)
-        goes_on_BK = continuations.real_BK & ~continuations.ends_BK
+        goes_on_BK = continuations.real_BK ^ continuations.ends_BK  # what ends a path is real
         if count == columns or not bool((continuations.real_BK[:, -1] & (goes_on_BK.sum(1) < width)).any()):
             break
     beams = finish(beams, continuations, rules) if bool(continuations.ends_BK[:, :width].any()) else beams
@@ -98,10 +100,9 @@ def to_next_choice(trie: TokenTrie, beams: Beams, rules: Rules, *, fixed: bool =
     if not fixed and not bool(ends_BW.any()):
         return beams
     order_BW = length_BW.masked_fill(~ends_BW, never).argsort(dim=1, stable=True)
-    score_BW = torch.where(ends_BW, beams.score_BW / rules.norm_T[length_BW], -torch.inf)
-    beams = _merged(
-        beams, score_BW.gather(1, order_BW), beams.node_BW.gather(1, order_BW), _rows(beams.logp_BWT, order_BW)
-    )
+    score_BW = beams.score_BW if rules.flat else beams.score_BW / rules.norm_T[length_BW]
+    score_BW = torch.where(ends_BW, score_BW, -torch.inf).gather(1, order_BW)
+    beams = _merged(beams, score_BW, beams.node_BW.gather(1, order_BW), _rows(beams.logp_BWT, order_BW), rules)
     hope_BW = _has_hope(beams, beams.score_BW, rules)
     if fixed:
         hope_BW = hope_BW | ~ends_BW.any(dim=1, keepdim=True)  # a prompt's result is what it would be alone
@@ -119,8 +120,9 @@ def _has_hope(beams: Beams, score_BM: Tensor, rules: Rules) -> Tensor:
     A beam dropped by this bound scores below every beam that is kept, and so do its continuations: it would not change
     the rank of any of them.
     """
-    best_BM = score_BM / rules.best_norm_T[beams.depth_B][:, None]
-    return best_BM > beams.done_score_BW.gather(1, beams.width_B[:, None] - 1)  # -inf while a slot is free
+    best_BM = score_BM if rules.flat else score_BM / rules.best_norm_T[beams.depth_B][:, None]
+    done_BW = beams.done_score_BW  # -inf while a slot is free
+    return best_BM > (done_BW[:, -1:] if rules.uniform else done_BW.gather(1, beams.width_B[:, None] - 1))
 
 
 def _continuations(lm: LM, cache: Any, trie: TokenTrie, beams: Beams, rules: Rules) -> _Table:
@@ -196,19 +198,23 @@ def best_columns(score_BC: Tensor, count: int) -> Tensor:
 def finish(beams: Beams, continuations: Continuations, rules: Rules) -> Beams:
     """Merge the paths that end within the best W continuations into the finished ones."""
     width = beams.node_BW.shape[1]
-    norm_B1 = rules.norm_T[beams.depth_B + 1][:, None]
-    score_BW = torch.where(
-        continuations.ends_BK[:, :width] & beams.own_BW, continuations.score_BK[:, :width] / norm_B1, -torch.inf
-    )
+    ends_BW, score_BW = continuations.ends_BK[:, :width], continuations.score_BK[:, :width]
+    if not rules.uniform:
+        ends_BW = ends_BW & beams.own_BW
+    if not rules.flat:
+        score_BW = score_BW / rules.norm_T[beams.depth_B + 1][:, None]
+    score_BW = torch.where(ends_BW, score_BW, -torch.inf)
     logp_BWT = _longer(beams, continuations.parent_BK[:, :width], continuations.logp_BK[:, :width])
-    return _merged(beams, score_BW, continuations.node_BK[:, :width], logp_BWT)
+    return _merged(beams, score_BW, continuations.node_BK[:, :width], logp_BWT, rules)
 
 
-def _merged(beams: Beams, score_BW: Tensor, leaf_BW: Tensor, logp_BWT: Tensor) -> Beams:
+def _merged(beams: Beams, score_BW: Tensor, leaf_BW: Tensor, logp_BWT: Tensor, rules: Rules) -> Beams:
     """The best W of the finished paths so far and the given ones; an equal score does not displace an earlier one."""
     width = beams.node_BW.shape[1]
     score_BX, order_BX = torch.cat([beams.done_score_BW, score_BW], dim=1).sort(dim=1, descending=True, stable=True)
-    score_BW, order_BW = score_BX[:, :width].masked_fill(~beams.own_BW, -torch.inf), order_BX[:, :width]
+    score_BW, order_BW = score_BX[:, :width], order_BX[:, :width]
+    if not rules.uniform:
+        score_BW = score_BW.masked_fill(~beams.own_BW, -torch.inf)
     leaf_BW = torch.cat([beams.done_leaf_BW, leaf_BW], dim=1).gather(1, order_BW)
     return replace(
         beams,
@@ -225,17 +231,17 @@ def advance(beams: Beams, continuations: Continuations, goes_on_BK: Tensor, unse
     """
     longer = replace(beams, depth_B=beams.depth_B + 1)
     goes_on_BK = goes_on_BK & _has_hope(longer, continuations.score_BK, rules)
-    column_K = numbers(goes_on_BK.shape[1], goes_on_BK.device)
-    rank_BK = torch.where(
-        continuations.ends_BK, column_K, goes_on_BK.cumsum(1) - 1
-    )  # ends compete with all, others not
-    over_BK = (continuations.ends_BK | goes_on_BK) & (rank_BK >= beams.width_B[:, None])
-    pruned_score_B = continuations.score_BK.masked_fill(~over_BK, -torch.inf).amax(1)
+    place_K = numbers(goes_on_BK.shape[1] + 1, goes_on_BK.device)[1:]
+    rank_BK = torch.where(continuations.ends_BK, place_K, goes_on_BK.cumsum(1))  # ends compete with all, others not
+    over_BK = (continuations.ends_BK | goes_on_BK) & (rank_BK > beams.width_B[:, None])
+    pruned_score_B = torch.where(over_BK, continuations.score_BK, -torch.inf).amax(1)
     longer = replace(
         longer, pruned_score_B=torch.maximum(torch.maximum(beams.pruned_score_B, pruned_score_B), unseen_B)
     )
     order_BW = goes_on_BK.byte().argsort(dim=1, descending=True, stable=True)[:, : beams.node_BW.shape[1]]
-    goes_on_BW = goes_on_BK.gather(1, order_BW) & beams.own_BW
+    goes_on_BW = goes_on_BK.gather(1, order_BW)
+    if not rules.uniform:
+        goes_on_BW = goes_on_BW & beams.own_BW
     parent_BW = continuations.parent_BK.gather(1, order_BW)
     return replace(
         longer,

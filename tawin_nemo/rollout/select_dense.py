@@ -88,7 +88,7 @@ def _continuations(logprobs: EdgeScores, trie: TokenTrie, beams: Beams, rules: R
     prompts, width = beams.node_BW.shape
     device, depth_B1 = beams.node_BW.device, beams.depth_B[:, None]
     tables = DenseTrie.of(trie, device)
-    start_BW, degree_BW, choice_BW = tables.span_N3[beams.node_BW.clamp(max=trie.num_inner)].unbind(-1)
+    stop_BW, degree_BW, choice_BW = tables.span_N3[beams.node_BW.clamp(max=trie.num_inner)].unbind(-1)
     live_BW = beams.live_BW
     branches_BW = live_BW & (choice_BW <= depth_B1)
     end_BW = torch.where(branches_BW, degree_BW, live_BW).cumsum(1)
@@ -98,9 +98,8 @@ def _continuations(logprobs: EdgeScores, trie: TokenTrie, beams: Beams, rules: R
     column_C = numbers(columns, device)
     place_BC = torch.searchsorted(end_BW, column_C.expand(prompts, columns).contiguous(), right=True)
     beam_BC = place_BC.clamp(max=width - 1)
-    # first edge minus first column of each beam; the count of a beam at a choice is its degree
-    shift_BW = start_BW - end_BW + degree_BW
-    edge_BC = (shift_BW.gather(1, beam_BC) + column_C).clamp(0, len(tables.child_nodes) - 1)
+    # what is behind a beam's last edge minus what is behind its last column
+    edge_BC = ((stop_BW - end_BW).gather(1, beam_BC) + column_C).clamp(max=len(tables.child_nodes) - 1)
     token_BC = tables.child_tokens[edge_BC]
     row_X = pad(beams.row_BW, (0, 1)).flatten()
     position_BC = place_BC + numbers(prompts * (width + 1), device)[:: width + 1][:, None]
@@ -136,7 +135,7 @@ def _ranked(trie: TokenTrie, beams: Beams, table: _Table, count: int) -> Continu
 
 def _next_beams(beams: Beams, continuations: Continuations, table: _Table, rules: Rules, *, ended: bool) -> Beams:
     width = beams.node_BW.shape[1]
-    goes_on_BK = continuations.real_BK & ~continuations.ends_BK
+    goes_on_BK = continuations.real_BK ^ continuations.ends_BK
     unseen_B = _unseen(continuations, goes_on_BK, table, width)
     if ended:
         beams = finish(beams, continuations, rules)

@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 FREE = frozenset(
     "view _unsafe_view slice select transpose permute expand unsqueeze squeeze t as_strided detach alias split "
     "split_with_sizes chunk unbind reshape _reshape_alias diagonal unfold narrow lift_fresh view_as set_ resize_ "
-    "values crow_indices col_indices empty empty_like new_empty empty_strided new_empty_strided sym_size "
+    "scalar_tensor values crow_indices col_indices empty empty_like new_empty empty_strided new_empty_strided sym_size "
     "_sparse_csr_tensor_unsafe _sparse_compressed_tensor_unsafe _local_scalar_dense is_pinned".split()
 )
 #: Operations for which the host waits.
