@@ -3,7 +3,8 @@
 All state lies in static tensors of B prompts and W beams. A round runs up to L tokens of every chain that a beam waits
 for, lets the prompts that wait for nothing more take one step, and skips what follows without a choice; no operation in
 it depends on what the beams are, so nothing in it makes the host wait. Between rounds the host reads three numbers:
-whether a beam is left, the longest chain that is waited for (which chooses L), and whether a log-prob was NaN.
+whether a beam is left, the longest chain that is waited for (which chooses L), and whether a log-prob was NaN. The
+prompts are run by another such function before the first round.
 
 Results are those of ``constrained_beam_search`` in trie space for each prompt alone. There are no filters and no vocab
 space here, prompts do not join a running search, and no chain is run ahead of its need.
@@ -14,7 +15,7 @@ Axes: B prompts of the buffers, M <= B prompts of a search, L tokens of a chain.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 
@@ -70,6 +71,9 @@ class FixedShapeSearch:
         self._beams: Beams | None = None  # the static tensors
         self._edges = self._status = torch.zeros(0)
         self._rounds: dict[int, Replayed] = {}
+        self._device = buffers.state()[0].device
+        self._pool = torch.cuda.graph_pool_handle() if self._device.type == "cuda" else None
+        self._prefill = self._replayed(buffers.prefill, buffers.addresses, list)
 
     @plain_calls
     def search(self, prompts: TokenRows, tickets: np.ndarray) -> FinishedPrompts:
@@ -102,6 +106,8 @@ class FixedShapeSearch:
         extended, run = append_root_path(prompts, self._trie)
         spare = TokenRows.from_lists([extended[0][:1]] * (self._prompts - len(prompts)))
         self._buffers.fill(TokenRows.cat([extended, spare]))
+        self._prefill.check_addresses()
+        self._prefill()
         if self._rules is None:
             rules = Rules.of(self._trie, "trie", self._length_penalty, self._probe())
             self._rules = replace(rules, uniform=True)
@@ -116,7 +122,7 @@ class FixedShapeSearch:
             self._beams = beams.map(torch.clone)
             self._edges = torch.zeros((), dtype=torch.long, device=beams.node_BW.device)
             self._status = torch.zeros(3, dtype=torch.long, device=beams.node_BW.device)
-            self._make_rounds()
+            self._rounds = {n: self._replayed(partial(self.round, n), self.addresses, self.state) for n in CHAINS}
         self._edges.zero_()
         self._store(beams, torch.zeros((), dtype=torch.bool, device=self._status.device))
         for replayed in self._rounds.values():
@@ -127,16 +133,10 @@ class FixedShapeSearch:
         zero = torch.zeros(1, dtype=torch.long, device=self._device)
         return self._buffers.logprobs(zero, zero, zero + self._trie.max_token, "trie")
 
-    @property
-    def _device(self) -> torch.device:
-        return self._buffers.state()[0].device
-
-    def _make_rounds(self) -> None:
-        pool = torch.cuda.graph_pool_handle() if self._device.type == "cuda" else None
-        for tokens in CHAINS:
-            self._rounds[tokens] = Replayed(
-                partial(self.round, tokens), self._device, addresses=self.addresses, state=self.state, pool=pool
-            )
+    def _replayed(
+        self, function: Callable[[], None], addresses: Callable[[], tuple[int, ...]], state: Callable[[], list[Tensor]]
+    ) -> Replayed:
+        return Replayed(function, self._device, addresses=addresses, state=state, pool=self._pool)
 
     def state(self) -> list[Tensor]:
         """The static tensors that a round changes."""

@@ -85,12 +85,16 @@ class LM(Protocol):
 class FixedShape(Protocol):
     """Static buffers of B prompts and of the tokens below them; rows as in ``LM``, except for their numbers.
 
-    Only ``fill``, ``addresses`` and ``tokens_run`` may make the host wait for the device; ``extend`` and ``logprobs``
-    do the same operations on the same memory whatever their arguments' values are.
+    Only ``fill``, ``addresses`` and ``tokens_run`` may make the host wait for the device; ``prefill``, ``extend`` and
+    ``logprobs`` do the same operations on the same memory whatever the values in it are.
     """
 
     def fill(self, prompts: TokenRows) -> None:
-        """Begin with B prompts; row b is the last token of prompt b. What was run before is forgotten."""
+        """Take B prompts; what was run before is forgotten."""
+        ...
+
+    def prefill(self) -> None:
+        """Run the prompts; row b is the last token of prompt b."""
         ...
 
     def extend(self, parent_BW: Tensor, token_BWL: Tensor, length_BW: Tensor) -> Tensor:

@@ -29,14 +29,17 @@ class FixedTable:
         self.lm, self.prompts, self.prompt_slots, self.slots = lm, prompts, prompt_slots, slots
         self.sequence: list[Tokens] = []
         self.run: list[set[Tokens]] = []
-        self.fills = self.passes = 0
+        self.passes, self.prefilled = 0, False
 
     def fill(self, prompts: TokenRows) -> None:
         assert len(prompts) == self.prompts
         assert 1 <= prompts.lengths.min() <= prompts.lengths.max() <= self.prompt_slots
         self.sequence = [tuple(prompts[row].tolist()) for row in range(len(prompts))]
         self.run = [set() for _ in range(len(prompts))]
-        self.fills += 1
+        self.prefilled = False
+
+    def prefill(self) -> None:
+        self.prefilled = True
 
     def extend(self, parent_BW: Tensor, token_BWL: Tensor, length_BW: Tensor) -> Tensor:
         row_BW = parent_BW.clone()
@@ -53,6 +56,7 @@ class FixedTable:
         return row_BW
 
     def logprobs(self, row_N: Tensor, position_E: Tensor, token_E: Tensor, space: str) -> Tensor:
+        assert self.prefilled
         assert (position_E.diff() >= 0).all()
         return self.lm.edge_logprobs([self.sequence[row] for row in row_N.tolist()], position_E, token_E, space)
 

@@ -1,9 +1,9 @@
-"""Decoding in static buffers: one pass runs up to L tokens below each of W beams of B prompts, whatever they are.
+"""Decoding in static buffers: one pass runs B prompts, another up to L tokens below each of their W beams.
 
 The keys of a prompt are stored once, in the first slots of its row of the store; what its beams run goes into a pool
 of slots behind them. A beam names its last token by row number, so that choosing beams copies no keys. No size depends
 on data and the host reads nothing: a pass can be captured in a CUDA graph. Its arithmetic is that of
-``MegatronLM.extend``, with more masked slots in the attention.
+``MegatronLM.extend``, with prompts padded to P tokens and more masked slots in the attention.
 
 Rows are numbered 0 .. B - 1 for the prompts' last tokens, then G of each prompt: its pool's slots. The last slot of a
 pool, G - 1, takes what is no token: padding of chains shorter than L.
@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from tawin_nemo.maths.segments import segment_log_softmax
 from tawin_nemo.models.megatron.decode.kv_store import KeyValueSlots
@@ -34,8 +35,7 @@ if TYPE_CHECKING:
 class FixedShapeDecode:
     """The static buffers of B prompts, of at most P tokens each, below which at most ``slots`` tokens are run each.
 
-    Implements ``rollout.lm.FixedShape``. All TP ranks make the same calls. Buffers that depend on the model's types are
-    made by the first ``fill``; later ones use the same memory.
+    Implements ``rollout.lm.FixedShape``. All TP ranks make the same calls. The first ``prefill`` allocates the store.
     """
 
     def __init__(self, lm: MegatronLM, prompts: int, prompt_slots: int, slots: int) -> None:
@@ -48,7 +48,9 @@ class FixedShapeDecode:
         self._used_B = torch.zeros_like(self._prompt_length_B)
         self._length_R = torch.zeros(rows, dtype=torch.long, device=device)
         self._visible_RG = torch.zeros(rows, self._pool, dtype=torch.bool, device=device)
-        self._hidden_RD: Tensor | None = None
+        self._tokens_BP = torch.zeros(prompts, prompt_slots, dtype=torch.long, device=device)
+        like = next(lm.model.parameters())
+        self._hidden_RD = torch.zeros(rows, lm.shape.hidden, dtype=like.dtype, device=device)
 
     @property
     def vocab_size(self) -> int:
@@ -57,7 +59,7 @@ class FixedShapeDecode:
 
     @torch.no_grad()
     def fill(self, prompts: TokenRows) -> None:
-        """Begin with B prompts: run each once; row b is the last token of prompt b.
+        """Take B prompts for ``prefill`` and forget what was run.
 
         Raises ValueError for another number of prompts, or one that is longer than P.
         """
@@ -66,15 +68,22 @@ class FixedShapeDecode:
                 f"{len(prompts)} prompts of up to {prompts.lengths.max()} tokens do not fit buffers "
                 f"for {self.prompts} prompts of up to {self._prompt_slots}"
             )
-        hidden_BD = self._lm.prefill_into(self._store, prompts)
-        assert hidden_BD is not None, "pipeline stages have no fixed shape"
-        if self._hidden_RD is None:
-            self._hidden_RD = hidden_BD.new_zeros(len(self._length_R), hidden_BD.shape[1])
-        self._hidden_RD[: self.prompts] = hidden_BD
-        self._prompt_length_B.copy_(torch.from_numpy(prompts.lengths))
+        tokens_BT, length_B = prompts.padded()
+        self._tokens_BP.copy_(pad(tokens_BT, (0, self._prompt_slots - tokens_BT.shape[1])))
+        self._prompt_length_B.copy_(length_B)
         self._length_R[: self.prompts] = self._prompt_length_B
         self._used_B.zero_()
         self._visible_RG.zero_()
+
+    @torch.no_grad()
+    def prefill(self) -> None:
+        """Run each prompt once, padding included; row b is the last token of prompt b."""
+        prompts, slots = self._tokens_BP.shape
+        extra = padding(prompts * slots, self._model.config)
+        plan = _FixedPrefillPlan(self, extra)
+        hidden_SD = self._lm.stage_output(pad(self._tokens_BP.flatten(), (0, extra)), None, plan)
+        last_B = torch.arange(prompts, device=hidden_SD.device) * slots + self._prompt_length_B - 1
+        self._hidden_RD[:prompts] = hidden_SD.index_select(0, last_B)
 
     @torch.no_grad()
     def extend(self, parent_BW: Tensor, token_BWL: Tensor, length_BW: Tensor) -> Tensor:
@@ -98,9 +107,9 @@ class FixedShapeDecode:
 
         extra = padding(row_S.numel(), self._model.config)
         plan = _FixedPlan(self, slot_BWL, visible_BWLG, position_BWL, extra)
-        tokens_S = torch.nn.functional.pad(token_BWL.flatten(), (0, extra))
+        tokens_S = pad(token_BWL.flatten(), (0, extra))
         hidden_SD = self._lm.stage_output(tokens_S, None, plan)[: row_S.numel()]
-        self._hidden().index_copy_(0, row_S, hidden_SD)
+        self._hidden_RD.index_copy_(0, row_S, hidden_SD)
         self._length_R.index_copy_(0, row_S, position_BWL.flatten() + 1)
         self._visible_RG.index_copy_(0, row_S, visible_BWLG.flatten(0, 2))
         self._used_B += length_BW.sum(1)
@@ -109,7 +118,7 @@ class FixedShapeDecode:
     @torch.no_grad()
     def logprobs(self, row_N: Tensor, position_E: Tensor, token_E: Tensor, space: str) -> Tensor:
         """As ``MegatronLM.logprobs``, without a host sync."""
-        hidden_ND = self._hidden().index_select(0, row_N)
+        hidden_ND = self._hidden_RD.index_select(0, row_N)
         logit_E = edge_logits(self._model, hidden_ND, position_E, token_E, fixed=True)
         if space == "trie":
             return segment_log_softmax(logit_E, position_E, len(row_N))
@@ -121,7 +130,14 @@ class FixedShapeDecode:
 
     def addresses(self) -> tuple[int, ...]:
         """Where weights, keys and rows lie in memory: a captured pass reads and writes there and nowhere else."""
-        tensors = [*self._model.parameters(), *self._store.tensors(), *self.state(), self._hidden()]
+        tensors = [
+            *self._model.parameters(),
+            *self._store.tensors(),
+            *self.state(),
+            self._tokens_BP,
+            self._prompt_length_B,
+            self._hidden_RD,
+        ]
         return tuple(tensor.data_ptr() for tensor in tensors)
 
     def tokens_run(self) -> int:
@@ -139,9 +155,32 @@ class FixedShapeDecode:
         slot_P = torch.arange(self._prompt_slots, device=self._prompt_length_B.device)
         return slot_P < self._prompt_length_B[:, None]
 
-    def _hidden(self) -> Tensor:
-        assert self._hidden_RD is not None, "fill comes first"
-        return self._hidden_RD
+    def write_prompts(self, layer: int, key_BGPD: Tensor, value_BGPD: Tensor) -> None:
+        """Store the keys and values of a layer of all prompts."""
+        self._store.write_prompts(layer, key_BGPD, value_BGPD)
+
+    @property
+    def shape_BP(self) -> tuple[int, int]:
+        """B prompts and P slots of each."""
+        return self.prompts, self._prompt_slots
+
+
+class _FixedPrefillPlan(AttentionPlan):
+    """Prompts of P tokens each, padding included: causal attention, so that no token sees the padding behind it."""
+
+    def __init__(self, decode: FixedShapeDecode, padding: int) -> None:
+        prompts, slots = decode.shape_BP
+        position_S = torch.arange(slots, device=runtime.device()).repeat(prompts)
+        super().__init__(pad(position_S, (0, padding)))
+        self._decode = decode
+
+    def attend(self, core: PlannedAttention, query_SHD: Tensor, key_SGD: Tensor, value_SGD: Tensor) -> Tensor:
+        prompts, slots = self._decode.shape_BP
+        real = prompts * slots
+        blocks = [x[:real].view(prompts, slots, *x.shape[1:]).transpose(1, 2) for x in (query_SHD, key_SGD, value_SGD)]
+        self._decode.write_prompts(core.layer_number, blocks[1], blocks[2])
+        output_SHD = core.causal(*blocks).transpose(1, 2).reshape(real, *query_SHD.shape[1:])
+        return pad(output_SHD, (0, 0, 0, 0, 0, len(query_SHD) - real))
 
 
 class _FixedPlan(AttentionPlan):
@@ -150,7 +189,7 @@ class _FixedPlan(AttentionPlan):
     def __init__(
         self, decode: FixedShapeDecode, slot_BWL: Tensor, visible_BWLG: Tensor, position_BWL: Tensor, padding: int
     ) -> None:
-        super().__init__(torch.nn.functional.pad(position_BWL.flatten(), (0, padding)))
+        super().__init__(pad(position_BWL.flatten(), (0, padding)))
         self._decode, self._slot_BS = decode, slot_BWL.flatten(1)
         tokens = self._slot_BS.shape[1]
         context_BSP = decode.in_prompt_BP()[:, None].expand(-1, tokens, -1)
@@ -166,4 +205,4 @@ class _FixedPlan(AttentionPlan):
         query_BSHD = query_SHD[:real].view(prompts, tokens, *query_SHD.shape[1:])
         output_BHSD = core.masked(query_BSHD.transpose(1, 2), keys, values, self._mask)
         output_SHD = output_BHSD.transpose(1, 2).reshape(real, *query_SHD.shape[1:])
-        return torch.nn.functional.pad(output_SHD, (0, 0, 0, 0, 0, len(query_SHD) - real))
+        return pad(output_SHD, (0, 0, 0, 0, 0, len(query_SHD) - real))

@@ -27,12 +27,20 @@ class KeyValueSlots:
 
     def write(self, layer: int, prompt_S: Tensor, slot_S: Tensor, key_SGD: Tensor, value_SGD: Tensor) -> None:
         """Store S tokens' keys and values at (prompt, slot)."""
-        if layer not in self._layers:
-            shape = (self.prompts, key_SGD.shape[1], self.capacity, key_SGD.shape[2])
-            # zeros: a masked slot still enters the kernels, where 0 * NaN would be NaN
-            self._layers[layer] = (key_SGD.new_zeros(shape), value_SGD.new_zeros(shape))
-        for stored, fresh in zip(self._layers[layer], (key_SGD, value_SGD), strict=True):
+        for stored, fresh in zip(self._of_layer(layer, key_SGD), (key_SGD, value_SGD), strict=True):
             stored[prompt_S, :, slot_S] = fresh.detach()  # a pass that only sets FP8 scales has gradient enabled
+
+    def write_prompts(self, layer: int, key_BGTD: Tensor, value_BGTD: Tensor) -> None:
+        """Store keys and values of the first T slots of all prompts."""
+        for stored, fresh in zip(self._of_layer(layer, key_BGTD[:, :, 0]), (key_BGTD, value_BGTD), strict=True):
+            stored[:, :, : fresh.shape[2]] = fresh
+
+    def _of_layer(self, layer: int, like_SGD: Tensor) -> tuple[Tensor, Tensor]:
+        if layer not in self._layers:
+            shape = (self.prompts, like_SGD.shape[1], self.capacity, like_SGD.shape[2])
+            # zeros: a masked slot still enters the kernels, where 0 * NaN would be NaN
+            self._layers[layer] = (like_SGD.new_zeros(shape), like_SGD.new_zeros(shape))
+        return self._layers[layer]
 
     def read(self, layer: int, prompt_M: Tensor | None, slots: int) -> tuple[Tensor, Tensor]:
         """The first ``slots`` slots of the given prompts (None = of all, without a copy)."""

@@ -90,8 +90,12 @@ class MegatronLM:
         """Run each prompt once; row b is the last token of prompt b."""
         device = runtime.device()
         length_B = torch.from_numpy(prompts.lengths).to(device)
+        batch = chains_of(prompts)
         store = KeyValueSlots(len(prompts), int(prompts.lengths.max()))
-        hidden_BD = self.prefill_into(store, prompts)
+        extra = padding(len(batch.tokens_S), self.model.config)
+        plan = PrefillPlan(batch, device, store, extra)
+        hidden_SD = self._run(batch.tokens_S, extra, plan)
+        last_B = length_B.cumsum(0) - 1
         row_B = torch.arange(len(prompts), device=device)
         return Cache(
             store=store,
@@ -100,18 +104,8 @@ class MegatronLM:
             prompt_R=row_B,
             length_R=length_B,
             visible_RG=torch.zeros(len(prompts), 0, dtype=torch.bool, device=device),
-            hidden_RD=hidden_BD,
+            hidden_RD=None if hidden_SD is None else hidden_SD[last_B],
         )
-
-    @torch.no_grad()
-    def prefill_into(self, store: KeyValueSlots, prompts: TokenRows) -> Tensor | None:
-        """Run prompts into the first slots of ``store``: hidden states [B, D] of their last tokens (last stage)."""
-        batch = chains_of(prompts)
-        extra = padding(len(batch.tokens_S), self.model.config)
-        plan = PrefillPlan(batch, runtime.device(), store, extra)
-        hidden_SD = self._run(batch.tokens_S, extra, plan)
-        last_B = torch.from_numpy(prompts.offsets[1:] - 1).to(runtime.device())
-        return None if hidden_SD is None else hidden_SD[last_B]
 
     def fixed_shape(self, prompts: int, prompt_slots: int, slots: int) -> FixedShapeDecode | None:
         """Decoding of B prompts in static buffers (see ``rollout.lm.FixedShapeLM``); None if this layout has none."""
