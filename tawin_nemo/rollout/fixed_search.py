@@ -15,8 +15,8 @@ Axes: B prompts of the buffers, M <= B prompts of a search, L tokens of a chain.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
-from dataclasses import replace
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy as np
@@ -57,6 +57,18 @@ def root_tokens(trie: TokenTrie) -> int:
     return int(trie.arrays.node_depth[0]) if trie.num_inner else 0
 
 
+@dataclass(frozen=True)
+class _Static:
+    """The static tensors of a search, and what it does with them."""
+
+    rules: Rules
+    first: Beams  # one beam per prompt at the root
+    beams: Beams
+    real_B: Tensor  # bool: the prompt is one of the search's, not one that fills the buffers up
+    edges: Tensor  # [] edges whose log-prob was read
+    status: Tensor  # [3] what the host reads: is a beam left, the longest chain that is waited for, was a log-prob NaN
+
+
 class FixedShapeSearch:
     """Searches for up to B prompts with W beams each, one after the other in the same buffers."""
 
@@ -67,13 +79,12 @@ class FixedShapeSearch:
         check_search(lm, trie, width)
         self._lm, self._buffers, self._trie, self._width, self._prompts = lm, buffers, trie, width, prompts
         self._limits, self._length_penalty = StepLimits.of(trie, width), length_penalty
-        self._rules: Rules | None = None
-        self._beams: Beams | None = None  # the static tensors
-        self._edges = self._status = torch.zeros(0)
-        self._rounds: dict[int, Replayed] = {}
-        self._device = buffers.state()[0].device
-        self._pool = torch.cuda.graph_pool_handle() if self._device.type == "cuda" else None
-        self._prefill = self._replayed(buffers.prefill, buffers.addresses, list)
+        self._static: _Static | None = None
+        device = buffers.state()[0].device
+        pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
+        replayed = partial(Replayed, device=device, addresses=self.addresses, state=self.state, pool=pool)
+        self._open = replayed(self.open)
+        self._rounds = {tokens: replayed(partial(self.round, tokens)) for tokens in CHAINS}
 
     @plain_calls
     def search(self, prompts: TokenRows, tickets: np.ndarray) -> FinishedPrompts:
@@ -82,9 +93,8 @@ class FixedShapeSearch:
         Raises ValueError for more prompts, or longer ones, than the buffers are for; TawinError for NaN log-probs.
         """
         extended = self.begin(prompts)
-        assert self._beams is not None
         while True:
-            live, chain, nan = self._status.tolist()  # the one time that the host waits for a round
+            live, chain, nan = self._tensors.status.tolist()  # the one time that the host waits for a round
             if nan:
                 raise nan_error()
             if not live:
@@ -92,66 +102,64 @@ class FixedShapeSearch:
             tokens = next((length for length in CHAINS if length >= chain), CHAINS[-1])
             self._rounds[tokens]()
         if isinstance(self._lm, MeteredLM):
-            self._lm.count(extended, self._buffers.tokens_run(), int(self._edges))
-        rows_M = numbers(len(prompts), self._beams.node_BW.device)
-        found = self._beams.take(rows_M)
+            self._lm.count(extended, self._buffers.tokens_run(), int(self._tensors.edges))
+        found = self._tensors.beams.map(lambda tensor: tensor[: len(prompts)].clone())
         candidates = candidates_from(self._trie, found.done_leaf_BW, found.done_score_BW, found.done_logp_BWT)
         return FinishedPrompts(np.asarray(tickets), candidates, found.pruned_score_B.double().cpu().numpy())
 
     def begin(self, prompts: TokenRows) -> TokenRows:
-        """Run M prompts and write their first beams into the static tensors; returns what was run of each.
+        """Run M prompts and give each its first beam; returns what was run of each.
 
         The other prompts of the buffers are of one token and have no beams.
         """
         extended, run = append_root_path(prompts, self._trie)
         spare = TokenRows.from_lists([extended[0][:1]] * (self._prompts - len(prompts)))
         self._buffers.fill(TokenRows.cat([extended, spare]))
-        self._prefill.check_addresses()
-        self._prefill()
-        if self._rules is None:
-            rules = Rules.of(self._trie, "trie", self._length_penalty, self._probe())
-            self._rules = replace(rules, uniform=True)
-        rules, number_B = self._rules, torch.arange(self._prompts)
-        beams = first_beams(
-            number_B, number_B, width=self._width, run=run, logprobs=self._trie.decision_depth + 1, like=rules.norm_T
-        )
-        spare_B1 = numbers(self._prompts, beams.node_BW.device)[:, None] >= len(prompts)
-        beams = replace(beams, node_BW=beams.node_BW.masked_fill(spare_B1, -1))
-        beams = to_next_choice(self._trie, beams, rules, fixed=True)
-        if self._beams is None:
-            self._beams = beams.map(torch.clone)
-            self._edges = torch.zeros((), dtype=torch.long, device=beams.node_BW.device)
-            self._status = torch.zeros(3, dtype=torch.long, device=beams.node_BW.device)
-            self._rounds = {n: self._replayed(partial(self.round, n), self.addresses, self.state) for n in CHAINS}
-        self._edges.zero_()
-        self._store(beams, torch.zeros((), dtype=torch.bool, device=self._status.device))
-        for replayed in self._rounds.values():
+        if self._static is None:
+            self._static = self._allocated(run)
+        self._static.real_B.copy_(torch.arange(self._prompts) < len(prompts))
+        for replayed in (self._open, *self._rounds.values()):
             replayed.check_addresses()
+        self._open()
         return extended
 
-    def _probe(self) -> Tensor:
-        zero = torch.zeros(1, dtype=torch.long, device=self._device)
-        return self._buffers.logprobs(zero, zero, zero + self._trie.max_token, "trie")
+    def _allocated(self, run: int) -> _Static:
+        self._buffers.prefill()  # the first call allocates
+        zero = torch.zeros(1, dtype=torch.long, device=self._buffers.state()[0].device)
+        like = self._buffers.logprobs(zero, zero, zero + self._trie.max_token, "trie")
+        rules = replace(Rules.of(self._trie, "trie", self._length_penalty, like), uniform=True)
+        number_B, depth = torch.arange(self._prompts), self._trie.decision_depth
+        first = first_beams(number_B, number_B, width=self._width, run=run, logprobs=depth + 1, like=like)
+        return _Static(rules, first, first.map(torch.clone), first.node_BW[:, 0] == 0, zero[0], zero.repeat(3))
 
-    def _replayed(
-        self, function: Callable[[], None], addresses: Callable[[], tuple[int, ...]], state: Callable[[], list[Tensor]]
-    ) -> Replayed:
-        return Replayed(function, self._device, addresses=addresses, state=state, pool=self._pool)
+    @property
+    def _tensors(self) -> _Static:
+        assert self._static is not None, "begin comes first"
+        return self._static
 
     def state(self) -> list[Tensor]:
         """The static tensors that a round changes."""
-        assert self._beams is not None
-        return [*self._beams.tensors().values(), self._edges, self._status, *self._buffers.state()]
+        static = self._tensors
+        return [*static.beams.tensors().values(), static.edges, static.status, *self._buffers.state()]
 
     def addresses(self) -> tuple[int, ...]:
         """Where everything lies in memory that a round reads and writes."""
-        return (*self._buffers.addresses(), *(tensor.data_ptr() for tensor in self.state()))
+        static = self._tensors
+        tensors = [*self.state(), *static.first.tensors().values(), static.real_B]
+        return (*self._buffers.addresses(), *(tensor.data_ptr() for tensor in tensors))
+
+    def open(self) -> None:
+        """Run the prompts, and place the first beams at their first choice."""
+        static = self._tensors
+        self._buffers.prefill()
+        node_BW = torch.where(static.real_B[:, None], static.first.node_BW, -1)
+        beams = to_next_choice(self._trie, replace(static.first, node_BW=node_BW), static.rules, fixed=True)
+        static.edges.zero_()
+        self._store(beams, torch.zeros_like(static.edges))
 
     def round(self, tokens: int) -> None:
         """Run up to L = ``tokens`` tokens of each chain, then step the prompts that wait for nothing more."""
-        assert self._beams is not None
-        assert self._rules is not None
-        beams, trie, rules = self._beams, self._trie, self._rules
+        beams, rules, trie = self._tensors.beams, self._tensors.rules, self._trie
         if tokens:
             beams = self._run_chains(beams, tokens)
         steps_B = ~waiting(trie, beams, "trie").any(dim=1) & beams.live_BW.any(dim=1)
@@ -159,7 +167,7 @@ class FixedShapeSearch:
         safe = replace(beams, depth_B=beams.depth_B.clamp(max=trie.decision_depth))
         stepped, edges_B, nan_B = step_fixed(self._buffers.logprobs, trie, safe, rules, self._limits)
         stepped = to_next_choice(trie, stepped, rules, fixed=True)
-        self._edges += torch.where(steps_B, edges_B, 0).sum()
+        self._tensors.edges.add_(torch.where(steps_B, edges_B, 0).sum())
         self._store(_chosen(steps_B, stepped, beams), (nan_B & steps_B).any())
 
     def _run_chains(self, beams: Beams, tokens: int) -> Beams:
@@ -180,11 +188,11 @@ class FixedShapeSearch:
         return left_BW.masked_fill(~waiting(self._trie, beams, "trie"), 0)
 
     def _store(self, beams: Beams, nan: Tensor) -> None:
-        assert self._beams is not None
-        for static, value in zip(self._beams.tensors().values(), beams.tensors().values(), strict=True):
+        """Write beams into the static ones, and what the host reads about them; ``nan`` [] is not 0 for an error."""
+        for static, value in zip(self._tensors.beams.tensors().values(), beams.tensors().values(), strict=True):
             static.copy_(value)
         live = beams.live_BW.any().long()
-        self._status.copy_(torch.stack([live, self._chains(beams).max(), nan.long()]))
+        self._tensors.status.copy_(torch.stack([live, self._chains(beams).max(), nan.long()]))
 
 
 def _chosen(new_B: Tensor, new: Beams, old: Beams) -> Beams:

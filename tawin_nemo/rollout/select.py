@@ -80,7 +80,7 @@ def step(lm: LM, cache: Any, trie: TokenTrie, beams: Beams, rules: Rules) -> Bea
         if count == columns or not bool((continuations.real_BK[:, -1] & (goes_on_BK.sum(1) < width)).any()):
             break
     beams = finish(beams, continuations, rules) if bool(continuations.ends_BK[:, :width].any()) else beams
-    unseen_B = continuations.score_BK[:, -1] if count < columns else torch.full_like(beams.pruned_score_B, -torch.inf)
+    unseen_B = continuations.score_BK[:, -1] if count < columns else None
     return advance(beams, continuations, goes_on_BK, unseen_B, rules)
 
 
@@ -224,10 +224,12 @@ def _merged(beams: Beams, score_BW: Tensor, leaf_BW: Tensor, logp_BWT: Tensor, r
     )
 
 
-def advance(beams: Beams, continuations: Continuations, goes_on_BK: Tensor, unseen_B: Tensor, rules: Rules) -> Beams:
+def advance(
+    beams: Beams, continuations: Continuations, goes_on_BK: Tensor, unseen_B: Tensor | None, rules: Rules
+) -> Beams:
     """The best W continuations that do not end a path, without those that can no longer enter the result.
 
-    ``unseen_B``: upper bound of the scores of all continuations outside of ``continuations``.
+    ``unseen_B``: upper bound of the scores of all continuations outside of ``continuations``, None if there are none.
     """
     longer = replace(beams, depth_B=beams.depth_B + 1)
     goes_on_BK = goes_on_BK & _has_hope(longer, continuations.score_BK, rules)
@@ -235,9 +237,9 @@ def advance(beams: Beams, continuations: Continuations, goes_on_BK: Tensor, unse
     rank_BK = torch.where(continuations.ends_BK, place_K, goes_on_BK.cumsum(1))  # ends compete with all, others not
     over_BK = (continuations.ends_BK | goes_on_BK) & (rank_BK > beams.width_B[:, None])
     pruned_score_B = torch.where(over_BK, continuations.score_BK, -torch.inf).amax(1)
-    longer = replace(
-        longer, pruned_score_B=torch.maximum(torch.maximum(beams.pruned_score_B, pruned_score_B), unseen_B)
-    )
+    pruned_score_B = torch.maximum(beams.pruned_score_B, pruned_score_B)
+    if unseen_B is not None:
+        pruned_score_B = torch.maximum(pruned_score_B, unseen_B)
     order_BW = goes_on_BK.byte().argsort(dim=1, descending=True, stable=True)[:, : beams.node_BW.shape[1]]
     goes_on_BW = goes_on_BK.gather(1, order_BW)
     if not rules.uniform:
@@ -245,6 +247,7 @@ def advance(beams: Beams, continuations: Continuations, goes_on_BK: Tensor, unse
     parent_BW = continuations.parent_BK.gather(1, order_BW)
     return replace(
         longer,
+        pruned_score_B=pruned_score_B,
         node_BW=torch.where(goes_on_BW, continuations.node_BK.gather(1, order_BW), -1),
         score_BW=torch.where(goes_on_BW, continuations.score_BK.gather(1, order_BW), -torch.inf),
         row_BW=beams.row_BW.gather(1, parent_BW),

@@ -142,11 +142,11 @@ def _next_beams(beams: Beams, continuations: Continuations, table: _Table, rules
     return advance(beams, continuations, goes_on_BK, unseen_B, rules)
 
 
-def _unseen(continuations: Continuations, goes_on_BK: Tensor, table: _Table, width: int) -> Tensor:
+def _unseen(continuations: Continuations, goes_on_BK: Tensor, table: _Table, width: int) -> Tensor | None:
     """[B] bound of the scores behind the best 2 W continuations, as ``select.step`` gives it to a prompt alone."""
     score_BK = continuations.score_BK
     if score_BK.shape[1] < 2 * width:
-        return torch.full_like(score_BK[:, 0], -torch.inf)
+        return None
     bounded_B = table.total_B1[:, 0] > 2 * width
     if score_BK.shape[1] > 2 * width:  # paths can end without a token of their own: the W best may lie behind 2 W
         bounded_B = bounded_B & (goes_on_BK[:, : 2 * width].sum(1) >= width)

@@ -58,7 +58,7 @@ class Launches(TorchDispatchMode):
         result = func(*args, **(kwargs or {}))
         name = func._schema.name.split("::")[-1]
         boolean = name in INDEXING and any(isinstance(i, Tensor) and i.dtype == torch.bool for i in args[1])
-        checked = name == "segment_reduce" and not (kwargs or {}).get("unsafe", False)
+        checked = name == "segment_reduce" and (kwargs or {}).get("lengths") is not None
         sized = name == "repeat_interleave" and (kwargs or {}).get("output_size") is None
         if name in SYNCS or boolean or checked or sized:
             self.count.syncs += 1
