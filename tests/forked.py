@@ -112,9 +112,13 @@ def finish(processes: Sequence[ForkServerProcess], limit: float) -> tuple[list[i
 
 
 def call(
-    words: Sequence[str], environments: Sequence[Mapping[str, str]], limit: float
+    words: Sequence[str],
+    environments: Sequence[Mapping[str, str]],
+    limit: float,
+    main: Callable[[Sequence[str]], int | None] = verb,
 ) -> subprocess.CompletedProcess[str]:
-    """``python -m tawin_nemo words`` in one process per environment, until all have ended or one has failed.
+    """``python -m tawin_nemo words``, or ``main(words)``, in one process per environment, until all have ended or one
+    has failed.
 
     Exit code and streams are those of the first process, or of the first that failed. Raises
     ``subprocess.TimeoutExpired`` after ``limit`` seconds.
@@ -122,7 +126,7 @@ def call(
     with tempfile.TemporaryDirectory(prefix="forked_") as name:
         files = [(Path(name) / f"{rank}.out", Path(name) / f"{rank}.err") for rank in range(len(environments))]
         processes = [
-            start(verb, words, environment, *streams) for environment, streams in zip(environments, files, strict=True)
+            start(main, words, environment, *streams) for environment, streams in zip(environments, files, strict=True)
         ]
         failed, hung = finish(processes, limit)
         shown = (failed or hung or [0])[0]

@@ -10,6 +10,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,8 +41,16 @@ def command(*overrides: str, verb: str = "train") -> list[str]:
     return [sys.executable, "-m", "tawin_nemo", verb, *overrides]
 
 
-def called(*overrides: str, verb: str = "train", timeout: float = 500) -> subprocess.CompletedProcess[str]:
-    """Run the verb to its end; its exit code and what it said (that of rank 0, or of the rank that failed)."""
+def called(
+    *overrides: str,
+    verb: str = "train",
+    timeout: float = 500,
+    main: Callable[[Sequence[str]], int | None] = forked.verb,
+) -> subprocess.CompletedProcess[str]:
+    """Run the verb to its end; its exit code and what it said (that of rank 0, or of the rank that failed).
+
+    ``main`` runs the command line in each process.
+    """
     devices = [int(word.split("=")[1]) for word in overrides if word.startswith("trainer.devices=")]
     ranks = devices[-1] if devices else 1
     place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(ranks)} if ranks > 1 else {}
@@ -49,12 +58,17 @@ def called(*overrides: str, verb: str = "train", timeout: float = 500) -> subpro
         {**environment(), **place, **({"RANK": str(rank), "LOCAL_RANK": str(rank)} if place else {})}
         for rank in range(ranks)
     ]
-    return forked.call([verb, *overrides], environments, timeout)
+    return forked.call([verb, *overrides], environments, timeout, main)
 
 
-def run(*overrides: str, verb: str = "train", timeout: float = 500) -> dict[str, Any]:
+def run(
+    *overrides: str,
+    verb: str = "train",
+    timeout: float = 500,
+    main: Callable[[Sequence[str]], int | None] = forked.verb,
+) -> dict[str, Any]:
     """Run the verb to its end and return its last line; fails with both streams when it does not exit with 0."""
-    done = called(*overrides, verb=verb, timeout=timeout)
+    done = called(*overrides, verb=verb, timeout=timeout, main=main)
     assert done.returncode == 0, f"exit {done.returncode}\n{done.stdout[-3000:]}\n{done.stderr[-6000:]}"
     return json.loads(done.stdout.strip().splitlines()[-1])
 
