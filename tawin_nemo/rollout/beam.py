@@ -260,7 +260,8 @@ class BeamSearch:
                 self._beams = to_next_choice(self._trie, self._beams, self._rules)
             beams, over_B = self._beams, ~self._beams.live_BW.any(dim=1)
             ready_B = ~waiting(self._trie, beams, self._space).any(dim=1)
-            over, ready = torch.stack([over_B.sum(), ready_B.sum()]).tolist()
+            # one number for both counts: the host waits for the device once
+            over, ready = divmod(int(over_B.sum() * (len(beams) + 1) + ready_B.sum()), len(beams) + 1)
             if over:
                 done.append(self._leave(beams, over_B))
             elif ready == len(beams):

@@ -24,7 +24,7 @@ from tawin_nemo.maths.segments import segment_log_softmax
 from tawin_nemo.models.megatron.decode.kv_store import KeyValueSlots
 from tawin_nemo.models.megatron.model.attention import AttentionPlan, PlannedAttention, additive_mask
 from tawin_nemo.models.megatron.model.forward import padding
-from tawin_nemo.models.megatron.model.head import edge_logits, log_sum_exp
+from tawin_nemo.models.megatron.model.head import fixed_edge_logits, log_sum_exp
 from tawin_nemo.models.megatron.parallel import runtime
 from tawin_nemo.types import TokenRows
 
@@ -119,7 +119,7 @@ class FixedShapeDecode:
     def logprobs(self, row_N: Tensor, position_E: Tensor, token_E: Tensor, space: str) -> Tensor:
         """As ``MegatronLM.logprobs``, without a host sync."""
         hidden_ND = self._hidden_RD.index_select(0, row_N)
-        logit_E = edge_logits(self._model, hidden_ND, position_E, token_E, fixed=True)
+        logit_E = fixed_edge_logits(self._model, hidden_ND, position_E, token_E)
         if space == "trie":
             return segment_log_softmax(logit_E, position_E, len(row_N))
         return logit_E - log_sum_exp(self._model, hidden_ND)[position_E]

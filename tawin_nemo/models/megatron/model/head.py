@@ -66,26 +66,33 @@ def local_vocab(model: GPTModel) -> tuple[int, int]:
     return start, max(0, min(rows, model.real_vocab - start))
 
 
-def edge_logits(
-    model: GPTModel, hidden_PD: Tensor, position_E: Tensor, token_E: Tensor, *, fixed: bool = False
-) -> Tensor:
+def edge_logits(model: GPTModel, hidden_PD: Tensor, position_E: Tensor, token_E: Tensor) -> Tensor:
     """``hidden_PD[position_E[e]] . head[token_E[e]]`` for E edges (``position_E`` ascending), equal on all TP ranks.
 
-    [E] in float32 or wider. Each dot product is made on the TP rank that holds the row; with ``fixed`` all ranks make E
-    of them, with any row for the others' (more arithmetic, but no host sync; no gradient).
+    [E] in float32 or wider. Each dot product is made on the TP rank that holds the row.
     """
     weight_VD, group = head_weight_VD(model), model.pg_collection.tp
     if group.size() == 1:
         return _wide(_EdgeDots.apply(hidden_PD, weight_VD, position_E, token_E))
     local_E = token_E - local_vocab(model)[0]
     here_E = (local_E >= 0) & (local_E < weight_VD.shape[0])
-    if fixed:
-        dots = _wide(_sampled_dots(hidden_PD, weight_VD, position_E, torch.where(here_E, local_E, 0)))
-        return reduce_from_tensor_model_parallel_region(dots.masked_fill(~here_E, 0), group)
     hidden_PD = copy_to_tensor_model_parallel_region(hidden_PD, group)
     dots = _wide(_EdgeDots.apply(hidden_PD, weight_VD, position_E[here_E], local_E[here_E]))
     logit_E = dots.new_zeros(len(token_E)).index_put((here_E.nonzero().squeeze(1),), dots)
     return reduce_from_tensor_model_parallel_region(logit_E, group)
+
+
+@torch.no_grad()
+def fixed_edge_logits(model: GPTModel, hidden_PD: Tensor, position_E: Tensor, token_E: Tensor) -> Tensor:
+    """``edge_logits`` in operations that a CUDA graph can hold: E dot products on every TP rank, no host sync."""
+    weight_VD, group = head_weight_VD(model), model.pg_collection.tp
+    dots_of = _sampled_dots if hidden_PD.is_cpu else _gathered_dots
+    if group.size() == 1:
+        return _wide(dots_of(hidden_PD, weight_VD, position_E, token_E))
+    local_E = token_E - local_vocab(model)[0]
+    here_E = (local_E >= 0) & (local_E < weight_VD.shape[0])
+    dots = _wide(dots_of(hidden_PD, weight_VD, position_E, torch.where(here_E, local_E, 0)))
+    return reduce_from_tensor_model_parallel_region(dots.masked_fill(~here_E, 0), group)
 
 
 class _EdgeDots(torch.autograd.Function):
@@ -112,8 +119,12 @@ def _sampled_dots(left_PD: Tensor, right_VD: Tensor, position_E: Tensor, token_E
     if left_PD.dtype in (torch.float32, torch.float64):
         pattern = _csr(torch.zeros_like(token_E, dtype=left_PD.dtype), position_E, token_E, len(left_PD), len(right_VD))
         return torch.sparse.sampled_addmm(pattern, left_PD.contiguous(), right_VD.t(), beta=0.0).values()
+    return _gathered_dots(left_PD, right_VD, position_E, token_E)
+
+
+def _gathered_dots(left_PD: Tensor, right_VD: Tensor, position_E: Tensor, token_E: Tensor) -> Tensor:
     parts = zip(position_E.split(_EDGES_AT_ONCE), token_E.split(_EDGES_AT_ONCE), strict=True)
-    wide_PD = left_PD.float()
+    wide_PD = _wide(left_PD)
     dots = [(wide_PD[p] * right_VD[t]).sum(-1) for p, t in parts]  # the product widens the second factor as well
     return dots[0] if len(dots) == 1 else torch.cat(dots)
 
