@@ -96,20 +96,20 @@ def test_a_round_is_one_list_of_operations_on_one_piece_of_memory() -> None:
     search.search(some_prompts(0, 4), np.arange(4))
     addresses = search.addresses()
     lists: dict[Any, list[Any]] = {kind: [] for kind in (*CHAINS, "prefill")}
-    for rows in (4, 1, 3):
+    for rows in (4, 1):
         for tokens in CHAINS:
             search.begin(some_prompts(rows, rows))
             prefill = counted(search._buffers.prefill)
             assert prefill.syncs == 0
             lists["prefill"].append(prefill.operations)
-            for _ in range(3):  # states of three kinds: at the start, on the way, behind the end
+            for _ in range(2 if tokens else 5):  # at the start, on the way, behind the end
                 with torch.no_grad(), Launches() as mode:
                     search.round(tokens)
                 assert mode.count.syncs == 0, mode.count.names
                 lists[tokens].append(mode.count.operations)
         assert search.addresses() == addresses
     for operations in lists.values():
-        assert len(operations) >= 9
+        assert len(operations) >= 4
         assert all(later == operations[0] for later in operations)
     assert len(lists[8][0]) > len(lists[0][0])
 
