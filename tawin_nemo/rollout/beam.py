@@ -238,7 +238,7 @@ class BeamSearch:
             self._cache, self._beams = run_chains(
                 self._lm, self._cache, self._trie, self._beams, self._space, self._run_ahead
             )
-            done += self._step_all()
+            done += self._step_all(ready=self._space == "trie")
             self._release_cache()
         self._stepped = True
         if not done:
@@ -251,26 +251,27 @@ class BeamSearch:
         pruned = np.concatenate([part.pruned_score_B.double().cpu().numpy() for part in done])
         return FinishedPrompts(tickets, Candidates.cat(candidates), pruned)
 
-    def _step_all(self) -> list[Beams]:
-        """Step all prompts until each waits for the model; returns those that finished."""
+    def _step_all(self, *, ready: bool = False) -> list[Beams]:
+        """Step all prompts until each waits for the model; returns those that finished. ``ready``: none waits now."""
         assert self._rules is not None
         done = []
         while self._beams is not None:
+            if ready:
+                self._beams = step_on_device(self._lm, self._cache, self._trie, self._beams, self._rules)
             if self._space == "trie":
                 self._beams = to_next_choice(self._trie, self._beams, self._rules)
             beams, over_B = self._beams, ~self._beams.live_BW.any(dim=1)
             ready_B = ~waiting(self._trie, beams, self._space).any(dim=1)
             # one number for both counts: the host waits for the device once
-            over, ready = divmod(int(over_B.sum() * (len(beams) + 1) + ready_B.sum()), len(beams) + 1)
+            over, steps = divmod(int(over_B.sum() * (len(beams) + 1) + ready_B.sum()), len(beams) + 1)
+            ready = not over and steps == len(beams)
             if over:
                 done.append(self._leave(beams, over_B))
-            elif ready == len(beams):
-                self._beams = step_on_device(self._lm, self._cache, self._trie, beams, self._rules)
-            elif ready:
+            elif steps and not ready:
                 ready_M = ready_B.nonzero()[:, 0]
                 stepped = step_on_device(self._lm, self._cache, self._trie, beams.take(ready_M), self._rules)
                 self._beams = beams.put(ready_M, stepped)
-            else:
+            elif not steps:
                 break
         return done
 
