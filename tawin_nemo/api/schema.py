@@ -226,8 +226,15 @@ class ItemsReply(Versions):
     total: int = Field(description="number of matching items on all pages")
 
 
+class ServedVersions(Versions):
+    """Weights and a catalog that are, or were, in use together. `since`: when they came into use, in Unix seconds."""
+
+    since: int
+
+
 class ModelCard(Versions):
-    """The served model, in the format of OpenAI's models API, with the catalog's fingerprint and number of items."""
+    """The served model, in the format of OpenAI's models API, with the catalog's fingerprint and number of items, and
+    the versions in use and before (`history`)."""
 
     id: str
     object: Literal["model"] = "model"
@@ -235,6 +242,7 @@ class ModelCard(Versions):
     owned_by: str = "tawin_nemo"
     catalog: str = Field(description="fingerprint of the catalog")
     items: int
+    history: list[ServedVersions] = Field(default_factory=list, description="what a rollback goes to, newest first")
 
 
 class ModelsReply(Versions):

@@ -10,11 +10,15 @@ import dataclasses
 import difflib
 import math
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
+import yaml
 from omegaconf import DictConfig, OmegaConf
+from omegaconf._utils import get_omega_conf_dumper, get_yaml_loader  # its YAML without its containers, which are slow
 from omegaconf.errors import OmegaConfBaseException
 
 from tawin_nemo.config.backbones import backbone
@@ -27,6 +31,10 @@ from tawin_nemo.util import times
 from tawin_nemo.util.errors import ConfigError
 from tawin_nemo.util.imports import is_import_path
 
+#: Control characters, and the two marks without width that come along when text is copied.
+_UNSEEN = re.compile("[\x00-\x1f\x7f-\x9f\u200b\ufeff]")
+#: The longest path of Linux, and more than any other text of a recipe.
+_LONGEST = 4095
 #: Sections that are compared as one value; the hashes of ``code`` are compared one by one.
 _WHOLE = tuple(section for section in FREE_FORM if section != "code")
 #: Keys that hold dates or durations as text, with the function that reads them.
@@ -52,13 +60,12 @@ def read_recipe(path: str | Path | None, overrides: Sequence[str] = ()) -> Recip
     layers.append(read_overrides(overrides))
     for layer in layers:
         _sft_for_rl(layer)
-    merged: Any = OmegaConf.structured(Recipe)
-    OmegaConf.set_readonly(merged, False)
+        _expand_home(layer)
+    merged: Any = _defaults()
     try:
         for layer in layers:
-            merged = _merge(merged, layer)
+            merged = OmegaConf.merge(merged, layer)  # a copy each time
         OmegaConf.resolve(merged)
-        _expand_home(merged)
         recipe = OmegaConf.to_object(merged)
     except OmegaConfBaseException as error:
         key = getattr(error, "full_key", None) or _unresolvable(merged) or "a value"
@@ -81,26 +88,36 @@ def _unresolvable(merged: Any) -> str:
 
 def _sft_for_rl(layer: DictConfig) -> None:
     """``rl.init=sft`` asks for SFT, also over a file with ``sft.enabled: false``; the same layer may say otherwise."""
-    if OmegaConf.select(layer, "rl.init") == "sft" and OmegaConf.select(layer, "sft.enabled") is None:
+    written: Any = OmegaConf.to_container(layer, resolve=False)  # references are resolved when all layers are merged
+    rl, sft = (written.get(name) if isinstance(written.get(name), dict) else {} for name in ("rl", "sft"))
+    if rl.get("init") == "sft" and sft.get("enabled") is None:
         OmegaConf.update(layer, "sft.enabled", True)
 
 
-def _merge(base: Any, layer: DictConfig) -> Any:
-    """Structured configs of frozen dataclasses are read-only by type; merging needs the flag off."""
-    OmegaConf.set_readonly(base, False)
-    for node in _sections(base):
+@cache
+def _defaults() -> DictConfig:
+    """All keys with their defaults, to be merged into copies; frozen dataclasses would be read-only."""
+    defaults: DictConfig = OmegaConf.structured(Recipe)
+    for node in (defaults, *_sections(defaults)):
         OmegaConf.set_readonly(node, False)
-    return OmegaConf.merge(base, layer)
+    return defaults
 
 
-def _expand_home(merged: Any) -> None:
-    """``~/`` at the beginning of a text is the home folder, wherever a recipe names a path."""
-    for key, _ in leaf_fields(Recipe):
-        value = OmegaConf.select(merged, key)
-        if isinstance(value, str):
-            OmegaConf.update(merged, key, _at_home(value))
-        elif OmegaConf.is_list(value):
-            OmegaConf.update(merged, key, [_at_home(part) if isinstance(part, str) else part for part in value])
+def _expand_home(layer: DictConfig) -> None:
+    """``~/`` at the beginning of a text is the home folder, wherever a layer names a path."""
+
+    def visit(written: Any, prefix: str) -> None:
+        for name, value in written.items():
+            if isinstance(value, dict):
+                visit(value, f"{prefix}{name}.")
+            elif isinstance(value, str) and _at_home(value) != value:
+                OmegaConf.update(layer, f"{prefix}{name}", _at_home(value))
+            elif isinstance(value, list):
+                parts = [_at_home(part) if isinstance(part, str) else part for part in value]
+                if parts != value:
+                    OmegaConf.update(layer, f"{prefix}{name}", parts)
+
+    visit(OmegaConf.to_container(layer, resolve=False), "")
 
 
 def _at_home(text: str) -> str:
@@ -117,8 +134,18 @@ def _sections(node: Any) -> Iterator[DictConfig]:
 
 def check(recipe: Recipe) -> None:
     """Limits of single values, then combinations. Raises ConfigError."""
+    check_values(recipe)
+    backbone(recipe.model.backbone)
+    for wrong, message in combinations(recipe):
+        if wrong:
+            raise ConfigError(message)
+
+
+def check_values(recipe: Recipe) -> None:
+    """Every value by itself: readable text, names that exist, numbers in their limits, dates. Raises ConfigError."""
     for key, item in leaf_fields(Recipe):
         value = value_of(recipe, key)
+        _check_text(key, value)
         if "choices" in item.metadata:
             check_names(key, value, item.metadata["choices"], imports=item.metadata["imports"])
         _check_limits(key, value, item.metadata)
@@ -127,10 +154,18 @@ def check(recipe: Recipe) -> None:
             parse(value_of(recipe, key))
         except ValueError as error:
             raise ConfigError(f"{key}={value_of(recipe, key)} {error}") from None
-    backbone(recipe.model.backbone)
-    for wrong, message in combinations(recipe):
-        if wrong:
-            raise ConfigError(message)
+
+
+def _check_text(key: str, value: Any) -> None:
+    """Raises ConfigError for a text, or a text of a list, with something in it that nobody sees."""
+    for text in value if isinstance(value, list) else [value]:
+        if isinstance(text, str) and (text != text.strip() or _UNSEEN.search(text)):
+            raise ConfigError(
+                f"{key}={text!r} has blanks at an end, or a control character or mark that cannot be seen; write "
+                f"{_UNSEEN.sub('', text).strip()!r}"
+            )
+        if isinstance(text, str) and len(text) > _LONGEST:
+            raise ConfigError(f"{key}={text[:40]}... has {len(text)} characters; a path has at most {_LONGEST}")
 
 
 def check_names(key: str, value: Any, choices: Sequence[str], *, imports: bool) -> None:
@@ -172,7 +207,12 @@ def _check_limits(key: str, value: Any, metadata: Mapping[str, Any]) -> None:
 
 def to_yaml(recipe: Recipe) -> str:
     """The resolved recipe, as it is stored in a run directory."""
-    return OmegaConf.to_yaml(OmegaConf.create(dataclasses.asdict(recipe)), sort_keys=False)
+    return str(
+        yaml.dump(
+            dataclasses.asdict(recipe), default_flow_style=False, allow_unicode=True, sort_keys=False,
+            Dumper=get_omega_conf_dumper(),
+        )
+    )  # fmt: skip
 
 
 def differences(old: str, new: str, ignore: Sequence[str] = ()) -> list[str]:
@@ -191,7 +231,7 @@ def differences(old: str, new: str, ignore: Sequence[str] = ()) -> list[str]:
                 else:
                     result[f"{prefix}{name}"] = value
 
-        visit(OmegaConf.to_container(OmegaConf.create(text)), "")
+        visit(yaml.load(text, Loader=get_yaml_loader()) or {}, "")
         return result
 
     before, after = flat(to_yaml(Recipe())) | flat(old), flat(new)

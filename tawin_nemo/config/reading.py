@@ -8,6 +8,7 @@ a list may be written ``[1,3,5]`` or ``1,3,5``.
 from __future__ import annotations
 
 import difflib
+import sys
 from collections.abc import Sequence
 from dataclasses import Field
 from functools import cache
@@ -65,6 +66,10 @@ def read_overrides(overrides: Sequence[str]) -> DictConfig:
         key, equals, text = item.partition("=")
         if not equals or not key:
             raise ConfigError(f"override {item!r} has no '='; write key=value, for example rl.lr=1e-5")
+        if not all(key.split(".")):
+            raise ConfigError(
+                f"override {item!r}: {key} has a dot too many; write words with single dots between, as rl.lr"
+            )
         if not text and (kind := _types().get(key, "str")) not in _CLEARED:
             raise ConfigError(f"{item} is empty, but {key} is of type {kind}; leave it out to keep its default")
         try:
@@ -140,10 +145,28 @@ def check_keys(layer: DictConfig, where: str) -> None:
             elif key not in valid:
                 hint = nearest(key, [*valid, *known_sections])
                 raise ConfigError(f"unknown key {key}={shown(child)} in {where}; {hint}")
+            elif shown(child) == "???":
+                raise ConfigError(
+                    f"{key}=??? in {where} stands for a value that is missing; write one, or leave it out"
+                )
+            elif valid[key].type in ("bool", "float"):
+                _check_scalar(key, shown(child), str(valid[key].type))
             elif "off" in valid[key].metadata.get("choices", ()) and shown(child).lower() in ("false", "no"):
                 node[name] = "off"
 
     visit(layer, "")
+
+
+def _check_scalar(key: str, text: str, kind: str) -> None:
+    """Raises ConfigError for a number other than 0 and 1 as a truth value, and for one that no float can hold."""
+    try:
+        number = int(text)
+    except ValueError:  # not a whole number: OmegaConf looks at it
+        return
+    if kind == "bool" and number not in (0, 1):
+        raise ConfigError(f"{key}={text} is no truth value; write true or false")
+    if abs(number) > sys.float_info.max:
+        raise ConfigError(f"{key}={text[:20]}... has {len(text)} digits; no number of this kind is so large")
 
 
 def shown(node: Any) -> str:

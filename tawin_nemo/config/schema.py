@@ -293,6 +293,10 @@ class ServeConfig:
     )
     probe_s: float = number(2.0, 0.01, WEEK_S, help="Gives the engine this many seconds to answer /ready.")
     drain_s: float = number(60.0, 0.0, WEEK_S, help="Gives running requests this many seconds after SIGTERM.")
+    keep_versions: int = number(
+        0, 0, 64, why="each version may hold all weights of a model",
+        help="Keeps this many pairs of weights and catalog behind the one in use in memory, for POST /rollback.",
+    )  # fmt: skip
     log_history: bool = opt(False, "Writes users' histories and prompts into the log.")
 
 

@@ -7,9 +7,7 @@ which run ``rollout_ranks.serve``. ``MESSAGES`` are all that they accept, beside
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
-
-from megatron.core.models.gpt import GPTModel
+from typing import TYPE_CHECKING, Any
 
 from tawin_nemo.catalog.items import Catalog
 from tawin_nemo.config.backbones import Backbone, FlopCount
@@ -20,6 +18,9 @@ from tawin_nemo.models.megatron.parallel import disaggregated, runtime
 from tawin_nemo.types import Candidates, DataParallel, PromptBatch, Rollout, TokenRows
 from tawin_nemo.util.errors import TawinError
 from tawin_nemo.util.log import get_logger
+
+if TYPE_CHECKING:
+    from megatron.core.models.gpt import GPTModel
 
 log = get_logger(__name__)
 

@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from functools import partial
-from typing import Any
-
-from megatron.core.models.gpt import GPTModel
+from typing import TYPE_CHECKING, Any
 
 from tawin_nemo.config.backbones import FlopCount
 from tawin_nemo.models.megatron.model.build import model_summary
@@ -33,6 +31,9 @@ from tawin_nemo.run import signals
 from tawin_nemo.run.failures import OpenLog, logging_into
 from tawin_nemo.types import DataParallel
 from tawin_nemo.util.errors import TawinError
+
+if TYPE_CHECKING:
+    from megatron.core.models.gpt import GPTModel
 
 
 def serve() -> None:

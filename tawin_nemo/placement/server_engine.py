@@ -10,11 +10,10 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from megatron.core.models.gpt import GPTModel
 
 from tawin_nemo.api.arrays import RolloutReply
 from tawin_nemo.catalog.items import Catalog
@@ -27,6 +26,9 @@ from tawin_nemo.placement.servers import ExpectedTerms, GenerationServer
 from tawin_nemo.rollout.engine import Generator
 from tawin_nemo.rollout.scoring import empty_candidates
 from tawin_nemo.types import NO_ITEM, Candidates, DataParallel, TokenRows
+
+if TYPE_CHECKING:
+    from megatron.core.models.gpt import GPTModel
 
 
 class ServerEngine(Generator):

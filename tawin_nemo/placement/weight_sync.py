@@ -10,8 +10,7 @@ with the version, and a rollout of an unexpected version is rejected, so that st
 from __future__ import annotations
 
 from dataclasses import replace
-
-from megatron.core.models.gpt import GPTModel
+from typing import TYPE_CHECKING
 
 from tawin_nemo.catalog.items import Catalog
 from tawin_nemo.config.backbones import Backbone
@@ -29,6 +28,9 @@ from tawin_nemo.rollout.lm import MeteredLM
 from tawin_nemo.types import Rollout
 from tawin_nemo.util.errors import TawinError
 from tawin_nemo.util.log import get_logger
+
+if TYPE_CHECKING:
+    from megatron.core.models.gpt import GPTModel
 
 log = get_logger(__name__)
 

@@ -12,9 +12,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
-
-from megatron.core.models.gpt import GPTModel
+from typing import TYPE_CHECKING, Any
 
 from tawin_nemo.baselines.train import run_baseline
 from tawin_nemo.config.schema import EvalConfig, Recipe, SftConfig
@@ -48,6 +46,9 @@ from tawin_nemo.train.sft import train_sft
 from tawin_nemo.train.start import only_new_tokens, starting_model
 from tawin_nemo.util.files import write_json
 from tawin_nemo.util.log import get_logger
+
+if TYPE_CHECKING:
+    from megatron.core.models.gpt import GPTModel
 
 log = get_logger(__name__)
 

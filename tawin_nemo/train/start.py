@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-from megatron.core.models.gpt import GPTModel
 
 from tawin_nemo.catalog.items import Catalog
 from tawin_nemo.data.tokenizer import read_vocabulary
@@ -27,6 +27,9 @@ from tawin_nemo.run.world import World
 from tawin_nemo.types import TokenRows
 from tawin_nemo.util.errors import ConfigError
 from tawin_nemo.util.hub import local_folder
+
+if TYPE_CHECKING:
+    from megatron.core.models.gpt import GPTModel
 
 
 def starting_model(

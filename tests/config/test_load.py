@@ -1,6 +1,7 @@
 """Recipes: inheritance, overrides, strict errors that name key, value and remedy."""
 
 import dataclasses
+from itertools import cycle
 from pathlib import Path
 
 import pytest
@@ -258,10 +259,36 @@ def test_files_are_read_as_overrides_are(tmp_path):
 def test_every_number_is_finite_and_every_time_is_one():
     floats = [key for key, item in leaf_fields(Recipe) if item.type == "float"]
     assert len(floats) > 50
-    for key in floats:
-        for value in ("nan", "inf", "-inf", ".nan"):
-            with pytest.raises(ConfigError, match=key.replace(".", r"\.")):
-                load_recipe(None, [f"{key}={value}"])
+    for key, value in zip(floats, cycle(("nan", "inf", "-inf", ".nan")), strict=False):  # all of them: test_limits.py
+        with pytest.raises(ConfigError, match=key.replace(".", r"\.")):
+            load_recipe(None, [f"{key}={value}"])
     for key in ("trainer.max_time", "prepare.start", "prepare.end", "retrain.date"):
         with pytest.raises(ConfigError, match=f"{key}=noon"):
             load_recipe(None, [f"{key}=noon"])
+
+
+@pytest.mark.parametrize(
+    ("word", "message"),
+    [
+        ("sft.enabled=7", "sft.enabled=7 is no truth value; write true or false"),
+        ("compare.sft_all=-236444789", "no truth value"),
+        ("name=a\x1b[31m", r"name='a\\x1b\[31m' has blanks at an end, or a control character"),
+        ("run_dir=runs/x ", "write 'runs/x'"),
+        ("serve.host=\ufeff127.0.0.1", "write '127.0.0.1'"),
+        ("eval.splits=test,va\x00lid", "control character"),
+        ("preference.aux=" + 5000 * "a", "has 5000 characters"),
+        (".rl.lr=1", r"'\.rl\.lr=1': \.rl\.lr has a dot too many"),
+        ("rl..lr=1", "a dot too many"),
+        ("rl.inner_updates=???", "stands for a value that is missing"),
+        ("rl.lr=" + 400 * "9", "has 400 digits"),
+        ("rl.init=${rl.nothing}", "rl.init"),
+    ],
+)
+def test_what_no_person_means_is_refused(word: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        load_recipe(None, [word])
+
+
+def test_zero_and_one_are_truth_values_and_a_reference_is_read_behind_the_layers() -> None:
+    assert load_recipe(None, ["compare.sft_all=1", "sft.enabled=0", "rl.init=base"]).compare.sft_all is True
+    assert load_recipe(None, ["rl.init=sft", "name=${rl.init}"]).name == "sft"

@@ -23,7 +23,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from tests.crash_matrix import cases
+from tests.crash_matrix import cases, verbs
 from tests.crash_matrix.attempts import warm_up
 from tests.crash_matrix.cases import Outcome, Setting
 from tests.failpoints import POINTS
@@ -63,6 +63,9 @@ def plan(*, full: bool) -> dict[str, Case]:
         "disk-tmpfs": cases.full_tmpfs,
         "truncated": cases.truncated,
         "all-truncated": cases.all_truncated,
+        "preference": verbs.preference,
+        "convert": verbs.convert,
+        "tokenize": verbs.tokenize,
         "ranks": lambda world, name: cases.rank_killed(world, name, RANK_RULES, cases.LAYOUT),
         "ranks-apart": lambda world, name: cases.rank_killed(world, name, SEARCHING_RULES, *cases.APART),
     }

@@ -14,7 +14,7 @@ import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -58,8 +58,10 @@ def attempt(
     after: float | None = None,
     term_when: Callable[[str], bool] | None = None,
     fsize: int = 0,
+    words: Sequence[str] = ("train", *RECIPE),
 ) -> Attempt:
-    """Run ``train`` with failpoint ``rules``; no file above ``fsize`` bytes.
+    """Run the verb and overrides ``words`` and then ``overrides`` with failpoint ``rules``; no file above ``fsize``
+    bytes.
 
     SIGKILL comes ``after`` seconds of the processor, which mean the same on a busy machine; SIGTERM as soon as
     ``term_when`` holds of what is on the screen.
@@ -69,7 +71,7 @@ def attempt(
     log.unlink(missing_ok=True)
     pid = os.fork()
     if pid == 0:
-        _child([*RECIPE, *overrides], rules, fsize, log)
+        _child([*words, *overrides], rules, fsize, log)
     code, used = None, 0.0
     while code is None:
         if after is not None and _cpu(pid) >= after:
@@ -108,7 +110,7 @@ def _child(arguments: list[str], rules: str, fsize: int, log: Path) -> None:
         failpoints.arm(rules)
         from tawin_nemo.cli import main
 
-        code = main(["train", *arguments])
+        code = main(arguments)
     except BaseException:
         traceback.print_exc()
     finally:

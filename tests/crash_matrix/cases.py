@@ -6,7 +6,7 @@ import random
 import re
 import signal
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -38,6 +38,8 @@ TERMS = 5
 #: Seconds in which a job of two processes must be over after one was killed; a few on an idle machine.
 RANK_LIMIT = 40.0
 LAYOUT = "model.tensor_model_parallel_size=2"  # every rank writes a shard of its own
+#: The key that tells a verb where to write.
+Output = Callable[[Path], str]
 #: The second rank of two only searches.
 APART = ("rollout.placement=separate", "rollout.devices=1")
 
@@ -51,9 +53,10 @@ class Setting:
     reference: dict[str, str]
     cpu: float
     draw: random.Random = field(default_factory=lambda: random.Random(SEED))
+    more: tuple[str, ...] = ()  # keys of every run
 
     def overrides(self, name: str, *more: str) -> list[str]:
-        return [f"data.root={self.data}", f"run_dir={self.folder / name}", *more]
+        return [f"data.root={self.data}", f"run_dir={self.folder / name}", *self.more, *more]
 
 
 @dataclass(frozen=True)
@@ -68,11 +71,11 @@ class Outcome:
     seconds_to_end: tuple[float, ...] = ()  # of the job, after one of its processes was killed
 
 
-def setting(folder: Path, data: Path) -> Setting:
+def setting(folder: Path, data: Path, *more: str) -> Setting:
     """Make the uninterrupted run."""
-    run = attempt([f"data.root={data}", f"run_dir={folder / 'reference'}"])
+    run = attempt([f"data.root={data}", f"run_dir={folder / 'reference'}", *more])
     assert run.code == 0, run.last_words
-    return Setting(folder, data, fingerprint(folder / "reference"), run.cpu)
+    return Setting(folder, data, fingerprint(folder / "reference"), run.cpu, more=more)
 
 
 def chain(world: Setting, name: str, places: tuple[str, ...], *more: str) -> Outcome:

@@ -93,8 +93,10 @@ def test_the_last_line_after_a_time_out_names_the_rank_that_hung(tmp_path):
     """Of three ranks one hangs; the launcher kills it, and possibly others, and none of those kills is the cause."""
     (tmp_path / "tawin_nemo_hang.py").write_text(HANG)
     start = "import sys; from tawin_nemo.run import launcher; launcher.GRACE = 10; sys.exit(launcher.launch(3, []))"
-    start = start.replace("import sys;", "import sys, runpy;").replace(
+    start = start.replace(
         "sys.exit(launcher.launch(3, []))",
+        "from torch.distributed.elastic.multiprocessing.api import PContext; "
+        "PContext.close.__defaults__ = (None, 11); "  # not 30 seconds until what was terminated is killed
         "import torch.distributed.launcher.api as api; real = api.elastic_launch; "
         "api.elastic_launch = lambda config, entry: lambda *words: real(config, entry)('-m', 'tawin_nemo_hang'); "
         "sys.exit(launcher.launch(3, []))",

@@ -20,7 +20,10 @@ ONE = {"history": [1], "n": 1}
 #: Every route of the control plane but /health.
 CONTROL = [
     *(("POST", f"/{name}") for name in ("update_weights_from_disk", "pause_generation", "continue_generation")),
-    *(("POST", f"/{name}") for name in ("flush_cache", "drain", "shutdown", "update_weights_from_distributed")),
+    *(
+        ("POST", f"/{name}")
+        for name in ("flush_cache", "drain", "shutdown", "rollback", "update_weights_from_distributed")
+    ),
     *(("POST", f"/{name}_weights_update_group") for name in ("init", "destroy")),
     *(("POST", f"/catalog/{name}") for name in ("build", "validate", "activate", "items")),
     *(("GET", f"/{name}") for name in ("status", "metrics")),

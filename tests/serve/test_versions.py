@@ -228,3 +228,58 @@ def test_swaps_in_a_loop_under_load_lose_nothing_and_mix_nothing(tmp_path: Path)
     text = scene.engine.metrics.text().decode()
     families = [found for found in text_string_to_metric_families(text) if found.name == "tawin_requests"]
     assert {sample.labels["code"] for family in families for sample in family.samples} == {"200"}
+
+
+def test_a_rollback_goes_back_one_change_at_a_time_and_numbers_are_not_given_again(tmp_path: Path) -> None:
+    with serving(roots=[tmp_path], keep_versions=2) as scene, scene.controller() as control, scene.client() as client:
+        first = client.recommend([3], n=5, beams=40)
+        control.update_weights(weights(tmp_path, 7))
+        second = client.recommend([3], n=5, beams=40)
+        control.change_items(add=[new_item(1)])
+        (card,) = client.models().data
+        assert [(pair.weight_version, pair.catalog_version) for pair in card.history] == [(2, 2), (2, 1), (1, 1)]
+        assert card.history[0].since >= card.history[-1].since > 1_600_000_000
+        assert control.status().weights_in_memory == [1, 2]
+
+        assert control.rollback().message == "back from weights 2 and catalog 2"
+        assert client.search_items("new chair 1").total == 0
+        assert client.recommend([3], n=5, beams=40).items == second.items
+        back = control.rollback()
+        assert (back.weight_version, back.catalog_version) == (1, 1)
+        again = client.recommend([3], n=5, beams=40)
+        assert (again.items, again.weight_version) == (first.items, 1)
+        scene.wait_until(lambda: control.status().weights_in_memory == [1])
+        scene.wait_until(lambda: control.status().catalogs_in_memory == [1])
+        with pytest.raises(ServerError, match=r"no version to go back to \(serve.keep_versions=2\)") as caught:
+            control.rollback()
+        assert (caught.value.status, caught.value.error.code) == (409, "no_version_before")
+
+        with pytest.raises(ServerError, match="weight_version 2 is not newer than 2, the newest so far"):
+            control.update_weights(weights(tmp_path, 9), 2)
+        assert control.update_weights(weights(tmp_path, 9)).weight_version == 3
+        assert control.change_items(add=[new_item(2)]).catalog_version == 3
+        assert scene.metric("tawin_swaps_total", kind="rollback") == 2
+
+
+def test_without_versions_to_keep_there_is_none_to_go_back_to(tmp_path: Path) -> None:
+    with serving(roots=[tmp_path]) as scene, scene.controller() as control:
+        control.update_weights(weights(tmp_path, 7))
+        with pytest.raises(ServerError, match=r"serve\.keep_versions=0, so no version before is kept"):
+            control.rollback()
+        assert control.status().weight_version == 2
+
+
+def test_requests_under_way_end_with_what_they_began_with(tmp_path: Path) -> None:
+    with serving(roots=[tmp_path], keep_versions=1) as scene, ThreadPoolExecutor(1) as pool:
+        control = scene.controller()
+        control.update_weights(weights(tmp_path, 7))
+        scene.gate.clear()
+        running = pool.submit(scene.client().recommend, [3], n=5, beams=40)
+        scene.wait_until(lambda: scene.engine.busy == 1 and not scene.engine._queue)
+        back = threading.Thread(target=control.rollback)
+        back.start()
+        scene.gate.set()
+        back.join(30)
+        assert (running.result(30).weight_version, scene.client().recommend([3]).weight_version) == (2, 1)
+        expected = path_scores([3], seed=7)
+        assert scores_in(running.result()) == {item: expected[item] for item in scores_in(running.result())}

@@ -2,6 +2,9 @@
 
 import warnings
 
+from tawin_nemo.models.megatron.parallel import first_import
+
+first_import.install()
 # Without Transformer Engine and Apex every megatron module says so at import; torch's own kernels are meant here.
 warnings.filterwarnings("ignore", message=r".*(Transformer Engine|Apex|apex|full scope).*", module=r"megatron\..*")
 warnings.filterwarnings("ignore", category=DeprecationWarning, module=r"(megatron|torch\.jit)\..*")

@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 from tawin_nemo.models.megatron.parallel.channel import Stop
 from tawin_nemo.rollout.lm import LM
 from tawin_nemo.serve.engine.catalog import ServedCatalog
+from tawin_nemo.serve.engine.history import History
 from tawin_nemo.serve.engine.jobs import AdmissionPolicy, Job, Limits, Rejected
 from tawin_nemo.serve.engine.messages import Probe, PutCatalog, Release
 from tawin_nemo.serve.engine.ranks import Leader, RanksLost
@@ -44,7 +45,7 @@ class Engine:
         on_thread: Callable[[], None] = lambda: None,
     ) -> None:  # fmt: skip
         self.leader, self.limits, self.metrics = leader, limits, metrics
-        self.catalog, self.weights = catalog, weights
+        self.history = History(weights, catalog, keep=limits.keep_versions)
         self.failed: Future[None] = Future()  # completes when the engine ends, with the error if one ended it
         self._on_thread = on_thread
         self._wake = threading.Condition()
@@ -56,20 +57,29 @@ class Engine:
         self._closed, self._stopping = "", False
         self._swap = threading.Lock()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
-        self._update_gauges()
+        self._show_versions()
 
     def start(self) -> None:
         """Start the engine's thread."""
         self._thread.start()
 
-    # -- requests -----------------------------------------------------------------------------------------------
+    @property
+    def weights(self) -> int:
+        """The version of the weights in use."""
+        return self.history.current.weights
+
+    @property
+    def catalog(self) -> ServedCatalog:
+        """The catalog in use."""
+        return self.history.current.catalog
+
     @property
     def closed(self) -> str:
         """Why requests are rejected: ``paused`` or ``draining``; empty while they are accepted."""
         return self._closed
 
     def submit(self, job: Job) -> None:
-        """Queue a job. Raises Rejected (queue_full, paused, draining, fault, stale_catalog) without waiting."""
+        """Queue a job. Raises Rejected (queue_full, paused, draining, fault, stale_catalog)."""
         with self._wake:
             if self.failed.done():
                 raise Rejected("fault", "the engine has stopped")
@@ -95,7 +105,6 @@ class Engine:
                 job.fail(Rejected("aborted", "the request was aborted"))
             self._wake.notify()
 
-    # -- control ------------------------------------------------------------------------------------------------
     def close(self, reason: str) -> None:
         """Reject further requests with ``reason`` (``paused`` or ``draining``); accepted ones continue."""
         with self._wake:
@@ -121,14 +130,13 @@ class Engine:
         return self.call(self._abort).result()
 
     def _abort(self) -> int:
-        jobs = list(self._open)
-        for job in jobs:
+        for job in (jobs := list(self._open)):
             job.cancelled = True  # removed later in this iteration
         return len(jobs)
 
     @property
     def busy(self) -> int:
-        """The number of requests that were accepted and have not ended."""
+        """How many requests were accepted and have not ended."""
         return len(self._open)
 
     def call(self, function: Callable[[], T]) -> Future[T]:
@@ -146,22 +154,13 @@ class Engine:
         """A future that completes when every rank has responded."""
         return self.call(lambda: self.leader.apply(Probe()))
 
-    def next_weights(self, version: int | None) -> int:
-        """The version of the next weights: ``version``, or the current one + 1. Raises Rejected unless it is newer."""
-        new = self.weights + 1 if version is None else version
-        if new <= self.weights:
-            raise Rejected("invalid", f"weight_version {new} is not newer than {self.weights}, the one in use")
-        return new
-
     def update_weights(self, source: Source, version: int | None = None) -> int:
-        """Load weights beside those in use and make them current; returns their version (see ``next_weights``).
+        """Load weights beside those in use and make them current; returns their version (``History.next_weights``).
 
-        A single process loads in the caller's thread while requests continue. Ranks that share a model load together
-        between two model calls. Raises TawinError for weights that cannot be loaded, Rejected for a version that is
-        not newer.
-        """
+        A single process loads in the caller's thread while requests continue; ranks that share a model load together
+        between two model calls. Raises TawinError when they cannot be loaded, Rejected for a version not newer."""
         with self._swap:
-            new, leader = self.next_weights(version), self.leader
+            new, leader = self.history.next_weights(version), self.leader
             model = source.load_here(leader.replica) if leader.ranks.size == 1 else None
             self.call(lambda: self._put_weights(new, source, model)).result()
             return new
@@ -171,7 +170,7 @@ class Engine:
             source.load_on_all_ranks(self.leader, version)
         else:
             self.leader.replica.models[version] = model
-        self.weights = version
+        self.history.put_weights(version)
         self.metrics.swaps.labels("weights").inc()
 
     def activate(self, catalog: ServedCatalog) -> None:
@@ -184,8 +183,14 @@ class Engine:
         self.leader.put_catalog(command, catalog.trie)
         with self._wake:
             self._installed[catalog.version] = catalog
-            self.catalog = catalog
+            self.history.put_catalog(catalog)
         self.metrics.swaps.labels("catalog").inc()
+
+    def rollback(self) -> None:
+        """Make the versions current that were so before; Rejected where none is kept (``serve.keep_versions``)."""
+        with self._swap:
+            self.call(self.history.back).result()
+        self.metrics.swaps.labels("rollback").inc()
 
     def stop(self) -> None:
         """End the engine's thread and the other ranks; requests that still run fail with Rejected (fault)."""
@@ -194,7 +199,6 @@ class Engine:
             self._wake.notify()
         self._thread.join()
 
-    # -- the thread ---------------------------------------------------------------------------------------------
     def _run(self) -> None:
         try:
             self._on_thread()
@@ -278,22 +282,19 @@ class Engine:
         return admitted
 
     def _release_versions(self) -> None:
-        replica = self.leader.replica
-        if len(replica.models) == 1 and len(replica.tries) == 1:
+        replica, history = self.leader.replica, self.history
+        if len(replica.models) == len(history.kept_weights) and len(replica.tries) == len(history.kept_catalogs):
             return
         with self._wake:
             jobs = [*self._queue, *self._running.jobs]
-            weights = {self.weights, *self._running.weights}
-            catalogs = {self.catalog.version, *(job.catalog.version for job in jobs)}
+            weights = history.kept_weights | set(self._running.weights)
+            catalogs = history.kept_catalogs | {job.catalog.version for job in jobs}
             self._installed = {version: item for version, item in self._installed.items() if version in catalogs}
         unused = Release(sorted(replica.models.keys() - weights), sorted(replica.tries.keys() - catalogs))
         if unused.weights or unused.catalogs:
             self.leader.apply(unused)
-        self._update_gauges()
+        self._show_versions()
 
-    def _update_gauges(self) -> None:
-        self.metrics.weight_version.set(self.weights)
-        self.metrics.catalog_version.set(self.catalog.version)
-        self.metrics.items.set(self.catalog.trie.num_items)
-        self.metrics.versions.labels("weights").set(len(self.leader.replica.models))
-        self.metrics.versions.labels("catalogs").set(len(self.leader.replica.tries))
+    def _show_versions(self) -> None:
+        catalog, held = self.catalog, (len(self.leader.replica.models), len(self.leader.replica.tries))
+        self.metrics.show(weights=self.weights, catalog=catalog.version, items=catalog.trie.num_items, held=held)

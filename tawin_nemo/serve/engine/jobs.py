@@ -125,7 +125,8 @@ class Job:
 
 @dataclass(frozen=True)
 class Limits:
-    """Bounds of the engine: queued requests, KV-cache tokens and beam rows in use, and the waits of admission.
+    """Bounds of the engine: queued requests, KV-cache tokens and beam rows in use, the waits of admission, and how many
+    pairs of weights and catalog are kept behind the one in use.
 
     ``join_after`` = 0 and ``gather_s`` = 0 admit every request at the next model call.
     """
@@ -135,13 +136,14 @@ class Limits:
     rows: int
     join_after: int = 0
     gather_s: float = 0.0
+    keep_versions: int = 0
 
     @classmethod
     def of(cls, settings: ServeConfig) -> Limits:
         """The limits that a recipe's ``serve`` section sets."""
         return cls(
             settings.max_queue, settings.token_budget, settings.row_budget, settings.join_after,
-            settings.gather_ms / 1000,
+            settings.gather_ms / 1000, settings.keep_versions,
         )  # fmt: skip
 
 

@@ -65,6 +65,14 @@ class Metrics:
         for phase in PHASES:
             self.seconds.labels(phase)
 
+    def show(self, *, weights: int, catalog: int, items: int, held: tuple[int, int]) -> None:
+        """Set the gauges of the versions in use, and of how many weights and catalogs are ``held`` in memory."""
+        self.weight_version.set(weights)
+        self.catalog_version.set(catalog)
+        self.items.set(items)
+        self.versions.labels("weights").set(held[0])
+        self.versions.labels("catalogs").set(held[1])
+
     def text(self) -> bytes:
         """All metrics in Prometheus' text format, version 0.0.4."""
         return bytes(generate_latest(self.registry))

@@ -59,6 +59,21 @@ class ControlPlane:
             raise ApiError(400, str(error), param="model_path", code="checkpoint_unusable") from error
         return self._reply(f"weights of {path.name} are active as version {version}")
 
+    def rollback(self, body: schema.Nothing) -> schema.Reply:
+        """Go back to the weights and the catalog that were in use before the last change, for new requests.
+
+        `serve.keep_versions` says how many changes can be taken back; 409 where none is left. The version that is left
+        is forgotten, its number is not given again.
+        """
+        with self._building:
+            left = self.engine.history.current
+            try:
+                self.engine.rollback()
+            except Rejected as error:
+                raise ApiError(409, str(error), code="no_version_before") from error
+            self._candidates.clear()  # built on what was left
+        return self._reply(f"back from weights {left.weights} and catalog {left.catalog.version}")
+
     def init_weights_update_group(self, body: schema.InitGroup) -> schema.Reply:
         """Join a process group with a training job; returns when all ranks have joined."""
         return self._reply(self.updates.init(body))
@@ -255,7 +270,7 @@ def control_app(plane: ControlPlane | None, *, token: str = "") -> FastAPI:
     routes = plane if plane is not None else ControlPlane.__new__(ControlPlane)
     errors = {**ERRORS, 403: {**ERRORS[404], "description": "the path is outside of serve.roots"}}
     names = (
-        "update_weights_from_disk", "init_weights_update_group", "update_weights_from_distributed",
+        "update_weights_from_disk", "rollback", "init_weights_update_group", "update_weights_from_distributed",
         "destroy_weights_update_group", "pause_generation", "continue_generation", "flush_cache", "drain", "shutdown",
     )  # fmt: skip
     for name in names:

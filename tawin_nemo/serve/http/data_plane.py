@@ -119,10 +119,17 @@ class DataPlane:
 
     def models(self) -> schema.ModelsReply:
         """List the served model with its weight version and the catalog's version, fingerprint and size."""
-        catalog, weights = self.engine.catalog, self.engine.weights
+        served = self.engine.history.list()
+        catalog, weights = served[0].catalog, served[0].weights
+        history = [
+            schema.ServedVersions(
+                weight_version=pair.weights, catalog_version=pair.catalog.version, since=int(pair.since)
+            )
+            for pair in served
+        ]
         card = schema.ModelCard(
             id=self.context.model_id, created=self._created, catalog=catalog.fingerprint, items=catalog.trie.num_items,
-            weight_version=weights, catalog_version=catalog.version,
+            weight_version=weights, catalog_version=catalog.version, history=history,
         )  # fmt: skip
         return schema.ModelsReply(data=[card], weight_version=weights, catalog_version=catalog.version)
 

@@ -72,7 +72,7 @@ class WeightUpdates:
         parts = self._parts()
         with self._exclusive():
             group = self._named(body.group_name)
-            version = self._engine.next_weights(body.weight_version)
+            version = self._engine.history.next_weights(body.weight_version)
             check_tensors(body, parts)
             sizes = {name: parts.sizes[name] for name in body.names}
             try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from tawin_nemo.config.backbones import Backbone
@@ -84,11 +85,16 @@ def fits(question: Question, layout: Layout) -> bool:
     return needed(question, layout).parts.total <= limit_bytes(question.gpu)
 
 
-def fitting(question: Question) -> list[Layout]:
-    """Possible layouts that fit, best first (fewest model-parallel ranks: most replicas, least communication)."""
+def usable(question: Question) -> Iterator[Layout]:
+    """Possible layouts under which rollouts can have theirs, best first (fewest model-parallel ranks: most replicas,
+    least communication)."""
     shape, recipe, gpus = question.shape, question.recipe, question.training_gpus
-    usable = (layout for layout in possible(shape, gpus) if not rollout_problems(shape, recipe, layout, gpus))
-    return [layout for layout in usable if fits(question, layout)]
+    return (layout for layout in possible(shape, gpus) if not rollout_problems(shape, recipe, layout, gpus))
+
+
+def fitting(question: Question) -> list[Layout]:
+    """The usable layouts that fit."""
+    return [layout for layout in usable(question) if fits(question, layout)]
 
 
 def make_plan(question: Question) -> Plan:
@@ -140,9 +146,9 @@ def remedy(question: Question, layout: Layout, good: list[Layout]) -> str:
     if good:
         near = min(good, key=lambda other: distance(layout, other))
         return f"The nearest layout that fits: {near} ({overrides(near)})"
-    possible_ones = list(possible(question.shape, question.training_gpus))
+    possible_ones = list(usable(question))
     if not possible_ones:
-        return f"No layout is possible on {question.training_gpus} GPUs"
+        return f"No layout is possible on {question.training_gpus} GPUs with the recipe's layout of rollouts"
     least = min(possible_ones, key=lambda other: needed(question, other).parts.total)
     peak = needed(question, least)
     return (

@@ -10,7 +10,7 @@ from typing import Any
 from tawin_nemo.config.backbones import Backbone, backbone, stage_layers, with_vocab
 from tawin_nemo.config.gpus import NODE, gpu
 from tawin_nemo.config.layout import Layout, padded_vocab, rollout_layout
-from tawin_nemo.config.load import check, read_recipe
+from tawin_nemo.config.load import check, check_values, read_recipe
 from tawin_nemo.config.schema import Recipe
 from tawin_nemo.tools.plan.memory import GIB, Parts
 from tawin_nemo.tools.plan.plan import Plan, Question, limit_bytes, make_plan, overrides
@@ -80,10 +80,13 @@ def plan_recipe(path: str | Path | None, words: Sequence[str], read_shape: ReadS
     recipe = read_recipe(path, keys)
     if recipe.baseline.model != "off":
         raise ConfigError(f"baseline.model={recipe.baseline.model} needs one device; plan is for baseline.model=off")
-    gpus = options.gpus or recipe.trainer.num_nodes * recipe.trainer.devices
+    check_values(recipe)
+    trainer = recipe.trainer
+    gpus = options.gpus or trainer.num_nodes * trainer.devices
     if gpus > NODE and gpus % NODE:
+        named = "" if options.gpus else f" (trainer.num_nodes={trainer.num_nodes} x trainer.devices={trainer.devices})"
         raise ConfigError(
-            f"gpus={gpus} is not a whole number of nodes of {NODE}; use {gpus // NODE * NODE} or "
+            f"gpus={gpus}{named} is not a whole number of nodes of {NODE}; use {gpus // NODE * NODE} or "
             f"{(gpus // NODE + 1) * NODE}"
         )
     check(_without_layout(recipe))

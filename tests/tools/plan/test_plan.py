@@ -339,3 +339,17 @@ def test_plan_has_its_own_help():
         [sys.executable, "-m", "tawin_nemo", "plan", "--help"], capture_output=True, text=True, timeout=120
     )
     assert (done.returncode, "prompt_tokens=N" in done.stdout) == (0, True)
+
+
+@pytest.mark.parametrize(
+    ("word", "message"),
+    [
+        ("rollout.pipeline_model_parallel_size=2215", "rollout.pipeline_model_parallel_size=2215: the 2 layers"),
+        ("trainer.num_nodes=10", r"gpus=10 \(trainer.num_nodes=10 x trainer.devices=1\) is not a whole number"),
+        ("trainer.num_nodes=0", "trainer.num_nodes=0 is out of limits"),
+        ("trainer.devices=11000", "trainer.devices=11000 is out of limits"),
+    ],
+)
+def test_a_number_of_processes_that_cannot_be_is_named_by_its_key(word: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        plan_recipe(None, [word], pytest.fail)

@@ -162,6 +162,8 @@ def install() -> None:
         )
     if _mode is not None:
         return
+    # torch.optim imports it at the first optimizer; its table of torch's functions takes every function once
+    importlib.import_module("torch._dynamo")
     for dotted, replacement in _REPLACEMENTS.items():
         owner, name = locate(dotted)
         setattr(owner, name, replacement)
