@@ -30,6 +30,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 import torch
+import torch._dynamo
 
 from tawin_nemo.models.megatron.model.compiler import use_fused_functions
 from tawin_nemo.models.megatron.model.precision import this_machine
@@ -209,6 +210,7 @@ def _cuda() -> dict[str, object]:
     return {
         **{f"torch.cuda.{name}": value for name, value in cuda.items()},
         "torch.version.cuda": "13.0",
+        "torch._dynamo.optimize": lambda *args, **kwargs: lambda function: function,
         "megatron.core.tensor_parallel.random._get_cuda_rng_state": _get_rng_state,
         "megatron.core.tensor_parallel.random._set_cuda_rng_state": _set_rng_state,
         "tawin_nemo.models.megatron.model.compiler.missing_for_compile": _always([]),

@@ -1,7 +1,8 @@
-"""One rank of ``test_engine.py``: a model of Transformer Engine's layers through one order of searches and updates.
+"""One rank of ``test_engine.py``: models of Transformer Engine's layers through orders of searches and updates.
 
-``python -m tests.simcuda.engine_worker JSON``, with keys ``engine`` (folder), ``model`` (keys of section model),
-``steps`` (search, update, score, save, load, load:PRECISION) and ``out``. Rank 0 writes what it saw to ``out``.
+``python -m tests.simcuda.engine_worker JSON``, with keys ``engine`` (folder), ``out`` and ``cases``: name -> ``model``
+(keys of section model) and ``steps`` (search, update, score, save, load, load:PRECISION). Rank 0 writes what it saw, or
+the traceback of a case that failed, to ``out``.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import traceback
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,56 +18,72 @@ from typing import Any
 import torch
 
 from tests.simcuda import device
-from tests.simcuda.fake_engine import QUANTISED, import_engine
+from tests.simcuda.fake_engine import QUANTISED, import_engine, reset
 
 
 def main(given: dict[str, Any]) -> None:
-    """Run the steps; any fault of the device, and any error of the engine, ends the process with its traceback."""
+    """All cases, each with a model of its own."""
     with device.visible():
         import_engine(Path(given["engine"]))
     device.install()
-    result = _steps(given)
-    assert not device.FAULTS, device.FAULTS
+    from tawin_nemo.models.megatron.parallel import runtime
+
+    results: dict[str, Any] = {}
+    out = Path(given["out"])
+    for name, case in given["cases"].items():
+        device.FAULTS.clear()
+        reset()
+        try:
+            results[name] = _steps(case, out.with_name(f"{name}.step_1"))
+            assert not device.FAULTS, device.FAULTS
+        except Exception:
+            results[name] = {"error": traceback.format_exc()}
+    runtime.shutdown()
     if int(os.environ.get("RANK", "0")) == 0:
-        Path(given["out"]).write_text(json.dumps(result), encoding="utf-8")
+        out.write_text(json.dumps(results), encoding="utf-8")
 
 
-def _steps(given: dict[str, Any]) -> dict[str, Any]:
+def _steps(case: dict[str, Any], saved: Path) -> dict[str, Any]:
     from tawin_nemo.config.backbones import Backbone
     from tawin_nemo.config.schema import ModelConfig, TrainerConfig
-    from tawin_nemo.models.megatron.checkpoint import checkpoint
     from tawin_nemo.models.megatron.model.build import build_model
     from tawin_nemo.models.megatron.optim.trainable import Trainable
     from tawin_nemo.models.megatron.parallel import runtime
-    from tests.gpu.workload import TINY, Workload
 
     shape = Backbone("qwen2", 256, 4, 4, 2, 512, 211, rope_theta=1e4, max_position=256, init_std=0.05)
-    cfg, load = ModelConfig(**given["model"]), Workload(TINY)
+    cfg = ModelConfig(**case["model"])
     runtime.initialize(cfg, seed=0)
     model = build_model(shape, cfg, seed=1)
     trainable = Trainable(model, shape, TrainerConfig(), lr=1e-3)
-    path = Path(given["out"]).with_suffix(".step_1")
     result: dict[str, Any] = {"layers": sorted({type(module).__name__ for module in model.modules()}), "seen": []}
-    for step in given["steps"]:
+    for step in case["steps"]:
         QUANTISED.clear()
-        verb, _, other = step.partition(":")
-        if verb == "search":
-            shown: Any = _search(model, shape)
-        elif verb == "update":
-            shown = trainable.update(list(load.micro_batches(0)), lr=1e-3)
-        elif verb == "score":
-            shown = tuple(trainable.score([next(load.micro_batches(0)).batch])[0].shape)
-        elif verb == "save":
-            shown = checkpoint.save_checkpoint(path, model=model, trainable=trainable, state={"saved": 1})
-        elif other:
-            into = build_model(shape, replace(cfg, precision=other), seed=2)
-            shown = checkpoint.load_checkpoint(path, model=into)["saved"]
-        else:
-            shown = checkpoint.load_checkpoint(path, model=model, trainable=trainable)["saved"]
+        shown = _step(step, trainable, cfg, saved)
         kinds = sorted({(kind, reduced) for kind, reduced, _ in QUANTISED})
-        result["seen"].append({"step": step, "shown": shown if step != "save" else None, "quantised": kinds})
-    runtime.shutdown()
+        result["seen"].append({"step": step, "shown": shown, "quantised": kinds})
     return result
+
+
+def _step(step: str, trainable: Any, cfg: Any, saved: Path) -> Any:
+    """What the step returns, as far as JSON takes it."""
+    from tawin_nemo.models.megatron.checkpoint import checkpoint
+    from tawin_nemo.models.megatron.model.build import build_model
+    from tests.gpu.workload import TINY, Workload
+
+    verb, _, precision = step.partition(":")
+    model, load = trainable.model, Workload(TINY)
+    if verb == "search":
+        return _search(model, trainable.shape)
+    if verb == "update":
+        return trainable.update(list(load.micro_batches(0)), lr=1e-3)
+    if verb == "score":
+        return len(trainable.score([next(load.micro_batches(0)).batch])[0])
+    if verb == "save":
+        return checkpoint.save_checkpoint(saved, model=model, trainable=trainable, state={"saved": 1})
+    if precision:
+        model = build_model(trainable.shape, replace(cfg, precision=precision), seed=2)
+        return checkpoint.load_checkpoint(saved, model=model)["saved"]
+    return checkpoint.load_checkpoint(saved, model=model, trainable=trainable)["saved"]
 
 
 def _search(model: Any, shape: Any) -> list[int]:

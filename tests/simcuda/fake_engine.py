@@ -267,3 +267,8 @@ def import_engine(folder: Path) -> types.ModuleType:
     distributed._get_cuda_rng_state = lambda *arguments, **named: torch.get_rng_state()
     distributed._set_cuda_rng_state = lambda state, *arguments, **named: torch.set_rng_state(state)
     return engine
+
+
+def reset() -> None:
+    """Forget what Transformer Engine keeps of the FP8 modules of a process."""
+    importlib.import_module("transformer_engine.pytorch.quantization").FP8GlobalStateManager.reset()

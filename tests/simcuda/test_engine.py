@@ -16,8 +16,14 @@ from tests.distributed.launch import free_port
 from tests.train.runs import ROOT, importable
 
 VARIABLE = "TAWIN_TE_PACKAGE"
-LIMIT = 400
+LIMIT = 500
 PRECISIONS = ("bf16", "fp8-blockwise", "fp8-tensorwise", "fp8-delayed")
+QUANTISERS = {
+    "bf16": set(), "fp8-blockwise": {"Float8BlockQuantizer"}, "fp8-tensorwise": {"Float8CurrentScalingQuantizer"},
+    "fp8-delayed": {"Float8Quantizer"},
+}  # fmt: skip
+#: Those that may keep the layers at the ends in bf16.
+OPTIONAL = ("fp8-blockwise", "fp8-tensorwise")
 #: What TE's Python decides at a module's first FP8 pass must hold for searches and updates, whichever comes first.
 ORDERS = {"search_first": ["search", "update", "search"], "update_first": ["update", "update", "score", "search"]}
 pytestmark = [pytest.mark.full, pytest.mark.slow]
@@ -35,10 +41,11 @@ def engine():
     return folder
 
 
-def seen(engine, out, *, tp, steps, **model):
-    """What rank 0 saw in each step."""
-    model |= {"tensor_model_parallel_size": tp, "sequence_parallel": tp > 1}
-    given = json.dumps({"engine": str(engine), "model": model, "steps": steps, "out": str(out)})
+def launched(engine, out, tp, cases):
+    """What rank 0 saw in each case: name -> (steps, keys of section model)."""
+    layout = {"tensor_model_parallel_size": tp, "sequence_parallel": tp > 1}
+    named = {name: {"steps": steps, "model": {**layout, **model}} for name, (steps, model) in cases.items()}
+    given = json.dumps({"engine": str(engine), "out": str(out), "cases": named})
     place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(tp)}
     command = [sys.executable, "-W", "ignore", "-m", "tests.simcuda.engine_worker", given]
     logs = [out.with_suffix(f".{rank}.log") for rank in range(tp)]
@@ -57,41 +64,55 @@ def seen(engine, out, *, tp, steps, **model):
     return json.loads(out.read_text())
 
 
-@pytest.mark.parametrize("tp", [1, 2])
-@pytest.mark.parametrize("order", ORDERS)
-@pytest.mark.parametrize("precision", PRECISIONS)
-def test_searches_and_updates_in_any_order(precision, order, tp, engine, tmp_path):
+def steps_of(order, precision):
+    """The order, then a checkpoint that models of this and other precisions load."""
     others = [other for other in ("bf16", "fp8-tensorwise") if other != precision]
-    steps = [*ORDERS[order], "save", "load", *(f"load:{other}" for other in others)]
-    result = seen(engine, tmp_path / "seen.json", tp=tp, steps=steps, precision=precision)
-    assert [step["step"] for step in result["seen"]] == steps
-    if precision == "bf16":
-        return
-    assert {"TEColumnParallelLinear", "TERowParallelLinear"} <= set(result["layers"])
+    return [*ORDERS[order], "save", "load", *(f"load:{other}" for other in others)]
+
+
+@pytest.fixture(scope="module", params=[(order, tp) for tp in (1, 2) for order in ORDERS], ids=str)
+def ordered(request, engine, tmp_path_factory):
+    """TP size, order and results of all precisions."""
+    order, tp = request.param
+    cases = {precision: (steps_of(order, precision), {"precision": precision}) for precision in PRECISIONS}
+    return tp, order, launched(engine, tmp_path_factory.mktemp("engine") / "seen.json", tp, cases)
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_searches_and_updates_in_any_order(precision, ordered):
+    tp, order, results = ordered
+    result = results[precision]
+    assert "error" not in result, result["error"]
+    assert [step["step"] for step in result["seen"]] == steps_of(order, precision)
+    assert {"TEColumnParallelLinear", "TERowParallelLinear"} <= set(result["layers"]) or precision == "bf16"
     quantised = {tuple(pair) for step in result["seen"] for pair in step["quantised"]}
-    assert {kind for kind, _ in quantised} == {
-        {
-            "fp8-blockwise": "Float8BlockQuantizer",
-            "fp8-tensorwise": "Float8CurrentScalingQuantizer",
-            "fp8-delayed": "Float8Quantizer",
-        }[precision]
-    }
-    # each rank quantises its part of the tokens: scales of what is gathered afterwards must be common to all ranks
-    assert (("Float8CurrentScalingQuantizer", True) in quantised) == (precision == "fp8-tensorwise" and tp > 1)
-    if precision == "fp8-tensorwise" and tp > 1:
-        for step in result["seen"]:
-            if step["step"] in ("search", "update"):
-                assert ["Float8CurrentScalingQuantizer", True] in step["quantised"], step
+    assert {kind for kind, _ in quantised} == QUANTISERS[precision]
+    # each rank quantises its part of the tokens: the scales of what is gathered then must be common to all ranks
+    for step in result["seen"]:
+        if step["step"] in ("search", "update") and precision == "fp8-tensorwise":
+            assert (["Float8CurrentScalingQuantizer", True] in step["quantised"]) == (tp > 1), step
 
 
-@pytest.mark.parametrize("precision", PRECISIONS[1:3])
-def test_layers_at_the_ends_in_bf16(precision, engine, tmp_path):
+@pytest.fixture(scope="module")
+def options(engine, tmp_path_factory):
     ends = {"num_layers_at_start_in_bf16": 1, "num_layers_at_end_in_bf16": 1}
-    result = seen(engine, tmp_path / "seen.json", tp=1, steps=["update", "search"], precision=precision, **ends)
-    assert result["seen"][0]["quantised"]
+    cases = {f"ends {precision}": (["update", "search"], {"precision": precision, **ends}) for precision in OPTIONAL}
+    for recompute in ("selective", "full"):
+        for precision in ("bf16", *OPTIONAL):
+            keys = {"precision": precision, "recompute": recompute}
+            cases[f"{recompute} {precision}"] = (["update", "search", "update"], keys)
+    return launched(engine, tmp_path_factory.mktemp("engine") / "seen.json", 1, cases)
+
+
+@pytest.mark.parametrize("precision", OPTIONAL)
+def test_layers_at_the_ends_in_bf16(precision, options):
+    result = options[f"ends {precision}"]
+    assert "error" not in result, result["error"]
+    assert {kind for kind, _ in result["seen"][0]["quantised"]} == QUANTISERS[precision]
 
 
 @pytest.mark.parametrize("recompute", ["selective", "full"])
-@pytest.mark.parametrize("precision", PRECISIONS[:2])
-def test_recomputation(precision, recompute, engine, tmp_path):
-    seen(engine, tmp_path / "seen.json", tp=1, steps=["update", "update"], precision=precision, recompute=recompute)
+@pytest.mark.parametrize("precision", ["bf16", *OPTIONAL])
+def test_recomputation(precision, recompute, options):
+    result = options[f"{recompute} {precision}"]
+    assert "error" not in result, result["error"]

@@ -2,15 +2,22 @@
 
 import json
 import math
+import os
+import signal
+import time
 
 import pytest
 
+from tawin_nemo.api.client import Client
+from tests import forked
 from tests.simcuda import runs
 from tests.simcuda.test_runs import arguments, check
-from tests.train.runs import SMALL, metrics
+from tests.train.runs import SMALL, environment, metrics
 from tests.train.test_layouts import LOSS_RTOL
 
 pytestmark = [pytest.mark.full, pytest.mark.slow]
+#: Seconds that a server may take to start, and to end.
+LIMIT = 120
 SEPARATE = "trainer.devices=2 rollout.placement=separate rollout.devices=1"
 PREFERENCE = (
     "rl.enabled=false preference.enabled=true preference.max_steps=3 preference.lr=1e-3 "
@@ -121,3 +128,36 @@ def test_a_run_equals_that_of_a_cpu(small_dataset, finished_run, tmp_path):
         for line, reference in zip(ours, expected, strict=True):
             for key, value in reference.items():
                 assert math.isclose(line[key], value, rel_tol=LOSS_RTOL, abs_tol=1e-6), (stage, line["step"], key)
+
+
+def test_semantic_ids_and_their_tasks(small_dataset, tmp_path):
+    """Codes by RQ-VAE on the device, then SFT with tasks of titles beside the next item, and RL over the codes."""
+    quantiser = "semantic_ids.method=rqvae semantic_ids.codes=16 semantic_ids.rqvae.epochs=3"
+    index = runs.run(*arguments(small_dataset, tmp_path / "codes", quantiser), verb="tokenize")["index"]
+    tasks = (
+        f"data.tokenizer=bpe catalog.kind=sid catalog.index={index} align.title_to_sid=0.2 align.titles_to_title=0.2"
+    )
+    runs.run(*arguments(small_dataset, tmp_path / "run", tasks))
+    check(tmp_path / "run", "sft", "rl")
+
+
+def test_a_server(small_dataset, tmp_path):
+    words = arguments(small_dataset, tmp_path, "model.precision=bf16 rl.enabled=false")
+    runs.run(*words)
+    serve = ["serve", *words, f"checkpoint={tmp_path}/sft", "serve.port=0", "serve.control_port=0"]
+    address, log = tmp_path / "serve" / "address.json", tmp_path / "server.log"
+    process = forked.start(runs.verb, serve, environment(), log)
+    try:
+        end = time.monotonic() + LIMIT
+        while not address.is_file():
+            assert process.exitcode is None, log.read_text()[-4000:]
+            assert time.monotonic() < end, "the server did not start"
+            time.sleep(0.1)
+        with Client(json.loads(address.read_text())["data"]) as shop:
+            assert len(shop.recommend(history=[3, 17], n=5, exclude_history=True).items) == 5
+        os.kill(process.pid, signal.SIGTERM)
+        process.join(LIMIT)
+        assert process.exitcode == 0, log.read_text()[-4000:]
+    finally:
+        process.kill()
+        process.join()
