@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.benchmarks import shared_ids, summary
+from tests.benchmarks import checkpoint, shared_ids, summary
 
 pytestmark = pytest.mark.results
 
@@ -77,6 +77,14 @@ def test_the_index_lists_every_page():
 def test_the_rows_of_shared_ids_are_quoted_as_the_run_files_give_them():
     for line in shared_ids.lines():
         assert line in TEXT, "paste what `python -m tests.benchmarks.shared_ids` prints"
+
+
+def test_the_arithmetic_for_checkpoints_at_7b_is_quoted_as_it_is_computed():
+    for line in checkpoint.lines():
+        assert line in TEXT, "paste what `python -m tests.benchmarks.checkpoint` prints"
+    for row in (row for nodes in (1, 4) for row in checkpoint.seven_b(nodes)):
+        assert row["writers"] * row["written a writer"] == pytest.approx(14 * 7.6156, rel=1e-3)
+        assert (row["host, resume, a node"] < 60) == (row["side"] == "pieces")
 
 
 def test_the_alignment_run_is_quoted_as_it_was_measured():

@@ -152,7 +152,7 @@ def train_baseline(world: World, stage: BaselineStage, model: SequentialRecommen
             _check(world, stage, trainable, done)
         elif done.step % recipe.trainer.save_interval == 0:
             stage.save(trainable, done)
-        stage.stop_if_requested(lambda: stage.save(trainable, done), done)
+        stage.save_or_stop(lambda: stage.save(trainable, done), done)
     if done.bad_checks < cfg.patience:
         log.warning(
             "%s used all baseline.epochs=%d without early stopping; raise baseline.epochs", stage.name, cfg.epochs

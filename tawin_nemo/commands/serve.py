@@ -35,6 +35,7 @@ from tawin_nemo.serve.engine.engine import Engine
 from tawin_nemo.serve.engine.jobs import Limits
 from tawin_nemo.serve.engine.ranks import Leader, Ranks, SingleProcess, follow
 from tawin_nemo.serve.engine.replica import FromTensors, Replica
+from tawin_nemo.serve.engine.saved_changes import SavedChanges
 from tawin_nemo.serve.engine.telemetry import Metrics
 from tawin_nemo.serve.http.requests import ServerContext
 from tawin_nemo.serve.http.server import Secrets, Server, roots_and_folder
@@ -98,9 +99,12 @@ def serve(world: World) -> dict[str, Any]:
         loader(world), check=checker(world), length_penalty=recipe.rollout.length_penalty,
         from_tensors=build_from_tensors,
     )  # fmt: skip
+    roots, folder = roots_and_folder(settings, world.run_dir)
     catalog = first_catalog(world)
+    saved = SavedChanges(folder / "catalog.json", catalog)
+    catalog = saved.restored(catalog)
     replica.models[FIRST_VERSION] = replica.load("")
-    replica.tries[FIRST_VERSION] = catalog.trie
+    replica.tries[catalog.version] = catalog.trie
     ranks: Ranks = ProcessGroupRanks() if runtime.world_size() > 1 else SingleProcess()
     if runtime.world_rank() > 0:
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
@@ -110,7 +114,6 @@ def serve(world: World) -> dict[str, Any]:
     model = replica.models[FIRST_VERSION]
     catalog.validate(vocab=model.vocab_size, positions=model.max_positions)
     catalog.warm()
-    roots, folder = roots_and_folder(settings, world.run_dir)
     keys = read_keys(settings.api_keys_file)
     token = control_token(settings.control_token_file, folder / "control_token", keys)
     metrics = Metrics()
@@ -124,7 +127,7 @@ def serve(world: World) -> dict[str, Any]:
         world.tokenizer.fingerprint, model_in(recipe).precision,
     )  # fmt: skip
     del model, catalog  # so that this frame does not keep them in memory after they are replaced
-    server = Server(engine, context, Secrets(keys, token), roots=roots)
+    server = Server(engine, context, Secrets(keys, token), roots=roots, saved=saved)
     engine.start()
     server.run(lambda: _announce(server, world, folder))
     return {"served": True, "weight_version": engine.weights, "catalog_version": engine.catalog.version}

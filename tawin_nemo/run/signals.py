@@ -2,7 +2,7 @@
 
 SIGTERM: a time limit, a preemption, ``scancel``. SIGUSR1: Slurm's ``--signal=USR1@300``, sent that many seconds before
 the limit. Slurm may send either to one task only, so the ranks agree after every step
-(``Stage.stop_if_requested``). Until the step ends, further signals of these kinds change nothing; SIGKILL, which
+(``Stage.save_or_stop``). Until the step ends, further signals of these kinds change nothing; SIGKILL, which
 follows when the grace time is over, costs the steps since the last checkpoint.
 """
 

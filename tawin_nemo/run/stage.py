@@ -80,6 +80,7 @@ class Stage:
         self._profiler = StepProfiler(profile, directory / "profile", writer=self._writer)
         self._last_time = time.monotonic()
         self._saved_step = -1  # the newest checkpoint that this process has begun to write
+        self._saved_time = time.monotonic()  # when it did, or began to train
         self._saver: AsyncSaver | None = None
         self.keeps_best = trainer.keep_best
         if self._writer:
@@ -132,6 +133,7 @@ class Stage:
         ``soonest``: the number of steps after which early stopping may end the stage; the ETA counts to there.
         """
         self._callbacks.call("on_stage_start", self, done)
+        self._saved_time = time.monotonic()
         for step in progress(range(done, total), what=self.name, total=total, initial=done, soonest=soonest):
             if self._saver is not None:
                 self._saver.check()
@@ -170,7 +172,7 @@ class Stage:
         state = {"progress": vars(progress), "stage": self.name, **self._identity}
         keep = {progress.best_step} if self.keeps_best else set()
         prune = partial(checkpoint.prune, self.checkpoints, keep_last=self.trainer.keep_last, keep=keep)
-        self._saved_step = progress.step
+        self._saved_step, self._saved_time = progress.step, time.monotonic()
         if self.trainer.async_save:
             self._saver = self._saver or AsyncSaver()
             self._saver.save(path, model=trainable.model, trainable=trainable, state=state, after=prune)
@@ -207,17 +209,27 @@ class Stage:
                     with (self.directory / name).open("rb") as file:
                         os.fsync(file.fileno())
 
-    def stop_if_requested(self, save: Callable[[], None], progress: Progress) -> None:
-        """Save and raise Preempted once a signal has come or ``trainer.max_time`` is over, on any rank."""
+    def save_or_stop(self, save: Callable[[], None], progress: Progress) -> None:
+        """At the end of a step: ``save`` when ``trainer.save_minutes`` have passed since the last checkpoint.
+
+        Saves and raises Preempted once a signal has come or ``trainer.max_time`` is over, on any rank. The minutes are
+        those of rank 0's clock, so that all ranks save after the same step.
+        """
         late = self._deadline is not None and time.monotonic() > self._deadline
         reason = signals.received() or ("trainer.max_time is over" if late else "")
-        if runtime.any_rank(bool(reason)):
+        stop, due = runtime.any_rank_of([bool(reason), self._minutes_are_over()])
+        if stop:
             self._profiler.stop()
-            if self._saved_step != progress.step:
-                save()
+        if (stop or due) and self._saved_step != progress.step:
+            save()
+        if stop:
             self.wait_for_save()
             reason = reason or "another rank was asked to stop"
             raise Preempted(f"{reason}: {self.name} saved step {progress.step}; run the same command to continue")
+
+    def _minutes_are_over(self) -> bool:
+        minutes = self.trainer.save_minutes
+        return self._writer and 0.0 < minutes <= (time.monotonic() - self._saved_time) / 60.0
 
     def stop_before(self, what: str) -> None:
         """Raise Preempted before ``what`` begins when any rank has received a signal; there is nothing to save."""

@@ -40,7 +40,7 @@ log = get_logger(__name__)
 RESUMABLE_KEYS = (
     "run_dir", "checkpoint", "profile", "exp_manager", "eval.splits",
     "trainer.max_time", "trainer.threads", "trainer.keep_last", "trainer.peak_tflops", "trainer.save_interval",
-    "trainer.async_save", "trainer.num_nodes", "trainer.devices", "trainer.max_skipped_steps",
+    "trainer.save_minutes", "trainer.async_save", "trainer.num_nodes", "trainer.devices", "trainer.max_skipped_steps",
     "model.tensor_model_parallel_size", "model.pipeline_model_parallel_size", "model.sequence_parallel",
     "model.recompute", "rollout.tensor_model_parallel_size", "rollout.pipeline_model_parallel_size",
     "rollout.token_budget", "eval.token_budget", "sft.micro_batch_tokens", "rl.micro_batch_tokens",

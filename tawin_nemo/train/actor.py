@@ -59,6 +59,8 @@ class Actor:
     def __init__(self, trainable: Trainable, catalog: Catalog, rl: RlConfig, dp: DataParallel) -> None:
         self.trainable, self._catalog, self._rl, self.dp = trainable, catalog, rl, dp
         self._policy_loss = policy_loss(rl.algorithm)
+        # the targets always have a gradient; FP8's delayed scales follow the forward passes
+        self._may_be_empty = rl.sft_weight == 0 and trainable.config.fp8 is None
 
     def pack(self, rollout: Rollout, adv_BG: Tensor, omega_BG: Tensor) -> list[PackedCandidates]:
         """Every prompt once, followed by the tree of its candidates, under the token budget.
@@ -66,11 +68,14 @@ class Actor:
         Groups whose advantages are all 0 are left out with ``rl.kl_groups=informative``. Without a KL term a candidate
         of weight or advantage 0 has gradient 0. Such candidates, and prompts without
         other candidates, are not packed; this saves time (most groups of a rollout have no hit) and does not change the
-        update. At least one candidate is packed, so that no rank has an empty update.
+        update. When the gradient of the whole step is 0, nothing is packed on any rank; else at least one candidate
+        is, so that no rank has an empty update. Collective over data-parallel ranks.
         """
         learns_BG = rollout.valid_BG
         if self._rl.beta == 0:
             learns_BG = learns_BG & (adv_BG * omega_BG != 0)
+            if self._may_be_empty and not any(self.dp.gather(bool(learns_BG.any()))):
+                return []
         elif self._rl.kl_groups == "informative":
             learns_BG = learns_BG & (adv_BG != 0).any(dim=1, keepdim=True)
         learns_C = learns_BG.flatten() if learns_BG.any() else rollout.valid_BG.flatten()
@@ -143,8 +148,13 @@ class Actor:
         """``rl.inner_updates`` optimizer steps on one rollout; returns the statistics of the last one.
 
         ``mismatch_kl`` and ``mismatch_prob_error`` compare the training forward pass with the rollout's before
-        anything is learned (``token_stats``); of a rollout searched ahead the step in between is part of it.
+        anything is learned (``token_stats``); of a rollout searched ahead the step in between is part of it. Without
+        ``packed`` (see ``pack``) the steps are those of a gradient of 0, and what only a forward pass shows is absent.
         """
+        if not packed:
+            zero = {"policy_loss": 0.0, "loss": 0.0, "scored_tokens": 0.0}
+            norms = [self.trainable.update_without_gradient(lr=lr) for _ in range(self._rl.inner_updates)]
+            return {**zero, "grad_norm": norms[-1]}
         terms = self._terms(rollout, packed, advantages_BG, omega_BG, reference)
         lengths_BG = self._path_lengths(rollout, packed).view(rollout.items_BG.shape)
         target_tokens = int(self._catalog.paths.lengths_of(rollout.prompts.target_B.cpu().numpy()).sum())

@@ -93,7 +93,7 @@ def train_preference(
                 validate(world, stage, engine, done)
         if validated or due(done.step, trainer.save_interval) or done.step == total:
             write_checkpoint()
-        stage.stop_if_requested(write_checkpoint, done)
+        stage.save_or_stop(write_checkpoint, done)
     best = done.best_step if trainer.keep_best and done.best_step >= 0 else done.step
     stage.finish(done, chosen_step=best)
 

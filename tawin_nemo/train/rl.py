@@ -151,7 +151,7 @@ def train_rl(
                 validate(world, stage, engine, done)
         if validated or due(done.step, trainer.save_interval) or done.step == total or rollouts.exhausted(total):
             save()
-        stage.stop_if_requested(save, done)
+        stage.save_or_stop(save, done)
     best = done.best_step if trainer.keep_best and done.best_step >= 0 else done.step
     stage.finish(done, chosen_step=best)
 

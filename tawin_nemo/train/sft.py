@@ -70,7 +70,7 @@ def train_sft(
             _validate(world, stage, trainable, engine, done, data.tasks)
         elif done.step % world.recipe.trainer.save_interval == 0:
             stage.save(trainable, done)
-        stage.stop_if_requested(lambda: stage.save(trainable, done), done)
+        stage.save_or_stop(lambda: stage.save(trainable, done), done)
     if done.bad_checks < cfg.patience:
         log.warning("%s used all sft.epochs=%d without early stopping; raise sft.epochs", stage.name, cfg.epochs)
     stage.finish(done, chosen_step=done.best_step)

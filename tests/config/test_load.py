@@ -45,6 +45,16 @@ SERVED = "rollout.placement=server rollout.servers=[a]"
 APART = "trainer.devices=4 rollout.placement=separate"
 
 
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_cluster_recipes_write_checkpoints_in_the_background(path):
+    """Training on several GPUs waits for no disk, and half an hour is the most that a lost node costs."""
+    trainer = load_recipe(path).trainer
+    if trainer.devices * trainer.num_nodes > 1:
+        assert trainer.async_save
+        assert trainer.save_interval >= 1000
+        assert 0 < trainer.save_minutes <= 30
+
+
 @pytest.mark.parametrize(
     ("override", "parts"),
     [

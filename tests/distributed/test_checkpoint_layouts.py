@@ -11,11 +11,13 @@ import torch
 from safetensors.torch import load_file
 
 from tawin_nemo.config.schema import ModelConfig
+from tawin_nemo.models.megatron.checkpoint import flat_pieces
 from tawin_nemo.models.megatron.checkpoint.checkpoint import load_checkpoint
 from tawin_nemo.models.megatron.hf.io import save_hf
 from tawin_nemo.models.megatron.parallel import runtime
-from tests.distributed.checkpoint_worker import SHAPE, train_and_save, trainable, update
+from tests.distributed.checkpoint_worker import SHAPE, adam_state, assert_equal, train_and_save, trainable, update
 from tests.distributed.launch import launch
+from tests.models.megatron.checkpoint import gathered
 
 WORKER = Path(__file__).parent / "checkpoint_worker.py"
 #: float32 sums in another order, through two AdamW steps.
@@ -55,6 +57,8 @@ LAYOUTS = [
     pytest.param(True, 2, {}, id="dp2-distributed-optimizer"),
     pytest.param(False, 2, TP2, id="tp2"),
     pytest.param(False, 2, PP2, id="pp2"),
+    pytest.param(True, 4, TP2, id="tp2-dp2-distributed-optimizer"),
+    pytest.param(True, 4, PP2, id="pp2-dp2-distributed-optimizer", marks=pytest.mark.full),
     pytest.param(True, 4, {**TP2, **PP2, "sequence_parallel": True}, id="tp2-pp2-sp-distributed-optimizer"),
 ]
 
@@ -69,7 +73,8 @@ def test_layout_continues_exactly_and_exchanges_checkpoints(
     tmp_path: Path,
 ) -> None:
     root, statistics = one_process[distributed]
-    options = json.dumps({"model": model, "processes": processes, "distributed_optimizer": distributed})
+    block = 10 if processes == 2 else flat_pieces.BLOCK  # small ones split what whole rows would not
+    options = json.dumps({"model": model, "processes": processes, "distributed_optimizer": distributed, "block": block})
     launch(WORKER, processes, options, str(tmp_path), str(root / "step_2"), folder=tmp_path)
     result = json.loads((tmp_path / "result.json").read_text())
 
@@ -83,4 +88,9 @@ def test_layout_continues_exactly_and_exchanges_checkpoints(
     assert load_checkpoint(tmp_path / "step_2", model=actor.model, trainable=actor) == {"step": 2}
     save_hf(actor.model, SHAPE, tmp_path / "hf_in_one")
     assert_same_weights(tmp_path / "hf_in_one", tmp_path / "hf")
+    if distributed:
+        again = trainable(ModelConfig(), distributed=True, seed=6)
+        with gathered.loading():
+            load_checkpoint(tmp_path / "step_2", model=again.model, trainable=again)
+        assert_equal(adam_state(actor), adam_state(again))
     assert_close([update(actor, step) for step in (2, 3)], result["own"])

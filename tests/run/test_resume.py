@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests import forked
+from tests import failpoints, forked
 from tests.train.runs import SMALL, called, environment, metrics, run
 
 #: Stage and optimizer step after which the process is killed; the steps are drawn once, with a seed.
@@ -98,3 +98,39 @@ def test_out_of_time_saves_exits_75_and_continues(small_dataset, uninterrupted, 
     assert stopped.returncode == 75, stopped.stderr[-3000:]
     run(*arguments)
     assert (tmp_path / "rl" / "metrics.jsonl").read_bytes() == (uninterrupted / "rl" / "metrics.jsonl").read_bytes()
+
+
+def test_checkpoints_by_time_change_nothing_that_is_computed(small_dataset, uninterrupted, tmp_path):
+    """Here one after every step, also while a thread writes the one before."""
+    often = [
+        "trainer.save_interval=1000",
+        "trainer.save_minutes=1e-6",
+        "trainer.keep_last=100",
+        "trainer.async_save=true",
+    ]
+    run(*DROPOUT, f"data.root={small_dataset}", f"run_dir={tmp_path}", *often)
+    assert sorted(path.name for path in (tmp_path / "rl" / "checkpoints").iterdir()) == [
+        f"step_{n}" for n in range(1, 5)
+    ]
+    for stage in ("sft", "sft_continued", "rl"):
+        ours, expected = ((base / stage / "metrics.jsonl").read_bytes() for base in (tmp_path, uninterrupted))
+        assert ours == expected, stage
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("background", ["false", "true"])
+def test_a_rank_killed_while_it_writes_its_pieces(small_dataset, tmp_path, monkeypatch, background):
+    """Rank 1 of two data-parallel ranks dies in the middle of its file: the checkpoint before that one counts."""
+    short = [*SMALL, "sft.enabled=false", "rl.init=base", "trainer.devices=2", f"trainer.async_save={background}"]
+    whole, broken = ([*short, f"data.root={small_dataset}", f"run_dir={tmp_path / name}"] for name in ("a", "b"))
+    run(*whole)
+    with monkeypatch.context() as patch:
+        patch.setenv(failpoints.VARIABLE, "save.mid_shard=kill@3/1")
+        assert called(*broken).returncode != 0
+    left = sorted(path.name for path in (tmp_path / "b" / "rl" / "checkpoints").iterdir())
+    assert ".step_3.tmp" in left
+    assert "step_2" in left
+    assert "step_3" not in left
+    run(*broken)
+    ours, expected = ((tmp_path / name / "rl" / "metrics.jsonl").read_bytes() for name in ("b", "a"))
+    assert ours == expected

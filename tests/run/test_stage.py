@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -61,6 +64,76 @@ def test_a_run_that_fell_back_never_prunes_what_it_stands_on(actor: Trainable, t
     again.save(actor, Progress(step=3))
     assert [path.name for path in again.checkpoints.iterdir()] == ["step_3"]
     assert again.resume(actor).step == 3
+
+
+@dataclass
+class Clock:
+    """Stands for ``time.monotonic`` of the module ``stage``."""
+
+    seconds: float = 0.0
+
+    def __call__(self) -> float:
+        return self.seconds
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock = Clock()
+    monkeypatch.setattr(time, "monotonic", clock)
+    return clock
+
+
+def saves(stage: Stage, clock: Clock, seconds: Sequence[float], due: Collection[int] = ()) -> list[int]:
+    """The steps after which a checkpoint is written when they take ``seconds``; those in ``due`` save by themselves."""
+    written: list[int] = []
+    progress = Progress()
+
+    def save() -> None:
+        written.append(progress.step)
+        stage._saved_step, stage._saved_time = progress.step, clock()  # as ``Stage.save``
+
+    for step in stage.steps(0, len(seconds)):
+        clock.seconds += seconds[step]
+        progress.step = step + 1
+        if progress.step in due:
+            save()
+        stage.save_or_stop(save, progress)
+    return written
+
+
+def test_a_checkpoint_when_the_last_one_is_old_enough(tmp_path: Path, clock: Clock):
+    stage = Stage(tmp_path / "rl", TrainerConfig(save_minutes=2.0))
+    clock.seconds += 1000.0  # preparation before the first step
+    assert saves(stage, clock, [50, 50, 50, 110, 30, 30, 300, 1]) == [3, 5, 7]
+    again = Stage(tmp_path / "again", TrainerConfig(save_minutes=2.0))
+    assert saves(again, clock, [50, 50, 50, 50, 50, 50], due=[2, 5]) == [2, 5]  # a save of the interval counts
+    assert saves(Stage(tmp_path / "off", TrainerConfig()), clock, [10_000.0] * 3) == []
+
+
+def test_rank_0_alone_decides_when_the_minutes_are_over(tmp_path: Path, clock: Clock, monkeypatch: pytest.MonkeyPatch):
+    """Clocks differ: what another rank measures is not sent, and it saves when rank 0 says so."""
+    sent: list[list[bool]] = []
+    answers = iter([[False, True], [False, False], [False, True]])
+
+    def exchange(flags: Sequence[bool]) -> list[bool]:
+        sent.append(list(flags))
+        return next(answers)
+
+    monkeypatch.setattr(runtime, "any_rank_of", exchange)
+    other = Stage(tmp_path / "rl", TrainerConfig(save_minutes=1.0))
+    other._writer = False
+    assert saves(other, clock, [600, 600, 600]) == [1, 3]
+    assert sent == [[False, False]] * 3
+
+
+def test_a_real_save_starts_the_minutes_anew(actor: Trainable, tmp_path: Path, clock: Clock):
+    stage = Stage(tmp_path / "rl", TrainerConfig(save_minutes=2.0))
+    for _ in stage.steps(0, 1):
+        for step, seconds in enumerate((130.0, 100.0, 30.0), start=1):
+            clock.seconds += seconds
+            progress = Progress(step=step)
+            stage.save_or_stop(lambda: stage.save(actor, progress), progress)  # noqa: B023
+    assert sorted(path.name for path in stage.checkpoints.iterdir()) == ["step_1", "step_3"]
 
 
 def test_an_error_of_the_thread_ends_the_next_step(actor: Trainable, tmp_path: Path):

@@ -38,6 +38,7 @@ from tawin_nemo.serve.engine.engine import Engine
 from tawin_nemo.serve.engine.jobs import Limits
 from tawin_nemo.serve.engine.ranks import Leader, SingleProcess, follow
 from tawin_nemo.serve.engine.replica import Replica
+from tawin_nemo.serve.engine.saved_changes import SavedChanges
 from tawin_nemo.serve.engine.telemetry import Metrics
 from tawin_nemo.serve.http.requests import ServerContext
 from tawin_nemo.serve.http.server import Secrets, Server
@@ -85,7 +86,7 @@ def made(tp: int, catalog: Catalog, settings: ServeConfig) -> Engine | None:
 
 def server_of(engine: Engine, settings: ServeConfig, folder: Path) -> tuple[Server, Path]:
     context = ServerContext(settings, "small", 4, "trie", 0.0, SHAPE.max_position, SHAPE.vocab)
-    server = Server(engine, context, Secrets([KEY], TOKEN), roots=[])
+    server = Server(engine, context, Secrets([KEY], TOKEN), roots=[], saved=SavedChanges(None, engine.catalog))
     data, control = server.ports
     file = folder / "address.json"
     write_json(file, {"data": f"http://127.0.0.1:{data}", "control": f"http://127.0.0.1:{control}"})

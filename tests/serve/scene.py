@@ -27,6 +27,7 @@ from tawin_nemo.serve.engine.engine import Engine
 from tawin_nemo.serve.engine.jobs import Limits
 from tawin_nemo.serve.engine.ranks import Leader, SingleProcess
 from tawin_nemo.serve.engine.replica import FromTensors, Replica
+from tawin_nemo.serve.engine.saved_changes import SavedChanges
 from tawin_nemo.serve.engine.telemetry import Metrics
 from tawin_nemo.serve.http.requests import ServerContext
 from tawin_nemo.serve.http.server import Secrets, Server
@@ -124,7 +125,7 @@ def metric_in(text: str, name: str, **labels: str) -> float:
 @contextmanager
 def serving(
     roots: Sequence[Path] = (), *, catalog: ServedCatalog | None = None, keys: Sequence[str] = (KEY,),
-    kind: type[GateLM] = GateLM, **changes: Any,
+    kind: type[GateLM] = GateLM, saved: Path | None = None, **changes: Any,
 ) -> Iterator[Scene]:  # fmt: skip
     """A server with these ``serve`` settings; the model's weights are the number in a file, and its gate is open."""
     settings = replace(ServeConfig(port=0, control_port=0, beams=6, max_beams=64, drain_s=5), **changes)
@@ -148,14 +149,15 @@ def serving(
         return made[seed]
 
     parts = FromTensors(TENSORS, torch.float32, build_from_tensors)
-    catalog, replica = catalog or first_catalog(), Replica(load, from_tensors=parts)
+    state = SavedChanges(saved, catalog := catalog or first_catalog())
+    catalog, replica = state.restored(catalog), Replica(load, from_tensors=parts)
     vocab = catalog.prompt_format.tokenizer.size
     catalog.warm()
-    replica.models[1], replica.tries[1] = load(""), catalog.trie
+    replica.models[1], replica.tries[catalog.version] = load(""), catalog.trie
     engine = Engine(Leader(replica, SingleProcess()), catalog, limits=Limits.of(settings), metrics=Metrics(), weights=1)
     del catalog  # or it would stay in memory
     context = ServerContext(settings, MODEL, settings.beams, "trie", 0.0, 2048, vocab)
-    server = Server(engine, context, Secrets(list(keys), TOKEN), roots=list(roots))
+    server = Server(engine, context, Secrets(list(keys), TOKEN), roots=list(roots), saved=state)
     data, control = (f"http://127.0.0.1:{port}" for port in server.ports)
     ready = threading.Event()
     thread = threading.Thread(target=server.run, args=(ready.set,), daemon=True)

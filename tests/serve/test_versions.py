@@ -156,7 +156,7 @@ def test_no_garbage_is_looked_for_while_a_catalog_is_built(tmp_path: Path, monke
         seen.append(gc.isenabled())
         return read_items(path)
 
-    monkeypatch.setattr("tawin_nemo.serve.http.control.read_items", reading)
+    monkeypatch.setattr("tawin_nemo.serve.http.catalog_changes.read_items", reading)
     with serving(roots=[tmp_path]) as scene, scene.controller() as control:
         assert control.build_catalog(str(file)).items == 1
     assert seen == [False]

@@ -12,7 +12,7 @@ from tawin_nemo.models.megatron.model.build import build_model
 from tawin_nemo.placement.weight_sync import check_version, sync_weights
 from tawin_nemo.train.actor import PackedCandidates
 from tawin_nemo.train.reference import CopiedReference
-from tawin_nemo.types import TokenRows
+from tawin_nemo.types import DataParallel, TokenRows
 from tawin_nemo.util.errors import TawinError
 from tests.train.actor_scene import GROUP, LOGP_ATOL, PLAIN, SHAPE, WEIGHT_ATOL, Scene
 
@@ -43,6 +43,42 @@ def test_candidates_without_weight_are_left_out_and_nothing_changes():
     assert max(float((after[name] - before[name]).abs().max()) for name in after) > 5e-4
     for name, value in expected.items():
         torch.testing.assert_close(after[name], value, atol=WEIGHT_ATOL, rtol=0, msg=name)
+
+
+def adam_state(scene: Scene) -> list[torch.Tensor]:
+    (part,) = scene.trainable.optimizer.chained_optimizers
+    states = [part.optimizer.state[parameter] for group in part.param_groups for parameter in group["params"]]
+    return [tensor for state in states for _, tensor in sorted(state.items())]
+
+
+@pytest.mark.parametrize("inner_updates", [1, 2])
+def test_a_step_without_any_advantage_costs_no_forward_pass_and_changes_nothing_else(monkeypatch, inner_updates):
+    """Weights and moments move as after the backward pass of a loss of 0, bit for bit: AdamW has momentum."""
+    rl = replace(PLAIN, inner_updates=inner_updates)
+    lean, full = Scene(rl), Scene(rl)
+    zeros, ones = torch.zeros_like(full.adv_BG), torch.ones_like(full.adv_BG)
+    for scene in (lean, full):
+        scene.update(rl)  # so that there is momentum
+    before = lean.weights()
+    packed = full.actor.pack(full.rollout, ones, ones)
+    expected = full.actor.update(full.rollout, packed, zeros, ones, None, lr=1e-3)
+    assert lean.actor.pack(lean.rollout, zeros, ones) == []
+    monkeypatch.setattr(lean.trainable, "accumulate", None)
+    stats = lean.actor.update(lean.rollout, [], zeros, ones, None, lr=1e-3)
+    assert {name: expected[name] for name in stats} | {"scored_tokens": 0.0} == stats
+    assert stats == {"policy_loss": 0.0, "loss": 0.0, "scored_tokens": 0.0, "grad_norm": 0.0}
+    for name, value in full.weights().items():
+        assert torch.equal(lean.weights()[name], value), name
+        assert not torch.equal(value, before[name]), name
+    for ours, theirs in zip(adam_state(lean), adam_state(full), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("term", [{"beta": 0.1}, {"sft_weight": 0.5}])
+def test_a_step_with_another_term_is_never_empty(term):
+    scene = Scene(replace(PLAIN, **term))
+    zeros, ones = torch.zeros_like(scene.adv_BG), torch.ones_like(scene.adv_BG)
+    assert len({int(flat) for part in scene.actor.pack(scene.rollout, zeros, ones) for flat in part.flat_M}) >= 6
 
 
 def test_the_token_budget_changes_nothing():
@@ -110,8 +146,9 @@ def test_every_learning_candidate_is_packed_once_and_every_prompt_too(space):
         assert torch.equal(part.batch.position_S[places], prompt_lengths - 1 + part.token_N)
 
 
-def test_a_rank_on_which_nothing_learns_keeps_one_candidate():
+def test_a_rank_on_which_nothing_learns_keeps_one_candidate_while_another_learns():
     scene = Scene(PLAIN)
+    scene.actor.dp = DataParallel(0, 2, lambda mine: [mine, True])
     (part,) = scene.actor.pack(scene.rollout, torch.zeros_like(scene.adv_BG), scene.omega_BG)
     assert part.flat_M.tolist() == [0]
     assert len(part.batch.chain_B) == 1

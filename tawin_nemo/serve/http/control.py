@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import gc
-import threading
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -15,35 +13,34 @@ from fastapi.responses import Response
 from tawin_nemo import __version__
 from tawin_nemo.api import control_schema as schema
 from tawin_nemo.api.schema import ERRORS, Health
-from tawin_nemo.serve.engine.catalog import NewItem, ServedCatalog, read_items
 from tawin_nemo.serve.engine.engine import Engine
 from tawin_nemo.serve.engine.jobs import Rejected
+from tawin_nemo.serve.engine.saved_changes import SavedChanges
 from tawin_nemo.serve.engine.weight_sources import FromDisk
+from tawin_nemo.serve.http.catalog_changes import CatalogChanges
 from tawin_nemo.serve.http.errors import ApiError, add_error_handlers, without_422
 from tawin_nemo.serve.http.middleware import add_middleware
+from tawin_nemo.serve.http.paths import allowed_path
 from tawin_nemo.serve.http.requests import ServerContext
 from tawin_nemo.serve.http.weight_updates import WeightUpdates
 from tawin_nemo.util.errors import CheckpointError
-from tawin_nemo.util.trusted import confined
 
 
 class ControlPlane:
     """The handlers of the control plane's routes. They run in worker threads and may block.
 
     ``roots``: folders that all paths in requests must lie in; ``drain(seconds)``: makes the process finish its
-    requests within so many seconds and end. Catalog changes are serialized by a lock.
+    requests within so many seconds and end. ``saved``: where changes of the catalog are kept for a restart.
     """
 
     def __init__(
-        self, engine: Engine, context: ServerContext, *, roots: Sequence[Path], drain: Callable[[float], None]
-    ) -> None:
+        self, engine: Engine, context: ServerContext, *, roots: Sequence[Path], saved: SavedChanges,
+        drain: Callable[[float], None],
+    ) -> None:  # fmt: skip
         self.engine, self.context = engine, context
         self._roots, self._drain = [root.resolve() for root in roots], drain
         self.updates = WeightUpdates(engine)
-        self._building = threading.Lock()
-        self._candidates: dict[int, tuple[ServedCatalog, int]] = {}  # version -> candidate, version it was built on
-        self._valid: set[int] = set()
-        self._last_version = engine.catalog.version
+        self.changes = CatalogChanges(engine, context, roots=self._roots, saved=saved)
 
     # -- weights and requests -----------------------------------------------------------------------------------------
     def update_weights_from_disk(self, body: schema.UpdateWeights) -> schema.Reply:
@@ -52,7 +49,7 @@ class ControlPlane:
         With several ranks the engine answers no requests while all ranks load. If loading fails (400) the current
         weights stay active.
         """
-        path = self._confined(body.model_path, "model_path")
+        path = allowed_path(self._roots, body.model_path, "model_path")
         try:
             version = self.engine.update_weights(FromDisk(str(path)), body.weight_version)
         except CheckpointError as error:  # the current weights stay active
@@ -65,14 +62,11 @@ class ControlPlane:
         `serve.keep_versions` says how many changes can be taken back; 409 where none is left. The version that is left
         is forgotten, its number is not given again.
         """
-        with self._building:
-            left = self.engine.history.current
-            try:
-                self.engine.rollback()
-            except Rejected as error:
-                raise ApiError(409, str(error), code="no_version_before") from error
-            self._candidates.clear()  # built on what was left
-        return self._reply(f"back from weights {left.weights} and catalog {left.catalog.version}")
+        try:
+            left = self.changes.rollback()
+        except Rejected as error:
+            raise ApiError(409, str(error), code="no_version_before") from error
+        return self._reply(f"back from {left}")
 
     def init_weights_update_group(self, body: schema.InitGroup) -> schema.Reply:
         """Join a process group with a training job; returns when all ranks have joined."""
@@ -131,86 +125,26 @@ class ControlPlane:
     # -- catalog ------------------------------------------------------------------------------------------------
     def build(self, body: schema.Build) -> schema.CatalogReply:
         """Build a candidate catalog beside the active one, from a file or from added and removed items."""
-        if body.path is not None and (body.add or body.remove):
-            raise ApiError(400, "path replaces the whole catalog; omit add and remove", param="path")
-        with self._building, _garbage_collection_off():
-            return self._candidate_reply(self._build(body))
+        return self.changes.build(body)
 
     def validate(self, body: schema.Candidate) -> schema.CatalogReply:
         """Check that the model can generate every item of a candidate catalog, and prepare the candidate for use."""
-        with self._building, _garbage_collection_off():
-            version = self._candidate(body.catalog_version).version
-            self._validate(version)
-            return self._candidate_reply(version)
+        return self.changes.validate(body.catalog_version)
 
     def activate(self, body: schema.Candidate) -> schema.CatalogReply:
         """Activate a validated candidate for new requests; running requests keep the catalog that they started with."""
-        with self._building:
-            version = body.catalog_version
-            self._candidate(version)
-            if version not in self._valid:
-                raise ApiError(409, f"candidate {version} was not validated; POST /catalog/validate first")
-            return self._activate(version)
+        return self.changes.activate(body.catalog_version)
 
     def items(self, body: schema.Change) -> schema.CatalogReply:
         """Add and remove items of the active catalog: build, validate and activate in one call."""
-        with self._building, _garbage_collection_off():
-            version = self._build(schema.Build(add=body.add, remove=body.remove))
-            try:
-                self._validate(version)
-                return self._activate(version)
-            finally:
-                self._candidates.pop(version, None)
-
-    def _build(self, body: schema.Build) -> int:
-        current = self.engine.catalog
-        version = self._last_version + 1
-        if body.path is not None:
-            with confined(self._roots):
-                items = read_items(self._confined(body.path, "path"))
-            built = current.replaced(items, version)
-        else:
-            added = [NewItem(item.external_id, item.title, tuple(item.codes)) for item in body.add]
-            built = current.changed(added, body.remove, version)
-        self._last_version = version
-        self._candidates = {version: (built, current.version)}  # one at a time: each holds a whole trie
-        return version
-
-    def _validate(self, version: int) -> None:
-        candidate = self._candidate(version)
-        candidate.validate(vocab=self.context.vocab_size, positions=self.context.max_positions)
-        candidate.warm()
-        self._valid = {version}
-
-    def _activate(self, version: int) -> schema.CatalogReply:
-        candidate, base = self._candidates[version]
-        if base != self.engine.catalog.version:
-            text = f"candidate {version} was built on version {base}, but {self.engine.catalog.version} is active"
-            raise ApiError(409, f"{text}; build a new candidate")
-        self.engine.activate(candidate)
-        reply = self._candidate_reply(version)
-        del self._candidates[version]
-        return reply
-
-    def _candidate(self, version: int) -> ServedCatalog:
-        if version not in self._candidates:
-            raise ApiError(404, f"there is no candidate {version}; candidates: {sorted(self._candidates)}")
-        return self._candidates[version][0]
-
-    def _candidate_reply(self, version: int) -> schema.CatalogReply:
-        candidate = self._candidates[version][0]
-        return schema.CatalogReply(
-            candidate=version, items=candidate.trie.num_items, paths=candidate.trie.num_leaves,
-            fingerprint=candidate.fingerprint, validated=version in self._valid, weight_version=self.engine.weights,
-            catalog_version=self.engine.catalog.version,
-        )  # fmt: skip
+        return self.changes.change(body)
 
     # -- status ----------------------------------------------------------------------------------------------
     def status(self) -> schema.StatusReply:
         """Report the server's state, its number of requests, and the versions in use and in memory."""
         replica = self.engine.leader.replica
         return schema.StatusReply(
-            state=self.engine.closed or "serving", requests=self.engine.busy, candidates=sorted(self._candidates),
+            state=self.engine.closed or "serving", requests=self.engine.busy, candidates=self.changes.candidates,
             weights_in_memory=sorted(replica.models), catalogs_in_memory=sorted(replica.tries),
             weight_version=self.engine.weights, catalog_version=self.engine.catalog.version,
             weight_update_group=self.updates.group_name,
@@ -228,33 +162,6 @@ class ControlPlane:
         return schema.Reply(
             message=message, weight_version=self.engine.weights, catalog_version=self.engine.catalog.version
         )
-
-    def _confined(self, name: str, field: str) -> Path:
-        """The resolved path. Raises ApiError when it lies outside of the roots (403), does not exist (404) or cannot
-        be a path (400).
-
-        Links can change afterwards: whoever opens the files does so under ``confined``, which looks at what is opened.
-        """
-        try:
-            path = Path(name).resolve()
-            allowed, exists = any(path.is_relative_to(root) for root in self._roots), path.exists()
-        except (OSError, ValueError, RuntimeError) as error:  # too long, a zero byte, a circle of links
-            raise ApiError(400, f"this cannot be a path ({error})", param=field) from error
-        if not allowed:
-            raise ApiError(403, "the path is not below serve.roots", param=field, code="path_not_allowed")
-        if not exists:
-            raise ApiError(404, "the path does not exist", param=field)
-        return path
-
-
-@contextmanager
-def _garbage_collection_off() -> Iterator[None]:
-    """Garbage collections would traverse a million new items again and again, and block every request meanwhile."""
-    gc.disable()
-    try:
-        yield
-    finally:
-        gc.enable()
 
 
 def control_app(plane: ControlPlane | None, *, token: str = "") -> FastAPI:

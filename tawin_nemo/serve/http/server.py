@@ -18,6 +18,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from tawin_nemo.config.schema import ServeConfig
 from tawin_nemo.serve.engine.engine import Engine
+from tawin_nemo.serve.engine.saved_changes import SavedChanges
 from tawin_nemo.serve.http.control import ControlPlane, control_app
 from tawin_nemo.serve.http.data_plane import DataPlane, data_app
 from tawin_nemo.serve.http.requests import ServerContext
@@ -43,16 +44,19 @@ class Secrets:
 class Server:
     """Binds both ports when constructed; ``run`` serves until a signal, ``/shutdown`` or an error of the engine.
 
-    ``roots``: folders that paths in control requests must lie in. Raises ConfigError for an unusable address or port.
+    ``roots``: folders that paths in control requests must lie in; ``saved``: keeps catalog changes for a restart.
+    Raises ConfigError for an unusable address or port.
     """
 
-    def __init__(self, engine: Engine, context: ServerContext, secrets: Secrets, *, roots: list[Path]) -> None:
+    def __init__(
+        self, engine: Engine, context: ServerContext, secrets: Secrets, *, roots: list[Path], saved: SavedChanges
+    ) -> None:
         settings = context.settings
         self.engine, self._settings = engine, settings
         self.data_socket = listening_socket(settings.host, settings.port, "serve.port")
         self.control_socket = listening_socket(settings.control_host, settings.control_port, "serve.control_port")
         self._data = data_app(DataPlane(engine, context), keys=secrets.keys)
-        plane = ControlPlane(engine, context, roots=roots, drain=self.drain)
+        plane = ControlPlane(engine, context, roots=roots, saved=saved, drain=self.drain)
         self._control = control_app(plane, token=secrets.token)
         self._loop: asyncio.AbstractEventLoop | None = None
         self._draining: asyncio.Event | None = None

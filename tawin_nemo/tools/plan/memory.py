@@ -1,6 +1,7 @@
 """Memory of one rank by part and phase: what stays, and what the hungriest moment of each phase adds.
 
-Weights in the precision's format; gradients in float32 (megatron's DDP with ``grad_reduce_in_fp32``); AdamW's two
+Weights in the precision's format; gradients in float32, or without ``trainer.grad_reduce_in_fp32`` in the weights'
+format and, of the part that the rank's optimizer steps, in float32 as well; AdamW's two
 moments in float32 and, unless the weights are float32 themselves, a float32 copy of the weights, all three divided over
 the data-parallel ranks by the distributed optimizer.
 """
@@ -89,10 +90,11 @@ def resident(shape: Backbone, recipe: Recipe, layout: Layout, numbers: Numbers, 
     """What a stage holds at all times while it trains; the reference is the caller's to add."""
     count = stage_parameters(shape, layout, stage)
     shards = layout.dp if recipe.trainer.distributed_optimizer else 1
+    wide = recipe.trainer.grad_reduce_in_fp32 or numbers.bytes == 4
     cached = count * 2 if numbers.fp8 else 0  # Transformer Engine keeps the weights in FP8, and transposed
     return Parts(
         weights=count * numbers.bytes + cached,
-        gradients=4 * count,
+        gradients=4 * count if wide else numbers.bytes * count + 4 * count / shards,
         optimizer=(8 if numbers.bytes == 4 else 12) * count / shards,
         context=CONTEXT_BYTES if numbers.device == "cuda" else 0.0,
     )

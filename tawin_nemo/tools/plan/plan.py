@@ -120,7 +120,7 @@ def make_plan(question: Question) -> Plan:
         )
     rates = Rates(
         question.shape, layout, question.gpu, question.recipe.model.precision, question.mfu,
-        question.recipe.model.recompute,
+        question.recipe.model.recompute, question.recipe.trainer.grad_reduce_in_fp32,
     )  # fmt: skip
     recipe, lengths = question.recipe, question.lengths
     return Plan(

@@ -55,6 +55,7 @@ class Rates:
     precision: str
     mfu: float
     recompute: str
+    grad_reduce_in_fp32: bool = True
 
     def forward(self, work: FlopCount) -> float:
         """Seconds of one forward pass of the work of one replica, without the floor of its launches."""
@@ -88,7 +89,7 @@ class Rates:
         return max(self.forward(work) * self.layout.pp, floor, host)
 
     def exchange(self) -> float:
-        """Seconds to sum float32 gradients over the replicas and to hand the new weights back: a ring moves
+        """Seconds to sum gradients over the replicas and to hand the new weights back: a ring moves
         (DP - 1) / DP of both through every rank. At the data sheet's rate of the slowest link; nothing is overlapped.
         Between nodes the rings of NCCL use the network adapters of all ranks that a replica group has in a node.
         """
@@ -97,7 +98,8 @@ class Rates:
         if ranks > NODE:
             link = min(link, self.gpu.network_gb_s * max(1, NODE // self.layout.model_ranks))
         count = max(stage_parameters(self.shape, self.layout, stage) for stage in range(self.layout.pp))
-        moved = count * (4 + (4 if self.precision == "fp32" else 2))
+        weight = 4 if self.precision == "fp32" else 2
+        moved = count * ((4 if self.grad_reduce_in_fp32 else weight) + weight)
         return (dp - 1) / dp * moved / (link * 1e9)
 
 

@@ -94,16 +94,18 @@ def test_ranks_hold_the_whole_model_and_what_is_replicated(shape: Backbone, tp: 
 
 
 # -- what stays ------------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_weights_gradients_and_optimizer_are_what_is_allocated(precision: str):
+@pytest.mark.parametrize(("precision", "wide"), [("fp32", True), ("fp32", False), ("bf16", True), ("bf16", False)])
+def test_weights_gradients_and_optimizer_are_what_is_allocated(precision: str, wide: bool):
     """Storage of the parameters and of megatron's buffers and optimizer after a step, each counted once."""
     initialise()
     cfg = ModelConfig(precision=precision)
-    trainable = Trainable(build_model(SHAPE, cfg, seed=1), SHAPE, TrainerConfig(), lr=1e-3)
+    trainer = TrainerConfig(grad_reduce_in_fp32=wide)
+    trainable = Trainable(build_model(SHAPE, cfg, seed=1), SHAPE, trainer, lr=1e-3)
     trainable.update([], lr=1e-3)
-    modelled = resident(SHAPE, Recipe(model=cfg), ONE, Numbers.of(precision, device="cpu"), 0)
+    modelled = resident(SHAPE, Recipe(model=cfg, trainer=trainer), ONE, Numbers.of(precision, device="cpu"), 0)
     weights = storages(p.data for p in trainable.model.parameters())
     gradients = storages(p.main_grad for p in trainable.model.parameters())
+    gradients |= storages(p.grad for group in trainable.optimizer.param_groups for p in group["params"])
     masters = storages(p.data for group in trainable.optimizer.param_groups for p in group["params"])
     states = storages(
         value

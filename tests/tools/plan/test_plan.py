@@ -133,6 +133,9 @@ def test_gradients_travel_by_nvlink_inside_a_node_and_by_network_beyond():
         15 / 16 * 6 * count / (1e9 * min(a100.nvlink_gb_s, 8 * a100.network_gb_s))
     )
     assert rates(Layout()).exchange() == 0.0
+    narrow = {"grad_reduce_in_fp32": False}
+    assert rates(Layout(dp=8), **narrow).exchange() == pytest.approx(7 / 8 * 4 * count / 200e9)
+    assert rates(Layout(dp=8), precision="fp32", **narrow).exchange() == pytest.approx(7 / 8 * 8 * count / 200e9)
 
 
 def test_steps_add_up_and_the_fullest_replica_decides():

@@ -3,7 +3,8 @@
 A checkpoint is a directory ``step_N``. All ranks write into a hidden sibling of that name; rank 0 adds ``state.json``
 (the caller's state, the model's signature, versions, size and SHA-256 of every file) and renames it, so that a
 directory called ``step_N`` is always whole unless a disk damages it later. Model and optimizer are stored in the
-shape of the parameters: both can be loaded under another tensor-, pipeline- or data-parallel layout.
+shape of the parameters: both can be loaded under another tensor-, pipeline- or data-parallel layout. Each rank writes
+the part of the optimizer's state that it owns, and reads no other.
 
 Every function that reads or writes is collective when torch.distributed is initialised; the directory must be visible
 to all ranks.

@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import os
+from collections import Counter
 from collections.abc import Collection, Generator
 from contextlib import contextmanager
 from pathlib import Path
@@ -34,6 +36,7 @@ from torch import Tensor
 from torch.distributed.checkpoint._nested_dict import set_element
 from torch.distributed.checkpoint.filesystem import FileSystem, FileSystemReader
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, StorageMeta
+from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan
 
 from tawin_nemo.models.megatron.checkpoint.metadata import check_engine_state, read_metadata
 from tawin_nemo.util.trusted import open_trusted, read_text, refuse_pickles
@@ -115,7 +118,20 @@ class ShardLoad(TorchDistLoadShardedStrategy):
 
 
 class _Planner(MCoreLoadPlanner):
-    """megatron-core's planner; objects are read as tensors and plain values only."""
+    """megatron-core's planner; objects are read as tensors and plain values only, and no element stays unread."""
+
+    def create_local_plan(self) -> LoadPlan:
+        """What this rank reads. Raises ValueError when the checkpoint lacks a part of a tensor."""
+        plan = super().create_local_plan()
+        read: Counter[tuple[str, tuple[int, ...]]] = Counter()
+        for item in plan.items:
+            if item.type == LoadItemType.TENSOR:
+                read[item.dest_index.fqn, tuple(item.dest_index.offset or ())] += math.prod(item.lengths)
+        for part in self.shapes_validation_sharded_tensors:
+            lacking = math.prod(part.local_shape) - read[part.key, tuple(part.global_offset)]
+            if lacking:
+                raise ValueError(f"{METADATA} does not list {lacking} of the elements of {part.key} that are read here")
+        return plan
 
     def load_bytes(self, read_item: Any, value: io.BytesIO) -> None:
         content = torch.load(value, map_location="cpu", weights_only=True)

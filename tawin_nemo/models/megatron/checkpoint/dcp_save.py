@@ -16,8 +16,13 @@ from pathlib import Path
 from typing import Any
 
 import torch.distributed.checkpoint as dcp
+from megatron.core import parallel_state
+from megatron.core.dist_checkpointing.exchange_utils import determine_main_replica_uniform_distribution
 from megatron.core.dist_checkpointing.mapping import ShardedBase, ShardedStateDict, ShardedTensor
 from megatron.core.dist_checkpointing.strategies.base import SaveShardedStrategy
+from megatron.core.dist_checkpointing.strategies.fully_parallel import (
+    distribute_main_replicas_with_precomputed_distribution,
+)
 from megatron.core.dist_checkpointing.strategies.torch import (
     MCoreSavePlanner,
     _replace_state_dict_keys_with_sharded_keys,
@@ -29,7 +34,8 @@ from torch.distributed.checkpoint.filesystem import FileSystem
 class ShardSave(SaveShardedStrategy):
     """Twin of megatron-core's ``TorchDistSaveShardedStrategy`` in two parts, ``save`` and ``write``.
 
-    One file per rank, fsynced. With ``snapshot``, ``save`` copies every tensor to CPU memory.
+    One file per rank, fsynced, of about the same size: what data-parallel ranks have in common is dealt out to them.
+    With ``snapshot``, ``save`` copies every tensor to CPU memory.
     """
 
     def __init__(self, *, snapshot: bool = False) -> None:
@@ -43,7 +49,8 @@ class ShardSave(SaveShardedStrategy):
         return True
 
     def save(self, sharded_state_dict: ShardedStateDict, checkpoint_dir: str | Path) -> None:
-        """Collect the shards of this rank; with ``snapshot``, copy them to CPU memory."""
+        """Collect the shards that this rank writes; with ``snapshot``, copy them to CPU memory. Collective."""
+        share_replicas(sharded_state_dict)
         by_key, _, _ = _replace_state_dict_keys_with_sharded_keys(sharded_state_dict, keep_only_main_replica=True)
         if self._snapshot:
             by_key = {key: [_copied(part) for part in parts] for key, parts in by_key.items()}
@@ -57,6 +64,13 @@ class ShardSave(SaveShardedStrategy):
         planner = MCoreSavePlanner(flatten_state_dict=False)
         dcp.save(self._taken, storage_writer=writer, planner=planner, process_group=group)
         self._taken = {}
+
+
+def share_replicas(sharded_state_dict: ShardedStateDict) -> None:
+    """Deal the tensors that every data-parallel rank has out to them, by size; collective. Changes the replica ids."""
+    group = parallel_state.get_data_parallel_group(with_context_parallel=True)
+    writers = determine_main_replica_uniform_distribution(sharded_state_dict, group)
+    distribute_main_replicas_with_precomputed_distribution(sharded_state_dict, group, writers)
 
 
 def _copied(part: ShardedBase) -> ShardedBase:

@@ -1,29 +1,15 @@
-"""The part of a checkpoint that megatron-core shards: the state of the model and of its optimizer.
-
-The distributed optimizer keeps master weights and moments as flat pieces of a padded gradient buffer, cut evenly over
-the data-parallel ranks. A checkpoint that is to be read under another layout needs them in the shape of the
-parameters. megatron-core's own conversion (``fully_reshardable``) mixes up padded and unpadded positions: it zeroes
-the end of a buffer whose parameters are not multiples of 64 long, and shifts every bucket after the first one.
-"""
+"""The part of a checkpoint that megatron-core shards: the state of the model and of its optimizer."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import replace
 from typing import Any, Protocol
 
 import torch
-import torch.distributed as dist
 from megatron.core import parallel_state
-from megatron.core.dist_checkpointing.dict_utils import nested_values
-from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory
-from megatron.core.dist_checkpointing.utils import extract_sharded_tensors_and_factories
 from megatron.core.models.gpt import GPTModel
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
-from torch import Tensor
 
-#: Master weight and Adam moments; the step counter is common to all parameters and lies in the parameter groups.
-_KEYS = ("param", "exp_avg", "exp_avg_sq")
+from tawin_nemo.models.megatron.checkpoint import flat_pieces
 
 
 class HasOptimizer(Protocol):
@@ -36,7 +22,8 @@ class HasOptimizer(Protocol):
 def sharded_state(model: GPTModel, trainable: HasOptimizer | None, *, is_loading: bool) -> dict[str, Any]:
     """What ``dist_checkpointing`` saves, or loads into: ``model`` and, with ``trainable``, ``optimizer``.
 
-    Both are in the shape of the parameters, so that they can be loaded under another TP, PP and DP size.
+    Both are in the shape of the parameters, so that they can be loaded under another TP, PP and DP size. Loading writes
+    into the model's and the distributed optimizer's own tensors.
     """
     group = parallel_state.get_data_parallel_group(with_context_parallel=True)
     parts: dict[str, Any] = {"model": model.sharded_state_dict(metadata={"dp_cp_group": group})}
@@ -51,7 +38,7 @@ def sharded_state(model: GPTModel, trainable: HasOptimizer | None, *, is_loading
 
 def _sharded_part(part: Any, model_state: dict[str, Any], *, is_loading: bool) -> dict[str, Any]:
     if isinstance(part, DistributedOptimizer):
-        return _distributed_state(part, model_state, is_loading=is_loading)
+        return flat_pieces.distributed_state(part, model_state)
     return part.sharded_state_dict(model_state, is_loading=is_loading)
 
 
@@ -63,7 +50,7 @@ def load_state(model: GPTModel, trainable: HasOptimizer | None, loaded: dict[str
     for number, part in enumerate(_parts(trainable.optimizer)):
         state = loaded["optimizer"][str(number)]
         if isinstance(part, DistributedOptimizer):
-            _load_distributed_state(part, state)
+            flat_pieces.load_distributed_state(part, state)
             continue
         # A common step of 0 is not stored, but torch's Adam wants one.
         if _is_torch_adam(part.optimizer):
@@ -109,66 +96,3 @@ def complete_adam_state(optimizer: Any) -> None:
                     device = parameter.device if in_kernel else torch.device("cpu")
                     step = state.get("step", torch.tensor(0.0))
                     state["step"] = step.clone() if step.device == device else step.to(device)
-
-
-# -- Distributed optimizer ---------------------------------------------------------------------------------------------
-
-
-def _distributed_state(
-    optimizer: DistributedOptimizer, model_state: dict[str, Any], *, is_loading: bool
-) -> dict[str, Any]:
-    """``groups`` (plain values) and ``state`` (sharded like the parameters). Collective over data-parallel ranks.
-
-    When saving, only data-parallel rank 0, whose copy is written, holds data; the others hold views of one zero.
-    """
-    entries = {id(entry.data): entry for entry in nested_values(extract_sharded_tensors_and_factories(model_state)[0])}
-    state: dict[int, dict[str, Any]] = {}
-    for number, parameter in enumerate(_parameters(optimizer)):
-        entry = entries[id(parameter)]
-        state[number] = {}
-        for key in _KEYS:
-            whole = torch.empty(parameter.shape) if is_loading else _whole(optimizer, parameter, key)
-            fields = {} if isinstance(entry, ShardedTensorFactory) else {"dtype": whole.dtype}
-            state[number][key] = replace(entry, key=f"optimizer.state.{key}.{entry.key}", data=whole, **fields)
-    return {"groups": optimizer.state_dict(), "state": state}
-
-
-@torch.no_grad()
-def _load_distributed_state(optimizer: DistributedOptimizer, loaded: dict[str, Any]) -> None:
-    """Take this rank's piece of every loaded tensor."""
-    optimizer.load_state_dict(loaded["groups"])
-    for number, parameter in enumerate(_parameters(optimizer)):
-        for key in _KEYS:
-            piece = _piece(optimizer, parameter, key)
-            if piece is not None:
-                start, stop, mine = piece
-                mine.copy_(loaded["state"][number][key].flatten()[start:stop])
-
-
-def _parameters(optimizer: DistributedOptimizer) -> Iterator[Tensor]:
-    """Every parameter of the optimizer's buffers, also those of which this rank owns nothing, in the same order."""
-    for buffer in optimizer.buffers:
-        yield from buffer.param_index_map
-
-
-def _piece(optimizer: DistributedOptimizer, parameter: Tensor, key: str) -> tuple[int, int, Tensor] | None:
-    """This rank's flat piece ``start:stop`` of a parameter's state."""
-    if parameter not in optimizer.model_param_gbuf_map:
-        return None
-    piece = optimizer._get_model_param_range_map(parameter)["param"]
-    return piece.start, piece.end, optimizer._get_main_param_and_optimizer_states(parameter)[key]
-
-
-@torch.no_grad()
-def _whole(optimizer: DistributedOptimizer, parameter: Tensor, key: str) -> Tensor:
-    group = optimizer.data_parallel_group
-    whole = torch.zeros(parameter.numel(), dtype=torch.float32, device=parameter.device)
-    piece = _piece(optimizer, parameter, key)
-    if piece is not None:
-        start, stop, mine = piece
-        whole[start:stop] = mine
-    if group.size() > 1:  # the pieces are disjoint: adding zeros changes nothing
-        dist.reduce(whole, dst=dist.get_global_rank(group, 0), group=group)
-    if group.rank() != 0:
-        return torch.zeros(()).expand(parameter.shape)
-    return whole.view(parameter.shape).cpu()

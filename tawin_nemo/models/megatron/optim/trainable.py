@@ -118,7 +118,7 @@ class Trainable:
         self._weight_decay, self._clip_grad = trainer.weight_decay, trainer.clip_grad
         bf16 = model.config.params_dtype == torch.bfloat16
         ddp_config = DistributedDataParallelConfig(
-            grad_reduce_in_fp32=True,
+            grad_reduce_in_fp32=trainer.grad_reduce_in_fp32,
             overlap_grad_reduce=False,  # ranks may run different numbers of micro-batches
             use_distributed_optimizer=trainer.distributed_optimizer,
             average_in_collective=False,
@@ -160,6 +160,15 @@ class Trainable:
         if not math.isfinite(stats["loss"]):
             raise NonFiniteStep(f"the loss is {stats['loss']}; the weights were not changed.")
         return {**stats, "grad_norm": self.step(lr)}
+
+    def update_without_gradient(self, *, lr: float) -> float:
+        """The AdamW step of a gradient of exactly 0, without forward and backward; returns the norm, 0.
+
+        The moments decay and the weights follow them, bit for bit as after a backward pass of a loss of 0.
+        """
+        self.ddp.zero_grad_buffer()
+        self.optimizer.zero_grad()
+        return self.step(lr)
 
     def accumulate(self, micro_batches: list[MicroBatch]) -> dict[str, float]:
         """Forward and backward: the gradients' buffers hold the sum over micro-batches and data-parallel ranks."""

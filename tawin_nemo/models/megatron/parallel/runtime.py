@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -264,11 +264,16 @@ def gather_objects(value: Any) -> list[Any]:
 
 def any_rank(flag: bool) -> bool:
     """Whether any process's ``flag`` is set, the same answer on every rank."""
+    return any_rank_of([flag])[0]
+
+
+def any_rank_of(flags: Sequence[bool]) -> list[bool]:
+    """``any_rank`` of several flags in one message."""
     if world_size() == 1:
-        return flag
-    box = torch.tensor([int(flag)], device=device())
+        return list(flags)
+    box = torch.tensor([int(flag) for flag in flags], device=device())
     dist.all_reduce(box, op=dist.ReduceOp.MAX)
-    return bool(box.item())
+    return [bool(flag) for flag in box.tolist()]
 
 
 def rank_layout() -> dict[str, int]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -47,6 +49,27 @@ def weights(subject: Trainable) -> dict[str, torch.Tensor]:
 
 
 EVERYTHING = [[0, 1, 2, 3, 4, 5]]
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("distributed_optimizer", [True, False])
+def test_gradients_may_be_kept_in_the_precision_of_the_weights(precision: str, distributed_optimizer: bool) -> None:
+    """float32 by default; off, bf16 gradients are rounded, and those of a float32 model are what they were."""
+    cfg, norms, after = ModelConfig(precision=precision), [], []
+    for trainer in (TrainerConfig(), TrainerConfig(grad_reduce_in_fp32=False)):
+        trainer = replace(trainer, distributed_optimizer=distributed_optimizer)
+        subject = Trainable(build_model(SHAPE, cfg, seed=3), SHAPE, trainer, lr=1e-3)
+        narrow = precision == "bf16" and not trainer.grad_reduce_in_fp32
+        kinds = {parameter.main_grad.dtype for parameter in subject.model.parameters()}
+        assert kinds == {torch.bfloat16 if narrow else torch.float32}
+        norms.append(subject.update([MicroBatch(batch(part), mean_loss) for part in ([0, 1], [2, 3, 4, 5])], lr=1e-3))
+        after.append(weights(subject))
+    assert norms[1]["loss"] == norms[0]["loss"]
+    assert norms[1]["grad_norm"] == pytest.approx(norms[0]["grad_norm"], rel=1e-2 if precision == "bf16" else 0)
+    if precision == "bf16":
+        assert norms[1]["grad_norm"] != norms[0]["grad_norm"]
+    else:
+        assert all(torch.equal(after[1][name], value) for name, value in after[0].items())
 
 
 @pytest.mark.parametrize("distributed_optimizer", [True, False])
