@@ -20,13 +20,25 @@ BEGIN, END = "<!-- budgets -->", "<!-- end of budgets -->"
 LAYERS = (2, 4)
 KINDS = ("launches", "syncs", "h2d", "d2h")
 
+#: Phase -> what one call of it is.
+PHASES = {
+    "prefill": "all prompts of a rollout",
+    "extend": "the chosen tokens of all beams",
+    "logprobs": "the edges behind all beams",
+    "select": "one choice of all beams, with the rest of the rollout",
+    "pack": "the candidates of a rollout into token trees",
+    "reference": "log-probs of a micro-batch without gradient",
+    "update": "forward and backward of a micro-batch",
+    "optimizer": "gradient norm, clipping, AdamW",
+}
+
 #: phase -> kind -> call site -> events of all calls with each number of layers; and ``calls`` of the phase.
 Table = Mapping[str, Mapping[str, Any]]
 
 
 def measure(layers: Sequence[int] = LAYERS) -> dict[str, dict[str, Any]]:
     """The table of this process's product. Enter the pretended device first."""
-    from tests.simcuda.scene import PHASES, measured
+    from tests.simcuda.scene import measured
 
     runs = [measured(number) for number in layers]
     table: dict[str, dict[str, Any]] = {}
@@ -83,8 +95,6 @@ def _sites(budget: Mapping[str, Any], now: Mapping[str, Any], kind: str, positio
 
 def rendered(table: Table) -> str:
     """The table for people, in Markdown."""
-    from tests.simcuda.scene import PHASES
-
     lines = [
         "| phase: one call | launches per layer | besides | waits of the host (per layer) | H2D copies | D2H copies |",
         "|---|---|---|---|---|---|",
@@ -142,6 +152,7 @@ def main(words: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--write", action="store_true")
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--layers", type=int, nargs=2, default=LAYERS)
     parser.add_argument("--wait-in-device", action="store_true", help="every call of runtime.device() reads a result")
     given = parser.parse_args(words)
     from tests.simcuda import device
@@ -149,7 +160,7 @@ def main(words: Sequence[str]) -> int:
     with device.pretended():
         if given.wait_in_device:
             _make_wasteful()
-        table = measure()
+        table = measure(given.layers)
     if given.json:
         given.json.write_text(json.dumps(table), encoding="utf-8")
     elif given.write:

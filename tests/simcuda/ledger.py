@@ -21,6 +21,8 @@ from typing import NamedTuple
 KINDS = ("launches", "syncs", "h2d", "d2h", "collectives")
 _ROOT = Path(__file__).resolve().parents[2]
 _PRODUCT = (f"{_ROOT}/tawin_nemo/", f"{_ROOT}/data_prep/")
+#: Wrappers: what runs inside belongs to their caller.
+_TRANSPARENT = ("models/megatron/parallel/first_import.py", "util/torch_modes.py")
 #: Python 3.12 has no frames of its own for some of these, so that names must not depend on them.
 _INNER = re.compile(r"(\.<locals>)?\.<(listcomp|setcomp|dictcomp|genexpr|lambda)>")
 
@@ -137,4 +139,6 @@ def _place(code: CodeType) -> tuple[str, str] | None:
     if root is None:
         return None
     path = code.co_filename.removeprefix(root)
+    if path in _TRANSPARENT:
+        return None
     return (path if root == _PRODUCT[0] else f"data_prep/{path}", _INNER.sub("", code.co_qualname))

@@ -30,17 +30,6 @@ from tawin_nemo.types import DataParallel, PromptBatch, Rollout, TokenRows
 from tests.simcuda.ledger import Counts, counting
 
 LEVELS, CODES, GROUP, PROMPTS = 3, 6, 4, 4
-#: Phase -> what one call of it is.
-PHASES = {
-    "prefill": "all prompts of a rollout",
-    "extend": "the chosen tokens of all beams",
-    "logprobs": "the edges behind all beams",
-    "select": "one choice of all beams, with the rest of the rollout",
-    "pack": "the candidates of a rollout into token trees",
-    "reference": "log-probs of a micro-batch without gradient",
-    "update": "forward and backward of a micro-batch",
-    "optimizer": "gradient norm, clipping, AdamW",
-}
 
 
 def shape(layers: int) -> Backbone:

@@ -52,6 +52,17 @@ def test_a_wait_too_many_is_named_with_its_place(tmp_path):
     assert "decode/lm.py MegatronLM.prefill: item" in prefill
 
 
+@pytest.mark.full
+def test_a_layer_costs_what_the_table_says(tmp_path):
+    """Three layers cost what the line through two and four layers says."""
+    between, table = measured(tmp_path / "between.json", "--layers", "3", "4"), budgets.committed()
+    for phase in table:
+        for kind in budgets.KINDS:
+            layer, rest = budgets.per_call(table, phase, kind)
+            total = budgets.total(between, phase, kind)[0]
+            assert total / between[phase]["calls"] == pytest.approx(rest + 3 * layer), (phase, kind)
+
+
 def test_what_grew_is_named_and_what_moved_is_not():
     table = budgets.committed()
     assert budgets.grown(table, table) == []

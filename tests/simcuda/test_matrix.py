@@ -38,6 +38,9 @@ RL = {
         "trainer.devices=4 model.tensor_model_parallel_size=2 model.sequence_parallel=true model.precision=bf16 "
         "trainer.async_save=true"
     ),
+    "dp2_gradients_in_bf16": (
+        "trainer.devices=2 trainer.grad_reduce_in_fp32=false model.precision=bf16 trainer.save_minutes=1"
+    ),
     "separate": f"{SEPARATE} trainer.async_save=true model.precision=bf16",
     "separate_ahead": f"{SEPARATE} rollout.ahead=1 rl.ensure_target=off rl.importance_cap=2",
     "rollout_tp2_beside_dp2": "trainer.devices=2 rollout.tensor_model_parallel_size=2 model.precision=bf16",
