@@ -186,7 +186,7 @@ class TokenTrie:
 
     def is_leaf(self, nodes_N: Tensor) -> Tensor:
         """Bool: the node is a finished path; False for -1."""
-        return (nodes_N >= self.num_inner) & (nodes_N >= 0)
+        return nodes_N >= self.num_inner
 
     def depth_of(self, nodes_N: Tensor) -> Tensor:
         """Tokens from the root; 0 for -1."""

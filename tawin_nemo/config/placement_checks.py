@@ -44,6 +44,18 @@ def placement_combinations(r: Recipe) -> Iterator[tuple[bool, str]]:
         f"rollout.ahead={rollout.ahead} searches while training goes on, which needs processes of its own; "
         "set rollout.placement=separate and rollout.devices, or rollout.ahead=0",
     )
+    graphs = rollout.cuda_graphs == "on"
+    yield (
+        graphs and (rollout.placement == "server" or rollout.score_space == "vocab"),
+        f"rollout.cuda_graphs=on has no use with rollout.placement={rollout.placement} and "
+        f"rollout.score_space={rollout.score_space}: servers search in their own way, and fixed shapes exist in trie "
+        "space; set rollout.cuda_graphs=off",
+    )
+    yield (
+        graphs and (searching.pp > 1 or r.model.precision.startswith("fp8")),
+        f"rollout.cuda_graphs=on cannot run {searching.pp} pipeline stages in model.precision={r.model.precision}: "
+        "fixed shapes need one stage in fp32 or bf16; set rollout.cuda_graphs=off",
+    )
     yield (
         apart and not 0 < rollout.devices < r.processes,
         f"rollout.placement=separate with rollout.devices={rollout.devices} of {r.processes} processes "

@@ -899,6 +899,11 @@ class RolloutConfig:
     token_budget: int = number(
         262144, 16, TOKENS, help="Limits the tokens held at once per rank: prompts once, plus what beams may run."
     )
+    cuda_graphs: str = choice(
+        "off", "on",
+        help="Runs searches in trie space in fixed shapes, as CUDA graphs on a GPU (on), or in the shapes of the beams "
+        "at hand (off).",
+    )  # fmt: skip
     placement: str = choice(
         "colocated", "separate", "server",
         help="Runs rollouts and evaluation on the training ranks (colocated), on ranks that do nothing else "

@@ -17,10 +17,20 @@ def segment_log_softmax(values_E: Tensor, segment_E: Tensor, num_segments: int) 
     """
     if len(values_E) == 0:  # torch has no maximum over nothing
         return values_E
-    count_N = torch.bincount(segment_E, minlength=num_segments)
-    peak_N = torch.segment_reduce(values_E.detach(), "max", lengths=count_N)
+    # offsets, not lengths: these are checked, for which the host would wait for the device
+    starts = segment_starts(segment_E, num_segments)
+    peak_N = torch.segment_reduce(values_E.detach(), "max", offsets=starts)
     # index_select, not indexing: for a few thousand numbers the latter wakes all CPU threads, which costs far more
     shifted_E = values_E - peak_N.index_select(0, segment_E)
     # Not index_add: its order of summation varies on CUDA, and ranks that share a model must decide alike.
-    total_N = torch.segment_reduce(shifted_E.exp(), "sum", lengths=count_N)
+    total_N = torch.segment_reduce(shifted_E.exp(), "sum", offsets=starts)
     return shifted_E - total_N.log().index_select(0, segment_E)
+
+
+def segment_starts(segment_E: Tensor, num_segments: int) -> Tensor:
+    """[N + 1] where each segment begins in an ascending ``segment_E``, and E behind; no host sync.
+
+    >>> segment_starts(torch.tensor([0, 0, 2]), 3).tolist()
+    [0, 2, 2, 3]
+    """
+    return torch.searchsorted(segment_E, torch.arange(num_segments + 1, device=segment_E.device))

@@ -40,7 +40,8 @@ from tawin_nemo.rollout.scoring import (
     empty_candidates,
     probe_logprob,
 )
-from tawin_nemo.rollout.select import Rules, step, to_next_choice
+from tawin_nemo.rollout.select import Rules, to_next_choice
+from tawin_nemo.rollout.select_dense import step_on_device
 from tawin_nemo.types import Candidates, TokenRows
 from tawin_nemo.util.errors import ConfigError
 from tawin_nemo.util.torch_modes import plain_calls
@@ -142,10 +143,7 @@ class BeamSearch:
         return int(self._held_P.sum())
 
     def max_cache_tokens(self, lengths_B: np.ndarray, widths_B: Sequence[int] | np.ndarray | None = None) -> np.ndarray:
-        """Upper bound [B] of the cache tokens that prompts of these lengths need with their beams (default W each).
-
-        Chains that are run ahead can add a few tokens to it.
-        """
+        """Upper bound [B] of the cache tokens of prompts and their beams (default W each), less what is run ahead."""
         depth = self._trie.decision_depth if self._space == "trie" else self._trie.max_depth - 1
         return lengths_B + np.asarray(self._width if widths_B is None else widths_B, dtype=np.int64) * depth
 
@@ -173,6 +171,8 @@ class BeamSearch:
         if self._rules is None:
             like = probe_logprob(self._lm, cache, self._trie, self._space)
             self._rules = Rules.of(self._trie, self._space, self._length_penalty, like)
+        alike = set(widths or [self._width]) == {self._width}
+        self._rules = replace(self._rules, uniform=alike and (self._beams is None or self._rules.uniform))
         ticket_B = torch.as_tensor(np.asarray(tickets, dtype=np.int64))
         logprobs = self._trie.decision_depth + 1 if self._space == "trie" else self._trie.max_depth
         beams = first_beams(
@@ -238,7 +238,7 @@ class BeamSearch:
             self._cache, self._beams = run_chains(
                 self._lm, self._cache, self._trie, self._beams, self._space, self._run_ahead
             )
-            done += self._step_all()
+            done += self._step_all(ready=self._space == "trie")
             self._release_cache()
         self._stepped = True
         if not done:
@@ -251,25 +251,27 @@ class BeamSearch:
         pruned = np.concatenate([part.pruned_score_B.double().cpu().numpy() for part in done])
         return FinishedPrompts(tickets, Candidates.cat(candidates), pruned)
 
-    def _step_all(self) -> list[Beams]:
-        """Step all prompts until each waits for the model; returns those that finished."""
+    def _step_all(self, *, ready: bool = False) -> list[Beams]:
+        """Step all prompts until each waits for the model; returns those that finished. ``ready``: none waits now."""
         assert self._rules is not None
         done = []
         while self._beams is not None:
+            if ready:
+                self._beams = step_on_device(self._lm, self._cache, self._trie, self._beams, self._rules)
             if self._space == "trie":
                 self._beams = to_next_choice(self._trie, self._beams, self._rules)
             beams, over_B = self._beams, ~self._beams.live_BW.any(dim=1)
-            if bool(over_B.any()):
+            ready_B = ~waiting(self._trie, beams, self._space).any(dim=1)
+            # one number for both counts: the host waits for the device once
+            over, steps = divmod(int(over_B.sum() * (len(beams) + 1) + ready_B.sum()), len(beams) + 1)
+            ready = not over and steps == len(beams)
+            if over:
                 done.append(self._leave(beams, over_B))
-                continue
-            ready_M = (~waiting(self._trie, beams, self._space).any(dim=1)).nonzero()[:, 0]
-            if len(ready_M) == len(beams):
-                beams = step(self._lm, self._cache, self._trie, beams, self._rules)
-            elif len(ready_M):
-                stepped = step(self._lm, self._cache, self._trie, beams.take(ready_M), self._rules)
-                beams = beams.put(ready_M, stepped)
-            self._beams = beams
-            if not len(ready_M):
+            elif steps and not ready:
+                ready_M = ready_B.nonzero()[:, 0]
+                stepped = step_on_device(self._lm, self._cache, self._trie, beams.take(ready_M), self._rules)
+                self._beams = beams.put(ready_M, stepped)
+            elif not steps:
                 break
         return done
 

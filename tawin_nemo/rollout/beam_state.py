@@ -17,6 +17,7 @@ from tawin_nemo.catalog.trie import TokenTrie
 from tawin_nemo.rollout.lm import LM
 from tawin_nemo.rollout.scoring import check_no_nan, token_rows
 from tawin_nemo.types import PromptRecord
+from tawin_nemo.util.torch_modes import numbers
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,7 @@ class Beams(PromptRecord):
     @property
     def own_BW(self) -> Tensor:
         """bool [B, W]: the slot is one of the prompt's ``width_B`` own."""
-        return torch.arange(self.node_BW.shape[1], device=self.width_B.device) < self.width_B[:, None]
+        return numbers(self.node_BW.shape[1], self.width_B.device) < self.width_B[:, None]
 
     def resized(self, width: int) -> Beams:
         """A copy with W = ``width``, which must be at least the largest ``width_B``; new slots are empty."""

@@ -14,6 +14,7 @@ from tawin_nemo.config.backbones import FlopCount
 from tawin_nemo.config.schema import RolloutConfig
 from tawin_nemo.rollout.beam import BeamSearch, FinishedPrompts, collect_candidates
 from tawin_nemo.rollout.filters import ItemFilter
+from tawin_nemo.rollout.fixed_search import FixedShapeSearches
 from tawin_nemo.rollout.groups import draws_for, keep_distinct
 from tawin_nemo.rollout.lm import LM, MeteredLM
 from tawin_nemo.rollout.sampling import constrained_sample
@@ -189,6 +190,9 @@ class RolloutEngine(Generator):
         self.dp = dp
         self.receive_weights = receive_weights
         self.num_replicas = 1
+        self._fixed_shapes: FixedShapeSearches | None = None
+        if cfg.cuda_graphs == "on":
+            self._fixed_shapes = FixedShapeSearches(lm, catalog.trie, length_penalty=cfg.length_penalty)
 
     def pop_flops(self) -> FlopCount:
         """FLOPs of the model since the last call, then reset to zero; always zero for a model without a meter."""
@@ -234,11 +238,12 @@ class RolloutEngine(Generator):
         """
         self._check_width(width)
         check_prompts(self.lm, prompts, self.catalog.trie)
-        budget = token_budget or self.cfg.token_budget
-        search = BeamSearch(
-            self.lm, self.catalog.trie, width,
-            score_space=score_space or self.cfg.score_space, length_penalty=self.cfg.length_penalty,
-        )  # fmt: skip
+        budget, space = token_budget or self.cfg.token_budget, score_space or self.cfg.score_space
+        if self._fixed_shapes is not None and filters is None and space == "trie":
+            yield from self._fixed_shapes.stream(prompts, width, budget)
+            return
+        penalty = self.cfg.length_penalty
+        search = BeamSearch(self.lm, self.catalog.trie, width, score_space=space, length_penalty=penalty)
         order_N = np.argsort(-prompts.lengths, kind="stable")
         ends_N = search.max_cache_tokens(prompts.lengths[order_N]).cumsum()
         started = 0

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from torch import Tensor
@@ -79,6 +79,57 @@ class LM(Protocol):
         ...
 
 
+# -- Decoding of fixed shapes, for searches that are captured in CUDA graphs.
+
+
+class FixedShape(Protocol):
+    """Static buffers of B prompts and of the tokens below them; rows as in ``LM``, except for their numbers.
+
+    Only ``fill``, ``addresses`` and ``tokens_run`` may make the host wait for the device; ``prefill``, ``extend`` and
+    ``logprobs`` do the same operations on the same memory whatever the values in it are.
+    """
+
+    def fill(self, prompts: TokenRows) -> None:
+        """Take B prompts; what was run before is forgotten."""
+        ...
+
+    def prefill(self) -> None:
+        """Run the prompts; row b is the last token of prompt b."""
+        ...
+
+    def extend(self, parent_BW: Tensor, token_BWL: Tensor, length_BW: Tensor) -> Tensor:
+        """Run the first ``length_BW`` tokens of each chain below a row of the prompt: the rows [B, W] of their ends."""
+        ...
+
+    def logprobs(self, row_N: Tensor, position_E: Tensor, token_E: Tensor, space: str) -> Tensor:
+        """As ``LM.logprobs``."""
+        ...
+
+    def state(self) -> list[Tensor]:
+        """The buffers that ``extend`` changes and that a repetition of it would change again."""
+        ...
+
+    def addresses(self) -> tuple[int, ...]:
+        """Where everything lies in memory that ``extend`` and ``logprobs`` read and write, weights included."""
+        ...
+
+    def tokens_run(self) -> int:
+        """Tokens that were run since ``fill``, without the prompts."""
+        ...
+
+
+@runtime_checkable
+class FixedShapeLM(Protocol):
+    """A language model that can decode in static buffers."""
+
+    def fixed_shape(self, prompts: int, prompt_slots: int, slots: int) -> FixedShape | None:
+        """Buffers for B prompts of at most ``prompt_slots`` tokens with at most ``slots`` tokens below each.
+
+        None if the model's layout cannot decode so.
+        """
+        ...
+
+
 # -- FLOP counting.
 
 
@@ -107,10 +158,13 @@ class MeteredLM:
 
     def prefill(self, prompts: TokenRows) -> Any:
         """Run B prompts and count their tokens and attention pairs."""
+        self._count_prompts(prompts)
+        return self.lm.prefill(prompts)
+
+    def _count_prompts(self, prompts: TokenRows) -> None:
         lengths_B = prompts.lengths.astype(np.float64)
         self._prompts += FlopCount(tokens=len(prompts.flat), pairs=float((lengths_B * (lengths_B + 1) / 2).sum()))
         self._num_prompts += len(prompts)
-        return self.lm.prefill(prompts)
 
     def extend(self, cache: Any, parent_R: Tensor, chains: TokenRows) -> Any:
         """Append chains of tokens to rows of the cache and count their tokens."""
@@ -134,6 +188,15 @@ class MeteredLM:
         logits = len(token_E) if space == "trie" else len(row_N) * self.vocab_size
         self._extended += FlopCount(logits=logits)
         return self.lm.logprobs(cache, row_N, position_E, token_E, space)
+
+    def fixed_shape(self, prompts: int, prompt_slots: int, slots: int) -> FixedShape | None:
+        """Buffers of ``lm``, if it has any; what is run in them is counted by ``count``."""
+        return self.lm.fixed_shape(prompts, prompt_slots, slots) if isinstance(self.lm, FixedShapeLM) else None
+
+    def count(self, prompts: TokenRows, tokens: int, logits: int) -> None:
+        """Count a search whose passes this meter did not see: its prompts, and the tokens and output logits below."""
+        self._count_prompts(prompts)
+        self._extended += FlopCount(tokens=tokens, logits=logits)
 
     def best_tokens(self, cache: Any, row_N: Tensor) -> Tensor:
         """The most likely token of each row; counts N times V output logits."""

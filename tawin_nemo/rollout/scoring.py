@@ -20,8 +20,13 @@ SCORE_SPACES = ("trie", "vocab")
 def check_no_nan(logp_E: Tensor) -> Tensor:
     """Return the log-probs unchanged; raises TawinError if one is NaN."""
     if bool(torch.isnan(logp_E).any()):
-        raise TawinError("the language model returned NaN log-probs; look at its weights and its precision")
+        raise nan_error()
     return logp_E
+
+
+def nan_error() -> TawinError:
+    """The error of a search whose model returns NaN."""
+    return TawinError("the language model returned NaN log-probs; look at its weights and its precision")
 
 
 def token_rows(flat_S: Tensor, lengths_R: Tensor) -> TokenRows:

@@ -19,6 +19,7 @@ from tawin_nemo.rollout.beam_state import Beams
 from tawin_nemo.rollout.filters import Filters
 from tawin_nemo.rollout.lm import LM
 from tawin_nemo.rollout.scoring import check_no_nan
+from tawin_nemo.util.torch_modes import numbers
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,8 @@ class Rules:
     norm_T: Tensor  # length ** length_penalty
     best_norm_T: Tensor  # the largest norm that a path which ends behind this token can still be divided by
     filters: Filters | None = None  # what ``Beams.filter_B`` points into
+    uniform: bool = False  # every prompt has W beams
+    flat: bool = False  # all norms are 1
 
     @classmethod
     def of(cls, trie: TokenTrie, space: str, length_penalty: float, like: Tensor) -> Rules:
@@ -36,7 +39,7 @@ class Rules:
         norms = [max(1, length) ** length_penalty for length in range(trie.max_depth + 1)]  # no path has length 0
         norm_T = torch.tensor(norms, dtype=torch.float64)
         best_norm_T = norm_T[-1:].expand_as(norm_T) if length_penalty > 0 else torch.cat([norm_T[1:], norm_T[-1:]])
-        return cls(space, norm_T.to(like), best_norm_T.to(like))
+        return cls(space, norm_T.to(like), best_norm_T.to(like), flat=length_penalty == 0)
 
 
 @dataclass(frozen=True)
@@ -51,7 +54,7 @@ class _Table:
 
 
 @dataclass(frozen=True)
-class _Continuations:
+class Continuations:
     """The best K continuations of each prompt, best first."""
 
     score_BK: Tensor
@@ -73,19 +76,19 @@ def step(lm: LM, cache: Any, trie: TokenTrie, beams: Beams, rules: Rules) -> Bea
     # more paths can end within the best ones, and the W best that go on may lie behind all of them.
     for count in (min(2 * width, columns), columns):
         continuations = _ranked(trie, beams, table, count)
-        goes_on_BK = continuations.real_BK & ~continuations.ends_BK
+        goes_on_BK = continuations.real_BK ^ continuations.ends_BK  # what ends a path is real
         if count == columns or not bool((continuations.real_BK[:, -1] & (goes_on_BK.sum(1) < width)).any()):
             break
-    beams = _finish(beams, continuations, rules) if bool(continuations.ends_BK[:, :width].any()) else beams
-    unseen_B = continuations.score_BK[:, -1] if count < columns else torch.full_like(beams.pruned_score_B, -torch.inf)
-    return _advance(beams, continuations, goes_on_BK, unseen_B, rules)
+    beams = finish(beams, continuations, rules) if bool(continuations.ends_BK[:, :width].any()) else beams
+    unseen_B = continuations.score_BK[:, -1] if count < columns else None
+    return advance(beams, continuations, goes_on_BK, unseen_B, rules)
 
 
-def to_next_choice(trie: TokenTrie, beams: Beams, rules: Rules) -> Beams:
+def to_next_choice(trie: TokenTrie, beams: Beams, rules: Rules, *, fixed: bool = False) -> Beams:
     """Trie space: skip the steps before the next one at which a beam of the prompt stands at a choice, if any comes.
 
     On the way paths can end, at most W at a time: each of them is among the best W continuations. A prompt without any
-    choice left finishes all its beams.
+    choice left finishes all its beams. ``fixed``: the same operations whatever the beams are (no host sync).
     """
     length_BW, leaf_BW = trie.depth_of(beams.node_BW), trie.is_leaf(beams.node_BW)
     never = len(rules.norm_T)
@@ -94,14 +97,16 @@ def to_next_choice(trie: TokenTrie, beams: Beams, rules: Rules) -> Beams:
     depth_B = torch.where(choice_B1[:, 0] < never, choice_B1[:, 0], beams.depth_B)
     beams = replace(beams, depth_B=torch.maximum(beams.depth_B, depth_B))
     ends_BW = leaf_BW & (length_BW <= choice_B1)
-    if not bool(ends_BW.any()):
+    if not fixed and not bool(ends_BW.any()):
         return beams
     order_BW = length_BW.masked_fill(~ends_BW, never).argsort(dim=1, stable=True)
-    score_BW = torch.where(ends_BW, beams.score_BW / rules.norm_T[length_BW], -torch.inf)
-    beams = _merged(
-        beams, score_BW.gather(1, order_BW), beams.node_BW.gather(1, order_BW), _rows(beams.logp_BWT, order_BW)
-    )
-    goes_on_BW = ~ends_BW & _has_hope(beams, beams.score_BW, rules)
+    score_BW = beams.score_BW if rules.flat else beams.score_BW / rules.norm_T[length_BW]
+    score_BW = torch.where(ends_BW, score_BW, -torch.inf).gather(1, order_BW)
+    beams = _merged(beams, score_BW, beams.node_BW.gather(1, order_BW), _rows(beams.logp_BWT, order_BW), rules)
+    hope_BW = _has_hope(beams, beams.score_BW, rules)
+    if fixed:
+        hope_BW = hope_BW | ~ends_BW.any(dim=1, keepdim=True)  # a prompt's result is what it would be alone
+    goes_on_BW = ~ends_BW & hope_BW
     return replace(
         beams,
         node_BW=torch.where(goes_on_BW, beams.node_BW, -1),
@@ -115,8 +120,9 @@ def _has_hope(beams: Beams, score_BM: Tensor, rules: Rules) -> Tensor:
     A beam dropped by this bound scores below every beam that is kept, and so do its continuations: it would not change
     the rank of any of them.
     """
-    best_BM = score_BM / rules.best_norm_T[beams.depth_B][:, None]
-    return best_BM > beams.done_score_BW.gather(1, beams.width_B[:, None] - 1)  # -inf while a slot is free
+    best_BM = score_BM if rules.flat else score_BM / rules.best_norm_T[beams.depth_B][:, None]
+    done_BW = beams.done_score_BW  # -inf while a slot is free
+    return best_BM > (done_BW[:, -1:] if rules.uniform else done_BW.gather(1, beams.width_B[:, None] - 1))
 
 
 def _continuations(lm: LM, cache: Any, trie: TokenTrie, beams: Beams, rules: Rules) -> _Table:
@@ -158,7 +164,7 @@ def _continuations(lm: LM, cache: Any, trie: TokenTrie, beams: Beams, rules: Rul
     return _Table(score_BC, parent_BC, edge_BC, child_E, logp_E)
 
 
-def _ranked(trie: TokenTrie, beams: Beams, table: _Table, count: int) -> _Continuations:
+def _ranked(trie: TokenTrie, beams: Beams, table: _Table, count: int) -> Continuations:
     column_BK = best_columns(table.score_BC, count)
     score_BK, parent_BK = table.score_BC.gather(1, column_BK), table.parent_BC.gather(1, column_BK)
     real_BK = score_BK > -torch.inf
@@ -170,7 +176,7 @@ def _ranked(trie: TokenTrie, beams: Beams, table: _Table, count: int) -> _Contin
         node_BK = torch.where(edge_BK < 0, node_BK, table.child_E.index_select(0, edge_X).view_as(edge_BK))
         logp_BK = torch.where(edge_BK < 0, logp_BK, table.logp_E.index_select(0, edge_X).view_as(edge_BK))
     ends_BK = real_BK & trie.is_leaf(node_BK) & (trie.depth_of(node_BK) == beams.depth_B[:, None] + 1)
-    return _Continuations(score_BK, parent_BK, node_BK, logp_BK, real_BK, ends_BK)
+    return Continuations(score_BK, parent_BK, node_BK, logp_BK, real_BK, ends_BK)
 
 
 def best_columns(score_BC: Tensor, count: int) -> Tensor:
@@ -189,22 +195,26 @@ def best_columns(score_BC: Tensor, count: int) -> Tensor:
     return columns - 1 - (key_BC.topk(count, dim=1).values & 0xFFFFFFFF)
 
 
-def _finish(beams: Beams, continuations: _Continuations, rules: Rules) -> Beams:
+def finish(beams: Beams, continuations: Continuations, rules: Rules) -> Beams:
     """Merge the paths that end within the best W continuations into the finished ones."""
     width = beams.node_BW.shape[1]
-    norm_B1 = rules.norm_T[beams.depth_B + 1][:, None]
-    score_BW = torch.where(
-        continuations.ends_BK[:, :width] & beams.own_BW, continuations.score_BK[:, :width] / norm_B1, -torch.inf
-    )
+    ends_BW, score_BW = continuations.ends_BK[:, :width], continuations.score_BK[:, :width]
+    if not rules.uniform:
+        ends_BW = ends_BW & beams.own_BW
+    if not rules.flat:
+        score_BW = score_BW / rules.norm_T[beams.depth_B + 1][:, None]
+    score_BW = torch.where(ends_BW, score_BW, -torch.inf)
     logp_BWT = _longer(beams, continuations.parent_BK[:, :width], continuations.logp_BK[:, :width])
-    return _merged(beams, score_BW, continuations.node_BK[:, :width], logp_BWT)
+    return _merged(beams, score_BW, continuations.node_BK[:, :width], logp_BWT, rules)
 
 
-def _merged(beams: Beams, score_BW: Tensor, leaf_BW: Tensor, logp_BWT: Tensor) -> Beams:
+def _merged(beams: Beams, score_BW: Tensor, leaf_BW: Tensor, logp_BWT: Tensor, rules: Rules) -> Beams:
     """The best W of the finished paths so far and the given ones; an equal score does not displace an earlier one."""
     width = beams.node_BW.shape[1]
     score_BX, order_BX = torch.cat([beams.done_score_BW, score_BW], dim=1).sort(dim=1, descending=True, stable=True)
-    score_BW, order_BW = score_BX[:, :width].masked_fill(~beams.own_BW, -torch.inf), order_BX[:, :width]
+    score_BW, order_BW = score_BX[:, :width], order_BX[:, :width]
+    if not rules.uniform:
+        score_BW = score_BW.masked_fill(~beams.own_BW, -torch.inf)
     leaf_BW = torch.cat([beams.done_leaf_BW, leaf_BW], dim=1).gather(1, order_BW)
     return replace(
         beams,
@@ -214,27 +224,30 @@ def _merged(beams: Beams, score_BW: Tensor, leaf_BW: Tensor, logp_BWT: Tensor) -
     )
 
 
-def _advance(beams: Beams, continuations: _Continuations, goes_on_BK: Tensor, unseen_B: Tensor, rules: Rules) -> Beams:
+def advance(
+    beams: Beams, continuations: Continuations, goes_on_BK: Tensor, unseen_B: Tensor | None, rules: Rules
+) -> Beams:
     """The best W continuations that do not end a path, without those that can no longer enter the result.
 
-    ``unseen_B``: upper bound of the scores of all continuations outside of ``continuations``.
+    ``unseen_B``: upper bound of the scores of all continuations outside of ``continuations``, None if there are none.
     """
     longer = replace(beams, depth_B=beams.depth_B + 1)
     goes_on_BK = goes_on_BK & _has_hope(longer, continuations.score_BK, rules)
-    column_K = torch.arange(goes_on_BK.shape[1], device=goes_on_BK.device)
-    rank_BK = torch.where(
-        continuations.ends_BK, column_K, goes_on_BK.cumsum(1) - 1
-    )  # ends compete with all, others not
-    over_BK = (continuations.ends_BK | goes_on_BK) & (rank_BK >= beams.width_B[:, None])
-    pruned_score_B = continuations.score_BK.masked_fill(~over_BK, -torch.inf).amax(1)
-    longer = replace(
-        longer, pruned_score_B=torch.maximum(torch.maximum(beams.pruned_score_B, pruned_score_B), unseen_B)
-    )
-    order_BW = (~goes_on_BK).byte().argsort(dim=1, stable=True)[:, : beams.node_BW.shape[1]]
-    goes_on_BW = goes_on_BK.gather(1, order_BW) & beams.own_BW
+    place_K = numbers(goes_on_BK.shape[1] + 1, goes_on_BK.device)[1:]
+    rank_BK = torch.where(continuations.ends_BK, place_K, goes_on_BK.cumsum(1))  # ends compete with all, others not
+    over_BK = (continuations.ends_BK | goes_on_BK) & (rank_BK > beams.width_B[:, None])
+    pruned_score_B = torch.where(over_BK, continuations.score_BK, -torch.inf).amax(1)
+    pruned_score_B = torch.maximum(beams.pruned_score_B, pruned_score_B)
+    if unseen_B is not None:
+        pruned_score_B = torch.maximum(pruned_score_B, unseen_B)
+    order_BW = goes_on_BK.byte().argsort(dim=1, descending=True, stable=True)[:, : beams.node_BW.shape[1]]
+    goes_on_BW = goes_on_BK.gather(1, order_BW)
+    if not rules.uniform:
+        goes_on_BW = goes_on_BW & beams.own_BW
     parent_BW = continuations.parent_BK.gather(1, order_BW)
     return replace(
         longer,
+        pruned_score_B=pruned_score_B,
         node_BW=torch.where(goes_on_BW, continuations.node_BK.gather(1, order_BW), -1),
         score_BW=torch.where(goes_on_BW, continuations.score_BK.gather(1, order_BW), -torch.inf),
         row_BW=beams.row_BW.gather(1, parent_BW),
@@ -253,5 +266,5 @@ def _longer(beams: Beams, parent_BM: Tensor, logp_BM: Tensor) -> Tensor:
 def _rows(values_BWT: Tensor, index_BM: Tensor) -> Tensor:
     """``values_BWT[b, index_BM[b, m]]``, by whole rows."""
     prompts, width, _ = values_BWT.shape
-    flat = index_BM + width * torch.arange(prompts, device=index_BM.device)[:, None]
+    flat = index_BM + numbers(width * prompts, index_BM.device)[::width][:, None]
     return values_BWT.flatten(0, 1).index_select(0, flat.flatten()).view(*index_BM.shape, -1)

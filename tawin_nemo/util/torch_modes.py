@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable
-from functools import wraps
+from functools import cache, wraps
 from typing import Any, ParamSpec, TypeVar
 
 import torch
+from torch import Tensor
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -32,3 +33,13 @@ def plain_calls(function: Callable[P, R]) -> Callable[P, R]:
             return function(*args, **kwargs)
 
     return plain
+
+
+def numbers(count: int, device: torch.device) -> Tensor:
+    """0 .. count - 1 as int64: a view of a tensor that is kept, so that no operation runs. Not to be written to."""
+    return _numbers(1 << max(6, (count - 1).bit_length()), device)[:count]
+
+
+@cache
+def _numbers(count: int, device: torch.device) -> Tensor:
+    return torch.arange(count, device=device)

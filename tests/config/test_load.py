@@ -118,6 +118,13 @@ def test_cluster_recipes_write_checkpoints_in_the_background(path):
         ("eval.splits=[train]", ["eval.splits=['train']", "valid, test"]),
         ("rl.negatives=dynamic rollout.score_space=vocab", ["rl.negatives=dynamic", "rollout.score_space=trie"]),
         ("rollout.devices=1", ["rollout.devices=1", "rollout.placement=colocated", "rollout.placement=separate"]),
+        (f"rollout.cuda_graphs=on {SERVED}", ["rollout.placement=server", "rollout.cuda_graphs=off"]),
+        ("rollout.cuda_graphs=on rollout.score_space=vocab", ["rollout.score_space=vocab", "rollout.cuda_graphs=off"]),
+        (
+            "rollout.cuda_graphs=on trainer.devices=2 model.pipeline_model_parallel_size=2",
+            ["2 pipeline stages", "rollout.cuda_graphs=off"],
+        ),
+        ("rollout.cuda_graphs=on model.precision=fp8-delayed", ["fp8-delayed", "rollout.cuda_graphs=off"]),
         ("rollout.ahead=1", ["rollout.ahead=1", "rollout.placement=separate"]),
         (f"{APART}", ["rollout.placement=separate", "rollout.devices=0 of 4 processes", "between 1 and"]),
         (f"{APART} rollout.devices=4", ["rollout.devices=4 of 4 processes", "at least one must train"]),

@@ -24,6 +24,8 @@ from tawin_nemo.models.megatron.decode.lm import MegatronLM
 from tawin_nemo.models.megatron.model.build import build_model
 from tawin_nemo.models.megatron.optim.trainable import MicroBatch, Trainable, score
 from tawin_nemo.models.megatron.parallel import runtime
+from tawin_nemo.rollout.beam import constrained_beam_search
+from tawin_nemo.rollout.fixed_search import FixedShapeSearch, fixed_buffers
 from tawin_nemo.types import TokenBatch, TokenRows
 from tawin_nemo.util.errors import DataError
 
@@ -93,7 +95,21 @@ def decode(trainable: Trainable) -> list[torch.Tensor]:
     if trainable.config.sequence_parallel:
         as_fp8 = decoded_like_fp8(trainable)
         assert all(torch.equal(one, other) for one, other in zip(lean, as_fp8, strict=True))
+    search_in_fixed_shapes(trainable)
     return lean
+
+
+def search_in_fixed_shapes(trainable: Trainable) -> None:
+    """The search in static buffers finds what the usual one finds, on every rank; pipeline stages have no buffers."""
+    lm, trie = MegatronLM(trainable.model, trainable.shape), TokenTrie.from_paths(small_catalog())
+    buffers = fixed_buffers(lm, trie, 6, 4, 6)
+    assert (buffers is None) == (runtime.pp_size() > 1)
+    if buffers is not None:
+        found = FixedShapeSearch(lm, buffers, trie, 6, 4).search(prompts([0, 1, 2]), np.arange(3)).candidates
+        expected = constrained_beam_search(lm, prompts([0, 1, 2]), trie, 6)
+        assert torch.equal(found.items_BW, expected.items_BW)
+        torch.testing.assert_close(found.scores_BW, expected.scores_BW, rtol=0, atol=1e-5)
+        assert_equal_everywhere([found.scores_BW, found.logprobs_BWT], "searches in fixed shapes")
 
 
 def decoded_like_fp8(trainable: Trainable) -> list[torch.Tensor]:

@@ -11,10 +11,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from megatron.core.models.gpt import GPTModel
 from torch import Tensor
 
+from tawin_nemo.catalog.items import Catalog
+from tawin_nemo.catalog.trie import TokenTrie
 from tawin_nemo.config.backbones import BACKBONES, Backbone
 from tawin_nemo.config.schema import RolloutConfig, TrainerConfig
 from tawin_nemo.models.megatron.decode.lm import Cache, MegatronLM
@@ -158,6 +161,35 @@ def _syncs(model: GPTModel, load: Workload) -> int:
     finally:
         torch.cuda.set_sync_debug_mode("default")
     return sum("synchronizing" in str(warning.message) for warning in said)
+
+
+def graphs() -> dict[str, Any]:
+    """Searches with 256 beams below 1,000 tokens over 100,000 items of three codes, usual form against CUDA graphs.
+
+    Milliseconds of the first search, which captures, and the median of five later ones; share of equal items.
+    """
+    items, beams, tokens = (60, 4, 12) if is_dry() else (100_000, 256, 1000)
+    shape, draw = of_size("qwen3-1.7b").shape, np.random.default_rng(0)
+    model, codes = random_model(shape).eval(), min(256, (shape.vocab - 1) // 3)
+    paths = TokenRows.from_lists(list(1 + draw.integers(0, codes, (items, 3)) + codes * np.arange(3)))
+    names = [str(item) for item in range(items)]
+    catalog, result = Catalog(names, names, "sid", paths, TokenTrie.from_paths(paths)), {}
+    for prompts in (1, 8):
+        rows = TokenRows.from_lists(list(draw.integers(1, shape.vocab, (prompts, tokens))))
+        found: dict[str, Tensor] = {}
+        for mode in ("off", "on"):
+            cfg = RolloutConfig(cuda_graphs=mode)
+            search = partial(RolloutEngine(MegatronLM(model, shape), catalog, cfg, seed=0).search, rows, beams)
+            seconds = []
+            for _ in range(6):
+                begin = clock()
+                found[mode] = search().items_BW
+                seconds.append(clock() - begin)
+            result[f"{prompts} prompts, graphs {mode}"] = {
+                "first_ms": 1e3 * seconds[0], "search_ms": 1e3 * statistics.median(seconds[1:]), **launches(search)
+            }  # fmt: skip
+        result[f"{prompts} prompts, equal items"] = float((found["on"] == found["off"]).float().mean())
+    return result
 
 
 def update_3b() -> dict[str, Any]:

@@ -113,6 +113,13 @@ def test_decoding_is_divided_into_calls_and_selection(dry):
     assert found["search"]["operations"] > 100
 
 
+def test_searches_in_graphs_stand_beside_the_usual_ones(dry):
+    found = function_of("graphs")()
+    assert found["8 prompts, equal items"] > 0.9
+    assert found["1 prompts, graphs on"]["search_ms"] > 0
+    assert found["1 prompts, graphs on"]["launches"] == 0  # no GPU
+
+
 def test_updates_stand_beside_the_plan(dry):
     found = function_of("update_3b")()
     assert found["4 prompts"]["tokens"] > found["2 prompts"]["tokens"]

@@ -107,6 +107,8 @@ def test_what_a_gpu_takes_is_taken():
         (lambda x: x[x > 0], {"launches": 2, "syncs": 1}),
         (lambda x: torch.repeat_interleave(x.long()), {"launches": 2, "syncs": 1}),
         (lambda x: torch.repeat_interleave(x.long(), output_size=3), {"launches": 2}),
+        (lambda x: torch.segment_reduce(x, "sum", lengths=x.long()), {"launches": 2, "syncs": 1}),
+        (lambda x: torch.segment_reduce(x, "sum", offsets=x.long()), {"launches": 2}),
         (lambda x: x.cpu(), {"d2h": 1, "syncs": 1}),
         (lambda x: x.tolist(), {"d2h": 1, "syncs": 1}),
         (lambda x: torch.ones(3).cuda(), {"h2d": 1, "syncs": 1}),
@@ -136,7 +138,8 @@ def test_events_belong_to_the_functions_of_the_product():
     logit_E, position_E = on_device(1.0, 2.0, 3.0), torch.tensor([0, 0, 1], device="cuda")
     _, counts = count(lambda: segment_log_softmax(logit_E, position_E, 2))
     assert {(site.path, site.function) for site in counts.events["launches"]} == {
-        ("maths/segments.py", "segment_log_softmax")
+        ("maths/segments.py", "segment_log_softmax"),
+        ("maths/segments.py", "segment_starts"),
     }
     assert "maths/segments.py segment_log_softmax: " in counts.table()
 

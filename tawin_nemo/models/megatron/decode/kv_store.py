@@ -14,7 +14,7 @@ from torch import Tensor
 
 from tawin_nemo.models.megatron.model.attention import AttentionPlan, PlannedAttention, additive_mask
 from tawin_nemo.models.megatron.model.tree_plan import TreePlan
-from tawin_nemo.types import TokenBatch
+from tawin_nemo.types import TokenBatch, TokenRows
 
 
 class KeyValueSlots:
@@ -27,12 +27,20 @@ class KeyValueSlots:
 
     def write(self, layer: int, prompt_S: Tensor, slot_S: Tensor, key_SGD: Tensor, value_SGD: Tensor) -> None:
         """Store S tokens' keys and values at (prompt, slot)."""
-        if layer not in self._layers:
-            shape = (self.prompts, key_SGD.shape[1], self.capacity, key_SGD.shape[2])
-            # zeros: a masked slot still enters the kernels, where 0 * NaN would be NaN
-            self._layers[layer] = (key_SGD.new_zeros(shape), value_SGD.new_zeros(shape))
-        for stored, fresh in zip(self._layers[layer], (key_SGD, value_SGD), strict=True):
+        for stored, fresh in zip(self._of_layer(layer, key_SGD), (key_SGD, value_SGD), strict=True):
             stored[prompt_S, :, slot_S] = fresh.detach()  # a pass that only sets FP8 scales has gradient enabled
+
+    def write_prompts(self, layer: int, key_BGTD: Tensor, value_BGTD: Tensor) -> None:
+        """Store keys and values of the first T slots of all prompts."""
+        for stored, fresh in zip(self._of_layer(layer, key_BGTD[:, :, 0]), (key_BGTD, value_BGTD), strict=True):
+            stored[:, :, : fresh.shape[2]] = fresh
+
+    def _of_layer(self, layer: int, like_SGD: Tensor) -> tuple[Tensor, Tensor]:
+        if layer not in self._layers:
+            shape = (self.prompts, like_SGD.shape[1], self.capacity, like_SGD.shape[2])
+            # zeros: a masked slot still enters the kernels, where 0 * NaN would be NaN
+            self._layers[layer] = (like_SGD.new_zeros(shape), like_SGD.new_zeros(shape))
+        return self._layers[layer]
 
     def read(self, layer: int, prompt_M: Tensor | None, slots: int) -> tuple[Tensor, Tensor]:
         """The first ``slots`` slots of the given prompts (None = of all, without a copy)."""
@@ -40,6 +48,10 @@ class KeyValueSlots:
         if prompt_M is None:
             return keys[:, :, :slots], values[:, :, :slots]
         return keys[prompt_M, :, :slots], values[prompt_M, :, :slots]
+
+    def tensors(self) -> list[Tensor]:
+        """Keys and values of all layers."""
+        return [stored for pair in self._layers.values() for stored in pair]
 
     def make_room(self, slots: int) -> None:
         """Grow to at least ``slots`` slots, by half at least so that growing stays rare."""
@@ -153,3 +165,15 @@ def index_in_group(group_S: Tensor) -> Tensor:
     place_S = torch.empty_like(group_S)
     place_S[order_S] = torch.arange(len(group_S), device=group_S.device) - first_S
     return place_S
+
+
+def chains_of(rows: TokenRows) -> TokenBatch:
+    """The rows as token trees without branches."""
+    length_B = torch.from_numpy(rows.lengths)
+    end_S = length_B.cumsum(0).repeat_interleave(length_B)
+    position_S = torch.arange(len(end_S)) - (length_B.cumsum(0) - length_B).repeat_interleave(length_B)
+    none = torch.zeros(0, dtype=torch.long)
+    return TokenBatch(
+        tokens_S=torch.from_numpy(rows.flat).long(), position_S=position_S, end_S=end_S, chain_B=length_B,
+        tree_B=torch.zeros_like(length_B), index_P=none, row_N=none, target_N=none,
+    )  # fmt: skip

@@ -22,13 +22,20 @@ from torch import Tensor
 from tawin_nemo.config.backbones import Backbone
 from tawin_nemo.maths.segments import segment_log_softmax
 from tawin_nemo.models.megatron.decode import inference_forward
-from tawin_nemo.models.megatron.decode.kv_store import ExtendPlan, KeyValueSlots, PrefillPlan, index_in_group
+from tawin_nemo.models.megatron.decode.fixed_shape import FixedShapeDecode
+from tawin_nemo.models.megatron.decode.kv_store import (
+    ExtendPlan,
+    KeyValueSlots,
+    PrefillPlan,
+    chains_of,
+    index_in_group,
+)
 from tawin_nemo.models.megatron.model.attention import AttentionPlan
 from tawin_nemo.models.megatron.model.forward import logit_dtype, modes, padding, without_sequence_parallel
 from tawin_nemo.models.megatron.model.fp8_scales import calibrate
 from tawin_nemo.models.megatron.model.head import best_tokens, edge_logits, log_sum_exp, top_tokens
 from tawin_nemo.models.megatron.parallel import runtime
-from tawin_nemo.types import TokenBatch, TokenRows
+from tawin_nemo.types import TokenRows
 
 
 @dataclass(frozen=True)
@@ -83,8 +90,8 @@ class MegatronLM:
         """Run each prompt once; row b is the last token of prompt b."""
         device = runtime.device()
         length_B = torch.from_numpy(prompts.lengths).to(device)
-        batch = _chains(prompts)
-        store = KeyValueSlots(len(prompts), int(length_B.max()))
+        batch = chains_of(prompts)
+        store = KeyValueSlots(len(prompts), int(prompts.lengths.max()))
         extra = padding(len(batch.tokens_S), self.model.config)
         plan = PrefillPlan(batch, device, store, extra)
         hidden_SD = self._run(batch.tokens_S, extra, plan)
@@ -99,6 +106,12 @@ class MegatronLM:
             visible_RG=torch.zeros(len(prompts), 0, dtype=torch.bool, device=device),
             hidden_RD=None if hidden_SD is None else hidden_SD[last_B],
         )
+
+    def fixed_shape(self, prompts: int, prompt_slots: int, slots: int) -> FixedShapeDecode | None:
+        """Decoding of B prompts in static buffers (see ``rollout.lm.FixedShapeLM``); None if this layout has none."""
+        if self._last_stage > 0 or not self._use_inference_forward:
+            return None
+        return FixedShapeDecode(self, prompts, prompt_slots, slots)
 
     @torch.no_grad()
     def extend(self, cache: Cache, parent_R: Tensor, chains: TokenRows) -> Cache:
@@ -225,14 +238,15 @@ class MegatronLM:
             arriving_SBD = next(self.model.parameters()).new_empty(real + extra, 1, self.shape.hidden)
             before = dist.get_global_rank(self._stages, self._stage - 1)
             dist.recv(arriving_SBD, src=before, group=self._stages)
-        hidden_SD = self._stage_output(tokens_S, arriving_SBD, plan)
+        hidden_SD = self.stage_output(tokens_S, arriving_SBD, plan)
         if self._stage < self._last_stage:
             following = dist.get_global_rank(self._stages, self._stage + 1)
             dist.send(hidden_SD.contiguous(), dst=following, group=self._stages)
             return None
         return hidden_SD[:real]
 
-    def _stage_output(self, tokens_S: Tensor, arriving_SBD: Tensor | None, plan: AttentionPlan) -> Tensor:
+    def stage_output(self, tokens_S: Tensor, arriving_SBD: Tensor | None, plan: AttentionPlan) -> Tensor:
+        """Hidden states [S, D] behind this stage, of tokens or of what the stage before sent, in evaluation mode."""
         if self._use_inference_forward:
             arriving_SD = None if arriving_SBD is None else arriving_SBD[:, 0]
             with modes(self.model, training=False) if self._drops else contextlib.nullcontext():
@@ -243,7 +257,7 @@ class MegatronLM:
             return self._modules_output(tokens_S, arriving_SBD, plan)[:, 0]
 
     def _split_stage_output(self, tokens_S: Tensor, arriving_SBD: Tensor | None, plan: AttentionPlan) -> Tensor:
-        """``_stage_output`` with sequence parallelism inside the stage: its own part of S in, all of S out."""
+        """``stage_output`` with sequence parallelism inside the stage: its own part of S in, all of S out."""
         tp = self.model.pg_collection.tp
         if arriving_SBD is not None:
             arriving_SBD = mappings.scatter_to_sequence_parallel_region(arriving_SBD, group=tp)
@@ -261,18 +275,6 @@ class MegatronLM:
         hidden_SBD: Tensor = run()
         self.model.set_input_tensor(None)
         return hidden_SBD
-
-
-def _chains(rows: TokenRows) -> TokenBatch:
-    """The rows as token trees without branches."""
-    length_B = torch.from_numpy(rows.lengths)
-    end_S = length_B.cumsum(0).repeat_interleave(length_B)
-    position_S = torch.arange(len(end_S)) - (length_B.cumsum(0) - length_B).repeat_interleave(length_B)
-    none = torch.zeros(0, dtype=torch.long)
-    return TokenBatch(
-        tokens_S=torch.from_numpy(rows.flat).long(), position_S=position_S, end_S=end_S, chain_B=length_B,
-        tree_B=torch.zeros_like(length_B), index_P=none, row_N=none, target_N=none,
-    )  # fmt: skip
 
 
 def _present(hidden_RD: Tensor | None) -> Tensor:

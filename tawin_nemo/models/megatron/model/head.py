@@ -25,7 +25,7 @@ from megatron.core.tensor_parallel.mappings import (
 )
 from torch import Tensor
 
-from tawin_nemo.maths.segments import segment_log_softmax
+from tawin_nemo.maths.segments import segment_log_softmax, segment_starts
 from tawin_nemo.models.megatron.model.embedding import add_rows
 from tawin_nemo.types import Children
 
@@ -82,6 +82,19 @@ def edge_logits(model: GPTModel, hidden_PD: Tensor, position_E: Tensor, token_E:
     return reduce_from_tensor_model_parallel_region(logit_E, group)
 
 
+@torch.no_grad()
+def fixed_edge_logits(model: GPTModel, hidden_PD: Tensor, position_E: Tensor, token_E: Tensor) -> Tensor:
+    """``edge_logits`` in operations that a CUDA graph can hold: E dot products on every TP rank, no host sync."""
+    weight_VD, group = head_weight_VD(model), model.pg_collection.tp
+    dots_of = _sampled_dots if hidden_PD.is_cpu else _gathered_dots
+    if group.size() == 1:
+        return _wide(dots_of(hidden_PD, weight_VD, position_E, token_E))
+    local_E = token_E - local_vocab(model)[0]
+    here_E = (local_E >= 0) & (local_E < weight_VD.shape[0])
+    dots = _wide(dots_of(hidden_PD, weight_VD, position_E, torch.where(here_E, local_E, 0)))
+    return reduce_from_tensor_model_parallel_region(dots.masked_fill(~here_E, 0), group)
+
+
 class _EdgeDots(torch.autograd.Function):
     """Dot products of selected row pairs, without materialising the rows or a dense gradient of the head."""
 
@@ -108,8 +121,14 @@ def _sampled_dots(left_PD: Tensor, right_VD: Tensor, position_E: Tensor, token_E
     if left_PD.dtype in (torch.float32, torch.float64):
         pattern = _csr(torch.zeros_like(token_E, dtype=left_PD.dtype), position_E, token_E, len(left_PD), len(right_VD))
         return torch.sparse.sampled_addmm(pattern, left_PD.contiguous(), right_VD.t(), beta=0.0).values()
+    return _gathered_dots(left_PD, right_VD, position_E, token_E)
+
+
+def _gathered_dots(left_PD: Tensor, right_VD: Tensor, position_E: Tensor, token_E: Tensor) -> Tensor:
     parts = zip(position_E.split(_EDGES_AT_ONCE), token_E.split(_EDGES_AT_ONCE), strict=True)
-    return torch.cat([(left_PD[p].float() * right_VD[t].float()).sum(-1) for p, t in parts])
+    wide_PD = _wide(left_PD)
+    dots = [(wide_PD[p] * right_VD[t]).sum(-1) for p, t in parts]  # the product widens the second factor as well
+    return dots[0] if len(dots) == 1 else torch.cat(dots)
 
 
 def _weighted_rows(value_E: Tensor, row_E: Tensor, source_E: Tensor, rows_XD: Tensor, count: int) -> Tensor:
@@ -124,8 +143,7 @@ def _weighted_rows(value_E: Tensor, row_E: Tensor, source_E: Tensor, rows_XD: Te
 
 
 def _csr(value_E: Tensor, row_E: Tensor, column_E: Tensor, rows: int, columns: int) -> Tensor:
-    ends = torch.bincount(row_E, minlength=rows).cumsum(0)
-    starts = torch.cat([ends.new_zeros(1), ends])
+    starts = segment_starts(row_E, rows)
     return torch.sparse_csr_tensor(starts, column_E, value_E, size=(rows, columns), check_invariants=False)
 
 
