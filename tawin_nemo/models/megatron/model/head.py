@@ -258,9 +258,8 @@ class _LogSumExp(torch.autograd.Function):
                 exp_PN, peak_P = kept[2 * i], kept[2 * i + 1]
                 weighted_PN = exp_PN * ((peak_P - lse_P).exp() * grad_P)[:, None]
             else:
-                weighted_PN = (
-                    _slice_logits(hidden_PD, weight_VD[rows]).sub_(lse_P[:, None]).exp_().mul_(grad_P[:, None])
-                )
+                weighted_PN = _slice_logits(hidden_PD, weight_VD[rows]).sub_(lse_P[:, None]).exp_()
+                weighted_PN.mul_(grad_P[:, None])
             weighted_PN = weighted_PN.to(hidden_PD.dtype)
             _add_matmul(grad_PD, weighted_PN, weight_VD[rows])
             if grad_VD is not None:
