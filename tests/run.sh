@@ -34,5 +34,6 @@ if [ $# = 0 ]; then # committed result files against their pages
   set -- -m "not results"
 fi
 wait "$types"
-# one worker per core, each file on one worker so that its fixtures are made once
-pytest -q -n "${TAWIN_TEST_WORKERS:-2}" --dist loadfile --no-loadscope-reorder "$@"
+# each file on one worker, so that its fixtures are made once; one worker more than cores, since many tests wait for
+# processes, limits and disks (with two workers on two cores a quarter of the time was idle)
+pytest -q -n "${TAWIN_TEST_WORKERS:-$(($(nproc) + 1))}" --dist loadfile --no-loadscope-reorder "$@"
