@@ -36,4 +36,4 @@ fi
 wait "$types"
 # each file on one worker, so that its fixtures are made once; one worker more than cores, since many tests wait for
 # processes, limits and disks (with two workers on two cores a quarter of the time was idle)
-pytest -q -n "${TAWIN_TEST_WORKERS:-$(($(nproc) + 1))}" --dist loadfile --no-loadscope-reorder "$@"
+pytest -q -n "${TAWIN_TEST_WORKERS:-$(($(getconf _NPROCESSORS_ONLN) + 1))}" --dist loadfile --no-loadscope-reorder "$@"
