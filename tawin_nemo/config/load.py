@@ -68,12 +68,28 @@ def read_recipe(path: str | Path | None, overrides: Sequence[str] = ()) -> Recip
         OmegaConf.resolve(merged)
         recipe = OmegaConf.to_object(merged)
     except OmegaConfBaseException as error:
-        key = getattr(error, "full_key", None) or _unresolvable(merged) or "a value"
+        key = getattr(error, "full_key", None) or _unresolvable(merged) or _referring(layers) or "a value"
         field = dict(leaf_fields(Recipe)).get(key)
         meaning = f" ({key}: {field.metadata['help']})" if field else ""
         raise ConfigError(f"{key}: {str(error).splitlines()[0]}{meaning}") from None
     assert isinstance(recipe, Recipe)
     return recipe
+
+
+def _referring(layers: Sequence[DictConfig]) -> str:
+    """The keys whose values refer to other keys."""
+    found: list[str] = []
+
+    def visit(written: Any, prefix: str) -> None:
+        for name, value in written.items():
+            if isinstance(value, dict):
+                visit(value, f"{prefix}{name}.")
+            elif "${" in str(value):
+                found.append(f"{prefix}{name}={value}")
+
+    for layer in layers:
+        visit(OmegaConf.to_container(layer, resolve=False), "")
+    return ", ".join(found)
 
 
 def _unresolvable(merged: Any) -> str:

@@ -148,10 +148,11 @@ class Actor:
         """``rl.inner_updates`` optimizer steps on one rollout; returns the statistics of the last one.
 
         ``mismatch_kl`` and ``mismatch_prob_error`` compare the training forward pass with the rollout's before
-        anything is learned (``token_stats``); of a rollout searched ahead the step in between is part of it. Without
-        ``packed`` (see ``pack``) the steps are those of a gradient of 0, and what only a forward pass shows is absent.
+        anything is learned (``token_stats``); of a rollout searched ahead the step in between is part of it. When no
+        rank has anything packed (see ``pack``) the steps are those of a gradient of 0, and what only a forward pass
+        shows is absent; a rank without prompts alone takes part in the others' step. Collective.
         """
-        if not packed:
+        if self._rl.beta == 0 and self._may_be_empty and not any(self.dp.gather(bool(packed))):
             zero = {"policy_loss": 0.0, "loss": 0.0, "scored_tokens": 0.0}
             norms = [self.trainable.update_without_gradient(lr=lr) for _ in range(self._rl.inner_updates)]
             return {**zero, "grad_norm": norms[-1]}

@@ -176,16 +176,17 @@ class Asker:
         self._first = self.plain()
 
     def plain(self) -> list[Any]:
-        """Items of a plain request, from the first catalog and weights (paused or not)."""
-        for path, body in (("/continue_generation", {}), ("/catalog/activate", {"catalog_version": 1})):
-            self._http.post(f"{self._served.control}{path}", json=body, headers=self._headers[self._served.control])
+        """Catalog version and items of a plain request (paused or not)."""
+        go_on = f"{self._served.control}/continue_generation"
+        self._http.post(go_on, json={}, headers=self._headers[self._served.control])
         reply = self._http.post(
             f"{self._served.data}/v1/recommendations",
             json={"history": [3, 5], "n": 4},
             headers=self._headers[self._served.data],
         )
         assert reply.status_code == 200, reply.text
-        return [item["external_id"] for item in reply.json()["items"]]
+        found = reply.json()
+        return [found["catalog_version"], *(item["external_id"] for item in found["items"])]
 
     def check(self) -> str:
         """What is wrong with the server, or nothing."""
@@ -193,7 +194,8 @@ class Asker:
             found = self.plain()
         except (AssertionError, httpx.HTTPError) as error:
             return f"a plain request fails: {error}"
-        return "" if found == self._first else f"a plain request is answered with {found}, not {self._first}"
+        changed = found[0] > self._first[0] and len(found) == len(self._first)  # a request that was meant
+        return "" if changed or found == self._first else f"a plain request got {found}, not {self._first}"
 
     def ask(self, rng: random.Random) -> Asked:
         """Send one mutated request; both planes are right for it at first sight."""
@@ -242,7 +244,7 @@ def served(ranks: int, folder: Path) -> Iterator[tuple[Served, Path]]:
     )
     (run_dir / "keys").write_text(KEY, encoding="utf-8")
     words = [f"trainer.devices={ranks}", f"model.tensor_model_parallel_size={ranks}"] if ranks > 1 else []
-    with process(run_dir / "sft", *words) as running:
+    with (folder / "log").open("w") as log, process(run_dir / "sft", *words, log=log) as running:
         yield running, run_dir / "sft"
 
 
@@ -257,10 +259,11 @@ def fuzz(cases: int, seed: int, ranks: int) -> tuple[list[Asked], list[str]]:
                 problems += filter(None, [asker.check()])
                 if problems or running.process.poll() is not None:
                     break
+        log = (Path(folder) / "log").read_text(encoding="utf-8")
+        if "Traceback" in log:
+            problems.append(f"a traceback in the log: {log[log.index('Traceback') :][:2000]}")
         if running.process.poll() is not None:
-            problems.append(
-                f"the server ended with {running.process.returncode}: {running.process.communicate()[1][-2000:]}"
-            )
+            problems.append(f"the server ended with {running.process.returncode}: {log[-2000:]}")
     return asked, problems
 
 

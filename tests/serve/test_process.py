@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 import httpx
 import openai
@@ -53,26 +54,27 @@ def stage(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory / "sft"
 
 
-def process(stage: Path, *overrides: str) -> AbstractContextManager[Served]:
+def process(stage: Path, *overrides: str, log: IO[str] | int = subprocess.PIPE) -> AbstractContextManager[Served]:
     """A server of a stage's weights."""
     keys = f"serve.api_keys_file={stage.parent / 'keys'}"
-    return process_of(stage.parent / "serve" / "address.json", f"checkpoint={stage}", keys, *overrides)
+    return process_of(stage.parent / "serve" / "address.json", f"checkpoint={stage}", keys, *overrides, log=log)
 
 
 @contextmanager
-def process_of(file: Path, *overrides: str) -> Iterator[Served]:
-    """A server that writes ``file`` when it is ready."""
+def process_of(file: Path, *overrides: str, log: IO[str] | int = subprocess.PIPE) -> Iterator[Served]:
+    """A server that writes ``file`` when it is ready, and its log to ``log``: a file for more than some hundred
+    requests, since a pipe that nobody reads fills up and then holds the server."""
     folder = file.parent
     file.unlink(missing_ok=True)
     words = ["serve.port=0", "serve.control_port=0"]
     started = subprocess.Popen(
-        command(*words, *overrides, verb="serve"), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        command(*words, *overrides, verb="serve"), stdout=subprocess.PIPE, stderr=log, text=True,
         env=environment(),
     )  # fmt: skip
     try:
         end = time.monotonic() + LIMIT
         while not file.is_file():
-            assert started.poll() is None, started.communicate()[1][-4000:]
+            assert started.poll() is None, (started.communicate()[1] or "")[-4000:]
             assert time.monotonic() < end, "the server did not start"
             time.sleep(0.1)
         place = json.loads(file.read_text())

@@ -34,6 +34,7 @@ import torch._dynamo
 
 from tawin_nemo.models.megatron.model.compiler import use_fused_functions
 from tawin_nemo.models.megatron.model.precision import this_machine
+from tawin_nemo.models.megatron.parallel import shim
 from tawin_nemo.models.megatron.parallel.shim import locate
 from tests.simcuda import groups
 from tests.simcuda.dispatch import Operations
@@ -84,6 +85,7 @@ def pretended() -> Iterator[None]:
         "torch.load": loaded_to_device(torch.load),
     }  # fmt: skip
     with contextlib.ExitStack() as stack:
+        stack.enter_context(_without_shim())
         # before the rest, since Dynamo reads torch.cuda: megatron's compiled functions run, without a compiler
         stack.callback(torch.compiler.set_stance, "default")
         torch.compiler.set_stance("force_eager")
@@ -100,8 +102,43 @@ def pretended() -> Iterator[None]:
         yield
 
 
-_forever = contextlib.ExitStack()
 _ABSENT = object()
+
+
+def _own(dotted: str) -> tuple[Any, str, object]:
+    """Where a symbol lies, its name there, and what it is; ``_ABSENT`` where it is inherited."""
+    owner, name = locate(dotted)
+    return owner, name, vars(owner).get(name, _ABSENT)
+
+
+def _put(owner: Any, name: str, value: object) -> None:
+    delattr(owner, name) if value is _ABSENT else setattr(owner, name, value)
+
+
+#: torch as it is without the CPU shim: this module is imported when tests are collected, before any of them runs.
+_UNPATCHED = [] if shim._mode is not None else [_own(name) for name in shim.PATCHED if name.startswith("torch.")]
+
+
+@contextlib.contextmanager
+def _without_shim() -> Iterator[None]:
+    """Inside, the CPU shim is away, which another test of this process may have installed: it reads cuda as cpu."""
+    modes = torch.overrides._get_current_function_mode_stack()
+    if not (modes and modes[-1] is shim._mode):  # none was installed, or the device is pretended already
+        yield
+        return
+    patched = [(owner, name, vars(owner)[name]) for owner, name, _ in _UNPATCHED]
+    shim._mode.__exit__(None, None, None)
+    for owner, name, value in _UNPATCHED:
+        _put(owner, name, value)
+    try:
+        yield
+    finally:
+        for owner, name, value in patched:
+            _put(owner, name, value)
+        shim._mode.__enter__()
+
+
+_forever = contextlib.ExitStack()
 
 
 def _replace(stack: contextlib.ExitStack, dotted: str, replacement: object) -> None:
