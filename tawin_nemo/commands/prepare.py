@@ -18,8 +18,10 @@ def prepare_or_tokenize(recipe: Recipe, verb: str) -> dict[str, Any]:
         root = prepared_root(recipe)
         if verb == "prepare":
             return {"prepared": str(root)}
-        from tawin_nemo.commands.tokenize import output_of, tokenize, vectors_of
+        from tawin_nemo.commands.tokenize import checkpoint_of, output_of, tokenize, vectors_of
 
         out = output_of(recipe)
-        stack.enter_context(run_lock(out.parent, verb, outputs=[out.name, vectors_of(out).name]))
+        stack.enter_context(
+            run_lock(out.parent, verb, outputs=[out.name, vectors_of(out).name, checkpoint_of(out).name])
+        )
         return tokenize(recipe, root)

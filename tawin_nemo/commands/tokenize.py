@@ -72,7 +72,7 @@ def tokenize(recipe: Recipe, root: Path) -> dict[str, Any]:
         seed=seed,
     )
     _write(out, made, cfg, dataset, embeddings.vectors_ID, vectors, report, request)
-    _checkpoint(out).unlink(missing_ok=True)
+    checkpoint_of(out).unlink(missing_ok=True)
     return _result(out)
 
 
@@ -93,12 +93,13 @@ def _made(
         index = read_index(find_codes(root, cfg.given, key="semantic_ids.given"), external_ids)
         base_IL = index.codes_IL[:, : index.levels]
         return Tokenized(index.codes_IL, ItemCoder("given", mean_codebooks(x_ID, base_IL, int(base_IL.max()) + 1)))
-    checkpoint = _checkpoint(out) if cfg.method in WITH_NETWORK else None
+    checkpoint = checkpoint_of(out) if cfg.method in WITH_NETWORK else None
     coder, codes_IL = fit(x_ID, cfg, seed=seed, checkpoint=checkpoint)
     return Tokenized(resolve_collisions(codes_IL, coder, x_ID, cfg.collisions), coder)
 
 
-def _checkpoint(out: Path) -> Path:
+def checkpoint_of(out: Path) -> Path:
+    """Where the training of a network for the index ``out`` continues after it was stopped."""
     return out.with_name(f"{out.name}.checkpoint.pt")
 
 

@@ -21,6 +21,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -92,10 +93,10 @@ def odd_value(rng: random.Random) -> Any:
     """Any JSON value, a text that has ended programs before, or a nest of lists."""
     kind = rng.random()
     if kind < 0.6:
-        return rng.choice(VALUES)
+        return deepcopy(rng.choice(VALUES))  # a body is changed in place
     if kind < 0.9:
         return rng.choice(ODD)
-    value: Any = rng.choice(VALUES)
+    value: Any = deepcopy(rng.choice(VALUES))
     for _ in range(rng.choice([1, 3, 50])):
         value = [value] if rng.random() < 0.5 else {rng.choice(ODD): value}
     return value
@@ -117,7 +118,7 @@ def mutated_body(body: Any, rng: random.Random) -> Any:
         elif isinstance(node, dict):
             node[f"{key}{rng.choice('sx_ ')}"] = node.pop(key) if rng.random() < 0.5 else odd_value(rng)
         else:
-            node.extend([odd_value(rng)] * rng.choice([1, 50]))
+            node.extend(odd_value(rng) for _ in range(rng.choice([1, 50])))
     return changed
 
 
