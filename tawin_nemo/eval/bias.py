@@ -24,8 +24,8 @@ def beyond_accuracy(
     """``coverage@K``, ``first_codes@10`` and, where popularity is known, ``popularity_bias@K``.
 
     ``leaf_BK`` holds at least ``max(ks)`` entries, or fewer where the catalog has no more; ``history`` the items that
-    each row's prompt shows; ``popularity_I`` counts each item in the training sequences (``sequence_counts``). A bias that no row has (no
-    candidates, or no histories) is omitted.
+    each row's prompt shows; ``popularity_I`` counts each item in the training sequences (``sequence_counts``). A bias
+    that no row has (no candidates, or no histories) is omitted.
     """
     metrics = {f"coverage@{k}": coverage(leaf_BK[:, :k], catalog) for k in ks}
     metrics[f"first_codes@{DIVERSITY_K}"] = float(first_codes(leaf_BK[:, :DIVERSITY_K], catalog).mean())
@@ -46,7 +46,7 @@ def target_counts(samples: Samples, num_items: int) -> np.ndarray:
 
 
 def sequence_counts(samples: Samples, num_items: int) -> np.ndarray:
-    """``Pop``: how often each item occurs in the training sequences, a row's history and its target (NAPO, App. D). [I]"""
+    """``Pop``: how often each item occurs in the training sequences, histories and targets (NAPO, App. D). [I]"""
     return target_counts(samples, num_items) + np.bincount(samples.history.flat, minlength=num_items)
 
 

@@ -10,7 +10,15 @@ import pytest
 from tawin_nemo.catalog.items import Catalog
 from tawin_nemo.catalog.trie import TokenTrie
 from tawin_nemo.data.samples import Samples
-from tawin_nemo.eval.bias import beyond_accuracy, coverage, first_codes, log_popularity, popularity_bias, sequence_counts, target_counts
+from tawin_nemo.eval.bias import (
+    beyond_accuracy,
+    coverage,
+    first_codes,
+    log_popularity,
+    popularity_bias,
+    sequence_counts,
+    target_counts,
+)
 from tawin_nemo.types import TokenRows
 
 EOS = 1
