@@ -23,8 +23,10 @@ def write_study(folder: Path, data: Path) -> Path:
     keys = dict(word.split("=", 1) for word in SMALL) | {"data.root": str(data), "rl.max_steps": "2"}
     (folder / "recipe.yaml").write_text("name: small\n", encoding="utf-8")
     content = {
-        "study": "jobs", "recipe": "recipe.yaml", "results": str(folder / "results"), "run_root": str(folder / "runs"),
-        "set": {key: yaml.safe_load(value) for key, value in keys.items()}, "splits": ["valid"], "metrics": ["recall@3"],
+        "study": "jobs", "recipe": "recipe.yaml",
+        "results": str(folder / "results"), "run_root": str(folder / "runs"),
+        "set": {key: yaml.safe_load(value) for key, value in keys.items()},
+        "splits": ["valid"], "metrics": ["recall@3"],
         "arms": {"sft": {"rl.enabled": False}, "rl": {"after": "sft", "sft.enabled": False, "rl.init": "base"}},
         "compare": [["rl", "sft"]],
     }  # fmt: skip
