@@ -66,7 +66,7 @@ class SequentialRecommender(nn.Module, ABC):
     def loss(
         self, history_BL: Tensor, target_B: Tensor, negatives: Tensor | SharedNegatives | None = None
     ) -> Tensor:  # fmt: skip
-        """Loss of each row [B]: softmax over all items or SharedNegatives; binary cross-entropy with negatives [B, N]."""
+        """Loss of each row [B]: softmax over all items or SharedNegatives; binary with ``negatives`` [B, N]."""
 
 
 class EmbeddingRecommender(SequentialRecommender):

@@ -182,8 +182,8 @@ class BaselineConfig:
     )  # fmt: skip
     loss: str = choice(
         "softmax", "bce", "sampled_softmax", "trie",
-        help="Selects the negatives: all items, for tiger all codes (softmax); sampled items, not for tiger, in a binary"
-        " loss (bce) or a softmax (sampled_softmax); codes that lead to items, for tiger (trie).",
+        help="Selects the negatives: all items, for tiger all codes (softmax); sampled items, not for tiger, in a "
+        "binary loss (bce) or a softmax (sampled_softmax); codes that lead to items, for tiger (trie).",
     )  # fmt: skip
     negatives: int = number(
         1, 1, WIDTH,
