@@ -1,4 +1,4 @@
-"""HSTU against the paper's equations, item by item in float64; its gradients; its time of learning is in test_models."""
+"""HSTU against the paper's equations, item by item in float64; its gradients and scores."""
 
 import math
 

@@ -1,5 +1,7 @@
 """Training on whole sequences: what is read and predicted, no leakage, the same losses as the windows, causality."""
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 import torch
@@ -53,7 +55,7 @@ def slow_sequences(samples: Samples, longest: int) -> list[tuple[list[int], list
             read = items[:-1]
             targets = [NO_ITEM if place < known else items[place] for place in range(1, len(items))]
             cuts = sorted({0, *range(len(read), 0, -longest)})
-            for start, stop in zip(cuts, cuts[1:], strict=False):
+            for start, stop in pairwise(cuts):
                 if any(target != NO_ITEM for target in targets[start:stop]):
                     pieces.append((read[start:stop], targets[start:stop]))
     return pieces
