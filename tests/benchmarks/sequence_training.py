@@ -121,8 +121,8 @@ def main() -> None:
         ratio = medians[loss, "windows"] / medians[loss, "sequences"]
         report.targets[f"times the windows, {loss}"] = Target.at_least(GOAL, ratio)
     report.unfair += [
-        "256 rows per step on both sides: a step of sequences has 8 times the targets, so an epoch has an eighth of the "
-        "steps. The rows with 32 sequences a step have as many steps and targets per step as the windows.",
+        "256 rows per step on both sides: a step of sequences has 8 times the targets, so an epoch has an eighth of "
+        "the steps. The rows with 32 sequences a step have as many steps and targets per step as the windows.",
         "the time of an epoch is compared, not the epochs that a model needs",
     ]
     flops = 3 * 2.0 * len(samples) * ITEMS * 64
