@@ -38,6 +38,8 @@ from tawin_nemo.util.log import get_logger
 log = get_logger(__name__)
 #: History items in one forward pass; rows of similar length go together, so that little padding is computed.
 ITEMS_PER_PASS = 512
+#: The same for whole sequences with sampled negatives, whose memory does not grow with the catalog.
+SAMPLED_ITEMS_PER_PASS = 4096
 
 
 class BaselineStage(Stage):
@@ -202,7 +204,7 @@ def train_step(
     targets = rows.num_targets if isinstance(rows, Sequences) else len(rows)
     shared = None if sampler is None else sampler.draw()
     total = 0.0
-    for group_R in micro_batches(lengths_R, ITEMS_PER_PASS):
+    for group_R in micro_batches(lengths_R, _items_per_pass(world, rows)):
         loss = _losses(world, model, rows.take(group_R), shared).sum() / targets
         loss.backward()
         total += loss.item()
@@ -211,6 +213,11 @@ def train_step(
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), clip if clip > 0 else float("inf"))
     trainable.optimizer.step()
     return {"train/loss": total, "grad_norm": float(norm)}
+
+
+def _items_per_pass(world: World, rows: Samples | Sequences) -> int:
+    sampled = world.recipe.baseline.loss in ("bce", "sampled_softmax")
+    return SAMPLED_ITEMS_PER_PASS if sampled and isinstance(rows, Sequences) else ITEMS_PER_PASS
 
 
 def _losses(

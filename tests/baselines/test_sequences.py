@@ -26,11 +26,12 @@ def samples_of(split: Split) -> Samples:
 
 
 def generated(users: int, *, longest: int, max_history: int, seed: int, items: int = 0) -> Split:
-    """Interactions of users with 2 .. ``longest`` of them in random order of time; ``items=0``: each its own item."""
+    """2 .. ``longest`` interactions per user, those of all users mixed in time; ``items=0``: each its own item."""
     draw = np.random.default_rng(seed)
     user_N = np.repeat(np.arange(users), draw.integers(2, longest + 1, size=users))
     item_N = draw.integers(0, items, size=len(user_N)) if items else np.arange(len(user_N))
-    return sliding_windows(user_N, item_N, draw.permutation(len(user_N)), max_history)
+    time_N = draw.permutation(len(user_N))
+    return sliding_windows(user_N, item_N, time_N[np.lexsort((time_N, user_N))], max_history)
 
 
 def as_lists(sequences: Sequences) -> list[tuple[list[int], list[int]]]:

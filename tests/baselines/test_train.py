@@ -302,6 +302,7 @@ def test_micro_batches_do_not_change_the_step(world, monkeypatch, options):
     facts = []
     for items in (1, 7, 10_000):
         monkeypatch.setattr(train, "ITEMS_PER_PASS", items)
+        monkeypatch.setattr(train, "SAMPLED_ITEMS_PER_PASS", items)
         runtime.seed_step(1, 0)
         model = train.build_recommender(train.blueprint_of(small))
         fitting = train.ModelAndOptimizer(model, torch.optim.Adam(model.parameters()))
@@ -319,7 +320,7 @@ def chained_samples(users: int = 60) -> Samples:
     user_N = np.repeat(np.arange(users), length_U)
     place_N = np.arange(len(user_N)) - np.repeat(np.cumsum(length_U) - length_U, length_U)
     item_N = (draw.integers(0, ITEMS, size=users)[user_N] + place_N) % ITEMS
-    rows = sliding_windows(user_N, item_N, np.argsort(draw.random(len(user_N))), WINDOW)
+    rows = sliding_windows(user_N, item_N, place_N * users + user_N, WINDOW)
     return Samples(rows.history, rows.target_N, rows.user_N, rows.history)
 
 
