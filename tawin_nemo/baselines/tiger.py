@@ -170,7 +170,7 @@ class Tiger(SequentialRecommender):
         ranks them; steps without a choice cost nothing then.
         """
         if negatives is not None:
-            raise ValueError("TIGER has no loss with sampled negatives; call it without them")
+            raise ValueError("TIGER has no loss with sampled negatives; call it without negatives")
         tokens_BS, mask_BS = self.encoder_input(history_BL)
         codes_BT = self.codes_IC[target_B + 1]
         before_BT = F.pad(codes_BT[:, :-1], (1, 0), value=PAD)  # T5 begins with the padding token

@@ -335,7 +335,7 @@ def chained_samples(users: int = 60) -> Samples:
 def test_sequences_teach_what_their_windows_do(world, monkeypatch, model, options):
     """An epoch has one row per sequence, and the next items of fresh histories are found."""
     samples = {**world.samples, "train": chained_samples()}
-    options = {"batch_size": 20, "epochs": 60, "patience": 20, "training": "sequences", **options}
+    options = {"batch_size": 20, "epochs": 40, "patience": 8, "training": "sequences", **options}
     world = SimpleNamespace(**{**vars(with_baseline(world, model=model, **options)), "samples": samples})
     sequences = train.training_rows(world)
     assert sequences.num_targets == len(samples["train"])
