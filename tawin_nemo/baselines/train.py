@@ -11,6 +11,7 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -22,7 +23,7 @@ from tawin_nemo.baselines.sampled_softmax import NegativeSampler, SharedNegative
 from tawin_nemo.baselines.sequences import Sequences, user_sequences
 from tawin_nemo.data.batches import BatchStream, micro_batches
 from tawin_nemo.data.samples import Samples
-from tawin_nemo.eval.bias import item_counts
+from tawin_nemo.eval.bias import sequence_counts
 from tawin_nemo.eval.result import EvalResult
 from tawin_nemo.models.megatron.checkpoint import checkpoint
 from tawin_nemo.models.megatron.parallel import runtime
@@ -103,7 +104,7 @@ def run_baseline(world: World, sink: MetricSink | None = None, callbacks: Callba
         write_json(directory / MODEL_FILE, blueprint.to_json())
         train_baseline(world, stage, model)
     load_checkpoint(stage.chosen_checkpoint, model)
-    popularity_I = item_counts(world.samples["train"], len(world.catalog))
+    popularity_I = sequence_counts(world.samples["train"], len(world.catalog))
     for split in splits:
         rows, label = world.samples[split], f"{stage.name} {split}"
         result = evaluate_baseline(model, rows, world.catalog, recipe.eval, label=label, popularity_I=popularity_I)
@@ -180,7 +181,7 @@ def negative_sampler(world: World) -> NegativeSampler | None:
     if cfg.loss != "sampled_softmax":
         return None
     return NegativeSampler.of(
-        item_counts(_selected(world), len(world.catalog)), cfg.negatives,
+        np.bincount(_selected(world).target_N, minlength=len(world.catalog)), cfg.negatives,
         popularity=cfg.negatives_from == "popularity", logq=cfg.logq_correction, device=runtime.device(),
     )  # fmt: skip
 
