@@ -11,7 +11,6 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -23,7 +22,7 @@ from tawin_nemo.baselines.sampled_softmax import NegativeSampler, SharedNegative
 from tawin_nemo.baselines.sequences import Sequences, user_sequences
 from tawin_nemo.data.batches import BatchStream, micro_batches
 from tawin_nemo.data.samples import Samples
-from tawin_nemo.eval.bias import sequence_counts
+from tawin_nemo.eval.bias import sequence_counts, target_counts
 from tawin_nemo.eval.result import EvalResult
 from tawin_nemo.models.megatron.checkpoint import checkpoint
 from tawin_nemo.models.megatron.parallel import runtime
@@ -181,7 +180,7 @@ def negative_sampler(world: World) -> NegativeSampler | None:
     if cfg.loss != "sampled_softmax":
         return None
     return NegativeSampler.of(
-        np.bincount(_selected(world).target_N, minlength=len(world.catalog)), cfg.negatives,
+        target_counts(_selected(world), len(world.catalog)), cfg.negatives,
         popularity=cfg.negatives_from == "popularity", logq=cfg.logq_correction, device=runtime.device(),
     )  # fmt: skip
 
