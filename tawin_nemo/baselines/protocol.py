@@ -116,21 +116,34 @@ class EmbeddingRecommender(SequentialRecommender):
         if negatives is None:
             return softmax_loss(self._all_scores(state_MD), target_M)
         if isinstance(negatives, SharedNegatives):
-            own_M = self._scores_of(state_MD, target_M.unsqueeze(1)).squeeze(1)
-            return sampled_softmax_loss(own_M, self._all_scores(state_MD, negatives.items_N), target_M, negatives)
+            own_M, shared_MN = self._own_and_shared(state_MD, target_M, negatives.items_N)
+            return sampled_softmax_loss(own_M, shared_MN, target_M, negatives)
         scores_MN = self._scores_of(state_MD, torch.cat([target_M.unsqueeze(1), negatives], dim=1))
         return bce_loss(scores_MN[:, 0], scores_MN[:, 1:])
 
-    def _all_scores(self, state_MD: Tensor, items_N: Tensor | None = None) -> Tensor:
-        """Scores of all items [M, I], or of ``items_N`` [M, N], which are the same for all states."""
+    def _all_scores(self, state_MD: Tensor) -> Tensor:
+        """Scores of all items [M, I]."""
         if self.output is not None:
-            if items_N is None:
-                return self.output(state_MD)
-            return F.linear(state_MD, self.output.weight[items_N], self.output.bias[items_N])
-        vector_ND = self.items.weight[1:] if items_N is None else self.items(items_N + 1)
+            return self.output(state_MD)
         if self.temperature:
-            state_MD, vector_ND = F.normalize(state_MD, dim=-1) / self.temperature, F.normalize(vector_ND, dim=-1)
-        return state_MD @ vector_ND.T
+            state_MD = F.normalize(state_MD, dim=-1) / self.temperature
+            return state_MD @ F.normalize(self.items.weight[1:], dim=-1).T
+        return state_MD @ self.items.weight[1:].T
+
+    def _own_and_shared(self, state_MD: Tensor, target_M: Tensor, items_N: Tensor) -> tuple[Tensor, Tensor]:
+        """Scores of each state's target [M], and of ``items_N`` [M, N], which all states share.
+
+        All vectors come from one look-up, whose gradient is as large as the table.
+        """
+        items_R = torch.cat([target_M, items_N])
+        vector_RD = self.items(items_R + 1) if self.output is None else self.output.weight[items_R]
+        if self.temperature:
+            state_MD, vector_RD = F.normalize(state_MD, dim=-1) / self.temperature, F.normalize(vector_RD, dim=-1)
+        target_MD, shared_ND = vector_RD.split([len(target_M), len(items_N)])
+        own_M, shared_MN = (state_MD * target_MD).sum(dim=1), state_MD @ shared_ND.T
+        if self.output is None:
+            return own_M, shared_MN
+        return own_M + self.output.bias[target_M], shared_MN + self.output.bias[items_N]
 
     def _scores_of(self, state_BD: Tensor, items_BM: Tensor) -> Tensor:
         """Scores [B, M] of the items ``items_BM``, which each state has of its own."""

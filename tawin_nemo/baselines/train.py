@@ -20,6 +20,7 @@ from tawin_nemo.baselines.load import MODEL_FILE, ModelAndOptimizer, find_proble
 from tawin_nemo.baselines.protocol import CausalRecommender, SequentialRecommender, left_padded, sample_negatives
 from tawin_nemo.baselines.sampled_softmax import NegativeSampler, SharedNegatives
 from tawin_nemo.baselines.sequences import Sequences, user_sequences
+from tawin_nemo.config.schema import BaselineConfig
 from tawin_nemo.data.batches import BatchStream, micro_batches
 from tawin_nemo.data.samples import Samples
 from tawin_nemo.eval.bias import sequence_counts, target_counts
@@ -140,8 +141,7 @@ def train_baseline(world: World, stage: BaselineStage, model: SequentialRecommen
     batch_size = min(cfg.batch_size, len(train))
     stream = BatchStream(len(train), batch_size, seed=recipe.seed)
     per_epoch = -(-len(train) // batch_size)
-    optimizer = torch.optim.Adam(model.parameters(), lr=cfg.lr, weight_decay=cfg.weight_decay)
-    trainable = ModelAndOptimizer(model, optimizer)
+    trainable = ModelAndOptimizer(model, adam(cfg, model))
     done = stage.resume(trainable)
     soonest = partial(soonest_stop, done, cfg.patience, per_epoch)
     for step in stage.steps(done.step, cfg.epochs * per_epoch, soonest=soonest):
@@ -162,6 +162,12 @@ def train_baseline(world: World, stage: BaselineStage, model: SequentialRecommen
             "%s used all baseline.epochs=%d without early stopping; raise baseline.epochs", stage.name, cfg.epochs
         )
     stage.finish(done, chosen_step=done.best_step)
+
+
+def adam(cfg: BaselineConfig, model: SequentialRecommender) -> torch.optim.Optimizer:
+    """Adam. Sequences take the fused one, which is faster on a CPU; it rounds differently, so windows keep the other."""
+    fused = True if cfg.training == "sequences" else None
+    return torch.optim.Adam(model.parameters(), lr=cfg.lr, weight_decay=cfg.weight_decay, fused=fused)
 
 
 def training_rows(world: World) -> Samples | Sequences:

@@ -76,7 +76,9 @@ def test_scores_are_cosines_over_the_temperature():
     items_BM = torch.tensor([[0, 6], [3, 3]])
     torch.testing.assert_close(model._scores_of(state_BD, items_BM), expected_BI.gather(1, items_BM), **CLOSE)
     some_N = torch.tensor([5, 5, 0])
-    torch.testing.assert_close(model._all_scores(state_BD, some_N), expected_BI[:, some_N], **CLOSE)
+    own_B, shared_BN = model._own_and_shared(state_BD, torch.tensor([4, 2]), some_N)
+    torch.testing.assert_close(shared_BN, expected_BI[:, some_N], **CLOSE)
+    torch.testing.assert_close(own_B, expected_BI[[0, 1], [4, 2]], **CLOSE)
 
 
 @pytest.mark.parametrize("heads", [1, 2])

@@ -65,7 +65,7 @@ class Side:
         world: Any = SimpleNamespace(recipe=recipe, samples={"train": samples}, catalog=range(items))
         torch.manual_seed(0)
         model = build_recommender(Blueprint(recipe.baseline, items, MAX_HISTORY))
-        trainable = ModelAndOptimizer(model, torch.optim.Adam(model.parameters(), lr=recipe.baseline.lr))
+        trainable = ModelAndOptimizer(model, train.adam(recipe.baseline, model))
         return cls(world, train.training_rows(world), batch_size, trainable, train.negative_sampler(world))
 
     @property
