@@ -165,7 +165,7 @@ def train_baseline(world: World, stage: BaselineStage, model: SequentialRecommen
 
 
 def adam(cfg: BaselineConfig, model: SequentialRecommender) -> torch.optim.Optimizer:
-    """Adam. Sequences take the fused one, which is faster on a CPU; it rounds differently, so windows keep the other."""
+    """Adam; for sequences the fused one, faster on a CPU. It rounds differently, so windows keep the other."""
     fused = True if cfg.training == "sequences" else None
     return torch.optim.Adam(model.parameters(), lr=cfg.lr, weight_decay=cfg.weight_decay, fused=fused)
 
