@@ -1,1 +1,1 @@
-"""Classic sequential recommenders, trained from scratch: GRU4Rec, Caser, SASRec, TIGER."""
+"""Classic sequential recommenders, trained from scratch: GRU4Rec, Caser, SASRec, HSTU, eSASRec, TIGER."""

@@ -49,6 +49,7 @@ def load_auxiliary(stage: str, external_ids: Sequence[str]) -> Auxiliary:
         raise ConfigError(f"preference.aux={stage}: {error}") from error
     if not isinstance(model, EmbeddingRecommender):
         raise ConfigError(
-            f"preference.aux={stage} has no states of users and vectors of items; name a gru4rec, caser or sasrec stage"
+            f"preference.aux={stage} has no states of users and vectors of items; "
+            "name a gru4rec, caser, sasrec, hstu or esasrec stage"
         )
     return Auxiliary(model, stored_blueprint(Path(stage)).max_history)

@@ -9,12 +9,17 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from tawin_nemo.baselines.caser import Caser
+from tawin_nemo.baselines.esasrec import ESASRec
 from tawin_nemo.baselines.gru4rec import GRU4Rec
+from tawin_nemo.baselines.hstu import HSTU
 from tawin_nemo.baselines.protocol import SequentialRecommender
 from tawin_nemo.baselines.sasrec import SASRec
 from tawin_nemo.config.schema import BaselineConfig
 from tawin_nemo.types import TokenRows
 from tawin_nemo.util.errors import ConfigError
+
+#: Models with a state at every item of a sequence.
+CAUSAL = ("sasrec", "hstu", "esasrec")
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,16 +54,33 @@ def items_fingerprint(external_ids: Sequence[str]) -> str:
 
 def check_config(cfg: BaselineConfig, *, semantic_ids: bool) -> None:
     """Raise ConfigError for a combination of settings from which no model can be built."""
-    if cfg.model == "tiger" and cfg.loss == "bce":
+    if cfg.model == "tiger" and cfg.loss in ("bce", "sampled_softmax"):
         raise ConfigError(
-            "baseline.loss=bce: tiger writes codes and has no sampled negatives; set baseline.loss=softmax"
+            f"baseline.loss={cfg.loss}: tiger writes codes and has no sampled negatives; set baseline.loss=softmax"
         )
     if cfg.model != "tiger" and cfg.loss == "trie":
         raise ConfigError(f"baseline.loss=trie: {cfg.model} ranks items, not codes; set baseline.loss=softmax or bce")
     if cfg.model == "tiger" and not semantic_ids:
         raise ConfigError("baseline.model=tiger reads semantic IDs; set catalog.kind=sid and catalog.index")
-    if cfg.model in ("sasrec", "tiger") and cfg.hidden % cfg.heads:
+    if cfg.model in (*CAUSAL, "tiger") and cfg.hidden % cfg.heads:
         raise ConfigError(f"baseline.heads={cfg.heads} does not divide baseline.hidden={cfg.hidden}")
+    if cfg.model not in CAUSAL and cfg.training == "sequences":
+        raise ConfigError(
+            f"baseline.training=sequences needs a model with a state at every item ({', '.join(CAUSAL)}), not "
+            f"{cfg.model}; set baseline.training=windows"
+        )
+    if cfg.model not in CAUSAL and cfg.temperature > 0:
+        raise ConfigError(
+            f"baseline.temperature={cfg.temperature} is for {', '.join(CAUSAL)}, not {cfg.model}; set it to 0"
+        )
+    if cfg.negatives_from == "popularity" and cfg.loss != "sampled_softmax":
+        raise ConfigError(
+            f"baseline.negatives_from=popularity needs baseline.loss=sampled_softmax, not {cfg.loss}; set it to uniform"
+        )
+    if cfg.logq_correction and cfg.loss != "sampled_softmax":
+        raise ConfigError(
+            f"baseline.logq_correction=true needs baseline.loss=sampled_softmax, not {cfg.loss}; set it to false"
+        )
 
 
 def build_recommender(blueprint: Blueprint) -> SequentialRecommender:
@@ -73,11 +95,19 @@ def build_recommender(blueprint: Blueprint) -> SequentialRecommender:
     if cfg.model == "caser":
         return Caser(items, hidden=cfg.hidden, window=longest, dropout=cfg.dropout)
     block: dict[str, Any] = {"hidden": cfg.hidden, "layers": cfg.layers, "heads": cfg.heads, "dropout": cfg.dropout}
+    if cfg.model in CAUSAL:
+        block |= {"max_history": longest, "temperature": cfg.temperature}
     if cfg.model == "sasrec":
-        return SASRec(items, max_history=longest, **block)
+        return SASRec(items, positions_from="oldest" if cfg.training == "sequences" else "newest", **block)
+    if cfg.model == "hstu":
+        return HSTU(items, **block)
+    if cfg.model == "esasrec":
+        return ESASRec(items, **block)
     if cfg.model == "tiger":
         from tawin_nemo.baselines.tiger import Tiger  # transformers takes seconds to import
 
         assert blueprint.paths is not None
         return Tiger(blueprint.paths, loss_space="trie" if cfg.loss == "trie" else "vocab", **block)
-    raise ConfigError(f"baseline.model={cfg.model} is not a model; choose gru4rec, caser, sasrec or tiger")
+    raise ConfigError(
+        f"baseline.model={cfg.model} is not a model; choose gru4rec, caser, sasrec, hstu, esasrec or tiger"
+    )

@@ -104,7 +104,7 @@ def load_scorer(stage: Path, external_ids: Sequence[str]) -> Scorer:
     if blueprint.config.model == "tiger":
         raise ConfigError(
             f"rl.reward_source={stage} is a tiger, which scores only what its search finds; "
-            "name a gru4rec, caser or sasrec stage"
+            "name a gru4rec, caser, sasrec, hstu or esasrec stage"
         )
     return Scorer(model, blueprint.max_history)
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from tawin_nemo.baselines.sampled_softmax import SharedNegatives, sampled_softmax_loss
 from tawin_nemo.types import NO_ITEM, TokenRows
 
 #: Standard deviation of fresh embeddings.
@@ -62,18 +63,24 @@ class SequentialRecommender(nn.Module, ABC):
         """
 
     @abstractmethod
-    def loss(self, history_BL: Tensor, target_B: Tensor, negatives_BN: Tensor | None = None) -> Tensor:
-        """Loss of each row [B]: softmax cross-entropy over all items, or binary with ``negatives_BN`` as negatives."""
+    def loss(
+        self, history_BL: Tensor, target_B: Tensor, negatives: Tensor | SharedNegatives | None = None
+    ) -> Tensor:  # fmt: skip
+        """Loss of each row [B]: softmax over all items or SharedNegatives; binary with ``negatives`` [B, N]."""
 
 
 class EmbeddingRecommender(SequentialRecommender):
     """Score = inner product of a state of the history with a vector of the item.
 
     ``tied``: the item's vector is its input embedding; else it has an output vector and a bias of its own.
+    ``temperature`` > 0, for tied vectors: the score is the cosine of both, divided by it.
     """
 
-    def __init__(self, num_items: int, hidden: int, dropout: float, *, tied: bool = True) -> None:
+    def __init__(
+        self, num_items: int, hidden: int, dropout: float, *, tied: bool = True, temperature: float = 0.0
+    ) -> None:
         super().__init__(num_items)
+        self.temperature = temperature
         self.items = nn.Embedding(num_items + 1, hidden, padding_idx=0)  # row 0 is padding, row i + 1 is item i
         self.dropout = nn.Dropout(dropout)
         nn.init.normal_(self.items.weight, std=INIT_STD)
@@ -92,23 +99,88 @@ class EmbeddingRecommender(SequentialRecommender):
         return self.items(history_BL + 1)
 
     def scores(self, history_BL: Tensor, width: int | None = None) -> Tensor:
-        """Scores [B, I]: inner products of states and item vectors; ``width`` is not used."""
-        state_BD = self.state(history_BL)
-        return state_BD @ self.items.weight[1:].T if self.output is None else self.output(state_BD)
+        """Scores [B, I] of the states of the histories; ``width`` is not used."""
+        return self._all_scores(self.state(history_BL))
 
-    def loss(self, history_BL: Tensor, target_B: Tensor, negatives_BN: Tensor | None = None) -> Tensor:
-        """Loss of each row [B]: ``softmax_loss`` over all items, or ``bce_loss`` against ``negatives_BN``."""
-        if negatives_BN is None:
-            return softmax_loss(self.scores(history_BL), target_B)
-        items_BM = torch.cat([target_B.unsqueeze(1), negatives_BN], dim=1)
-        scores_BM = self._scores_of(self.state(history_BL), items_BM)
-        return bce_loss(scores_BM[:, 0], scores_BM[:, 1:])
+    def loss(
+        self, history_BL: Tensor, target_B: Tensor, negatives: Tensor | SharedNegatives | None = None
+    ) -> Tensor:  # fmt: skip
+        """Loss of each row [B]; see ``state_loss``."""
+        return self.state_loss(self.state(history_BL), target_B, negatives)
+
+    def state_loss(
+        self, state_MD: Tensor, target_M: Tensor, negatives: Tensor | SharedNegatives | None = None
+    ) -> Tensor:  # fmt: skip
+        """Loss of each state [M]: ``softmax_loss`` over all items; with negatives [M, N] ``bce_loss``; with
+        SharedNegatives ``sampled_softmax_loss``."""
+        if negatives is None:
+            return softmax_loss(self._all_scores(state_MD), target_M)
+        if isinstance(negatives, SharedNegatives):
+            own_M, shared_MN = self._own_and_shared(state_MD, target_M, negatives.items_N)
+            return sampled_softmax_loss(own_M, shared_MN, target_M, negatives)
+        scores_MN = self._scores_of(state_MD, torch.cat([target_M.unsqueeze(1), negatives], dim=1))
+        return bce_loss(scores_MN[:, 0], scores_MN[:, 1:])
+
+    def _all_scores(self, state_MD: Tensor) -> Tensor:
+        """Scores of all items [M, I]."""
+        if self.output is not None:
+            return self.output(state_MD)
+        if self.temperature:
+            state_MD = F.normalize(state_MD, dim=-1) / self.temperature
+            return state_MD @ F.normalize(self.items.weight[1:], dim=-1).T
+        return state_MD @ self.items.weight[1:].T
+
+    def _own_and_shared(self, state_MD: Tensor, target_M: Tensor, items_N: Tensor) -> tuple[Tensor, Tensor]:
+        """Scores of each state's target [M], and of ``items_N`` [M, N], which all states share.
+
+        All vectors come from one look-up, whose gradient is as large as the table.
+        """
+        items_R = torch.cat([target_M, items_N])
+        vector_RD = self.items(items_R + 1) if self.output is None else self.output.weight[items_R]
+        if self.temperature:
+            state_MD, vector_RD = F.normalize(state_MD, dim=-1) / self.temperature, F.normalize(vector_RD, dim=-1)
+        target_MD, shared_ND = vector_RD.split([len(target_M), len(items_N)])
+        own_M, shared_MN = (state_MD * target_MD).sum(dim=1), state_MD @ shared_ND.T
+        if self.output is None:
+            return own_M, shared_MN
+        return own_M + self.output.bias[target_M], shared_MN + self.output.bias[items_N]
 
     def _scores_of(self, state_BD: Tensor, items_BM: Tensor) -> Tensor:
-        """Scores [B, M] of the items ``items_BM``."""
-        if self.output is None:
-            return torch.einsum("bd,bmd->bm", state_BD, self.items(items_BM + 1))
-        return torch.einsum("bd,bmd->bm", state_BD, self.output.weight[items_BM]) + self.output.bias[items_BM]
+        """Scores [B, M] of the items ``items_BM``, which each state has of its own."""
+        if self.output is not None:
+            return torch.einsum("bd,bmd->bm", state_BD, self.output.weight[items_BM]) + self.output.bias[items_BM]
+        vector_BMD = self.items(items_BM + 1)
+        if self.temperature:
+            state_BD, vector_BMD = F.normalize(state_BD, dim=-1) / self.temperature, F.normalize(vector_BMD, dim=-1)
+        return torch.einsum("bd,bmd->bm", state_BD, vector_BMD)
+
+
+class CausalRecommender(EmbeddingRecommender):
+    """A state at every item of a history, which depends on this item and those before it alone.
+
+    So a sequence of L items gives L states in one pass. ``max_history`` is the longest sequence.
+    """
+
+    max_history: int
+
+    @abstractmethod
+    def states(self, items_BL: Tensor) -> Tensor:
+        """State [B, L, D] at each item of left-aligned rows with L <= ``max_history``; arbitrary behind their ends."""
+
+    def state(self, history_BL: Tensor) -> Tensor:
+        """The user vector [B, D]: the state at the newest item of ``history_BL`` (left-padded)."""
+        items_BL, length_B = left_aligned(history_BL[:, -self.max_history :])
+        return last_of(self.states(items_BL), length_B)
+
+    def sequence_loss(
+        self, items_BL: Tensor, target_BL: Tensor, negatives: Tensor | SharedNegatives | None = None
+    ) -> Tensor:  # fmt: skip
+        """Loss [M] of the M targets of left-aligned sequences, row by row; ``target_BL`` is NO_ITEM where none is.
+
+        ``negatives``: as in ``state_loss``, [M, N] in the order of the targets.
+        """
+        is_target_BL = target_BL != NO_ITEM
+        return self.state_loss(self.states(items_BL)[is_target_BL], target_BL[is_target_BL], negatives)
 
 
 def left_padded(rows: TokenRows) -> Tensor:

@@ -21,6 +21,7 @@ from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 from transformers.modeling_outputs import BaseModelOutput
 
 from tawin_nemo.baselines.protocol import SequentialRecommender
+from tawin_nemo.baselines.sampled_softmax import SharedNegatives
 from tawin_nemo.catalog.trie import TokenTrie
 from tawin_nemo.types import NO_ITEM, Record, TokenRows
 
@@ -160,14 +161,16 @@ class Tiger(SequentialRecommender):
         self.place = nn.Embedding(MAX_CODE_AGE, hidden)
         nn.init.normal_(self.place.weight, std=INITIAL)
 
-    def loss(self, history_BL: Tensor, target_B: Tensor, negatives_BN: Tensor | None = None) -> Tensor:
+    def loss(
+        self, history_BL: Tensor, target_B: Tensor, negatives: Tensor | SharedNegatives | None = None
+    ) -> Tensor:  # fmt: skip
         """``-log p(codes of the target)``, summed over its codes and END.
 
         ``loss_space``: each over the whole vocabulary, or (``trie``) over the codes that lead to items, as the search
         ranks them; steps without a choice cost nothing then.
         """
-        if negatives_BN is not None:
-            raise ValueError("TIGER has no loss with sampled negatives; call it without negatives_BN")
+        if negatives is not None:
+            raise ValueError("TIGER has no loss with sampled negatives; call it without negatives")
         tokens_BS, mask_BS = self.encoder_input(history_BL)
         codes_BT = self.codes_IC[target_B + 1]
         before_BT = F.pad(codes_BT[:, :-1], (1, 0), value=PAD)  # T5 begins with the padding token

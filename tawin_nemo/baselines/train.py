@@ -1,7 +1,8 @@
-"""Classic recommenders from scratch: one loop for GRU4Rec, Caser, SASRec and TIGER, evaluated like any other stage.
+"""Classic recommenders from scratch: one loop for all of them, evaluated like any other stage.
 
 A training row is a history and the item that follows it, as everywhere in this package; sliding-window data hold
-every shorter history as a row of its own. The stage is ``RUN_DIR/MODEL``; its files are those of ``Stage``, the
+every shorter history as a row of its own. With ``baseline.training=sequences`` a training row is a user instead
+(``baselines/sequences.py``). The stage is ``RUN_DIR/MODEL``; its files are those of ``Stage``, the
 checkpoints are described in ``baselines/load.py``.
 """
 
@@ -16,10 +17,13 @@ from torch import Tensor
 from tawin_nemo.baselines.build import Blueprint, build_recommender, check_config, items_fingerprint
 from tawin_nemo.baselines.evaluate import baseline_candidates, evaluate_baseline, valid_metrics
 from tawin_nemo.baselines.load import MODEL_FILE, ModelAndOptimizer, find_problem, load_checkpoint, save_checkpoint
-from tawin_nemo.baselines.protocol import SequentialRecommender, left_padded, sample_negatives
+from tawin_nemo.baselines.protocol import CausalRecommender, SequentialRecommender, left_padded, sample_negatives
+from tawin_nemo.baselines.sampled_softmax import NegativeSampler, SharedNegatives
+from tawin_nemo.baselines.sequences import Sequences, user_sequences
+from tawin_nemo.config.schema import BaselineConfig
 from tawin_nemo.data.batches import BatchStream, micro_batches
 from tawin_nemo.data.samples import Samples
-from tawin_nemo.eval.bias import sequence_counts
+from tawin_nemo.eval.bias import sequence_counts, target_counts
 from tawin_nemo.eval.result import EvalResult
 from tawin_nemo.models.megatron.checkpoint import checkpoint
 from tawin_nemo.models.megatron.parallel import runtime
@@ -27,6 +31,7 @@ from tawin_nemo.run.callbacks import Callbacks
 from tawin_nemo.run.schedule import scheduled
 from tawin_nemo.run.stage import MetricSink, Progress, Stage, monitored, soonest_stop
 from tawin_nemo.run.world import World
+from tawin_nemo.types import NO_ITEM
 from tawin_nemo.util.errors import ConfigError, TawinError
 from tawin_nemo.util.files import write_json
 from tawin_nemo.util.log import get_logger
@@ -34,6 +39,8 @@ from tawin_nemo.util.log import get_logger
 log = get_logger(__name__)
 #: History items in one forward pass; rows of similar length go together, so that little padding is computed.
 ITEMS_PER_PASS = 512
+#: The same for whole sequences with sampled negatives, whose memory does not grow with the catalog.
+SAMPLED_ITEMS_PER_PASS = 4096
 
 
 class BaselineStage(Stage):
@@ -130,14 +137,11 @@ def train_baseline(world: World, stage: BaselineStage, model: SequentialRecommen
     seed and step, so a killed run continues bit for bit from its newest checkpoint.
     """
     recipe, cfg = world.recipe, world.recipe.baseline
-    train = world.samples["train"]
-    if cfg.rows == "earlier":
-        train = train.take(world.earlier_rows)
+    train, sampler = training_rows(world), negative_sampler(world)
     batch_size = min(cfg.batch_size, len(train))
     stream = BatchStream(len(train), batch_size, seed=recipe.seed)
     per_epoch = -(-len(train) // batch_size)
-    optimizer = torch.optim.Adam(model.parameters(), lr=cfg.lr, weight_decay=cfg.weight_decay)
-    trainable = ModelAndOptimizer(model, optimizer)
+    trainable = ModelAndOptimizer(model, adam(cfg, model))
     done = stage.resume(trainable)
     soonest = partial(soonest_stop, done, cfg.patience, per_epoch)
     for step in stage.steps(done.step, cfg.epochs * per_epoch, soonest=soonest):
@@ -145,7 +149,7 @@ def train_baseline(world: World, stage: BaselineStage, model: SequentialRecommen
             break
         runtime.seed_step(recipe.seed, step + 1)
         lr = scheduled(cfg, step, cfg.epochs * per_epoch)
-        metrics = train_step(world, trainable, train.take(stream.batch(step)), lr=lr)
+        metrics = train_step(world, trainable, train.take(stream.batch(step)), lr=lr, sampler=sampler)
         done.step = step + 1
         stage.write(done.step, {"epoch": done.step / per_epoch, **metrics, "lr": lr})
         if done.step % per_epoch == 0:
@@ -160,16 +164,54 @@ def train_baseline(world: World, stage: BaselineStage, model: SequentialRecommen
     stage.finish(done, chosen_step=done.best_step)
 
 
-def train_step(world: World, trainable: ModelAndOptimizer, samples: Samples, *, lr: float) -> dict[str, float]:
-    """One optimizer step on the mean loss of ``samples``; the loss and the gradient norm before clipping."""
+def adam(cfg: BaselineConfig, model: SequentialRecommender) -> torch.optim.Optimizer:
+    """Adam; for sequences the fused one, faster on a CPU. It rounds differently, so windows keep the other."""
+    fused = True if cfg.training == "sequences" else None
+    return torch.optim.Adam(model.parameters(), lr=cfg.lr, weight_decay=cfg.weight_decay, fused=fused)
+
+
+def training_rows(world: World) -> Samples | Sequences:
+    """The rows that ``baseline.rows`` selects, one per target or (``baseline.training=sequences``) one per user."""
+    rows = _selected(world)
+    if world.recipe.baseline.training == "windows":
+        return rows
+    sequences = user_sequences(rows, world.recipe.data.max_history)
+    log.info("%d rows of train are %d sequences", len(rows), len(sequences))
+    return sequences
+
+
+def negative_sampler(world: World) -> NegativeSampler | None:
+    """What draws the negatives of ``baseline.loss=sampled_softmax``; None for the other losses."""
+    cfg = world.recipe.baseline
+    if cfg.loss != "sampled_softmax":
+        return None
+    return NegativeSampler.of(
+        target_counts(_selected(world), len(world.catalog)), cfg.negatives,
+        popularity=cfg.negatives_from == "popularity", logq=cfg.logq_correction, device=runtime.device(),
+    )  # fmt: skip
+
+
+def _selected(world: World) -> Samples:
+    train = world.samples["train"]
+    return train.take(world.earlier_rows) if world.recipe.baseline.rows == "earlier" else train
+
+
+def train_step(
+    world: World, trainable: ModelAndOptimizer, rows: Samples | Sequences, *, lr: float,
+    sampler: NegativeSampler | None = None,
+) -> dict[str, float]:  # fmt: skip
+    """One optimizer step on the mean loss over the targets of ``rows``; loss and gradient norm before clipping."""
     for group in trainable.optimizer.param_groups:
         group["lr"] = lr
     model, clip = trainable.model, world.recipe.trainer.clip_grad
     model.train()
     trainable.optimizer.zero_grad(set_to_none=True)
+    lengths_R = rows.inputs.lengths if isinstance(rows, Sequences) else rows.history.lengths
+    targets = rows.num_targets if isinstance(rows, Sequences) else len(rows)
+    shared = None if sampler is None else sampler.draw()
     total = 0.0
-    for rows in micro_batches(samples.history.lengths, ITEMS_PER_PASS):
-        loss = _row_losses(world, model, samples.take(rows)).sum() / len(samples)
+    for group_R in micro_batches(lengths_R, _items_per_pass(world, rows)):
+        loss = _losses(world, model, rows.take(group_R), shared).sum() / targets
         loss.backward()
         total += loss.item()
     if total != total:
@@ -179,14 +221,29 @@ def train_step(world: World, trainable: ModelAndOptimizer, samples: Samples, *, 
     return {"train/loss": total, "grad_norm": float(norm)}
 
 
-def _row_losses(world: World, model: SequentialRecommender, samples: Samples) -> Tensor:
+def _items_per_pass(world: World, rows: Samples | Sequences) -> int:
+    sampled = world.recipe.baseline.loss in ("bce", "sampled_softmax")
+    return SAMPLED_ITEMS_PER_PASS if sampled and isinstance(rows, Sequences) else ITEMS_PER_PASS
+
+
+def _losses(
+    world: World, model: SequentialRecommender, rows: Samples | Sequences, shared: SharedNegatives | None
+) -> Tensor:  # fmt: skip
+    """Loss of each target of ``rows``."""
     cfg, device = world.recipe.baseline, runtime.device()
-    history_BL = left_padded(samples.history).to(device)
-    target_B = torch.from_numpy(samples.target_N.astype("int64")).to(device)
-    negatives_BN = None
+    if isinstance(rows, Sequences):
+        items_BL, target_BL = (part.padded(NO_ITEM)[0].to(device) for part in (rows.inputs, rows.targets))
+        target_M = target_BL[target_BL != NO_ITEM]
+    else:
+        items_BL, target_M = left_padded(rows.history), torch.from_numpy(rows.target_N.astype("int64"))
+        items_BL, target_M = items_BL.to(device), target_M.to(device)
+    negatives: Tensor | SharedNegatives | None = shared
     if cfg.loss == "bce":
-        negatives_BN = sample_negatives(target_B, model.num_items, cfg.negatives)
-    return model.loss(history_BL, target_B, negatives_BN)
+        negatives = sample_negatives(target_M, model.num_items, cfg.negatives)
+    if isinstance(rows, Sequences):
+        assert isinstance(model, CausalRecommender)
+        return model.sequence_loss(items_BL, target_BL, negatives)
+    return model.loss(items_BL, target_M, negatives)
 
 
 def _check(world: World, stage: BaselineStage, trainable: ModelAndOptimizer, done: Progress) -> None:

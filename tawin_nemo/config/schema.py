@@ -172,23 +172,46 @@ class BaselineConfig:
     """A classic recommender, trained and evaluated instead of the language model."""
 
     model: str = choice(
-        "off", "gru4rec", "caser", "sasrec", "tiger", help="Selects the recommender; off trains the language model."
-    )
-    loss: str = choice(
-        "softmax", "bce", "trie",
-        help="Selects the negatives: all items, for tiger all codes (softmax); sampled items, not for tiger (bce);"
-        " codes that lead to items, for tiger (trie).",
+        "off", "gru4rec", "caser", "sasrec", "hstu", "esasrec", "tiger",
+        help="Selects the recommender; off trains the language model.",
     )  # fmt: skip
-    negatives: int = number(1, 1, WIDTH, help="Sets the sampled negatives per positive with loss=bce.")
+    training: str = choice(
+        "windows", "sequences",
+        help="Trains on one row per target (windows) or on one row per user, with all its targets in one pass "
+        "(sequences; sasrec, hstu, esasrec). A sequence has at most data.max_history items; longer ones are cut.",
+    )  # fmt: skip
+    loss: str = choice(
+        "softmax", "bce", "sampled_softmax", "trie",
+        help="Selects the negatives: all items, for tiger all codes (softmax); sampled items, not for tiger, in a "
+        "binary loss (bce) or a softmax (sampled_softmax); codes that lead to items, for tiger (trie).",
+    )  # fmt: skip
+    negatives: int = number(
+        1, 1, WIDTH,
+        help="Sets the sampled negatives: per positive with loss=bce; per optimizer step, shared by all its targets, "
+        "with loss=sampled_softmax.",
+    )  # fmt: skip
+    negatives_from: str = choice(
+        "uniform", "popularity",
+        help="Draws the negatives of sampled_softmax uniformly or as often as they are targets in train.",
+    )  # fmt: skip
+    logq_correction: bool = opt(
+        False, "Corrects the scores of negatives in sampled_softmax for how often they are drawn (logQ correction)."
+    )
+    temperature: float = number(
+        0.0, 0.0, 100.0, why="all scores would be nearly the same",
+        help="Ranks by cosines divided by it (sasrec, hstu, esasrec); 0 ranks by inner products.",
+    )  # fmt: skip
     rows: str = choice(
         "all", "earlier",
         help="Selects rows of train: all, or the earlier 1 - rl.fresh_share by time, which a reward model needs.",
     )  # fmt: skip
     hidden: int = number(64, 4, WIDTH, help="Sets the width of embeddings and layers.")
-    layers: int = number(2, 1, LAYERS, help="Sets the number of layers (gru4rec, sasrec, tiger).")
-    heads: int = number(2, 1, LAYERS, help="Sets the number of attention heads (sasrec, tiger).")
+    layers: int = number(2, 1, LAYERS, help="Sets the number of layers (all but caser).")
+    heads: int = number(2, 1, LAYERS, help="Sets the number of attention heads (all but gru4rec and caser).")
     dropout: float = number(0.2, 0.0, DROPOUT, help="Sets the dropout probability on inputs and layers.")
-    batch_size: int = number(256, 1, ROWS, help="Sets the rows per optimizer step.")
+    batch_size: int = number(
+        256, 1, ROWS, help="Sets the rows per optimizer step; a row is a user with training=sequences."
+    )
     epochs: int = number(200, 1, EPOCHS, help="Limits the passes over the rows.")
     patience: int = number(10, 1, help="Stops training after this many epochs without progress on valid.")
     lr: float = number(1e-3, 0.0, LR, help="Sets Adam's peak learning rate.")

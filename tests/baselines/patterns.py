@@ -9,7 +9,7 @@ from tawin_nemo.config.schema import BaselineConfig
 from tawin_nemo.types import TokenRows
 
 ITEMS, WINDOW, END_OF_TEXT = 12, 5, 1
-MODELS = ("gru4rec", "caser", "sasrec", "tiger")
+MODELS = ("gru4rec", "caser", "sasrec", "hstu", "esasrec", "tiger")
 
 #: Two or three codes per item and the end of text; all items apart.
 PATHS = TokenRows.from_lists(

@@ -1,10 +1,12 @@
-"""What holds for all four: shapes, no influence of padding, order matters, a rule in the data is learned."""
+"""What holds for all of them: shapes, no influence of padding, order matters, a rule in the data is learned."""
 
+import numpy as np
 import pytest
 import torch
 
 from tawin_nemo.baselines.build import Blueprint, build_recommender
 from tawin_nemo.baselines.protocol import bce_loss, left_aligned, left_padded, sample_negatives, softmax_loss
+from tawin_nemo.baselines.sampled_softmax import NegativeSampler
 from tawin_nemo.config.schema import BaselineConfig
 from tawin_nemo.types import NO_ITEM, TokenRows
 from tawin_nemo.util.errors import ConfigError
@@ -56,7 +58,7 @@ def test_the_order_of_the_history_matters(name):
     assert (forward - backward).abs().max() > 1e-5
 
 
-@pytest.mark.parametrize("name", ["caser", "sasrec"])
+@pytest.mark.parametrize("name", ["caser", "sasrec", "hstu", "esasrec"])
 def test_only_the_newest_items_of_a_long_history_count(name):
     model = model_of(name).eval()
     long, other = torch.tensor([[9, 9, 1, 2, 3, 4, 5]]), torch.tensor([[7, 8, 1, 2, 3, 4, 5]])
@@ -77,16 +79,22 @@ def test_both_losses_are_those_of_the_scores(name):
     torch.testing.assert_close(model.loss(history_BL, target_B, negatives_BN), expected_B)
 
 
-@pytest.mark.parametrize(("name", "loss"), [*((name, "softmax") for name in MODELS), *((n, "bce") for n in EMBEDDED)])
+SAMPLED = [("caser", "sampled_softmax"), ("sasrec", "sampled_softmax")]
+
+
+@pytest.mark.parametrize(
+    ("name", "loss"), [*((name, "softmax") for name in MODELS), *((n, "bce") for n in EMBEDDED), *SAMPLED]
+)
 def test_a_rule_is_learned(name, loss):
     model = model_of(name)
     rows = histories(200, seed=4)
     history_BL, target_B = left_padded(rows), torch.from_numpy(successors(rows))
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+    sampler = NegativeSampler.of(np.ones(ITEMS), 4, popularity=False, logq=True)
     for _ in range(150):
-        negatives_BN = sample_negatives(target_B, ITEMS, 4) if loss == "bce" else None
+        negatives = {"bce": sample_negatives(target_B, ITEMS, 4), "sampled_softmax": sampler.draw()}.get(loss)
         optimizer.zero_grad()
-        model.loss(history_BL, target_B, negatives_BN).mean().backward()
+        model.loss(history_BL, target_B, negatives).mean().backward()
         optimizer.step()
     fresh = histories(50, seed=5)
     best_B = model.eval().scores(left_padded(fresh)).argmax(dim=1)
@@ -111,7 +119,13 @@ def test_left_aligned_rows():
     [
         ({"model": "tiger", "loss": "bce"}, "baseline.loss=bce"),
         ({"model": "sasrec", "hidden": 10, "heads": 4}, "baseline.heads=4 does not divide baseline.hidden=10"),
+        ({"model": "hstu", "hidden": 10, "heads": 4}, "baseline.heads=4 does not divide baseline.hidden=10"),
         ({"model": "off"}, "baseline.model=off"),
+        ({"model": "tiger", "loss": "sampled_softmax"}, "baseline.loss=sampled_softmax: tiger"),
+        ({"model": "caser", "training": "sequences"}, "set baseline.training=windows"),
+        ({"model": "gru4rec", "temperature": 0.05}, "baseline.temperature=0.05 is for sasrec, hstu, esasrec"),
+        ({"model": "hstu", "negatives_from": "popularity"}, "needs baseline.loss=sampled_softmax, not softmax"),
+        ({"model": "hstu", "loss": "bce", "logq_correction": True}, "needs baseline.loss=sampled_softmax, not bce"),
     ],
 )
 def test_impossible_models_are_refused(options, message):

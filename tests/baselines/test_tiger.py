@@ -151,5 +151,5 @@ def test_the_loss_over_admissible_codes_is_what_the_search_ranks_by(model):
 
 
 def test_sampled_negatives_are_refused(model):
-    with pytest.raises(ValueError, match="negatives_BN"):
+    with pytest.raises(ValueError, match="without negatives"):
         model.loss(torch.tensor([[1]]), torch.tensor([2]), torch.tensor([[3]]))

@@ -28,6 +28,7 @@ from tawin_nemo.config.schema import (
     TrainerConfig,
 )
 from tawin_nemo.data.samples import Samples
+from tawin_nemo.data_prep.pipeline import sliding_windows
 from tawin_nemo.eval.result import EvalResult
 from tawin_nemo.models.megatron.parallel import runtime
 from tawin_nemo.types import TokenRows
@@ -172,9 +173,22 @@ def test_training_stops_after_patience_epochs_without_progress(world, monkeypatc
     assert done == {"step": 30, "chosen_step": 12}
 
 
-@pytest.mark.parametrize(("model", "loss"), [("gru4rec", "softmax"), ("sasrec", "bce"), ("tiger", "softmax")])
-def test_an_interrupted_run_continues_bit_for_bit(world, monkeypatch, tmp_path, model, loss):
-    world = with_baseline(world, model=model, loss=loss, epochs=2)
+@pytest.mark.parametrize(
+    ("model", "options"),
+    [
+        ("gru4rec", {"loss": "softmax"}),
+        ("sasrec", {"loss": "bce"}),
+        ("sasrec", {"loss": "softmax", "training": "sequences"}),
+        ("hstu", {"loss": "sampled_softmax", "negatives": 3, "temperature": 0.1, "training": "sequences"}),
+        (
+            "esasrec",
+            {"loss": "sampled_softmax", "negatives": 3, "negatives_from": "popularity", "logq_correction": True},
+        ),
+        ("tiger", {"loss": "softmax"}),
+    ],
+)
+def test_an_interrupted_run_continues_bit_for_bit(world, monkeypatch, tmp_path, model, options):
+    world = with_baseline(world, model=model, epochs=2, **options)
     whole = run_baseline(SimpleNamespace(**{**vars(world), "run_dir": tmp_path / "whole"}))
     fit = train.train_step
     for stops in (2, 3, 4):  # counted from where the attempt before left off: steps 2, 3 (saved), 4 .. of 12
@@ -252,6 +266,7 @@ def test_a_diverging_loss_names_the_remedy(world):
         ({"model": "tiger", "loss": "bce"}, "sid", "baseline.loss=bce"),
         ({"model": "sasrec", "loss": "trie"}, "sid", "baseline.loss=trie"),
         ({"model": "sasrec", "heads": 3}, "sid", "baseline.heads=3"),
+        ({"model": "gru4rec", "training": "sequences"}, "sid", "baseline.training=sequences"),
     ],
 )
 def test_impossible_combinations_are_refused_before_anything_is_written(world, options, kind, message):
@@ -277,17 +292,66 @@ def test_earlier_rows_are_all_that_a_reward_model_sees(world, monkeypatch):
     assert seen == set(range(240))
 
 
-def test_micro_batches_do_not_change_the_step(world, monkeypatch):
+@pytest.mark.parametrize(
+    "options",
+    [{"model": "sasrec"}, {"model": "hstu", "training": "sequences", "loss": "sampled_softmax", "negatives": 5}],
+)
+def test_micro_batches_do_not_change_the_step(world, monkeypatch, options):
+    small = with_baseline(world, dropout=0.0, **options)
+    small.samples["train"] = chained_samples()
     facts = []
     for items in (1, 7, 10_000):
         monkeypatch.setattr(train, "ITEMS_PER_PASS", items)
-        small = with_baseline(world, model="sasrec", dropout=0.0)
+        monkeypatch.setattr(train, "SAMPLED_ITEMS_PER_PASS", items)
         runtime.seed_step(1, 0)
         model = train.build_recommender(train.blueprint_of(small))
         fitting = train.ModelAndOptimizer(model, torch.optim.Adam(model.parameters()))
-        facts.append(train.train_step(small, fitting, small.samples["train"].take(np.arange(20)), lr=1e-3))
+        rows, sampler = train.training_rows(small).take(np.arange(20)), train.negative_sampler(small)
+        facts.append(train.train_step(small, fitting, rows, lr=1e-3, sampler=sampler))
     for other in facts[1:]:
         assert other == pytest.approx(facts[0], rel=1e-5)
+
+
+# -- whole sequences ------------------------------------------------------------------------------------------------
+def chained_samples(users: int = 60) -> Samples:
+    """Windows of users who buy each item's successor, 2 to 9 items each."""
+    draw = np.random.default_rng(8)
+    length_U = draw.integers(2, 10, size=users)
+    user_N = np.repeat(np.arange(users), length_U)
+    place_N = np.arange(len(user_N)) - np.repeat(np.cumsum(length_U) - length_U, length_U)
+    item_N = (draw.integers(0, ITEMS, size=users)[user_N] + place_N) % ITEMS
+    rows = sliding_windows(user_N, item_N, place_N * users + user_N, WINDOW)
+    return Samples(rows.history, rows.target_N, rows.user_N, rows.history)
+
+
+@pytest.mark.parametrize(
+    ("model", "options"),
+    [
+        ("sasrec", {"loss": "bce", "negatives": 4}),
+        ("hstu", {"loss": "sampled_softmax", "negatives": 6}),
+        ("esasrec", {}),
+    ],
+)
+def test_sequences_teach_what_their_windows_do(world, monkeypatch, model, options):
+    """An epoch has one row per sequence, and the next items of fresh histories are found."""
+    samples = {**world.samples, "train": chained_samples()}
+    options = {"batch_size": 20, "epochs": 40, "patience": 8, "training": "sequences", **options}
+    world = SimpleNamespace(**{**vars(with_baseline(world, model=model, **options)), "samples": samples})
+    sequences = train.training_rows(world)
+    assert sequences.num_targets == len(samples["train"])
+    assert len(sequences) < len(samples["train"]) / 2
+    assert run_baseline(world).means["recall@1"] > 0.8
+    first = json.loads((world.run_dir / model / "metrics.jsonl").read_text().splitlines()[0])
+    assert first["epoch"] == pytest.approx(1 / -(-len(sequences) // 20))
+    assert load_baseline(world.run_dir / model).max_history == WINDOW
+
+
+def test_earlier_rows_are_all_that_sequences_learn(world):
+    world.samples["train"] = chained_samples()
+    small = with_baseline(world, model="sasrec", training="sequences", rows="earlier")
+    small.earlier_rows = np.arange(100)
+    targets = train.training_rows(small).targets.flat
+    assert sorted(targets[targets >= 0]) == sorted(world.samples["train"].target_N[:100])
 
 
 # -- the command line -----------------------------------------------------------------------------------------------
@@ -306,5 +370,5 @@ def test_the_recipes_run_on_a_slice_of_the_real_data(path, industrial, tmp_path)
     assert (tmp_path / "report.html").stat().st_size > 10_000
 
 
-def test_the_four_recipes_are_there():
+def test_every_model_has_its_recipe():
     assert [path.stem for path in RECIPES] == sorted(MODELS)
