@@ -16,9 +16,17 @@ class SASRec(EmbeddingRecommender):
     """
 
     def __init__(
-        self, num_items: int, *, hidden: int, layers: int, heads: int, max_history: int, dropout: float
+        self,
+        num_items: int,
+        *,
+        hidden: int,
+        layers: int,
+        heads: int,
+        max_history: int,
+        dropout: float,
+        text_IE: Tensor | None = None,
     ) -> None:
-        super().__init__(num_items, hidden, dropout)
+        super().__init__(num_items, hidden, dropout, text_IE=text_IE)
         self.positions = nn.Embedding(max_history, hidden)
         nn.init.normal_(self.positions.weight, std=INIT_STD)
         block = nn.TransformerEncoderLayer(

@@ -17,6 +17,7 @@ from tawin_nemo.baselines.build import Blueprint, build_recommender, check_confi
 from tawin_nemo.baselines.evaluate import baseline_candidates, evaluate_baseline, valid_metrics
 from tawin_nemo.baselines.load import MODEL_FILE, ModelAndOptimizer, find_problem, load_checkpoint, save_checkpoint
 from tawin_nemo.baselines.protocol import SequentialRecommender, left_padded, sample_negatives
+from tawin_nemo.baselines.text_items import TEXT_VECTORS, item_text_vectors, vectors_fingerprint
 from tawin_nemo.data.batches import BatchStream, micro_batches
 from tawin_nemo.data.samples import Samples
 from tawin_nemo.eval.bias import item_counts
@@ -90,9 +91,10 @@ def run_baseline(world: World, sink: MetricSink | None = None, callbacks: Callba
     if stage.done and all(file.is_file() for file in expected):
         log.info("%s is done", stage.name)
         return EvalResult.read(directory / "eval", splits[-1])
-    blueprint = blueprint_of(world)
+    text_IE = item_text_vectors(world, directory / TEXT_VECTORS) if recipe.baseline.items == "text" else None
+    blueprint = blueprint_of(world, text_IE)
     runtime.seed_step(recipe.seed, 0)
-    model = build_recommender(blueprint).to(runtime.device())
+    model = build_recommender(blueprint, text_IE).to(runtime.device())
     if not stage.done:
         write_json(directory / MODEL_FILE, blueprint.to_json())
         train_baseline(world, stage, model)
@@ -110,8 +112,8 @@ def run_baseline(world: World, sink: MetricSink | None = None, callbacks: Callba
     return result
 
 
-def blueprint_of(world: World) -> Blueprint:
-    """The shape of the model that the recipe and the data ask for."""
+def blueprint_of(world: World, text_IE: Tensor | None = None) -> Blueprint:
+    """The shape of the model that the recipe and the data ask for; ``text_IE``: the vectors of the item texts."""
     recipe = world.recipe
     paths = world.catalog.paths if recipe.baseline.model == "tiger" else None
     return Blueprint(
@@ -120,6 +122,7 @@ def blueprint_of(world: World) -> Blueprint:
         recipe.data.max_history,
         paths,
         items_fingerprint(world.catalog.external_ids),
+        "" if text_IE is None else vectors_fingerprint(text_IE),
     )
 
 

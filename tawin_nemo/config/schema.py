@@ -174,6 +174,11 @@ class BaselineConfig:
     model: str = choice(
         "off", "gru4rec", "caser", "sasrec", "tiger", help="Selects the recommender; off trains the language model."
     )
+    items: str = choice(
+        "ids", "text",
+        help="Takes item vectors from a table with a row per item (ids), or projects vectors of the item texts "
+        "(semantic_ids.text) by a trained matrix, for gru4rec and sasrec (text: MoRec).",
+    )  # fmt: skip
     loss: str = choice(
         "softmax", "bce", "trie",
         help="Selects the negatives: all items, for tiger all codes (softmax); sampled items, not for tiger (bce);"

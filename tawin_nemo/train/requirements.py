@@ -48,6 +48,8 @@ def checks(world: World, continued: Collection[str] = ()) -> Iterator[Callable[[
     recipe = world.recipe
     if recipe.baseline.model != "off":
         yield lambda: check_config(recipe.baseline, semantic_ids=recipe.catalog.kind == "sid")
+        if recipe.baseline.items == "text":
+            yield lambda: check_baseline_texts(world)
         return
     waiting = [
         plan for plan in plans(world)
@@ -66,6 +68,13 @@ def checks(world: World, continued: Collection[str] = ()) -> Iterator[Callable[[
         if plan.kind == "rl":
             yield lambda: check_widths(world)
             yield lambda: check_reward(world)
+
+
+def check_baseline_texts(world: World) -> None:
+    """Raises ConfigError or DataError when the item texts of ``baseline.items=text`` cannot be embedded."""
+    from tawin_nemo.baselines.text_items import check_item_texts
+
+    check_item_texts(world)
 
 
 def check_start(world: World) -> None:
