@@ -1020,6 +1020,11 @@ class CompareConfig:
         0.0, 0.0, LR, help="Sets the constant learning rate of sft_continued (0 = sft.lr with sft.schedule)."
     )
     sft_all: bool = opt(False, "Runs SFT on all training rows.")
+    zero_shot: bool = opt(
+        False,
+        "Evaluates the model that the run starts from (model.init or start) as it is: plain prompting, without any "
+        "training.",
+    )
 
 
 @dataclass(frozen=True)

@@ -32,7 +32,7 @@ from tawin_nemo.rollout.engine import Engine
 from tawin_nemo.run.callbacks import Callbacks, build_callbacks
 from tawin_nemo.run.logging import build_sink
 from tawin_nemo.run.mfu import peak_flops
-from tawin_nemo.run.stage import MetricSink, Stage, logged_seconds
+from tawin_nemo.run.stage import MetricSink, Progress, Stage, logged_seconds
 from tawin_nemo.run.world import World, read_json
 from tawin_nemo.train.actor import Actor
 from tawin_nemo.train.auc_eval import auc_metrics
@@ -113,30 +113,21 @@ def run_stage(world: World, plan: Plan, sink: MetricSink | None, callbacks: Call
         log.info("%s is done", plan.name)
         return EvalResult.read(stage.directory / "eval", splits[-1])
     stage.stop_before(plan.name)
-    drops = plan.kind == "sft"
+    drops, trains = plan.kind == "sft", plan.kind != "zero_shot"
     model = starting_model(world, plan.start, dropout=world.recipe.model.dropout if drops else 0.0)
-    adapt(world, model, plan.start, dropout=drops)
+    if trains:
+        adapt(world, model, plan.start, dropout=drops)
+    recipe = world.recipe if trains else merged(world.recipe)
     known = world.tokenizer.fingerprint
-    engine = build_engine(world.recipe, model, world.shape, world.catalog, tokenizer=known)
-    write_layout(world.run_dir, model, engine, peak_flops(world.recipe))
+    engine = build_engine(recipe, model, world.shape, world.catalog, tokenizer=known)
+    write_layout(world.run_dir, model, engine, peak_flops(recipe))
     optimizer_offloaded: Callable[[], AbstractContextManager[None]] = nullcontext
-    if not stage.done:
-        sft = sft_section(world.recipe, plan.name)
-        if world.recipe.model.freeze_backbone and plan.kind == "sft":
-            freeze_others(model, only_new_tokens(world))
-        lr = {"rl": world.recipe.rl.lr, "preference": world.recipe.preference.lr}.get(plan.kind, sft.lr)
-        trainable = Trainable(model, world.shape, world.recipe.trainer, lr=lr)
-        optimizer_offloaded = trainable.optimizer_offloaded
-        log.info("%s: %d rows of train", plan.name, len(plan.rows))
-        if plan.kind == "rl":
-            actor = Actor(trainable, world.catalog, world.recipe.rl, world.dp)
-            train_rl(world, stage, actor, lambda: reference_for(world, plan, model), engine)
-        elif plan.kind == "preference":
-            train_preference(world, stage, trainable, lambda: reference_for(world, plan, model), engine, plan.rows)
-        else:
-            train_sft(world, sft, stage, trainable, plan.rows, engine)
+    if not stage.done and trains:
+        optimizer_offloaded = train_stage(world, plan, stage, model, engine)
+    elif not stage.done:
+        keep_untrained(world, stage, model)
     stage.stop_before(f"the evaluation of {plan.name}")
-    recipe, precision = world.recipe, world.recipe.eval.precision
+    precision = recipe.eval.precision
     if in_precision(recipe.model, precision) != recipe.model:
         recipe, model = merged(recipe), starting_model(world, plan.name, precision=precision)
         engine = build_engine(recipe, model, world.shape, world.catalog, tokenizer=known, precision=precision)
@@ -149,6 +140,34 @@ def run_stage(world: World, plan: Plan, sink: MetricSink | None, callbacks: Call
             build = partial(build_engine, recipe, model, world.shape, precision=precision)
             evaluate_tasks(world, stage.directory, plan.rows, build)
     return result
+
+
+def train_stage(
+    world: World, plan: Plan, stage: Stage, model: GPTModel, engine: Engine
+) -> Callable[[], AbstractContextManager[None]]:
+    """Train a stage to its end, or go on with it; returns its ``optimizer_offloaded``."""
+    sft = sft_section(world.recipe, plan.name)
+    if world.recipe.model.freeze_backbone and plan.kind == "sft":
+        freeze_others(model, only_new_tokens(world))
+    lr = {"rl": world.recipe.rl.lr, "preference": world.recipe.preference.lr}.get(plan.kind, sft.lr)
+    trainable = Trainable(model, world.shape, world.recipe.trainer, lr=lr)
+    log.info("%s: %d rows of train", plan.name, len(plan.rows))
+    if plan.kind == "rl":
+        actor = Actor(trainable, world.catalog, world.recipe.rl, world.dp)
+        train_rl(world, stage, actor, lambda: reference_for(world, plan, model), engine)
+    elif plan.kind == "preference":
+        train_preference(world, stage, trainable, lambda: reference_for(world, plan, model), engine, plan.rows)
+    else:
+        train_sft(world, sft, stage, trainable, plan.rows, engine)
+    return trainable.optimizer_offloaded
+
+
+def keep_untrained(world: World, stage: Stage, model: GPTModel) -> None:
+    """End the stage ``zero_shot``: its only checkpoint holds the weights that the run starts from. Collective."""
+    begun = Progress()
+    state = {"progress": vars(begun), "stage": stage.name, **world.identity}
+    checkpoint.save_checkpoint(stage.checkpoints / "step_0", model=model, state=state)
+    stage.finish(begun, chosen_step=0)
 
 
 def sft_section(recipe: Recipe, name: str) -> SftConfig:

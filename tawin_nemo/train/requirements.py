@@ -60,7 +60,8 @@ def checks(world: World, continued: Collection[str] = ()) -> Iterator[Callable[[
     if any(plan.start is None for plan in waiting):
         yield lambda: check_start(world)
     for plan in waiting:
-        yield lambda plan=plan: check_rows(plan)  # type: ignore[misc]
+        if plan.kind != "zero_shot":
+            yield lambda plan=plan: check_rows(plan)  # type: ignore[misc]
         if plan.kind == "sft" and active_tasks(recipe.align):
             yield lambda: check_tasks(world)
         if plan.kind == "preference":

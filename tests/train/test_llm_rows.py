@@ -1,0 +1,117 @@
+"""The LLM rows of NAPO's Table 2 from their recipes: plain prompting, ChatRec, TALLRec."""
+
+import json
+from pathlib import Path
+
+import polars as pl
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
+
+from tests.data.chat_tokenizers import CHATML, instruct_tokenizer
+from tests.data_prep.test_candidates_layout import rows_of, write
+from tests.train.runs import called, run
+
+WORDS = (
+    "data.bpe_vocab_size=320 data.eval_limit=9 eval.beams=6 eval.ks=[1,3] eval.candidates=5 trainer.threads=1 "
+    "model.precision=fp32"
+).split()
+FIGURES = {"hit_ratio@1", "valid_ratio", "trie_hit_ratio@1"}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("candidates")
+    write(directory / "toy-val.json", [row for user in range(20) for row in rows_of(user)])
+    write(directory / "toy-test.json", [row for user in range(30, 36) for row in rows_of(user)])
+    return directory
+
+
+@pytest.fixture(scope="module")
+def instruct(tmp_path_factory):
+    """A tiny random Instruct model."""
+    directory = instruct_tokenizer(tmp_path_factory.mktemp("instruct"), CHATML)
+    torch.manual_seed(0)
+    config = Qwen2Config(
+        vocab_size=400, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=1024, tie_word_embeddings=True,
+    )  # fmt: skip
+    Qwen2ForCausalLM(config).save_pretrained(directory)
+    return directory
+
+
+def words_of(recipe: str, folder: Path, run_dir: Path, *more: str) -> list[str]:
+    path = f"recipes/paper/{recipe}.yaml"
+    return ["--recipe", path, *WORDS, f"data.root={folder}", f"run_dir={run_dir}", *more]
+
+
+@pytest.mark.parametrize("recipe", ["prompting_cpu", "chatrec_cpu"])
+def test_a_model_is_prompted_without_training(recipe, folder, instruct, tmp_path):
+    words = words_of(recipe, folder, tmp_path, f"model.init={instruct}")
+    summary = run(*words)
+    assert summary["final_stage"] == "zero_shot"
+    assert summary["candidates"].keys() == {"zero_shot"}
+    assert summary["candidates"]["zero_shot"].keys() == FIGURES
+    assert pl.read_parquet(tmp_path / "zero_shot" / "eval" / "test.candidates.parquet").height == 9
+    assert not (tmp_path / "zero_shot" / "metrics.jsonl").exists()
+    assert json.loads((tmp_path / "zero_shot" / "done.json").read_text()) == {"step": 0, "chosen_step": 0}
+    assert "Without training" in (tmp_path / "report.html").read_text(encoding="utf-8")
+    before = (tmp_path / "summary.json").read_bytes()
+    again = run(*words)
+    assert again["candidates"] == summary["candidates"]
+    assert (tmp_path / "summary.json").read_bytes() == before
+    measured = run(f"run_dir={tmp_path}", "--recipe", str(tmp_path / "recipe.yaml"), verb="evaluate")
+    assert measured["test"]["candidates"] == summary["candidates"]["zero_shot"]
+
+
+def test_the_prompt_of_chatrec_is_what_transformers_would_send(folder, instruct, tmp_path):
+    """The kept weights are those of model.init, and the answers its greedy continuations of the chat."""
+    run(*words_of("chatrec_cpu", folder, tmp_path / "run", f"model.init={instruct}"))
+    run(
+        f"checkpoint={tmp_path / 'run' / 'zero_shot'}", f"convert.output={tmp_path / 'out'}",
+        "--recipe", str(tmp_path / "run" / "recipe.yaml"), verb="convert",
+    )  # fmt: skip
+    ours, theirs = (AutoModelForCausalLM.from_pretrained(path) for path in (tmp_path / "out", instruct))
+    for name, weight in theirs.state_dict().items():
+        torch.testing.assert_close(ours.state_dict()[name][: len(weight)], weight)
+    stored = json.loads((tmp_path / "run" / "prompt.json").read_text())
+    message = [{"role": "user", "content": "MESSAGE"}]
+    chat = AutoTokenizer.from_pretrained(instruct).apply_chat_template(
+        message, tokenize=False, add_generation_prompt=True
+    )
+    assert "MESSAGE".join(stored["chat"]) == chat
+
+
+def test_zero_shot_is_a_row_beside_the_trained_stages(folder, tmp_path):
+    more = ("compare.zero_shot=true", "model.backbone=nano", "sft.epochs=1", "sft.global_batch_size=16")
+    summary = run(*words_of("lastfm_cpu", folder, tmp_path, *more))
+    assert list(summary["candidates"]) == ["zero_shot", "sft"]
+    assert summary["final_stage"] == "sft"
+    step_0 = json.loads((tmp_path / "sft" / "metrics.jsonl").read_text().splitlines()[0])
+    assert step_0["step"] == 0
+    assert summary["zero_shot"] != summary["sft"]
+
+
+def test_a_dry_run_lists_the_stage_without_rows(folder, instruct, tmp_path):
+    words = words_of("prompting_cpu", folder, tmp_path / "run", f"model.init={instruct}")
+    assert run(*words, "--dry-run")["stages"] == {"zero_shot": 0}
+    for weights in instruct.glob("*.safetensors"):
+        weights.rename(weights.with_suffix(".away"))
+    try:
+        done = called(*words, "--dry-run")
+    finally:
+        for weights in instruct.glob("*.away"):
+            weights.rename(weights.with_suffix(".safetensors"))
+    assert done.returncode == 2
+    assert "holds no *.safetensors files" in done.stderr
+
+
+def test_tallrec_learns_from_instructions_with_candidates(folder, tmp_path):
+    more = ("model.backbone=nano", "sft.epochs=1", "sft.global_batch_size=16")
+    summary = run(*words_of("tallrec_cpu", folder, tmp_path, *more))
+    assert summary["candidates"].keys() == {"sft"}
+    assert summary["candidates"]["sft"].keys() == FIGURES
+    shown = json.loads((tmp_path / "catalogue.json").read_text())["prompt_tokens_mean"]["train"]
+    other = words_of("tallrec_cpu", folder, tmp_path / "other", *more, "data.show_candidates=false", "sft.epochs=1")
+    run(*other)
+    assert json.loads((tmp_path / "other" / "catalogue.json").read_text())["prompt_tokens_mean"]["train"] < shown
