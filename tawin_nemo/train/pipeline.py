@@ -39,6 +39,7 @@ from tawin_nemo.train.auc_eval import auc_metrics
 from tawin_nemo.train.candidate_eval import candidate_metrics
 from tawin_nemo.train.evaluation import evaluate_split, evaluate_tasks, task_file
 from tawin_nemo.train.extension import extend_finished
+from tawin_nemo.train.item_tokens import keep_item_vectors
 from tawin_nemo.train.plan import Plan, plans
 from tawin_nemo.train.preference import train_preference
 from tawin_nemo.train.reference import Reference, build_reference
@@ -58,6 +59,7 @@ def run_pipeline(world: World) -> dict[str, Any]:
     """Run every planned stage that is not done yet; returns the summary that is also written to summary.json."""
     start, earlier = time.monotonic(), earlier_seconds(world.run_dir)
     sink, callbacks = build_sink(world), build_callbacks(world)
+    keep_item_vectors(world)
     if world.recipe.baseline.model != "off":
         results = {world.recipe.baseline.model: run_baseline(world, sink, callbacks)}
     else:
@@ -174,12 +176,13 @@ def sft_section(recipe: Recipe, name: str) -> SftConfig:
     """Section ``sft`` of the stage ``name``.
 
     Stage sft_continued has its own learning rate (``compare.sft_continued_lr``, 0 = that of ``sft``), constant, because
-    it continues a trained model.
+    it continues a trained model; for the same reason all of its prompts have their item tokens.
     """
     lr = recipe.compare.sft_continued_lr
-    if name != "sft_continued" or lr == 0.0:
+    if name != "sft_continued":
         return recipe.sft
-    return replace(recipe.sft, lr=lr, schedule="constant")
+    own = replace(recipe.sft, curriculum=0.0)
+    return own if lr == 0.0 else replace(own, lr=lr, schedule="constant")
 
 
 def reference_for(world: World, plan: Plan, actor_model: GPTModel) -> Reference:

@@ -14,7 +14,7 @@ from tawin_nemo.config.lora import check_lora
 from tawin_nemo.config.seams import import_paths
 from tawin_nemo.data.tasks import active_tasks
 from tawin_nemo.run.trained import resolve_checkpoint
-from tawin_nemo.run.world import World
+from tawin_nemo.run.world import ITEM_VECTORS, World
 from tawin_nemo.train.plan import Plan, plans
 from tawin_nemo.util.errors import ConfigError, UserError
 from tawin_nemo.util.hub import local_folder
@@ -55,6 +55,8 @@ def checks(world: World, continued: Collection[str] = ()) -> Iterator[Callable[[
         plan for plan in plans(world)
         if plan.name in continued or not (world.run_dir / plan.name / "done.json").is_file()
     ]  # fmt: skip
+    if recipe.model.item_tokens and not (world.run_dir / ITEM_VECTORS).is_file():
+        yield lambda: check_item_tokens(world)
     if recipe.model.lora.rank:
         yield lambda: check_lora(world.shape, recipe.model.lora)
     if any(plan.start is None for plan in waiting):
@@ -69,6 +71,13 @@ def checks(world: World, continued: Collection[str] = ()) -> Iterator[Callable[[
         if plan.kind == "rl":
             yield lambda: check_widths(world)
             yield lambda: check_reward(world)
+
+
+def check_item_tokens(world: World) -> None:
+    """Raises ConfigError when the baseline of ``model.item_tokens`` cannot be used (``item_vectors_of``)."""
+    from tawin_nemo.train.item_tokens import item_vectors_of
+
+    item_vectors_of(world)
 
 
 def check_baseline_texts(world: World) -> None:

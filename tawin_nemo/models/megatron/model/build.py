@@ -22,6 +22,7 @@ from tawin_nemo.models.megatron.model.adapters import Adapters, add_adapters
 from tawin_nemo.models.megatron.model.attention import PositionedRotary
 from tawin_nemo.models.megatron.model.compiler import use_fused_functions
 from tawin_nemo.models.megatron.model.embedding import RowEmbedding
+from tawin_nemo.models.megatron.model.item_tokens import ItemTokens
 from tawin_nemo.models.megatron.model.layer_spec import RMSNorm, layer_spec
 from tawin_nemo.models.megatron.parallel.groups import collective_device, rollout_groups, training_groups
 from tawin_nemo.util.errors import ConfigError
@@ -43,6 +44,7 @@ class HiddenGPT(GPTModel):
 
     real_vocab: int  # vocabulary rows that count; the rest is padding up to a multiple of the TP size
     adapters: Adapters | None = None  # of ``model.lora``, once ``add_adapters`` has been called
+    item_tokens: ItemTokens | None = None  # of the first stage, once ``add_item_tokens`` has been called
 
     def _postprocess(self, hidden_states: Tensor, *unused: Any, **also_unused: Any) -> Tensor:
         return hidden_states
