@@ -44,7 +44,7 @@ class HiddenGPT(GPTModel):
 
     real_vocab: int  # vocabulary rows that count; the rest is padding up to a multiple of the TP size
     adapters: Adapters | None = None  # of ``model.lora``, once ``add_adapters`` has been called
-    item_tokens: ItemTokens | None = None  # of the first stage, once ``add_item_tokens`` has been called
+    item_tokens: ItemTokens | None  # of the first stage, once ``add_item_tokens`` has been called
 
     def _postprocess(self, hidden_states: Tensor, *unused: Any, **also_unused: Any) -> Tensor:
         return hidden_states
@@ -183,6 +183,7 @@ def _empty_model(
         rotary_base=int(shape.rope_theta),
     )
     model.real_vocab = shape.vocab
+    model.item_tokens = None  # no class attribute, which would hide the module
     model.rotary_pos_emb = PositionedRotary(shape)
     if model.pre_process:  # megatron names the class in its own code; only how gradients travel differs
         model.embedding.word_embeddings.__class__ = RowEmbedding
