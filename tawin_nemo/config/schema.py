@@ -234,6 +234,17 @@ class ConvertConfig:
 
 
 @dataclass(frozen=True)
+class ScoreConfig:
+    """The verb score: recommendation lists of another program, measured by the same evaluator."""
+
+    lists: str = opt("", "Names the file of lists to measure: Parquet, CSV, TSV or JSON lines.")
+    output: str = opt(
+        "", "Names the folder for the measured metrics and the per-user table (empty = RUN_DIR/NAME of the file)."
+    )
+    against: str = opt("", "Names a finished stage (RUN_DIR/rl) or a folder of score, for paired differences.")
+
+
+@dataclass(frozen=True)
 class RetrainConfig:
     """The verb retrain: a night's model replaces the published one only if it passes the gate."""
 
@@ -1063,6 +1074,7 @@ class Recipe:
     )
     generate: GenerateConfig = field(default_factory=GenerateConfig)
     convert: ConvertConfig = field(default_factory=ConvertConfig)
+    score: ScoreConfig = field(default_factory=ScoreConfig)
     retrain: RetrainConfig = field(default_factory=RetrainConfig)
     serve: ServeConfig = field(default_factory=ServeConfig)
     semantic_ids: SemanticIdsConfig = field(default_factory=SemanticIdsConfig)
