@@ -78,8 +78,7 @@ def serve(world: World) -> dict[str, Any]:
 
     Returns ``served``, ``weight_version`` and ``catalog_version`` on rank 0, an empty result on the others.
 
-    Raises ConfigError (layout, ports, keys, ``model.item_tokens``), CatalogError (``serve.catalogue``), TawinError when
-    the engine breaks.
+    Raises ConfigError (layout, ports, keys, item tokens), CatalogError (``serve.catalogue``), TawinError as the engine.
     """
     check_no_item_tokens(world.recipe, "the server's catalog changes, and new items have no vector")
     if world.recipe.rollout.placement == "server":  # the recipe of the job that this server works for

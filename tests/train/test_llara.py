@@ -1,12 +1,16 @@
 """LLaRA's recipe end to end: SASRec, SFT with item tokens and a curriculum, evaluation, layouts, what is refused."""
 
 import json
+from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
+from tawin_nemo.commands.serve import serve
 from tawin_nemo.config.load import load_recipe
 from tawin_nemo.config.schema import Recipe
+from tawin_nemo.tools.retrain.verb import check_recipe
 from tawin_nemo.train.item_tokens import check_no_item_tokens
 from tawin_nemo.train.sft_data import Curriculum
 from tawin_nemo.util.errors import ConfigError
@@ -73,9 +77,12 @@ def test_what_cannot_hold_a_projection_is_refused(finished, words, tmp_path):
     done = called(f"checkpoint={directory / 'sft'}", *words, f"convert.output={tmp_path / 'out'}", verb="convert")
     assert done.returncode == 2
     assert "is not supported here: an export is an ordinary model" in done.stderr
-    with pytest.raises(ConfigError, match="is not supported here: why"):
-        check_no_item_tokens(load_recipe(None, ["model.item_tokens=runs/sasrec"]), "why")
-    check_no_item_tokens(Recipe(), "why")
+    recipe = load_recipe(None, ["model.item_tokens=runs/sasrec", f"retrain.root={tmp_path}"])
+    with pytest.raises(ConfigError, match="is not supported here: the server's catalog changes"):
+        serve(SimpleNamespace(recipe=recipe))
+    with pytest.raises(ConfigError, match="is not supported here: a nightly run publishes an export"):
+        check_recipe(replace(recipe, eval=replace(recipe.eval, splits=["valid"])))
+    check_no_item_tokens(Recipe(), "no reason")
 
 
 def test_weights_without_item_tokens_are_no_start(finished, words, folder, tmp_path):

@@ -87,9 +87,9 @@ def test_zero_shot_is_a_row_beside_the_trained_stages(folder, tmp_path):
     summary = run(*words_of("lastfm_cpu", folder, tmp_path, *more))
     assert list(summary["candidates"]) == ["zero_shot", "sft"]
     assert summary["final_stage"] == "sft"
-    step_0 = json.loads((tmp_path / "sft" / "metrics.jsonl").read_text().splitlines()[0])
-    assert step_0["step"] == 0
-    assert summary["zero_shot"] != summary["sft"]
+    untrained = pl.read_parquet(tmp_path / "zero_shot" / "eval" / "test.per_user.parquet")
+    assert untrained.height == pl.read_parquet(tmp_path / "sft" / "eval" / "test.per_user.parquet").height == 9
+    assert [path.name for path in (tmp_path / "zero_shot" / "checkpoints").iterdir()] == ["step_0"]
 
 
 def test_a_dry_run_lists_the_stage_without_rows(folder, instruct, tmp_path):

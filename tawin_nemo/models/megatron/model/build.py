@@ -44,6 +44,7 @@ class HiddenGPT(GPTModel):
 
     real_vocab: int  # vocabulary rows that count; the rest is padding up to a multiple of the TP size
     adapters: Adapters | None = None  # of ``model.lora``, once ``add_adapters`` has been called
+    num_item_tokens: int = 0  # items that prompts may hold, on every stage
     item_tokens: ItemTokens | None  # of the first stage, once ``add_item_tokens`` has been called
 
     def _postprocess(self, hidden_states: Tensor, *unused: Any, **also_unused: Any) -> Tensor:

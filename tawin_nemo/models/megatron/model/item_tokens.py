@@ -81,6 +81,7 @@ def add_item_tokens(model: HiddenGPT, vectors_IE: Tensor, *, seed: int, std: flo
     Call it before a checkpoint that has one is loaded and before the optimizer is built. ``std``: about the standard
     deviation of the vocabulary's rows.
     """
+    model.num_item_tokens = len(vectors_IE)
     if not model.pre_process:
         return
     table = model.embedding.word_embeddings

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tawin_nemo.catalog.trie import TokenTrie
 from tawin_nemo.config.schema import ModelConfig, TrainerConfig
 from tawin_nemo.data.trees import tree_batch
 from tawin_nemo.models.megatron.checkpoint.checkpoint import load_checkpoint, save_checkpoint
@@ -20,7 +21,10 @@ from tawin_nemo.models.megatron.model.forward import batch_logprobs, hidden_stat
 from tawin_nemo.models.megatron.model.item_tokens import add_item_tokens
 from tawin_nemo.models.megatron.optim.trainable import MicroBatch, Trainable
 from tawin_nemo.models.megatron.parallel import runtime
+from tawin_nemo.rollout.lm import MeteredLM
+from tawin_nemo.rollout.scoring import check_prompts
 from tawin_nemo.types import FIRST_ITEM_TOKEN, TokenBatch, TokenRows
+from tawin_nemo.util.errors import DataError
 from tests.models.megatron.model.test_lora import QWEN
 
 ITEMS = 7
@@ -114,6 +118,16 @@ def test_the_search_reads_items_as_training_does():
         logp_N = lm.logprobs(cache, index_N, index_N, token_N, "vocab")
         expected_N = logprobs(model, batch()).detach()
         torch.testing.assert_close(logp_N[[0, 3, 1, 4, 2, 5]], expected_N, rtol=1e-5, atol=1e-5)
+
+
+def test_prompts_with_items_beyond_the_catalog_are_refused():
+    trie = TokenTrie.from_paths(ANSWERS)
+    lm = MeteredLM(MegatronLM(with_items(torch.float32), QWEN))
+    check_prompts(lm, PROMPTS, trie)
+    with pytest.raises(DataError, match=rf"prompt row 1 has token {ITEM + ITEMS}"):
+        check_prompts(lm, TokenRows.from_lists([[ITEM, 3], [4, ITEM + ITEMS]]), trie)
+    with pytest.raises(DataError, match=rf"prompt row 0 has token {ITEM}"):
+        check_prompts(MegatronLM(plain(torch.float32), QWEN), TokenRows.from_lists([[ITEM, 3]]), trie)
 
 
 def updates(trainable: Trainable, count: int) -> list[dict[str, float]]:
