@@ -58,7 +58,7 @@ def test_the_recipe_prints_its_row_and_its_checkpoint_has_the_projection(finishe
     assert state["item_vectors"]
     again = run(f"checkpoint={directory / 'sft'}", *words, f"run_dir={directory}", verb="evaluate")
     assert again["test"]["candidates"] == summary["candidates"]["sft"]
-    shown = run(*words, f"run_dir={directory}", "generate.history=[#1,#2]", "generate.n=3", verb="generate")
+    shown = run(*words, f"run_dir={directory}", "generate.history=[1,2]", "generate.n=3", verb="generate")
     assert len(shown["recommendations"][0]["items"]) == 3
 
 
