@@ -19,11 +19,6 @@ def item_token_combinations(r: Recipe) -> Iterator[tuple[bool, str]]:
         return
     named = f"model.item_tokens={m.item_tokens}"
     yield (
-        m.lora.rank > 0,
-        f"{named} trains a projection, which checkpoints of adapters (model.lora.rank={m.lora.rank}) do not hold; set "
-        "model.lora.rank=0",
-    )
-    yield (
         m.freeze_backbone,
         f"{named} trains a projection, but model.freeze_backbone=true trains rows of new tokens alone; set it to false",
     )

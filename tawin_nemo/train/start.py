@@ -95,7 +95,11 @@ def merge_checkpoint(model: GPTModel, shape: Backbone, path: Path) -> None:
 
 def adapt(world: World, model: GPTModel, stage: str | None, *, dropout: bool) -> None:
     """Freeze the model that a training stage starts from (``starting_model``) and give it the adapters of
-    ``model.lora``; nothing with rank 0. Collective."""
+    ``model.lora``; nothing with rank 0. Collective.
+
+    SFT (``dropout``) also trains the projection of ``model.item_tokens``; in later stages it is frozen, so that the
+    model without its adapters is the one that they started from.
+    """
     lora = world.recipe.model.lora
     if lora.rank == 0:
         return
@@ -103,6 +107,8 @@ def adapt(world: World, model: GPTModel, stage: str | None, *, dropout: bool) ->
     add_adapters(
         model, world.shape, lora, seed=world.recipe.seed, base=asdict(base), dropout=lora.dropout if dropout else 0.0
     )  # fmt: skip
+    if dropout and model.item_tokens is not None:
+        model.item_tokens.requires_grad_(True)
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     log.info("LoRA of rank %d: %d parameters of this rank are trained, all others frozen", lora.rank, trained)
 

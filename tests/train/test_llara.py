@@ -6,10 +6,13 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
+from torch.distributed.checkpoint import FileSystemReader, load
 
 from tawin_nemo.commands.serve import serve
 from tawin_nemo.config.load import load_recipe
 from tawin_nemo.config.schema import Recipe
+from tawin_nemo.run.trained import chosen_checkpoint
 from tawin_nemo.tools.retrain.verb import check_recipe
 from tawin_nemo.train.item_tokens import check_no_item_tokens
 from tawin_nemo.train.sft_data import Curriculum
@@ -21,6 +24,8 @@ WORDS = (
     "--recipe recipes/paper/llara_cpu.yaml model.backbone=nano model.dropout=0 data.bpe_vocab_size=320 eval.beams=6 "
     "eval.ks=[1,3] eval.candidates=5 trainer.threads=1 sft.epochs=2 sft.curriculum=0.5 sft.global_batch_size=16"
 ).split()
+#: A weight of the projection, by its name in a checkpoint.
+OUTER = "item_tokens.outer.weight"
 
 
 @pytest.fixture(scope="module")
@@ -105,7 +110,6 @@ def test_a_baseline_that_cannot_be_used_ends_the_dry_run(words, tmp_path):
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (["model.lora.rank=2"], "model.lora.rank=0"),
         (["rollout.placement=separate", "rollout.devices=1", "trainer.devices=2"], "rollout.placement=colocated"),
         (["rollout.tensor_model_parallel_size=2", "trainer.devices=2"], "rollouts in the layout of training"),
         (["rollout.cuda_graphs=on"], "rollout.cuda_graphs=off"),
@@ -132,6 +136,26 @@ def test_the_curriculum_goes_from_texts_to_item_tokens():
     assert shares[1] == pytest.approx(0.25, abs=0.04)
     assert shares[2] == pytest.approx(0.75, abs=0.04)
     assert shares[3:] == [1.0, 1.0]
+
+
+def test_adapters_train_beside_the_projection_and_later_stages_keep_it(words, tmp_path):
+    summary = run(
+        *words, f"run_dir={tmp_path}", "model.lora.rank=2", "sft.lr=1e-2", "preference.enabled=true",
+        "preference.algorithm=sdpo", "preference.max_steps=2", "preference.lr=1e-2", "preference.global_batch_size=16",
+        "reference.mode=copy",
+    )  # fmt: skip
+    projections = []
+    for stage in ("sft", "preference"):
+        step = chosen_checkpoint(tmp_path / stage)
+        reader = FileSystemReader(step)
+        sizes = {name: entry.size for name, entry in reader.read_metadata().state_dict_metadata.items()}
+        assert all(".lora." in name or "item_tokens." in name for name in sizes), sizes
+        weight = {OUTER: torch.empty(sizes[OUTER])}
+        load(weight, storage_reader=reader, no_dist=True)
+        projections.append(weight[OUTER])
+        again = run(f"checkpoint={tmp_path / stage}", "--recipe", str(tmp_path / "recipe.yaml"), verb="evaluate")
+        assert again["test"]["candidates"] == summary["candidates"][stage]
+    assert torch.equal(*projections)
 
 
 @pytest.mark.full

@@ -26,6 +26,8 @@ from tawin_nemo.types import FIRST_ITEM_TOKEN
 if TYPE_CHECKING:
     from tawin_nemo.models.megatron.model.build import HiddenGPT
 
+#: Beginning of the names of all parameters of the projection in a model.
+PREFIX = "item_tokens."
 #: GELU of a standard normal number has this mean square.
 _GELU_POWER = 0.425
 
