@@ -68,7 +68,7 @@ def test_the_recipe_prints_its_row_and_its_checkpoint_has_the_projection(finishe
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("layout", ["tensor", "pipeline"])
+@pytest.mark.parametrize("layout", ["tensor", pytest.param("pipeline", marks=pytest.mark.full)])
 def test_layouts_learn_the_same(layout, finished, words, tmp_path):
     directory, summary = finished
     more = ["model.sequence_parallel=true"] if layout == "tensor" else []
