@@ -22,7 +22,7 @@ from tawin_nemo.run.stage import Progress, Stage, monitored, soonest_stop
 from tawin_nemo.run.timers import Timers, count_update
 from tawin_nemo.run.world import World
 from tawin_nemo.train.evaluation import evaluate_split
-from tawin_nemo.train.sft_data import SftData, item_batches, sft_data, task_batches
+from tawin_nemo.train.sft_data import Curriculum, TaskSet, item_batches, sft_data, task_batches
 from tawin_nemo.types import TokenBatch
 from tawin_nemo.util.log import get_logger
 
@@ -47,7 +47,7 @@ def train_sft(
     stage.keeps_best = True  # the best checkpoint is what later stages start from
     done = stage.resume(trainable)
     if done.best_value is None:
-        _validate(world, stage, trainable, engine, done, data)
+        _validate(world, stage, trainable, engine, done, data.tasks, data.curriculum)
     timers = Timers.of(world.recipe, world.dp)
     guard = step_guard(stage, done)
     for step in stage.steps(done.step, total, soonest=partial(soonest_stop, done, cfg.patience, check_every)):
@@ -66,7 +66,7 @@ def train_sft(
         metrics = {"train/loss" if name == "loss" else name: value for name, value in stats.items()}
         stage.write(done.step, {"epoch": done.step / per_epoch, **metrics, "lr": lr}, timers.report())
         if done.step % check_every == 0:
-            _validate(world, stage, trainable, engine, done, data)
+            _validate(world, stage, trainable, engine, done, data.tasks, data.curriculum)
         elif done.step % world.recipe.trainer.save_interval == 0:
             stage.save(trainable, done)
         stage.save_or_stop(lambda: stage.save(trainable, done), done)
@@ -81,14 +81,15 @@ def _validate(
     trainable: Trainable,
     engine: Engine,
     done: Progress,
-    data: SftData,
+    tasks: tuple[TaskSet, ...] = (),
+    curriculum: Curriculum | None = None,
 ) -> None:
     """Evaluate ``sft.watch`` on valid, record whether it is the best so far, log it and save a checkpoint.
 
     Valid has item tokens where the recipe has; while a curriculum still brings them into train, no check counts
     against ``sft.patience``.
     """
-    metrics = {f"valid/loss/{part.task.name}": task_loss(world, trainable, part.held_out) for part in data.tasks}
+    metrics = {f"valid/loss/{part.task.name}": task_loss(world, trainable, part.held_out) for part in tasks}
     metrics["valid/loss"] = valid_loss(world, trainable)
     if world.recipe.sft.watch == "ndcg":
         with trainable.optimizer_offloaded():
@@ -96,7 +97,7 @@ def _validate(
     name, value = list(metrics.items())[-1]
     value = value if name == "valid/loss" else -value  # Progress keeps the smallest
     best = math.inf if done.best_value is None else done.best_value
-    waits = data.curriculum is not None and done.step < data.curriculum.steps
+    waits = curriculum is not None and done.step < curriculum.steps
     done.bad_checks = 0 if waits or value < best - world.recipe.sft.min_delta else done.bad_checks + 1
     if value < best:
         done.best_value, done.best_step = value, done.step

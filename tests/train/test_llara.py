@@ -12,8 +12,10 @@ from torch.distributed.checkpoint import FileSystemReader, load
 from tawin_nemo.commands.serve import serve
 from tawin_nemo.config.load import load_recipe
 from tawin_nemo.config.schema import Recipe
+from tawin_nemo.run.stage import Progress
 from tawin_nemo.run.trained import chosen_checkpoint
 from tawin_nemo.tools.retrain.verb import check_recipe
+from tawin_nemo.train import sft
 from tawin_nemo.train.item_tokens import check_no_item_tokens
 from tawin_nemo.train.sft_data import Curriculum
 from tawin_nemo.util.errors import ConfigError
@@ -136,6 +138,19 @@ def test_the_curriculum_goes_from_texts_to_item_tokens():
     assert shares[1] == pytest.approx(0.25, abs=0.04)
     assert shares[2] == pytest.approx(0.75, abs=0.04)
     assert shares[3:] == [1.0, 1.0]
+
+
+def test_checks_count_once_the_curriculum_is_over(monkeypatch):
+    losses = iter([3.0, 2.0, 2.5, 2.6, 2.7, 2.8])
+    monkeypatch.setattr(sft, "valid_loss", lambda world, trainable: next(losses))
+    stage = SimpleNamespace(name="sft", write=lambda step, metrics: None, save=lambda trainable, done: None)
+    world, done, bad = SimpleNamespace(recipe=Recipe()), Progress(), []
+    for step in range(6):
+        done.step = step
+        sft._validate(world, stage, None, None, done, curriculum=Curriculum(4, 10, 10, seed=0))
+        bad.append(done.bad_checks)
+    assert bad == [0, 0, 0, 0, 1, 2]
+    assert done.best_step == 1
 
 
 def test_adapters_train_beside_the_projection_and_later_stages_keep_it(words, tmp_path):
