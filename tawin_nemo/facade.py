@@ -196,7 +196,6 @@ class Recommender:
         ``max(n, eval.beams)`` beams are searched. Raises ConfigError for unknown items, or after ``close``.
         """
         from tawin_nemo.commands.generate import items_of
-        from tawin_nemo.data.special_tokens import encode_prompts
         from tawin_nemo.rollout.filters import ItemFilter
 
         if self not in _open:
@@ -206,12 +205,11 @@ class Recommender:
         world, catalog = self.world, self.world.catalog
         rows = [items_of([str(item) for item in history], catalog.external_ids) for history in histories]
         shown = [row[-world.recipe.data.max_history :] for row in rows]
-        texts = [world.template.prompt_of(row, [world.item_texts[item] for item in row]) for row in shown]
         width = min(max(n, world.recipe.eval.beams), catalog.trie.num_leaves)
         options: dict[str, Any] = {}
         if exclude_history:
             options["filters"] = [ItemFilter.without(catalog.trie, set(row)) for row in rows]
-        found = self.engine.search(encode_prompts(world.tokenizer, texts), width, **options)
+        found = self.engine.search(world.prompts_of(shown), width, **options)
         return [
             [
                 Recommendation(item, catalog.external_ids[item], catalog.titles[item], score)

@@ -24,6 +24,10 @@ from torch.nn.functional import pad
 #: Item index that stands for "no item" (fewer valid items than beams, or padding).
 NO_ITEM = -1
 
+#: Prompt tokens from here on stand for items: ``FIRST_ITEM_TOKEN + i`` is item i (``model.item_tokens``). No vocabulary
+#: is as large.
+FIRST_ITEM_TOKEN = 1 << 24
+
 #: Columns of the prepared Parquet files (one row = one sample). Nothing else spells these strings.
 USER, HISTORY, TARGET, TIME = "user", "history", "target", "time"
 CANDIDATES = "candidates"  # only where a split has candidate sets

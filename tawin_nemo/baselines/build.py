@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from torch import Tensor
+
 from tawin_nemo.baselines.caser import Caser
 from tawin_nemo.baselines.esasrec import ESASRec
 from tawin_nemo.baselines.gru4rec import GRU4Rec
@@ -31,6 +33,7 @@ class Blueprint:
     max_history: int
     paths: TokenRows | None = None
     items: str = ""  # ``items_fingerprint`` of the catalog; empty in models that were trained before it was stored
+    text: str = ""  # SHA-256 of the text vectors (``text_items``), only with baseline.items=text
 
     def to_json(self) -> dict[str, Any]:
         """The blueprint as a value that ``json.dumps`` takes; ``from_json`` reads it back."""
@@ -43,7 +46,7 @@ class Blueprint:
         paths = record["paths"]
         return cls(
             BaselineConfig(**record["config"]), record["num_items"], record["max_history"],
-            None if paths is None else TokenRows.from_lists(paths), record.get("items", ""),
+            None if paths is None else TokenRows.from_lists(paths), record.get("items", ""), record.get("text", ""),
         )  # fmt: skip
 
 
@@ -62,6 +65,11 @@ def check_config(cfg: BaselineConfig, *, semantic_ids: bool) -> None:
         raise ConfigError(f"baseline.loss=trie: {cfg.model} ranks items, not codes; set baseline.loss=softmax or bce")
     if cfg.model == "tiger" and not semantic_ids:
         raise ConfigError("baseline.model=tiger reads semantic IDs; set catalog.kind=sid and catalog.index")
+    if cfg.items == "text" and cfg.model not in ("gru4rec", "sasrec"):
+        raise ConfigError(
+            f"baseline.items=text projects the vectors that items are read and scored by, but {cfg.model} has "
+            "further weights of its own for each item; set baseline.model=sasrec or gru4rec, or baseline.items=ids"
+        )
     if cfg.model in (*CAUSAL, "tiger") and cfg.hidden % cfg.heads:
         raise ConfigError(f"baseline.heads={cfg.heads} does not divide baseline.hidden={cfg.hidden}")
     if cfg.model not in CAUSAL and cfg.training == "sequences":
@@ -83,22 +91,29 @@ def check_config(cfg: BaselineConfig, *, semantic_ids: bool) -> None:
         )
 
 
-def build_recommender(blueprint: Blueprint) -> SequentialRecommender:
-    """A model with fresh weights, drawn from torch's global generator.
+def build_recommender(blueprint: Blueprint, text_IE: Tensor | None = None) -> SequentialRecommender:
+    """A model with fresh weights, drawn from torch's global generator; ``text_IE``: the vectors of the item texts.
 
-    Raises ConfigError for baseline.model=off and for combinations that ``check_config`` rejects.
+    Raises ConfigError for baseline.model=off, for combinations that ``check_config`` rejects, and for text vectors that
+    are missing, or of another number of items.
     """
     cfg, items, longest = blueprint.config, blueprint.num_items, blueprint.max_history
     check_config(cfg, semantic_ids=blueprint.paths is not None)
+    if cfg.items == "text" and (text_IE is None or len(text_IE) != items):
+        there = "none" if text_IE is None else f"those of {len(text_IE)}"
+        raise ConfigError(f"baseline.items=text needs the text vectors of {items} items, but there are {there}")
+    if cfg.items == "ids":
+        text_IE = None
     if cfg.model == "gru4rec":
-        return GRU4Rec(items, hidden=cfg.hidden, layers=cfg.layers, dropout=cfg.dropout)
+        return GRU4Rec(items, hidden=cfg.hidden, layers=cfg.layers, dropout=cfg.dropout, text_IE=text_IE)
     if cfg.model == "caser":
         return Caser(items, hidden=cfg.hidden, window=longest, dropout=cfg.dropout)
     block: dict[str, Any] = {"hidden": cfg.hidden, "layers": cfg.layers, "heads": cfg.heads, "dropout": cfg.dropout}
     if cfg.model in CAUSAL:
         block |= {"max_history": longest, "temperature": cfg.temperature}
     if cfg.model == "sasrec":
-        return SASRec(items, positions_from="oldest" if cfg.training == "sequences" else "newest", **block)
+        positions = "oldest" if cfg.training == "sequences" else "newest"
+        return SASRec(items, positions_from=positions, text_IE=text_IE, **block)
     if cfg.model == "hstu":
         return HSTU(items, **block)
     if cfg.model == "esasrec":

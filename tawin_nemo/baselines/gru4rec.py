@@ -14,8 +14,10 @@ class GRU4Rec(EmbeddingRecommender):
     1706.03847), which suits small data.
     """
 
-    def __init__(self, num_items: int, *, hidden: int, layers: int, dropout: float) -> None:
-        super().__init__(num_items, hidden, dropout)
+    def __init__(
+        self, num_items: int, *, hidden: int, layers: int, dropout: float, text_IE: Tensor | None = None
+    ) -> None:
+        super().__init__(num_items, hidden, dropout, text_IE=text_IE)
         self.gru = nn.GRU(hidden, hidden, layers, batch_first=True, dropout=dropout if layers > 1 else 0.0)
         self.out = nn.Linear(hidden, hidden)
 

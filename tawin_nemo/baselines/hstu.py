@@ -77,7 +77,7 @@ class HSTU(CausalRecommender):
     def states(self, items_BL: Tensor) -> Tensor:
         """The last unit's output [B, L, D] at each item of left-aligned rows."""
         place_L = torch.arange(items_BL.shape[1], device=items_BL.device)
-        embedded_BLD = self.embed(items_BL) * math.sqrt(self.items.embedding_dim)
+        embedded_BLD = self.embed(items_BL) * math.sqrt(self.items.weight.shape[1])
         x_BLD = self.dropout(embedded_BLD + self.positions(place_L))
         for layer in self.layers:
             x_BLD = layer(x_BLD)

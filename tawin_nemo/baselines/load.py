@@ -1,7 +1,8 @@
 """Checkpoints of sequential recommenders, and a finished baseline stage as a scorer.
 
 A stage directory (``RUN_DIR/sasrec``) holds ``model.json`` (the Blueprint), ``checkpoints/step_N/`` with weights.pt,
-optimizer.pt and state.json (which carries their checksums), and, when it has ended, ``done.json``.
+optimizer.pt and state.json (which carries their checksums), and, when it has ended, ``done.json``. With
+``baseline.items=text`` it also holds the vectors of the item texts, ``text_vectors/``.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 
 from tawin_nemo.baselines.build import Blueprint, build_recommender, items_fingerprint
 from tawin_nemo.baselines.protocol import SequentialRecommender, left_padded
+from tawin_nemo.baselines.text_items import TEXT_VECTORS, stored_vectors
 from tawin_nemo.types import TokenRows
 from tawin_nemo.util.errors import CheckpointError, ConfigError
 from tawin_nemo.util.files import atomic_directory, sha256
@@ -45,7 +47,7 @@ def load_baseline(
 
     Call ``scores(history_BL)`` on rows from ``left_padded``. ``external_ids``: the items of the caller's
     catalog, which must be the model's. Raises ConfigError when the stage is not a finished baseline or is of another
-    catalog, CheckpointError when its checkpoint is damaged.
+    catalog, CheckpointError when its checkpoint is damaged or its text vectors are missing or others.
     """
     folder = Path(stage_dir)
     if not ((folder / DONE_FILE).is_file() and (folder / MODEL_FILE).is_file()):
@@ -60,7 +62,8 @@ def load_baseline(
         step = int(json.loads((folder / DONE_FILE).read_text(encoding="utf-8"))["chosen_step"])
     except (ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{folder / DONE_FILE} does not name the step that was chosen ({error!r})") from error
-    model = build_recommender(blueprint)
+    text_IE = None if blueprint.config.items == "ids" else stored_vectors(folder / TEXT_VECTORS, blueprint.text)
+    model = build_recommender(blueprint, text_IE)
     load_checkpoint(folder / "checkpoints" / f"step_{step}", model)
     return model.to(device).eval().requires_grad_(False)
 

@@ -69,22 +69,52 @@ class SequentialRecommender(nn.Module, ABC):
         """Loss of each row [B]: softmax over all items or SharedNegatives; binary with ``negatives`` [B, N]."""
 
 
+class TextItems(nn.Module):
+    """Item vectors as projections of fixed vectors of the item texts (MoRec, arXiv 2303.13835).
+
+    It takes the place of an ``nn.Embedding`` whose row 0 is padding and whose row i + 1 is item i. Only the projection
+    is trained; it is all that a checkpoint holds. N rows of the table, E dimensions of the text vectors.
+    """
+
+    def __init__(self, text_IE: Tensor, hidden: int) -> None:
+        super().__init__()
+        self.register_buffer("text_NE", F.pad(text_IE.float(), (0, 0, 1, 0)), persistent=False)
+        self.text_NE: Tensor
+        self.project = nn.Linear(text_IE.shape[1], hidden)
+
+    @property
+    def weight(self) -> Tensor:
+        """The table [I + 1, D] that an embedding would have; row 0 is 0."""
+        return self(torch.arange(len(self.text_NE), device=self.text_NE.device))
+
+    def forward(self, index: Tensor) -> Tensor:
+        """Vectors [..., D] of the rows ``index``; exactly 0 at row 0."""
+        vectors: Tensor = self.project(self.text_NE[index])
+        return vectors.masked_fill((index == 0).unsqueeze(-1), 0.0)
+
+
 class EmbeddingRecommender(SequentialRecommender):
     """Score = inner product of a state of the history with a vector of the item.
 
     ``tied``: the item's vector is its input embedding; else it has an output vector and a bias of its own.
-    ``temperature`` > 0, for tied vectors: the score is the cosine of both, divided by it.
+    ``temperature`` > 0, for tied vectors: the score is the cosine of both, divided by it. ``text_IE``: vectors of the
+    item texts, from which the item vectors are projected (``TextItems``), instead of a table.
     """
 
     def __init__(
-        self, num_items: int, hidden: int, dropout: float, *, tied: bool = True, temperature: float = 0.0
-    ) -> None:
+        self, num_items: int, hidden: int, dropout: float, *, tied: bool = True, temperature: float = 0.0,
+        text_IE: Tensor | None = None,
+    ) -> None:  # fmt: skip
         super().__init__(num_items)
         self.temperature = temperature
-        self.items = nn.Embedding(num_items + 1, hidden, padding_idx=0)  # row 0 is padding, row i + 1 is item i
+        self.items: nn.Embedding | TextItems
         self.dropout = nn.Dropout(dropout)
-        nn.init.normal_(self.items.weight, std=INIT_STD)
-        nn.init.zeros_(self.items.weight[0])
+        if text_IE is None:
+            self.items = nn.Embedding(num_items + 1, hidden, padding_idx=0)  # row 0 is padding, row i + 1 is item i
+            nn.init.normal_(self.items.weight, std=INIT_STD)
+            nn.init.zeros_(self.items.weight[0])
+        else:
+            self.items = TextItems(text_IE, hidden)
         self.output = None if tied else nn.Linear(hidden, num_items)
         if self.output is not None:
             nn.init.normal_(self.output.weight, std=INIT_STD)

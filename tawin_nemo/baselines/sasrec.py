@@ -19,9 +19,9 @@ class SASRec(CausalRecommender):
 
     def __init__(
         self, num_items: int, *, hidden: int, layers: int, heads: int, max_history: int, dropout: float,
-        positions_from: str = "newest", temperature: float = 0.0,
+        positions_from: str = "newest", temperature: float = 0.0, text_IE: Tensor | None = None,
     ) -> None:  # fmt: skip
-        super().__init__(num_items, hidden, dropout, temperature=temperature)
+        super().__init__(num_items, hidden, dropout, temperature=temperature, text_IE=text_IE)
         self.max_history, self.positions_from = max_history, positions_from
         self.positions = nn.Embedding(max_history, hidden)
         nn.init.normal_(self.positions.weight, std=INIT_STD)

@@ -20,6 +20,7 @@ from tawin_nemo.baselines.load import MODEL_FILE, ModelAndOptimizer, find_proble
 from tawin_nemo.baselines.protocol import CausalRecommender, SequentialRecommender, left_padded, sample_negatives
 from tawin_nemo.baselines.sampled_softmax import NegativeSampler, SharedNegatives
 from tawin_nemo.baselines.sequences import Sequences, user_sequences
+from tawin_nemo.baselines.text_items import TEXT_VECTORS, item_text_vectors, vectors_fingerprint
 from tawin_nemo.config.schema import BaselineConfig
 from tawin_nemo.data.batches import BatchStream, micro_batches
 from tawin_nemo.data.samples import Samples
@@ -97,9 +98,10 @@ def run_baseline(world: World, sink: MetricSink | None = None, callbacks: Callba
     if stage.done and all(file.is_file() for file in expected):
         log.info("%s is done", stage.name)
         return EvalResult.read(directory / "eval", splits[-1])
-    blueprint = blueprint_of(world)
+    text_IE = item_text_vectors(world, directory / TEXT_VECTORS) if recipe.baseline.items == "text" else None
+    blueprint = blueprint_of(world, text_IE)
     runtime.seed_step(recipe.seed, 0)
-    model = build_recommender(blueprint).to(runtime.device())
+    model = build_recommender(blueprint, text_IE).to(runtime.device())
     if not stage.done:
         write_json(directory / MODEL_FILE, blueprint.to_json())
         train_baseline(world, stage, model)
@@ -117,8 +119,8 @@ def run_baseline(world: World, sink: MetricSink | None = None, callbacks: Callba
     return result
 
 
-def blueprint_of(world: World) -> Blueprint:
-    """The shape of the model that the recipe and the data ask for."""
+def blueprint_of(world: World, text_IE: Tensor | None = None) -> Blueprint:
+    """The shape of the model that the recipe and the data ask for; ``text_IE``: the vectors of the item texts."""
     recipe = world.recipe
     paths = world.catalog.paths if recipe.baseline.model == "tiger" else None
     return Blueprint(
@@ -127,6 +129,7 @@ def blueprint_of(world: World) -> Blueprint:
         recipe.data.max_history,
         paths,
         items_fingerprint(world.catalog.external_ids),
+        "" if text_IE is None else vectors_fingerprint(text_IE),
     )
 
 

@@ -10,6 +10,7 @@ from tawin_nemo.commands.session import writing
 from tawin_nemo.models.megatron.hf.io import save_hf
 from tawin_nemo.run.export import special_ids, write_companions
 from tawin_nemo.run.world import World
+from tawin_nemo.train.item_tokens import check_no_item_tokens
 from tawin_nemo.train.start import starting_model
 from tawin_nemo.util.errors import ConfigError
 
@@ -28,7 +29,11 @@ def convert(world: World) -> dict[str, Any]:
 
 
 def export(world: World, checkpoint: str, output: Path) -> None:
-    """Write the model of ``checkpoint`` (empty: where a run would start) with tokenizer and catalog to ``output``."""
+    """Write the model of ``checkpoint`` (empty: where a run would start) with tokenizer and catalog to ``output``.
+
+    Raises ConfigError for a model with item tokens, which an ordinary model directory cannot hold.
+    """
+    check_no_item_tokens(world.recipe, "an export is an ordinary model, without the projection that makes item tokens")
     save_hf(
         starting_model(world, None, checkpoint_path=checkpoint), world.shape, output,
         max_shard_bytes=world.recipe.convert.shard_mb * 1_000_000, tokenizer_dir=world.tokenizer_dir,

@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 
-from tawin_nemo.data.special_tokens import encode_prompts
 from tawin_nemo.run.world import World
 from tawin_nemo.train.start import engine_of
 from tawin_nemo.types import NO_ITEM, TokenRows
@@ -23,10 +22,7 @@ def generate(world: World) -> dict[str, Any]:
     users: list[str | None] = []
     if options.history:
         histories = [items_of(options.history, world.catalog.external_ids)[-world.recipe.data.max_history :]]
-        texts = [
-            world.template.prompt_of(history, [world.item_texts[item] for item in history]) for history in histories
-        ]
-        prompts = encode_prompts(world.tokenizer, texts)
+        prompts = world.prompts_of(histories)
     else:
         if len(world.samples[options.split]) == 0:
             raise ConfigError(

@@ -39,6 +39,7 @@ from tawin_nemo.serve.engine.saved_changes import SavedChanges
 from tawin_nemo.serve.engine.telemetry import Metrics
 from tawin_nemo.serve.http.requests import ServerContext
 from tawin_nemo.serve.http.server import Secrets, Server, roots_and_folder
+from tawin_nemo.train.item_tokens import check_no_item_tokens
 from tawin_nemo.train.start import engine_of
 from tawin_nemo.util.errors import CheckpointError, ConfigError, TawinError
 from tawin_nemo.util.files import write_json
@@ -77,8 +78,9 @@ def serve(world: World) -> dict[str, Any]:
 
     Returns ``served``, ``weight_version`` and ``catalog_version`` on rank 0, an empty result on the others.
 
-    Raises ConfigError (layout, ports, keys), CatalogError (``serve.catalogue``), TawinError when the engine breaks.
+    Raises ConfigError (layout, ports, keys, item tokens), CatalogError (``serve.catalogue``), TawinError as the engine.
     """
+    check_no_item_tokens(world.recipe, "the server's catalog changes, and new items have no vector")
     if world.recipe.rollout.placement == "server":  # the recipe of the job that this server works for
         rollout = replace(world.recipe.rollout, placement="colocated")
         world = replace(world, recipe=replace(world.recipe, rollout=rollout))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterator
 
+from tawin_nemo.config.item_token_checks import item_token_combinations
 from tawin_nemo.config.layout import SEQUENCE_PARALLEL_NEEDS_TP, rollout_layout, training_layout
 from tawin_nemo.config.lora_checks import lora_combinations
 from tawin_nemo.config.placement_checks import ahead_combinations, aligned, placement_combinations
@@ -97,6 +98,7 @@ def _precision_combinations(r: Recipe) -> Iterator[tuple[bool, str]]:
         f"model.num_layers_at_end_in_bf16={last}; set both to 0, or use fp8-tensorwise or fp8-blockwise",
     )
     yield from lora_combinations(r)
+    yield from item_token_combinations(r)
     own = r.reference.precision
     yield (
         r.reference.mode == "swap" and own not in ("model", m.precision),

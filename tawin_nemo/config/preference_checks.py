@@ -16,8 +16,9 @@ def preference_combinations(r: Recipe) -> Iterator[tuple[bool, str]]:
     """(is wrong, message) of every combination that makes no sense; the message names a remedy."""
     p = r.preference
     yield (
-        not (r.sft.enabled or p.enabled or r.rl.enabled),
-        "sft.enabled=false and rl.enabled=false: nothing to train; set one of them (or preference.enabled) to true",
+        not (r.sft.enabled or p.enabled or r.rl.enabled or r.compare.zero_shot),
+        "sft.enabled=false and rl.enabled=false: nothing to train; set one of them (or preference.enabled) to true, or "
+        "compare.zero_shot=true to evaluate the model as it is",
     )
     yield (
         r.rl.enabled and r.rl.init == "preference" and not p.enabled,

@@ -123,6 +123,11 @@ class SftConfig:
         0.0, 0.0, WEIGHT, help="Sets the fall of the valid loss, or the rise of NDCG, that counts as progress."
     )
     checks_per_epoch: int = number(1, 1, EPOCHS, help="Sets the number of validations per epoch.")
+    curriculum: float = number(
+        0.0, 0.0, SHARE,
+        help="Sets the share of all steps (sft.epochs) over which prompts change from texts alone to texts with "
+        "model.item_tokens: at step t a row has them with probability t / steps (0 = all rows from the start).",
+    )  # fmt: skip
     loss_space: str = choice(
         "vocab", "trie",
         help="Normalises the loss over the whole vocabulary (vocab) or over the admissible tokens (trie).",
@@ -174,6 +179,11 @@ class BaselineConfig:
     model: str = choice(
         "off", "gru4rec", "caser", "sasrec", "hstu", "esasrec", "tiger",
         help="Selects the recommender; off trains the language model.",
+    )  # fmt: skip
+    items: str = choice(
+        "ids", "text",
+        help="Takes item vectors from a table with a row per item (ids), or projects vectors of the item texts "
+        "(semantic_ids.text) by a trained matrix, for gru4rec and sasrec (text: MoRec).",
     )  # fmt: skip
     training: str = choice(
         "windows", "sequences",
@@ -623,6 +633,11 @@ class ModelConfig:
         help="Starts tokens that model.init does not know from its mean row (mean), or from the mean over the "
         "words of the titles that a code is used for (text); both get a little noise.",
     )  # fmt: skip
+    item_tokens: str = opt(
+        "",
+        "Names a finished baseline stage (RUN_DIR/sasrec) whose vector of each item stands behind the item's text in "
+        "prompts, projected to one token; the projection is trained (LLaRA).",
+    )
     freeze_backbone: bool = opt(False, "Lets SFT train only the rows of tokens that model.init does not know.")
     dropout: float = number(
         0.0, 0.0, DROPOUT, help="Sets the hidden and attention dropout of SFT from scratch; RL runs without."
@@ -1064,6 +1079,11 @@ class CompareConfig:
         0.0, 0.0, LR, help="Sets the constant learning rate of sft_continued (0 = sft.lr with sft.schedule)."
     )
     sft_all: bool = opt(False, "Runs SFT on all training rows.")
+    zero_shot: bool = opt(
+        False,
+        "Evaluates the model that the run starts from (model.init or start) as it is: plain prompting, without any "
+        "training.",
+    )
 
 
 @dataclass(frozen=True)

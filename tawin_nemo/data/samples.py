@@ -7,12 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 import torch
 
 from tawin_nemo.config.schema import DataConfig
 from tawin_nemo.data.interactions import Split
+from tawin_nemo.data.item_tokens import check_unmarked, encode_marked, marked
 from tawin_nemo.data.prompts import Template
 from tawin_nemo.data.special_tokens import encode_prompts
 from tawin_nemo.data.tokenizer import Tokenizer
@@ -34,21 +36,31 @@ _PROBED_ROWS = 256
 
 
 class PromptEncoder:
-    """Tokenises histories of item indices; ``texts`` are the item texts by index."""
+    """Tokenises histories of item indices; ``texts`` are the item texts by index.
 
-    def __init__(self, texts: Sequence[str], tokenizer: Tokenizer, template: Template) -> None:
-        self._texts, self._tokenizer, self._template = texts, tokenizer, template
-        if not template.joins:
-            return
-        written = [template.answer(text) for text in texts]
-        # Pieces: 0 = head, 1 = prompt without items, then all items in the middle, then all items at the end.
+    With ``item_tokens`` the token of an item stands behind its text (``data.item_tokens``). Raises DataError for texts
+    that could not be told from its mark.
+    """
+
+    def __init__(
+        self, texts: Sequence[str], tokenizer: Tokenizer, template: Template, *, item_tokens: bool = False
+    ) -> None:
+        self._texts, self._tokenizer, self._template, self._item_tokens = texts, tokenizer, template, item_tokens
+        if item_tokens:
+            check_unmarked(texts)
+
+    @cached_property
+    def _pieces(self) -> TokenRows:
+        """0 = head, 1 = prompt without items, then all items in the middle, then all items at the end."""
+        tokenizer, template = self._tokenizer, self._template
+        written = [template.answer(text) for text in self._texts]
         fronts = encode_prompts(tokenizer, [template.head, template.prompt([])])
         items = [*(text + template.separator for text in written), *(text + template.tail for text in written)]
-        self._pieces = TokenRows.cat([fronts, tokenizer.encode_batch(items)])
+        return TokenRows.cat([fronts, tokenizer.encode_batch(items)])
 
     def encode(self, histories: TokenRows) -> TokenRows:
         """``encode_prompts`` of the template's prompts, one per history (oldest item first)."""
-        if not self._template.joins:
+        if self._item_tokens or not self._template.joins:
             return self.encode_full_prompts(histories)
         joined = self._join(histories)
         probe = np.unique(np.linspace(0, len(histories) - 1, min(_PROBED_ROWS, len(histories))).astype(np.int64))
@@ -60,22 +72,23 @@ class PromptEncoder:
     def encode_full_prompts(self, histories: TokenRows) -> TokenRows:
         """``encode`` by its definition, slowly: render every prompt and tokenise it."""
         rows = (histories[row].tolist() for row in range(len(histories)))
-        texts = [self._template.prompt_of(items, self._written(items)) for items in rows]
-        return encode_prompts(self._tokenizer, texts)
+        return self._encoded([self._template.prompt_of(items, self._written(items)) for items in rows])
+
+    def _encoded(self, prompts: Sequence[str]) -> TokenRows:
+        encode = encode_marked if self._item_tokens else encode_prompts
+        return encode(self._tokenizer, prompts)
 
     def _written(self, items: Sequence[int]) -> list[str]:
+        if self._item_tokens:
+            return [marked(self._texts[item], item) for item in items]
         return [self._texts[item] for item in items]
 
     def encode_with_candidates(self, histories: TokenRows, candidates: TokenRows) -> TokenRows:
         """Prompts that show candidates, one per history (``Template.prompt_with_candidates``)."""
         rows = ((histories[row].tolist(), candidates[row].tolist()) for row in range(len(histories)))
-        return encode_prompts(
-            self._tokenizer,
-            [
-                self._template.prompt_of(items, self._written(items), shown, self._written(shown))
-                for items, shown in rows
-            ],
-        )
+        return self._encoded([
+            self._template.prompt_of(items, self._written(items), shown, self._written(shown)) for items, shown in rows
+        ])  # fmt: skip
 
     def _join(self, histories: TokenRows) -> TokenRows:
         items_N, offsets_N = histories.lengths, histories.offsets + np.arange(len(histories.offsets))
@@ -130,18 +143,20 @@ class Samples:
 
 
 def encode_split(
-    split: Split, texts: Sequence[str], tokenizer: Tokenizer, template: Template, data: DataConfig
-) -> Samples:
+    split: Split, texts: Sequence[str], tokenizer: Tokenizer, template: Template, data: DataConfig, *,
+    item_tokens: bool = False,
+) -> Samples:  # fmt: skip
     """Tokenise the prompt of every history.
 
-    ``texts`` are the item texts by item index. With ``data.show_candidates`` each prompt lists the candidates too. A
+    ``texts`` are the item texts by item index; with ``item_tokens`` each is followed by the token of its item
+    (``data.item_tokens``). With ``data.show_candidates`` each prompt lists the candidates too. A
     history keeps its newest ``data.max_history`` items; a prompt longer than ``data.max_prompt_tokens`` then loses its
     oldest items, whole ones, until it fits.
 
     Raises DataError for an item that does not fit into a prompt by itself, or for candidates that are to be shown where
     the data have none.
     """
-    encoder = PromptEncoder(texts, tokenizer, template)
+    encoder = PromptEncoder(texts, tokenizer, template, item_tokens=item_tokens)
     shown = _shown_candidates(split, data)
 
     def encode(rows: np.ndarray) -> TokenRows:

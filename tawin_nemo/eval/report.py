@@ -25,6 +25,7 @@ BASELINES = ("sft", "sft_continued")
 PACKAGES = ("tawin-nemo", "torch", "megatron-core", "transformers", "numpy")
 
 TITLES = {
+    "zero_shot": "Without training",
     "sft": "SFT",
     "sft_continued": "SFT continued on the RL rows",
     "sft_all": "SFT on all training rows",

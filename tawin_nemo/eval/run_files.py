@@ -14,7 +14,7 @@ from tawin_nemo.eval.result import EvalResult
 from tawin_nemo.util.errors import DataError
 
 #: Stages in the order in which a report lists them; other stage directories follow before rl.
-STAGES = ("sft", "sft_continued", "sft_all")
+STAGES = ("zero_shot", "sft", "sft_continued", "sft_all")
 LAST_STAGE = "rl"
 #: Evaluations that a report may show, the first one that exists.
 SPLITS = ("test", "valid")

@@ -133,6 +133,11 @@ class FixedShapeLM(Protocol):
 # -- FLOP counting.
 
 
+def num_item_tokens(lm: LM) -> int:
+    """Items whose tokens (``FIRST_ITEM_TOKEN`` and further) the model reads in prompts; 0 for models without any."""
+    return int(getattr(lm, "num_item_tokens", 0))
+
+
 class MeteredLM:
     """Forwards every call of the LM protocol to ``lm`` and counts FLOPs, which ``pop_flops`` returns and resets.
 
@@ -155,6 +160,11 @@ class MeteredLM:
     def max_positions(self) -> int:
         """Tokens of the longest prompt and path together that ``lm`` takes."""
         return self.lm.max_positions
+
+    @property
+    def num_item_tokens(self) -> int:
+        """That of the model below."""
+        return num_item_tokens(self.lm)
 
     def prefill(self, prompts: TokenRows) -> Any:
         """Run B prompts and count their tokens and attention pairs."""

@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from tawin_nemo.catalog.trie import TokenTrie
-from tawin_nemo.rollout.lm import LM
-from tawin_nemo.types import NO_ITEM, Candidates, TokenRows
+from tawin_nemo.rollout.lm import LM, num_item_tokens
+from tawin_nemo.types import FIRST_ITEM_TOKEN, NO_ITEM, Candidates, TokenRows
 from tawin_nemo.util.errors import CatalogError, ConfigError, DataError, TawinError
 
 SCORE_SPACES = ("trie", "vocab")
@@ -62,7 +62,12 @@ def check_prompts(lm: LM, prompts: TokenRows, trie: TokenTrie) -> None:
             f"set data.max_prompt_tokens to at most {lm.max_positions - trie.max_depth}"
         )
     if prompts.flat.min() < 0 or prompts.flat.max() >= lm.vocab_size:
-        position = int(((prompts.flat < 0) | (prompts.flat >= lm.vocab_size)).argmax())
+        last = FIRST_ITEM_TOKEN + num_item_tokens(lm)
+        is_item = (prompts.flat >= FIRST_ITEM_TOKEN) & (prompts.flat < last)
+        unknown = ~is_item & ((prompts.flat < 0) | (prompts.flat >= lm.vocab_size))
+        if not unknown.any():
+            return
+        position = int(unknown.argmax())
         raise DataError(
             f"prompt row {int(np.searchsorted(prompts.offsets, position, side='right')) - 1} has token "
             f"{prompts.flat[position]}, the model's are 0 .. {lm.vocab_size - 1}; "

@@ -21,7 +21,9 @@ from tawin_nemo.util.trusted import OutsideRoots, read_text
 log = get_logger(__name__)
 
 #: Sections and keys that decide what a model's tokens and prompts mean, or which tensors it has.
-BOUND = ("prepare.", "data.", "catalog.", "align.", "model.backbone", "code.data.template=")
+BOUND = (
+    "prepare.", "data.", "catalog.", "align.", "model.backbone", "model.item_tokens", "code.data.template=",
+)  # fmt: skip
 #: Keys among them that a verb may set: where the data lie, and how many rows are read.
 SOURCES = ("data.dataset", "data.root")
 FREE = (*SOURCES, "data.train_limit", "data.eval_limit")
@@ -193,6 +195,17 @@ def check_prompt(checkpoint: Path, prompt: str) -> None:
         )
 
 
+def check_item_vectors(checkpoint: Path, vectors: str) -> None:
+    """Raises ConfigError when ``checkpoint`` (a step_N) was trained with other vectors of items in its prompts
+    (``model.item_tokens``) than those with this fingerprint, or with none (an empty one)."""
+    trained = identity_of(checkpoint).get("item_vectors", "")
+    if trained != vectors:
+        raise ConfigError(
+            f"{checkpoint} was trained with {trained[:12] or 'no'} item vectors in its prompts, but model.item_tokens "
+            f"gives {vectors[:12] or 'none'}: set that key as its run had it, or train again"
+        )
+
+
 def identity_of(checkpoint: Path) -> dict[str, str]:
     """The fingerprints in ``state.json`` of a step_N; empty for checkpoints that older versions wrote."""
     try:
@@ -201,4 +214,4 @@ def identity_of(checkpoint: Path) -> dict[str, str]:
         raise
     except (ValueError, TypeError) as error:
         raise CheckpointError(f"{checkpoint / 'state.json'} is damaged ({error!r})") from error
-    return {name: str(state[name]) for name in ("tokenizer", "catalog", "prompt") if name in state}
+    return {name: str(state[name]) for name in ("tokenizer", "catalog", "prompt", "item_vectors") if name in state}

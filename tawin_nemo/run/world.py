@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -19,22 +20,24 @@ from tawin_nemo.config.schema import Recipe
 from tawin_nemo.data.catalog_builder import build_catalog
 from tawin_nemo.data.interactions import Dataset, Split, load_dataset
 from tawin_nemo.data.prompts import Template
-from tawin_nemo.data.samples import Samples, encode_split
+from tawin_nemo.data.samples import PromptEncoder, Samples, encode_split
 from tawin_nemo.data.tasks import active_tasks
 from tawin_nemo.data.tokenizer import Tokenizer, build_tokenizer
 from tawin_nemo.models.megatron.hf.config import backbone_from_hf
 from tawin_nemo.models.megatron.parallel import runtime
 from tawin_nemo.run.datasets import run_dir_of
 from tawin_nemo.run.prompt_format import final_template, plain_template
-from tawin_nemo.types import SPLITS, DataParallel
+from tawin_nemo.types import SPLITS, DataParallel, TokenRows
 from tawin_nemo.util import times
 from tawin_nemo.util.errors import CatalogError, ConfigError, DataError
-from tawin_nemo.util.files import atomic_path, write_json
+from tawin_nemo.util.files import atomic_path, sha256, write_json
 from tawin_nemo.util.hub import local_folder
 from tawin_nemo.util.log import get_logger
 
 log = get_logger(__name__)
 
+#: The file in the run directory with the vectors of ``model.item_tokens``.
+ITEM_VECTORS = "item_vectors.npy"
 #: Keys that may change between two attempts of a run. They do not change what is computed, except for the order of
 #: floating-point sums under another layout or micro-batch size.
 RESUMABLE_KEYS = (
@@ -81,7 +84,21 @@ class World:
         """Fingerprints of what trained weights belong to."""
         prompt = self.template.fingerprint
         fingerprints = {"tokenizer": self.tokenizer.fingerprint, "catalog": self.catalog.fingerprint}
-        return {**fingerprints, **({"prompt": prompt} if prompt else {})}
+        further = {"prompt": prompt, "item_vectors": self.item_vectors_fingerprint}
+        return {**fingerprints, **{name: value for name, value in further.items() if value}}
+
+    @property
+    def item_vectors_fingerprint(self) -> str:
+        """SHA-256 of the vectors of ``model.item_tokens``, which the run keeps; empty without that key or that file."""
+        path = self.run_dir / ITEM_VECTORS
+        return sha256(path) if self.recipe.model.item_tokens and path.is_file() else ""
+
+    def prompts_of(self, histories: Sequence[Sequence[int]]) -> TokenRows:
+        """The prompts of histories of item indices, oldest first, without candidates."""
+        rules, marks = (self.item_texts, self.tokenizer, self.template), bool(self.recipe.model.item_tokens)
+        return PromptEncoder(*rules, item_tokens=marks).encode_full_prompts(
+            TokenRows.from_lists([*map(list, histories)])
+        )
 
     @property
     def train_rows_for_sft(self) -> np.ndarray:
@@ -155,7 +172,9 @@ def build_world(recipe: Recipe, run_dir: Path, data_root: Path, *, codes_path: P
         dataset.items.titles, dataset.items.external_ids, texts, tokenizer, template, kind=recipe.catalog.kind
     )
     splits = {name: limited(getattr(dataset, name), name, recipe) for name in SPLITS}
-    samples = {name: encode_split(split, texts, tokenizer, template, recipe.data) for name, split in splits.items()}
+    rules = (texts, tokenizer, template, recipe.data)
+    encode = partial(encode_split, item_tokens=bool(recipe.model.item_tokens))
+    samples = {name: encode(split, *rules) for name, split in splits.items()}
     for name, rows in samples.items():
         if len(rows) == 0:
             raise DataError(f"split {name} of {data_root} has no rows; prepare it with more data")

@@ -37,15 +37,18 @@ class Embeddings:
     manifest: dict[str, Any]
 
 
-def item_texts(titles: Sequence[str], descriptions: Sequence[str], fields: str) -> list[str]:
-    """The text of each item that is embedded, without markup. Raises DataError that names items without any word."""
+def item_texts(
+    titles: Sequence[str], descriptions: Sequence[str], fields: str, *, needs_words: bool = True
+) -> list[str]:
+    """The text of each item that is embedded, without markup. Raises DataError that names items without any word, or
+    without ``needs_words`` (for an encoder that reads "!!!" too) without any character."""
     texts = [clean_text(title) for title in titles]
     if fields == "title_description":
         described = [_plain(text) for text in descriptions]
         if missing := [item for item, text in enumerate(described) if not text]:
             say(f"{len(missing)} of {len(texts)} items have no description (first: item {missing[0]}): title only")
         texts = [f"{title}. {text}" if text else title for title, text in zip(texts, described, strict=True)]
-    empty = [item for item, text in enumerate(texts) if not any(map(str.isalnum, text))]
+    empty = [item for item, text in enumerate(texts) if not (any(map(str.isalnum, text)) if needs_words else text)]
     if empty:
         shown = ", ".join(f"{item} ({titles[item]!r})" for item in empty[:5])
         raise DataError(

@@ -32,13 +32,14 @@ from tawin_nemo.rollout.engine import Engine
 from tawin_nemo.run.callbacks import Callbacks, build_callbacks
 from tawin_nemo.run.logging import build_sink
 from tawin_nemo.run.mfu import peak_flops
-from tawin_nemo.run.stage import MetricSink, Stage, logged_seconds
+from tawin_nemo.run.stage import MetricSink, Progress, Stage, logged_seconds
 from tawin_nemo.run.world import World, read_json
 from tawin_nemo.train.actor import Actor
 from tawin_nemo.train.auc_eval import auc_metrics
 from tawin_nemo.train.candidate_eval import candidate_metrics
 from tawin_nemo.train.evaluation import evaluate_split, evaluate_tasks, task_file
 from tawin_nemo.train.extension import extend_finished
+from tawin_nemo.train.item_tokens import keep_item_vectors
 from tawin_nemo.train.plan import Plan, plans
 from tawin_nemo.train.preference import train_preference
 from tawin_nemo.train.reference import Reference, build_reference
@@ -58,6 +59,7 @@ def run_pipeline(world: World) -> dict[str, Any]:
     """Run every planned stage that is not done yet; returns the summary that is also written to summary.json."""
     start, earlier = time.monotonic(), earlier_seconds(world.run_dir)
     sink, callbacks = build_sink(world), build_callbacks(world)
+    keep_item_vectors(world)
     if world.recipe.baseline.model != "off":
         results = {world.recipe.baseline.model: run_baseline(world, sink, callbacks)}
     else:
@@ -113,30 +115,21 @@ def run_stage(world: World, plan: Plan, sink: MetricSink | None, callbacks: Call
         log.info("%s is done", plan.name)
         return EvalResult.read(stage.directory / "eval", splits[-1])
     stage.stop_before(plan.name)
-    drops = plan.kind == "sft"
+    drops, trains = plan.kind == "sft", plan.kind != "zero_shot"
     model = starting_model(world, plan.start, dropout=world.recipe.model.dropout if drops else 0.0)
-    adapt(world, model, plan.start, dropout=drops)
+    if trains:
+        adapt(world, model, plan.start, dropout=drops)
+    recipe = world.recipe if trains else merged(world.recipe)
     known = world.tokenizer.fingerprint
-    engine = build_engine(world.recipe, model, world.shape, world.catalog, tokenizer=known)
-    write_layout(world.run_dir, model, engine, peak_flops(world.recipe))
+    engine = build_engine(recipe, model, world.shape, world.catalog, tokenizer=known)
+    write_layout(world.run_dir, model, engine, peak_flops(recipe))
     optimizer_offloaded: Callable[[], AbstractContextManager[None]] = nullcontext
-    if not stage.done:
-        sft = sft_section(world.recipe, plan.name)
-        if world.recipe.model.freeze_backbone and plan.kind == "sft":
-            freeze_others(model, only_new_tokens(world))
-        lr = {"rl": world.recipe.rl.lr, "preference": world.recipe.preference.lr}.get(plan.kind, sft.lr)
-        trainable = Trainable(model, world.shape, world.recipe.trainer, lr=lr)
-        optimizer_offloaded = trainable.optimizer_offloaded
-        log.info("%s: %d rows of train", plan.name, len(plan.rows))
-        if plan.kind == "rl":
-            actor = Actor(trainable, world.catalog, world.recipe.rl, world.dp)
-            train_rl(world, stage, actor, lambda: reference_for(world, plan, model), engine)
-        elif plan.kind == "preference":
-            train_preference(world, stage, trainable, lambda: reference_for(world, plan, model), engine, plan.rows)
-        else:
-            train_sft(world, sft, stage, trainable, plan.rows, engine)
+    if not stage.done and trains:
+        optimizer_offloaded = train_stage(world, plan, stage, model, engine)
+    elif not stage.done:
+        keep_untrained(world, stage, model)
     stage.stop_before(f"the evaluation of {plan.name}")
-    recipe, precision = world.recipe, world.recipe.eval.precision
+    precision = recipe.eval.precision
     if in_precision(recipe.model, precision) != recipe.model:
         recipe, model = merged(recipe), starting_model(world, plan.name, precision=precision)
         engine = build_engine(recipe, model, world.shape, world.catalog, tokenizer=known, precision=precision)
@@ -151,16 +144,45 @@ def run_stage(world: World, plan: Plan, sink: MetricSink | None, callbacks: Call
     return result
 
 
+def train_stage(
+    world: World, plan: Plan, stage: Stage, model: GPTModel, engine: Engine
+) -> Callable[[], AbstractContextManager[None]]:
+    """Train a stage to its end, or go on with it; returns its ``optimizer_offloaded``."""
+    sft = sft_section(world.recipe, plan.name)
+    if world.recipe.model.freeze_backbone and plan.kind == "sft":
+        freeze_others(model, only_new_tokens(world))
+    lr = {"rl": world.recipe.rl.lr, "preference": world.recipe.preference.lr}.get(plan.kind, sft.lr)
+    trainable = Trainable(model, world.shape, world.recipe.trainer, lr=lr)
+    log.info("%s: %d rows of train", plan.name, len(plan.rows))
+    if plan.kind == "rl":
+        actor = Actor(trainable, world.catalog, world.recipe.rl, world.dp)
+        train_rl(world, stage, actor, lambda: reference_for(world, plan, model), engine)
+    elif plan.kind == "preference":
+        train_preference(world, stage, trainable, lambda: reference_for(world, plan, model), engine, plan.rows)
+    else:
+        train_sft(world, sft, stage, trainable, plan.rows, engine)
+    return trainable.optimizer_offloaded
+
+
+def keep_untrained(world: World, stage: Stage, model: GPTModel) -> None:
+    """End the stage ``zero_shot``: its only checkpoint holds the weights that the run starts from. Collective."""
+    begun = Progress()
+    state = {"progress": vars(begun), "stage": stage.name, **world.identity}
+    checkpoint.save_checkpoint(stage.checkpoints / "step_0", model=model, state=state)
+    stage.finish(begun, chosen_step=0)
+
+
 def sft_section(recipe: Recipe, name: str) -> SftConfig:
     """Section ``sft`` of the stage ``name``.
 
     Stage sft_continued has its own learning rate (``compare.sft_continued_lr``, 0 = that of ``sft``), constant, because
-    it continues a trained model.
+    it continues a trained model; for the same reason all of its prompts have their item tokens.
     """
     lr = recipe.compare.sft_continued_lr
-    if name != "sft_continued" or lr == 0.0:
+    if name != "sft_continued":
         return recipe.sft
-    return replace(recipe.sft, lr=lr, schedule="constant")
+    own = replace(recipe.sft, curriculum=0.0)
+    return own if lr == 0.0 else replace(own, lr=lr, schedule="constant")
 
 
 def reference_for(world: World, plan: Plan, actor_model: GPTModel) -> Reference:

@@ -18,7 +18,7 @@ class Plan:
     name: str
     start: str | None
     rows: np.ndarray
-    kind: str  # sft | preference | rl
+    kind: str  # zero_shot | sft | preference | rl
 
 
 def plans(world: World) -> Iterator[Plan]:
@@ -26,6 +26,8 @@ def plans(world: World) -> Iterator[Plan]:
     recipe = world.recipe
     fresh = world.train_rows_for_rl
     rl_start = None if recipe.rl.init == "base" else recipe.rl.init
+    if recipe.compare.zero_shot:
+        yield Plan("zero_shot", None, np.zeros(0, dtype=np.int64), "zero_shot")
     if recipe.sft.enabled:
         yield Plan("sft", None, world.train_rows_for_sft, "sft")
     if recipe.preference.enabled:

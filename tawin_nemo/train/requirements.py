@@ -14,7 +14,7 @@ from tawin_nemo.config.lora import check_lora
 from tawin_nemo.config.seams import import_paths
 from tawin_nemo.data.tasks import active_tasks
 from tawin_nemo.run.trained import resolve_checkpoint
-from tawin_nemo.run.world import World
+from tawin_nemo.run.world import ITEM_VECTORS, World
 from tawin_nemo.train.plan import Plan, plans
 from tawin_nemo.util.errors import ConfigError, UserError
 from tawin_nemo.util.hub import local_folder
@@ -48,17 +48,22 @@ def checks(world: World, continued: Collection[str] = ()) -> Iterator[Callable[[
     recipe = world.recipe
     if recipe.baseline.model != "off":
         yield lambda: check_config(recipe.baseline, semantic_ids=recipe.catalog.kind == "sid")
+        if recipe.baseline.items == "text":
+            yield lambda: check_baseline_texts(world)
         return
     waiting = [
         plan for plan in plans(world)
         if plan.name in continued or not (world.run_dir / plan.name / "done.json").is_file()
     ]  # fmt: skip
+    if recipe.model.item_tokens and not (world.run_dir / ITEM_VECTORS).is_file():
+        yield lambda: check_item_tokens(world)
     if recipe.model.lora.rank:
         yield lambda: check_lora(world.shape, recipe.model.lora)
     if any(plan.start is None for plan in waiting):
         yield lambda: check_start(world)
     for plan in waiting:
-        yield lambda plan=plan: check_rows(plan)  # type: ignore[misc]
+        if plan.kind != "zero_shot":
+            yield lambda plan=plan: check_rows(plan)  # type: ignore[misc]
         if plan.kind == "sft" and active_tasks(recipe.align):
             yield lambda: check_tasks(world)
         if plan.kind == "preference":
@@ -66,6 +71,20 @@ def checks(world: World, continued: Collection[str] = ()) -> Iterator[Callable[[
         if plan.kind == "rl":
             yield lambda: check_widths(world)
             yield lambda: check_reward(world)
+
+
+def check_item_tokens(world: World) -> None:
+    """Raises ConfigError when the baseline of ``model.item_tokens`` cannot be used (``item_vectors_of``)."""
+    from tawin_nemo.train.item_tokens import item_vectors_of
+
+    item_vectors_of(world)
+
+
+def check_baseline_texts(world: World) -> None:
+    """Raises ConfigError or DataError when the item texts of ``baseline.items=text`` cannot be embedded."""
+    from tawin_nemo.baselines.text_items import check_item_texts
+
+    check_item_texts(world)
 
 
 def check_start(world: World) -> None:

@@ -22,7 +22,7 @@ from tawin_nemo.run.stage import Progress, Stage, monitored, soonest_stop
 from tawin_nemo.run.timers import Timers, count_update
 from tawin_nemo.run.world import World
 from tawin_nemo.train.evaluation import evaluate_split
-from tawin_nemo.train.sft_data import TaskSet, item_batches, sft_data, task_batches
+from tawin_nemo.train.sft_data import Curriculum, TaskSet, item_batches, sft_data, task_batches
 from tawin_nemo.types import TokenBatch
 from tawin_nemo.util.log import get_logger
 
@@ -40,14 +40,14 @@ def train_sft(
     rate are pure functions of seed and step, so a killed run continues bit for bit from its newest checkpoint.
     """
     seed = world.recipe.seed
-    data = sft_data(world, rows)
+    data = sft_data(world, rows, curriculum=cfg.curriculum)
     per_epoch = -(-data.stream.n // data.stream.batch_size)
     total = cfg.epochs * per_epoch
     check_every = max(1, per_epoch // cfg.checks_per_epoch)
     stage.keeps_best = True  # the best checkpoint is what later stages start from
     done = stage.resume(trainable)
     if done.best_value is None:
-        _validate(world, stage, trainable, engine, done, data.tasks)
+        _validate(world, stage, trainable, engine, done, data.tasks, data.curriculum)
     timers = Timers.of(world.recipe, world.dp)
     guard = step_guard(stage, done)
     for step in stage.steps(done.step, total, soonest=partial(soonest_stop, done, cfg.patience, check_every)):
@@ -66,7 +66,7 @@ def train_sft(
         metrics = {"train/loss" if name == "loss" else name: value for name, value in stats.items()}
         stage.write(done.step, {"epoch": done.step / per_epoch, **metrics, "lr": lr}, timers.report())
         if done.step % check_every == 0:
-            _validate(world, stage, trainable, engine, done, data.tasks)
+            _validate(world, stage, trainable, engine, done, data.tasks, data.curriculum)
         elif done.step % world.recipe.trainer.save_interval == 0:
             stage.save(trainable, done)
         stage.save_or_stop(lambda: stage.save(trainable, done), done)
@@ -82,8 +82,13 @@ def _validate(
     engine: Engine,
     done: Progress,
     tasks: tuple[TaskSet, ...] = (),
+    curriculum: Curriculum | None = None,
 ) -> None:
-    """Evaluate ``sft.watch`` on valid, record whether it is the best so far, log it and save a checkpoint."""
+    """Evaluate ``sft.watch`` on valid, record whether it is the best so far, log it and save a checkpoint.
+
+    Valid has item tokens where the recipe has; while a curriculum still brings them into train, no check counts
+    against ``sft.patience``.
+    """
     metrics = {f"valid/loss/{part.task.name}": task_loss(world, trainable, part.held_out) for part in tasks}
     metrics["valid/loss"] = valid_loss(world, trainable)
     if world.recipe.sft.watch == "ndcg":
@@ -92,7 +97,8 @@ def _validate(
     name, value = list(metrics.items())[-1]
     value = value if name == "valid/loss" else -value  # Progress keeps the smallest
     best = math.inf if done.best_value is None else done.best_value
-    done.bad_checks = 0 if value < best - world.recipe.sft.min_delta else done.bad_checks + 1
+    waits = curriculum is not None and done.step < curriculum.steps
+    done.bad_checks = 0 if waits or value < best - world.recipe.sft.min_delta else done.bad_checks + 1
     if value < best:
         done.best_value, done.best_step = value, done.step
     stage.write(done.step, metrics)

@@ -16,7 +16,7 @@ from tawin_nemo.catalog.item_names import named, shorten
 from tawin_nemo.config.schema import SftConfig
 from tawin_nemo.data.batches import BatchStream, MixedStream
 from tawin_nemo.data.interactions import Split
-from tawin_nemo.data.samples import Samples
+from tawin_nemo.data.samples import PromptEncoder, Samples
 from tawin_nemo.data.tasks import (
     CODES,
     DESCRIPTION,
@@ -56,8 +56,29 @@ class TaskSet:
 
 
 @dataclass(frozen=True)
+class Curriculum:
+    """LLaRA's change from prompts of texts alone to prompts with item tokens (``sft.curriculum``).
+
+    ``steps``: when it is over. ``first_text``: index of the question that is row 0 of train without item tokens; those
+    of the ``rows`` rows follow each other.
+    """
+
+    steps: int
+    rows: int
+    first_text: int
+    seed: int
+
+    def chosen(self, picked: np.ndarray, step: int) -> np.ndarray:
+        """``picked`` questions of a step, where rows of train have no item tokens with probability 1 - step / steps;
+        a pure function of seed and step."""
+        late = np.random.default_rng([self.seed, step]).random(len(picked)) < step / self.steps
+        return np.where(late | (picked >= self.rows), picked, picked + self.first_text)
+
+
+@dataclass(frozen=True)
 class SftData:
-    """N questions with their answers: the rows of train, then those of the tasks; without tasks nothing is copied."""
+    """N questions with their answers: the rows of train, then those of the tasks, then with a curriculum the rows of
+    train without item tokens; without tasks and curriculum nothing is copied."""
 
     prompts: TokenRows
     answers: TokenRows  # the paths of the catalog's items first
@@ -66,10 +87,12 @@ class SftData:
     row_of: np.ndarray  # number of the stream -> index of a question
     stream: BatchStream
     tasks: tuple[TaskSet, ...]
+    curriculum: Curriculum | None = None
 
     def picked(self, step: int) -> np.ndarray:
         """Indices of the questions of a step."""
-        return self.row_of[self.stream.batch(step)]
+        picked = self.row_of[self.stream.batch(step)]
+        return picked if self.curriculum is None else self.curriculum.chosen(picked, step)
 
     @cached_property
     def lengths_N(self) -> np.ndarray:
@@ -84,8 +107,11 @@ class SftData:
         )
 
 
-def sft_data(world: World, rows: np.ndarray) -> SftData:
-    """``rows`` of train with the tasks of section ``align``. Raises ConfigError for a task without rows."""
+def sft_data(world: World, rows: np.ndarray, *, curriculum: float = 0.0) -> SftData:
+    """``rows`` of train with the tasks of section ``align``; ``curriculum`` is ``sft.curriculum`` of the stage.
+
+    Raises ConfigError for a task without rows.
+    """
     train, paths = world.samples["train"], world.catalog.paths
     tasks = tuple(task_sets(world, rows))
     answers, answer_N, first = [paths], [train.target_N.astype(np.int64)], len(paths)
@@ -96,19 +122,35 @@ def sft_data(world: World, rows: np.ndarray) -> SftData:
             answer_N.append(first + np.arange(len(part)))
             answers.append(part.answers)
             first += len(part)
+    texts = [text_prompts(world)] if curriculum > 0 else []
+    answer_N += [train.target_N.astype(np.int64) for _ in texts]
     counts = [len(part.train) for part in tasks]
     shares = [round(getattr(world.recipe.align, part.task.name) * len(part.train)) for part in tasks]
+    stream = MixedStream.of(
+        [len(rows), *counts], [len(rows), *shares], world.recipe.sft.global_batch_size, world.recipe.seed
+    )
+    steps = curriculum * world.recipe.sft.epochs * -(-stream.n // stream.batch_size)
+    first_text = len(train) + sum(counts)
     return SftData(
-        prompts=TokenRows.cat([train.prompts, *(part.train.samples.prompts for part in tasks)]),
+        prompts=TokenRows.cat([train.prompts, *(part.train.samples.prompts for part in tasks), *texts]),
         answers=TokenRows.cat(answers),
         answer_N=np.concatenate(answer_N),
         num_items=len(paths),
         row_of=np.concatenate([rows, len(train) + np.arange(sum(counts))]).astype(np.int64),
-        stream=MixedStream.of(
-            [len(rows), *counts], [len(rows), *shares], world.recipe.sft.global_batch_size, world.recipe.seed
-        ),
+        stream=stream,
         tasks=tasks,
+        curriculum=Curriculum(max(1, round(steps)), len(train), first_text, world.recipe.seed) if texts else None,
     )
+
+
+def text_prompts(world: World) -> TokenRows:
+    """The prompts of the rows of train without item tokens, with the same items in them."""
+    train = world.samples["train"]
+    encoder = PromptEncoder(world.item_texts, world.tokenizer, world.template)
+    if not world.recipe.data.show_candidates:
+        return encoder.encode(train.history)
+    assert train.candidates is not None  # encode_split
+    return encoder.encode_with_candidates(train.history, train.candidates)
 
 
 def answer_batches(

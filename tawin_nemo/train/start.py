@@ -27,9 +27,10 @@ from tawin_nemo.models.megatron.model.precision import AS_MODEL, in_precision
 from tawin_nemo.placement.weight_sync import build_engine
 from tawin_nemo.rollout.engine import Engine
 from tawin_nemo.run.exported import is_export
-from tawin_nemo.run.trained import check_tokenizer, chosen_checkpoint, resolve_checkpoint
+from tawin_nemo.run.trained import check_item_vectors, check_tokenizer, chosen_checkpoint, resolve_checkpoint
 from tawin_nemo.run.world import World
 from tawin_nemo.train.base import Base, origin, own_base
+from tawin_nemo.train.item_tokens import with_item_tokens
 from tawin_nemo.types import TokenRows
 from tawin_nemo.util.errors import ConfigError
 from tawin_nemo.util.hub import local_folder
@@ -50,23 +51,25 @@ def starting_model(
     (``model.lora``) are merged into the weights that they belong to. Only SFT uses dropout: with it the policy ratio of
     an unchanged policy would be noise around 1, which the loss would clip.
     ``precision`` may differ from the recipe's (``reference.precision``, ``eval.precision``). Raises ConfigError for a
-    path that is no checkpoint, for one that was trained with another tokenizer, and for adapters whose frozen weights
-    are gone or have changed.
+    path that is no checkpoint, for one that was trained with another tokenizer or other item vectors, and for adapters
+    whose frozen weights are gone or have changed.
     """
     recipe = world.recipe
     cfg = in_precision(replace(recipe.model, dropout=dropout), precision)  # build_model reads both from the section
     path = starting_checkpoint(world, stage, checkpoint_path)
     if path is not None:
         check_tokenizer(path, world.tokenizer.fingerprint)
+        check_item_vectors(path, world.item_vectors_fingerprint)
     parts = origin(world, path)
     base = parts.base
     model = build_model(
         world.shape, cfg, seed=base.seed, rollout_tp=recipe.rollout_layout[0], to_be_loaded=base.kind != "random"
     )  # fmt: skip
+    if parts.whole is None and base.kind == "pretrained":
+        load_hf(model, world.shape, local_folder(base.source, base.revision), new_tokens(world, base))
+    with_item_tokens(world, model)
     if parts.whole is not None:
         checkpoint.load_checkpoint(parts.whole, model=model)
-    elif base.kind == "pretrained":
-        load_hf(model, world.shape, local_folder(base.source, base.revision), new_tokens(world, base))
     for adapters in parts.adapters:
         merge_checkpoint(model, world.shape, adapters)
     return model
@@ -92,7 +95,11 @@ def merge_checkpoint(model: GPTModel, shape: Backbone, path: Path) -> None:
 
 def adapt(world: World, model: GPTModel, stage: str | None, *, dropout: bool) -> None:
     """Freeze the model that a training stage starts from (``starting_model``) and give it the adapters of
-    ``model.lora``; nothing with rank 0. Collective."""
+    ``model.lora``; nothing with rank 0. Collective.
+
+    SFT (``dropout``) also trains the projection of ``model.item_tokens``; in later stages it is frozen, so that the
+    model without its adapters is the one that they started from.
+    """
     lora = world.recipe.model.lora
     if lora.rank == 0:
         return
@@ -100,6 +107,8 @@ def adapt(world: World, model: GPTModel, stage: str | None, *, dropout: bool) ->
     add_adapters(
         model, world.shape, lora, seed=world.recipe.seed, base=asdict(base), dropout=lora.dropout if dropout else 0.0
     )  # fmt: skip
+    if dropout and model.item_tokens is not None:
+        model.item_tokens.requires_grad_(True)
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     log.info("LoRA of rank %d: %d parameters of this rank are trained, all others frozen", lora.rank, trained)
 

@@ -259,7 +259,7 @@ def checkpoint_disk(recipe: Recipe, run_dir: Path) -> Check:
         recipe.sft.enabled + learns + (recipe.sft.enabled and (compare.sft_all + (learns and compare.sft_continued)))
     )
     stages += recipe.preference.enabled
-    kept = stages * (recipe.trainer.keep_last + recipe.trainer.keep_best)
+    kept = stages * (recipe.trainer.keep_last + recipe.trainer.keep_best) + compare.zero_shot
     value = (
         f"{gib(one)} each, up to {kept} kept: {gib(one * (kept + 1))}; {gib(free_bytes)} free at {existing(run_dir)}"
     )

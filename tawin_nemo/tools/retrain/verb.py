@@ -24,6 +24,7 @@ from tawin_nemo.run.failures import attempt_logs
 from tawin_nemo.run.world import build_world, open_run_dir
 from tawin_nemo.tools.retrain.gate import Decision, decide
 from tawin_nemo.tools.retrain.publish_root import EXPORT, GATE_FILE, NightlyRun, PublishRoot
+from tawin_nemo.train.item_tokens import check_no_item_tokens
 from tawin_nemo.train.pipeline import evaluate_stage, run_pipeline
 from tawin_nemo.train.start import engine_of
 from tawin_nemo.util import times
@@ -72,6 +73,7 @@ def check_recipe(recipe: Recipe) -> str:
         raise ConfigError(f"eval.splits={list(recipe.eval.splits)} lacks {SPLIT}, which the gate looks at; add it")
     if recipe.baseline.model != "off" or recipe.start or recipe.checkpoint or recipe.run_dir:
         raise ConfigError("retrain sets start, checkpoint and run_dir itself and needs baseline.model=off; remove them")
+    check_no_item_tokens(recipe, "a nightly run publishes an export")
     return times.day(recipe.retrain.date)
 
 

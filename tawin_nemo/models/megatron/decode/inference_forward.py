@@ -21,6 +21,7 @@ from megatron.core.tensor_parallel.layers import ColumnParallelLinear
 from torch import Tensor
 
 from tawin_nemo.models.megatron.model.attention import AttentionPlan
+from tawin_nemo.models.megatron.model.item_tokens import ItemTokens, inject, words_only
 from tawin_nemo.models.megatron.model.lora import AdaptedColumn, AdaptedRow
 
 
@@ -56,6 +57,13 @@ def stage_output(model: GPTModel, tokens_S: Tensor, arriving_SD: Tensor | None, 
 
 
 def _embedded(model: GPTModel, tokens_S: Tensor) -> Tensor:
+    items: ItemTokens | None = getattr(model, "item_tokens", None)
+    if items is None:
+        return _word_rows(model, tokens_S)
+    return inject(items, tokens_S, _word_rows(model, words_only(tokens_S)))
+
+
+def _word_rows(model: GPTModel, tokens_S: Tensor) -> Tensor:
     table, group = model.embedding.word_embeddings, model.pg_collection.tp
     if group.size() == 1:
         return table.weight.index_select(0, tokens_S)

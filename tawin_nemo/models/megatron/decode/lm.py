@@ -81,6 +81,11 @@ class MegatronLM:
         """Tokens of the longest sequence that the model accepts."""
         return self.shape.positions
 
+    @property
+    def num_item_tokens(self) -> int:
+        """Items whose tokens the model reads in prompts (``model.item_tokens``)."""
+        return int(getattr(self.model, "num_item_tokens", 0))
+
     def rows(self, cache: Cache) -> int:
         """Tokens that were run, prompts counting as one (their last token)."""
         return len(cache)

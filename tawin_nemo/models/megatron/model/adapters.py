@@ -14,6 +14,7 @@ from torch import Tensor
 from tawin_nemo.config.backbones import Backbone
 from tawin_nemo.config.lora import MARK, MATRICES, ROW_PARALLEL, check_lora, targets
 from tawin_nemo.config.schema import LoraConfig
+from tawin_nemo.models.megatron.model.item_tokens import PREFIX
 from tawin_nemo.models.megatron.model.lora import AdaptedColumn, AdaptedRow, LowRank
 from tawin_nemo.util.errors import ConfigError
 
@@ -151,8 +152,9 @@ def adapted(model: torch.nn.Module) -> list[Any]:
 
 
 def adapter_state(state: dict[str, Any]) -> dict[str, Any]:
-    """The adapters' part of a state dictionary by parameter names."""
-    return {name: value for name, value in state.items() if MARK in name}
+    """The adapters' part of a state dictionary by parameter names, and the projection of ``model.item_tokens``: what
+    SFT trains of a model whose other weights are frozen."""
+    return {name: value for name, value in state.items() if MARK in name or name.startswith(PREFIX)}
 
 
 def _linears(layer: Any) -> Iterator[tuple[str, Any]]:

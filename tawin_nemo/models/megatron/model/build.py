@@ -22,6 +22,7 @@ from tawin_nemo.models.megatron.model.adapters import Adapters, add_adapters
 from tawin_nemo.models.megatron.model.attention import PositionedRotary
 from tawin_nemo.models.megatron.model.compiler import use_fused_functions
 from tawin_nemo.models.megatron.model.embedding import RowEmbedding
+from tawin_nemo.models.megatron.model.item_tokens import ItemTokens
 from tawin_nemo.models.megatron.model.layer_spec import RMSNorm, layer_spec
 from tawin_nemo.models.megatron.parallel.groups import collective_device, rollout_groups, training_groups
 from tawin_nemo.util.errors import ConfigError
@@ -43,6 +44,8 @@ class HiddenGPT(GPTModel):
 
     real_vocab: int  # vocabulary rows that count; the rest is padding up to a multiple of the TP size
     adapters: Adapters | None = None  # of ``model.lora``, once ``add_adapters`` has been called
+    num_item_tokens: int = 0  # items that prompts may hold, on every stage
+    item_tokens: ItemTokens | None  # of the first stage, once ``add_item_tokens`` has been called
 
     def _postprocess(self, hidden_states: Tensor, *unused: Any, **also_unused: Any) -> Tensor:
         return hidden_states
@@ -181,6 +184,7 @@ def _empty_model(
         rotary_base=int(shape.rope_theta),
     )
     model.real_vocab = shape.vocab
+    model.item_tokens = None  # no class attribute, which would hide the module
     model.rotary_pos_emb = PositionedRotary(shape)
     if model.pre_process:  # megatron names the class in its own code; only how gradients travel differs
         model.embedding.word_embeddings.__class__ = RowEmbedding
