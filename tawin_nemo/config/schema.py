@@ -883,6 +883,21 @@ class PreferenceConfig:
 
 
 @dataclass(frozen=True)
+class AssistConfig:
+    """An auxiliary recommender that joins the search (D3, arXiv 2406.14900): a log p_LLM + (1 - a) log p_aux."""
+
+    stage: str = opt(
+        "",
+        "Names a finished baseline (RUN_DIR/sasrec) that joins the searches of finished stages' evaluation, evaluate, "
+        "generate and serve, never those of training (empty = none).",
+    )
+    weight: float = number(
+        0.5, 0.0, 1.0, why="it is the language model's share",
+        help="Sets the language model's share a of every choice's score; the baseline's is 1 - a.",
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
 class RolloutConfig:
     width: int = number(0, 0, BEAMS, help="Sets the beams in rollouts (0 = rl.group_size).")
     score_space: str = choice(
@@ -949,6 +964,7 @@ class RolloutConfig:
         0, 0, RANKS,
         help="Sets the groups of layers in searches (0 = as in training); the ranks left over search other prompts.",
     )  # fmt: skip
+    assist: AssistConfig = field(default_factory=AssistConfig)
 
 
 @dataclass(frozen=True)

@@ -35,6 +35,7 @@ from tawin_nemo.run.mfu import peak_flops
 from tawin_nemo.run.stage import MetricSink, Stage, logged_seconds
 from tawin_nemo.run.world import World, read_json
 from tawin_nemo.train.actor import Actor
+from tawin_nemo.train.assist import add_assistant
 from tawin_nemo.train.auc_eval import auc_metrics
 from tawin_nemo.train.candidate_eval import candidate_metrics
 from tawin_nemo.train.evaluation import evaluate_split, evaluate_tasks, task_file
@@ -143,6 +144,7 @@ def run_stage(world: World, plan: Plan, sink: MetricSink | None, callbacks: Call
     else:
         checkpoint.load_checkpoint(stage.chosen_checkpoint, model=model)
         fold(model)
+    add_assistant(world, engine)
     with optimizer_offloaded():
         result = evaluate_stage(world, stage.directory, engine)
         if plan.kind == "sft":
