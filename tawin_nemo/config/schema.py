@@ -1011,6 +1011,11 @@ class EvalConfig:
         "Measures AUC, partial AUC and TAWin's windowed partial AUC over the full catalog as well, and how many of the "
         "best items the beams find; it ranks every item for every row, so it is for small catalogs.",
     )  # fmt: skip
+    grounding: int = number(
+        0, 0, BEAMS,
+        help="Measures BigRec's full ranking as well: the best of this many beams of free text (1 = greedy), then the "
+        "items nearest to its embedding (0 = off).",
+    )  # fmt: skip
     auc_rows: int = number(0, 0, help="Limits eval.auc to so many evenly spaced rows (0 = all).")
     collision: str = choice(
         "fractional", "optimistic",

@@ -12,7 +12,8 @@ import torch
 
 from tawin_nemo.baselines.load import load_scorer
 from tawin_nemo.data.interactions import load_dataset
-from tests.train.runs import SMALL, called, run
+from tawin_nemo.tools.study.config import read_file
+from tests.train.runs import ROOT, SMALL, called, run
 
 WORDS = [*SMALL, "rl.enabled=false", "sft.epochs=1", "sft.rows=all", "data.train_limit=96", "eval.splits=[test]"]
 ALL = "eval.beams=150"  # every path of the generated catalog
@@ -59,7 +60,7 @@ def test_training_is_the_models_own_and_only_the_evaluation_is_assisted(
     words = [f"rollout.assist.stage={auxiliary}", "rollout.assist.weight=0", ALL]
     run(*WORDS, *words, f"data.root={small_dataset}", f"run_dir={tmp_path}")
     assert (tmp_path / "sft" / "metrics.jsonl").read_bytes() == (alone / "sft" / "metrics.jsonl").read_bytes()
-    table = pl.read_parquet(tmp_path / "sft" / "eval" / "test.parquet")
+    table = pl.read_parquet(tmp_path / "sft" / "eval" / "test.per_user.parquet")
     rows, titles = load_dataset(small_dataset).test, load_dataset(small_dataset).items.titles
     histories = [rows.history[row][-4:] for row in table["row"].to_list()]  # data.max_history
     share_BT, names = shares_of_paths(auxiliary, small_dataset, histories)
@@ -115,3 +116,24 @@ def test_an_auxiliary_model_that_cannot_be_used_ends_a_run_before_it_starts(
     assert foreign.returncode == 2
     assert "not the same ones" in foreign.stderr
     assert not (tmp_path / "run" / "sft").exists()
+
+
+def test_the_recipe_of_d3_prints_its_row_and_a_step_of_rate_zero_evaluates_alone(
+    auxiliary: Path, alone: Path, small_dataset: Path, tmp_path: Path
+) -> None:
+    """The second is how study d3 measures weights: arms that start from a trained stage and leave it as it is."""
+    recipe = ["--recipe", str(ROOT / "recipes" / "baselines" / "d3_cpu.yaml"), *WORDS]
+    small = [f"data.root={small_dataset}", f"rollout.assist.stage={auxiliary}", "catalog.kind=title", "catalog.index="]
+    summary = run(*recipe, *small, "data.tokenizer=bpe", "compare.sft_continued=false", f"run_dir={tmp_path / 'd3'}")
+    assert summary["sft"].keys() >= {"recall@1", "recall@3", "ndcg@3"}
+    study = load_study(ROOT / "recipes" / "studies" / "d3.yaml")
+    still = [f"{key}={value}" for key, value in study.items() if key.startswith("sft.")] + ["data.train_limit=32"]
+    words = [f"rollout.assist.stage={auxiliary}", "rollout.assist.weight=0.3"]
+    place = [f"data.root={small_dataset}", f"run_dir={tmp_path / 'still'}", f"start={alone / 'sft'}"]
+    again = run(*WORDS, *place, *still, *words)
+    expected = evaluated(alone, *words)
+    assert again["sft"] == {key: expected[key] for key in again["sft"]}
+
+
+def load_study(path: Path) -> dict[str, object]:
+    return read_file(path, [])[1]
