@@ -45,9 +45,8 @@ def test_grounding_does_not_depend_on_the_layout(key: str, small_dataset: Path, 
     """One process, then two that share the model's weights: the same ranks of all rows."""
     place = [*words("bigrec_cpu", small_dataset, tmp_path), "eval.grounding=1", f"checkpoint={tmp_path / 'sft'}"]
     run(*words("bigrec_cpu", small_dataset, tmp_path), "eval.grounding=1")
-    one, two = (
-        run(*place, *more, verb="evaluate")["test"]["grounding"] for more in ([], ["trainer.devices=2", f"model.{key}=2"])
-    )  # fmt: skip
+    layouts = ([], ["trainer.devices=2", f"model.{key}=2"])
+    one, two = (run(*place, *more, verb="evaluate")["test"]["grounding"] for more in layouts)
     assert two == one
 
 
