@@ -64,6 +64,9 @@ class Assist(PromptRecord):
         return self.weight_P.index_select(0, prompt_B)[:, None] * logp_BW
 
 
+#: Least score of an item, counted from the best one's: e to this power is still a normal number of float64.
+LEAST = -700.0
+
 #: Makes the assistance of a search for users with these histories (item indices, oldest first).
 Assistant = Callable[[TokenRows], Assist]
 
@@ -90,12 +93,15 @@ def edge_logprobs(trie: TokenTrie, scores_BI: np.ndarray) -> np.ndarray:
 
     0 for the root and for node ids that are not used. The mass below a node is summed from its children's, deepest
     nodes first: a difference of running sums over the sorted catalog would be one pass, but leaves nothing of an item
-    that is 1e-16 times as likely as all before it. Raises TawinError for scores that are NaN.
+    that is 1e-16 times as likely as all before it. No item is impossible unless its score is -inf (``LEAST``). Raises
+    TawinError for scores that are not numbers.
     """
     if not np.isfinite(scores_BI.max(axis=1)).all():
         raise TawinError("rollout.assist.stage: the auxiliary recommender's scores are not numbers; train it again")
     arrays, inner = trie.arrays, trie.num_inner
-    share_BI = np.exp(scores_BI - scores_BI.max(axis=1, keepdims=True))[:, arrays.node_item[inner:]]
+    below_BI = scores_BI - scores_BI.max(axis=1, keepdims=True)
+    below_BI = np.where(below_BI > -np.inf, np.maximum(below_BI, LEAST), -np.inf)
+    share_BI = np.exp(below_BI)[:, arrays.node_item[inner:]]
     first_D = np.flatnonzero(arrays.node_depth[inner:])  # items of one path are neighbours
     mass_BV = np.zeros((len(scores_BI), trie.num_nodes))
     mass_BV[:, inner + first_D] = np.add.reduceat(share_BI, first_D, axis=1)

@@ -98,7 +98,7 @@ def test_every_row_ranks_the_whole_catalog_by_the_distance_to_its_free_text(beam
     table = result.per_user
     assert table["rank"].to_list() == ranks
     assert table["named_ratio"].to_list() == named
-    assert 0 < sum(named) < ROWS
+    assert (beams > 1 or sum(named) > 0) and sum(named) < ROWS
     credit = np.array([0.5 if NAMES[target] == "ac" else 1.0 for target in samples.target_N])
     listed = np.array(ranks)
     for k in (1, 3):
@@ -115,8 +115,14 @@ def test_replicas_divide_the_rows() -> None:
     engine, samples, catalog = scene()
     alone = measured(engine, samples, catalog)
     shares: list[Any] = []
+
+    def hand_in(value: Any) -> list[Any]:
+        shares.append(value)
+        raise StopIteration
+
     for rank in range(3):
-        measured(engine, samples, catalog, DataParallel(rank, 3, lambda value: shares.append(value) or [value]))
+        with pytest.raises(StopIteration):
+            measured(engine, samples, catalog, DataParallel(rank, 3, hand_in))
     gathered = measured(engine, samples, catalog, DataParallel(0, 3, lambda _: shares))
     assert gathered.per_user.equals(alone.per_user)
 

@@ -57,7 +57,7 @@ class SplitResult:
         if is_measured(metric):
             if metric not in self.measured:
                 raise DataError(
-                    f"{metric} was not measured; set eval.candidates, eval.grounding or eval.auc (auc_rows=0)"
+                    f"{metric} was not measured; set eval.candidates, eval.grounding or eval.auc of all rows"
                 )
             return self.measured[metric]
         k = parse_metric(metric)[1]
@@ -264,7 +264,7 @@ def _measured(directory: Path, name: str, rows: int) -> dict[str, np.ndarray]:
     paths = [directory / f"{name}.{kind}.parquet" for kind in ("candidates", "auc", "grounding")]
     tables = [table for path in paths if path.is_file() and (table := pl.read_parquet(path)).height == rows]
     return {
-        key: table[key].cast(pl.Float64).to_numpy() for table in tables for key in table.columns if is_measured(key)
+        key: table[key].cast(pl.Float64).to_numpy() for table in tables for key in filter(is_measured, table.columns)
     }
 
 
