@@ -56,9 +56,7 @@ class SplitResult:
         """``recall@K``, ``ndcg@K`` or a measured value of each user. [B]. Raises DataError for a missing one."""
         if is_measured(metric):
             if metric not in self.measured:
-                raise DataError(
-                    f"{metric} was not measured; set eval.candidates, eval.grounding or eval.auc of all rows"
-                )
+                raise DataError(f"{metric} was not measured; set eval.candidates, eval.grounding or eval.auc and run")
             return self.measured[metric]
         k = parse_metric(metric)[1]
         if k > self.beams:
@@ -263,9 +261,8 @@ def _measured(directory: Path, name: str, rows: int) -> dict[str, np.ndarray]:
     """Values of each row of ``SPLIT.candidates.parquet`` and the like, where they hold all rows."""
     paths = [directory / f"{name}.{kind}.parquet" for kind in ("candidates", "auc", "grounding")]
     tables = [table for path in paths if path.is_file() and (table := pl.read_parquet(path)).height == rows]
-    return {
-        key: table[key].cast(pl.Float64).to_numpy() for table in tables for key in filter(is_measured, table.columns)
-    }
+    columns = {name: table[name] for table in tables for name in table.columns if is_measured(name)}
+    return {name: column.cast(pl.Float64).to_numpy() for name, column in columns.items()}
 
 
 def _numbers(node: Mapping[str, Any]) -> dict[str, float]:
