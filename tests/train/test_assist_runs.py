@@ -119,7 +119,7 @@ def test_an_auxiliary_model_that_cannot_be_used_ends_a_run_before_it_starts(
     other.mkdir()
     (other / "model.json").write_text(json.dumps(blueprint | {"items": "of another catalog"}))
     (other / "done.json").write_text((auxiliary / "done.json").read_text())
-    foreign = called(*words, f"rollout.assist.stage={other}", "--dry-run")
+    foreign = called(*words, f"rollout.assist.stage={other}", f"run_dir={tmp_path / 'second'}", "--dry-run")
     assert foreign.returncode == 2
     assert "not the same ones" in foreign.stderr
     assert not (tmp_path / "run" / "sft").exists()
