@@ -129,7 +129,7 @@ def test_the_recipe_of_d3_prints_its_row_and_a_step_of_rate_zero_evaluates_alone
     auxiliary: Path, alone: Path, small_dataset: Path, tmp_path: Path
 ) -> None:
     """The second is how study d3 measures weights: arms that start from a trained stage and leave it as it is."""
-    recipe = ["--recipe", str(ROOT / "recipes" / "baselines" / "d3_cpu.yaml"), *WORDS]
+    recipe = ["--recipe", str(ROOT / "recipes" / "paper" / "d3_cpu.yaml"), *WORDS]
     small = [f"data.root={small_dataset}", f"rollout.assist.stage={auxiliary}", "catalog.kind=title", "catalog.index="]
     summary = run(*recipe, *small, "data.tokenizer=bpe", "compare.sft_continued=false", f"run_dir={tmp_path / 'd3'}")
     assert summary["sft"].keys() >= {"recall@1", "recall@3", "ndcg@3"}

@@ -11,7 +11,7 @@ import pytest
 from tawin_nemo.config.load import load_recipe
 from tests.train.runs import ROOT, run
 
-RECIPES = ROOT / "recipes" / "baselines"
+RECIPES = ROOT / "recipes" / "paper"
 TINY = (
     "data.dataset=prepared model.backbone=nano data.bpe_vocab_size=320 data.max_prompt_tokens=120 data.max_history=4 "
     "data.train_limit=128 data.eval_limit=24 sft.epochs=2 sft.global_batch_size=32 eval.beams=10 eval.splits=[test] "
