@@ -23,35 +23,39 @@ def words(name: str, dataset: Path, folder: Path) -> list[str]:
     return ["--recipe", str(RECIPES / f"{name}.yaml"), *TINY, f"data.root={dataset}", f"run_dir={folder}"]
 
 
-def test_bigrec_prints_the_row_of_its_grounding(small_dataset: Path, tmp_path: Path) -> None:
-    summary = run(*words("bigrec_cpu", small_dataset, tmp_path))
-    row = summary["grounding"]["sft"]
+@pytest.fixture(scope="module")
+def bigrec(small_dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[list[str], Path, dict[str, float]]:
+    """A finished run: its command line, its folder, and the row that it printed."""
+    folder = tmp_path_factory.mktemp("bigrec")
+    command = words("bigrec_cpu", small_dataset, folder)
+    return command, folder, run(*command)["grounding"]["sft"]
+
+
+def test_bigrec_prints_the_row_of_its_grounding(bigrec: tuple[list[str], Path, dict[str, float]]) -> None:
+    command, folder, row = bigrec
     assert row.keys() == {
         "grounded_recall@1", "grounded_recall@3", "grounded_ndcg@1", "grounded_ndcg@3", "named_ratio",
     }  # fmt: skip
-    table = pl.read_parquet(tmp_path / "sft" / "eval" / "test.grounding.parquet")
+    table = pl.read_parquet(folder / "sft" / "eval" / "test.grounding.parquet")
     assert table.height == 24
     for name, value in row.items():
         assert table[name].mean() == pytest.approx(value)
     assert table["rank"].n_unique() > 3
-    assert "Free text, grounded, SFT" in (tmp_path / "report.html").read_text(encoding="utf-8")
-    again = run(*words("bigrec_cpu", small_dataset, tmp_path), f"checkpoint={tmp_path / 'sft'}", verb="evaluate")
+    assert "Free text, grounded, SFT" in (folder / "report.html").read_text(encoding="utf-8")
+    again = run(*command, f"checkpoint={folder / 'sft'}", verb="evaluate")
     assert again["test"]["grounding"] == row
 
 
 @pytest.mark.distributed
 @pytest.mark.parametrize("key", ["tensor_model_parallel_size", "pipeline_model_parallel_size"])
-def test_grounding_does_not_depend_on_the_layout(key: str, small_dataset: Path, tmp_path: Path) -> None:
-    """One process, then two that share the model's weights: the same ranks of all rows."""
-    place = [*words("bigrec_cpu", small_dataset, tmp_path), "eval.grounding=1", f"checkpoint={tmp_path / 'sft'}"]
-    run(*words("bigrec_cpu", small_dataset, tmp_path), "eval.grounding=1")
-    layouts = ([], ["trainer.devices=2", f"model.{key}=2"])
-    one, two = (run(*place, *more, verb="evaluate")["test"]["grounding"] for more in layouts)
-    assert two == one
+def test_grounding_does_not_depend_on_the_layout(key: str, bigrec: tuple[list[str], Path, dict[str, float]]) -> None:
+    command, folder, row = bigrec
+    place = [f"checkpoint={folder / 'sft'}", "trainer.devices=2", f"model.{key}=2"]
+    assert run(*command, *place, verb="evaluate")["test"]["grounding"] == row
 
 
 def test_lcrec_makes_its_index_and_learns_its_tasks(small_dataset: Path, tmp_path: Path) -> None:
-    small = "semantic_ids.codes=16 semantic_ids.rqvae.epochs=3 align.tested_rows=16 eval.beams=10".split()
+    small = "semantic_ids.codes=64 semantic_ids.rqvae.epochs=3 align.tested_rows=16 eval.beams=10".split()
     run(
         *words("lcrec_cpu", small_dataset, tmp_path), *small, f"semantic_ids.output={tmp_path / 'lcrec'}",
         verb="tokenize",
