@@ -6,6 +6,8 @@ import threading
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,6 +15,11 @@ import torch
 from torch import Tensor
 
 from tawin_nemo.baselines.assist import AuxiliaryRecommender
+from tawin_nemo.baselines.build import Blueprint, build_recommender, items_fingerprint
+from tawin_nemo.baselines.load import ModelAndOptimizer, save_checkpoint
+from tawin_nemo.commands.serve import first_catalog
+from tawin_nemo.config.load import load_recipe
+from tawin_nemo.config.schema import BaselineConfig
 from tawin_nemo.data.catalog_builder import build_catalog
 from tawin_nemo.data.prompts import Template
 from tawin_nemo.models.megatron.parallel.channel import Stop, decode, encode
@@ -25,6 +32,8 @@ from tawin_nemo.serve.engine.replica import Replica
 from tawin_nemo.serve.engine.running import Running
 from tawin_nemo.serve.engine.telemetry import Metrics
 from tawin_nemo.types import TokenRows
+from tawin_nemo.util.errors import ConfigError
+from tawin_nemo.util.files import write_json
 from tests.rollout.sequence_lm import TableLM
 from tests.serve.scene import IDS, TITLES, path_scores, prompt_format, serving, tokenizer
 from tests.serve.two_ranks import OneOfTwo, Wire
@@ -149,3 +158,40 @@ def test_every_rank_of_a_model_gets_the_same_assistance() -> None:
     again = decode(encode(Admit(Lane(1, 1, "trie"), rows, numbers, numbers, numbers * 0, rows, assist)), MESSAGES)
     assert torch.equal(again.assist.weight_P, assist.weight_P)
     assert torch.equal(again.assist.edge_PV, assist.edge_PV)
+
+
+def stage_of(folder: Path, external_ids: Sequence[str]) -> Path:
+    """A finished baseline stage with fresh weights over these items."""
+    config = BaselineConfig(model="sasrec", hidden=16, layers=1, heads=2, dropout=0.0)
+    blueprint = Blueprint(config, len(external_ids), 5, None, items_fingerprint(external_ids))
+    torch.manual_seed(0)
+    model = build_recommender(blueprint)
+    trained = ModelAndOptimizer(model, torch.optim.Adam(model.parameters()))
+    save_checkpoint(folder / "checkpoints" / "step_1", trained, {})
+    write_json(folder / "model.json", blueprint.to_json())
+    write_json(folder / "done.json", {"step": 1, "chosen_step": 1})
+    return folder
+
+
+def test_a_server_loads_the_recommender_at_its_start(tmp_path: Path) -> None:
+    catalog = build_catalog(TITLES, IDS, TITLES, tokenizer(), Template(), kind="title")
+
+    def first(stage: Path, *words: str) -> ServedCatalog:
+        recipe = load_recipe(None, ["data.dataset=synthetic", f"rollout.assist.stage={stage}", *words])
+        world = SimpleNamespace(
+            tokenizer=tokenizer(), template=Template(), catalog=catalog, item_texts=TITLES, recipe=recipe
+        )
+        return first_catalog(world)  # type: ignore[arg-type]
+
+    stage = stage_of(tmp_path / "sasrec", IDS)
+    served = first(stage, "rollout.assist.weight=0.3")
+    assert served.recommender is not None
+    assist = served.assist([[3, 5], []])
+    assert assist is not None
+    assert assist.weight_P.tolist() == [0.3, 1.0]
+    assert float(assist.edge_PV[0].min()) < 0
+    assert first(stage, "rollout.assist.weight=1").recommender is None
+    with pytest.raises(ConfigError, match=r"rollout\.assist\.stage=.*not a finished baseline"):
+        first(tmp_path / "nowhere")
+    with pytest.raises(ConfigError, match="not the same ones"):
+        first(stage_of(tmp_path / "other", [*IDS[1:], "other"]))
