@@ -55,7 +55,7 @@ def test_grounding_does_not_depend_on_the_layout(key: str, bigrec: tuple[list[st
 
 
 def test_lcrec_makes_its_index_and_learns_its_tasks(small_dataset: Path, tmp_path: Path) -> None:
-    small = "semantic_ids.codes=64 semantic_ids.rqvae.epochs=3 align.tested_rows=16 eval.beams=10".split()
+    small = "semantic_ids.codes=24 semantic_ids.rqvae.epochs=3 align.tested_rows=16 eval.beams=10".split()
     run(
         *words("lcrec_cpu", small_dataset, tmp_path), *small, f"semantic_ids.output={tmp_path / 'lcrec'}",
         verb="tokenize",
