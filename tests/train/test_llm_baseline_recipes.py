@@ -47,7 +47,9 @@ def test_bigrec_prints_the_row_of_its_grounding(bigrec: tuple[list[str], Path, d
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("key", ["tensor_model_parallel_size", "pipeline_model_parallel_size"])
+@pytest.mark.parametrize(
+    "key", ["tensor_model_parallel_size", pytest.param("pipeline_model_parallel_size", marks=pytest.mark.full)]
+)
 def test_grounding_does_not_depend_on_the_layout(key: str, bigrec: tuple[list[str], Path, dict[str, float]]) -> None:
     command, folder, row = bigrec
     place = [f"checkpoint={folder / 'sft'}", "trainer.devices=2", f"model.{key}=2"]
