@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Self
 from tawin_nemo.config.load import load_recipe as read_recipe
 from tawin_nemo.config.schema import Recipe
 from tawin_nemo.config.seams import imported
-from tawin_nemo.types import NO_ITEM
+from tawin_nemo.types import NO_ITEM, TokenRows
 from tawin_nemo.util.cuda_defaults import set_cuda_defaults
 from tawin_nemo.util.errors import ConfigError
 from tawin_nemo.util.imports import path_of
@@ -196,6 +196,7 @@ class Recommender:
         ``max(n, eval.beams)`` beams are searched. Raises ConfigError for unknown items, or after ``close``.
         """
         from tawin_nemo.commands.generate import items_of
+        from tawin_nemo.rollout.assist import histories_for
         from tawin_nemo.rollout.filters import ItemFilter
 
         if self not in _open:
@@ -209,6 +210,7 @@ class Recommender:
         options: dict[str, Any] = {}
         if exclude_history:
             options["filters"] = [ItemFilter.without(catalog.trie, set(row)) for row in rows]
+        options |= histories_for(self.engine, TokenRows.from_lists(shown))
         found = self.engine.search(world.prompts_of(shown), width, **options)
         return [
             [

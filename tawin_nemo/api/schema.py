@@ -69,7 +69,7 @@ class Recommended(BaseModel):
     item: int
     external_id: str
     title: str
-    score: float = Field(description="sum of the tokens' log-probs, divided by length ** rollout.length_penalty")
+    score: float = Field(description="sum of log-probs (rollout.assist mixed in) / length ** rollout.length_penalty")
     probability: float = Field(description="probability of the item's token path in the score space")
     tokens: list[int] | None = None
     token_texts: list[str] | None = None

@@ -93,21 +93,21 @@ class Scorer:
         return self.model.scores(left_padded(rows).to(device)).float().cpu()
 
 
-def load_scorer(stage: Path, external_ids: Sequence[str]) -> Scorer:
-    """Load a finished stage that scores every item of the catalog with ``external_ids``, for rewards.
+def load_scorer(stage: Path, external_ids: Sequence[str], *, key: str = "rl.reward_source") -> Scorer:
+    """Load a finished stage that scores every item of the catalog with ``external_ids``, for rewards and searches.
 
-    Raises ConfigError that names rl.reward_source when ``stage`` is no finished baseline, is of another catalog, or
-    is tiger, which scores only what its search finds.
+    Raises ConfigError that names ``key``, which says ``stage``, when it is no finished baseline, is of another catalog,
+    or is tiger, which scores only what its search finds.
     """
     try:
         model = load_baseline(stage, external_ids=external_ids)
     except ConfigError as error:
-        raise ConfigError(f"rl.reward_source={stage}: {error}") from error
+        raise ConfigError(f"{key}={stage}: {error}") from error
     blueprint = stored_blueprint(Path(stage))
     if blueprint.config.model == "tiger":
         raise ConfigError(
-            f"rl.reward_source={stage} is a tiger, which scores only what its search finds; "
-            "name a gru4rec, caser, sasrec, hstu or esasrec stage"
+            f"{key}={stage} is a tiger, which scores only what its search finds; name a gru4rec, caser, sasrec, hstu or "
+            "esasrec stage"
         )
     return Scorer(model, blueprint.max_history)
 

@@ -8,6 +8,7 @@ from tawin_nemo.run.world import World
 from tawin_nemo.train.auc_eval import auc_metrics
 from tawin_nemo.train.candidate_eval import candidate_metrics
 from tawin_nemo.train.evaluation import evaluate_split
+from tawin_nemo.train.grounding_eval import grounding_metrics
 from tawin_nemo.train.start import engine_of
 from tawin_nemo.util.errors import ConfigError
 
@@ -33,6 +34,9 @@ def evaluate(world: World) -> dict[str, Any]:
         among = candidate_metrics(world, engine, split, f"evaluate {split}")
         if among is not None:
             result[split]["candidates"] = among.means
+        grounded = grounding_metrics(world, engine, split, f"evaluate {split}")
+        if grounded is not None:
+            result[split]["grounding"] = grounded.means
         ranked = auc_metrics(world, engine, split, f"evaluate {split}")
         if ranked is not None:
             result[split]["auc"] = ranked.means

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from tawin_nemo.rollout.assist import histories_for
 from tawin_nemo.run.world import World
 from tawin_nemo.train.start import engine_of
 from tawin_nemo.types import NO_ITEM, TokenRows
@@ -55,7 +56,8 @@ def items_of(names: Sequence[str], external_ids: Sequence[str]) -> list[int]:
 def recommend(world: World, histories: list[list[int]], prompts: TokenRows, n: int) -> list[dict[str, Any]]:
     """One entry per prompt: its history and the best ``n`` items with scores."""
     width = min(max(n, world.recipe.eval.beams), world.catalog.trie.num_leaves)
-    candidates = engine_of(world).search(prompts, width)
+    engine = engine_of(world)
+    candidates = engine.search(prompts, width, **histories_for(engine, TokenRows.from_lists(histories)))
     titles = world.catalog.titles
     return [
         {

@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 
 from tawin_nemo.api.secrets_files import control_token, read_keys
+from tawin_nemo.baselines.assist import load_auxiliary_recommender
 from tawin_nemo.config.backbones import Backbone
-from tawin_nemo.config.schema import ModelConfig, Recipe
+from tawin_nemo.config.schema import AssistConfig, ModelConfig, Recipe
 from tawin_nemo.models.megatron.checkpoint.checkpoint import check_form
 from tawin_nemo.models.megatron.decode.lm import MegatronLM
 from tawin_nemo.models.megatron.hf.io import check_hf
@@ -30,8 +31,9 @@ from tawin_nemo.rollout.engine import RolloutEngine
 from tawin_nemo.rollout.lm import LM, MeteredLM
 from tawin_nemo.run.trained import check_tokenizer, resolve_checkpoint
 from tawin_nemo.run.world import World
-from tawin_nemo.serve.engine.catalog import PromptFormat, ServedCatalog, read_items
+from tawin_nemo.serve.engine.catalog import PromptFormat, ServedCatalog
 from tawin_nemo.serve.engine.engine import Engine
+from tawin_nemo.serve.engine.items_file import read_items
 from tawin_nemo.serve.engine.jobs import Limits
 from tawin_nemo.serve.engine.ranks import Leader, Ranks, SingleProcess, follow
 from tawin_nemo.serve.engine.replica import FromTensors, Replica
@@ -81,9 +83,10 @@ def serve(world: World) -> dict[str, Any]:
     Raises ConfigError (layout, ports, keys, item tokens), CatalogError (``serve.catalogue``), TawinError as the engine.
     """
     check_no_item_tokens(world.recipe, "the server's catalog changes, and new items have no vector")
-    if world.recipe.rollout.placement == "server":  # the recipe of the job that this server works for
-        rollout = replace(world.recipe.rollout, placement="colocated")
-        world = replace(world, recipe=replace(world.recipe, rollout=rollout))
+    catalog = first_catalog(world)
+    # The recipe may be that of a job that this server works for. The catalog has the auxiliary recommender already.
+    rollout = replace(world.recipe.rollout, placement="colocated", assist=AssistConfig())
+    world = replace(world, recipe=replace(world.recipe, rollout=rollout))
     recipe, settings = world.recipe, world.recipe.serve
     # The engine releases the interpreter's lock at every call of torch, thousands of times per step. Another thread
     # that takes it, for example to build a catalog, keeps it for one switch interval each time. With the default of
@@ -102,7 +105,6 @@ def serve(world: World) -> dict[str, Any]:
         from_tensors=build_from_tensors,
     )  # fmt: skip
     roots, folder = roots_and_folder(settings, world.run_dir)
-    catalog = first_catalog(world)
     saved = SavedChanges(folder / "catalog.json", catalog)
     catalog = saved.restored(catalog)
     replica.models[FIRST_VERSION] = replica.load("")
@@ -153,10 +155,14 @@ def reachable(host: str) -> str:
 
 
 def first_catalog(world: World) -> ServedCatalog:
-    """Version 1 of the served catalog: that of ``serve.catalogue``, or of the data set. Raises CatalogError."""
+    """Version 1 of the served catalog: that of ``serve.catalogue``, or of the data set, with ``rollout.assist``.
+
+    Raises CatalogError, and ConfigError for an auxiliary recommender that cannot be used.
+    """
     data = world.recipe.data
     prompt_format = PromptFormat(world.tokenizer, world.template, data.max_history, data.max_prompt_tokens)
-    trained = ServedCatalog.of(world.catalog, world.item_texts, prompt_format)
+    recommender = load_auxiliary_recommender(world.recipe.rollout.assist, world.catalog.external_ids)
+    trained = ServedCatalog.of(world.catalog, world.item_texts, prompt_format, recommender)
     file = world.recipe.serve.catalogue
     return trained.replaced(read_items(Path(file)), FIRST_VERSION) if file else trained
 

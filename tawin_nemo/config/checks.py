@@ -244,6 +244,12 @@ def _space_combinations(r: Recipe) -> Iterator[tuple[bool, str]]:
         "set rollout.placement=colocated or eval.candidates=0",
     )
     yield (
+        r.eval.grounding > 0 and (r.rollout.placement != "colocated" or r.catalog.kind != "title"),
+        f"eval.grounding={r.eval.grounding} writes free text and embeds titles, but catalog.kind={r.catalog.kind} and "
+        f"rollout.placement={r.rollout.placement}; set catalog.kind=title and rollout.placement=colocated, or "
+        "eval.grounding=0",
+    )
+    yield (
         r.eval.candidates == 1,
         "eval.candidates=1 would be the target alone; set it to 2 or more (the papers: 20), or to 0",
     )

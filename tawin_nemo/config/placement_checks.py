@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import fields
 
 from tawin_nemo.config.layout import rollout_layout, training_layout
-from tawin_nemo.config.schema import Recipe
+from tawin_nemo.config.schema import AssistConfig, Recipe
 
 
 def aligned(r: Recipe) -> list[str]:
@@ -74,6 +74,22 @@ def placement_combinations(r: Recipe) -> Iterator[tuple[bool, str]]:
         "and rollout.devices=0",
     )
     yield from _server_combinations(r)
+    yield from _assist_combinations(r)
+
+
+def _assist_combinations(r: Recipe) -> Iterator[tuple[bool, str]]:
+    assist = r.rollout.assist
+    yield (
+        bool(assist.stage) and r.rollout.placement != "colocated",
+        f"rollout.assist.stage={assist.stage} joins searches of this process, which "
+        f"rollout.placement={r.rollout.placement} leaves to others; set rollout.placement=colocated, or evaluate the "
+        "finished run with it",
+    )
+    yield (
+        not assist.stage and assist.weight != AssistConfig().weight,
+        f"rollout.assist.weight={assist.weight:g} weighs the model against rollout.assist.stage, which is empty; name "
+        "the directory of a finished baseline (RUN_DIR/sasrec), or leave out the weight",
+    )
 
 
 def _server_combinations(r: Recipe) -> Iterator[tuple[bool, str]]:

@@ -947,6 +947,21 @@ class PreferenceConfig:
 
 
 @dataclass(frozen=True)
+class AssistConfig:
+    """An auxiliary recommender that joins the search (D3, arXiv 2406.14900): a log p_LLM + (1 - a) log p_aux."""
+
+    stage: str = opt(
+        "",
+        "Names a finished baseline (RUN_DIR/sasrec) that joins the searches of finished stages' evaluation, evaluate, "
+        "generate and serve, never those of training (empty = none).",
+    )
+    weight: float = number(
+        0.5, 0.0, 1.0, why="it is the language model's share",
+        help="Sets the language model's share a of every choice's score; the baseline's is 1 - a.",
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
 class RolloutConfig:
     width: int = number(0, 0, BEAMS, help="Sets the beams in rollouts (0 = rl.group_size).")
     score_space: str = choice(
@@ -1013,6 +1028,7 @@ class RolloutConfig:
         0, 0, RANKS,
         help="Sets the groups of layers in searches (0 = as in training); the ranks left over search other prompts.",
     )  # fmt: skip
+    assist: AssistConfig = field(default_factory=AssistConfig)
 
 
 @dataclass(frozen=True)
@@ -1058,6 +1074,11 @@ class EvalConfig:
         False,
         "Measures AUC, partial AUC and TAWin's windowed partial AUC over the full catalog as well, and how many of the "
         "best items the beams find; it ranks every item for every row, so it is for small catalogs.",
+    )  # fmt: skip
+    grounding: int = number(
+        0, 0, BEAMS,
+        help="Measures BigRec's full ranking as well: the best of this many beams of free text (1 = greedy), then the "
+        "items nearest to its embedding (0 = off).",
     )  # fmt: skip
     auc_rows: int = number(0, 0, help="Limits eval.auc to so many evenly spaced rows (0 = all).")
     collision: str = choice(

@@ -22,6 +22,7 @@ from tawin_nemo.config.schema import EvalConfig
 from tawin_nemo.data.negative_sampling import candidate_set
 from tawin_nemo.data.samples import Samples
 from tawin_nemo.eval.measured import Measured
+from tawin_nemo.rollout.assist import histories_for
 from tawin_nemo.rollout.engine import RolloutEngine
 from tawin_nemo.rollout.filters import ItemFilter
 from tawin_nemo.rollout.greedy import greedy_decode
@@ -96,7 +97,8 @@ def _trie_hits(
     """1 where the most likely candidate is the target, divided by the candidates on its path. [B]."""
     width = min(max(map(len, sets)), catalog.trie.num_leaves)
     filters = [ItemFilter.only(catalog.trie, items.tolist()) for items in sets]
-    found = engine.search(samples.prompts.take(rows), width, score_space="trie", filters=filters)
+    histories = histories_for(engine, samples.history, rows)
+    found = engine.search(samples.prompts.take(rows), width, score_space="trie", filters=filters, **histories)
     target_leaf_B = catalog.leaf_I[samples.target_N[rows]]
     sharing_B = np.array(
         [(catalog.leaf_I[items] == leaf).sum() for items, leaf in zip(sets, target_leaf_B, strict=True)]

@@ -26,6 +26,7 @@ from tawin_nemo.eval.bias import beyond_accuracy
 from tawin_nemo.eval.intervals import share_interval
 from tawin_nemo.eval.result import EvalResult
 from tawin_nemo.maths.ranking import ndcg_at_k, recall_at_k
+from tawin_nemo.rollout.assist import histories_for
 from tawin_nemo.rollout.engine import Engine
 from tawin_nemo.types import NO_ITEM, Candidates, DataParallel
 from tawin_nemo.util.errors import ConfigError, DataError
@@ -195,7 +196,8 @@ def _search(
 
 def _search_chunk(engine: Engine, samples: Samples, catalog: Catalog, cfg: EvalConfig, rows: np.ndarray) -> _Rankings:
     width = min(cfg.beams, catalog.trie.num_leaves)  # so many beams rank the whole catalog, more could not do better
-    candidates = engine.search(samples.prompts.take(rows), width, token_budget=cfg.token_budget)
+    histories = histories_for(engine, samples.history, rows)
+    candidates = engine.search(samples.prompts.take(rows), width, token_budget=cfg.token_budget, **histories)
     returned_BW, invalid_BW = check_candidates(candidates, catalog)
     leaf_BW = candidates.leaf_BW.cpu()
     return _Rankings(

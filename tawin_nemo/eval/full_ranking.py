@@ -8,6 +8,7 @@ paths (leaves of the trie); items on one path are one negative.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -15,6 +16,7 @@ from tawin_nemo.catalog.items import Catalog
 from tawin_nemo.config.schema import EvalConfig
 from tawin_nemo.data.samples import Samples
 from tawin_nemo.eval.measured import Measured
+from tawin_nemo.rollout.assist import histories_for
 from tawin_nemo.rollout.engine import Engine
 from tawin_nemo.types import DataParallel
 from tawin_nemo.util.errors import DataError
@@ -92,12 +94,13 @@ def _ranked(
 ) -> np.ndarray:
     """[B, 1 + widths]: the target's rank among all paths, then the share of the best w that w beams find."""
     prompts = samples.prompts.take(rows)
-    everything_BL = engine.search(prompts, catalog.trie.num_leaves, token_budget=cfg.token_budget).leaf_BW.cpu().numpy()
+    options: dict[str, Any] = {"token_budget": cfg.token_budget, **histories_for(engine, samples.history, rows)}
+    everything_BL = engine.search(prompts, catalog.trie.num_leaves, **options).leaf_BW.cpu().numpy()
     target_B = catalog.leaf_I[samples.target_N[rows]]
     hit_BL = everything_BL == target_B[:, None]  # a path that the model gives no probability at all is not listed
     columns = [np.where(hit_BL.any(axis=1), hit_BL.argmax(axis=1), catalog.trie.num_leaves - 1).astype(float)]
     for width in widths:
-        beams_BW = engine.search(prompts, width, token_budget=cfg.token_budget).leaf_BW.cpu().numpy()
+        beams_BW = engine.search(prompts, width, **options).leaf_BW.cpu().numpy()
         best_BW = everything_BL[:, :width]
         columns.append(np.array([np.isin(best, beams).mean() for best, beams in zip(best_BW, beams_BW, strict=True)]))
     return np.stack(columns, axis=1)

@@ -1,4 +1,4 @@
-"""What a further evaluation measures for each row (``eval.candidates``, ``eval.auc``): means, intervals, a table."""
+"""What a further evaluation measures for each row (``eval.candidates``, ``auc``, ``grounding``): means and a table."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tawin_nemo.util.files import atomic_path, write_json
 class Measured:
     """Means over the measured rows with 95 % intervals, and the per-user table they come from."""
 
-    kind: str  # candidates or auc: the files are SPLIT.KIND.json and SPLIT.KIND.parquet
+    kind: str  # candidates, auc or grounding: the files are SPLIT.KIND.json and SPLIT.KIND.parquet
     means: dict[str, float]
     intervals: dict[str, tuple[float, float]]
     per_user: pl.DataFrame  # row, user, target, further keys, then one column per mean

@@ -56,14 +56,22 @@ class PairedTest:
     detectable: float  # smallest true difference found with a power of 80 %, from the users' standard deviation
 
 
-#: Values of each row that further evaluations measure (eval.candidates, eval.auc), which no rank gives.
-MEASURED = ("hit_ratio@1", "valid_ratio", "trie_hit_ratio@1", "auc", "opauc@10", "opauc@50", "wpauc")
+#: Values of each row that further evaluations measure (eval.candidates, eval.auc, eval.grounding), which no rank gives.
+MEASURED = ("hit_ratio@1", "valid_ratio", "trie_hit_ratio@1", "auc", "opauc@10", "opauc@50", "wpauc", "named_ratio")
+#: What the names of those of eval.grounding begin with.
+GROUNDED = "grounded_"
+
+
+def is_measured(name: str) -> bool:
+    """Whether a metric is a column of a further evaluation: one of ``MEASURED``, or ``grounded_recall@K`` and so on."""
+    return name in MEASURED or name.startswith(GROUNDED)
 
 
 def check_metric(name: str) -> None:
-    """Raises ConfigError for a name that is neither ``recall@K``, ``ndcg@K`` nor one of ``MEASURED``."""
+    """Raises ConfigError for a name that is neither ``recall@K``, ``ndcg@K``, these with ``grounded_`` in front, nor
+    one of ``MEASURED``."""
     if name not in MEASURED:
-        parse_metric(name)
+        parse_metric(name.removeprefix(GROUNDED))
 
 
 def parse_metric(name: str) -> tuple[str, int]:

@@ -224,9 +224,10 @@ def _run_rows(report: ReportInput) -> Iterator[SummaryRow]:
     yield SummaryRow(
         "Evaluation", ", ".join(f"{key} {report.setting(f'eval.{key}')}" for key in ("beams", "collision"))
     )
-    for name, means in dict(report.summary.get("candidates", {})).items():
-        figures_of = ", ".join(f"{key} {value:.4f}" for key, value in means.items())
-        yield SummaryRow(f"Among candidates, {TITLES.get(name, name)}", figures_of)
+    for kind, heading in {"candidates": "Among candidates", "grounding": "Free text, grounded"}.items():
+        for name, means in dict(report.summary.get(kind, {})).items():
+            figures_of = ", ".join(f"{key} {value:.4f}" for key, value in means.items())
+            yield SummaryRow(f"{heading}, {TITLES.get(name, name)}", figures_of)
     if "wall_s" in report.summary:
         yield SummaryRow("Wall time", _duration(float(report.summary["wall_s"])))
     versions = [f"Python {platform.python_version()}", *(f"{name} {_version(name)}" for name in PACKAGES)]

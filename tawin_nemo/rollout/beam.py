@@ -28,8 +28,9 @@ import torch
 from torch import Tensor
 
 from tawin_nemo.catalog.trie import TokenTrie
+from tawin_nemo.rollout.assist import Assist, joined
 from tawin_nemo.rollout.beam_state import Beams, first_beams, run_chains, waiting, with_first_token
-from tawin_nemo.rollout.filters import Filters, ItemFilter
+from tawin_nemo.rollout.filters import Filters, ItemFilter, rejoined
 from tawin_nemo.rollout.lm import LM
 from tawin_nemo.rollout.scoring import (
     SCORE_SPACES,
@@ -155,11 +156,13 @@ class BeamSearch:
         *,
         widths: Sequence[int] | None = None,
         filters: Sequence[ItemFilter | None] | None = None,
+        assist: Assist | None = None,
     ) -> None:
         """Prefill B prompts and add them to the running search; ``tickets`` are the caller's numbers for them.
 
-        ``widths``: beams of each prompt instead of W; ``filters``: the items that each may return, None = all. Results
-        have as many columns as the widest prompt that runs at the same time. Raises ConfigError for a width below 1.
+        ``widths``: beams of each prompt instead of W; ``filters``: the items that each may return, None = all;
+        ``assist``: an auxiliary recommender's part of their scores. Results have as many columns as the widest prompt
+        that runs at the same time. Raises ConfigError for a width below 1.
         """
         check_prompts(self._lm, prompts, self._trie)
         if len(prompts) == 0:
@@ -171,6 +174,8 @@ class BeamSearch:
         if self._rules is None:
             like = probe_logprob(self._lm, cache, self._trie, self._space)
             self._rules = Rules.of(self._trie, self._space, self._length_penalty, like)
+        mixed = joined(self._rules.assist, len(self._held_P), assist, len(prompts), self._trie, self._rules.norm_T)
+        self._rules = replace(self._rules, assist=mixed)
         alike = set(widths or [self._width]) == {self._width}
         self._rules = replace(self._rules, uniform=alike and (self._beams is None or self._rules.uniform))
         ticket_B = torch.as_tensor(np.asarray(tickets, dtype=np.int64))
@@ -197,27 +202,16 @@ class BeamSearch:
     def _filtered(self, beams: Beams, filters: Sequence[ItemFilter | None]) -> Beams:
         """Attach filters to new prompts, and drop the filters of prompts that have left."""
         assert self._rules is not None
-        kept: list[ItemFilter] = []
-        if self._rules.filters is not None and self._beams is not None:
-            used_B = self._beams.filter_B
-            rows = used_B[used_B >= 0].tolist()
-            kept = [self._rules.filters.filters[row] for row in rows]
-            filter_B = torch.full_like(used_B, -1)
-            filter_B[used_B >= 0] = torch.arange(len(rows), device=used_B.device)
-            self._beams = replace(self._beams, filter_B=filter_B)
-        row_B = [-1] * len(beams)
-        for row, item in enumerate(filters):
-            if item is not None:
-                row_B[row] = len(kept)
-                kept.append(item)
+        used_B = beams.filter_B[:0] if self._beams is None else self._beams.filter_B
+        kept, used_B, filter_B = rejoined(self._rules.filters, used_B, filters)
+        if self._beams is not None:
+            self._beams = replace(self._beams, filter_B=used_B)
         if not kept:
             self._rules = replace(self._rules, filters=None)
             return beams
-        device = beams.node_BW.device
-        active = Filters(self._trie, kept, device)
+        active = Filters(self._trie, kept, beams.node_BW.device)
         self._rules = replace(self._rules, filters=active)
-        filter_B, root_B = torch.tensor(row_B, device=device), beams.node_BW[:, 0]
-        blocked_B = active.blocked(filter_B, root_B)  # no item is allowed: the prompt is finished at once
+        blocked_B = active.blocked(filter_B, beams.node_BW[:, 0])  # no item is allowed: the prompt is finished at once
         node_BW = beams.node_BW.masked_fill(blocked_B[:, None], -1)
         return replace(beams, filter_B=filter_B, node_BW=node_BW)
 
@@ -292,6 +286,8 @@ class BeamSearch:
         beams = beams.resized(int(beams.width_B.max()))
         self._cache, new_row = self._lm.keep(self._cache, beams.prompt_B)
         self._held_P = self._held_P[beams.prompt_B.cpu().numpy()]
+        if self._rules is not None and self._rules.assist is not None:
+            self._rules = replace(self._rules, assist=self._rules.assist.take(beams.prompt_B))
         beams = replace(beams, prompt_B=torch.arange(len(beams), device=beams.prompt_B.device))
         self._beams = _renumbered(beams, new_row)
 

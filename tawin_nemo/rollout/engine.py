@@ -12,12 +12,13 @@ import torch
 from tawin_nemo.catalog.items import Catalog
 from tawin_nemo.config.backbones import FlopCount
 from tawin_nemo.config.schema import RolloutConfig
+from tawin_nemo.rollout.assist import Assistant
 from tawin_nemo.rollout.beam import BeamSearch, FinishedPrompts, collect_candidates
 from tawin_nemo.rollout.filters import ItemFilter
 from tawin_nemo.rollout.fixed_search import FixedShapeSearches
 from tawin_nemo.rollout.groups import draws_for, keep_distinct
 from tawin_nemo.rollout.lm import LM, MeteredLM
-from tawin_nemo.rollout.sampling import constrained_sample
+from tawin_nemo.rollout.sampling import constrained_sample, draw_seed
 from tawin_nemo.rollout.scoring import SCORE_SPACES, check_prompts
 from tawin_nemo.types import Candidates, DataParallel, PromptBatch, Rollout, TokenRows
 from tawin_nemo.util.errors import ConfigError, DataError
@@ -172,7 +173,8 @@ class RolloutEngine(Generator):
     """Beam search and sampling of one model over one catalog.
 
     ``receive_weights`` updates a model that does not share the weights of the actor. ``dp``: this process's rank among
-    the replicas of the rollout model, None where they are those of training.
+    the replicas of the rollout model, None where they are those of training. ``assistant``: joins the searches that are
+    given histories (``rollout.assist``); rollouts are the model's own.
     """
 
     def __init__(
@@ -190,6 +192,7 @@ class RolloutEngine(Generator):
         self.dp = dp
         self.receive_weights = receive_weights
         self.num_replicas = 1
+        self.assistant: Assistant | None = None
         self._fixed_shapes: FixedShapeSearches | None = None
         if cfg.cuda_graphs == "on":
             self._fixed_shapes = FixedShapeSearches(lm, catalog.trie, length_penalty=cfg.length_penalty)
@@ -207,15 +210,19 @@ class RolloutEngine(Generator):
         token_budget: int | None = None,
         progress: Progress | None = None,
         filters: Sequence[ItemFilter] | None = None,
+        histories: TokenRows | None = None,
     ) -> Candidates:
         """Beam search for N prompts, in their order; semantics and errors are those of ``constrained_beam_search``.
 
         ``score_space`` and ``token_budget`` default to the configuration (section ``rollout``). ``progress`` is called
-        with the number of prompts that have just finished. ``filters``: which items each prompt may be answered with.
-        Raises ConfigError for more beams than the catalog has paths.
+        with the number of prompts that have just finished. ``filters``: which items each prompt may be answered with;
+        ``histories``: item indices of each prompt's user, for the assistant. Raises ConfigError for more beams than the
+        catalog has paths.
         """
-        finished = []
-        for part in self.stream(prompts, width, score_space=score_space, token_budget=token_budget, filters=filters):
+        finished, space = [], score_space
+        for part in self.stream(
+            prompts, width, score_space=space, token_budget=token_budget, filters=filters, histories=histories
+        ):
             finished.append(part)
             if progress is not None:
                 progress(len(part))
@@ -229,6 +236,7 @@ class RolloutEngine(Generator):
         score_space: str | None = None,
         token_budget: int | None = None,
         filters: Sequence[ItemFilter] | None = None,
+        histories: TokenRows | None = None,
     ) -> Iterator[FinishedPrompts]:
         """Beam search that yields prompts as soon as they finish; a ticket is the prompt's row in ``prompts``.
 
@@ -239,7 +247,8 @@ class RolloutEngine(Generator):
         self._check_width(width)
         check_prompts(self.lm, prompts, self.catalog.trie)
         budget, space = token_budget or self.cfg.token_budget, score_space or self.cfg.score_space
-        if self._fixed_shapes is not None and filters is None and space == "trie":
+        assistant = None if histories is None else self.assistant
+        if self._fixed_shapes is not None and filters is None and assistant is None and space == "trie":
             yield from self._fixed_shapes.stream(prompts, width, budget)
             return
         penalty = self.cfg.length_penalty
@@ -253,7 +262,8 @@ class RolloutEngine(Generator):
                 upto = _fitting(ends_N, started, room, at_least=not search.cache_tokens)
                 rows = order_N[started:upto]
                 allowed = None if filters is None else [filters[int(row)] for row in rows]
-                search.admit(prompts.take(rows), rows, filters=allowed)
+                assist = None if assistant is None or histories is None else assistant(histories.take(rows))
+                search.admit(prompts.take(rows), rows, filters=allowed, assist=assist)
                 started = upto
             finished = search.advance()
             if len(finished):
@@ -288,8 +298,3 @@ def _fitting(ends_N: np.ndarray, start: int, room: int, *, at_least: bool) -> in
     before = int(ends_N[start - 1]) if start else 0
     upto = int(np.searchsorted(ends_N, before + room, side="right"))
     return min(len(ends_N), max(upto, start + at_least))
-
-
-def draw_seed(seed: int, step: int, row: int) -> int:
-    """Seed of one prompt's samples, a function of its arguments alone: the same for any batch, chunk or rank."""
-    return int(np.random.SeedSequence([seed, step, row]).generate_state(1, np.uint64)[0] >> np.uint64(1))

@@ -56,6 +56,25 @@ def _ranks(trie: TokenTrie, items: Collection[int]) -> np.ndarray:
     return np.unique(trie.spans.rank_I[np.fromiter(items, dtype=np.int64, count=len(items))])
 
 
+def rejoined(
+    present: Filters | None, used_B: Tensor, added: Sequence[ItemFilter | None]
+) -> tuple[list[ItemFilter], Tensor, Tensor]:
+    """The filters that running prompts use (rows ``used_B`` of ``present``, -1 = none), then those of new prompts.
+
+    Also the rows of the running prompts in this list, and those of the new ones.
+    """
+    in_use_B = used_B >= 0
+    kept = [] if present is None else [present.filters[row] for row in used_B[in_use_B].tolist()]
+    row_B = torch.full_like(used_B, -1)
+    row_B[in_use_B] = torch.arange(len(kept), device=used_B.device)
+    new = [-1] * len(added)
+    for row, item in enumerate(added):
+        if item is not None:
+            new[row] = len(kept)
+            kept.append(item)
+    return kept, row_B, torch.tensor(new, device=used_B.device)
+
+
 class Filters:
     """The filters of several prompts, applied together; row r is the r-th filter, row -1 allows every item."""
 

@@ -78,6 +78,10 @@ class LM(Protocol):
         first, and their log-probs. [N, count] each."""
         ...
 
+    def hidden_states(self, cache: Any, row_N: Tensor) -> Tensor:
+        """The states behind the final norm, from which the next token is predicted, at N rows. [N, D]."""
+        ...
+
 
 # -- Decoding of fixed shapes, for searches that are captured in CUDA graphs.
 
@@ -217,6 +221,10 @@ class MeteredLM:
         """The most likely tokens of each row; counts N times V output logits."""
         self._extended += FlopCount(logits=len(row_N) * self.vocab_size)
         return self.lm.top_tokens(cache, row_N, count)
+
+    def hidden_states(self, cache: Any, row_N: Tensor) -> Tensor:
+        """The final states of some rows; counts nothing."""
+        return self.lm.hidden_states(cache, row_N)
 
     def pop_flops(self) -> FlopCount:
         """FLOP counts since the last call; resets them to zero."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -117,3 +118,8 @@ def _ranked(trie: TokenTrie, leaf_BW: Tensor, logp_NT: Tensor) -> Candidates:
     scores_BW, order_BW = logp_BWT.sum(-1).sort(dim=1, descending=True, stable=True)
     logp_BWT = logp_BWT.gather(1, order_BW[..., None].expand_as(logp_BWT))
     return candidates_from(trie, leaf_BW.gather(1, order_BW), scores_BW, logp_BWT)
+
+
+def draw_seed(seed: int, step: int, row: int) -> int:
+    """Seed of one prompt's samples, a function of its arguments alone: the same for any batch, chunk or rank."""
+    return int(np.random.SeedSequence([seed, step, row]).generate_state(1, np.uint64)[0] >> np.uint64(1))

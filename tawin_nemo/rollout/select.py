@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from tawin_nemo.catalog.trie import TokenTrie
+from tawin_nemo.rollout.assist import Assist
 from tawin_nemo.rollout.beam_state import Beams
 from tawin_nemo.rollout.filters import Filters
 from tawin_nemo.rollout.lm import LM
@@ -30,6 +31,7 @@ class Rules:
     norm_T: Tensor  # length ** length_penalty
     best_norm_T: Tensor  # the largest norm that a path which ends behind this token can still be divided by
     filters: Filters | None = None  # what ``Beams.filter_B`` points into
+    assist: Assist | None = None  # of the prompts in the model's cache, which ``Beams.prompt_B`` numbers
     uniform: bool = False  # every prompt has W beams
     flat: bool = False  # all norms are 1
 
@@ -132,13 +134,17 @@ def _continuations(lm: LM, cache: Any, trie: TokenTrie, beams: Beams, rules: Rul
     branches_BW, forced_BW = beams.live_BW & ~stays_BW, beams.live_BW & stays_BW
     beam_N = branches_BW.flatten().nonzero()[:, 0]
     position_E, token_E, child_E = trie.edges_of(beams.node_BW.flatten()[beam_N])
-    logp_E = beams.score_BW.new_zeros(0)
+    gain_E = logp_E = beams.score_BW.new_zeros(0)
     if len(beam_N):
         row_N = beams.row_BW.flatten()[beam_N]
         logp_E = check_no_nan(lm.logprobs(cache, row_N, position_E, token_E, rules.space))
         if rules.filters is not None:
             filter_E = beams.filter_B.index_select(0, beam_N // width).index_select(0, position_E)
             logp_E = logp_E.masked_fill(rules.filters.blocked(filter_E, child_E), -torch.inf)
+        gain_E = logp_E
+        if rules.assist is not None:
+            prompt_E = beams.prompt_B.index_select(0, beam_N // width).index_select(0, position_E)
+            gain_E = rules.assist.mixed(prompt_E, child_E, logp_E)
 
     degree_N = torch.bincount(position_E, minlength=len(beam_N))
     count_BW = forced_BW.long()
@@ -154,11 +160,12 @@ def _continuations(lm: LM, cache: Any, trie: TokenTrie, beams: Beams, rules: Rul
     cell_E = edge_E + (cell_BW.flatten()[beam_N] - degree_N.cumsum(0) + degree_N).index_select(0, position_E)
     edge_BC.view(-1).scatter_(0, cell_E, edge_E)
     parent_BC.view(-1).scatter_(0, cell_E, (beam_N % width).index_select(0, position_E))
-    score_E = logp_E + beams.score_BW.flatten()[beam_N].index_select(0, position_E)
+    score_E = gain_E + beams.score_BW.flatten()[beam_N].index_select(0, position_E)
     score_BC.view(-1).scatter_(0, cell_E, score_E)
     going_BW = beams.score_BW
     if rules.space == "vocab":  # forced tokens cost nothing in trie space
-        going_BW = going_BW + beams.logp_BWT.gather(2, depth_B1[..., None].expand(-1, width, 1))[..., 0]
+        known_BW = beams.logp_BWT.gather(2, depth_B1[..., None].expand(-1, width, 1))[..., 0]
+        going_BW = going_BW + (known_BW if rules.assist is None else rules.assist.forced(beams.prompt_B, known_BW))
     score_BC.view(-1)[cell_BW[forced_BW]] = going_BW[forced_BW]
     parent_BC.view(-1)[cell_BW[forced_BW]] = forced_BW.nonzero()[:, 1]
     return _Table(score_BC, parent_BC, edge_BC, child_E, logp_E)

@@ -107,13 +107,20 @@ def _continuations(logprobs: EdgeScores, trie: TokenTrie, beams: Beams, rules: R
     going_BW = beams.score_BW
     if rules.space == "vocab":  # where a parent has no choice its token's log-prob is known, and counted already
         known_BW = beams.logp_BWT.gather(2, depth_B1[..., None].expand(-1, width, 1))[..., 0]
+        if rules.assist is not None:
+            known_BW = rules.assist.forced(beams.prompt_B, known_BW)
         going_BW = torch.where(branches_BW, going_BW, going_BW + known_BW)
         logp_BC = torch.where(branches_BW.gather(1, beam_BC), logp_BC, 0.0)
     if rules.filters is not None:
         filter_BC = torch.where(branches_BW.gather(1, beam_BC), beams.filter_B[:, None], -1)
         blocked_E = rules.filters.blocked(filter_BC.flatten(), tables.child_nodes[edge_BC].flatten())
         logp_BC = logp_BC.masked_fill(blocked_E.view_as(logp_BC), -torch.inf)
-    score_BC = torch.where(column_C < total_B1, logp_BC + going_BW.gather(1, beam_BC), -torch.inf)
+    gain_BC = logp_BC
+    if rules.assist is not None:
+        prompt_BC = beams.prompt_B[:, None].expand_as(logp_BC)
+        mixed_BC = rules.assist.mixed(prompt_BC, tables.child_nodes[edge_BC], logp_BC)
+        gain_BC = torch.where(branches_BW.gather(1, beam_BC), mixed_BC, logp_BC)
+    score_BC = torch.where(column_C < total_B1, gain_BC + going_BW.gather(1, beam_BC), -torch.inf)
     return _Table(score_BC, beam_BC, edge_BC, logp_BC, branches_BW, degree_BW, total_B1)
 
 

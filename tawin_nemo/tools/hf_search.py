@@ -20,7 +20,8 @@ from tawin_nemo.models.megatron.hf.config import backbone_from_hf
 from tawin_nemo.models.megatron.hf.memory import fill_from_rows, rows_of
 from tawin_nemo.models.megatron.model.build import build_model
 from tawin_nemo.models.megatron.parallel import runtime
-from tawin_nemo.rollout.engine import RolloutEngine, draw_seed
+from tawin_nemo.rollout.engine import RolloutEngine
+from tawin_nemo.rollout.sampling import draw_seed
 from tawin_nemo.types import Candidates, TokenRows
 from tawin_nemo.util.errors import ConfigError
 

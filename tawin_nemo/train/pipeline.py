@@ -35,10 +35,12 @@ from tawin_nemo.run.mfu import peak_flops
 from tawin_nemo.run.stage import MetricSink, Progress, Stage, logged_seconds
 from tawin_nemo.run.world import World, read_json
 from tawin_nemo.train.actor import Actor
+from tawin_nemo.train.assist import add_assistant
 from tawin_nemo.train.auc_eval import auc_metrics
 from tawin_nemo.train.candidate_eval import candidate_metrics
 from tawin_nemo.train.evaluation import evaluate_split, evaluate_tasks, task_file
 from tawin_nemo.train.extension import extend_finished
+from tawin_nemo.train.grounding_eval import grounding_metrics
 from tawin_nemo.train.item_tokens import keep_item_vectors
 from tawin_nemo.train.plan import Plan, plans
 from tawin_nemo.train.preference import train_preference
@@ -70,9 +72,10 @@ def run_pipeline(world: World) -> dict[str, Any]:
     invalid = max(result.invalid_rate for result in results.values())
     wall = earlier + time.monotonic() - start
     summary |= {"invalid_rate": invalid, "wall_s": round(wall, 1), "run_dir": str(world.run_dir)}
-    if world.recipe.eval.candidates:
-        last = f"eval/{world.recipe.eval.splits[-1]}.candidates.json"
-        summary["candidates"] = {name: read_json(world.run_dir / name / last)["means"] for name in results}
+    for kind, asked in {"candidates": world.recipe.eval.candidates, "grounding": world.recipe.eval.grounding}.items():
+        if asked and (kind == "candidates" or world.recipe.baseline.model == "off"):
+            last = f"eval/{world.recipe.eval.splits[-1]}.{kind}.json"
+            summary[kind] = {name: read_json(world.run_dir / name / last)["means"] for name in results}
     summary["final_stage"] = list(results)[-1]
     if runtime.world_rank() == 0:
         write_json(world.run_dir / "summary.json", summary)
@@ -136,6 +139,7 @@ def run_stage(world: World, plan: Plan, sink: MetricSink | None, callbacks: Call
     else:
         checkpoint.load_checkpoint(stage.chosen_checkpoint, model=model)
         fold(model)
+    add_assistant(world, engine)
     with optimizer_offloaded():
         result = evaluate_stage(world, stage.directory, engine)
         if plan.kind == "sft":
@@ -197,7 +201,7 @@ def reference_for(world: World, plan: Plan, actor_model: GPTModel) -> Reference:
 
 def evaluation_files(cfg: EvalConfig) -> list[str]:
     """What the files of the further evaluations that ``cfg`` asks for are called, behind the split."""
-    wanted = {".candidates.json": cfg.candidates > 0, ".auc.json": cfg.auc}
+    wanted = {".candidates.json": cfg.candidates > 0, ".auc.json": cfg.auc, ".grounding.json": cfg.grounding > 0}
     return [ending for ending, asked in wanted.items() if asked]
 
 
@@ -211,15 +215,14 @@ def evaluate_stage(world: World, directory: Path, engine: Engine) -> EvalResult:
     for split in world.recipe.eval.splits:
         label = f"{directory.name} {split}"
         results[split] = evaluate_split(world, engine, split, label=label, popularity=True).named(world.dataset)
-        among = candidate_metrics(world, engine, split, label)
         ranked = auc_metrics(world, engine, split, label)
         if ranked is not None:
             results[split] = replace(results[split], beyond=results[split].beyond | ranked.means)
+        others = candidate_metrics(world, engine, split, label), grounding_metrics(world, engine, split, label)
         if runtime.world_rank() == 0:
             results[split].write(directory / "eval", split)
-            if among is not None:
-                among.named(world.dataset).write(directory / "eval", split)
-            if ranked is not None:
-                ranked.named(world.dataset).write(directory / "eval", split)
+            for measured in (ranked, *others):
+                if measured is not None:
+                    measured.named(world.dataset).write(directory / "eval", split)
     runtime.barrier()
     return results[world.recipe.eval.splits[-1]]

@@ -59,6 +59,8 @@ def checks(world: World, continued: Collection[str] = ()) -> Iterator[Callable[[
         yield lambda: check_item_tokens(world)
     if recipe.model.lora.rank:
         yield lambda: check_lora(world.shape, recipe.model.lora)
+    if waiting and recipe.rollout.assist.stage:
+        yield lambda: check_assist(world)
     if any(plan.start is None for plan in waiting):
         yield lambda: check_start(world)
     for plan in waiting:
@@ -99,6 +101,13 @@ def check_start(world: World) -> None:
             f"model.init={recipe.model.init} holds no *.safetensors files; download the whole model, or save it with "
             "save_pretrained(..., safe_serialization=True)"
         )
+
+
+def check_assist(world: World) -> None:
+    """Raises ConfigError for an auxiliary recommender that cannot join the evaluation."""
+    from tawin_nemo.baselines.assist import load_auxiliary_recommender
+
+    load_auxiliary_recommender(world.recipe.rollout.assist, world.catalog.external_ids)
 
 
 def check_rows(plan: Plan) -> None:

@@ -29,6 +29,7 @@ from tawin_nemo.rollout.engine import Engine
 from tawin_nemo.run.exported import is_export
 from tawin_nemo.run.trained import check_item_vectors, check_tokenizer, chosen_checkpoint, resolve_checkpoint
 from tawin_nemo.run.world import World
+from tawin_nemo.train.assist import add_assistant
 from tawin_nemo.train.base import Base, origin, own_base
 from tawin_nemo.train.item_tokens import with_item_tokens
 from tawin_nemo.types import TokenRows
@@ -119,13 +120,17 @@ def merged(recipe: Recipe) -> Recipe:
 
 
 def engine_of(world: World) -> Engine:
-    """An engine with the weights of ``checkpoint``, in ``eval.precision``. Raises ConfigError for a wrong path."""
+    """An engine with the weights of ``checkpoint``, in ``eval.precision``, and the assistant of ``rollout.assist``.
+
+    Raises ConfigError for a wrong path, of either.
+    """
     precision, tokenizer = world.recipe.eval.precision, world.tokenizer.fingerprint
     model = checkpoint_model(world, precision)
     engine = build_engine(
         merged(world.recipe), model, world.shape, world.catalog, tokenizer=tokenizer, precision=precision
     )  # fmt: skip
     engine.receive_weights()
+    add_assistant(world, engine)
     return engine
 
 

@@ -16,8 +16,9 @@ from transformers import PreTrainedModel
 from tawin_nemo.catalog.items import Catalog
 from tawin_nemo.catalog.trie import TokenTrie
 from tawin_nemo.config.schema import RolloutConfig
-from tawin_nemo.rollout.engine import RolloutEngine, draw_seed
+from tawin_nemo.rollout.engine import RolloutEngine
 from tawin_nemo.rollout.groups import draws_for, keep_distinct
+from tawin_nemo.rollout.sampling import draw_seed
 from tawin_nemo.types import Candidates, PromptBatch, TokenRows
 from tawin_nemo.util.errors import ConfigError
 

@@ -15,7 +15,8 @@ from tawin_nemo.config.schema import CatalogConfig, DataConfig, ModelConfig
 from tawin_nemo.data.catalog_builder import build_catalog
 from tawin_nemo.data.prompts import Template
 from tawin_nemo.data.tokenizer import build_tokenizer
-from tawin_nemo.serve.engine.catalog import NewItem, PromptFormat, ServedCatalog, read_items
+from tawin_nemo.serve.engine.catalog import NewItem, PromptFormat, ServedCatalog
+from tawin_nemo.serve.engine.items_file import read_items
 from tawin_nemo.util.errors import CatalogError, DataError
 from tests.serve import scene
 

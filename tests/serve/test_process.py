@@ -20,6 +20,7 @@ import psutil
 import pytest
 
 from tawin_nemo.api.client import Client, ControlClient
+from tawin_nemo.config.load import load_recipe
 from tests.rollout.rankings import SCORE_TOLERANCE, assert_same_ranking
 from tests.serve.scene import KEY, metric_in
 from tests.train.runs import SMALL, called, command, environment, prepare_dataset, run
@@ -201,6 +202,28 @@ def is_ready(served: Served) -> bool:
         return httpx.get(f"{served.data}/ready", timeout=2).status_code == 200
     except httpx.TransportError:
         return False
+
+
+@pytest.mark.full
+@pytest.mark.distributed
+def test_two_ranks_answer_as_generate_does_with_an_auxiliary_recommender(stage: Path, tmp_path: Path) -> None:
+    """TP 2 and ``rollout.assist``: rank 0 alone asks the recommender, both ranks search with what it says."""
+    root = load_recipe(stage.parent / "recipe.yaml").data.root
+    words = [*SMALL, f"data.root={root}", f"run_dir={tmp_path}", "baseline.model=sasrec", "baseline.hidden=16"]
+    run(*words, "baseline.epochs=2")
+    assist = [f"rollout.assist.stage={tmp_path / 'sasrec'}", "rollout.assist.weight=0.3"]
+    histories = [[item, item + 1] for item in range(4)]
+    options = ["generate.n=6", f"checkpoint={stage}", *assist]
+    with process(stage, "trainer.devices=2", "model.tensor_model_parallel_size=2", *assist) as pair:
+        with pair.client() as client, ThreadPoolExecutor(4) as pool:
+            replies = list(pool.map(lambda history: client.recommend(history, n=6), histories))
+        pair.process.send_signal(signal.SIGTERM)
+        assert pair.end()[0] == 0
+    for history, reply in zip(histories, replies, strict=True):
+        said = run(f"generate.history={history}", *options, verb="generate")["recommendations"][0]["items"]
+        assert [item.title for item in reply.items] == [item["title"] for item in said]
+        for item, other in zip(reply.items, said, strict=True):
+            assert item.score == pytest.approx(other["score"], abs=SCORE_TOLERANCE)
 
 
 @pytest.mark.distributed

@@ -14,7 +14,8 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from tawin_nemo.api.client import ServerError
 from tawin_nemo.api.control_schema import ItemToAdd
-from tawin_nemo.serve.engine.catalog import NewItem, read_items
+from tawin_nemo.serve.engine.catalog import NewItem
+from tawin_nemo.serve.engine.items_file import read_items
 from tests.serve.scene import IDS, TITLES, first_catalog, path_scores, serving
 
 

@@ -32,7 +32,7 @@ from tawin_nemo.semantic_ids import hf_encoder
 from tawin_nemo.semantic_ids.coder import ItemCoder
 from tawin_nemo.semantic_ids.growth import ExistingIndex
 from tawin_nemo.semantic_ids.train_quantiser import Plan, train_quantiser
-from tawin_nemo.serve.engine.catalog import read_items
+from tawin_nemo.serve.engine.items_file import read_items
 from tawin_nemo.util.errors import TawinError
 from tawin_nemo.util.files import sha256, write_json
 from tests.baselines.test_load import IDS, finished_stage

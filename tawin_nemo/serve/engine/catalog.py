@@ -8,24 +8,23 @@ order of the trie's items.
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 
 import numpy as np
 
+from tawin_nemo.baselines.assist import AuxiliaryRecommender
 from tawin_nemo.catalog.items import Catalog, fingerprint
 from tawin_nemo.catalog.trie import TokenTrie
 from tawin_nemo.data.catalog_builder import answer_paths
 from tawin_nemo.data.prompts import Template
 from tawin_nemo.data.special_tokens import encode_prompts
 from tawin_nemo.data.tokenizer import Tokenizer
+from tawin_nemo.rollout.assist import Assist
 from tawin_nemo.types import TokenRows
 from tawin_nemo.util.errors import CatalogError, DataError
-from tawin_nemo.util.trusted import read_text
 
 
 @dataclass(frozen=True)
@@ -70,13 +69,17 @@ class ServedCatalog:
     paths: TokenRows  # [I]
     live_I: np.ndarray  # bool
     trie: TokenTrie  # over the live items
+    recommender: AuxiliaryRecommender | None = None  # joins searches for histories (``rollout.assist``)
 
     @classmethod
-    def of(cls, catalog: Catalog, texts: Sequence[str], prompt_format: PromptFormat) -> ServedCatalog:
+    def of(
+        cls, catalog: Catalog, texts: Sequence[str], prompt_format: PromptFormat,
+        recommender: AuxiliaryRecommender | None = None,
+    ) -> ServedCatalog:  # fmt: skip
         """Version 1: the catalog that the model was trained with. Raises CatalogError for repeated external ids."""
         made = cls(
             1, prompt_format, list(catalog.titles), list(catalog.external_ids), list(texts), catalog.paths,
-            np.ones(len(catalog), dtype=bool), catalog.trie,
+            np.ones(len(catalog), dtype=bool), catalog.trie, recommender,
         )  # fmt: skip
         if len(made.number_of) < len(made.external_ids):
             raise CatalogError("the catalog names an external id twice; every item needs its own")
@@ -142,7 +145,7 @@ class ServedCatalog:
         trie = TokenTrie.from_paths(paths.take(number_J), names=[texts[number] for number in number_J])
         return ServedCatalog(
             version, prompt_format, [*self.titles, *(item.title for item in add)], [*self.external_ids, *names], texts,
-            paths, live_I, trie,
+            paths, live_I, trie, self.recommender,
         )  # fmt: skip
 
     def _is_live(self, external_id: str) -> bool:
@@ -196,6 +199,24 @@ class ServedCatalog:
         ids, titles = ([names[number] for number in live] for names in (self.external_ids, self.titles))
         return fingerprint(ids, titles, self.trie_paths)
 
+    @cached_property
+    def auxiliary_item_I(self) -> np.ndarray:
+        """The item of ``recommender`` for each item number, by external id; -1 where it knows none."""
+        assert self.recommender is not None
+        return self.recommender.items_of(self.external_ids)
+
+    def assist(self, histories: Sequence[Sequence[int]]) -> Assist | None:
+        """The auxiliary recommender's part in the searches for B histories of item numbers, oldest first.
+
+        It reads the newest ``max_history`` items, of which those that it does not know are skipped. None if it has no
+        part in any of them.
+        """
+        if self.recommender is None or not any(histories):
+            return None
+        item_I, newest = self.auxiliary_item_I, self.prompt_format.max_history
+        rows = [item_I[np.asarray(history[-newest:], dtype=np.int64)] for history in histories]
+        return self.recommender.assist(self.trie, [row[row >= 0] for row in rows], item_I[self.number_J])
+
     def prompt(self, history: Sequence[int]) -> TokenRows:
         """The prompt [1 row] of a history of item numbers, oldest first, cut as ``data.samples.encode_split`` cuts it.
 
@@ -229,6 +250,7 @@ class ServedCatalog:
             self.trie.spans,
             self.trie.tensors(),
         )
+        _ = None if self.recommender is None else self.auxiliary_item_I
         _ = self.trie.num_leaves, self.trie.max_depth, self.trie.decision_depth, self.trie.max_token, self.fingerprint
 
     def validate(self, *, vocab: int, positions: int) -> None:
@@ -241,37 +263,6 @@ class ServedCatalog:
                 f"the longest item has {self.trie.max_depth} tokens, the shortest prompt {empty}, and the model takes "
                 f"{positions} together; shorten the longest titles"
             )
-
-
-def read_items(path: Path) -> list[NewItem]:
-    """Read items from a JSON lines file with ``external_id``, ``title`` and optional ``codes`` (list of strings).
-
-    Raises CatalogError that names the line of the first invalid item.
-    """
-    items = []
-    try:
-        lines = read_text(path).splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise CatalogError(f"{path} cannot be read as a catalog: {error}") from error
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-            if not isinstance(record, dict):
-                raise TypeError("an item must be one JSON object")
-            codes = record.get("codes", ())
-            item = NewItem(record["external_id"], record["title"], tuple(codes))
-            if isinstance(codes, str) or not all(
-                isinstance(word, str) and word for word in (item.external_id, item.title, *item.codes)
-            ):
-                raise TypeError("external_id, title and codes must be strings that are not empty")
-        except (ValueError, KeyError, TypeError, RecursionError) as error:
-            raise CatalogError(f"{path}, line {number}: {type(error).__name__}: {error}") from error
-        items.append(item)
-    if not items:
-        raise CatalogError(f"{path} holds no items")
-    return items
 
 
 def _repeated(names: Sequence[str]) -> list[str]:

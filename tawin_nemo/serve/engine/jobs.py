@@ -77,7 +77,8 @@ class Job:
 
     ``draws`` = 0: a beam search with ``width`` beams. ``draws`` > 0: so many independent draws per prompt, with one
     seed per prompt. ``weights``: the required weight version, None = any. ``arrays``: results as arrays instead of
-    hits. ``deadline``: in the clock of ``time.monotonic``.
+    hits. ``deadline``: in the clock of ``time.monotonic``. ``history``: item numbers that an auxiliary recommender may
+    read (``rollout.assist``), oldest first; empty: the prompts are searched without it.
     """
 
     catalog: ServedCatalog
@@ -91,6 +92,7 @@ class Job:
     temperature: float = 1.0
     seeds: list[int] = field(default_factory=list)
     arrays: bool = False
+    history: list[int] = field(default_factory=list)
     future: Future[JobResult] = field(default_factory=Future)
     arrived: float = field(default_factory=time.monotonic)
     started: float = 0.0

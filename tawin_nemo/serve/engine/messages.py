@@ -8,6 +8,7 @@ from typing import get_args
 import numpy as np
 
 from tawin_nemo.models.megatron.parallel.channel import Stop
+from tawin_nemo.rollout.assist import Assist
 from tawin_nemo.types import TokenRows
 
 
@@ -30,6 +31,7 @@ class Admit:
     width_B: np.ndarray
     kind_B: np.ndarray
     listed: TokenRows  # positions in the sorted catalog
+    assist: Assist | None = None  # an auxiliary recommender's part of the scores (``rollout.assist``)
 
 
 @dataclass(frozen=True)

@@ -126,6 +126,7 @@ class Replica:
             message.ticket_B,
             widths=message.width_B.tolist(),
             filters=filters if any(filters) else None,
+            assist=message.assist,
         )
 
     def _advance(self, lane: Lane) -> FinishedPrompts:

@@ -11,7 +11,7 @@ import math
 import time
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -113,7 +113,8 @@ class Running:
             TokenRows.from_lists([items for items, size in zip(listed, sizes, strict=True) for _ in range(size)]),
         )
         try:
-            self._leader.apply(command)
+            assist = jobs[0].catalog.assist([job.history for job in jobs for _ in range(len(job.prompts))])
+            self._leader.apply(replace(command, assist=assist))
         except Exception as error:
             self._lane_failed(lane, error)
 

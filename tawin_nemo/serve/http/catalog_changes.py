@@ -9,8 +9,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from tawin_nemo.api import control_schema as schema
-from tawin_nemo.serve.engine.catalog import NewItem, ServedCatalog, read_items
+from tawin_nemo.serve.engine.catalog import NewItem, ServedCatalog
 from tawin_nemo.serve.engine.engine import Engine
+from tawin_nemo.serve.engine.items_file import read_items
 from tawin_nemo.serve.engine.saved_changes import SavedChanges
 from tawin_nemo.serve.http.errors import ApiError
 from tawin_nemo.serve.http.paths import allowed_path

@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 
 from tawin_nemo.api.schema import CompletionRequest, HistoryRequest, RecommendationRequest, RolloutRequest, ScoreRequest
 from tawin_nemo.config.schema import ServeConfig
-from tawin_nemo.rollout.engine import draw_seed
 from tawin_nemo.rollout.filters import ItemFilter
+from tawin_nemo.rollout.sampling import draw_seed
 from tawin_nemo.serve.engine.catalog import ServedCatalog
 from tawin_nemo.serve.engine.jobs import Job, JobResult
 from tawin_nemo.serve.http.errors import ApiError
@@ -70,7 +70,8 @@ def parse_recommendation(
         item_filter = ItemFilter.without(trie, _trie_items(denied, catalog))
     paths = trie.num_leaves if item_filter is None else item_filter.allowed_paths(trie)
     width = max(1, min(beams, paths))
-    return ParsedRequest(_job(request, catalog, prompts, context, width=width, item_filter=item_filter), history, [])
+    job = _job(request, catalog, prompts, context, width=width, item_filter=item_filter, history=history)
+    return ParsedRequest(job, history, [])
 
 
 def widened(
@@ -178,12 +179,12 @@ def _check_rollout_prompts(prompts: TokenRows, catalog: ServedCatalog, context: 
 
 def _job(
     request: HistoryRequest, catalog: ServedCatalog, prompts: TokenRows, context: ServerContext, *, width: int,
-    item_filter: ItemFilter | None,
+    item_filter: ItemFilter | None, history: Sequence[int] = (),
 ) -> Job:  # fmt: skip
     seconds = min(request.timeout_s or context.settings.deadline_s, context.settings.deadline_s)
     return Job(
         catalog, prompts, time.monotonic() + seconds, width=width, space=request.score_space or context.score_space,
-        filter=item_filter, weights=request.weight_version,
+        filter=item_filter, weights=request.weight_version, history=list(history),
     )  # fmt: skip
 
 

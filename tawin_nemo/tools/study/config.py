@@ -60,7 +60,8 @@ class StudyFile:
     metrics: list[str] = opt(
         ["recall@1", "recall@3", "ndcg@3", "recall@10"],
         "columns of the tables: recall@K, ndcg@K; with eval.candidates hit_ratio@1, valid_ratio, trie_hit_ratio@1; "
-        "with eval.auc (of all rows) auc, opauc@10, opauc@50, wpauc",
+        "with eval.auc (of all rows) auc, opauc@10, opauc@50, wpauc; with eval.grounding grounded_recall@K, "
+        "grounded_ndcg@K, named_ratio",
     )
     facts: list[str] = opt([], "further columns: other numbers of eval/SPLIT.json, e.g. coverage")
     trends: list[str] = opt([], "logged scalars to show from the first to the last tenth of training, e.g. rl/reward")

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import polars as pl
 
-from tawin_nemo.eval.paired import MEASURED, metric_values, parse_metric
+from tawin_nemo.eval.paired import is_measured, metric_values, parse_metric
 from tawin_nemo.eval.result import EvalResult
 from tawin_nemo.util.errors import DataError
 from tawin_nemo.util.files import atomic_path, sha256, write_json
@@ -50,13 +50,13 @@ class SplitResult:
     rows_sha256: str  # of users and targets: runs with the same one may be paired
     rank_B: np.ndarray  # 0-based, -1 = not listed
     sharing_B: np.ndarray | None  # items on the target's path, None = 1 everywhere
-    measured: dict[str, np.ndarray] = field(default_factory=dict)  # MEASURED values of each user, [B] float64
+    measured: dict[str, np.ndarray] = field(default_factory=dict)  # of further evaluations, of each user, [B] float64
 
     def values(self, metric: str) -> np.ndarray:
         """``recall@K``, ``ndcg@K`` or a measured value of each user. [B]. Raises DataError for a missing one."""
-        if metric in MEASURED:
+        if is_measured(metric):
             if metric not in self.measured:
-                raise DataError(f"{metric} was not measured; set eval.candidates or eval.auc (eval.auc_rows=0) and run")
+                raise DataError(f"{metric} was not measured; set eval.candidates, eval.grounding or eval.auc and run")
             return self.measured[metric]
         k = parse_metric(metric)[1]
         if k > self.beams:
@@ -258,10 +258,11 @@ def _read_split(directory: Path, name: str) -> SplitResult:
 
 
 def _measured(directory: Path, name: str, rows: int) -> dict[str, np.ndarray]:
-    """Values of each row of ``SPLIT.candidates.parquet`` and ``SPLIT.auc.parquet``, where they hold all rows."""
-    paths = [directory / f"{name}.{kind}.parquet" for kind in ("candidates", "auc")]
+    """Values of each row of ``SPLIT.candidates.parquet`` and the like, where they hold all rows."""
+    paths = [directory / f"{name}.{kind}.parquet" for kind in ("candidates", "auc", "grounding")]
     tables = [table for path in paths if path.is_file() and (table := pl.read_parquet(path)).height == rows]
-    return {key: table[key].cast(pl.Float64).to_numpy() for table in tables for key in table.columns if key in MEASURED}
+    columns = {name: table[name] for table in tables for name in table.columns if is_measured(name)}
+    return {name: column.cast(pl.Float64).to_numpy() for name, column in columns.items()}
 
 
 def _numbers(node: Mapping[str, Any]) -> dict[str, float]:

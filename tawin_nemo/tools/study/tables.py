@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 
 from tawin_nemo.eval.intervals import Interval
-from tawin_nemo.eval.paired import MEASURED, parse_metric
+from tawin_nemo.eval.paired import is_measured, parse_metric
 from tawin_nemo.tools.study.analysis import POOLED, PairRow, Results, likely_best, pair_rows, sweep_lines
 from tawin_nemo.tools.study.record import SplitResult
 
@@ -183,7 +183,7 @@ def short(metric: str) -> str:
     >>> short("recall@3"), short("ndcg@10")
     ('R@3', 'N@10')
     """
-    if metric in MEASURED:
+    if is_measured(metric):
         return metric
     kind, k = parse_metric(metric)
     return f"{kind[0].upper()}@{k}"

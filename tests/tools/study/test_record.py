@@ -141,7 +141,9 @@ def test_values_that_no_rank_gives_are_kept_row_by_row(tmp_path):
     split = RunRecord.read(tmp_path / "r" / "a.seed3.json").splits["test"]
     np.testing.assert_array_equal(split.values("hit_ratio@1"), table["hit_ratio@1"].to_numpy())
     for metric in ("auc", "valid_ratio"):
-        with pytest.raises(DataError, match=f"{metric} was not measured; set eval.candidates or eval.auc"):
+        with pytest.raises(
+            DataError, match=f"{metric} was not measured; set eval.candidates, eval.grounding or eval.auc"
+        ):
             split.values(metric)
 
 

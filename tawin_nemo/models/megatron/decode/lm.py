@@ -234,6 +234,14 @@ class MegatronLM:
         tokens = runtime.broadcast_from_last_stage(token_NK, sizes, torch.int64, stages=self._stages)
         return tokens, runtime.broadcast_from_last_stage(logp_NK, sizes, logit_dtype(self.model), stages=self._stages)
 
+    @torch.no_grad()
+    def hidden_states(self, cache: Cache, row_N: Tensor) -> Tensor:
+        """The states behind the final norm at some rows, on every model-parallel rank (see ``rollout.lm.LM``)."""
+        hidden_ND, sizes = None, (len(row_N), self.shape.hidden)
+        if self._stage == self._last_stage:
+            hidden_ND = _present(cache.hidden_RD).index_select(0, row_N.to(runtime.device())).float()
+        return runtime.broadcast_from_last_stage(hidden_ND, sizes, torch.float32, stages=self._stages)
+
     def _run(self, tokens_S: Tensor, extra: int, plan: AttentionPlan) -> Tensor | None:
         """Hidden states [S, D] of the real tokens on the last stage, None on the others, through all stages."""
         real = len(tokens_S)
