@@ -51,9 +51,9 @@ def build_engine(
     That is in the training processes with the model itself, with another that shares its weights or with a resharded
     copy, on the rollout ranks, or on generation servers, whose tokenizer must have the fingerprint ``tokenizer``.
     ``precision``: that of ``model`` and of its searches; ``AS_MODEL``: the model is in ``model.precision``, and
-    searches are in ``rollout.precision``. Unless the engine uses the model's weights, its own are undefined until its first
-    ``receive_weights``. Raises ConfigError when the model's shape does not fit the layout or a server does not match,
-    ServersLost when no server is available.
+    searches are in ``rollout.precision``. Unless the engine uses the model's weights, its own are undefined until its
+    first ``receive_weights``. Raises ConfigError when the model's shape does not fit the layout or a server does not
+    match, ServersLost when no server is available.
     """
     if precision != AS_MODEL:  # engines build their models from the recipe
         parts = {"model": in_precision(recipe.model, precision), "rollout": replace(recipe.rollout, precision=AS_MODEL)}

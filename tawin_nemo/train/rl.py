@@ -179,7 +179,7 @@ def build_rollouts(world: World, engine: Engine, timers: Timers, total: int) -> 
 
 
 def build_overlap(world: World, actor: Actor) -> PrecisionOverlap | None:
-    """The comparison of rollouts in two precisions, every ``rollout.overlap_interval`` steps; None for one precision."""
+    """The comparison of rollouts in two precisions, every ``rollout.overlap_interval`` steps; None with one alone."""
     recipe, interval = world.recipe, world.recipe.rollout.overlap_interval
     if interval == 0:
         return None

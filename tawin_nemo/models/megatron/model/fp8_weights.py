@@ -1,11 +1,11 @@
 """FP8 in decoding: quantised weights that are kept from one model call to the next, and sequence parallelism.
 
 Weights are bf16, and Transformer Engine quantises them in every call unless ``is_first_microbatch`` is given: True
-quantises and keeps the result in the module, False uses what is kept ("FP8 weight caching" of its documentation). A call
-that quantises reads the bf16 weights and writes the FP8 ones before it computes; a call of decoding has few tokens, so
-that this is most of what it moves. megatron-core's layers pass the flag on when ``disable_parameter_transpose_cache`` is
-off; it is on in training, whose passes never use what is kept here. Importing this module does not import Transformer
-Engine.
+quantises and keeps the result in the module, False uses what is kept ("FP8 weight caching" of its documentation). A
+call that quantises reads the bf16 weights and writes the FP8 ones before it computes; a call of decoding has few
+tokens, so that this is most of what it moves. megatron-core's layers pass the flag on when
+``disable_parameter_transpose_cache`` is off; it is on in training, whose passes never use what is kept here. Importing
+this module does not import Transformer Engine.
 """
 
 from __future__ import annotations

@@ -199,8 +199,8 @@ def check_model_supported(
         if size % FEATURES:
             raise ConfigError(
                 f"{name} needs matrices whose sides are multiples of {FEATURES}; the {what} of {cfg.backbone} under "
-                f"{section}.tensor_model_parallel_size={cfg.tensor_model_parallel_size} is {size}: use bf16, or another "
-                "tensor-parallel size"
+                f"{section}.tensor_model_parallel_size={cfg.tensor_model_parallel_size} is {size}: use bf16, or "
+                "another tensor-parallel size"
             )
     if wanted.tokens == BLOCK and cfg.sequence_parallel and shape.hidden % BLOCK:
         raise ConfigError(
