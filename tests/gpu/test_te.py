@@ -1,5 +1,5 @@
-"""``te.sh`` without Transformer Engine: parts are split, moved, joined and checked; what is missing is named; the commands
-of a build on a made-up machine."""
+"""``te.sh`` without Transformer Engine: parts are split, moved, joined and checked; what lacks is named; a build on a
+made-up machine."""
 
 from __future__ import annotations
 
