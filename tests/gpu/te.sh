@@ -55,20 +55,21 @@ fetch() {
 
 # Files above a part's size become NAME.part-00, NAME.part-01, ...; SHA256SUMS has whole files, PARTS the parts of each.
 split_files() {
-    local folder=$1 bytes=${TAWIN_TE_PART:-60000000} file
+    local folder=$1 bytes=${TAWIN_TE_PART:-60000000} file sums large
     [ -d "$folder" ] || fail "no folder $folder: bash tests/gpu/te.sh fetch makes one"
     cd "$folder"
     [ -z "$(find . -name '*.part-*' -print -quit)" ] || fail "$folder holds parts already: remove it and fetch again"
     [ -n "$(find . -maxdepth 1 -type f ! -name SHA256SUMS ! -name PARTS -print -quit)" ] || fail "$folder is empty"
-    find . -maxdepth 1 -type f ! -name SHA256SUMS ! -name PARTS -printf '%f\0' | sort -z | xargs -0 sha256sum >SHA256SUMS
+    rm -f SHA256SUMS PARTS
+    sums=$(find . -maxdepth 1 -type f -printf '%f\0' | sort -z | xargs -0 sha256sum)
+    large=$(find . -maxdepth 1 -type f -size +"$bytes"c -printf '%f\n' | sort)
+    echo "$sums" >SHA256SUMS
     : >PARTS
-    find . -maxdepth 1 -type f ! -name SHA256SUMS ! -name PARTS -size +"$((bytes - 1))"c -printf '%f\n' | sort >.large
-    while read -r file; do
+    for file in $large; do
         split --bytes "$bytes" --numeric-suffixes --suffix-length 2 "$file" "$file.part-"
         find . -maxdepth 1 -name "$file.part-*" -printf '%f\n' | sort >>PARTS
         rm "$file"
-    done <.large
-    rm .large
+    done
     cd "$here"
     echo "$folder: $(wc -l <"$folder/SHA256SUMS") files, $(wc -l <"$folder/PARTS") parts of at most $bytes bytes"
 }
