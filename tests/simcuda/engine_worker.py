@@ -19,11 +19,7 @@ from typing import Any
 import torch
 
 from tests.simcuda import device
-from tests.simcuda.fake_engine import QUANTISED, import_engine, reset
-
-
-#: Rows of the smallest weight of a layer, under TP 2; a pass of these searches is padded to 128 tokens at most.
-LEAST_ROWS = 256
+from tests.simcuda.fake_engine import QUANTISED, QUANTISED_WEIGHTS, import_engine, reset
 
 
 def main(given: dict[str, Any]) -> None:
@@ -64,9 +60,10 @@ def _steps(case: dict[str, Any], saved: Path) -> dict[str, Any]:
     engines: dict[str, Any] = {}
     for step in case["steps"]:
         QUANTISED.clear()
+        QUANTISED_WEIGHTS.clear()
         shown = _step(step, trainable, cfg, saved, engines)
         kinds = sorted({(kind, reduced) for kind, reduced, _ in QUANTISED})
-        weights = _weights_quantised()
+        weights = len(QUANTISED_WEIGHTS)
         result["seen"].append({"step": step, "shown": shown, "quantised": kinds, "weights_quantised": weights})
     return result
 
@@ -109,15 +106,10 @@ def _beside(trainable: Any, cfg: Any, precision: str, load: Any, engines: dict[s
     options = {"negatives": "beam", "policy_space": "trie", "step": 0}
     seen = []
     for _ in range(2):
-        QUANTISED.clear()
+        QUANTISED_WEIGHTS.clear()
         engine.generate(load.prompt_batch(0), 4, **options)
-        seen.append(_weights_quantised())
+        seen.append(len(QUANTISED_WEIGHTS))
     return seen
-
-
-def _weights_quantised() -> int:
-    """Of all quantisations those of weights: they have more rows than a pass has tokens."""
-    return sum(shape[0] >= LEAST_ROWS for _, _, shape in QUANTISED)
 
 
 def _search(model: Any, shape: Any) -> list[int]:

@@ -27,6 +27,8 @@ from torch import Tensor
 E4M3_MAX = 448.0
 #: (kind of quantizer, whether its scale is reduced over the ranks, shape) of every quantisation, in order.
 QUANTISED: list[tuple[str, bool, tuple[int, ...]]] = []
+#: Shapes of those that were parameters.
+QUANTISED_WEIGHTS: list[tuple[int, ...]] = []
 
 
 class DType(enum.IntEnum):
@@ -58,6 +60,8 @@ def quantize(tensor: Tensor, quantizer: Any, output: Any = None, noop: Any = Non
     kind = type(quantizer).__name__
     reduced = bool(getattr(quantizer, "with_amax_reduction", False))
     QUANTISED.append((kind, reduced, tuple(tensor.shape)))
+    if isinstance(tensor, torch.nn.Parameter):
+        QUANTISED_WEIGHTS.append(tuple(tensor.shape))
     if kind == "Float8BlockQuantizer":
         return _blockwise(tensor, quantizer)
     scale_inv = 1 / quantizer.scale if kind != "Float8CurrentScalingQuantizer" else _current(tensor, quantizer)
