@@ -7,6 +7,7 @@ import torch
 
 from tawin_nemo.config.load import load_recipe
 from tawin_nemo.config.schema import ModelConfig
+from tawin_nemo.models.megatron.decode.lm import MegatronLM
 from tawin_nemo.models.megatron.model import precision
 from tawin_nemo.models.megatron.model.build import build_model, build_search_model
 from tawin_nemo.models.megatron.model.reshard import SharedWeights
@@ -128,16 +129,22 @@ def test_what_rollouts_are_compared_with():
     assert next(other.parameters()).dtype == torch.bfloat16
 
 
-def test_weights_of_rollouts_are_made_anew_after_every_update():
-    """FP8 weights that decoding keeps are dropped by ``receive_weights``, which every update ends with."""
+def test_fp8_weights_are_kept_until_the_next_update(monkeypatch):
+    """What decoding keeps is dropped by ``receive_weights``, which every update ends with, and by nothing else."""
+    told = []
+    monkeypatch.setattr(MegatronLM, "weights_changed", lambda self: told.append(self.model))
     actor = build_model(SHAPE, FP32, seed=3)
     for rollout in ("model", "bf16"):
         engine = build_engine(recipe_of("fp32", rollout), actor, SHAPE, catalog())
-        engine.receive_weights()
-        group(engine)
-        assert engine.lm.lm._quantised._current
-        sync_weights(engine, version=1)
-        assert not engine.lm.lm._quantised._current
+        told.clear()
+        for version in (1, 2):
+            sync_weights(engine, version=version)
+            group(engine)
+            group(engine)
+        assert told == [searching(engine)] * 2
+    told.clear()
+    MegatronLM(actor, SHAPE).prefill(prompts(5).prompts)
+    assert told == [actor], "without a promise of the caller every prefill begins with the weights as they are"
 
 
 @pytest.mark.parametrize(
