@@ -110,7 +110,7 @@ WEIGHTS = 16
 @pytest.fixture(scope="module", params=[1, 2], ids="tp{}".format)
 def paired(request, engine, tmp_path_factory):
     cases = {
-        f"{trained}/{rollout}": (
+        f"{trained} {rollout}": (
             [f"beside:{rollout}", "update", f"beside:{rollout}", "update", f"beside:{rollout}"], {"precision": trained}
         )
         for trained, rollout in PAIRS
@@ -121,7 +121,7 @@ def paired(request, engine, tmp_path_factory):
 @pytest.mark.parametrize("pair", PAIRS, ids="/".join)
 def test_training_and_rollouts_have_their_own_precision(pair, paired):
     """Every rollout behind an update quantises the weights once, however many model calls it makes."""
-    result = paired["/".join(pair)]
+    result = paired[" ".join(pair)]
     assert "error" not in result, result["error"]
     kept = [step["shown"] for step in result["seen"] if step["step"].startswith("beside")]
     searched = pair[0] if pair[1] == "model" else pair[1]
