@@ -15,16 +15,18 @@
 #
 # Environment:
 #   TAWIN_TE_STORE     where the files lie there (default ~/te_store, outside the checkout)
+#   TAWIN_TE_PYTHON    Python of the machine that fetch downloads for (default 3.12)
 #   TAWIN_TE_PART      bytes of a part (default 60000000)
 #   TAWIN_PYTHON       interpreter (default python3): that of the torch which the extension is compiled against
 #   TAWIN_CUDA_ARCHS   compute capabilities to compile for (default 90: H100, H200, H800)
 #   MAX_JOBS           compilers at a time (default 8)
-#   TAWIN_DRY_RUN=1    build and run print their commands; files are joined and checked all the same
+#   TAWIN_DRY_RUN=1    fetch, build and run print their commands; files are joined and checked all the same
 # Exit code: 0; 1 when a part of run.sh failed; 2 when something is missing, which it names.
 set -euo pipefail
 here=$(cd "$(dirname "$0")/../.." && pwd)
 python=${TAWIN_PYTHON:-python3}
 store=${TAWIN_TE_STORE:-$HOME/te_store}
+target=${TAWIN_TE_PYTHON:-3.12}
 version=2.11.0
 parts=mismatch_bf16,mismatch_fp8-blockwise,mismatch_fp8-tensorwise,mismatch_fp8-delayed,train_bf16,train_fp8-blockwise
 parts=$parts,train_fp8-tensorwise,train_fp8-delayed,pytest
@@ -43,14 +45,19 @@ run() {
 }
 pip() { run "$python" -m pip --disable-pip-version-check "$@"; }
 
+# setup.py of the source asks torch for its CUDA version, also when it is only downloaded: a CPU build is given one.
 fetch() {
-    local folder=$1 wheels
+    local folder=$1 wheels stub
     mkdir -p "$folder"
     wheels=(transformer_engine_cu13=="$version" transformer_engine=="$version" pydantic pydantic-core annotated-types
         typing-inspection 'setuptools>=70.1' wheel ninja pybind11 packaging)
-    pip download --no-deps --only-binary :all: --dest "$folder" "${wheels[@]}"
-    pip download --no-deps --no-binary :all: --no-build-isolation --dest "$folder" transformer_engine_torch=="$version"
-    split_files "$folder"
+    pip download --quiet --no-deps --only-binary :all: --python-version "$target" --dest "$folder" "${wheels[@]}"
+    stub=$(mktemp -d)
+    printf 'import torch.version\n\ntorch.version.cuda = torch.version.cuda or "13.0"\n' >"$stub/sitecustomize.py"
+    run env "PYTHONPATH=$stub" "$python" -m pip --disable-pip-version-check download --quiet --no-deps --no-binary :all: \
+        --no-build-isolation --dest "$folder" transformer_engine_torch=="$version"
+    rm -r "$stub"
+    [ "${TAWIN_DRY_RUN:-}" = 1 ] || split_files "$folder"
 }
 
 # Files above a part's size become NAME.part-00, NAME.part-01, ...; SHA256SUMS has whole files, PARTS the parts of each.

@@ -143,6 +143,14 @@ def test_a_build_compiles_first_and_installs_all_wheels_in_one_call(sent, machin
     assert str(built) in again
 
 
+def test_fetch_downloads_for_the_other_python_and_the_source_beside_any_torch(machine, tmp_path):
+    wheels, source = (shlex.split(line) for line in done(machine, "fetch", str(tmp_path / "new")).splitlines())
+    assert wheels[wheels.index("--python-version") + 1] == "3.12"
+    assert {"transformer_engine_cu13==2.11.0", "transformer_engine==2.11.0", "pydantic-core"} <= set(wheels)
+    assert {"transformer_engine_torch==2.11.0", "--no-build-isolation"} <= set(source)
+    assert any(word.startswith("PYTHONPATH=") for word in source)
+
+
 def test_parts_are_those_of_run_sh(sent, machine):
     done(machine, "split", str(sent))
     done(machine, "store", str(sent))
