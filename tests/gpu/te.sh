@@ -49,9 +49,12 @@ pip() { run "$python" -m pip --disable-pip-version-check "$@"; }
 fetch() {
     local folder=$1 wheels stub
     mkdir -p "$folder"
-    wheels=(transformer_engine_cu13=="$version" transformer_engine=="$version" pydantic pydantic-core annotated-types
-        typing-inspection 'setuptools>=70.1' wheel ninja pybind11 packaging)
+    wheels=(transformer_engine_cu13=="$version" transformer_engine=="$version" 'setuptools>=70.1' wheel ninja pybind11)
     pip download --quiet --no-deps --only-binary :all: --python-version "$target" --dest "$folder" "${wheels[@]}"
+    # what its Python imports besides torch, with what these need and torch has not brought along
+    pip download --quiet --only-binary :all: --python-version "$target" --dest "$folder" \
+        packaging pydantic einops onnxscript importlib-metadata
+    run rm -f "$folder"/numpy-*.whl "$folder"/sympy-*.whl "$folder"/mpmath-*.whl
     stub=$(mktemp -d)
     printf 'import torch.version\n\ntorch.version.cuda = torch.version.cuda or "13.0"\n' >"$stub/sitecustomize.py"
     run env "PYTHONPATH=$stub" "$python" -m pip --disable-pip-version-check download --quiet --no-deps --no-binary :all: \

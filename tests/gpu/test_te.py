@@ -144,9 +144,13 @@ def test_a_build_compiles_first_and_installs_all_wheels_in_one_call(sent, machin
 
 
 def test_fetch_downloads_for_the_other_python_and_the_source_beside_any_torch(machine, tmp_path):
-    wheels, source = (shlex.split(line) for line in done(machine, "fetch", str(tmp_path / "new")).splitlines())
-    assert wheels[wheels.index("--python-version") + 1] == "3.12"
-    assert {"transformer_engine_cu13==2.11.0", "transformer_engine==2.11.0", "pydantic-core"} <= set(wheels)
+    commands = [shlex.split(line) for line in done(machine, "fetch", str(tmp_path / "new")).splitlines()]
+    wheels, imports, _, source = commands
+    for words in (wheels, imports):
+        assert words[words.index("--python-version") + 1] == "3.12"
+    assert {"transformer_engine_cu13==2.11.0", "transformer_engine==2.11.0", "--no-deps"} <= set(wheels)
+    assert {"pydantic", "einops", "onnxscript"} <= set(imports)
+    assert "--no-deps" not in imports
     assert {"transformer_engine_torch==2.11.0", "--no-build-isolation"} <= set(source)
     assert any(word.startswith("PYTHONPATH=") for word in source)
 
