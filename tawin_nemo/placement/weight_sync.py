@@ -56,8 +56,8 @@ def build_engine(
     match, ServersLost when no server is available.
     """
     if precision != AS_MODEL:  # engines build their models from the recipe
-        parts = {"model": in_precision(recipe.model, precision), "rollout": replace(recipe.rollout, precision=AS_MODEL)}
-        recipe = replace(recipe, **parts)
+        searches = replace(recipe.rollout, precision=AS_MODEL)
+        recipe = replace(recipe, model=in_precision(recipe.model, precision), rollout=searches)
     if recipe.rollout.placement == "server":
         return ServerEngine(recipe, model, shape, catalog, tokenizer=tokenizer)
     if disaggregated.is_disaggregated():
