@@ -193,10 +193,10 @@ def _dispatch(arguments: argparse.Namespace, argv: list[str]) -> int:
 
     recipe = load_recipe(arguments.recipe or recipe_of_checkpoint(arguments.overrides), arguments.overrides)
     recipe = imported(recipe, trains=arguments.verb in ("train", "retrain"))
-    if arguments.verb in ("prepare", "tokenize"):
-        from tawin_nemo.commands.prepare import prepare_or_tokenize
+    if arguments.verb in ("prepare", "tokenize", "score"):
+        from tawin_nemo.commands.prepare import in_one_process
 
-        result: dict[str, Any] = prepare_or_tokenize(recipe, arguments.verb)
+        result: dict[str, Any] = in_one_process(recipe, arguments.verb)
     else:
         if recipe.trainer.devices > 1 and not is_launched():
             from tawin_nemo.run.launcher import launch

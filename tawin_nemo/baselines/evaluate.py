@@ -64,7 +64,7 @@ def evaluate_baseline(
 ) -> EvalResult:
     """Rank the whole catalog for every row; models that search use ``cfg.beams`` beams.
 
-    ``popularity_I`` [I] counts each item in train (``bias.item_counts``) and adds the popularity bias. Raises
+    ``popularity_I`` [I] counts each item in train (``bias.sequence_counts``) and adds the popularity bias. Raises
     DataError without rows, TawinError when a score is not a number.
     """
     rankings = rank_rows(model, samples, cfg.beams, max(COVERAGE_K, *cfg.ks), label)

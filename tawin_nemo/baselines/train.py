@@ -19,7 +19,7 @@ from tawin_nemo.baselines.load import MODEL_FILE, ModelAndOptimizer, find_proble
 from tawin_nemo.baselines.protocol import SequentialRecommender, left_padded, sample_negatives
 from tawin_nemo.data.batches import BatchStream, micro_batches
 from tawin_nemo.data.samples import Samples
-from tawin_nemo.eval.bias import item_counts
+from tawin_nemo.eval.bias import sequence_counts
 from tawin_nemo.eval.result import EvalResult
 from tawin_nemo.models.megatron.checkpoint import checkpoint
 from tawin_nemo.models.megatron.parallel import runtime
@@ -97,7 +97,7 @@ def run_baseline(world: World, sink: MetricSink | None = None, callbacks: Callba
         write_json(directory / MODEL_FILE, blueprint.to_json())
         train_baseline(world, stage, model)
     load_checkpoint(stage.chosen_checkpoint, model)
-    popularity_I = item_counts(world.samples["train"], len(world.catalog))
+    popularity_I = sequence_counts(world.samples["train"], len(world.catalog))
     for split in splits:
         rows, label = world.samples[split], f"{stage.name} {split}"
         result = evaluate_baseline(model, rows, world.catalog, recipe.eval, label=label, popularity_I=popularity_I)

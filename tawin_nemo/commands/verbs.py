@@ -81,6 +81,18 @@ VERBS = {
         ("convert --recipe recipes/quickstart.yaml convert.output=export",),
         '{"exported": folder, "checkpoint": path}',
     ),
+    "score": Verb(
+        "recommendation lists of another program (Parquet, CSV, JSON lines) -> the same metrics and paired tests",
+        "Columns: item_id (external id) with rank or score, one line per item; or item_ids, one list per line, best\n"
+        "first. A list belongs to a row of the split: column row (0-based), or user_id where users have one row each.\n"
+        "The split is the last one of eval.splits. A result in RUN_DIR is shown in that run's report.",
+        ("score", "eval", *_DATA),
+        (
+            "score --recipe recipes/quickstart.yaml score.lists=recbole.csv",
+            "score data.root=DIR score.lists=lists.parquet score.against=runs/quickstart/rl run_dir=runs/quickstart",
+        ),
+        '{"scored": folder, SPLIT: {"recall@1": ..., "intervals": {...}}, "minus": {...}, "unknown_items": n}',
+    ),
     "retrain": Verb(
         "a night: prepare, train from the published model, export, gate on valid, publish (retrain.root=DIR)",
         "A model that is worse than the published one is refused (exit code 3) and what is published stays.",

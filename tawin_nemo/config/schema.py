@@ -224,6 +224,17 @@ class ConvertConfig:
 
 
 @dataclass(frozen=True)
+class ScoreConfig:
+    """The verb score: recommendation lists of another program, measured by the same evaluator."""
+
+    lists: str = opt("", "Names the file of lists to measure: Parquet, CSV, TSV or JSON lines.")
+    output: str = opt(
+        "", "Names the folder for the measured metrics and the per-user table (empty = RUN_DIR/NAME of the file)."
+    )
+    against: str = opt("", "Names a finished stage (RUN_DIR/rl) or a folder of score, for paired differences.")
+
+
+@dataclass(frozen=True)
 class RetrainConfig:
     """The verb retrain: a night's model replaces the published one only if it passes the gate."""
 
@@ -800,65 +811,80 @@ class RlConfig:
 class PreferenceConfig:
     """Preference optimisation: the target of each row against rejected items (DPO's family, NAPO)."""
 
-    enabled: bool = opt(False, "run preference optimisation after SFT and before RL")
+    enabled: bool = opt(False, "Runs preference optimisation after SFT and before RL.")
     algorithm: str = choice(
         "sdpo", "dpo", "simpo", "napo", "rosepo", "alpha_dpo",
-        help="objective; dpo, sdpo, rosepo and alpha_dpo need a reference (section reference)",
+        help="Selects the objective; dpo, sdpo, rosepo and alpha_dpo need a reference (section reference).",
     )  # fmt: skip
-    init: str = choice("sft", "base", help="from the SFT stage or from model.init (or `start`)")
-    rows: str = choice("all", "fresh", help="rows of train: all, or the last rl.fresh_share by time")
-    beta: float = number(1.0, 0.0, WEIGHT, help="scale of the implicit reward")
-    gamma0: float = number(1.0, 0.0, WEIGHT, help="napo, simpo, alpha_dpo: margin")
+    init: str = choice("sft", "base", help="Starts from the SFT stage, or from model.init (or `start`).")
+    rows: str = choice("all", "fresh", help="Selects the rows of train: all, or the last rl.fresh_share by time.")
+    beta: float = number(1.0, 0.0, WEIGHT, help="Scales the implicit reward.")
+    gamma0: float = number(1.0, 0.0, WEIGHT, help="Sets the margin of napo, simpo and alpha_dpo.")
     alpha: float = number(
         0.3,
         0.0,
         WEIGHT,
-        help="napo: how far the margin follows the confidence; alpha_dpo: weight of the normalised margin",
+        help="Sets how far napo's margin follows the confidence, or alpha_dpo's weight of the normalised margin.",
     )
-    rho: float = number(0.7, 0.0, SHARE, help="napo: share of the group whose rejected items a row uses (0 = none)")
-    momentum: float = number(0.9, 0.0, SHARE, help="napo: share that the running mean confidence keeps at each step")
-    margin: str = choice("dynamic", "fixed", help="napo: the margin follows the confidence of `aux`, or is gamma0")
+    rho: float = number(
+        0.7, 0.0, SHARE, help="Sets the share of the group whose rejected items a row uses, for napo (0 = none)."
+    )
+    momentum: float = number(
+        0.9, 0.0, SHARE, help="Sets the share that the running mean confidence keeps at each step, for napo."
+    )
+    margin: str = choice(
+        "dynamic", "fixed", help="Lets the margin of napo follow the confidence of `aux`, or keeps it at gamma0."
+    )
     epsilon: float = number(
         0.1,
         0.0,
         0.5,
         why="above a half the label means its opposite",
-        help="rosepo: probability of a wrong label; with `aux` its largest value, by that model's scores",
+        help="Sets rosepo's probability of a wrong label; with `aux` its largest value, by that model's scores.",
     )
     negatives: str = choice(
         "random", "candidates", "beam", "self_play",
-        help="rejected items: any, out of the row's candidate set, the best wrong ones of a beam search, or draws of "
-        "the policy (SPRec); never the target",
+        help="Selects the rejected items: any, out of the candidate set, the best wrong ones of a beam search, or "
+        "draws of the policy (SPRec); never the target.",
         imports=True,
     )  # fmt: skip
     num_negatives: int = number(
-        3, 1, 1024, why="the loss compares a row with all of its rejected items at once", help="rejected items per row"
+        3,
+        1,
+        1024,
+        why="the loss compares a row with all of its rejected items at once",
+        help="Sets the rejected items per row.",
     )
     num_candidates: int = number(
-        20, 2, WIDTH, help="negatives=candidates: items of a candidate set, the target included"
+        20, 2, WIDTH, help="Sets the items of a candidate set, the target included, for negatives=candidates."
     )
     search_every: int = number(
-        0, 0, STEPS, help="negatives=beam|self_play: steps between searches by the current weights (0 = once per epoch)"
+        0,
+        0,
+        STEPS,
+        help="Sets the steps between searches, for negatives=beam|self_play (0 = once per epoch).",
     )
     share_group: int = number(
-        16, 1, ROWS, help="napo: rows among which rejected items are shared; never split over ranks"
+        16, 1, ROWS, help="Sets the rows among which napo shares rejected items; a group is never split over ranks."
     )
-    aux: str = opt("", "napo, rosepo: finished baseline stage (RUN_DIR/sasrec) whose states and scores are used")
+    aux: str = opt("", "Names a finished baseline stage (RUN_DIR/sasrec) whose states and scores napo and rosepo use.")
     length_norm: str = choice(
         "auto", "full", "branching", "off",
-        help="divide a log-probability by all tokens of the path, by the branching ones, or not; auto = full for "
-        "simpo, napo and alpha_dpo, else off",
+        help="Divides a log-probability by all tokens of the path, by the branching ones, or not; auto = full for "
+        "simpo, napo and alpha_dpo, else off.",
     )  # fmt: skip
-    policy_space: str = choice("trie", "vocab", help="distribution of the log-probabilities")
-    epochs: float = number(1.0, 0.0, EPOCHS, help="passes over the rows")
-    max_steps: int = number(0, 0, STEPS, help="optimizer steps; 0 = what `epochs` gives")
-    lr: float = number(1e-5, 0.0, LR, help="peak learning rate")
-    schedule: str = choice("cosine", "constant", "linear", help="after the warm-up")
-    warmup: int = number(0, 0, STEPS, help="steps of linear warm-up")
-    min_lr_ratio: float = number(0.1, 0.0, SHARE, help="floor of cosine and linear, as a share of lr")
-    global_batch_size: int = number(128, 1, ROWS, help="rows per optimizer step over all ranks")
+    policy_space: str = choice("trie", "vocab", help="Selects the distribution of the log-probabilities.")
+    epochs: float = number(1.0, 0.0, EPOCHS, help="Sets the passes over the rows.")
+    max_steps: int = number(0, 0, STEPS, help="Limits the optimizer steps (0 = what `epochs` gives).")
+    lr: float = number(1e-5, 0.0, LR, help="Sets the peak learning rate.")
+    schedule: str = choice(
+        "cosine", "constant", "linear", help="Selects the decay of the learning rate after the warm-up."
+    )
+    warmup: int = number(0, 0, STEPS, help="Sets the steps of linear warm-up.")
+    min_lr_ratio: float = number(0.1, 0.0, SHARE, help="Sets the floor of cosine and linear decay, as a share of lr.")
+    global_batch_size: int = number(128, 1, ROWS, help="Sets the rows per optimizer step over all ranks.")
     micro_batch_tokens: int = number(
-        16384, 16, TOKENS, help="tokens per forward pass and rank; a sharing group stays whole"
+        16384, 16, TOKENS, help="Limits the tokens per forward pass and rank; a sharing group stays whole."
     )
 
     @property
@@ -1055,6 +1081,7 @@ class Recipe:
     )
     generate: GenerateConfig = field(default_factory=GenerateConfig)
     convert: ConvertConfig = field(default_factory=ConvertConfig)
+    score: ScoreConfig = field(default_factory=ScoreConfig)
     retrain: RetrainConfig = field(default_factory=RetrainConfig)
     serve: ServeConfig = field(default_factory=ServeConfig)
     semantic_ids: SemanticIdsConfig = field(default_factory=SemanticIdsConfig)

@@ -24,8 +24,8 @@ def beyond_accuracy(
     """``coverage@K``, ``first_codes@10`` and, where popularity is known, ``popularity_bias@K``.
 
     ``leaf_BK`` holds at least ``max(ks)`` entries, or fewer where the catalog has no more; ``history`` the items that
-    each row's prompt shows; ``popularity_I`` counts each item in train (``item_counts``). A bias that no row has (no
-    candidates, or no histories) is omitted.
+    each row's prompt shows; ``popularity_I`` counts each item in the training sequences (``sequence_counts``). A bias
+    that no row has (no candidates, or no histories) is omitted.
     """
     metrics = {f"coverage@{k}": coverage(leaf_BK[:, :k], catalog) for k in ks}
     metrics[f"first_codes@{DIVERSITY_K}"] = float(first_codes(leaf_BK[:, :DIVERSITY_K], catalog).mean())
@@ -37,7 +37,7 @@ def beyond_accuracy(
     return metrics
 
 
-def item_counts(samples: Samples, num_items: int) -> np.ndarray:
+def target_counts(samples: Samples, num_items: int) -> np.ndarray:
     """Number of rows whose target is the item: every interaction counts once, except the first of each user. [I]
 
     Histories are not counted: they repeat what earlier rows of the same user have as targets.
@@ -45,13 +45,18 @@ def item_counts(samples: Samples, num_items: int) -> np.ndarray:
     return np.bincount(samples.target_N, minlength=num_items)
 
 
+def sequence_counts(samples: Samples, num_items: int) -> np.ndarray:
+    """``Pop``: how often each item occurs in the training sequences, histories and targets (NAPO, App. D). [I]"""
+    return target_counts(samples, num_items) + np.bincount(samples.history.flat, minlength=num_items)
+
+
 def log_popularity(count_I: np.ndarray) -> np.ndarray:
-    """``ln(count)``, and 0 for an item that was never seen, as for one seen once **[choice]**. [I] float64.
+    """``LogPop = ln(1 + Pop)``, 0 for an item that was never seen (NAPO, App. D). [I] float64.
 
     >>> log_popularity(np.array([0, 1, 2])).round(4).tolist()
-    [0.0, 0.0, 0.6931]
+    [0.0, 0.6931, 1.0986]
     """
-    return np.log(np.maximum(count_I, 1))
+    return np.log1p(count_I)
 
 
 def popularity_bias(leaf_BK: np.ndarray, catalog: Catalog, history: TokenRows, popularity_I: np.ndarray) -> np.ndarray:

@@ -62,8 +62,8 @@ def evaluate(
 
     ``dp``: this process's rank among the replicas of training; an engine with replicas of its own (``engine.dp``)
     overrides it. Rows are divided among the replicas and gathered in row order, so the result does not depend on their
-    number; every rank returns it. ``popularity_I`` (how often each item is a target in train,
-    ``bias.item_counts``) adds the popularity bias to ``beyond``. Raises DataError without rows, ConfigError for a
+    number; every rank returns it. ``popularity_I`` (how often each item occurs in train,
+    ``bias.sequence_counts``) adds the popularity bias to ``beyond``. Raises DataError without rows, ConfigError for a
     cut-off beyond the beam list.
     """
     if len(samples) == 0:

@@ -13,7 +13,7 @@ from tawin_nemo.catalog.items import Catalog
 from tawin_nemo.catalog.trie import TokenTrie
 from tawin_nemo.config.schema import EvalConfig
 from tawin_nemo.data.tasks import CODES, DESCRIPTION, TITLE, TaskRows, active_tasks
-from tawin_nemo.eval.bias import item_counts
+from tawin_nemo.eval.bias import sequence_counts
 from tawin_nemo.eval.evaluate import evaluate
 from tawin_nemo.eval.result import EvalResult
 from tawin_nemo.models.megatron.parallel import runtime
@@ -38,7 +38,7 @@ def evaluate_split(
     ``cfg``: section ``eval`` unless given; ``popularity``: add the popularity bias. Raises DataError and ConfigError as
     ``evaluate`` does.
     """
-    popularity_I = item_counts(world.samples["train"], len(world.catalog)) if popularity else None
+    popularity_I = sequence_counts(world.samples["train"], len(world.catalog)) if popularity else None
     return evaluate(
         engine, world.samples[split], world.catalog, cfg or world.recipe.eval,
         dp=world.dp, label=label, popularity_I=popularity_I,

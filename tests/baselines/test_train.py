@@ -122,8 +122,8 @@ def test_the_table_of_a_model_with_shared_places():
     assert result.means["recall@1"] == pytest.approx(0.25)
     assert (result.collisions, result.coverage, result.rows) == (2, pytest.approx(2 / 3), 4)
     assert result.beyond["coverage@1"] == pytest.approx(2 / 4)
-    # the list is the shared path, log-popularity ln(8) / 2, over histories of 0, ln(8) / 2, 0 and ln(8)
-    assert result.beyond["popularity_bias@1"] == pytest.approx((0.5 + 0 + 0.5 - 0.5) * np.log(8) / 4)
+    # the list is the shared path, log-popularity (ln(9) + ln(2)) / 2, over histories of ln(2), that, ln(2) and ln(9)
+    assert result.beyond["popularity_bias@1"] == pytest.approx((np.log(9) - np.log(2)) / 2 / 4)
     optimistic = EvalConfig(beams=4, ks=[1, 2], collision="optimistic")
     assert evaluate_baseline(model, samples, catalog, optimistic, label="test").means["recall@1"] == pytest.approx(0.5)
 

@@ -232,9 +232,12 @@ def test_a_key_younger_than_a_stored_recipe_had_its_default():
     assert differences(stored, changed) == ["sft.warmup: 50 -> 7"]
 
 
-def test_every_key_has_a_meaning():
+def test_the_help_of_every_key_is_a_sentence():
     for key, item in leaf_fields(Recipe):
-        assert len(item.metadata.get("help", "")) > 5, key
+        text = item.metadata.get("help", "")
+        assert len(text) > 15, key
+        assert text[0].isupper(), (key, text)
+        assert text.endswith("."), (key, text)
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)

@@ -72,7 +72,7 @@ def make_samples(targets: list[int], lengths: list[int] | None = None) -> Sample
     return Samples(prompts, np.array(targets, dtype=np.int64), 100 + np.arange(n), history)
 
 
-#: How often each item is a target in train.
+#: How often each item occurs in train.
 POPULARITY = np.array([8, 4, 2, 1, 0, 3])
 
 

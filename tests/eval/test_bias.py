@@ -10,7 +10,15 @@ import pytest
 from tawin_nemo.catalog.items import Catalog
 from tawin_nemo.catalog.trie import TokenTrie
 from tawin_nemo.data.samples import Samples
-from tawin_nemo.eval.bias import beyond_accuracy, coverage, first_codes, item_counts, log_popularity, popularity_bias
+from tawin_nemo.eval.bias import (
+    beyond_accuracy,
+    coverage,
+    first_codes,
+    log_popularity,
+    popularity_bias,
+    sequence_counts,
+    target_counts,
+)
 from tawin_nemo.types import TokenRows
 
 EOS = 1
@@ -39,12 +47,12 @@ def leaves(catalog: Catalog, lists: list[list[int]]) -> np.ndarray:
 def test_popularity_bias_by_hand(catalog: Catalog) -> None:
     history = TokenRows.from_lists([[0, 1], [3], [4, 2, 2]])
     found = popularity_bias(leaves(catalog, [[0, 5], [1, -1], [2, 3]]), catalog, history, COUNTS)
-    ln = math.log
+    ln = math.log1p
     assert found.tolist() == pytest.approx(
         [
             (ln(10) + ln(2)) / 2 - (ln(10) + ln(4)) / 2,
-            ln(4) - 0,  # a list of one; item 3 was seen once
-            ((ln(6) + 0) / 2 + 0) / 2 - (0 + ln(6) + ln(6)) / 3,  # the path of items 2 and 4 has their mean
+            ln(4) - ln(1),  # a list of one
+            ((ln(6) + 0) / 2 + ln(1)) / 2 - (0 + ln(6) + ln(6)) / 3,  # the path of items 2 and 4 has their mean
         ]
     )
 
@@ -73,14 +81,15 @@ def test_first_codes_skip_what_all_paths_share(catalog: Catalog) -> None:
     assert first_codes(one.leaf_I[None, :1], one).tolist() == [1]
 
 
-def test_log_popularity_of_the_unseen_is_that_of_the_seen_once() -> None:
-    assert log_popularity(np.array([0, 1, 3])).tolist() == pytest.approx([0, 0, math.log(3)])
+def test_log_popularity_is_that_of_the_paper() -> None:
+    assert log_popularity(np.array([0, 1, 3])).tolist() == pytest.approx([0, math.log(2), math.log(4)])
 
 
-def test_counts_are_those_of_targets() -> None:
+def test_popularity_counts_whole_sequences() -> None:
     history = TokenRows.from_lists([[1], [1, 2], [0]])
     samples = Samples(TokenRows.from_lists([[7]] * 3), np.array([2, 3, 2]), np.zeros(3, np.int64), history)
-    assert item_counts(samples, 5).tolist() == [0, 0, 2, 1, 0]
+    assert target_counts(samples, 5).tolist() == [0, 0, 2, 1, 0]
+    assert sequence_counts(samples, 5).tolist() == [1, 2, 3, 1, 0]
 
 
 def test_random_lists_against_loops() -> None:
@@ -94,7 +103,7 @@ def test_random_lists_against_loops() -> None:
     group = {i: [j for j in range(40) if catalog.leaf_I[j] == catalog.leaf_I[i]] for i in range(40)}
 
     def logpop(item: int) -> float:
-        return math.log(counts[item]) if counts[item] > 0 else 0.0
+        return math.log(1 + counts[item])
 
     for k in (1, 4, 12):
         biases, covered = [], set()

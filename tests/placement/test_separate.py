@@ -2,14 +2,12 @@
 and a rollout rank that dies ends the job."""
 
 import json
-import math
 
 import pytest
 
 from tests.crash_matrix.attempts import RECIPE, difference, fingerprint, launched
 from tests.crash_matrix.cases import RANK_LIMIT
-from tests.train.runs import SMALL, called, metrics, run
-from tests.train.test_layouts import LOSS_RTOL
+from tests.train.runs import SMALL, assert_same_metrics, called, metrics, run
 
 APART = ("trainer.devices=2", "rollout.placement=separate", "rollout.devices=1")
 #: Over the recipe of the crash matrix. The nano model finds no target in so few steps; the SFT term moves its weights.
@@ -22,12 +20,9 @@ AHEAD = (
 @pytest.mark.distributed
 def test_on_policy_the_run_equals_one_process(small_dataset, finished_run, tmp_path):
     run(*SMALL, *APART, "trainer.async_save=true", f"data.root={small_dataset}", f"run_dir={tmp_path}")
-    for stage in ("sft", "sft_continued", "rl"):
-        ours, expected = metrics(tmp_path, stage), metrics(finished_run, stage)
-        assert [line.keys() for line in ours] == [line.keys() for line in expected]
-        for line, reference in zip(ours, expected, strict=True):
-            for key, value in reference.items():
-                assert math.isclose(line[key], value, rel_tol=LOSS_RTOL, abs_tol=1e-6), (stage, line["step"], key)
+    stages = ("sft", "sft_continued", "rl")
+    assert_same_metrics(tmp_path, finished_run, *stages)
+    for stage in stages:
         path = f"{stage}/eval/test.per_user.parquet"
         assert (tmp_path / path).read_bytes() == (finished_run / path).read_bytes()
     layout = json.loads((tmp_path / "layout.json").read_text())

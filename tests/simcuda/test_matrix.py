@@ -1,7 +1,6 @@
 """Further layouts, stages and options on a pretended GPU, one by one (mark ``full``), and equality with a CPU's run."""
 
 import json
-import math
 import os
 import signal
 import time
@@ -12,8 +11,7 @@ from tawin_nemo.api.client import Client
 from tests import forked
 from tests.simcuda import runs
 from tests.simcuda.test_runs import arguments, check
-from tests.train.runs import SMALL, environment, metrics
-from tests.train.test_layouts import LOSS_RTOL
+from tests.train.runs import SMALL, assert_same_metrics, environment
 
 pytestmark = [pytest.mark.full, pytest.mark.slow]
 #: Seconds that a server may take to start, and to end.
@@ -125,12 +123,7 @@ def test_a_run_equals_that_of_a_cpu(small_dataset, finished_run, tmp_path):
     """The branches of a GPU compute what those of a CPU compute, in float32 up to the order of sums."""
     runs.run(*SMALL, f"data.root={small_dataset}", f"run_dir={tmp_path}")
     assert [rank["device"] for rank in json.loads((finished_run / "layout.json").read_text())] == ["cpu"]
-    for stage in ("sft", "sft_continued", "rl"):
-        ours, expected = metrics(tmp_path, stage), metrics(finished_run, stage)
-        assert [line.keys() for line in ours] == [line.keys() for line in expected]
-        for line, reference in zip(ours, expected, strict=True):
-            for key, value in reference.items():
-                assert math.isclose(line[key], value, rel_tol=LOSS_RTOL, abs_tol=1e-6), (stage, line["step"], key)
+    assert_same_metrics(tmp_path, finished_run, "sft", "sft_continued", "rl")
 
 
 def test_semantic_ids_and_their_tasks(small_dataset, tmp_path):

@@ -7,6 +7,7 @@ torchrun, whose part is tested in test_launcher.py, test_separate.py and by the 
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -25,6 +26,9 @@ SMALL = (
     "rl.prompts_per_step=8 rl.group_size=4 rl.max_steps=4 rl.lr=1e-3 rl.ensure_target=replace_last "
     "rl.micro_batch_tokens=2048 eval.beams=6 eval.ks=[1,3] trainer.save_interval=1 trainer.threads=1"
 ).split()
+
+#: Relative tolerance of a logged number: float32 sums in another order over two dozen optimizer steps.
+LOSS_RTOL = 2e-4
 
 
 def environment() -> dict[str, str]:
@@ -85,3 +89,15 @@ def prepare_dataset(directory: Path) -> Path:
 def metrics(run_dir: Path, stage: str) -> list[dict[str, float]]:
     lines = (run_dir / stage / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     return [json.loads(line) for line in lines]
+
+
+def assert_same_metrics(
+    run_dir: Path, reference: Path, *stages: str, rtol: float = LOSS_RTOL, atol: float = 1e-6
+) -> None:
+    """Both runs logged the same steps and keys for these stages, and numbers that are equal within the tolerance."""
+    for stage in stages:
+        ours, expected = metrics(run_dir, stage), metrics(reference, stage)
+        assert [line.keys() for line in ours] == [line.keys() for line in expected], stage
+        for line, wanted in zip(ours, expected, strict=True):
+            for key, value in wanted.items():
+                assert math.isclose(line[key], value, rel_tol=rtol, abs_tol=atol), (stage, wanted["step"], key)

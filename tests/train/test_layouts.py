@@ -11,10 +11,8 @@ import math
 import polars as pl
 import pytest
 
-from tests.train.runs import SMALL, metrics, run
+from tests.train.runs import LOSS_RTOL, SMALL, assert_same_metrics, metrics, run
 
-#: Relative; float32 sums in another order over two dozen optimizer steps.
-LOSS_RTOL = 2e-4
 LAYOUTS = {
     "tp2": ("model.tensor_model_parallel_size=2", {"tp_size": 2, "pp_size": 1, "dp_size": 1}),
     "pp2": ("model.pipeline_model_parallel_size=2", {"tp_size": 1, "pp_size": 2, "dp_size": 1}),
@@ -43,13 +41,9 @@ def test_losses_equal_one_process(name, small_dataset, finished_run, tmp_path):
         # the norms are replicated under TP and the tied embedding stands on both pipeline stages
         assert rank["parameters"] == whole if sizes["dp_size"] == 2 else rank["parameters"] < 0.8 * whole
     assert all(line["rl/reward"] > 0 and line["grad_norm"] > 1e-3 for line in metrics(finished_run, "rl"))
-    for stage in ("sft", "sft_continued", "rl"):
-        ours, expected = metrics(tmp_path, stage), metrics(finished_run, stage)
-        assert [line["step"] for line in ours] == [line["step"] for line in expected]
-        for line, reference in zip(ours, expected, strict=True):
-            assert line.keys() == reference.keys()
-            for key, value in reference.items():
-                assert math.isclose(line[key], value, rel_tol=LOSS_RTOL, abs_tol=1e-6), (stage, line["step"], key)
+    stages = ("sft", "sft_continued", "rl")
+    assert_same_metrics(tmp_path, finished_run, *stages)
+    for stage in stages:
         assert evaluated(tmp_path, stage) == evaluated(finished_run, stage)
 
 
@@ -72,12 +66,8 @@ def test_refills_and_the_sft_term_do_not_depend_on_the_replicas(small_dataset, t
     for devices in (1, 2):
         where = (f"trainer.devices={devices}", f"data.root={small_dataset}", f"run_dir={tmp_path / str(devices)}")
         run(*SMALL, *OPTIONS, *where)
-    ours, expected = metrics(tmp_path / "2", "rl"), metrics(tmp_path / "1", "rl")
-    assert any(line["rl/refill_batches"] > 0 for line in expected)
-    assert len(ours) == len(expected)
-    for line, reference in zip(ours, expected, strict=True):
-        for key, value in reference.items():
-            assert math.isclose(line[key], value, rel_tol=LOSS_RTOL, abs_tol=1e-6), (line["step"], key)
+    assert any(line["rl/refill_batches"] > 0 for line in metrics(tmp_path / "1", "rl"))
+    assert_same_metrics(tmp_path / "2", tmp_path / "1", "rl")
 
 
 def test_the_tolerance_would_notice_another_seed(small_dataset, finished_run, tmp_path):

@@ -18,7 +18,7 @@ from tawin_nemo.models.megatron.checkpoint.dcp_load import ShardLoad
 from tawin_nemo.run.trained import chosen_checkpoint
 from tests.run.test_resume import signal_after
 from tests.train import tiny_pretrained
-from tests.train.runs import SMALL, called, metrics, run
+from tests.train.runs import SMALL, assert_same_metrics, called, metrics, run
 
 RANK = 3
 LORA = [
@@ -202,11 +202,7 @@ LAYOUTS = {
 def test_losses_equal_one_process(name: str, base: Path, small_dataset: Path, plainly: Path, tmp_path: Path) -> None:
     run(*words(base, small_dataset, tmp_path, *PLAIN, *LAYOUTS[name].split(), "trainer.devices=2"))
     for stage in ("sft", "rl"):
-        ours, expected = metrics(tmp_path, stage), metrics(plainly, stage)
-        assert len(ours) == len(expected)
-        for line, reference in zip(ours, expected, strict=True):
-            for key, value in reference.items():
-                assert math.isclose(line[key], value, rel_tol=LOSS_RTOL, abs_tol=1e-6), (stage, line["step"], key)
+        assert_same_metrics(tmp_path, plainly, stage, rtol=LOSS_RTOL)
         assert ranks(tmp_path / stage / "eval") == ranks(plainly / stage / "eval")
 
 

@@ -26,7 +26,7 @@ from tawin_nemo.commands.session import codes_path, started, trained_world
 from tawin_nemo.config.schema import Recipe
 from tawin_nemo.data.samples import Samples
 from tawin_nemo.data.tokenizer import Tokenizer
-from tawin_nemo.eval.bias import item_counts
+from tawin_nemo.eval.bias import sequence_counts, target_counts
 from tawin_nemo.eval.evaluate import evaluate
 from tawin_nemo.eval.intervals import Interval, normal_interval
 from tawin_nemo.eval.result import EvalResult
@@ -107,12 +107,14 @@ def examine(world: World, checkpoint: str) -> tuple[dict[str, Any], list[Check]]
     greedy, beams = free_answers(world, engine, samples)
     cfg = world.recipe.eval
     cfg = replace(cfg, ks=sorted({*cfg.ks, RECALL_K, TAIL_K}), beams=max(cfg.beams, TAIL_K, *cfg.ks))
-    popularity_I = item_counts(world.samples["train"], len(world.catalog))
+    train, items = world.samples["train"], len(world.catalog)
     searched = evaluate(
-        engine, samples, world.catalog, cfg, dp=world.dp, label=f"doctor {split}", popularity_I=popularity_I
-    )
-    popular = popular_recall(popularity_I, samples.target_N, RECALL_K)
-    tail = tail_recall(searched, unpopular(popularity_I))
+        engine, samples, world.catalog, cfg, dp=world.dp, label=f"doctor {split}",
+        popularity_I=sequence_counts(train, items),
+    )  # fmt: skip
+    target_I = target_counts(train, items)
+    popular = popular_recall(target_I, samples.target_N, RECALL_K)
+    tail = tail_recall(searched, unpopular(target_I))
     levels = code_use(world) if world.recipe.catalog.kind == "sid" else []
     shared = float((world.catalog.sharing_I > 1).mean())
     checks = [

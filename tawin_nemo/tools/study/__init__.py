@@ -20,6 +20,8 @@ A study trains arms (ways of training) x seeds, one process and one core per run
 The same command continues a study that was stopped: runs with a run file are skipped, others resume from their last
 checkpoint. A failed run stops only the runs that start from it. Useful on the command line:
   set.data.root=DIR   seeds=[1]   workers=1   commit=true (git commit each run file)
+  launcher=slurm sbatch=[--gpus-per-node=8,--time=240] (one Slurm job per run; a stopped study finds its jobs again)
   report=true (run nothing, rebuild README.md and plots from the run files)   --dry-run (plan and minutes)
+  export=DIR (the tables as CSV and LaTeX, with either)
 Exit codes: 0 all runs are done, 1 a run failed, 2 a mistake in the study file, 130 interrupted.
 """

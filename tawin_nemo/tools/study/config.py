@@ -25,6 +25,7 @@ from tawin_nemo.util.errors import ConfigError
 ARM_WORDS = ("after", "grid", "seeds")
 #: Recipe keys that the study sets itself.
 OWN_KEYS = ("seed", "name", "run_dir", "checkpoint")
+LAUNCHERS = ("local", "slurm")
 NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+-]*")
 
 
@@ -66,10 +67,13 @@ class StudyFile:
     pool: bool = opt(False, "also test on valid and test together (only if nothing was selected on them)")
     sweeps: list[Sweep] = field(default_factory=list, metadata={"help": "plots and tables of a grid"})
     curves: list[str] = opt([], "logged scalars to plot over steps, e.g. valid/recall@3")
-    workers: int = number(0, 0, help="runs at once, one core each (0 = cores)")
+    workers: int = number(0, 0, help="runs at once, one core each (0 = cores; with launcher slurm: all)")
+    launcher: str = opt("local", "local: processes of this machine; slurm: one job per run")
+    sbatch: list[str] = opt([], "options of sbatch for the job of a run, e.g. [--gpus-per-node=8, --time=240]")
     commit: bool = opt(False, "git commit each run file as soon as it exists, and nothing else")
     results: str = opt("", "folder of the run files and the results page (empty = recipes/results/STUDY)")
     run_root: str = opt("", "folder of the run directories (empty = runs/studies/STUDY)")
+    export: str = opt("", "folder for the tables as CSV and LaTeX (booktabs) as well; empty = none")
     report: bool = opt(False, "run nothing: only write the results page and the plots from the run files")
 
 
@@ -163,6 +167,8 @@ def _check(file: StudyFile, path: Path, arms: Mapping[str, Mapping[str, Any]]) -
         (not arms, "arms is empty; write at least one, e.g. arms: {sft: {rl.enabled: false}}"),
         (not file.seeds or min(file.seeds) < 0, f"seeds={list(file.seeds)} must hold whole numbers >= 0"),
         (bool(file.shared_from) and not NAME.fullmatch(file.shared_from), "shared_from must be the name of a study"),
+        (file.launcher not in LAUNCHERS, f"launcher={file.launcher} must be one of {', '.join(LAUNCHERS)}"),
+        (file.launcher == "local" and bool(file.sbatch), f"sbatch={list(file.sbatch)} needs launcher=slurm"),
         (file.workers < 0, f"workers={file.workers} must be >= 0 (0 = cores)"),
         *((not NAME.fullmatch(arm), f"arm {arm}: a name holds {name}") for arm in arms),
     ]

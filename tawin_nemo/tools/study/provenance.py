@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 import re
@@ -13,12 +14,15 @@ from pathlib import Path
 from typing import Any
 
 from tawin_nemo.util.errors import ConfigError
+from tawin_nemo.util.files import write_json
 from tawin_nemo.util.log import get_logger
 
 log = get_logger(__name__)
 
 #: Folder that holds the package; in a checkout it is the repository.
 SOURCE = Path(__file__).resolve().parents[3]
+#: File of a run directory that names the machine.
+HARDWARE = "hardware.json"
 #: Attempts, and seconds between them, while another program holds the index.
 ATTEMPTS, PAUSE = 8, 0.5
 
@@ -40,6 +44,17 @@ def hardware() -> dict[str, Any]:
         line = re.search(r"^model name\s*:\s*(.+)$", info.read_text(encoding="utf-8"), re.MULTILINE)
         name = line[1].strip() if line else name
     return {"cpu": name, "cores": cores(), "torch": metadata.version("torch")}
+
+
+def write_hardware(run_dir: Path) -> None:
+    """Leave this machine's ``hardware`` in a run directory, for a run that the study's own machine did not make."""
+    write_json(run_dir / HARDWARE, hardware())
+
+
+def hardware_of(run_dir: Path) -> dict[str, Any]:
+    """The machine that made a run: the one that left a note, else this one."""
+    path = run_dir / HARDWARE
+    return dict(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else hardware()
 
 
 def cores() -> int:

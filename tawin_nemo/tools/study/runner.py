@@ -187,7 +187,7 @@ class Runner:
         parent = parent_run(run, self._records, self.plan.study.results)
         return RunRecord(
             study=run.study, arm=run.arm.name, seed=run.seed, command=process.shown, commit=process.commit,
-            date=today(), hardware=provenance.hardware(), recipe_hash=recipe_hash(run.settings, parent),
+            date=today(), hardware=provenance.hardware_of(run.run_dir), recipe_hash=recipe_hash(run.settings, parent),
             settings=dict(run.settings), parent=parent, process_s=round(time.monotonic() - process.started, 1),
             **read_stage(stage, list(run.recipe.eval.splits)),
         )  # fmt: skip

@@ -12,6 +12,7 @@ from tawin_nemo.tools.study.arms import Study, read_study
 from tawin_nemo.tools.study.launch import data_finder, train_command
 from tawin_nemo.tools.study.plan import DONE, make_plan, plan_table
 from tawin_nemo.tools.study.runner import Outcome, Runner
+from tawin_nemo.tools.study.slurm import submitting
 from tawin_nemo.util.files import atomic_path
 from tawin_nemo.util.log import get_logger
 
@@ -29,7 +30,8 @@ def run_study(
     if study.file.report:
         return {"study": study.file.study, "report": str(write_page(study))}, 0
     plan = make_plan(study)
-    workers = study.file.workers or provenance.cores()
+    slurm = study.file.launcher == "slurm"
+    workers = study.file.workers or (max(1, len(plan.waiting)) if slurm else provenance.cores())
     log.info("%s\n%s", study.file.study, plan_table(plan, workers))
     skipped = [run.name for run in plan.runs if plan.state[run.key] == DONE]
     if dry_run:
@@ -39,7 +41,9 @@ def run_study(
         provenance.require_repository(study.results)
     outcome = Outcome()
     if plan.waiting:
-        outcome = Runner(plan, train_command(study), data_finder(study), workers=workers).run()
+        command = train_command(study)
+        command = submitting(command, study.file.sbatch) if slurm else command
+        outcome = Runner(plan, command, data_finder(study), workers=workers).run()
     result = {
         "study": study.file.study,
         "finished": len(outcome.finished),
@@ -53,7 +57,7 @@ def run_study(
 
 
 def write_page(study: Study) -> Path:
-    """README.md and the plots from the run files in ``results``; the page's path."""
+    """README.md, the plots and what ``export`` asks for, from the run files in ``results``; the page's path."""
     # matplotlib takes a second to import, which a dry run should not wait for
     from tawin_nemo.tools.study.plots import write_plots
     from tawin_nemo.tools.study.tables import page
@@ -64,4 +68,9 @@ def write_page(study: Study) -> Path:
     path = study.results / "README.md"
     with atomic_path(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
+    if study.file.export:
+        from tawin_nemo.tools.study.export import write_tables
+
+        written = write_tables(results, Path(study.file.export))
+        log.info("tables: %s", ", ".join(map(str, written)))
     return path
