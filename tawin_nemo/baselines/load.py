@@ -106,8 +106,8 @@ def load_scorer(stage: Path, external_ids: Sequence[str], *, key: str = "rl.rewa
     blueprint = stored_blueprint(Path(stage))
     if blueprint.config.model == "tiger":
         raise ConfigError(
-            f"{key}={stage} is a tiger, which scores only what its search finds; name a gru4rec, caser, sasrec, hstu or "
-            "esasrec stage"
+            f"{key}={stage} is a tiger, which scores only what its search finds; name a gru4rec, caser, sasrec, hstu "
+            "or esasrec stage"
         )
     return Scorer(model, blueprint.max_history)
 

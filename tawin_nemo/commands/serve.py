@@ -24,7 +24,7 @@ from tawin_nemo.models.megatron.checkpoint.checkpoint import check_form
 from tawin_nemo.models.megatron.decode.lm import MegatronLM
 from tawin_nemo.models.megatron.hf.io import check_hf
 from tawin_nemo.models.megatron.hf.memory import fill_from_rows, rows_of
-from tawin_nemo.models.megatron.model.build import build_rollout_model
+from tawin_nemo.models.megatron.model.build import build_rollout_model, parameter_dtype
 from tawin_nemo.models.megatron.model.precision import in_precision
 from tawin_nemo.models.megatron.parallel import runtime
 from tawin_nemo.rollout.engine import RolloutEngine
@@ -244,10 +244,9 @@ def from_tensors(shape: Backbone, cfg: ModelConfig, layout: tuple[int, int]) -> 
         runtime.use_device()
         model = build_rollout_model(shape, cfg, *layout)
         fill_from_rows(model, shape, rows)
-        return MeteredLM(MegatronLM(model, shape))
+        return MeteredLM(MegatronLM(model, shape, keep_quantised=True))  # new weights are a new model
 
-    dtype = torch.float32 if cfg.precision == "fp32" else torch.bfloat16
-    return FromTensors(rows_of(shape), dtype, build)
+    return FromTensors(rows_of(shape), parameter_dtype(cfg), build)
 
 
 def model_in(recipe: Recipe) -> ModelConfig:

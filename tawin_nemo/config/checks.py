@@ -97,6 +97,16 @@ def _precision_combinations(r: Recipe) -> Iterator[tuple[bool, str]]:
         f"model.precision=fp8-delayed scales over the whole model, but model.num_layers_at_start_in_bf16={first} and "
         f"model.num_layers_at_end_in_bf16={last}; set both to 0, or use fp8-tensorwise or fp8-blockwise",
     )
+    yield (
+        r.rollout.precision == "fp8-delayed" and first + last > 0,
+        f"rollout.precision=fp8-delayed scales over the whole model, but model.num_layers_at_start_in_bf16={first} and "
+        f"model.num_layers_at_end_in_bf16={last}; set both to 0, or use fp8-tensorwise or fp8-blockwise",
+    )
+    yield (
+        r.rollout.precision == "fp8-delayed" and m.precision != "fp8-delayed",
+        "rollout.precision=fp8-delayed takes its scales from training passes, of which the model of rollouts has one; "
+        f"model.precision={m.precision} trains another: set rollout.precision=fp8-tensorwise, fp8-blockwise or model",
+    )
     yield from lora_combinations(r)
     yield from item_token_combinations(r)
     own = r.reference.precision

@@ -28,6 +28,11 @@ def lora_combinations(r: Recipe) -> Iterator[tuple[bool, str]]:
         f"eval.precision={r.eval.precision}; set eval.precision=model",
     )
     yield (
+        r.rollout.precision.startswith("fp8"),
+        f"model.lora.rank={lora.rank} adds to products of fp32 and bf16 weights, but "
+        f"rollout.precision={r.rollout.precision}; set rollout.precision=model",
+    )
+    yield (
         m.freeze_backbone,
         f"model.lora.rank={lora.rank} trains adapters and model.freeze_backbone=true the rows of new tokens; train the "
         "rows first in a run of their own, then adapters with start=RUN_DIR/sft and model.freeze_backbone=false",

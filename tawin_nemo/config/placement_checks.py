@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import fields
 
 from tawin_nemo.config.layout import rollout_layout, training_layout
-from tawin_nemo.config.schema import AssistConfig, Recipe
+from tawin_nemo.config.schema import AS_MODEL, AssistConfig, Recipe
 
 
 def aligned(r: Recipe) -> list[str]:
@@ -52,8 +52,8 @@ def placement_combinations(r: Recipe) -> Iterator[tuple[bool, str]]:
         "space; set rollout.cuda_graphs=off",
     )
     yield (
-        graphs and (searching.pp > 1 or r.model.precision.startswith("fp8")),
-        f"rollout.cuda_graphs=on cannot run {searching.pp} pipeline stages in model.precision={r.model.precision}: "
+        graphs and (searching.pp > 1 or r.rollout_precision.startswith("fp8")),
+        f"rollout.cuda_graphs=on cannot run {searching.pp} pipeline stages in {_rollout_precision(r)}: "
         "fixed shapes need one stage in fp32 or bf16; set rollout.cuda_graphs=off",
     )
     yield (
@@ -92,6 +92,16 @@ def _assist_combinations(r: Recipe) -> Iterator[tuple[bool, str]]:
     )
 
 
+def _key(r: Recipe, section: str) -> str:
+    """The key that decides about the precision of a section's searches."""
+    own = {"rollout": r.rollout.precision, "eval": r.eval.precision}[section]
+    return "model.precision" if own == AS_MODEL else f"{section}.precision"
+
+
+def _rollout_precision(r: Recipe) -> str:
+    return f"{_key(r, 'rollout')}={r.rollout_precision}"
+
+
 def _server_combinations(r: Recipe) -> Iterator[tuple[bool, str]]:
     rollout, served = r.rollout, r.rollout.placement == "server"
     yield (
@@ -120,9 +130,9 @@ def _server_combinations(r: Recipe) -> Iterator[tuple[bool, str]]:
         f"baseline.model={r.baseline.model} has no rollouts; set rollout.placement=colocated and rollout.servers=[]",
     )
     yield (
-        served and r.eval.precision not in ("model", r.model.precision),
-        f"eval.precision={r.eval.precision} but servers run in the one number format of training, "
-        f"model.precision={r.model.precision}; set eval.precision=model, or evaluate the finished run without servers",
+        served and r.eval_precision != r.rollout_precision,
+        f"{_key(r, 'eval')}={r.eval_precision} but servers search in one number format, {_rollout_precision(r)}; set "
+        f"eval.precision={rollout.precision}, or evaluate the finished run without servers",
     )
     yield (
         served and bool(aligned(r)),

@@ -463,8 +463,10 @@ class SemanticIdsConfig:
     rqvae: RqVaeConfig = field(default_factory=RqVaeConfig)
 
 
-#: Values of reference.precision and eval.precision.
-PRECISIONS_OF_A_PART = ("model", "fp32", "bf16", "fp8-blockwise", "fp8-tensorwise", "fp8-delayed")
+#: The precision of a part of the run that is that of ``model.precision``.
+AS_MODEL = "model"
+#: Values of rollout.precision, reference.precision and eval.precision.
+PRECISIONS_OF_A_PART = (AS_MODEL, "fp32", "bf16", "fp8-blockwise", "fp8-tensorwise", "fp8-delayed")
 
 
 #: Endings of files that data.template takes for Jinja templates, and the built-in templates.
@@ -983,6 +985,16 @@ class RolloutConfig:
         help="Runs searches in trie space in fixed shapes, as CUDA graphs on a GPU (on), or in the shapes of the beams "
         "at hand (off).",
     )  # fmt: skip
+    precision: str = choice(
+        *PRECISIONS_OF_A_PART,
+        help="Selects the number format of rollouts and of checks during training (model = model.precision); others "
+        "search with a copy of the weights, which bf16 and FP8 share with training in the same layout.",
+    )
+    overlap_interval: int = number(
+        10, 0,
+        help="Finds the candidates of every so many-th RL step in model.precision as well (in bf16 where rollouts and "
+        "training are in FP8) and logs rl/mismatch_beam_overlap, where two precisions are in use (0 = never).",
+    )  # fmt: skip
     placement: str = choice(
         "colocated", "separate", "server",
         help="Runs rollouts and evaluation on the training ranks (colocated), on ranks that do nothing else "
@@ -1058,7 +1070,7 @@ class EvalConfig:
     precision: str = choice(
         *PRECISIONS_OF_A_PART,
         help="Selects the number format of finished stages' evaluation, of evaluate and of generate (model = "
-        "model.precision); checks during training run in model.precision.",
+        "model.precision); checks during training run in rollout.precision.",
     )  # fmt: skip
     splits: list[str] = opt(["valid", "test"], "Lists the splits that a finished stage is evaluated on.")
     ks: list[int] = numbers([1, 3, 5, 10], 1, BEAMS, help="Lists the cut-offs of Recall@K and NDCG@K.")
@@ -1161,3 +1173,13 @@ class Recipe:
             rollout.tensor_model_parallel_size or model.tensor_model_parallel_size,
             rollout.pipeline_model_parallel_size or model.pipeline_model_parallel_size,
         )
+
+    @property
+    def rollout_precision(self) -> str:
+        """Number format of rollouts and of checks during training."""
+        return self.model.precision if self.rollout.precision == AS_MODEL else self.rollout.precision
+
+    @property
+    def eval_precision(self) -> str:
+        """Number format of finished stages' evaluation and of the verbs that search."""
+        return self.model.precision if self.eval.precision == AS_MODEL else self.eval.precision

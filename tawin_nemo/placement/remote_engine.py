@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from tawin_nemo.catalog.items import Catalog
 from tawin_nemo.config.backbones import Backbone, FlopCount
 from tawin_nemo.config.schema import Recipe
-from tawin_nemo.models.megatron.model.build import check_rollout_model
+from tawin_nemo.models.megatron.model.build import check_rollout_model, rollout_dtype
 from tawin_nemo.models.megatron.model.reshard import Refit
 from tawin_nemo.models.megatron.parallel import disaggregated, runtime
 from tawin_nemo.types import Candidates, DataParallel, PromptBatch, Rollout, TokenRows
@@ -98,12 +98,12 @@ class RemoteEngine:
     """
 
     def __init__(self, recipe: Recipe, model: GPTModel, shape: Backbone, catalog: Catalog) -> None:
-        check_rollout_model(shape, recipe.model, *recipe.rollout_layout)
+        check_rollout_model(shape, recipe.model, *recipe.rollout_layout, recipe.rollout_precision)
         self.dp = DataParallel()
         self._channel, self._version, self._flops = disaggregated.rollout_channel(), 0, FlopCount()
         self._channel.model_owner = self  # the rollout ranks hold one model at a time
         self._broadcast(BuildEngine(recipe, shape, catalog))
-        self._refit = Refit(model, None)
+        self._refit = Refit(model, None, dtype=rollout_dtype(recipe))
         with disaggregated.whole_job():
             #: One entry of layout.json per rollout rank.
             self.rank_layouts = [entry for entry in runtime.gather_objects(None) if entry is not None]

@@ -20,6 +20,7 @@ from tawin_nemo.catalog.items import Catalog
 from tawin_nemo.config.backbones import Backbone, FlopCount
 from tawin_nemo.config.schema import Recipe
 from tawin_nemo.models.megatron.hf.memory import gather_hf
+from tawin_nemo.models.megatron.model.build import rollout_dtype
 from tawin_nemo.models.megatron.parallel import runtime
 from tawin_nemo.placement.server_pool import ServerPool
 from tawin_nemo.placement.servers import ExpectedTerms, GenerationServer
@@ -45,7 +46,8 @@ class ServerEngine(Generator):
         super().__init__(catalog, recipe.rollout, seed=recipe.seed)
         self.dp, self.num_replicas = DataParallel(), len(recipe.rollout.servers)
         self._model, self._shape = model, shape
-        expected = ExpectedTerms(catalog.fingerprint, tokenizer, recipe.model.precision, recipe.rollout.length_penalty)
+        penalty, self._dtype = recipe.rollout.length_penalty, rollout_dtype(recipe)
+        expected = ExpectedTerms(catalog.fingerprint, tokenizer, recipe.rollout_precision, penalty)
         self._pool: ServerPool | None = None
 
         def connect() -> None:
@@ -61,7 +63,7 @@ class ServerEngine(Generator):
         def push() -> None:
             assert self._pool is not None
             assert tensors is not None
-            self._pool.push(tensors)
+            self._pool.push({name: value.to(self._dtype or value.dtype) for name, value in tensors.items()})
 
         runtime.on_rank_0(push)
 

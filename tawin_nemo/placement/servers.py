@@ -194,8 +194,8 @@ class GenerationServer:
             )
         if terms.precision != expected.precision:
             raise ConfigError(
-                f"rollout.servers: {self.name} searches in {terms.precision} but model.precision={expected.precision}: "
-                f"{remedy}, eval.precision among them"
+                f"rollout.servers: {self.name} searches in {terms.precision} but model.precision={expected.precision} "
+                f"(rollout.precision, where that is set): {remedy}, eval.precision among them"
             )
         if terms.length_penalty != expected.length_penalty:
             raise ConfigError(

@@ -1,4 +1,4 @@
-"""Groups of candidates: distinct draws, the target put into groups without it, and counts for the log.
+"""Groups of candidates: distinct draws, the target put into groups without it, counts and comparisons for the log.
 
 M groups without their target.
 """
@@ -220,3 +220,13 @@ class GroupStats:
             "distinct_items_per_group": self.distinct / groups,
             "frac_duplicate_candidates": (self.candidates - self.distinct) / max(1, self.candidates),
         }
+
+
+def found_in_both(rollout: Rollout, other: Rollout) -> tuple[int, int]:
+    """Candidates of ``rollout`` that ``other`` has for the same prompt as well, and all of them; of the same prompts.
+
+    Targets that were put in (``ensure_target``) do not count.
+    """
+    own_BG = rollout.valid_BG if rollout.inserted_BG is None else rollout.valid_BG & ~rollout.inserted_BG
+    shared_BG = (rollout.items_BG[:, :, None] == other.items_BG[:, None, :]).any(dim=2) & own_BG
+    return int(shared_BG.sum()), int(own_BG.sum())

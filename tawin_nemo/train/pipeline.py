@@ -23,7 +23,6 @@ from tawin_nemo.models.megatron.checkpoint import checkpoint
 from tawin_nemo.models.megatron.hf.new_tokens import freeze_others
 from tawin_nemo.models.megatron.model.adapters import fold
 from tawin_nemo.models.megatron.model.build import model_summary
-from tawin_nemo.models.megatron.model.precision import in_precision
 from tawin_nemo.models.megatron.optim.trainable import Trainable
 from tawin_nemo.models.megatron.parallel import runtime
 from tawin_nemo.placement.remote_engine import RemoteEngine
@@ -132,8 +131,8 @@ def run_stage(world: World, plan: Plan, sink: MetricSink | None, callbacks: Call
     elif not stage.done:
         keep_untrained(world, stage, model)
     stage.stop_before(f"the evaluation of {plan.name}")
-    precision = recipe.eval.precision
-    if in_precision(recipe.model, precision) != recipe.model:
+    precision = recipe.eval_precision
+    if {recipe.model.precision, recipe.rollout_precision} != {precision}:
         recipe, model = merged(recipe), starting_model(world, plan.name, precision=precision)
         engine = build_engine(recipe, model, world.shape, world.catalog, tokenizer=known, precision=precision)
     else:

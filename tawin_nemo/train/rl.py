@@ -17,7 +17,7 @@ from tawin_nemo.config.schema import ReferenceConfig, RlConfig
 from tawin_nemo.maths.advantages import group_advantages
 from tawin_nemo.maths.tawin import tawin_weights
 from tawin_nemo.models.megatron.parallel import runtime
-from tawin_nemo.placement.weight_sync import sync_weights
+from tawin_nemo.placement.weight_sync import comparing_engine, sync_weights
 from tawin_nemo.rollout.engine import Engine
 from tawin_nemo.run.bad_steps import Guard, step_guard, unguarded
 from tawin_nemo.run.schedule import scheduled
@@ -28,6 +28,7 @@ from tawin_nemo.train.actor import Actor, weighted_groups
 from tawin_nemo.train.evaluation import evaluate_split
 from tawin_nemo.train.own_code import OwnGroupValues, own_group_values
 from tawin_nemo.train.plan import total_steps
+from tawin_nemo.train.precision_overlap import PrecisionOverlap
 from tawin_nemo.train.reference import Reference, Refresh
 from tawin_nemo.train.rewards import Reward, build_reward, with_finite_rewards
 from tawin_nemo.train.rl_metrics import count_flops, prefixed, rollout_metrics
@@ -53,6 +54,7 @@ class RlComponents:
     guard: Guard = unguarded
     own_advantages: Advantages | None = None  # None: those of the group, by ``rl.std``
     own_weights: CandidateWeights | None = None  # None: those of TAWin, by ``rl.tawin``
+    overlap: PrecisionOverlap | None = None  # None: one precision is in use
 
     def advantages(self, rewards_BG: Tensor, rollout: Rollout) -> Tensor:
         """Group advantages, or what ``rl.advantage`` names. [B, G]."""
@@ -76,9 +78,13 @@ def rl_step(components: RlComponents, *, step: int, lr: float) -> dict[str, floa
     with actor.trainable.optimizer_offloaded():
         prompts = rollouts.next_prompts()
         rollout = rollouts.generate(prompts, step).to("cpu")
+        overlap: dict[str, float] = {}
+        if components.overlap is not None:
+            with timers("overlap"):
+                overlap = components.overlap(rollout, step)
         with timers("reward"):
             rollout, rewards_BG, masked = with_finite_rewards(rollout, components.reward(rollout))
-        metrics = rollout_metrics(rollout, rewards_BG, actor.dp, masked) | rollouts.staleness(rollout, step)
+        metrics = rollout_metrics(rollout, rewards_BG, actor.dp, masked) | rollouts.staleness(rollout, step) | overlap
         path_tokens = int(rollout.lengths_BG.sum())
         if rl.max_refill_batches:
             rollout, rewards_BG, added = rollouts.refill(rollout, rewards_BG, components.reward, step)
@@ -132,6 +138,7 @@ def train_rl(
     components = RlComponents(
         rl, rollouts, actor, reference, build_reward(rl, world), timers, step_guard(stage, done),
         build_own("rl.advantage", rl.advantage, world), build_own("rl.candidate_weights", rl.candidate_weights, world),
+        build_overlap(world, actor),
     )  # fmt: skip
     save = partial(save_checkpoint, stage, components, refresh, done)
     sync_weights(engine, version=done.step)
@@ -169,6 +176,15 @@ def build_rollouts(world: World, engine: Engine, timers: Timers, total: int) -> 
     )  # fmt: skip
     ahead_until = total if recipe.rollout.ahead else 0
     return Rollouts(recipe.rl, engine, world.catalog, world.dp, prompts, timers, ahead_until=ahead_until)
+
+
+def build_overlap(world: World, actor: Actor) -> PrecisionOverlap | None:
+    """The comparison of rollouts in two precisions, every ``rollout.overlap_interval`` steps; None with one alone."""
+    recipe, interval = world.recipe, world.recipe.rollout.overlap_interval
+    if interval == 0:
+        return None
+    engine = comparing_engine(recipe, actor.trainable.model, world.shape, world.catalog)
+    return None if engine is None else PrecisionOverlap(engine, recipe.rl, world.dp, interval)
 
 
 def refresh_of(cfg: ReferenceConfig) -> Refresh:

@@ -14,7 +14,7 @@ import numpy as np
 
 from tawin_nemo.catalog.items import Catalog
 from tawin_nemo.config.backbones import Backbone
-from tawin_nemo.config.schema import LoraConfig, Recipe
+from tawin_nemo.config.schema import AS_MODEL, LoraConfig, Recipe
 from tawin_nemo.data.tokenizer import read_vocabulary
 from tawin_nemo.models.megatron.checkpoint import checkpoint
 from tawin_nemo.models.megatron.checkpoint.adapters import BASE, LORA
@@ -23,7 +23,7 @@ from tawin_nemo.models.megatron.hf.io import load_hf
 from tawin_nemo.models.megatron.hf.new_tokens import NewTokens
 from tawin_nemo.models.megatron.model.adapters import add_adapters, merge
 from tawin_nemo.models.megatron.model.build import build_model
-from tawin_nemo.models.megatron.model.precision import AS_MODEL, in_precision
+from tawin_nemo.models.megatron.model.precision import in_precision
 from tawin_nemo.placement.weight_sync import build_engine
 from tawin_nemo.rollout.engine import Engine
 from tawin_nemo.run.exported import is_export
@@ -124,7 +124,7 @@ def engine_of(world: World) -> Engine:
 
     Raises ConfigError for a wrong path, of either.
     """
-    precision, tokenizer = world.recipe.eval.precision, world.tokenizer.fingerprint
+    precision, tokenizer = world.recipe.eval_precision, world.tokenizer.fingerprint
     model = checkpoint_model(world, precision)
     engine = build_engine(
         merged(world.recipe), model, world.shape, world.catalog, tokenizer=tokenizer, precision=precision

@@ -125,6 +125,22 @@ def test_cluster_recipes_write_checkpoints_in_the_background(path):
             ["2 pipeline stages", "rollout.cuda_graphs=off"],
         ),
         ("rollout.cuda_graphs=on model.precision=fp8-delayed", ["fp8-delayed", "rollout.cuda_graphs=off"]),
+        (
+            "rollout.cuda_graphs=on model.precision=bf16 rollout.precision=fp8-blockwise",
+            ["rollout.precision=fp8-blockwise", "rollout.cuda_graphs=off"],
+        ),
+        (
+            "model.precision=bf16 rollout.precision=fp8-delayed",
+            ["rollout.precision=fp8-delayed", "model.precision=bf16", "fp8-tensorwise"],
+        ),
+        (
+            "model.precision=fp8-delayed rollout.precision=fp8-delayed model.num_layers_at_end_in_bf16=1",
+            ["model.precision=fp8-delayed", "model.num_layers_at_end_in_bf16=1", "fp8-blockwise"],
+        ),
+        (
+            f"{SERVED} rollout.precision=bf16",
+            ["model.precision=fp32", "rollout.precision=bf16", "set eval.precision=bf16"],
+        ),
         ("rollout.ahead=1", ["rollout.ahead=1", "rollout.placement=separate"]),
         (f"{APART}", ["rollout.placement=separate", "rollout.devices=0 of 4 processes", "between 1 and"]),
         (f"{APART} rollout.devices=4", ["rollout.devices=4 of 4 processes", "at least one must train"]),

@@ -56,6 +56,7 @@ def test_a_rank_above_the_smaller_side() -> None:
         ("model.lora.alpha=0", r"model\.lora\.alpha=0.0 is out of limits"),
         ("model.lora.dropout=0.95", r"model\.lora\.dropout=0.95 is out of limits"),
         ("model.precision=fp8-tensorwise", r"model\.precision=fp8-tensorwise; set model\.precision=bf16"),
+        ("rollout.precision=fp8-blockwise", r"rollout\.precision=fp8-blockwise; set rollout\.precision=model"),
         ("eval.precision=fp8-tensorwise", r"eval\.precision=fp8-tensorwise; set eval\.precision=model"),
         ("model.freeze_backbone=true model.init=somewhere", r"first in a run of their own, .* start=RUN_DIR/sft"),
         ("reference.refresh=ema", r"reference\.refresh=ema; set it to off"),

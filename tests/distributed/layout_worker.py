@@ -123,7 +123,7 @@ def decoded_like_fp8(trainable: Trainable) -> list[torch.Tensor]:
     linear = [module for module in model.modules() if isinstance(module, ColumnParallelLinear)]
     handles = [module.register_forward_pre_hook(seen) for module in linear]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(lm, "_keeps_sequence_parallel", lambda config: bool(config.sequence_parallel))
+        patch.setattr(lm, "keeps_sequence_parallel", lambda config: bool(config.sequence_parallel))
         result = decoded(trainable, use_inference_forward=False)
     for handle in handles:
         handle.remove()

@@ -15,15 +15,32 @@ from tawin_nemo.config.schema import TrainerConfig
 from tawin_nemo.models.megatron.model.build import build_model
 from tawin_nemo.models.megatron.optim.trainable import Trainable
 from tests.gpu import parts
-from tests.gpu.workload import Sizes, sizes
+from tests.gpu.workload import Sizes, is_dry, is_pretended, sizes
 
 
 def on_gpu() -> bool:
-    return torch.cuda.is_available()
+    """Whether this process has a real GPU."""
+    return torch.cuda.is_available() and not is_dry()
+
+
+def pretend_if_asked() -> None:
+    """``TAWIN_GPU_DRY=pretended``: the pretended device, until this process ends; before any model is built."""
+    if is_pretended():
+        from tests.simcuda import device
+
+        device.install()
+
+
+def check_pretended() -> None:
+    """Raises TawinError when the pretended device saw what a GPU would not have done."""
+    if is_pretended():
+        from tests.simcuda import device
+
+        parts.require(not device.FAULTS, "; ".join(device.FAULTS))
 
 
 def clock() -> float:
-    if on_gpu():
+    if torch.cuda.is_available():
         torch.cuda.synchronize()
     return time.perf_counter()
 

@@ -29,7 +29,7 @@ from tawin_nemo.tools.plan.verb import plan_recipe
 from tawin_nemo.types import TokenRows
 from tawin_nemo.util.errors import ConfigError
 from tests.gpu import parts
-from tests.gpu.contact_common import clock
+from tests.gpu.contact_common import clock, on_gpu
 from tests.gpu.workload import Sizes, Workload, is_dry, sizes
 
 RECIPES = Path(__file__).resolve().parents[2] / "recipes"
@@ -54,22 +54,27 @@ def random_model(shape: Backbone) -> GPTModel:
 
 
 def launches(work: Callable[[], object]) -> dict[str, Any]:
-    """Kernel launches, host waits and copies of one call, by the profiler; host operations only on a CPU."""
+    """Kernel launches, host waits and copies of one call, by the profiler; host operations only without a real GPU.
+
+    ``device_busy``: the kernels' share of the call's time; the rest are gaps in which the GPU waits for the host.
+    """
     from torch.profiler import ProfilerActivity, profile
 
-    on_gpu = torch.cuda.is_available()
-    kinds = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
+    kinds = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu() else [])]
+    begin = clock()
     with profile(activities=kinds) as seen:
         work()
-        clock()
-    counts = {event.key: event.count for event in seen.key_averages()}
+        ended = clock()
+    events = seen.key_averages()
+    counts = {event.key: event.count for event in events}
+    busy = sum(getattr(event, "self_device_time_total", 0.0) for event in events) / 1e6
 
     def total(*names: str) -> int:
         return sum(count for key, count in counts.items() if any(name in key for name in names))
 
     return {
         "launches": total("cudaLaunchKernel", "cuLaunchKernel"), "waits": total("Synchronize"),
-        "copies": total("cudaMemcpyAsync"), "operations": total("aten::"),
+        "copies": total("cudaMemcpyAsync"), "operations": total("aten::"), "device_busy": busy / (ended - begin),
     }  # fmt: skip
 
 
@@ -151,7 +156,7 @@ def decode_7b() -> dict[str, Any]:
 
 def _syncs(model: GPTModel, load: Workload) -> int:
     """Operations that make the host wait in one search, as torch's own debug mode counts them."""
-    if not torch.cuda.is_available():
+    if not on_gpu():
         return 0
     torch.cuda.set_sync_debug_mode("warn")
     try:
@@ -196,10 +201,10 @@ def update_3b() -> dict[str, Any]:
     """Forward and backward of the 3B model at 450, 2,000 and 8,000 tokens: milliseconds, MFU, peak memory by plan."""
     given = of_size("qwen2.5-3b")
     trainable = Trainable(random_model(given.shape), given.shape, TrainerConfig(), lr=1e-5)
-    on_gpu, result = torch.cuda.is_available(), {}
+    result: dict[str, Any] = {}
     for prompts in (2, 4) if is_dry() else (2, 9, 36):  # about 226 tokens a prompt with its tree
         load = Workload(replace(given, prompts=prompts, rows=5 * prompts, tokens=16384))
-        if on_gpu:
+        if on_gpu():
             torch.cuda.reset_peak_memory_stats()
         rows = []
         for step in range(5):
@@ -212,8 +217,8 @@ def update_3b() -> dict[str, Any]:
         rate = flops / sum(row[0] for row in rows[1:])
         result[f"{prompts} prompts"] = {
             "tokens": tokens / 4, "first_ms": 1e3 * seconds, "ms": 1e3 * statistics.median(row[0] for row in rows[1:]),
-            **parts._mfu("bf16", rate, on_gpu),
-            "peak_memory_gib": torch.cuda.max_memory_allocated() / 2**30 if on_gpu else None,
+            **parts._mfu("bf16", rate, on_gpu()),
+            "peak_memory_gib": torch.cuda.max_memory_allocated() / 2**30 if on_gpu() else None,
         }  # fmt: skip
     del trainable
     gc.collect()

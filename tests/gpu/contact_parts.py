@@ -6,6 +6,7 @@ from __future__ import annotations
 import statistics
 import subprocess
 import sys
+from importlib import metadata
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,9 @@ from tawin_nemo.run.mfu import training_flops
 from tests.gpu import contact_models, parts
 from tests.gpu.contact_common import clock, fresh, on_gpu, out, tiny_rows, trainable_of
 from tests.gpu.workload import Workload, is_dry, sizes
+
+#: Steps at the end of a training that the profiler looks at.
+PROFILED = 3
 
 
 # -- attention -----------------------------------------------------------------------------------------------------
@@ -80,7 +84,17 @@ def first_steps() -> dict[str, Any]:
     pairs = zip(trainable.model.parameters(), other.model.parameters(), strict=True)
     gap = max(float((a - b).abs().max()) for a, b in pairs)
     parts.require(abs(again - losses[1]) <= 1e-3 * abs(losses[1]), f"{again} after resuming, {losses[1]} without")
-    return {"losses": losses, "resumed": again, "largest_weight_gap": gap, "optimizer": _adam(trainable)}
+    figures = {"losses": losses, "resumed": again, "largest_weight_gap": gap, "optimizer": _adam(trainable)}
+    return figures | {"package_installed": _installed()}
+
+
+def _installed() -> bool:
+    """Whether tawin-nemo is installed here; a checkout that is not must run as well."""
+    try:
+        metadata.version("tawin-nemo")
+    except metadata.PackageNotFoundError:
+        return False
+    return True
 
 
 def _adam(trainable: Trainable) -> str:
@@ -137,23 +151,23 @@ def compiled() -> dict[str, Any]:
 
 
 def train_new_shapes() -> dict[str, Any]:
-    """bf16 training of the 0.5B shape where no length repeats: speed, MFU, launches of a step."""
-    given = fresh(8 if is_dry() else 60, tokens=128 if is_dry() else 8192)
+    """bf16 training of the 0.5B shape where no length repeats: speed, MFU, launches and gaps of three steps."""
+    given = fresh(9 if is_dry() else 60, tokens=128 if is_dry() else 8192)
     load, trainable = Workload(given), trainable_of(given)
     seconds, tokens, flops, losses = [], [], [], []
     warmup = given.steps // 6
-    for step in range(given.steps - 1):
+    for step in range(given.steps - PROFILED):
         micro = list(load.micro_batches(step))
         begin = clock()
         losses.append(trainable.update(micro, lr=given.lr)["loss"])
         seconds.append(clock() - begin)
         tokens.append(sum(len(part.batch.tokens_S) for part in micro))
         flops.append(training_flops([part.batch for part in micro], given.shape))
-    last = list(load.micro_batches(given.steps - 1))
+    last = [list(load.micro_batches(step)) for step in range(given.steps - PROFILED, given.steps)]
     rate = sum(flops[warmup:]) / sum(seconds[warmup:])
     return {
         "steps": given.steps, "first_step_s": seconds[0], "median_step_s": statistics.median(seconds[warmup:]),
         "slowest_step_s": max(seconds[warmup:]), "tokens_per_s": sum(tokens[warmup:]) / sum(seconds[warmup:]),
         "tflops": rate / 1e12, **parts._mfu("bf16", rate, on_gpu()), "losses": [losses[0], losses[-1]],
-        "step": contact_models.launches(lambda: trainable.update(last, lr=given.lr)),
+        "three_steps": contact_models.launches(lambda: [trainable.update(micro, lr=given.lr) for micro in last]),
     }  # fmt: skip

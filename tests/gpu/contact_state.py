@@ -19,8 +19,8 @@ from tawin_nemo.models.megatron.checkpoint.files import Ranks
 from tawin_nemo.models.megatron.optim.trainable import Trainable
 from tawin_nemo.run import determinism
 from tests.gpu import parts
-from tests.gpu.contact_common import clock, fresh, out, tiny_rows, trainable_of
-from tests.gpu.workload import Sizes, Workload
+from tests.gpu.contact_common import clock, fresh, out, pretend_if_asked, tiny_rows, trainable_of
+from tests.gpu.workload import Sizes, Workload, is_pretended
 
 
 def checkpoints() -> dict[str, Any]:
@@ -99,7 +99,8 @@ def end_to_end() -> dict[str, Any]:
         "prepare.synthetic_items=150 prepare.synthetic_users=500 compare.sft_continued=false"
     ).split()
     words += [f"run_dir={out('end_to_end') / 'run'}", f"data.root={out('data')}"]
-    command = [sys.executable, "-m", "tawin_nemo", "train", "--recipe", "recipes/quickstart.yaml", *words]
+    program = "tests.simcuda.runs" if is_pretended() else "tawin_nemo"
+    command = [sys.executable, "-m", program, "train", "--recipe", "recipes/quickstart.yaml", *words]
     begin = time.perf_counter()
     done = subprocess.run(command, capture_output=True, text=True)
     parts.require(done.returncode == 0, done.stderr[-1500:])
@@ -115,5 +116,6 @@ def _importable(name: str) -> bool:
 
 
 if __name__ == "__main__":  # the second half of ``deterministic``
+    pretend_if_asked()
     determinism.make_deterministic()
     print(json.dumps(curve()))

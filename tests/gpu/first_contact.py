@@ -2,7 +2,8 @@
 
 A line has ``part``, ``status`` (passed, failed or skipped), ``seconds``, and the figures of the part or a ``reason``.
 The last line is a summary: ``dry_run``, ``commit``, ``date``, ``failed``, ``not_run``. Exit code 0 when nothing failed,
-1 when a part did, 2 without a CUDA device. The numbers of a dry run are no measurement.
+1 when a part did, 2 without a CUDA device. The numbers of a dry run are no measurement. With
+``TAWIN_GPU_DRY=pretended`` every part runs on the pretended device of ``tests/simcuda`` and fails on a fault of it.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.gpu import run
-from tests.gpu.workload import is_dry
+from tests.gpu.workload import is_dry, is_pretended
 
 #: Seconds of all parts together, and of each; the order is that of what would be missed most.
 TOTAL_S = 720.0
@@ -35,6 +36,10 @@ FUNCTIONS = {
     "update_3b": "contact_models:update_3b", "checkpoint": "contact_state:checkpoints",
     "determinism": "contact_state:deterministic", "end_to_end": "contact_state:end_to_end",
 }  # fmt: skip
+#: Why a part cannot run on a pretended device.
+NOT_PRETENDED = {
+    "graphs": "the pretended device has no CUDA graphs (tests/simcuda/test_fixed_search.py records and repeats them)"
+}
 #: A part is not begun with less than this left.
 LEAST_S = 10.0
 
@@ -44,6 +49,20 @@ def function_of(name: str) -> Callable[[], dict[str, Any]]:
     module, _, function = FUNCTIONS[name].partition(":")
     found: Callable[[], dict[str, Any]] = getattr(import_module(f"tests.gpu.{module}"), function)
     return found
+
+
+def run_one(name: str) -> int:
+    """Run one part in this process; its figures are the last line on stdout."""
+    if is_pretended():
+        from tests.gpu.contact_common import check_pretended, pretend_if_asked
+
+        pretend_if_asked()
+        found = function_of(name)()
+        check_pretended()
+        print(json.dumps(found | {"device": "pretended"}))
+    else:
+        print(json.dumps(function_of(name)()))
+    return 0
 
 
 def command_of(name: str) -> list[str]:
@@ -59,6 +78,9 @@ def run_all(
         left = end - time.monotonic()
         if left < LEAST_S:
             yield {"part": name, "status": "skipped", "reason": f"{max(left, 0):.0f} s of {total_s:g} s left"}
+            continue
+        if is_pretended() and name in NOT_PRETENDED:
+            yield {"part": name, "status": "skipped", "reason": NOT_PRETENDED[name]}
             continue
         yield {"part": name, **run.run_part(name, command(name), min(LIMITS_S[name], left))}
 
@@ -78,8 +100,7 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> int:
     given = arguments(argv)
     if given.part:
-        print(json.dumps(function_of(given.part)()))
-        return 0
+        return run_one(given.part)
     if is_dry():
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
     elif run.this_machine().capability is None:

@@ -4,6 +4,7 @@
 #   bash tests/gpu/first_contact.sh                           all parts, 720 s together
 #   bash tests/gpu/first_contact.sh --parts sdpa,decode_7b    some of them
 #   TAWIN_GPU_DRY=1 bash tests/gpu/first_contact.sh           a tiny model on the CPU: tests this script, measures nothing
+#   TAWIN_GPU_DRY=pretended bash tests/gpu/first_contact.sh   the same on the pretended device of tests/simcuda
 # OUT (default first_contact) gets the lines as first_contact.jsonl, checkpoints and logs. TAWIN_WHEELS: a folder with wheels
 # of packages that the machine lacks (megatron-core; polars and others for the last part); they are unpacked below OUT.
 # TAWIN_PYTHON chooses the interpreter. The checkout need not be installed.

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -18,12 +19,15 @@ from tawin_nemo.config.gpus import known_peak
 from tawin_nemo.config.schema import ModelConfig, RlConfig, RolloutConfig, TrainerConfig
 from tawin_nemo.models.megatron.decode.lm import MegatronLM
 from tawin_nemo.models.megatron.model.attention import PlannedAttention
-from tawin_nemo.models.megatron.model.build import build_model, model_config
+from tawin_nemo.models.megatron.model.build import build_model, build_search_model, model_config
 from tawin_nemo.models.megatron.model.precision import FP8
+from tawin_nemo.models.megatron.model.reshard import SharedWeights
 from tawin_nemo.models.megatron.model.tree_plan import TreePlan
 from tawin_nemo.models.megatron.optim.trainable import Trainable
 from tawin_nemo.models.megatron.parallel import runtime
+from tawin_nemo.placement.dispatch import generate_options
 from tawin_nemo.rollout.engine import RolloutEngine
+from tawin_nemo.rollout.groups import found_in_both
 from tawin_nemo.run.mfu import training_flops
 from tawin_nemo.train.actor import Actor
 from tawin_nemo.types import DataParallel, TokenBatch
@@ -185,7 +189,8 @@ def _mfu(precision: str, flops_per_s: float, on_gpu: bool) -> dict[str, float | 
 
 
 def mismatch(precision: str) -> dict[str, Any]:
-    """How far the training forward pass is from the search's, with the same weights: what RL logs in every step."""
+    """How far the training forward pass is from the search's, with the same weights: what RL logs in every step; under
+    FP8 also which share of the candidates a search in bf16 finds."""
     cfg, given = start(precision), sizes()
     load, shape = Workload(given), spread(given.shape)
     model = build_model(shape, cfg, seed=1)
@@ -193,9 +198,8 @@ def mismatch(precision: str) -> dict[str, Any]:
     rl = RlConfig(group_size=given.candidates, beta=0.0, micro_batch_tokens=given.tokens, policy_space="trie")
     engine = RolloutEngine(MegatronLM(model, shape), load.catalog, RolloutConfig(), seed=0)
     begin = _clock(runtime.device().type == "cuda")
-    rollout = engine.generate(
-        load.prompt_batch(0), given.candidates, negatives="beam", policy_space="trie", step=0
-    ).to("cpu")  # fmt: skip
+    options = generate_options(rl, step=0)
+    rollout = engine.generate(load.prompt_batch(0), **options).to("cpu")
     took = _clock(runtime.device().type == "cuda") - begin
     ones_BG = torch.ones(rollout.items_BG.shape)
     actor = Actor(trainable, load.catalog, rl, DataParallel())
@@ -203,6 +207,12 @@ def mismatch(precision: str) -> dict[str, Any]:
     stats = actor.update(rollout, packed, ones_BG, ones_BG, None, lr=0.0)
     found = {name: stats[name] for name in ("mismatch_kl", "mismatch_prob_error", "ratio_mean")}
     found |= {"rollout_seconds": took, "prompts": given.prompts}
+    if precision in FP8:
+        wide = build_search_model(shape, model, replace(cfg, precision="bf16"))
+        SharedWeights(model, wide)()
+        engine = RolloutEngine(MegatronLM(wide, shape), load.catalog, RolloutConfig(), seed=0)
+        shared, candidates = found_in_both(rollout, engine.generate(load.prompt_batch(0), **options).to("cpu"))
+        found["mismatch_beam_overlap"] = shared / candidates
     require(found["mismatch_prob_error"] <= MISMATCH_TOLERANCE[precision], str(found))
     return found
 

@@ -11,10 +11,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.gpu import first_contact
+from tests import forked
+from tests.gpu import contact_common, first_contact
 from tests.gpu.contact_common import fresh
 from tests.gpu.first_contact import function_of
+from tests.gpu.parts import PartError
 from tests.gpu.workload import Workload
+from tests.simcuda import device
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="tests the dry run of a machine without CUDA")
@@ -27,7 +30,7 @@ def dry(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     return tmp_path
 
 
-def script(folder: Path, *arguments: str, dry: str = "1") -> subprocess.CompletedProcess[str]:
+def script(folder: Path, *arguments: str, dry: str = "1", timeout: float = 300) -> subprocess.CompletedProcess[str]:
     env = {
         **os.environ,
         "TAWIN_PYTHON": sys.executable,
@@ -36,7 +39,7 @@ def script(folder: Path, *arguments: str, dry: str = "1") -> subprocess.Complete
         "OUT": str(folder),
     }
     command = ["bash", "tests/gpu/first_contact.sh", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=300, env=env, cwd=REPOSITORY)
+    return subprocess.run(command, capture_output=True, text=True, timeout=timeout, env=env, cwd=REPOSITORY)
 
 
 def test_every_part_has_a_limit_and_together_they_fit_twelve_minutes():
@@ -99,8 +102,8 @@ def test_attention_agrees_with_a_dense_softmax(dry):
 def test_training_on_new_shapes_counts_operations(dry):
     found = function_of("train_new_shapes")()
     assert found["tokens_per_s"] > 0
-    assert found["step"]["operations"] > 100
-    assert found["step"]["launches"] == 0  # no GPU
+    assert found["three_steps"]["operations"] > 100
+    assert found["three_steps"]["launches"] == found["three_steps"]["device_busy"] == 0  # no GPU
     assert len(function_of("compile")()["search_s"]) == 5
 
 
@@ -141,3 +144,43 @@ def test_a_checkpoint_is_taken_apart(dry):
 def test_equal_runs_have_equal_bytes_on_a_cpu(dry):
     found = function_of("determinism")()
     assert [found[name]["equal"] for name in ("as it is", "trainer.deterministic")] == [True, True]
+
+
+# -- on the pretended device ---------------------------------------------------------------------------------------
+def test_a_part_on_the_pretended_device_says_so(tmp_path):
+    """The branches of a GPU run: the clock waits for the device, models and optimizer are on it."""
+    environment = {**os.environ, "TAWIN_GPU_DRY": "pretended", "OUT": str(tmp_path)}
+    done = forked.call(["--part", "first_steps"], [environment], 200, first_contact.main)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert (found["device"], found["largest_weight_gap"]) == ("pretended", 0.0)
+    (skipped,) = (json.loads(line) for line in pretended_lines(tmp_path, "graphs"))
+    assert (skipped["status"], "no CUDA graphs" in skipped["reason"]) == ("skipped", True)
+
+
+def pretended_lines(folder: Path, names: str) -> list[str]:
+    """The lines of the parts in a pretended run, without the summary."""
+    done = script(folder, "--parts", names, dry="pretended")
+    assert done.returncode == 0, done.stdout + done.stderr[-3000:]
+    return done.stdout.splitlines()[:-1]
+
+
+def test_what_a_gpu_would_refuse_fails_the_part(monkeypatch):
+    monkeypatch.setenv("TAWIN_GPU_DRY", "pretended")
+    contact_common.check_pretended()
+    monkeypatch.setattr(device, "FAULTS", ["cpu and cuda in one operation"])
+    with pytest.raises(PartError, match="cpu and cuda in one operation"):
+        contact_common.check_pretended()
+    monkeypatch.setenv("TAWIN_GPU_DRY", "1")
+    contact_common.check_pretended()
+
+
+@pytest.mark.full
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("dry", ["1", "pretended"])
+def test_all_parts_in_a_dry_run(dry, tmp_path):
+    done = script(tmp_path, dry=dry, timeout=800)
+    lines = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [line["part"] for line in lines[:-1]] == list(first_contact.LIMITS_S)
+    assert [line for line in lines if line.get("status") == "failed"] == []
+    assert lines[-1]["not_run"] == (["graphs"] if dry == "pretended" else [])

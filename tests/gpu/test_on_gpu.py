@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from tawin_nemo.config.backbones import Backbone
-from tawin_nemo.config.schema import ModelConfig, TrainerConfig
+from tawin_nemo.config.schema import ModelConfig, RolloutConfig, TrainerConfig
 from tawin_nemo.models.megatron.decode.lm import MegatronLM
 from tawin_nemo.models.megatron.model import precision
-from tawin_nemo.models.megatron.model.build import build_model
+from tawin_nemo.models.megatron.model.build import build_model, build_search_model
+from tawin_nemo.models.megatron.model.reshard import SharedWeights
 from tawin_nemo.models.megatron.optim.trainable import Trainable
 from tawin_nemo.models.megatron.parallel import runtime
+from tawin_nemo.rollout.engine import RolloutEngine
+from tawin_nemo.rollout.groups import found_in_both
 from tawin_nemo.types import TokenRows
 from tests.gpu import parts
 from tests.gpu.split_model import run_split_model
@@ -82,12 +87,53 @@ def test_a_search_after_a_step_runs_the_new_weights(name):
     prompts = TokenRows.from_lists([[5, 9, 3, 30], [7, 2]])
     tokens = torch.arange(2, 40)
     scores = []
-    for model in (trainable.model, fresh):
-        lm = MegatronLM(model, SHAPE)
+    kept = MegatronLM(trainable.model, SHAPE, keep_quantised=True)
+    for lm in (kept, MegatronLM(trainable.model, SHAPE), MegatronLM(fresh, SHAPE)):
         cache = lm.prefill(prompts)
         rows = torch.arange(2)
         scores.append(lm.logprobs(cache, rows, rows.repeat_interleave(len(tokens)), tokens.repeat(2), "vocab"))
-    torch.testing.assert_close(scores[0], scores[1], rtol=0, atol=1e-3 if name == "fp8-delayed" else 1e-5)
+    assert torch.equal(scores[0], scores[1])
+    torch.testing.assert_close(scores[1], scores[2], rtol=0, atol=1e-3 if name == "fp8-delayed" else 1e-5)
+
+
+@pytest.mark.parametrize("name", precision.FP8)
+def test_weights_that_decoding_keeps_are_those_of_the_last_update(name):
+    needs(name)
+    runtime.initialize(ModelConfig(precision=name), seed=1)
+    model = build_model(SHAPE, ModelConfig(precision=name), seed=2)
+    kept, prompts, rows = (
+        MegatronLM(model, SHAPE, keep_quantised=True),
+        TokenRows.from_lists([[5, 9, 3]]),
+        torch.arange(1),
+    )
+
+    def scores(lm):
+        return lm.logprobs(lm.prefill(prompts), rows, rows.repeat_interleave(38), torch.arange(2, 40), "vocab")
+
+    before = scores(kept)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1.5)
+    kept.weights_changed()
+    after = scores(kept)
+    assert not torch.allclose(before, after, atol=1e-3)
+    assert torch.equal(after, scores(MegatronLM(model, SHAPE)))
+
+
+@pytest.mark.parametrize("name", precision.FP8)
+def test_a_search_in_bf16_with_the_weights_of_fp8_finds_much_the_same(name):
+    """Rollouts in another precision than training; the models share their weights, either may be the trained one."""
+    needs(name)
+    cfg, load = ModelConfig(precision=name), Workload(replace(TINY, shape=SHAPE))
+    runtime.initialize(cfg, seed=1)
+    model = build_model(SHAPE, cfg, seed=2)
+    wide = build_search_model(SHAPE, model, replace(cfg, precision="bf16"))
+    SharedWeights(model, wide)()
+    options = {"negatives": "beam", "policy_space": "trie", "step": 0}
+    engines = (RolloutEngine(MegatronLM(each, SHAPE), load.catalog, RolloutConfig(), seed=0) for each in (model, wide))
+    own, other = (engine.generate(load.prompt_batch(0), 6, **options).to("cpu") for engine in engines)
+    found, candidates = found_in_both(own, other)
+    assert found >= candidates / 2
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")

@@ -1,7 +1,8 @@
 """What the GPU parts compute on: a generated catalog and training batches shaped like rollouts.
 
 Sizes are those of the 0.5B model on titles: prompts of 40 to 400 tokens, 16 candidates of 6 to 28 tokens which share
-their beginnings, as those of one beam search do. ``TAWIN_GPU_DRY=1`` takes a tiny model and a handful of prompts.
+their beginnings, as those of one beam search do. ``TAWIN_GPU_DRY=1`` takes a tiny model and a handful of prompts, and
+``TAWIN_GPU_DRY=pretended`` the same on the pretended device of ``tests/simcuda`` (``first_contact.sh`` alone).
 """
 
 from __future__ import annotations
@@ -61,7 +62,11 @@ def sizes_of_run() -> dict[str, Any]:
 
 
 def is_dry() -> bool:
-    return os.environ.get("TAWIN_GPU_DRY", "") == "1"
+    return os.environ.get("TAWIN_GPU_DRY", "") == "1" or is_pretended()
+
+
+def is_pretended() -> bool:
+    return os.environ.get("TAWIN_GPU_DRY", "") == "pretended"
 
 
 def sizes() -> Sizes:

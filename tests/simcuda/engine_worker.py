@@ -1,8 +1,9 @@
 """One rank of ``test_engine.py``: models of Transformer Engine's layers through orders of searches and updates.
 
 ``python -m tests.simcuda.engine_worker JSON``, with keys ``engine`` (folder), ``out`` and ``cases``: name -> ``model``
-(keys of section model) and ``steps`` (search, update, score, save, load, load:PRECISION). Rank 0 writes what it saw, or
-the traceback of a case that failed, to ``out``.
+(keys of section model) and ``steps`` (search, update, score, save, load, load:PRECISION, beside:PRECISION). Rank 0
+writes what it saw, or the traceback of a case that failed, to ``out``. ``beside`` searches twice as rollouts in another
+precision do, whose model shares the weights, and gives the weights that were quantised in each of the two searches.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from typing import Any
 import torch
 
 from tests.simcuda import device
-from tests.simcuda.fake_engine import QUANTISED, import_engine, reset
+from tests.simcuda.fake_engine import QUANTISED, QUANTISED_WEIGHTS, import_engine, reset
 
 
 def main(given: dict[str, Any]) -> None:
@@ -56,15 +57,18 @@ def _steps(case: dict[str, Any], saved: Path) -> dict[str, Any]:
     model = build_model(shape, cfg, seed=1)
     trainable = Trainable(model, shape, TrainerConfig(), lr=1e-3)
     result: dict[str, Any] = {"layers": sorted({type(module).__name__ for module in model.modules()}), "seen": []}
+    engines: dict[str, Any] = {}
     for step in case["steps"]:
         QUANTISED.clear()
-        shown = _step(step, trainable, cfg, saved)
+        QUANTISED_WEIGHTS.clear()
+        shown = _step(step, trainable, cfg, saved, engines)
         kinds = sorted({(kind, reduced) for kind, reduced, _ in QUANTISED})
-        result["seen"].append({"step": step, "shown": shown, "quantised": kinds})
+        weights = len(QUANTISED_WEIGHTS)
+        result["seen"].append({"step": step, "shown": shown, "quantised": kinds, "weights_quantised": weights})
     return result
 
 
-def _step(step: str, trainable: Any, cfg: Any, saved: Path) -> Any:
+def _step(step: str, trainable: Any, cfg: Any, saved: Path, engines: dict[str, Any]) -> Any:
     """What the step returns, as far as JSON takes it."""
     from tawin_nemo.models.megatron.checkpoint import checkpoint
     from tawin_nemo.models.megatron.model.build import build_model
@@ -72,6 +76,8 @@ def _step(step: str, trainable: Any, cfg: Any, saved: Path) -> Any:
 
     verb, _, precision = step.partition(":")
     model, load = trainable.model, Workload(TINY)
+    if verb == "beside":
+        return _beside(trainable, cfg, precision, load, engines)
     if verb == "search":
         return _search(model, trainable.shape)
     if verb == "update":
@@ -84,6 +90,26 @@ def _step(step: str, trainable: Any, cfg: Any, saved: Path) -> Any:
         model = build_model(trainable.shape, replace(cfg, precision=precision), seed=2)
         return checkpoint.load_checkpoint(saved, model=model)["saved"]
     return checkpoint.load_checkpoint(saved, model=model, trainable=trainable)["saved"]
+
+
+def _beside(trainable: Any, cfg: Any, precision: str, load: Any, engines: dict[str, Any]) -> list[int]:
+    """Weights that were quantised in each of two rollouts in ``precision``, behind weights that have just changed."""
+    from tawin_nemo.config.schema import Recipe, RolloutConfig
+    from tawin_nemo.placement.weight_sync import build_engine, check_equal
+
+    recipe = replace(Recipe(), model=cfg, rollout=RolloutConfig(precision=precision))
+    if precision not in engines:
+        engines[precision] = build_engine(recipe, trainable.model, trainable.shape, load.catalog)
+    engine = engines[precision]
+    engine.receive_weights()
+    check_equal(engine)
+    options = {"negatives": "beam", "policy_space": "trie", "step": 0}
+    seen = []
+    for _ in range(2):
+        QUANTISED_WEIGHTS.clear()
+        engine.generate(load.prompt_batch(0), 4, **options)
+        seen.append(len(QUANTISED_WEIGHTS))
+    return seen
 
 
 def _search(model: Any, shape: Any) -> list[int]:

@@ -27,6 +27,8 @@ from torch import Tensor
 E4M3_MAX = 448.0
 #: (kind of quantizer, whether its scale is reduced over the ranks, shape) of every quantisation, in order.
 QUANTISED: list[tuple[str, bool, tuple[int, ...]]] = []
+#: Shapes of those that were parameters.
+QUANTISED_WEIGHTS: list[tuple[int, ...]] = []
 
 
 class DType(enum.IntEnum):
@@ -53,11 +55,22 @@ _TORCH = {
 }  # fmt: skip
 
 
+#: Quantised tensors of Transformer Engine -> the files of their classes.
+_FILES = {"Float8Tensor": "float8_tensor", "Float8BlockwiseQTensor": "float8_blockwise_tensor"}
+
+
 def quantize(tensor: Tensor, quantizer: Any, output: Any = None, noop: Any = None) -> Any:
-    """Zeros in the format that the quantizer asks for; a current scale is computed, and reduced where it is asked."""
+    """Zeros in the format that the quantizer asks for; a current scale is computed, and reduced where it is asked.
+
+    ``output`` is what is quantised anew in place: weights that are kept from call to call.
+    """
     kind = type(quantizer).__name__
     reduced = bool(getattr(quantizer, "with_amax_reduction", False))
     QUANTISED.append((kind, reduced, tuple(tensor.shape)))
+    if isinstance(tensor, torch.nn.Parameter):
+        QUANTISED_WEIGHTS.append(tuple(tensor.shape))
+    if output is not None:
+        return output
     if kind == "Float8BlockQuantizer":
         return _blockwise(tensor, quantizer)
     scale_inv = 1 / quantizer.scale if kind != "Float8CurrentScalingQuantizer" else _current(tensor, quantizer)
@@ -72,30 +85,38 @@ def _current(tensor: Tensor, quantizer: Any) -> Tensor:
     return amax / E4M3_MAX
 
 
+def _made(name: str, quantizer: Any, tensor: Tensor, **parts: Any) -> Any:
+    """A quantised tensor, or its bare storage where the quantizer makes it for TE's own use only."""
+    if quantizer.internal:
+        module = importlib.import_module(f"transformer_engine.pytorch.tensor.storage.{_FILES[name]}_storage")
+        return getattr(module, f"{name}Storage")(quantizer=quantizer, **parts)
+    module = importlib.import_module(f"transformer_engine.pytorch.tensor.{_FILES[name]}")
+    return getattr(module, name)(shape=tuple(tensor.shape), dtype=tensor.dtype, quantizer=quantizer, **parts)
+
+
 def _per_tensor(tensor: Tensor, quantizer: Any, scale_inv: Tensor) -> Any:
-    storage = importlib.import_module("transformer_engine.pytorch.tensor.storage.float8_tensor_storage")
     shape = tuple(tensor.shape)
     transposed = _bytes((shape[-1], *shape[:-1]), tensor) if quantizer.columnwise_usage else None
-    return storage.Float8TensorStorage(
-        data=_bytes(shape, tensor), fp8_scale_inv=scale_inv, fp8_dtype=quantizer.dtype, quantizer=quantizer,
-        data_transpose=transposed,
+    return _made(
+        "Float8Tensor", quantizer, tensor, data=_bytes(shape, tensor), fp8_scale_inv=scale_inv,
+        fp8_dtype=quantizer.dtype, data_transpose=transposed,
     )  # fmt: skip
 
 
 def _blockwise(tensor: Tensor, quantizer: Any) -> Any:
-    storage = importlib.import_module("transformer_engine.pytorch.tensor.storage.float8_blockwise_tensor_storage")
     shape, form = tuple(tensor.shape), Float8BlockScaleTensorFormat
     row, column = quantizer.rowwise_usage, quantizer.columnwise_usage
 
     def scales(*, columnwise: bool) -> Tensor:
         return torch.ones(quantizer.get_scale_shape(shape, columnwise), device=tensor.device)
 
-    return storage.Float8BlockwiseQTensorStorage(
+    return _made(
+        "Float8BlockwiseQTensor", quantizer, tensor,
         rowwise_data=_bytes(shape, tensor) if row else None,
         rowwise_scale_inv=scales(columnwise=False) if row else None,
         columnwise_data=_bytes(quantizer.get_columnwise_shape(shape), tensor) if column else None,
         columnwise_scale_inv=scales(columnwise=True) if column else None,
-        fp8_dtype=quantizer.dtype, quantizer=quantizer, is_2D_scaled=quantizer.block_scaling_dim == 2,
+        fp8_dtype=quantizer.dtype, is_2D_scaled=quantizer.block_scaling_dim == 2,
         data_format=form.COMPACT if quantizer.all_gather_usage else form.GEMM_READY,
     )  # fmt: skip
 
@@ -105,7 +126,9 @@ def _bytes(shape: Sequence[int], like: Tensor) -> Tensor:
 
 
 def _size(operand: Any) -> tuple[int, ...]:
-    if type(operand).__name__ == "Float8TensorStorage" and operand._data is None:  # only its transpose is kept
+    if (
+        type(operand).__name__ in ("Float8TensorStorage", "Float8Tensor") and operand._data is None
+    ):  # only its transpose is kept
         first, *rest = operand._transpose.size()
         return (*rest, first)
     return tuple(operand.size())
@@ -263,6 +286,8 @@ def import_engine(folder: Path) -> types.ModuleType:
         engine: Any = importlib.import_module("transformer_engine")
         importlib.import_module("transformer_engine.pytorch")
         engine.common = common
+    for file in _FILES.values():  # a quantised tensor is a wrapper without storage, which no mark can be put on
+        importlib.import_module(f"transformer_engine.pytorch.tensor.{file}").devices_match = lambda *devices: True
     distributed: Any = importlib.import_module("transformer_engine.pytorch.distributed")
     distributed._get_cuda_rng_state = lambda *arguments, **named: torch.get_rng_state()
     distributed._set_cuda_rng_state = lambda state, *arguments, **named: torch.set_rng_state(state)

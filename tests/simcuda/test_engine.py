@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from tawin_nemo.models.megatron.model.precision import FP8
 from tests.distributed.launch import free_port
 from tests.train.runs import ROOT, importable
 
@@ -87,10 +88,47 @@ def test_searches_and_updates_in_any_order(precision, ordered):
     assert {"TEColumnParallelLinear", "TERowParallelLinear"} <= set(result["layers"]) or precision == "bf16"
     quantised = {tuple(pair) for step in result["seen"] for pair in step["quantised"]}
     assert {kind for kind, _ in quantised} == QUANTISERS[precision]
+    # a search quantises weights in its prefill alone: of four layers with four weights each
+    searched = [step["weights_quantised"] for step in result["seen"] if step["step"] == "search"]
+    once = 0 if precision == "bf16" else WEIGHTS
+    begins = precision == "fp8-delayed" and order == "search_first"
+    first = 2 * once if begins else once  # a pass of its own makes the scales
+    assert searched == [first, *[once] * (len(searched) - 1)]
     # each rank quantises its part of the tokens: the scales of what is gathered then must be common to all ranks
     for step in result["seen"]:
         if step["step"] in ("search", "update") and precision == "fp8-tensorwise":
             assert (["Float8CurrentScalingQuantizer", True] in step["quantised"]) == (tp > 1), step
+
+
+#: (precision of training, of rollouts); a rollout quantises the four weights of each of four layers, once.
+PAIRS = (
+    ("bf16", "fp8-blockwise"), ("bf16", "fp8-tensorwise"), ("fp8-blockwise", "bf16"), ("fp8-delayed", "bf16"),
+    ("fp8-blockwise", "model"), ("fp8-tensorwise", "fp8-blockwise"), ("fp8-delayed", "model"),
+)  # fmt: skip
+WEIGHTS = 16
+
+
+@pytest.fixture(scope="module", params=[1, 2], ids="tp{}".format)
+def paired(request, engine, tmp_path_factory):
+    cases = {
+        f"{trained} {rollout}": (
+            [f"beside:{rollout}", "update", f"beside:{rollout}", "update", f"beside:{rollout}"], {"precision": trained}
+        )
+        for trained, rollout in PAIRS
+    }  # fmt: skip
+    return launched(engine, tmp_path_factory.mktemp("paired") / "seen.json", request.param, cases)
+
+
+@pytest.mark.parametrize("pair", PAIRS, ids="/".join)
+def test_training_and_rollouts_have_their_own_precision(pair, paired):
+    """Every rollout behind an update quantises the weights once, however many model calls it makes."""
+    result = paired[" ".join(pair)]
+    assert "error" not in result, result["error"]
+    kept = [step["shown"] for step in result["seen"] if step["step"].startswith("beside")]
+    searched = pair[0] if pair[1] == "model" else pair[1]
+    once = [WEIGHTS if searched in FP8 else 0, 0]
+    first = [2 * WEIGHTS, 0] if searched == "fp8-delayed" else once  # a pass of its own makes its scales
+    assert kept == [first, once, once]
 
 
 @pytest.fixture(scope="module")

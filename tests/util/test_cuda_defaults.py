@@ -8,7 +8,9 @@ from tawin_nemo import cli
 from tawin_nemo.util import cuda_defaults
 from tawin_nemo.util.cuda_defaults import set_cuda_defaults
 
-DEFAULTS = {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True", "TORCHINDUCTOR_COMPILE_THREADS": "2"}
+ALLOCATOR = {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
+OTHERS = {"TORCHINDUCTOR_COMPILE_THREADS": "2", "TORCH_CUDNN_SDPA_DEPRIORITIZED": "1"}
+DEFAULTS = {**ALLOCATOR, **OTHERS}
 
 
 @pytest.mark.parametrize(
@@ -16,7 +18,8 @@ DEFAULTS = {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True", "TORCHINDUCTO
     [
         ({}, DEFAULTS),
         ({"PYTORCH_CUDA_ALLOC_CONF": "backend:native"}, {**DEFAULTS, "PYTORCH_CUDA_ALLOC_CONF": "backend:native"}),
-        ({"PYTORCH_ALLOC_CONF": "x"}, {"PYTORCH_ALLOC_CONF": "x", "TORCHINDUCTOR_COMPILE_THREADS": "2"}),
+        ({"PYTORCH_ALLOC_CONF": "x"}, {"PYTORCH_ALLOC_CONF": "x", **OTHERS}),
+        ({"TORCH_CUDNN_SDPA_DEPRIORITIZED": "0"}, {**DEFAULTS, "TORCH_CUDNN_SDPA_DEPRIORITIZED": "0"}),
         ({"TORCHINDUCTOR_COMPILE_THREADS": "8"}, {**DEFAULTS, "TORCHINDUCTOR_COMPILE_THREADS": "8"}),
     ],
 )

@@ -13,7 +13,7 @@ from tawin_nemo.config.layout import Layout, Problem, rollout_layout, shape_prob
 from tawin_nemo.config.schema import Recipe
 from tawin_nemo.models.megatron.hf.config import backbone_from_hf
 from tawin_nemo.models.megatron.model.fused import find_apex
-from tawin_nemo.models.megatron.model.precision import VERIFIED, Machine, unsupported_reason
+from tawin_nemo.models.megatron.model.precision import FP8, VERIFIED, Machine, named_precisions, unsupported_reason
 from tawin_nemo.tools.doctor.check import Check, absent, check, fails, gib, ok, warning
 from tawin_nemo.tools.doctor.machine import existing
 from tawin_nemo.tools.doctor.probe import Found
@@ -188,7 +188,9 @@ def devices(recipe: Recipe, found: Found) -> Check:
 
 @check("model.precision")
 def precision(recipe: Recipe, found: Found) -> Check:
-    wanted, gpus = recipe.model.precision, found.torch.gpus
+    """Of the precisions of the recipe's parts, an FP8 one is looked at first: it needs most."""
+    parts = sorted(named_precisions(recipe).items(), key=lambda part: part[1] not in FP8)
+    (key, wanted), gpus = parts[0], found.torch.gpus
     if wanted == "fp32":
         return ok("fp32")
     lowest = min((gpu.capability for gpu in gpus), default=None)
@@ -208,7 +210,7 @@ def precision(recipe: Recipe, found: Found) -> Check:
     machine = Machine(lowest, name, found.torch.cuda, engine.version, engine.error, foreign)
     unsupported = unsupported_reason(wanted, machine)
     if unsupported is not None:
-        return fails(unsupported.reason, f"model.precision: {unsupported.remedy}")
+        return fails(unsupported.reason, f"{key}: {unsupported.remedy}")
     if wanted not in VERIFIED:
         return warning(f"{wanted}, Transformer Engine {engine.version}", "not verified on hardware: watch its losses")
     return ok(f"{wanted}, Transformer Engine {engine.version}")

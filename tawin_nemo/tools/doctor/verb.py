@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from tawin_nemo.config.schema import Recipe
+from tawin_nemo.models.megatron.model.precision import FP8, named_precisions
 from tawin_nemo.tools.doctor import gpus, machine, software
 from tawin_nemo.tools.doctor import recipe as of_recipe
 from tawin_nemo.tools.doctor.all_reduce import all_reduce
@@ -85,7 +86,7 @@ def machine_checks(recipe: Recipe | None, found: Found, *, quick: bool) -> Itera
     if recipe:
         nodes, processes = recipe.trainer.num_nodes, recipe.trainer.devices
         tensor_parallel = recipe.model.tensor_model_parallel_size
-        fp8, experiments = recipe.model.precision.startswith("fp8"), bool(recipe.exp_manager)
+        fp8, experiments = not FP8.keys().isdisjoint(named_precisions(recipe).values()), bool(recipe.exp_manager)
     run_dir = run_dir_of(recipe)
     yield software.python()
     yield software.system()

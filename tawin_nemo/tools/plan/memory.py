@@ -43,7 +43,7 @@ class Parts:
     gradients: float = 0.0
     optimizer: float = 0.0
     reference: float = 0.0
-    rollout_weights: float = 0.0  # where searches have another layout than training
+    rollout_weights: float = 0.0  # where searches have another layout or precision than training
     activations: float = 0.0  # saved for the backward pass, all micro-batches under way
     working: float = 0.0  # passing tensors of one layer, as far as they exceed the logits, which come before
     logits: float = 0.0
@@ -128,6 +128,7 @@ def least_machine_bytes(shape: Backbone, recipe: Recipe) -> float:
     job = layout.tp * layout.dp * sum(per_stage)
     if recipe.rollout.devices:
         searching = rollout_layout(recipe, layout)
+        numbers = Numbers.of(recipe.rollout_precision, device="cpu")
         per_stage = [resident(shape, recipe, searching, numbers, stage).weights for stage in range(searching.pp)]
         job += searching.tp * searching.dp * sum(per_stage)
     return job / recipe.trainer.num_nodes
@@ -215,14 +216,18 @@ def searches(shape: Backbone, recipe: Recipe, layout: Layout, numbers: Numbers, 
     )  # fmt: skip
 
 
-def rollout_weights(shape: Backbone, recipe: Recipe, layout: Layout, numbers: Numbers) -> float:
-    """Bytes of the second set of weights, of the fullest stage, where searches have another layout on the ranks of
-    training."""
+def rollout_weights(shape: Backbone, recipe: Recipe, layout: Layout) -> float:
+    """Bytes of the second set of weights, of the fullest stage, where searches have another layout or precision on the
+    ranks of training. bf16 and FP8 share one set in the same layout, to which FP8 adds its quantised weights."""
     searching = rollout_layout(recipe, layout)
-    if searching is layout or recipe.rollout.devices:
+    if recipe.rollout.devices or recipe.rollout.placement == "server":
+        return 0.0
+    own, trained = Numbers.of(recipe.rollout_precision), Numbers.of(recipe.model.precision)
+    if searching is layout and recipe.rollout_precision == recipe.model.precision:
         return 0.0
     count = max(stage_parameters(shape, searching, stage) for stage in range(searching.pp))
-    return float(count * (numbers.bytes + (2 if numbers.fp8 else 0)))
+    copied = 0 if searching is layout and own.bytes == trained.bytes else own.bytes
+    return float(count * (copied + (1 if own.fp8 else 0)))
 
 
 def micro_batches(rows: int, tokens_per_row: int, budget: int) -> int:
@@ -236,27 +241,28 @@ def peaks(shape: Backbone, recipe: Recipe, layout: Layout, lengths: Lengths, *, 
     numbers = Numbers.of(recipe.model.precision, device=device, dropout=recipe.model.dropout)
     fullest: dict[str, Peak] = {}
     apart, searching = recipe.rollout.devices > 0, rollout_layout(recipe, layout)
+    rolling = Numbers.of(recipe.rollout_precision, device=device, dropout=recipe.model.dropout)
     for stage in range(layout.pp):
         base = resident(shape, recipe, layout, numbers, stage)
         copied = uses_reference(recipe) and recipe.reference.mode == "copy" and not recipe.model.lora.rank
         phases = list(updates(shape, recipe, layout, numbers, lengths, stage))
         if not apart and recipe.rollout.placement != "server":
             search_stage = stage if searching is layout else searching.pp - 1
-            phases += searches(shape, recipe, searching, numbers, lengths, search_stage)
+            phases += searches(shape, recipe, searching, rolling, lengths, search_stage)
         for phase, extra in phases:
             reference = base.weights if copied and phase != "SFT update" else 0.0
             trains = 0.0 if recipe.trainer.offload_optimizer and phase in ("rollout", "evaluation") else 1.0
             parts = Parts(
                 weights=base.weights, gradients=trains * base.gradients, optimizer=trains * base.optimizer,
                 context=base.context,
-                reference=reference, rollout_weights=rollout_weights(shape, recipe, layout, numbers),
+                reference=reference, rollout_weights=rollout_weights(shape, recipe, layout),
                 activations=extra.activations, working=extra.working, logits=extra.logits,
                 kv_cache=extra.kv_cache,
             )  # fmt: skip
             if phase not in fullest or parts.total > fullest[phase].parts.total:
                 fullest[phase] = Peak(phase, stage, parts, "training" if apart else "all")
     if apart:
-        fullest |= _peaks_apart(shape, recipe, searching, numbers, lengths)
+        fullest |= _peaks_apart(shape, recipe, searching, rolling, lengths)
     return list(fullest.values())
 
 

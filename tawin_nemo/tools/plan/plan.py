@@ -103,7 +103,8 @@ def make_plan(question: Question) -> Plan:
     Raises ConfigError when the layout is not possible or does not fit, with the nearest layout that does, and when the
     number of GPUs is not whole nodes or the GPU lacks the precision.
     """
-    question.gpu.peak_flops(question.recipe.model.precision)
+    for precision in (question.recipe.model.precision, question.recipe.rollout_precision):
+        question.gpu.peak_flops(precision)
     layout = training_layout(question.recipe, question.training_gpus)
     good = fitting(question)
     wrong = problems(question.shape, layout, question.training_gpus)
@@ -210,6 +211,8 @@ def notes(question: Question, layout: Layout) -> list[str]:
             "a search runs its pipeline stages one after the other: most of them idle during rollouts; "
             "rollout.pipeline_model_parallel_size=1 avoids that"
         )
+    if recipe.rollout_precision != recipe.model.precision:
+        found.append(f"rollouts run in {recipe.rollout_precision}, training in {recipe.model.precision}")
     if recipe.model.precision.startswith("fp8"):
         found.append("FP8 saves activations that are counted here at two bytes; not verified on hardware")
     if recipe.model.dropout:

@@ -142,7 +142,7 @@ def rl_step(recipe: Recipe, lengths: Lengths, rates: Rates) -> StepTime:
     prompts = recipe.rl.prompts_per_step
     total = rl_step_work(recipe, lengths, rates.shape.vocab, prompts)
     mine = rl_step_work(recipe, lengths, rates.shape.vocab, -(-prompts // rates.layout.dp))
-    searching = replace(rates, layout=rollout_layout(recipe, rates.layout))
+    searching = replace(rates, layout=rollout_layout(recipe, rates.layout), precision=recipe.rollout_precision)
     rolled_out = rl_step_work(recipe, lengths, rates.shape.vocab, -(-prompts // searching.layout.dp)).rollout
     work = rl_pass(recipe, lengths)
     micro = micro_batches(-(-prompts // rates.layout.dp), work.keys, work.tokens)

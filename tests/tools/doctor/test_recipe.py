@@ -177,6 +177,12 @@ def test_precision_that_the_hardware_has(wanted, found, status, monkeypatch):
     assert recipe_here.precision(recipe(f"model.precision={wanted}"), found).status == status
 
 
+def test_the_precision_of_rollouts_is_looked_at_as_well():
+    fp8 = recipe("model.precision=bf16", "rollout.precision=fp8-tensorwise")
+    seen = recipe_here.precision(fp8, Found())
+    assert (seen.status, "rollout.precision: use bf16" in seen.remedy) == (Status.FAILS, True)
+
+
 def test_bf16_on_a_cpu_depends_on_its_instructions(monkeypatch):
     wanted = recipe("model.precision=bf16")
     monkeypatch.setattr(recipe_here, "_cpu_flags", lambda: ["amx_bf16"])

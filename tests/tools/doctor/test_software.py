@@ -127,3 +127,14 @@ def test_nemo_is_needed_by_exp_manager_keys_only(monkeypatch):
     monkeypatch.setattr(software, "installed_version", lambda name: "")
     assert software.nemo().status == Status.ABSENT
     assert software.nemo(needed=True).status == Status.FAILS
+
+
+def test_what_torch_compile_lacks_is_named_on_gpu_machines_alone(monkeypatch):
+    missing = ["a C compiler (gcc)", "Python.h in /usr/include"]
+    monkeypatch.setattr(software, "missing_for_compile", lambda: missing)
+    seen = software.compiler(cuda_torch())
+    assert (seen.status, seen.value) == (Status.WARNING, f"{' and '.join(missing)} missing: no fused functions")
+    assert seen.remedy
+    assert software.compiler(Found()).status == Status.ABSENT
+    missing.clear()
+    assert software.compiler(cuda_torch()).status == Status.OK

@@ -205,6 +205,17 @@ def test_rollouts_of_their_own_layout_cost_weights_and_save_pipeline_time():
         plan("gpus=24", "rollout.tensor_model_parallel_size=3")
 
 
+@pytest.mark.parametrize(
+    ("trained", "rollout", "bytes_each"),
+    [("bf16", "bf16", 0), ("bf16", "fp8-blockwise", 1), ("fp8-blockwise", "bf16", 0), ("bf16", "fp32", 4)],
+)
+def test_rollouts_of_their_own_precision_share_or_copy_the_weights(trained, rollout, bytes_each):
+    made = plan("gpus=32", f"model.precision={trained}", f"rollout.precision={rollout}")
+    count = stage_parameters(made.question.shape, made.layout, 0)
+    assert {peak.parts.rollout_weights for peak in made.peaks} == {bytes_each * count}
+    assert any(f"rollouts run in {rollout}" in note for note in made.notes) == (trained != rollout)
+
+
 def test_rollouts_on_ranks_of_their_own_are_planned_apart():
     words = ("gpus=32", "rollout.placement=separate", "rollout.devices=8", "rollout.tensor_model_parallel_size=1")
     apart, shared = plan(*words), plan("gpus=32")

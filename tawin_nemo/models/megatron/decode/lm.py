@@ -16,7 +16,6 @@ import torch
 import torch.distributed as dist
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.tensor_parallel import mappings
-from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from tawin_nemo.config.backbones import Backbone
@@ -33,6 +32,7 @@ from tawin_nemo.models.megatron.decode.kv_store import (
 from tawin_nemo.models.megatron.model.attention import AttentionPlan
 from tawin_nemo.models.megatron.model.forward import logit_dtype, modes, padding, without_sequence_parallel
 from tawin_nemo.models.megatron.model.fp8_scales import calibrate
+from tawin_nemo.models.megatron.model.fp8_weights import QuantisedWeights, keeps_sequence_parallel
 from tawin_nemo.models.megatron.model.head import best_tokens, edge_logits, log_sum_exp, top_tokens
 from tawin_nemo.models.megatron.parallel import runtime
 from tawin_nemo.types import TokenRows
@@ -63,9 +63,16 @@ class MegatronLM:
     It runs in the model's own process groups, which need not be those of training.
     """
 
-    def __init__(self, model: GPTModel, shape: Backbone, *, use_inference_forward: bool = True) -> None:
-        """``use_inference_forward=False`` calls megatron's modules: the same results, slower."""
+    def __init__(
+        self, model: GPTModel, shape: Backbone, *, use_inference_forward: bool = True, keep_quantised: bool = False
+    ) -> None:
+        """``use_inference_forward=False`` calls megatron's modules: the same results, slower.
+
+        FP8 weights are quantised once for each prefill and the calls that continue it; with ``keep_quantised`` once
+        until ``weights_changed``, which the caller then calls after every change of the weights.
+        """
         self.model, self.shape = model, shape
+        self._quantised, self._keep_quantised = QuantisedWeights(model), keep_quantised
         self._stages: dist.ProcessGroup = model.pg_collection.pp
         self._stage, self._last_stage = self._stages.rank(), self._stages.size() - 1
         self._use_inference_forward = use_inference_forward and inference_forward.supported(model)
@@ -90,9 +97,15 @@ class MegatronLM:
         """Tokens that were run, prompts counting as one (their last token)."""
         return len(cache)
 
+    def weights_changed(self) -> None:
+        """The model has other weights from now on: what was made from them is made again at the next call."""
+        self._quantised.renew()
+
     @torch.no_grad()
     def prefill(self, prompts: TokenRows) -> Cache:
         """Run each prompt once; row b is the last token of prompt b."""
+        if not self._keep_quantised:
+            self.weights_changed()
         device = runtime.device()
         length_B = torch.from_numpy(prompts.lengths).to(device)
         batch = chains_of(prompts)
@@ -264,7 +277,7 @@ class MegatronLM:
             arriving_SD = None if arriving_SBD is None else arriving_SBD[:, 0]
             with modes(self.model, training=False) if self._drops else contextlib.nullcontext():
                 return inference_forward.stage_output(self.model, tokens_S, arriving_SD, plan)
-        if _keeps_sequence_parallel(self.model.config):
+        if keeps_sequence_parallel(self.model.config):
             return self._split_stage_output(tokens_S, arriving_SBD, plan)
         with without_sequence_parallel(self.model), modes(self.model, training=False):
             return self._modules_output(tokens_S, arriving_SBD, plan)[:, 0]
@@ -285,7 +298,8 @@ class MegatronLM:
             self.model.set_input_tensor(arriving_SBD)
         run = partial(self.model, tokens_S[None], None, None, packed_seq_params=plan)
         calibrate(self.model, run)
-        hidden_SBD: Tensor = run()
+        with self._quantised.kept():
+            hidden_SBD: Tensor = run()
         self.model.set_input_tensor(None)
         return hidden_SBD
 
@@ -293,13 +307,3 @@ class MegatronLM:
 def _present(hidden_RD: Tensor | None) -> Tensor:
     assert hidden_RD is not None, "only the last pipeline stage holds hidden states"
     return hidden_RD
-
-
-def _keeps_sequence_parallel(config: TransformerConfig) -> bool:
-    """Whether decoding must leave sequence parallelism as training has it.
-
-    Transformer Engine fixes the layout of its quantised tensors, and whether scales are common to all ranks, at a
-    module's first FP8 pass, from the flags of that pass. A later pass with other flags fails (block scaling) or reads
-    with wrong scales, without an error (tensor-wise scaling).
-    """
-    return bool(config.sequence_parallel) and config.fp8 is not None

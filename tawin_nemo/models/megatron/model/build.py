@@ -16,7 +16,7 @@ from torch import Tensor
 from tawin_nemo.config.backbones import Backbone, stage_layers
 from tawin_nemo.config.layout import Layout, check_shape, padded_vocab
 from tawin_nemo.config.lora import check_lora
-from tawin_nemo.config.schema import ModelConfig
+from tawin_nemo.config.schema import AS_MODEL, ModelConfig, Recipe
 from tawin_nemo.models.megatron.model import precision, weight_init
 from tawin_nemo.models.megatron.model.adapters import Adapters, add_adapters
 from tawin_nemo.models.megatron.model.attention import PositionedRotary
@@ -59,7 +59,7 @@ def _check(shape: Backbone, cfg: ModelConfig, section: str = "model") -> None:
         )
     check_shape(shape, Layout(tp, pp), name=cfg.backbone, section=section)
     check_lora(shape, cfg.lora)
-    precision.check_model_supported(shape, cfg)
+    precision.check_model_supported(shape, cfg, section=section)
 
 
 def model_config(shape: Backbone, cfg: ModelConfig, *, section: str = "model") -> TransformerConfig:
@@ -67,7 +67,7 @@ def model_config(shape: Backbone, cfg: ModelConfig, *, section: str = "model") -
     naming the keys of the recipe's ``section``."""
     _check(shape, cfg, section)
     on_gpu = torch.cuda.is_available()
-    dtype = torch.float32 if cfg.precision == "fp32" else torch.bfloat16
+    dtype = parameter_dtype(cfg)
     tp, pp = cfg.tensor_model_parallel_size, cfg.pipeline_model_parallel_size
     spread, uneven = stage_layers(shape.layers, pp), shape.layers % pp > 0
     return TransformerConfig(
@@ -115,6 +115,17 @@ def model_config(shape: Backbone, cfg: ModelConfig, *, section: str = "model") -
     )
 
 
+def parameter_dtype(cfg: ModelConfig) -> torch.dtype:
+    """The number format of a model's parameters: bf16 also under FP8, which quantises them in its passes."""
+    return torch.float32 if cfg.precision == "fp32" else torch.bfloat16
+
+
+def rollout_dtype(recipe: Recipe) -> torch.dtype | None:
+    """The number format to which weights are converted for rollouts; None where they have that of training."""
+    dtypes = [parameter_dtype(precision.in_precision(recipe.model, p)) for p in (AS_MODEL, recipe.rollout_precision)]
+    return None if dtypes[0] == dtypes[1] else dtypes[1]
+
+
 def _leave(weight: Tensor) -> None:
     """megatron's initialiser that does nothing: weights come from ``init_weights`` or from a checkpoint."""
 
@@ -141,13 +152,14 @@ def build_model(
     return model
 
 
-def build_rollout_model(shape: Backbone, cfg: ModelConfig, tp: int, pp: int) -> HiddenGPT:
+def build_rollout_model(shape: Backbone, cfg: ModelConfig, tp: int, pp: int, wanted: str = AS_MODEL) -> HiddenGPT:
     """This rank's part of a model for rollouts, under TP ``tp`` x PP ``pp``; its weights are not initialised.
 
     ``cfg`` describes the model in training, which was built with ``rollout_tp=tp``; with ``cfg.lora`` both have
-    adapters. Raises ConfigError as ``build_model``.
+    adapters. ``wanted``: the precision of rollouts, where it differs from that of ``cfg``. Raises
+    ConfigError as ``build_model``.
     """
-    config = model_config(shape, _searching(cfg, tp, pp), section="rollout")
+    config = model_config(shape, _searching(cfg, tp, pp, wanted), section="rollout")
     rows = padded_vocab(shape, cfg.tensor_model_parallel_size, tp)
     model = _empty_model(shape, config, rows, rollout_groups(tp, pp)).eval()
     if cfg.lora.rank:
@@ -155,15 +167,25 @@ def build_rollout_model(shape: Backbone, cfg: ModelConfig, tp: int, pp: int) -> 
     return model.requires_grad_(False)
 
 
-def check_rollout_model(shape: Backbone, cfg: ModelConfig, tp: int, pp: int) -> None:
+def check_rollout_model(shape: Backbone, cfg: ModelConfig, tp: int, pp: int, wanted: str = AS_MODEL) -> None:
     """Raises what ``build_rollout_model`` would raise, on a rank that does not build the model."""
-    _check(shape, _searching(cfg, tp, pp), "rollout")
+    _check(shape, _searching(cfg, tp, pp, wanted), "rollout")
 
 
-def _searching(cfg: ModelConfig, tp: int, pp: int) -> ModelConfig:
+def build_search_model(shape: Backbone, model: GPTModel, cfg: ModelConfig) -> HiddenGPT:
+    """A model for searches in the layout and process groups of ``model``, whose weights are to be shared with it.
+
+    ``cfg`` describes ``model``, with the precision of the searches. Raises ConfigError as ``build_model``.
+    """
+    layout = cfg.tensor_model_parallel_size, cfg.pipeline_model_parallel_size
+    config = model_config(shape, _searching(cfg, *layout, AS_MODEL), section="rollout")
+    return _empty_model(shape, config, model.vocab_size, model.pg_collection).eval().requires_grad_(False)
+
+
+def _searching(cfg: ModelConfig, tp: int, pp: int, wanted: str) -> ModelConfig:
     return replace(
-        cfg, tensor_model_parallel_size=tp, pipeline_model_parallel_size=pp, sequence_parallel=False,
-        dropout=0.0, recompute="none",
+        precision.in_precision(cfg, wanted), tensor_model_parallel_size=tp, pipeline_model_parallel_size=pp,
+        sequence_parallel=False, dropout=0.0, recompute="none",
     )  # fmt: skip
 
 

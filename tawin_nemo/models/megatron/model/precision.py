@@ -16,7 +16,7 @@ from importlib import metadata
 from typing import Any, Protocol
 
 from tawin_nemo.config.backbones import Backbone
-from tawin_nemo.config.schema import ModelConfig, Recipe
+from tawin_nemo.config.schema import AS_MODEL, ModelConfig, Recipe
 from tawin_nemo.models.megatron.model.fused import FOREIGN_REMEDY, INSTALL_GPU, find_apex
 from tawin_nemo.util.errors import ConfigError
 
@@ -43,10 +43,6 @@ HOPPER = (9, 0)
 BLOCKWISE_CUDA = (12, 9)
 #: What megatron-core 0.16.1 names in its own requirements.
 TRANSFORMER_ENGINE = ">=2.9,<2.12"
-#: ``reference.precision`` and ``eval.precision``: that of ``model.precision``.
-AS_MODEL = "model"
-
-
 #: FP8 precisions that a committed run of tests/gpu has trained with; a test compares this with those run files.
 VERIFIED: frozenset[str] = frozenset()
 
@@ -159,9 +155,8 @@ def check_engine_import() -> None:
     ``transformer_engine.pytorch`` unguarded: a core without its torch extension, or one that was built for another
     torch, ends every run at import, also in bf16.
     """
-    if importlib.util.find_spec("transformer_engine") is None:
-        return
-    for module in ("transformer_engine", "transformer_engine.pytorch"):
+    there = importlib.util.find_spec("transformer_engine") is not None
+    for module in ("transformer_engine", "transformer_engine.pytorch") if there else ():
         try:
             importlib.import_module(module)
         except Exception as error:
@@ -179,32 +174,37 @@ def _broken(module: str, error: Exception) -> ConfigError:
     )
 
 
-def check_model_supported(shape: Backbone, cfg: ModelConfig, machine: Machine | None = None) -> None:
-    """Raises ConfigError when ``cfg.precision`` is not supported for this model on ``machine`` (None: this one)."""
+def check_model_supported(
+    shape: Backbone, cfg: ModelConfig, machine: Machine | None = None, *, section: str = "model"
+) -> None:
+    """Raises ConfigError when ``cfg.precision`` is not supported for this model on ``machine`` (None: this one).
+
+    ``section`` is that of the recipe whose precision and layout ``cfg`` has: model or rollout.
+    """
     wanted = FP8.get(cfg.precision)
     if wanted is None:
         return
     unsupported = unsupported_reason(cfg.precision, machine or this_machine())
     if unsupported is not None:
-        raise ConfigError(f"model.precision={unsupported.reason}: {unsupported.remedy}")
-    per_stage = shape.layers // cfg.pipeline_model_parallel_size
+        raise ConfigError(f"{section}.precision={unsupported.reason}: {unsupported.remedy}")
+    name, per_stage = f"{section}.precision={cfg.precision}", shape.layers // cfg.pipeline_model_parallel_size
     for end in ("start", "end"):
         layers = getattr(cfg, f"num_layers_at_{end}_in_bf16")
         if layers > per_stage:
             raise ConfigError(
                 f"model.num_layers_at_{end}_in_bf16={layers} is more than the {per_stage} layers of a pipeline stage "
-                f"of {cfg.backbone}: use at most {per_stage}, or model.precision=bf16"
+                f"of {cfg.backbone}: use at most {per_stage}, or {section}.precision=bf16"
             )
     for what, size in _features(shape, cfg.tensor_model_parallel_size).items():
         if size % FEATURES:
             raise ConfigError(
-                f"model.precision={cfg.precision} needs matrices whose sides are multiples of {FEATURES}; the {what} "
-                f"of {cfg.backbone} under model.tensor_model_parallel_size={cfg.tensor_model_parallel_size} is {size}: "
-                "use bf16, or another tensor-parallel size"
+                f"{name} needs matrices whose sides are multiples of {FEATURES}; the {what} of {cfg.backbone} under "
+                f"{section}.tensor_model_parallel_size={cfg.tensor_model_parallel_size} is {size}: use bf16, or "
+                "another tensor-parallel size"
             )
     if wanted.tokens == BLOCK and cfg.sequence_parallel and shape.hidden % BLOCK:
         raise ConfigError(
-            f"model.precision={cfg.precision} with model.sequence_parallel=true gathers blocks of {BLOCK}, and the "
+            f"{name} with model.sequence_parallel=true gathers blocks of {BLOCK}, and the "
             f"hidden width of {cfg.backbone} is {shape.hidden}: set model.sequence_parallel=false or use fp8-tensorwise"
         )
 
@@ -263,13 +263,15 @@ def row_multiple(config: _Layout) -> int:
 
 
 def in_precision(cfg: ModelConfig, wanted: str) -> ModelConfig:
-    """``cfg`` with precision ``wanted`` (of the reference or the evaluation); unchanged for ``AS_MODEL``."""
+    """``cfg`` with precision ``wanted`` (of rollouts, the reference or the evaluation); unchanged for ``AS_MODEL``."""
     return cfg if wanted == AS_MODEL else replace(cfg, precision=wanted)
 
 
 def named_precisions(recipe: Recipe) -> dict[str, str]:
     """Recipe key -> precision, for every part of the run that computes."""
     named = {"model.precision": recipe.model.precision}
+    if recipe.rollout.precision != AS_MODEL and recipe.rollout.placement != "server":  # servers check their own
+        named["rollout.precision"] = recipe.rollout.precision
     if recipe.eval.precision != AS_MODEL:
         named["eval.precision"] = recipe.eval.precision
     rl, preference = recipe.rl, recipe.preference
@@ -292,8 +294,6 @@ def check_supported(recipe: Recipe, machine: Machine | None = None) -> None:
 
 def unverified(recipe: Recipe) -> list[str]:
     """Warnings to log at start-up: the FP8 precisions of the recipe that were never run on hardware."""
-    return [
-        f"{key}={name}: not verified on hardware (no run of tests/gpu with it is in recipes/results)"
-        for key, name in named_precisions(recipe).items()
-        if name in FP8 and name not in VERIFIED
-    ]
+    new = {key: name for key, name in named_precisions(recipe).items() if name in FP8 and name not in VERIFIED}
+    reason = "not verified on hardware (no run of tests/gpu with it is in recipes/results)"
+    return [f"{key}={name}: {reason}" for key, name in new.items()]

@@ -3,7 +3,8 @@
 megatron plans which rank sends which slice to which rank, and sends it (gloo on CPU, NCCL on GPU); a rank only receives
 parts of its own shards. Two things are added here. Parameters are matched by their names in the whole model, so that a
 tied head on the last pipeline stage is matched with the embedding. And they are sent in portions, so that buffers stay
-small beside the weights.
+small beside the weights; where the target has another number format, a portion is converted before it is sent. A model
+of the same layout and format can share the weights instead (``SharedWeights``).
 """
 
 from __future__ import annotations
@@ -39,33 +40,45 @@ class _Named:
     def named_parameters(self, recurse: bool = True) -> Iterator[tuple[str, Tensor]]:
         yield from self._parameters.items()
 
+    def converted(self, names: set[str], dtype: torch.dtype | None) -> _Named:
+        """The parameters of these names alone, in ``dtype`` (None: as they are)."""
+        part = _Named(None)
+        part.pg_collection = self.pg_collection
+        part._parameters = {name: self._parameters[name].detach() for name in names & self._parameters.keys()}
+        if dtype is not None:
+            part._parameters = {name: value.to(dtype) for name, value in part._parameters.items()}
+        return part
+
     def named_modules(self) -> Iterator[tuple[str, torch.nn.Module]]:
         """No modules: the names contain the layer numbers of the whole model already."""
         yield from ()
 
 
 class Refit:
-    """Copies the weights of ``source`` to ``target``: models of the same shape and precision in two layouts.
+    """Copies the weights of ``source`` to ``target``: models of the same shape in two layouts or precisions.
 
     Collective over all processes, at construction and at every call. Vocabularies must be padded to the same size. Both
     models may lie on the same processes; with disaggregated placement the target of a training rank and the source of a
-    rollout rank are None.
+    rollout rank are None. ``dtype``: number format of the target's parameters (None: the source's).
     """
 
-    def __init__(self, source: GPTModel | None, target: GPTModel | None) -> None:
-        self._source, self._target = source, target
+    def __init__(
+        self, source: GPTModel | None, target: GPTModel | None, *, dtype: torch.dtype | None = None
+    ) -> None:  # fmt: skip
+        self._source, self._target, self._dtype = source, target, dtype
         self._models = _Named(source), _Named(target)
         self._service = copy_service()
         with whole_job():
             whole = build_centralized_reshard_plan(*self._models)
-            self._plans = [_only(whole, names) for names in _portions(self._models[1])]
+            self._plans = [(names, _only(whole, names)) for names in _portions(self._models[1])]
 
     @torch.no_grad()
     def __call__(self) -> None:
         """Bring the target's weights up to date."""
         with whole_job():
-            for plan in self._plans:
-                execute_reshard_plan(plan, *self._models, self._service)
+            source, target = self._models
+            for names, plan in self._plans:
+                execute_reshard_plan(plan, source.converted(names, self._dtype), target, self._service)
 
     def check_equal(self) -> None:
         """Raises TawinError, on every rank, naming the tensors in which a row or column of the target differs.
@@ -75,7 +88,7 @@ class Refit:
         checksums with a probability of about 2^-62.
         """
         with whole_job():
-            sums = runtime.gather_objects((_sums(self._source), _sums(self._target)))
+            sums = runtime.gather_objects((_sums(self._source, self._dtype), _sums(self._target)))
         expected = {name: value for source, _ in sums for name, value in source.items()}
         wrong = {
             name
@@ -89,6 +102,34 @@ class Refit:
             raise TawinError(
                 f"weights of training and rollout differ in {len(wrong)} tensors: {', '.join(sorted(wrong)[:5])}"
             )
+
+
+class SharedWeights:
+    """Lets ``target`` use the weights of ``source`` in place: two models in one layout and number format of parameters.
+
+    A call makes it so, as often as the source's weights may have been given another place in memory (an optimizer
+    lays them out anew when it is built). What an update writes is then the target's at once.
+    """
+
+    def __init__(self, source: GPTModel, target: GPTModel) -> None:
+        """Raises TawinError when the models differ in the names, shapes or number format of their parameters."""
+        self._source, self._target = source, target
+        forms = [{name: (p.shape, p.dtype) for name, p in model.named_parameters()} for model in (source, target)]
+        if forms[0] != forms[1]:
+            raise TawinError("weights can be shared by models of one layout and number format only")
+
+    def __call__(self) -> None:
+        """Give every parameter of the target the source's memory."""
+        weights = dict(self._source.named_parameters())
+        for name, parameter in self._target.named_parameters():
+            parameter.data = weights[name].data
+
+    def check_equal(self) -> None:
+        """Raises TawinError, naming the tensors, where the target does not use the source's memory."""
+        weights = dict(self._source.named_parameters())
+        own = [name for name, p in self._target.named_parameters() if p.data_ptr() != weights[name].data_ptr()]
+        if own:
+            raise TawinError(f"{len(own)} tensors of rollouts are not those of training: {', '.join(own[:5])}")
 
 
 def _portions(target: _Named) -> list[set[str]]:
@@ -117,17 +158,18 @@ def _only(plan: ReshardPlan, names: set[str]) -> ReshardPlan:
 
 
 @torch.no_grad()
-def _sums(model: GPTModel | None) -> dict[tuple[str, int], int]:
-    """(name in the whole model, index along the sharded axis) -> checksum of that row or column."""
+def _sums(model: GPTModel | None, dtype: torch.dtype | None = None) -> dict[tuple[str, int], int]:
+    """(name in the whole model, index along the sharded axis) -> checksum of that row or column, in ``dtype``."""
     sums: dict[tuple[str, int], int] = {}
     for name, parameter in () if model is None else model.named_parameters():
         axis = sharded_axis(parameter) or 0
-        bits = _bits(parameter.detach().movedim(axis, 0).reshape(parameter.shape[axis], -1))
+        values = parameter.detach().to(dtype or parameter.dtype)
+        bits = _bits(values.movedim(axis, 0).reshape(parameter.shape[axis], -1))
         generator = torch.Generator().manual_seed(_FACTOR_SEED)
         factors = torch.randint(-(2**62), 2**62, (bits.shape[1],), generator=generator).mul_(2).add_(1)
-        values = (bits * factors).sum(dim=1).tolist()
+        checksums = (bits * factors).sum(dim=1).tolist()
         indices = _global_indices(name, model, parameter, axis).tolist()
-        sums |= {(global_name(model, name), index): value for index, value in zip(indices, values, strict=True)}
+        sums |= {(global_name(model, name), index): value for index, value in zip(indices, checksums, strict=True)}
     return sums
 
 

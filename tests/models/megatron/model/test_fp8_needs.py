@@ -15,6 +15,7 @@ from tawin_nemo.config.backbones import BACKBONES, Backbone
 from tawin_nemo.config.load import load_recipe
 from tawin_nemo.config.schema import ModelConfig, Recipe
 from tawin_nemo.models.megatron.model import precision
+from tawin_nemo.models.megatron.model.build import build_rollout_model
 from tawin_nemo.util.errors import ConfigError
 from tests.gpu.records import verified_precisions
 from tests.models.megatron.model.test_precision import FP8, HOPPER, SHAPE
@@ -86,6 +87,15 @@ def test_published_shapes_can_be_cut(name: str) -> None:
             precision.check_model_supported(replace(shape, ffn=shape.ffn + 8 * tp), cfg, HOPPER)
 
 
+def test_a_model_of_rollouts_is_refused_by_its_own_keys() -> None:
+    """Also where it could be trained: rollouts may have another layout."""
+    cfg = ModelConfig(precision="fp8-tensorwise", tensor_model_parallel_size=4)
+    with pytest.raises(ConfigError, match=r"rollout\.precision=fp8-tens.* under rollout\.tensor_model_parallel_size=4"):
+        precision.check_model_supported(replace(SHAPE, ffn=96), cfg, HOPPER, section="rollout")
+    with pytest.raises(ConfigError, match=r"^rollout\.precision=fp8-tensorwise needs a CUDA device"):
+        build_rollout_model(SHAPE, ModelConfig(), 1, 1, "fp8-tensorwise")
+
+
 def test_supported_versions_are_those_that_megatron_names() -> None:
     required = [Requirement(line) for line in metadata.requires("megatron-core") or []]
     theirs = next(item.specifier for item in required if item.name == "transformer-engine")
@@ -109,10 +119,14 @@ def test_each_part_of_a_run_has_its_precision() -> None:
     assert precision.named_precisions(recipe) == {
         "model.precision": "bf16", "reference.precision": "fp32", "eval.precision": "fp8-tensorwise",
     }  # fmt: skip
+    searching = load_recipe(None, ["model.precision=fp8-blockwise", "rollout.precision=bf16"])
+    assert precision.named_precisions(searching) == {
+        "model.precision": "fp8-blockwise", "rollout.precision": "bf16",
+    }  # fmt: skip
     assert precision.named_precisions(Recipe()) == {"model.precision": "fp32"}
 
 
-@pytest.mark.parametrize("key", ["model.precision", "eval.precision", "reference.precision"])
+@pytest.mark.parametrize("key", ["model.precision", "rollout.precision", "eval.precision", "reference.precision"])
 def test_a_recipe_is_refused_before_anything_is_built(key: str) -> None:
     recipe = load_recipe(None, [f"{key}=fp8-tensorwise"])
     with pytest.raises(ConfigError, match=rf"^{key}=fp8-tensorwise needs a CUDA device"):
