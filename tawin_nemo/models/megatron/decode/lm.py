@@ -2,8 +2,8 @@
 
 Model-parallel ranks call the same methods with the same arguments and get the same log-probs, so the same search runs.
 
-Axes: B prompts, R rows (tokens that were run), G generated slots of a prompt, P prompt slots, S new tokens, D width, M
-prompts to keep, N queried rows, E queried edges (pairs of a row and a token).
+Axes: B prompts, R rows (tokens that were run), A generated tokens of a path, S new tokens, D width, M prompts to keep,
+N queried rows, E queried edges (pairs of a row and a token).
 """
 
 from __future__ import annotations
@@ -24,25 +24,26 @@ from tawin_nemo.maths.segments import segment_log_softmax
 from tawin_nemo.models.megatron.decode import inference_forward
 from tawin_nemo.models.megatron.decode.fixed_shape import FixedShapeDecode
 from tawin_nemo.models.megatron.decode.kv_store import (
+    DecodePlan,
     ExtendPlan,
     KeyValueSlots,
     PrefillPlan,
-    chains_of,
     index_in_group,
 )
-from tawin_nemo.models.megatron.model.attention import AttentionPlan
 from tawin_nemo.models.megatron.model.forward import logit_dtype, modes, padding, without_sequence_parallel
 from tawin_nemo.models.megatron.model.fp8_scales import calibrate
 from tawin_nemo.models.megatron.model.head import best_tokens, edge_logits, log_sum_exp, top_tokens
 from tawin_nemo.models.megatron.parallel import runtime
 from tawin_nemo.types import TokenRows
+from tawin_nemo.util.transfers import to_device
 
 
 @dataclass(frozen=True)
 class Cache:
     """R rows (tokens that were run) over the stored keys of B prompts.
 
-    ``extend`` writes into the same store, so only the newest cache can be used.
+    ``extend`` writes into the same store, so only the newest cache can be used. What is worked out from integers alone
+    is on the host, whatever the device: no pass has to wait for the one before.
     """
 
     store: KeyValueSlots
@@ -50,8 +51,8 @@ class Cache:
     used_B: Tensor  # generated slots in use
     prompt_R: Tensor
     length_R: Tensor  # tokens up to and with the row's: the rotary position of what follows
-    visible_RG: Tensor  # bool: the generated slots of its prompt that the row and its successors see
-    hidden_RD: Tensor | None  # after the final norm; only on the last pipeline stage
+    path_RA: Tensor  # generated slots that the row and its successors see: as many columns as it has generated tokens
+    hidden_RD: Tensor | None  # on the device, after the final norm; only on the last pipeline stage
 
     def __len__(self) -> int:
         return len(self.prompt_R)
@@ -88,23 +89,21 @@ class MegatronLM:
     @torch.no_grad()
     def prefill(self, prompts: TokenRows) -> Cache:
         """Run each prompt once; row b is the last token of prompt b."""
-        device = runtime.device()
-        length_B = torch.from_numpy(prompts.lengths).to(device)
-        batch = chains_of(prompts)
-        store = KeyValueSlots(len(prompts), int(prompts.lengths.max()))
-        extra = padding(len(batch.tokens_S), self.model.config)
-        plan = PrefillPlan(batch, device, store, extra)
-        hidden_SD = self._run(batch.tokens_S, extra, plan)
-        last_B = length_B.cumsum(0) - 1
-        row_B = torch.arange(len(prompts), device=device)
+        device, length_B = runtime.device(), torch.from_numpy(prompts.lengths)
+        store = KeyValueSlots(len(prompts), int(length_B.max()))
+        extra = padding(len(prompts.flat), self.model.config)
+        plan = PrefillPlan(length_B, device, store, extra)
+        hidden_SD = self._run(torch.from_numpy(prompts.flat).long(), extra, plan)
+        if hidden_SD is not None:
+            hidden_SD = hidden_SD.index_select(0, to_device([length_B.cumsum(0) - 1], device)[0])
         return Cache(
             store=store,
             prompt_length_B=length_B,
             used_B=torch.zeros_like(length_B),
-            prompt_R=row_B,
+            prompt_R=torch.arange(len(prompts)),
             length_R=length_B,
-            visible_RG=torch.zeros(len(prompts), 0, dtype=torch.bool, device=device),
-            hidden_RD=None if hidden_SD is None else hidden_SD[last_B],
+            path_RA=torch.zeros(len(prompts), 0, dtype=torch.long),
+            hidden_RD=hidden_SD,
         )
 
     def fixed_shape(self, prompts: int, prompt_slots: int, slots: int) -> FixedShapeDecode | None:
@@ -118,24 +117,24 @@ class MegatronLM:
         """Append chain r below row ``parent_R[r]``; its tokens become the next rows (see ``rollout.lm.LM``)."""
         if not len(chains):
             return cache
-        device = runtime.device()
-        parent_R, length_R = parent_R.to(device), torch.from_numpy(chains.lengths).to(device)
+        parent_R, length_R = parent_R.cpu(), torch.from_numpy(chains.lengths)
         row_S = torch.repeat_interleave(length_R)
-        index_S = torch.arange(len(row_S), device=device) - (length_R.cumsum(0) - length_R)[row_S]
+        index_S = torch.arange(len(row_S)) - (length_R.cumsum(0) - length_R)[row_S]
         parent_S = parent_R[row_S]
         prompt_S, position_S = cache.prompt_R[parent_S], cache.length_R[parent_S] + index_S
         slot_S = cache.used_B[prompt_S] + index_in_group(prompt_S)  # slots of one chain follow each other
-        generated = max(int(slot_S.max()) + 1, cache.visible_RG.shape[1])
-        cache.store.make_room(cache.store.prompt_slots + generated)
-        slot_G = torch.arange(generated, device=device)
-        visible_RG = torch.nn.functional.pad(cache.visible_RG, (0, generated - cache.visible_RG.shape[1]))
-        own_SG = (slot_G >= (slot_S - index_S)[:, None]) & (slot_G <= slot_S[:, None])
-        visible_SG = visible_RG[parent_S] | own_SG
-        prompt_SP = torch.arange(cache.store.prompt_slots, device=device) < cache.prompt_length_B[prompt_S, None]
+        before_S = cache.length_R[parent_S] - cache.prompt_length_B[prompt_S]  # generated tokens of the parent's path
+        count_S = before_S + index_S + 1
+        columns = max(int(count_S.max()), cache.path_RA.shape[1])
+        path_RA = _widened(cache.path_RA, columns)
+        own_SA = (slot_S - count_S + 1)[:, None] + torch.arange(columns)
+        path_SA = torch.where(torch.arange(columns) < before_S[:, None], path_RA[parent_S], own_SA)
+        slots = cache.store.prompt_slots + int(torch.maximum(slot_S.max() + 1, cache.used_B.max()))
+        cache.store.make_room(slots)
         extra = padding(len(row_S), self.model.config)
         plan = ExtendPlan(
-            cache.store, prompt_S, cache.store.prompt_slots + slot_S,
-            torch.cat([prompt_SP, visible_SG], dim=1), position_S, extra,
+            cache.store, runtime.device(), prompt_S=prompt_S, slot_S=slot_S, position_S=position_S,
+            length_B=cache.prompt_length_B, path_SA=path_SA, count_S=count_S, slots=slots, padding=extra,
         )  # fmt: skip
         hidden_SD = self._run(torch.from_numpy(chains.flat).long(), extra, plan)
         return replace(
@@ -143,28 +142,30 @@ class MegatronLM:
             used_B=cache.used_B + torch.bincount(prompt_S, minlength=len(cache.used_B)),
             prompt_R=torch.cat([cache.prompt_R, prompt_S]),
             length_R=torch.cat([cache.length_R, position_S + 1]),
-            visible_RG=torch.cat([visible_RG, visible_SG]),
+            path_RA=torch.cat([path_RA, path_SA]),
             hidden_RD=None if hidden_SD is None else torch.cat([_present(cache.hidden_RD), hidden_SD]),
         )
 
     def keep(self, cache: Cache, prompt_M: Tensor) -> tuple[Cache, Tensor]:
         """The cache of M of its prompts only, and every old row's new number (-1 = gone)."""
-        prompt_M = prompt_M.to(cache.prompt_R.device)
+        prompt_M = prompt_M.cpu()
         new_B = torch.full_like(cache.used_B, -1)
-        new_B[prompt_M] = torch.arange(len(prompt_M), device=new_B.device)
+        new_B[prompt_M] = torch.arange(len(prompt_M))
         kept_R = new_B[cache.prompt_R] >= 0
-        new_R = torch.where(kept_R, kept_R.cumsum(0) - 1, -1)
-        cache.store.keep(prompt_M)
-        used_B = cache.used_B[prompt_M]
-        generated = int(used_B.max()) if len(used_B) else 0
+        new_R, row_M = torch.where(kept_R, kept_R.cumsum(0) - 1, -1), kept_R.nonzero()[:, 0]
+        prompt_on_device, row_on_device = to_device([prompt_M, row_M], runtime.device())
+        cache.store.keep(prompt_on_device)
+        prompt_R, length_R = new_B[cache.prompt_R[row_M]], cache.length_R[row_M]
+        length_B = cache.prompt_length_B[prompt_M]
+        columns = int((length_R - length_B[prompt_R]).max()) if len(row_M) else 0
         return Cache(
             store=cache.store,
-            prompt_length_B=cache.prompt_length_B[prompt_M],
-            used_B=used_B,
-            prompt_R=new_B[cache.prompt_R][kept_R],
-            length_R=cache.length_R[kept_R],
-            visible_RG=cache.visible_RG[kept_R, :generated],
-            hidden_RD=None if cache.hidden_RD is None else cache.hidden_RD[kept_R],
+            prompt_length_B=length_B,
+            used_B=cache.used_B[prompt_M],
+            prompt_R=prompt_R,
+            length_R=length_R,
+            path_RA=cache.path_RA[row_M, :columns],
+            hidden_RD=None if cache.hidden_RD is None else cache.hidden_RD.index_select(0, row_on_device),
         ), new_R
 
     def join(self, first: Cache, second: Cache) -> tuple[Cache, Tensor, Tensor]:
@@ -173,23 +174,21 @@ class MegatronLM:
         heads_then_rest = torch.cat([
             torch.arange(prompts[0]), len(first) + torch.arange(prompts[1]),
             torch.arange(prompts[0], len(first)), len(first) + torch.arange(prompts[1], len(second)),
-        ]).to(first.prompt_R.device)  # fmt: skip
+        ])  # fmt: skip
         new_R = heads_then_rest.argsort()
         first.store.join(second.store)
-        generated = max(first.visible_RG.shape[1], second.visible_RG.shape[1])
-        visible = [
-            torch.nn.functional.pad(x.visible_RG, (0, generated - x.visible_RG.shape[1])) for x in (first, second)
-        ]
+        columns = max(first.path_RA.shape[1], second.path_RA.shape[1])
         hidden = None
         if first.hidden_RD is not None:
-            hidden = torch.cat([first.hidden_RD, _present(second.hidden_RD)])[heads_then_rest]
+            (row_R,) = to_device([heads_then_rest], first.hidden_RD.device)
+            hidden = torch.cat([first.hidden_RD, _present(second.hidden_RD)]).index_select(0, row_R)
         joined = Cache(
             store=first.store,
             prompt_length_B=torch.cat([first.prompt_length_B, second.prompt_length_B]),
             used_B=torch.cat([first.used_B, second.used_B]),
             prompt_R=torch.cat([first.prompt_R, second.prompt_R + prompts[0]])[heads_then_rest],
             length_R=torch.cat([first.length_R, second.length_R])[heads_then_rest],
-            visible_RG=torch.cat(visible)[heads_then_rest],
+            path_RA=torch.cat([_widened(x.path_RA, columns) for x in (first, second)])[heads_then_rest],
             hidden_RD=hidden,
         )
         return joined, new_R[: len(first)], new_R[len(first) :]
@@ -229,10 +228,10 @@ class MegatronLM:
         tokens = runtime.broadcast_from_last_stage(token_NK, sizes, torch.int64, stages=self._stages)
         return tokens, runtime.broadcast_from_last_stage(logp_NK, sizes, logit_dtype(self.model), stages=self._stages)
 
-    def _run(self, tokens_S: Tensor, extra: int, plan: AttentionPlan) -> Tensor | None:
+    def _run(self, tokens_S: Tensor, extra: int, plan: DecodePlan) -> Tensor | None:
         """Hidden states [S, D] of the real tokens on the last stage, None on the others, through all stages."""
         real = len(tokens_S)
-        tokens_S = torch.nn.functional.pad(tokens_S.to(runtime.device()), (0, extra))
+        tokens_S = to_device([torch.nn.functional.pad(tokens_S, (0, extra))], runtime.device())[0]
         arriving_SBD = None
         if self._stage > 0:
             arriving_SBD = next(self.model.parameters()).new_empty(real + extra, 1, self.shape.hidden)
@@ -245,7 +244,7 @@ class MegatronLM:
             return None
         return hidden_SD[:real]
 
-    def stage_output(self, tokens_S: Tensor, arriving_SBD: Tensor | None, plan: AttentionPlan) -> Tensor:
+    def stage_output(self, tokens_S: Tensor, arriving_SBD: Tensor | None, plan: DecodePlan) -> Tensor:
         """Hidden states [S, D] behind this stage, of tokens or of what the stage before sent, in evaluation mode."""
         if self._use_inference_forward:
             arriving_SD = None if arriving_SBD is None else arriving_SBD[:, 0]
@@ -256,7 +255,7 @@ class MegatronLM:
         with without_sequence_parallel(self.model), modes(self.model, training=False):
             return self._modules_output(tokens_S, arriving_SBD, plan)[:, 0]
 
-    def _split_stage_output(self, tokens_S: Tensor, arriving_SBD: Tensor | None, plan: AttentionPlan) -> Tensor:
+    def _split_stage_output(self, tokens_S: Tensor, arriving_SBD: Tensor | None, plan: DecodePlan) -> Tensor:
         """``stage_output`` with sequence parallelism inside the stage: its own part of S in, all of S out."""
         tp = self.model.pg_collection.tp
         if arriving_SBD is not None:
@@ -267,7 +266,7 @@ class MegatronLM:
             :, 0
         ]
 
-    def _modules_output(self, tokens_S: Tensor, arriving_SBD: Tensor | None, plan: AttentionPlan) -> Tensor:
+    def _modules_output(self, tokens_S: Tensor, arriving_SBD: Tensor | None, plan: DecodePlan) -> Tensor:
         if arriving_SBD is not None:
             self.model.set_input_tensor(arriving_SBD)
         run = partial(self.model, tokens_S[None], None, None, packed_seq_params=plan)
@@ -275,6 +274,10 @@ class MegatronLM:
         hidden_SBD: Tensor = run()
         self.model.set_input_tensor(None)
         return hidden_SBD
+
+
+def _widened(path_RA: Tensor, columns: int) -> Tensor:
+    return torch.nn.functional.pad(path_RA, (0, columns - path_RA.shape[1]))
 
 
 def _present(hidden_RD: Tensor | None) -> Tensor:
