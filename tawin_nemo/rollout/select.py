@@ -24,7 +24,7 @@ from tawin_nemo.util.torch_modes import numbers
 
 @dataclass(frozen=True)
 class Rules:
-    """Settings of a search on its device; ``norm_T`` and ``best_norm_T`` are indexed by the length of a path so far."""
+    """Settings of a search, where its beams are; norms are indexed by the length of a path so far."""
 
     space: str  # trie | vocab
     norm_T: Tensor  # length ** length_penalty
@@ -32,10 +32,11 @@ class Rules:
     filters: Filters | None = None  # what ``Beams.filter_B`` points into
     uniform: bool = False  # every prompt has W beams
     flat: bool = False  # all norms are 1
+    device: torch.device = torch.device("cpu")  # where the model's log-probs are, and the filters
 
     @classmethod
     def of(cls, trie: TokenTrie, space: str, length_penalty: float, like: Tensor) -> Rules:
-        """The rules of a search in ``space`` whose scores have the device and the floating type of ``like``."""
+        """The rules of a search in ``space`` whose beams have the device and the floating type of ``like``."""
         norms = [max(1, length) ** length_penalty for length in range(trie.max_depth + 1)]  # no path has length 0
         norm_T = torch.tensor(norms, dtype=torch.float64)
         best_norm_T = norm_T[-1:].expand_as(norm_T) if length_penalty > 0 else torch.cat([norm_T[1:], norm_T[-1:]])
