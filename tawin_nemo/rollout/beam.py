@@ -106,7 +106,7 @@ def collect_candidates(finished: Sequence[FinishedPrompts], width: int, trie: To
 class BeamSearch:
     """A beam search that new prompts can join while others run; each prompt's result is what it would be alone.
 
-    ``admit`` prefills prompts, ``advance`` steps all of them until they need the model again or finish. The beams are on
+    ``admit`` prefills prompts, ``advance`` steps all of them until they need the model again or finish. Beams are on
     the host, whatever the model's device. Finished prompts are removed from its cache once they are half of it.
     """
 

@@ -38,14 +38,17 @@ class Turns:
 
     cos_S11D: Tensor
     sin_S11D: Tensor
-    matrix_S11OIP: Tensor | None  # ((cos, -sin), (sin, cos)); on a CUDA device only
+    matrix_S11OIP: Tensor | None  # ((cos, -sin), (sin, cos)), to rotate in few kernels
 
     @classmethod
-    def of(cls, angle_S11D: Tensor, dtype: torch.dtype) -> Turns:
-        """The tables of the angles of tokens, each given for both halves of a head."""
+    def of(cls, angle_S11D: Tensor, dtype: torch.dtype, *, as_matrix: bool | None = None) -> Turns:
+        """The tables of the angles of tokens, each given for both halves of a head.
+
+        ``as_matrix``: rotate in few kernels (None: on a CUDA device) instead of with little memory.
+        """
         cos_S11D, sin_S11D = angle_S11D.cos().to(dtype), angle_S11D.sin().to(dtype)
         matrix = None
-        if angle_S11D.is_cuda:
+        if angle_S11D.is_cuda if as_matrix is None else as_matrix:
             cos, sin = (x[..., : x.shape[-1] // 2] for x in (cos_S11D, sin_S11D))
             matrix = torch.stack([cos, -sin, sin, cos], dim=3).unflatten(3, (2, 2))
         return cls(cos_S11D, sin_S11D, matrix)
