@@ -9,8 +9,8 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from tawin_nemo.config.backbones import backbone, with_vocab
 from tawin_nemo.config.schema import ModelConfig
 from tawin_nemo.models.megatron.model.attention import AttentionPlan
-from tawin_nemo.models.megatron.model.rotary import inverse_frequencies
 from tawin_nemo.models.megatron.model.build import build_model
+from tawin_nemo.models.megatron.model.rotary import inverse_frequencies
 from tawin_nemo.models.megatron.parallel import runtime
 
 

@@ -66,7 +66,7 @@ def test_heads_can_be_turned_where_they_lie(as_matrix: bool) -> None:
     assert torch.equal(whole[:, :, 3:], heads._base[:, :, 3:])
 
 
-def test_a_gpu_takes_the_form_of_few_kernels() -> None:
+def test_a_cpu_has_no_matrix_unless_it_is_asked_for() -> None:
     angle, _ = scene(torch.float32)
     assert Turns.of(angle, torch.float32).matrix_S11OIP is None
     matrix = Turns.of(angle, torch.float32, as_matrix=True).matrix_S11OIP
