@@ -27,6 +27,7 @@ def test_the_device_computes_what_a_cpu_computes(tmp_path: Path) -> None:
     assert not hung
     found = pickle.loads(out.read_bytes())
     assert found.pop("faults") == 0
+    assert found.pop("mask strides") == (6 * 16, 6 * 16, 16, 1)  # 13 keys; other rows would be copied in every layer
     assert found.keys() == expected.keys()
     assert len(found) > 60
     different = 0

@@ -28,6 +28,10 @@ from tawin_nemo.config.backbones import Backbone
 from tawin_nemo.models.megatron.model.rotary import Turned, Turns, inverse_frequencies
 
 
+#: torch's CUDA kernel takes masks whose rows begin at multiples of so many numbers; others it would copy in every layer.
+_MASK_ROW = 8
+
+
 class AttentionPlan(PackedSeqParams):
     """Which of the S tokens of one flat row attend to which; ``position_S`` are their rotary positions."""
 
@@ -123,8 +127,11 @@ class PlannedAttention(MegatronModule):
 def additive_mask(visible_BSK: Tensor, share: int, dtype: torch.dtype) -> Tensor:
     """``visible_BSK`` (bool) for ``PlannedAttention.masked`` with ``share`` query heads per key group."""
     B, S, K = visible_BSK.shape
-    mask_BSK = torch.zeros(B, S, K, dtype=dtype, device=visible_BSK.device).masked_fill_(~visible_BSK, -torch.inf)
-    return mask_BSK[:, None, None].expand(B, 1, share, S, K).reshape(B, 1, share * S, K)
+    if visible_BSK.is_cuda and K % _MASK_ROW:
+        visible_BSK = F.pad(visible_BSK, (0, -K % _MASK_ROW))
+    row = visible_BSK.shape[2]
+    mask_BSK = torch.zeros(B, S, row, dtype=dtype, device=visible_BSK.device).masked_fill_(~visible_BSK, -torch.inf)
+    return mask_BSK[:, None, None].expand(B, 1, share, S, row).reshape(B, 1, share * S, row)[..., :K]
 
 
 class PositionedRotary(RotaryEmbedding):
