@@ -27,8 +27,7 @@ from torch import Tensor
 from tawin_nemo.config.backbones import Backbone
 from tawin_nemo.models.megatron.model.rotary import Turned, Turns, inverse_frequencies
 
-
-#: torch's CUDA kernel takes masks whose rows begin at multiples of so many numbers; others it would copy in every layer.
+#: torch's CUDA kernel takes masks whose rows begin at multiples of so many numbers; others it copies in every layer.
 _MASK_ROW = 8
 
 
