@@ -45,7 +45,7 @@ def main(words: Sequence[str]) -> int:
         expected, usual = device.count(lambda: constrained_beam_search(lm, prompts, trie, scene.GROUP))
     result: dict[str, Any] = {
         "same": torch.equal(found.candidates.items_BW.cpu(), expected.items_BW.cpu()),
-        "apart": float((found.candidates.scores_BW - expected.scores_BW).abs().max()),
+        "apart": float((found.candidates.scores_BW.cpu() - expected.scores_BW).abs().max()),
         "captures": captures, "replays": replays, "faults": len(device.FAULTS),
         "device": found.candidates.scores_BW.device.type,
     }  # fmt: skip

@@ -63,7 +63,7 @@ def _searches(lm: Any, prompts: Any) -> dict[str, Any]:
     from tawin_nemo.rollout.filters import ItemFilter
 
     trie, found = TokenTrie.from_paths(PATHS), {}
-    filters = [ItemFilter.without(trie, range(0, 60, 3)), None, ItemFilter.only(trie, [1, 8, 20, 33]), None]
+    filters = [ItemFilter.without(trie, range(0, len(PATHS), 3)), None, ItemFilter.only(trie, [1, 8, 20, 33]), None]
     for space in ("trie", "vocab"):
         search = BeamSearch(lm, trie, 6, score_space=space, length_penalty=0.7 if space == "vocab" else 0.0)
         search.admit(prompts.take(np.arange(2)), [0, 1], filters=filters[:2])
