@@ -197,7 +197,7 @@ class MegatronLM:
     def logprobs(self, cache: Cache, row_N: Tensor, position_E: Tensor, token_E: Tensor, space: str) -> Tensor:
         """Log-probs [E] of tokens behind rows, on every model-parallel rank (see ``rollout.lm.LM``)."""
         device = runtime.device()
-        row_N, position_E, token_E = row_N.to(device), position_E.to(device), token_E.to(device)
+        row_N, position_E, token_E = (index.to(device, non_blocking=True) for index in (row_N, position_E, token_E))
         logp_E = None
         if self._stage == self._last_stage:
             hidden_ND = _present(cache.hidden_RD).index_select(0, row_N)
