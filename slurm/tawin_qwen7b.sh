@@ -3,8 +3,8 @@
 #
 #   sbatch slurm/tawin_qwen7b.sh model.init=/models/HF_DIR data.root=/data/DIR [key=value ...]
 #
-# One node is enough for that batch: by `plan`, four nodes make a step 1.6 times as fast, since launches of rollouts and the
-# exchange of gradients between nodes are not divided. From 256 prompts a step four nodes are 3.5 times as fast; they are
+# One node is enough for that batch: by `plan`, four nodes make a step 2.0 times as fast, since the exchange of gradients
+# between nodes is not divided, nor are the launches of rollouts. From 256 prompts a step four nodes are 3.5 times as fast; they are
 # busy from about 1,400 (20,000 tokens for each of 16 replicas). Estimated, not measured.
 #
 #   sbatch --nodes=4 slurm/tawin_qwen7b.sh rl.prompts_per_step=256 ...

@@ -111,7 +111,8 @@ class Record:
 
     def to(self, device: torch.device | str) -> Self:
         """A copy whose tensors lie on ``device``; records inside it (the prompts of a rollout) stay where they are."""
-        return self.map(lambda tensor: tensor.to(device))
+        to_gpu = torch.device(device).type == "cuda"  # the driver has read host memory before the call returns
+        return self.map(lambda tensor: tensor.to(device, non_blocking=to_gpu))
 
 
 @dataclass(frozen=True)

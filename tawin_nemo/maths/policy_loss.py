@@ -169,7 +169,7 @@ def token_stats(logp_N: Tensor, terms: PolicyTerms, clipped_N: Tensor) -> dict[s
             "clipped_sum": clipped_N.sum().to(logp_N.dtype),
             "shift_kl_sum": (torch.expm1(log_ratio_N) - log_ratio_N).sum(),
             "prob_error_sum": (logp_N.exp() - terms.old_logp_N.exp()).abs().sum(),
-            "scored_tokens": logp_N.new_tensor(len(logp_N)),
+            "scored_tokens": logp_N.new_full((), len(logp_N)),
         }
 
 

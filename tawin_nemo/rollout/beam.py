@@ -46,6 +46,7 @@ from tawin_nemo.rollout.select_dense import step_on_device
 from tawin_nemo.types import Candidates, TokenRows
 from tawin_nemo.util.errors import ConfigError
 from tawin_nemo.util.torch_modes import plain_calls
+from tawin_nemo.util.transfers import to_device
 
 #: Tokens that one call of the model is filled up to with chains that are needed only later: about as many as a GPU runs
 #: in the time in which it reads the weights. On titles some 5 % more tokens are run, in two thirds of the calls.
@@ -97,8 +98,7 @@ def constrained_beam_search(
 
 def collect_candidates(finished: Sequence[FinishedPrompts], width: int, trie: TokenTrie) -> Candidates:
     """The candidates of all finished prompts, in ascending order of their tickets."""
-    finished = [part for part in finished if len(part)]
-    if not finished:
+    if not (finished := [part for part in finished if len(part)]):
         return empty_candidates(width, trie.max_depth)
     order = np.concatenate([part.ticket_B for part in finished]).argsort()
     return Candidates.cat([part.candidates for part in finished]).take(torch.from_numpy(order))
@@ -107,8 +107,8 @@ def collect_candidates(finished: Sequence[FinishedPrompts], width: int, trie: To
 class BeamSearch:
     """A beam search that new prompts can join while others run; each prompt's result is what it would be alone.
 
-    ``admit`` prefills prompts, ``advance`` steps all of them until they need the model again or finish. Finished
-    prompts are removed from the model's cache once they are half of it.
+    ``admit`` prefills prompts, ``advance`` steps all of them until they need the model again or finish. Beams are on
+    the host, whatever the model's device. Finished prompts are removed from its cache once they are half of it.
     """
 
     def __init__(
@@ -128,7 +128,7 @@ class BeamSearch:
         self._lm, self._trie, self._run_ahead = lm, trie, run_ahead
         self._width, self._space, self._length_penalty = width, score_space, length_penalty
         self._rules: Rules | None = None
-        self._beams: Beams | None = None
+        self._beams: Beams | None = None  # on the host
         self._cache: Any = None
         self._held_P = np.zeros(0, dtype=np.int64)
         self._stepped = True  # no prompt can step before the model has run
@@ -173,9 +173,10 @@ class BeamSearch:
         cache = self._lm.prefill(extended)
         if self._rules is None:
             like = probe_logprob(self._lm, cache, self._trie, self._space)
-            self._rules = Rules.of(self._trie, self._space, self._length_penalty, like)
+            rules = Rules.of(self._trie, self._space, self._length_penalty, like.new_empty(0, device="cpu"))
+            self._rules = replace(rules, device=like.device)
         mixed = joined(self._rules.assist, len(self._held_P), assist, len(prompts), self._trie, self._rules.norm_T)
-        self._rules = replace(self._rules, assist=mixed)
+        self._rules = self._rules.assisted(mixed)
         alike = set(widths or [self._width]) == {self._width}
         self._rules = replace(self._rules, uniform=alike and (self._beams is None or self._rules.uniform))
         ticket_B = torch.as_tensor(np.asarray(tickets, dtype=np.int64))
@@ -209,9 +210,10 @@ class BeamSearch:
         if not kept:
             self._rules = replace(self._rules, filters=None)
             return beams
-        active = Filters(self._trie, kept, beams.node_BW.device)
+        active = Filters(self._trie, kept, self._rules.device)
         self._rules = replace(self._rules, filters=active)
-        blocked_B = active.blocked(filter_B, beams.node_BW[:, 0])  # no item is allowed: the prompt is finished at once
+        asked = to_device([filter_B, beams.node_BW[:, 0]], self._rules.device)
+        blocked_B = active.blocked(*asked).cpu()  # no item is allowed: the prompt is finished at once
         node_BW = beams.node_BW.masked_fill(blocked_B[:, None], -1)
         return replace(beams, filter_B=filter_B, node_BW=node_BW)
 
@@ -219,9 +221,9 @@ class BeamSearch:
         """Cancel prompts by their tickets and release their cache; unknown tickets are ignored."""
         if self._beams is None:
             return
-        gone_B = torch.isin(self._beams.ticket_B.cpu(), torch.tensor(list(tickets), dtype=torch.long))
+        gone_B = torch.isin(self._beams.ticket_B, torch.tensor(list(tickets), dtype=torch.long))
         if bool(gone_B.any()):
-            self._leave(self._beams, gone_B.to(self._beams.ticket_B.device))
+            self._leave(self._beams, gone_B)
             self._release_cache()
 
     @plain_calls
@@ -238,11 +240,11 @@ class BeamSearch:
         if not done:
             none = empty_candidates(self._width, self._trie.max_depth)
             return FinishedPrompts(np.zeros(0, dtype=np.int64), none, np.zeros(0))
-        tickets = np.concatenate([part.ticket_B.cpu().numpy() for part in done])
+        tickets = np.concatenate([part.ticket_B.numpy() for part in done])
         candidates = [
             candidates_from(self._trie, part.done_leaf_BW, part.done_score_BW, part.done_logp_BWT) for part in done
         ]
-        pruned = np.concatenate([part.pruned_score_B.double().cpu().numpy() for part in done])
+        pruned = np.concatenate([part.pruned_score_B.double().numpy() for part in done])
         return FinishedPrompts(tickets, Candidates.cat(candidates), pruned)
 
     def _step_all(self, *, ready: bool = False) -> list[Beams]:
@@ -256,8 +258,7 @@ class BeamSearch:
                 self._beams = to_next_choice(self._trie, self._beams, self._rules)
             beams, over_B = self._beams, ~self._beams.live_BW.any(dim=1)
             ready_B = ~waiting(self._trie, beams, self._space).any(dim=1)
-            # one number for both counts: the host waits for the device once
-            over, steps = divmod(int(over_B.sum() * (len(beams) + 1) + ready_B.sum()), len(beams) + 1)
+            over, steps = int(over_B.sum()), int(ready_B.sum())
             ready = not over and steps == len(beams)
             if over:
                 done.append(self._leave(beams, over_B))
@@ -285,10 +286,10 @@ class BeamSearch:
             return
         beams = beams.resized(int(beams.width_B.max()))
         self._cache, new_row = self._lm.keep(self._cache, beams.prompt_B)
-        self._held_P = self._held_P[beams.prompt_B.cpu().numpy()]
+        self._held_P = self._held_P[beams.prompt_B.numpy()]
         if self._rules is not None and self._rules.assist is not None:
-            self._rules = replace(self._rules, assist=self._rules.assist.take(beams.prompt_B))
-        beams = replace(beams, prompt_B=torch.arange(len(beams), device=beams.prompt_B.device))
+            self._rules = self._rules.assisted(self._rules.assist.take(beams.prompt_B))
+        beams = replace(beams, prompt_B=torch.arange(len(beams)))
         self._beams = _renumbered(beams, new_row)
 
 

@@ -187,7 +187,8 @@ def _with_known_tokens(
     if not len(row_M):
         return beams
     token_M = trie.labels(node_R, start_R + 1, stop_R)
-    logp_M = check_no_nan(lm.logprobs(cache, row_M, torch.arange(len(row_M), device=row_M.device), token_M, "vocab"))
+    place_M = torch.arange(len(row_M), device=row_M.device)
+    logp_M = check_no_nan(lm.logprobs(cache, row_M, place_M, token_M, "vocab").to(row_M.device))
     logp_NT = beams.logp_BWT.flatten(0, 1).clone()
     logp_NT[beam_R[chain_M], start_R[chain_M] + 1 + offset_M] = logp_M
     return replace(beams, logp_BWT=logp_NT.view_as(beams.logp_BWT))

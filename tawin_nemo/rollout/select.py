@@ -25,23 +25,30 @@ from tawin_nemo.util.torch_modes import numbers
 
 @dataclass(frozen=True)
 class Rules:
-    """Settings of a search on its device; ``norm_T`` and ``best_norm_T`` are indexed by the length of a path so far."""
+    """Settings of a search, where its beams are; norms are indexed by the length of a path so far."""
 
     space: str  # trie | vocab
     norm_T: Tensor  # length ** length_penalty
     best_norm_T: Tensor  # the largest norm that a path which ends behind this token can still be divided by
     filters: Filters | None = None  # what ``Beams.filter_B`` points into
     assist: Assist | None = None  # of the prompts in the model's cache, which ``Beams.prompt_B`` numbers
+    assist_there: Assist | None = None  # the same on ``device``
     uniform: bool = False  # every prompt has W beams
     flat: bool = False  # all norms are 1
+    device: torch.device = torch.device("cpu")  # where the model's log-probs are, and the filters
 
     @classmethod
     def of(cls, trie: TokenTrie, space: str, length_penalty: float, like: Tensor) -> Rules:
-        """The rules of a search in ``space`` whose scores have the device and the floating type of ``like``."""
+        """The rules of a search in ``space`` whose beams have the device and the floating type of ``like``."""
         norms = [max(1, length) ** length_penalty for length in range(trie.max_depth + 1)]  # no path has length 0
         norm_T = torch.tensor(norms, dtype=torch.float64)
         best_norm_T = norm_T[-1:].expand_as(norm_T) if length_penalty > 0 else torch.cat([norm_T[1:], norm_T[-1:]])
         return cls(space, norm_T.to(like), best_norm_T.to(like), flat=length_penalty == 0)
+
+    def assisted(self, assist: Assist | None) -> Rules:
+        """These rules with the assistance of the prompts that are in the model's cache now, given on the host."""
+        there = None if assist is None else assist.map(lambda tensor: tensor.to(self.device))
+        return replace(self, assist=assist, assist_there=there)
 
 
 @dataclass(frozen=True)

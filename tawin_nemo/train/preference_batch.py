@@ -194,9 +194,9 @@ def _sums(logp_N: Tensor, part: PackedRows, pos_R: Tensor, neg_RN: Tensor) -> di
     margin_RN = torch.where(part.mask_RN, pos_R.unsqueeze(1) - neg_RN, 0.0)
     compared = part.shared_RM.sum()
     return {
-        "rows": pos_R.new_tensor(len(pos_R)),
+        "rows": pos_R.new_full((), len(pos_R)),
         "pairs": part.mask_RN.sum().to(pos_R.dtype),
-        "scored_tokens": pos_R.new_tensor(len(logp_N)),
+        "scored_tokens": pos_R.new_full((), len(logp_N)),
         "negatives_sum": compared.to(pos_R.dtype),
         "margin_sum": margin_RN.sum(),
         "correct_sum": (margin_RN > 0).sum().to(pos_R.dtype),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -250,6 +250,39 @@ def _attention(mode: NamedDevices, *args: Any, **kwargs: Any) -> Tensor:
     return result
 
 
+class _RmsNorm(torch.autograd.Function):
+    """One kernel each way, as on a GPU; the CPU has several operations for it."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, sizes: Sequence[int], weight: Tensor | None, eps: float | None) -> Tensor:
+        ctx.sizes, ctx.eps = sizes, eps
+        ctx.save_for_backward(tensor, *([] if weight is None else [weight]))
+        with muted():
+            return torch.nn.functional.rms_norm(tensor, sizes, weight, eps)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        saved = [tensor.detach().requires_grad_() for tensor in ctx.saved_tensors]
+        with torch._C.DisableTorchFunction(), muted(), torch.enable_grad():  # a mode would come here again
+            result = torch.nn.functional.rms_norm(saved[0], ctx.sizes, *saved[1:] or [None], ctx.eps)
+            grads = torch.autograd.grad(result, saved, gradient)
+        for tensor in grads:
+            set_tag(tensor, tag_of(gradient))
+        record("launches", "_fused_rms_norm_backward")
+        return grads[0], None, grads[1] if len(grads) > 1 else None, None
+
+
+def _rms_norm(
+    mode: NamedDevices, tensor: Tensor, sizes: Sequence[int], weight: Tensor | None = None, eps: float | None = None
+) -> Tensor:
+    one_kernel = tag_of(tensor) == CUDA and (weight is None or weight.dtype == tensor.dtype)  # as torch decides
+    if not one_kernel:
+        return torch.nn.functional.rms_norm(tensor, sizes, weight, eps)
+    record("launches", "_fused_rms_norm")
+    result: Tensor = _RmsNorm.apply(tensor, sizes, weight, eps)
+    return result
+
+
 _SPECIAL: dict[Any, Callable[..., Any]] = {
     torch.Tensor.to: _to, torch.Tensor.cuda: _cuda, torch.Tensor.cpu: _cpu, torch.Tensor.type: _type,
     torch.Tensor.type_as: _type_as, torch.Tensor.get_device: _get_device, torch.Tensor.numpy: _numpy,
@@ -257,6 +290,7 @@ _SPECIAL: dict[Any, Callable[..., Any]] = {
     torch.Tensor.__deepcopy__: _deepcopy, torch.Tensor.pin_memory: _pin_memory,
     torch.Tensor.is_pinned: _is_pinned, torch.Tensor.record_stream: _record_stream,
     torch.nn.functional.scaled_dot_product_attention: _attention,
+    torch.rms_norm: _rms_norm, torch.nn.functional.rms_norm: _rms_norm,
 }  # fmt: skip
 
 

@@ -21,6 +21,28 @@ def measured(path: Path, *words: str) -> dict:
     return json.loads(path.read_text())
 
 
+#: What one call asked for before the eager path got fewer launches (commit e6de6fe; a norm counted as on a CPU, 8
+#: launches, of which a GPU has 4): launches a layer, launches besides, waits.
+BEFORE = {"prefill": (49, 37, 10), "extend": (46, 72, 7), "select": (0, 205.7, 18.33), "reference": (68, 71, 16)}
+#: Launches and waits of a select step in the issue that asked for half of them.
+ASKED = (185, 14)
+
+
+def test_the_eager_path_asks_for_at_most_half_of_what_it_did():
+    table, layers = budgets.committed(), 28
+    for phase, (layer_before, rest_before, waits_before) in BEFORE.items():
+        layer, rest = budgets.per_call(table, phase, "launches")
+        waits = sum(budgets.per_call(table, phase, "syncs"))
+        assert 2 * layer <= max(0, layer_before - 8), (
+            phase,
+            layer,
+        )  # also with the kernels that the norms had on a GPU
+        assert 2 * (layers * layer + rest) <= layers * layer_before + rest_before, phase
+        assert 2 * waits <= waits_before, (phase, waits)
+    assert 2 * sum(budgets.per_call(table, "select", "launches")) <= ASKED[0]
+    assert 2 * sum(budgets.per_call(table, "select", "syncs")) <= ASKED[1]
+
+
 @pytest.fixture(scope="module")
 def now(tmp_path_factory):
     return measured(tmp_path_factory.mktemp("budgets") / "now.json")

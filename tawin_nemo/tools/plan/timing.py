@@ -26,10 +26,10 @@ from tawin_nemo.tools.plan.work import (
 #: models of 2B parameters and more with long rows and fused kernels; rows here are a few thousand tokens and norms,
 #: RoPE and attention blocks are separate kernels, so it is put lower. Not measured: set mfu= to what timings.jsonl has.
 DEFAULT_MFU = 0.30
-#: Kernels that one decoder layer launches in a forward pass of a search, of a scoring pass, and in forward and backward
-#: of a training pass; those of a pass outside its layers; those of one step of a search over all beams. Counted on a
-#: pretended CUDA device with 2 and 6 layers; a GPU has about 3 fewer a layer, by fusion.
-SEARCH_LAUNCHES, SCORE_LAUNCHES, TRAINING_LAUNCHES, PASS_LAUNCHES, SELECT_LAUNCHES = 48, 69, 176, 66, 185
+#: Kernels launched by a forward pass of a search, by a scoring pass, and by forward and backward of a training pass: in
+#: each decoder layer, and besides; by one step of a search over all beams, with the log-probs that it reads. Counted on
+#: a pretended CUDA device (tests/simcuda/README.md); fused functions launch a few fewer.
+SEARCH_LAUNCHES, SCORE_LAUNCHES, TRAINING_LAUNCHES, SELECT_LAUNCHES = (16, 30), (24, 45), (81, 159), 28
 #: Host time of one launch from Python. An assumption: 6 to 10 microseconds are usual.
 LAUNCH_S = 8e-6
 
@@ -64,10 +64,10 @@ class Rates:
         peak = self.gpu.peak_flops(self.precision) * self.layout.model_ranks
         return work.forward_flops(self.shape) / (self.mfu * peak)
 
-    def launches(self, per_layer: int) -> float:
-        """Seconds that the host of one stage takes to launch a pass."""
-        layers = max(stage_layers(self.shape.layers, self.layout.pp))
-        return (layers * per_layer + PASS_LAUNCHES) * LAUNCH_S
+    def launches(self, of: tuple[int, int]) -> float:
+        """Seconds that the host of one stage takes to launch a pass: kernels of each layer, and besides."""
+        per_layer, besides = of
+        return (max(stage_layers(self.shape.layers, self.layout.pp)) * per_layer + besides) * LAUNCH_S
 
     def scoring(self, work: FlopCount, micro: int) -> float:
         """Seconds of ``micro`` forward passes with the log-probs of their tokens; 0 without work."""

@@ -196,30 +196,31 @@ class Widths:
 def layer_bytes(shape: Backbone, layout: Layout, numbers: Numbers, work: Pass, recompute: str = "none") -> float:
     """Bytes that one decoder layer saves for its backward pass.
 
-    Two norms: input (float32), reciprocal deviation, normed row, output, which is the next matrix product's input.
+    Two norms: input (float32), reciprocal deviation, normed row, output, which is the next matrix product's input; the
+    one kernel of a CUDA device keeps its input as it is, and no normed row.
     Qwen3's norms of queries and keys: the same without the output, which RoPE does not keep; in fp32 the keys' input is
     a view of queries, keys and values together, which stay with it.
-    RoPE: cosine and sine, for queries and for keys. Attention: queries, outputs, their packed copy and the
-    projection's input, log-sum-exp per head; keys and values of the chains, and again of chains with trees, which
-    attend in a call of their own. MLP: both halves of its first product and its result, without the fused kernel also
-    SiLU's output and a copy of the second half. ``full`` recomputation keeps the layer's input only, ``selective`` the
+    RoPE: nothing, its tables belong to the pass. Attention: queries, keys and values of a block, the trees' queries
+    again, folded into their groups; outputs and the projection's input, log-sum-exp per head. MLP: both halves of its
+    first product and its result, without the fused kernel also SiLU's output and a copy of the second half.
+    ``full`` recomputation keeps the layer's input only, ``selective`` the
     attention's inputs (the value is a view of queries, keys and values together) in place of what it computes.
     """
     a, w = numbers.bytes, Widths.of(shape, layout)
     if recompute == "full":
         return a * w.hidden * work.tokens
-    norms = 2 * ((NORM_INPUT + 2 * a) * w.hidden + 4)
+    # of an element: on a CUDA device the input; else the wide input, and the normed row that the weight multiplies
+    norm = a if numbers.device == "cuda" else NORM_INPUT + a
+    norms = 2 * ((norm + a) * w.hidden + 4)
     if shape.qk_norm:
-        norms += (NORM_INPUT + a) * (w.query + w.key) + 4 * (w.heads + w.key / w.rotary)
-        norms += a * (w.query + w.key) if a == NORM_INPUT else 0
-    rotary = 4 * w.rotary * a
+        norms += norm * (w.query + w.key) + 4 * (w.heads + w.key / w.rotary)
+        norms += a * (w.query + w.key) if a == NORM_INPUT and numbers.device != "cuda" else 0
     mlp = (3 if numbers.device == "cuda" else 5) * w.ffn * a
     dropped = 2 * w.hidden * (1 if numbers.device == "cuda" else a) if numbers.dropout else 0
     if recompute == "selective":
-        return work.tokens * (norms + rotary + mlp + dropped + a * (3 * w.query + 3 * w.key))
-    per_token = norms + rotary + mlp + dropped + 4 * w.query * a + 4 * w.heads
-    key_rows = work.tokens - work.tree + (work.tokens if work.tree else 0)
-    return work.tokens * per_token + key_rows * 2 * w.key * a
+        return work.tokens * (norms + mlp + dropped + a * (3 * w.query + 3 * w.key))
+    per_token = norms + mlp + dropped + (3 * w.query + 2 * w.key) * a + 4 * w.heads
+    return work.tokens * per_token + work.tree * w.query * a
 
 
 def mask_bytes(shape: Backbone, numbers: Numbers, work: Pass) -> float:
@@ -231,8 +232,13 @@ def mask_bytes(shape: Backbone, numbers: Numbers, work: Pass) -> float:
 def saved_bytes(
     shape: Backbone, layout: Layout, numbers: Numbers, work: Pass, *, recompute: str, layers: int, last: bool
 ) -> float:
-    """Everything one micro-batch leaves behind on a stage: layers, masks, and on the last stage the final norm."""
-    final = (NORM_INPUT + numbers.bytes) * Widths.of(shape, layout).hidden * work.tokens if last else 0.0
+    """Everything one micro-batch leaves behind on a stage: layers, masks, and on the last stage the final norm.
+
+    On a CUDA device also the tables of RoPE: cosines, sines and the matrices of them.
+    """
+    w, on_gpu = Widths.of(shape, layout), numbers.device == "cuda"
+    final = (numbers.bytes + (0 if on_gpu else NORM_INPUT)) * w.hidden * work.tokens if last else 0.0
+    final += 4 * w.rotary * numbers.bytes * work.tokens if on_gpu else 0.0
     per_layer = layer_bytes(shape, layout, numbers, work, recompute)
     return layers * per_layer + mask_bytes(shape, numbers, work) + final
 

@@ -216,9 +216,9 @@ def test_the_key_value_cache_is_what_the_store_allocates():
     room = lengths.prompt + width * 4
     store = KeyValueSlots(prompts, room)
     for layer in range(SHAPE.layers):
-        one_SGD = torch.zeros(1, SHAPE.kv_heads, SHAPE.kv_channels)
-        store.write(layer, torch.zeros(1, dtype=torch.long), torch.zeros(1, dtype=torch.long), one_SGD, one_SGD)
-    held = sum(t.untyped_storage().nbytes() for pair in store._layers.values() for t in pair)
+        pair_S2GD = torch.zeros(1, 2, SHAPE.kv_heads, SHAPE.kv_channels)
+        store.write(layer, torch.zeros(1, dtype=torch.long), torch.zeros(1, dtype=torch.long), pair_S2GD)
+    held = sum(tensor.untyped_storage().nbytes() for tensor in store.tensors())
     parts = search_parts(
         SHAPE, ONE, Numbers.of("fp32"), lengths, budget=prompts * room, width=width, space="trie", stage=0
     )

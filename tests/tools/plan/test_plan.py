@@ -99,12 +99,13 @@ def test_a_search_reads_the_weights_once_per_level():
 
 
 def test_small_passes_take_the_time_of_their_launches():
-    """About 1,410 a model call of 28 layers and 185 a step of the search, 8 microseconds each."""
+    """478 a model call of 28 layers and 28 a step of the search, 8 microseconds each."""
     rate = rates(Layout())
-    assert rate.search(FlopCount(tokens=1), levels=3) == pytest.approx((4 * 1410 + 3 * 185) * 8e-6)
-    assert rate.scoring(FlopCount(tokens=1), micro=2) == pytest.approx(2 * (28 * 69 + 66) * 8e-6)
+    slow_reads = 4 * 2 * 7_615_616_512 / (GPUS["h800"].bandwidth_gb_s * 1e9)  # of the weights
+    assert rate.search(FlopCount(tokens=1), levels=3) == pytest.approx(max((4 * 478 + 3 * 28) * 8e-6, slow_reads))
+    assert rate.scoring(FlopCount(tokens=1), micro=2) == pytest.approx(2 * (28 * 24 + 45) * 8e-6)
     assert rate.scoring(FlopCount(), micro=2) == 0.0
-    assert rate.training(FlopCount(tokens=1), 3) == pytest.approx(3 * (28 * 176 + 66) * 8e-6)
+    assert rate.training(FlopCount(tokens=1), 3) == pytest.approx(3 * (28 * 81 + 159) * 8e-6)
     many = FlopCount(tokens=100_000)
     assert rate.scoring(many, micro=2) == rate.forward(many)
 
@@ -117,7 +118,7 @@ def test_more_nodes_pay_for_larger_batches_only():
         one, four = (plan_recipe(QWEN_7B, [f"gpus={gpus}", *words], pytest.fail).rl.total for gpus in (8, 32))
         return one / four
 
-    assert gain(32) == pytest.approx(1.6, abs=0.1)
+    assert gain(32) == pytest.approx(2.0, abs=0.1)
     assert gain(256) == pytest.approx(3.5, abs=0.1)
 
 

@@ -9,7 +9,7 @@ Rows are numbered 0 .. B - 1 for the prompts' last tokens, then G of each prompt
 pool, G - 1, takes what is no token: padding of chains shorter than L.
 
 Axes: B prompts, W beams, L tokens of a chain, S = B * W * L tokens of a pass, P prompt slots, G pool slots, R rows,
-D width, N queried rows, E edges.
+D width, X heads of a group (its queries, its key, its value), N queried rows, E edges.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from tawin_nemo.maths.segments import segment_log_softmax
-from tawin_nemo.models.megatron.decode.kv_store import KeyValueSlots
-from tawin_nemo.models.megatron.model.attention import AttentionPlan, PlannedAttention, additive_mask
+from tawin_nemo.models.megatron.decode.kv_store import DecodePlan, KeyValueSlots
+from tawin_nemo.models.megatron.model.attention import PlannedAttention, additive_mask
 from tawin_nemo.models.megatron.model.forward import padding
 from tawin_nemo.models.megatron.model.head import fixed_edge_logits, log_sum_exp
 from tawin_nemo.models.megatron.parallel import runtime
@@ -144,10 +144,10 @@ class FixedShapeDecode:
         """Tokens that ``extend`` has run since ``fill``, without padding (reads the device)."""
         return int(self._used_B.sum())
 
-    def write(self, layer: int, slot_BS: Tensor, key_SGD: Tensor, value_SGD: Tensor) -> tuple[Tensor, Tensor]:
+    def write(self, layer: int, slot_BS: Tensor, pair_S2GD: Tensor) -> tuple[Tensor, Tensor]:
         """Store the keys and values of a layer in slots of the pools; returns all that the layer has stored."""
         prompt_BS = torch.arange(self.prompts, device=slot_BS.device)[:, None].expand_as(slot_BS)
-        self._store.write(layer, prompt_BS.flatten(), slot_BS.flatten() + self._prompt_slots, key_SGD, value_SGD)
+        self._store.write(layer, prompt_BS.flatten(), slot_BS.flatten() + self._prompt_slots, pair_S2GD)
         return self._store.read(layer, None, self._store.capacity)
 
     def in_prompt_BP(self) -> Tensor:
@@ -155,9 +155,9 @@ class FixedShapeDecode:
         slot_P = torch.arange(self._prompt_slots, device=self._prompt_length_B.device)
         return slot_P < self._prompt_length_B[:, None]
 
-    def write_prompts(self, layer: int, key_BGPD: Tensor, value_BGPD: Tensor) -> None:
+    def write_prompts(self, layer: int, pair_2BGPD: Tensor) -> None:
         """Store the keys and values of a layer of all prompts."""
-        self._store.write_prompts(layer, key_BGPD, value_BGPD)
+        self._store.write_prompts(layer, pair_2BGPD)
 
     @property
     def shape_BP(self) -> tuple[int, int]:
@@ -165,7 +165,7 @@ class FixedShapeDecode:
         return self.prompts, self._prompt_slots
 
 
-class _FixedPrefillPlan(AttentionPlan):
+class _FixedPrefillPlan(DecodePlan):
     """Prompts of P tokens each, padding included: causal attention, so that no token sees the padding behind it."""
 
     def __init__(self, decode: FixedShapeDecode, padding: int) -> None:
@@ -174,16 +174,18 @@ class _FixedPrefillPlan(AttentionPlan):
         super().__init__(pad(position_S, (0, padding)))
         self._decode = decode
 
-    def attend(self, core: PlannedAttention, query_SHD: Tensor, key_SGD: Tensor, value_SGD: Tensor) -> Tensor:
+    def attend_heads(self, core: PlannedAttention, heads_SGXD: Tensor) -> Tensor:
         prompts, slots = self._decode.shape_BP
         real = prompts * slots
-        blocks = [x[:real].view(prompts, slots, *x.shape[1:]).transpose(1, 2) for x in (query_SHD, key_SGD, value_SGD)]
-        self._decode.write_prompts(core.layer_number, blocks[1], blocks[2])
-        output_SHD = core.causal(*blocks).transpose(1, 2).reshape(real, *query_SHD.shape[1:])
-        return pad(output_SHD, (0, 0, 0, 0, 0, len(query_SHD) - real))
+        heads_BGXPD = heads_SGXD[:real].unflatten(0, (prompts, slots)).permute(0, 2, 3, 1, 4)
+        pair_2BGPD = heads_BGXPD[:, :, -2:].permute(2, 0, 1, 3, 4)
+        self._decode.write_prompts(core.layer_number, pair_2BGPD)
+        output_BHPD = core.causal(heads_BGXPD[:, :, :-2].flatten(1, 2), *pair_2BGPD)
+        output_SHD = output_BHPD.transpose(1, 2).flatten(0, 1)
+        return pad(output_SHD, (0, 0, 0, 0, 0, len(heads_SGXD) - real))
 
 
-class _FixedPlan(AttentionPlan):
+class _FixedPlan(DecodePlan):
     """Every prompt has the same number of new tokens, so queries need no sorting into padded rows."""
 
     def __init__(
@@ -196,13 +198,14 @@ class _FixedPlan(AttentionPlan):
         self._visible_BSK = torch.cat([context_BSP, visible_BWLG.flatten(1, 2)], dim=2)
         self._mask: Tensor | None = None
 
-    def attend(self, core: PlannedAttention, query_SHD: Tensor, key_SGD: Tensor, value_SGD: Tensor) -> Tensor:
+    def attend_heads(self, core: PlannedAttention, heads_SGXD: Tensor) -> Tensor:
         real, (prompts, tokens) = self._slot_BS.numel(), self._slot_BS.shape
-        keys, values = self._decode.write(core.layer_number, self._slot_BS, key_SGD[:real], value_SGD[:real])
+        own = heads_SGXD.shape[2] - 2
+        pair_S2GD = heads_SGXD[:real, :, own:].transpose(1, 2)
+        keys, values = self._decode.write(core.layer_number, self._slot_BS, pair_S2GD)
         if self._mask is None:
-            share = query_SHD.shape[1] // key_SGD.shape[1]
-            self._mask = additive_mask(self._visible_BSK, share, query_SHD.dtype)
-        query_BSHD = query_SHD[:real].view(prompts, tokens, *query_SHD.shape[1:])
-        output_BHSD = core.masked(query_BSHD.transpose(1, 2), keys, values, self._mask)
-        output_SHD = output_BHSD.transpose(1, 2).reshape(real, *query_SHD.shape[1:])
-        return pad(output_SHD, (0, 0, 0, 0, 0, len(query_SHD) - real))
+            self._mask = additive_mask(self._visible_BSK, own, heads_SGXD.dtype)
+        query_BSGXD = heads_SGXD[:real, :, :own].unflatten(0, (prompts, tokens))
+        output_BGRD = core.folded(query_BSGXD.permute(0, 2, 3, 1, 4).flatten(2, 3), keys, values, self._mask)
+        output_SHD = output_BGRD.unflatten(2, (own, tokens)).permute(0, 3, 1, 2, 4).flatten(2, 3).flatten(0, 1)
+        return pad(output_SHD, (0, 0, 0, 0, 0, len(heads_SGXD) - real))

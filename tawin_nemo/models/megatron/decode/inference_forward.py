@@ -1,11 +1,12 @@
 """A stage's forward pass for inference: megatron's operations in megatron's order, without its module overhead.
 
 A search calls the model for a few tokens at a time. megatron's modules then cost several times the arithmetic: autograd
-functions, contexts for recomputation and offloading, rotary factors computed anew in every layer. Here the same weights
-take part in the same operations, so that all results are bit-identical (tests compare them).
+functions, contexts for recomputation and offloading. Here the same weights take part in the same operations, so that
+on a CPU all results are bit-identical (tests compare them). On a CUDA device, where every operation costs a launch, a
+sum that torch can add in a matrix product's kernel (bias, residual) is not rounded before it.
 
 Axes: S tokens of the flat row, D width (in head tensors the dimension of a head), H query heads, G key and value
-groups, F width of the gated FFN's two halves.
+groups, X heads of a group (its queries, its key, its value), F width of the gated FFN's two halves.
 """
 
 from __future__ import annotations
@@ -20,9 +21,10 @@ from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear
 from torch import Tensor
 
-from tawin_nemo.models.megatron.model.attention import AttentionPlan
+from tawin_nemo.models.megatron.decode.kv_store import DecodePlan
 from tawin_nemo.models.megatron.model.item_tokens import ItemTokens, inject, words_only
 from tawin_nemo.models.megatron.model.lora import AdaptedColumn, AdaptedRow
+from tawin_nemo.models.megatron.model.rotary import Turns
 
 
 def supported(model: GPTModel) -> bool:
@@ -32,26 +34,22 @@ def supported(model: GPTModel) -> bool:
 
 
 @torch.no_grad()
-def stage_output(model: GPTModel, tokens_S: Tensor, arriving_SD: Tensor | None, plan: AttentionPlan) -> Tensor:
+def stage_output(model: GPTModel, tokens_S: Tensor, arriving_SD: Tensor | None, plan: DecodePlan) -> Tensor:
     """Hidden states [S, D] after this stage, from tokens on the first stage and from ``arriving_SD`` on the others.
 
     Equal to the model's own forward in evaluation mode without sequence parallelism, whatever mode it is in. Collective
     over the TP ranks.
     """
     hidden_SD = _embedded(model, tokens_S) if arriving_SD is None else arriving_SD
-    angle_S1D = model.rotary_pos_emb.forward(plan.position_S)[:, 0]
-    cos_S1D, sin_S1D = (turn(angle_S1D).to(hidden_SD.dtype) for turn in (torch.cos, torch.sin))
-    group = model.pg_collection.tp
+    turns = Turns.of(model.rotary_pos_emb.angles(plan.position_S), hidden_SD.dtype)
+    group, fused = model.pg_collection.tp, model.config.bias_activation_fusion
     for layer in model.decoder.layers:
         attention, mlp = layer.self_attention, layer.mlp
-        normed_SD = layer.input_layernorm.forward(hidden_SD)
-        query_SHD, key_SGD, value_SGD = _heads(attention, normed_SD)
-        query_SHD, key_SGD = (_rotated(x, cos_S1D, sin_S1D) for x in (query_SHD, key_SGD))
-        mixed_SHD = plan.attend(attention.core_attention, query_SHD, key_SGD, value_SGD)
-        hidden_SD = hidden_SD + _row_parallel(attention.linear_proj, mixed_SHD.flatten(1), group)
-        normed_SD = layer.pre_mlp_layernorm.forward(hidden_SD)
-        gated_SF = _swiglu(_column_parallel(mlp.linear_fc1, normed_SD), fused=model.config.bias_activation_fusion)
-        hidden_SD = hidden_SD + _row_parallel(mlp.linear_fc2, gated_SF, group)
+        heads_SGXD = _heads(attention, layer.input_layernorm.forward(hidden_SD), turns)
+        mixed_SHD = plan.attend_heads(attention.core_attention, heads_SGXD)
+        hidden_SD = _plus_row_parallel(hidden_SD, attention.linear_proj, mixed_SHD.flatten(1), group)
+        gated_SF = _swiglu(_column_parallel(mlp.linear_fc1, layer.pre_mlp_layernorm.forward(hidden_SD)), fused=fused)
+        hidden_SD = _plus_row_parallel(hidden_SD, mlp.linear_fc2, gated_SF, group)
     norm = model.decoder.final_layernorm
     return hidden_SD if norm is None else norm.forward(hidden_SD)
 
@@ -74,24 +72,31 @@ def _word_rows(model: GPTModel, tokens_S: Tensor) -> Tensor:
 
 
 def _product(linear: Any, input_SD: Tensor) -> Tensor:
-    """Product, then bias: one fused operation would round differently."""
-    output = torch.matmul(input_SD, linear.weight.t())
-    return output if linear.bias is None else output + linear.bias
+    """Product and bias. As two operations on a CPU, like megatron's: one fused operation rounds differently."""
+    weight, bias = linear.weight.t(), linear.bias
+    if bias is None:
+        return torch.mm(input_SD, weight)
+    return torch.addmm(bias, input_SD, weight) if input_SD.is_cuda else torch.mm(input_SD, weight) + bias
 
 
 def _column_parallel(linear: Any, input_SD: Tensor) -> Tensor:
     return _adapted(linear, input_SD, _product(linear, input_SD))
 
 
-def _row_parallel(linear: Any, input_SD: Tensor, group: dist.ProcessGroup) -> Tensor:
-    return _adapted(linear, input_SD, _summed(_product(linear, input_SD), group))
+def _plus_row_parallel(hidden_SD: Tensor, linear: Any, input_SD: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """The residual row and the layer's output, where possible as one product that adds to ``hidden_SD`` in place."""
+    if hidden_SD.is_cuda and group.size() == 1 and linear.bias is None and not _adapts(linear):
+        return hidden_SD.addmm_(input_SD, linear.weight.t())
+    return hidden_SD + _adapted(linear, input_SD, _summed(_product(linear, input_SD), group))
+
+
+def _adapts(linear: Any) -> bool:
+    return isinstance(linear, AdaptedColumn | AdaptedRow) and linear.lora.active
 
 
 def _adapted(linear: Any, input_SD: Tensor, output_SD: Tensor) -> Tensor:
     """The layer's output with what its adapters add, if it has any."""
-    if not isinstance(linear, AdaptedColumn | AdaptedRow) or not linear.lora.active:
-        return output_SD
-    return output_SD + linear.lora.evaluated(input_SD)
+    return output_SD + linear.lora.evaluated(input_SD) if _adapts(linear) else output_SD
 
 
 def _summed(part_SD: Tensor, group: dist.ProcessGroup) -> Tensor:
@@ -101,24 +106,19 @@ def _summed(part_SD: Tensor, group: dist.ProcessGroup) -> Tensor:
     return part_SD
 
 
-def _heads(attention: Any, normed_SD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Queries [S, H, dim], keys and values [S, G, dim], with Qwen3's norms of queries and keys.
+def _heads(attention: Any, normed_SD: Tensor, turns: Turns) -> Tensor:
+    """The heads [S, G, X, dim] of the fused product, queries and keys turned by their positions.
 
-    In the fused product each group has its queries first, then its key and value.
+    Each group has its queries first, then its key and its value. Qwen3 norms queries and keys first.
     """
     groups, dim = attention.num_query_groups_per_partition, attention.hidden_size_per_attention_head
-    own = attention.num_attention_heads_per_partition // groups
-    mixed_SGD = _column_parallel(attention.linear_qkv, normed_SD).view(len(normed_SD), groups, (own + 2) * dim)
-    query, key, value = mixed_SGD.split([own * dim, dim, dim], dim=2)
-    query = query.reshape(len(normed_SD), -1, dim)
+    heads_SGXD = _column_parallel(attention.linear_qkv, normed_SD).view(len(normed_SD), groups, -1, dim)
+    turned = plain = heads_SGXD[:, :, :-1]
     if attention.config.qk_layernorm:
-        query, key = attention.q_layernorm.forward(query), attention.k_layernorm.forward(key)
-    return query, key, value
-
-
-def _rotated(heads_SHD: Tensor, cos_S1D: Tensor, sin_S1D: Tensor) -> Tensor:
-    first, second = heads_SHD.chunk(2, dim=-1)
-    return heads_SHD * cos_S1D + torch.cat((-second, first), dim=-1) * sin_S1D
+        query, key = plain.split([plain.shape[2] - 1, 1], dim=2)
+        plain = torch.cat([attention.q_layernorm.forward(query), attention.k_layernorm.forward(key)], dim=2)
+    turns.turn(plain, out=turned)
+    return heads_SGXD
 
 
 def _swiglu(both_SF: Tensor, *, fused: bool) -> Tensor:

@@ -2,14 +2,14 @@
 
 Model-parallel ranks call the same methods with the same arguments and get the same log-probs, so the same search runs.
 
-Axes: B prompts, R rows (tokens that were run), G generated slots of a prompt, P prompt slots, S new tokens, D width, M
-prompts to keep, N queried rows, E queried edges (pairs of a row and a token).
+Axes: B prompts, R rows (tokens that were run), A generated tokens of a path, S new tokens, D width, M prompts to keep,
+N queried rows, E queried edges (pairs of a row and a token).
 """
 
 from __future__ import annotations
 
 import contextlib
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -21,40 +21,22 @@ from torch import Tensor
 from tawin_nemo.config.backbones import Backbone
 from tawin_nemo.maths.segments import segment_log_softmax
 from tawin_nemo.models.megatron.decode import inference_forward
+from tawin_nemo.models.megatron.decode.cache import Cache, present, widened
 from tawin_nemo.models.megatron.decode.fixed_shape import FixedShapeDecode
 from tawin_nemo.models.megatron.decode.kv_store import (
+    DecodePlan,
     ExtendPlan,
     KeyValueSlots,
     PrefillPlan,
-    chains_of,
     index_in_group,
 )
-from tawin_nemo.models.megatron.model.attention import AttentionPlan
 from tawin_nemo.models.megatron.model.forward import logit_dtype, modes, padding, without_sequence_parallel
 from tawin_nemo.models.megatron.model.fp8_scales import calibrate
 from tawin_nemo.models.megatron.model.fp8_weights import QuantisedWeights, keeps_sequence_parallel
 from tawin_nemo.models.megatron.model.head import best_tokens, edge_logits, log_sum_exp, top_tokens
 from tawin_nemo.models.megatron.parallel import runtime
 from tawin_nemo.types import TokenRows
-
-
-@dataclass(frozen=True)
-class Cache:
-    """R rows (tokens that were run) over the stored keys of B prompts.
-
-    ``extend`` writes into the same store, so only the newest cache can be used.
-    """
-
-    store: KeyValueSlots
-    prompt_length_B: Tensor
-    used_B: Tensor  # generated slots in use
-    prompt_R: Tensor
-    length_R: Tensor  # tokens up to and with the row's: the rotary position of what follows
-    visible_RG: Tensor  # bool: the generated slots of its prompt that the row and its successors see
-    hidden_RD: Tensor | None  # after the final norm; only on the last pipeline stage
-
-    def __len__(self) -> int:
-        return len(self.prompt_R)
+from tawin_nemo.util.transfers import to_device
 
 
 class MegatronLM:
@@ -106,23 +88,21 @@ class MegatronLM:
         """Run each prompt once; row b is the last token of prompt b."""
         if not self._keep_quantised:
             self.weights_changed()
-        device = runtime.device()
-        length_B = torch.from_numpy(prompts.lengths).to(device)
-        batch = chains_of(prompts)
-        store = KeyValueSlots(len(prompts), int(prompts.lengths.max()))
-        extra = padding(len(batch.tokens_S), self.model.config)
-        plan = PrefillPlan(batch, device, store, extra)
-        hidden_SD = self._run(batch.tokens_S, extra, plan)
-        last_B = length_B.cumsum(0) - 1
-        row_B = torch.arange(len(prompts), device=device)
+        device, length_B = runtime.device(), torch.from_numpy(prompts.lengths)
+        store = KeyValueSlots(len(prompts), int(length_B.max()))
+        extra = padding(len(prompts.flat), self.model.config)
+        plan = PrefillPlan(length_B, device, store, extra)
+        hidden_SD = self._run(torch.from_numpy(prompts.flat).long(), extra, plan)
+        if hidden_SD is not None:
+            hidden_SD = hidden_SD.index_select(0, to_device([length_B.cumsum(0) - 1], device)[0])
         return Cache(
             store=store,
             prompt_length_B=length_B,
             used_B=torch.zeros_like(length_B),
-            prompt_R=row_B,
+            prompt_R=torch.arange(len(prompts)),
             length_R=length_B,
-            visible_RG=torch.zeros(len(prompts), 0, dtype=torch.bool, device=device),
-            hidden_RD=None if hidden_SD is None else hidden_SD[last_B],
+            path_RA=torch.zeros(len(prompts), 0, dtype=torch.long),
+            hidden_RD=hidden_SD,
         )
 
     def fixed_shape(self, prompts: int, prompt_slots: int, slots: int) -> FixedShapeDecode | None:
@@ -136,24 +116,24 @@ class MegatronLM:
         """Append chain r below row ``parent_R[r]``; its tokens become the next rows (see ``rollout.lm.LM``)."""
         if not len(chains):
             return cache
-        device = runtime.device()
-        parent_R, length_R = parent_R.to(device), torch.from_numpy(chains.lengths).to(device)
+        parent_R, length_R = parent_R.cpu(), torch.from_numpy(chains.lengths)
         row_S = torch.repeat_interleave(length_R)
-        index_S = torch.arange(len(row_S), device=device) - (length_R.cumsum(0) - length_R)[row_S]
+        index_S = torch.arange(len(row_S)) - (length_R.cumsum(0) - length_R)[row_S]
         parent_S = parent_R[row_S]
         prompt_S, position_S = cache.prompt_R[parent_S], cache.length_R[parent_S] + index_S
         slot_S = cache.used_B[prompt_S] + index_in_group(prompt_S)  # slots of one chain follow each other
-        generated = max(int(slot_S.max()) + 1, cache.visible_RG.shape[1])
-        cache.store.make_room(cache.store.prompt_slots + generated)
-        slot_G = torch.arange(generated, device=device)
-        visible_RG = torch.nn.functional.pad(cache.visible_RG, (0, generated - cache.visible_RG.shape[1]))
-        own_SG = (slot_G >= (slot_S - index_S)[:, None]) & (slot_G <= slot_S[:, None])
-        visible_SG = visible_RG[parent_S] | own_SG
-        prompt_SP = torch.arange(cache.store.prompt_slots, device=device) < cache.prompt_length_B[prompt_S, None]
+        before_S = cache.length_R[parent_S] - cache.prompt_length_B[prompt_S]  # generated tokens of the parent's path
+        count_S = before_S + index_S + 1
+        columns = max(int(count_S.max()), cache.path_RA.shape[1])
+        path_RA = widened(cache.path_RA, columns)
+        own_SA = (slot_S - count_S + 1)[:, None] + torch.arange(columns)
+        path_SA = torch.where(torch.arange(columns) < before_S[:, None], path_RA[parent_S], own_SA)
+        slots = cache.store.prompt_slots + int(torch.maximum(slot_S.max() + 1, cache.used_B.max()))
+        cache.store.make_room(slots)
         extra = padding(len(row_S), self.model.config)
         plan = ExtendPlan(
-            cache.store, prompt_S, cache.store.prompt_slots + slot_S,
-            torch.cat([prompt_SP, visible_SG], dim=1), position_S, extra,
+            cache.store, runtime.device(), prompt_S=prompt_S, slot_S=slot_S, position_S=position_S,
+            length_B=cache.prompt_length_B, path_SA=path_SA, count_S=count_S, slots=slots, padding=extra,
         )  # fmt: skip
         hidden_SD = self._run(torch.from_numpy(chains.flat).long(), extra, plan)
         return replace(
@@ -161,28 +141,30 @@ class MegatronLM:
             used_B=cache.used_B + torch.bincount(prompt_S, minlength=len(cache.used_B)),
             prompt_R=torch.cat([cache.prompt_R, prompt_S]),
             length_R=torch.cat([cache.length_R, position_S + 1]),
-            visible_RG=torch.cat([visible_RG, visible_SG]),
-            hidden_RD=None if hidden_SD is None else torch.cat([_present(cache.hidden_RD), hidden_SD]),
+            path_RA=torch.cat([path_RA, path_SA]),
+            hidden_RD=None if hidden_SD is None else torch.cat([present(cache.hidden_RD), hidden_SD]),
         )
 
     def keep(self, cache: Cache, prompt_M: Tensor) -> tuple[Cache, Tensor]:
         """The cache of M of its prompts only, and every old row's new number (-1 = gone)."""
-        prompt_M = prompt_M.to(cache.prompt_R.device)
+        prompt_M = prompt_M.cpu()
         new_B = torch.full_like(cache.used_B, -1)
-        new_B[prompt_M] = torch.arange(len(prompt_M), device=new_B.device)
+        new_B[prompt_M] = torch.arange(len(prompt_M))
         kept_R = new_B[cache.prompt_R] >= 0
-        new_R = torch.where(kept_R, kept_R.cumsum(0) - 1, -1)
-        cache.store.keep(prompt_M)
-        used_B = cache.used_B[prompt_M]
-        generated = int(used_B.max()) if len(used_B) else 0
+        new_R, row_M = torch.where(kept_R, kept_R.cumsum(0) - 1, -1), kept_R.nonzero()[:, 0]
+        prompt_on_device, row_on_device = to_device([prompt_M, row_M], runtime.device())
+        cache.store.keep(prompt_on_device)
+        prompt_R, length_R = new_B[cache.prompt_R[row_M]], cache.length_R[row_M]
+        length_B = cache.prompt_length_B[prompt_M]
+        columns = int((length_R - length_B[prompt_R]).max()) if len(row_M) else 0
         return Cache(
             store=cache.store,
-            prompt_length_B=cache.prompt_length_B[prompt_M],
-            used_B=used_B,
-            prompt_R=new_B[cache.prompt_R][kept_R],
-            length_R=cache.length_R[kept_R],
-            visible_RG=cache.visible_RG[kept_R, :generated],
-            hidden_RD=None if cache.hidden_RD is None else cache.hidden_RD[kept_R],
+            prompt_length_B=length_B,
+            used_B=cache.used_B[prompt_M],
+            prompt_R=prompt_R,
+            length_R=length_R,
+            path_RA=cache.path_RA[row_M, :columns],
+            hidden_RD=None if cache.hidden_RD is None else cache.hidden_RD.index_select(0, row_on_device),
         ), new_R
 
     def join(self, first: Cache, second: Cache) -> tuple[Cache, Tensor, Tensor]:
@@ -191,23 +173,21 @@ class MegatronLM:
         heads_then_rest = torch.cat([
             torch.arange(prompts[0]), len(first) + torch.arange(prompts[1]),
             torch.arange(prompts[0], len(first)), len(first) + torch.arange(prompts[1], len(second)),
-        ]).to(first.prompt_R.device)  # fmt: skip
+        ])  # fmt: skip
         new_R = heads_then_rest.argsort()
         first.store.join(second.store)
-        generated = max(first.visible_RG.shape[1], second.visible_RG.shape[1])
-        visible = [
-            torch.nn.functional.pad(x.visible_RG, (0, generated - x.visible_RG.shape[1])) for x in (first, second)
-        ]
+        columns = max(first.path_RA.shape[1], second.path_RA.shape[1])
         hidden = None
         if first.hidden_RD is not None:
-            hidden = torch.cat([first.hidden_RD, _present(second.hidden_RD)])[heads_then_rest]
+            (row_R,) = to_device([heads_then_rest], first.hidden_RD.device)
+            hidden = torch.cat([first.hidden_RD, present(second.hidden_RD)]).index_select(0, row_R)
         joined = Cache(
             store=first.store,
             prompt_length_B=torch.cat([first.prompt_length_B, second.prompt_length_B]),
             used_B=torch.cat([first.used_B, second.used_B]),
             prompt_R=torch.cat([first.prompt_R, second.prompt_R + prompts[0]])[heads_then_rest],
             length_R=torch.cat([first.length_R, second.length_R])[heads_then_rest],
-            visible_RG=torch.cat(visible)[heads_then_rest],
+            path_RA=torch.cat([widened(x.path_RA, columns) for x in (first, second)])[heads_then_rest],
             hidden_RD=hidden,
         )
         return joined, new_R[: len(first)], new_R[len(first) :]
@@ -216,10 +196,10 @@ class MegatronLM:
     def logprobs(self, cache: Cache, row_N: Tensor, position_E: Tensor, token_E: Tensor, space: str) -> Tensor:
         """Log-probs [E] of tokens behind rows, on every model-parallel rank (see ``rollout.lm.LM``)."""
         device = runtime.device()
-        row_N, position_E, token_E = row_N.to(device), position_E.to(device), token_E.to(device)
+        row_N, position_E, token_E = (index.to(device, non_blocking=True) for index in (row_N, position_E, token_E))
         logp_E = None
         if self._stage == self._last_stage:
-            hidden_ND = _present(cache.hidden_RD).index_select(0, row_N)
+            hidden_ND = present(cache.hidden_RD).index_select(0, row_N)
             logit_E = edge_logits(self.model, hidden_ND, position_E, token_E)
             if space == "trie":
                 logp_E = segment_log_softmax(logit_E, position_E, len(row_N))
@@ -232,7 +212,7 @@ class MegatronLM:
         """The most likely token behind each row, on every model-parallel rank (see ``rollout.lm.LM``)."""
         token_N = None
         if self._stage == self._last_stage:
-            hidden_ND = _present(cache.hidden_RD).index_select(0, row_N.to(runtime.device()))
+            hidden_ND = present(cache.hidden_RD).index_select(0, row_N.to(runtime.device()))
             token_N = best_tokens(self.model, hidden_ND)
         return runtime.broadcast_from_last_stage(token_N, (len(row_N),), torch.int64, stages=self._stages)
 
@@ -241,7 +221,7 @@ class MegatronLM:
         """The likeliest tokens behind each row and their log-probs, on all model-parallel ranks (``rollout.lm.LM``)."""
         token_NK = logp_NK = None
         if self._stage == self._last_stage:
-            hidden_ND = _present(cache.hidden_RD).index_select(0, row_N.to(runtime.device()))
+            hidden_ND = present(cache.hidden_RD).index_select(0, row_N.to(runtime.device()))
             token_NK, logp_NK = top_tokens(self.model, hidden_ND, count)
         sizes = (len(row_N), min(count, self.vocab_size))
         tokens = runtime.broadcast_from_last_stage(token_NK, sizes, torch.int64, stages=self._stages)
@@ -252,13 +232,13 @@ class MegatronLM:
         """The states behind the final norm at some rows, on every model-parallel rank (see ``rollout.lm.LM``)."""
         hidden_ND, sizes = None, (len(row_N), self.shape.hidden)
         if self._stage == self._last_stage:
-            hidden_ND = _present(cache.hidden_RD).index_select(0, row_N.to(runtime.device())).float()
+            hidden_ND = present(cache.hidden_RD).index_select(0, row_N.to(runtime.device())).float()
         return runtime.broadcast_from_last_stage(hidden_ND, sizes, torch.float32, stages=self._stages)
 
-    def _run(self, tokens_S: Tensor, extra: int, plan: AttentionPlan) -> Tensor | None:
+    def _run(self, tokens_S: Tensor, extra: int, plan: DecodePlan) -> Tensor | None:
         """Hidden states [S, D] of the real tokens on the last stage, None on the others, through all stages."""
         real = len(tokens_S)
-        tokens_S = torch.nn.functional.pad(tokens_S.to(runtime.device()), (0, extra))
+        tokens_S = to_device([torch.nn.functional.pad(tokens_S, (0, extra))], runtime.device())[0]
         arriving_SBD = None
         if self._stage > 0:
             arriving_SBD = next(self.model.parameters()).new_empty(real + extra, 1, self.shape.hidden)
@@ -271,7 +251,7 @@ class MegatronLM:
             return None
         return hidden_SD[:real]
 
-    def stage_output(self, tokens_S: Tensor, arriving_SBD: Tensor | None, plan: AttentionPlan) -> Tensor:
+    def stage_output(self, tokens_S: Tensor, arriving_SBD: Tensor | None, plan: DecodePlan) -> Tensor:
         """Hidden states [S, D] behind this stage, of tokens or of what the stage before sent, in evaluation mode."""
         if self._use_inference_forward:
             arriving_SD = None if arriving_SBD is None else arriving_SBD[:, 0]
@@ -282,7 +262,7 @@ class MegatronLM:
         with without_sequence_parallel(self.model), modes(self.model, training=False):
             return self._modules_output(tokens_S, arriving_SBD, plan)[:, 0]
 
-    def _split_stage_output(self, tokens_S: Tensor, arriving_SBD: Tensor | None, plan: AttentionPlan) -> Tensor:
+    def _split_stage_output(self, tokens_S: Tensor, arriving_SBD: Tensor | None, plan: DecodePlan) -> Tensor:
         """``stage_output`` with sequence parallelism inside the stage: its own part of S in, all of S out."""
         tp = self.model.pg_collection.tp
         if arriving_SBD is not None:
@@ -293,7 +273,7 @@ class MegatronLM:
             :, 0
         ]
 
-    def _modules_output(self, tokens_S: Tensor, arriving_SBD: Tensor | None, plan: AttentionPlan) -> Tensor:
+    def _modules_output(self, tokens_S: Tensor, arriving_SBD: Tensor | None, plan: DecodePlan) -> Tensor:
         if arriving_SBD is not None:
             self.model.set_input_tensor(arriving_SBD)
         run = partial(self.model, tokens_S[None], None, None, packed_seq_params=plan)
@@ -302,8 +282,3 @@ class MegatronLM:
             hidden_SBD: Tensor = run()
         self.model.set_input_tensor(None)
         return hidden_SBD
-
-
-def _present(hidden_RD: Tensor | None) -> Tensor:
-    assert hidden_RD is not None, "only the last pipeline stage holds hidden states"
-    return hidden_RD

@@ -12,7 +12,6 @@ dimension of a head.
 from __future__ import annotations
 
 import contextlib
-import math
 from abc import abstractmethod
 from typing import Any
 
@@ -25,7 +24,11 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from tawin_nemo.config.backbones import Backbone, RopeScaling
+from tawin_nemo.config.backbones import Backbone
+from tawin_nemo.models.megatron.model.rotary import Turned, Turns, inverse_frequencies
+
+#: torch's CUDA kernel takes masks whose rows begin at multiples of so many numbers; others it copies in every layer.
+_MASK_ROW = 8
 
 
 class AttentionPlan(PackedSeqParams):
@@ -35,14 +38,29 @@ class AttentionPlan(PackedSeqParams):
         # sbhd: megatron hands tensors on as they are, and leaves the plan itself to the core attention
         super().__init__(qkv_format="sbhd")
         self.position_S = position_S
+        self._rotary: PositionedRotary | None = None
+        self._turns: Turns | None = None
+
+    def rotate_by(self, rotary: PositionedRotary) -> None:
+        """Have the core attention turn queries and keys by ``rotary``'s angles, as megatron's layers then do not."""
+        self._rotary = rotary
+
+    def rotations(self, dtype: torch.dtype) -> Turns | None:
+        """The rotation of queries and keys that is left to the core attention, None if none is; made once a pass."""
+        if self._rotary is not None and self._turns is None:
+            self._turns = Turns.of(self._rotary.angles(self.position_S), dtype)
+        return self._turns
 
     @abstractmethod
     def attend(self, core: PlannedAttention, query_SHD: Tensor, key_SGD: Tensor, value_SGD: Tensor) -> Tensor:
-        """[S, H, D] from queries of H heads and keys and values of G groups."""
+        """[S, H, D] from queries of H heads and keys and values of G groups, all of them turned by their positions."""
 
 
 class PlannedAttention(MegatronModule):
-    """Grouped-query attention after RoPE, for the ``core_attention`` slot of megatron's layer specs."""
+    """Grouped-query attention, for the ``core_attention`` slot of megatron's layer specs.
+
+    Under a plan it also turns queries and keys: megatron would compute cosines and sines anew in every layer.
+    """
 
     def __init__(self, config: TransformerConfig, layer_number: int, **unused: object) -> None:
         super().__init__(config=config)
@@ -64,6 +82,9 @@ class PlannedAttention(MegatronModule):
         if packed_seq_params is None:
             rows_BHSD = self.causal(*(x.permute(1, 2, 0, 3) for x in (query, key, value)))
             return rows_BHSD.permute(2, 0, 1, 3).reshape(S, B, -1)
+        turns = packed_seq_params.rotations(query.dtype)
+        if turns is not None:
+            query, key = Turned.apply(query, turns), Turned.apply(key, turns)
         output_SHD = packed_seq_params.attend(self, query[:, 0], key[:, 0], value[:, 0])
         return output_SHD.reshape(S, 1, -1)
 
@@ -84,12 +105,15 @@ class PlannedAttention(MegatronModule):
         # The query heads of one group become further queries of that group: no copy of the keys, and the fast kernels
         # that take a mask but no grouped heads stay usable.
         B, heads, S, dim = query_BHSD.shape
-        folded = query_BHSD.reshape(B, key_BGKD.shape[1], -1, dim)
+        folded_BGRD = query_BHSD.reshape(B, key_BGKD.shape[1], -1, dim)
+        return self.folded(folded_BGRD, key_BGKD, value_BGKD, mask_B1RK).reshape(B, heads, S, dim)
+
+    def folded(self, query_BGRD: Tensor, key_BGKD: Tensor, value_BGKD: Tensor, mask_B1RK: Tensor) -> Tensor:
+        """``masked`` for queries that are folded into their groups already, head by head: [B, G, R, D]."""
         with self._dropout_generator():
-            output = F.scaled_dot_product_attention(
-                folded, key_BGKD, value_BGKD, attn_mask=mask_B1RK, dropout_p=self.dropout if self.training else 0.0
+            return F.scaled_dot_product_attention(
+                query_BGRD, key_BGKD, value_BGKD, attn_mask=mask_B1RK, dropout_p=self.dropout if self.training else 0.0
             )
-        return output.reshape(B, heads, S, dim)
 
     def _dropout_generator(self) -> contextlib.AbstractContextManager[Any]:
         """TP ranks hold different heads and must drop differently; sequence parallelism has forked already."""
@@ -102,43 +126,37 @@ class PlannedAttention(MegatronModule):
 def additive_mask(visible_BSK: Tensor, share: int, dtype: torch.dtype) -> Tensor:
     """``visible_BSK`` (bool) for ``PlannedAttention.masked`` with ``share`` query heads per key group."""
     B, S, K = visible_BSK.shape
-    mask_BSK = torch.zeros(B, S, K, dtype=dtype, device=visible_BSK.device).masked_fill_(~visible_BSK, -torch.inf)
-    return mask_BSK[:, None, None].expand(B, 1, share, S, K).reshape(B, 1, share * S, K)
-
-
-def inverse_frequencies(dim: int, theta: float, scaling: RopeScaling | None) -> Tensor:
-    """``dim / 2`` inverse frequencies in float32 (arXiv 2104.09864), with Llama 3's scaling if any.
-
-    The scaling leaves wavelengths below ``original / high_freq_factor`` alone, divides those above
-    ``original / low_freq_factor`` by ``factor`` and interpolates in between.
-    """
-    inverse = 1.0 / theta ** (torch.arange(0, dim, 2, dtype=torch.float32, device="cpu") / dim)
-    if scaling is None:
-        return inverse
-    wavelength = 2 * math.pi / inverse
-    low, high = scaling.low_freq_factor, scaling.high_freq_factor
-    smooth = ((scaling.original_max_position / wavelength - low) / (high - low)).clamp(0.0, 1.0)
-    return (1 - smooth) * inverse / scaling.factor + smooth * inverse
+    if visible_BSK.is_cuda and K % _MASK_ROW:
+        visible_BSK = F.pad(visible_BSK, (0, -K % _MASK_ROW))
+    row = visible_BSK.shape[2]
+    mask_BSK = torch.zeros(B, S, row, dtype=dtype, device=visible_BSK.device).masked_fill_(~visible_BSK, -torch.inf)
+    return mask_BSK[:, None, None].expand(B, 1, share, S, row).reshape(B, 1, share * S, row)[..., :K]
 
 
 class PositionedRotary(RotaryEmbedding):
-    """megatron's rotary embedding with the positions of an attention plan; without one, indices in the row."""
+    """megatron's rotary embedding with the positions of an attention plan; without one, indices in the row.
+
+    Under a plan megatron's layers get no angles: the core attention turns queries and keys, by tables of the plan.
+    """
 
     def __init__(self, shape: Backbone) -> None:
         super().__init__(kv_channels=shape.kv_channels, rotary_percent=1.0, rotary_base=shape.rope_theta)
         device = torch.cuda.current_device()
         self.inv_freq = inverse_frequencies(shape.kv_channels, shape.rope_theta, shape.rope_scaling).to(device)
 
-    def get_rotary_seq_len(self, *arguments: Any, **named: Any) -> int | Tensor:
-        """The argument that megatron passes to ``forward``: the plan's positions, or the length of the rows."""
+    def get_rotary_seq_len(self, *arguments: Any, **named: Any) -> int | AttentionPlan:
+        """The argument that megatron passes to ``forward``: the plan, or the length of the rows."""
         plan = next((value for value in (*arguments, *named.values()) if isinstance(value, AttentionPlan)), None)
-        return super().get_rotary_seq_len(*arguments, **named) if plan is None else plan.position_S
+        return super().get_rotary_seq_len(*arguments, **named) if plan is None else plan
 
-    def forward(self, length_or_positions: int | Tensor, offset: int = 0, **unused: object) -> Tensor:
-        """Angles [S, 1, 1, dim] of the given positions [S], or of positions ``offset ..``."""
-        if isinstance(length_or_positions, Tensor):
-            position_S = length_or_positions.to(self.inv_freq.device)
-        else:
-            position_S = torch.arange(offset, offset + length_or_positions, device=self.inv_freq.device)
+    def forward(self, place: int | AttentionPlan, offset: int = 0, **unused: object) -> Tensor | None:
+        """Angles [S, 1, 1, dim] of positions ``offset ..`` of rows of this length; for a plan None."""
+        if isinstance(place, AttentionPlan):
+            place.rotate_by(self)
+            return None
+        return self.angles(torch.arange(offset, offset + place, device=self.inv_freq.device))
+
+    def angles(self, position_S: Tensor) -> Tensor:
+        """Angles [S, 1, 1, dim] of positions, those of the pairs twice."""
         angles = position_S[:, None].to(self.inv_freq.dtype) * self.inv_freq
         return torch.cat((angles, angles), dim=-1)[:, None, None, :]

@@ -20,6 +20,7 @@ from tawin_nemo.models.megatron.model.tree_plan import TreePlan
 from tawin_nemo.models.megatron.parallel import runtime
 from tawin_nemo.types import Children, TokenBatch
 from tawin_nemo.util.torch_modes import without_modes
+from tawin_nemo.util.transfers import to_device
 
 #: Attributes of megatron's modules for activations that are split along the sequence.
 _SEQUENCE_FLAGS = ("sequence_parallel", "reduce_scatter_embeddings", "scatter_to_sequence_parallel")
@@ -37,7 +38,7 @@ def padding(tokens: int, config: TransformerConfig) -> int:
 def hidden_states(model: torch.nn.Module, batch: TokenBatch) -> Tensor:
     """This stage's output [S, 1, D] of the one flat row (under sequence parallelism this TP rank's part of S)."""
     extra = padding(len(batch.tokens_S), unwrap_model(model).config)
-    tokens_BS = F.pad(batch.tokens_S.to(runtime.device()), (0, extra))[None]
+    tokens_BS = to_device([F.pad(batch.tokens_S.cpu(), (0, extra))], runtime.device())[0][None]
     plan = TreePlan(batch, runtime.device(), padding=extra)
     with without_modes():
         run = partial(model, tokens_BS, None, None, packed_seq_params=plan)
@@ -48,13 +49,11 @@ def hidden_states(model: torch.nn.Module, batch: TokenBatch) -> Tensor:
 def batch_logprobs(model: torch.nn.Module, batch: TokenBatch, hidden_SBD: Tensor) -> Tensor:
     """Log-probs [N] of the batch's targets in the batch's score space; last pipeline stage only."""
     bare: GPTModel = unwrap_model(model)
-    device = hidden_SBD.device
-    hidden_PD = select_rows(bare, hidden_SBD, batch.index_P.to(device))
-    if batch.children is None:
-        return token_logprobs(bare, hidden_PD, batch.row_N.to(device), batch.target_N.to(device))
     edges = batch.children
-    moved = Children(edges.position_E.to(device), edges.token_E.to(device), edges.chosen_N.to(device))
-    return child_logprobs(bare, hidden_PD, moved)
+    read = [batch.row_N, batch.target_N] if edges is None else [edges.position_E, edges.token_E, edges.chosen_N]
+    index_P, *read = to_device([part.cpu() for part in (batch.index_P, *read)], hidden_SBD.device)
+    hidden_PD = select_rows(bare, hidden_SBD, index_P)
+    return token_logprobs(bare, hidden_PD, *read) if edges is None else child_logprobs(bare, hidden_PD, Children(*read))
 
 
 def logit_dtype(model: torch.nn.Module) -> torch.dtype:

@@ -16,6 +16,8 @@ from tawin_nemo.models.megatron.model.attention import PlannedAttention
 class RMSNorm(torch.nn.Module):
     """x / sqrt(mean(x^2) + eps) * weight over the last axis (arXiv 1910.07467), computed in float32 or wider.
 
+    On a CUDA device this is torch's one kernel, which rounds to the input's dtype once, behind the weight; elsewhere
+    the normalised input is rounded before the product too, as Hugging Face's models do.
     Under sequence parallelism each TP rank sees a part of the tokens, so the weight carries ``sequence_parallel=True``
     and megatron's ``finalize_model_grads`` sums its gradient over the TP group.
     """
@@ -30,6 +32,8 @@ class RMSNorm(torch.nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """The normalised input, in the input's dtype and shape."""
+        if x.is_cuda and x.dtype == self.weight.dtype:
+            return torch.nn.functional.rms_norm(x, (x.shape[-1],), self.weight, self.eps)
         wide = x if x.dtype == torch.float64 else x.float()
         normed = torch.nn.functional.rms_norm(wide, (wide.shape[-1],), None, self.eps)
         return normed.to(x.dtype) * self.weight

@@ -234,9 +234,10 @@ def _sum_stats(stats: list[dict[str, Tensor]]) -> dict[str, float]:
     totals: dict[str, float] = {}
     if runtime.is_last_stage():
         local: dict[str, float] = {}
-        for micro in stats:
-            for name, value in micro.items():
-                local[name] = local.get(name, 0.0) + float(value)
+        named = [(name, value) for micro in stats for name, value in micro.items()]
+        numbers = torch.stack([value.detach() for _, value in named]).tolist() if named else []  # the host waits once
+        for (name, _), number in zip(named, numbers, strict=True):
+            local[name] = local.get(name, 0.0) + number
         for shard in runtime.data_parallel().gather(local):
             for name, value in shard.items():
                 totals[name] = totals.get(name, 0.0) + value

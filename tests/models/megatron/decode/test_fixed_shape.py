@@ -16,11 +16,10 @@ from tawin_nemo.config.schema import ModelConfig
 from tawin_nemo.models.megatron.decode.lm import MegatronLM
 from tawin_nemo.models.megatron.model.build import build_model
 from tawin_nemo.models.megatron.parallel import runtime
-from tawin_nemo.rollout import beam, select_dense
 from tawin_nemo.rollout.beam import constrained_beam_search
 from tawin_nemo.rollout.fixed_search import CHAINS, FixedShapeSearch, fixed_buffers
 from tawin_nemo.types import Candidates, TokenRows
-from tests.rollout.launches import Count, Launches, metered
+from tests.rollout.launches import Count, Launches
 from tests.rollout.recorded_graph import RecordedGraph
 
 SHAPE = Backbone(
@@ -202,20 +201,3 @@ def test_a_captured_search_needs_a_tenth_of_the_launches(monkeypatch: pytest.Mon
     opened = counted(lambda: search.begin(prompts))
     assert (deeper - opened).launches == 10
     assert (deeper - opened).syncs == 0
-
-
-#: Launches and host syncs of ``select.step`` in the search below at commit 39759c5, before this form existed.
-STEP_BEFORE = ((165, 13), (207, 14), (194, 13))
-
-
-def test_the_step_of_a_gpu_needs_half_the_launches_and_a_quarter_of_the_syncs(monkeypatch: pytest.MonkeyPatch) -> None:
-    lm, trie, prompts = language_model(torch.bfloat16), titles(2), some_prompts(8, 4)
-    monkeypatch.setitem(select_dense._DENSE, "cpu", True)
-    seen: list[Count] = []
-    with torch.no_grad(), Launches() as mode:
-        monkeypatch.setattr(beam, "step_on_device", metered(select_dense.step_on_device, mode, seen))
-        constrained_beam_search(lm, prompts, trie, WIDTH)
-    assert len(seen) == len(STEP_BEFORE)
-    assert 2 * sum(count.launches for count in seen) <= sum(launches for launches, _ in STEP_BEFORE)
-    assert 4 * sum(count.syncs for count in seen) <= sum(syncs for _, syncs in STEP_BEFORE)
-    assert max(count.syncs for count in seen) <= 3

@@ -77,7 +77,7 @@ def test_a_discarded_pass_for_scales_changes_nothing_and_keeps_no_graph(monkeypa
     monkeypatch.setattr(lm_module, "KeyValueSlots", lambda *sizes: stores.append(KeyValueSlots(*sizes)) or stores[-1])
     assert torch.equal(hidden_states(MegatronLM(model, QWEN)), expected)
     assert enabled == [True, False, False, False, False]
-    assert not any(part.requires_grad for store in stores for pair in store._layers.values() for part in pair)
+    assert not any(part.requires_grad for store in stores for part in store.tensors())
 
 
 def test_a_model_in_training_drops_nothing_while_it_searches() -> None:

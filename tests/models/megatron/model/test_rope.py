@@ -8,8 +8,9 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from tawin_nemo.config.backbones import backbone, with_vocab
 from tawin_nemo.config.schema import ModelConfig
-from tawin_nemo.models.megatron.model.attention import AttentionPlan, inverse_frequencies
+from tawin_nemo.models.megatron.model.attention import AttentionPlan
 from tawin_nemo.models.megatron.model.build import build_model
+from tawin_nemo.models.megatron.model.rotary import inverse_frequencies
 from tawin_nemo.models.megatron.parallel import runtime
 
 
@@ -46,5 +47,10 @@ def test_positions_of_a_plan_rotate_like_places() -> None:
     places = rotary(9)
     assert places.shape == (9, 1, 1, shape.kv_channels)
     plan = AttentionPlan(torch.tensor([0, 3, 8, 5, 5, 1]))
-    explicit = rotary(rotary.get_rotary_seq_len(None, model.decoder, None, model.config, plan))
-    assert torch.equal(explicit, places[plan.position_S])
+    assert plan.rotations(torch.float32) is None  # nobody has asked for it: megatron turns queries and keys
+    assert rotary(rotary.get_rotary_seq_len(None, model.decoder, None, model.config, plan)) is None
+    turns = plan.rotations(torch.float32)
+    assert turns is not None
+    assert turns is plan.rotations(torch.float32)
+    assert torch.equal(turns.cos_S11D, places[plan.position_S].cos())
+    assert torch.equal(turns.sin_S11D, places[plan.position_S].sin())
