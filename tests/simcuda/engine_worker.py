@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from tests.simcuda import device
-from tests.simcuda.fake_engine import QUANTISED, import_engine, reset
+from tests.simcuda.fake_engine import ACCUMULATED, QUANTISED, import_engine, reset
 
 
 def main(given: dict[str, Any]) -> None:
@@ -58,9 +58,11 @@ def _steps(case: dict[str, Any], saved: Path) -> dict[str, Any]:
     result: dict[str, Any] = {"layers": sorted({type(module).__name__ for module in model.modules()}), "seen": []}
     for step in case["steps"]:
         QUANTISED.clear()
+        ACCUMULATED.clear()
         shown = _step(step, trainable, cfg, saved)
         kinds = sorted({(kind, reduced) for kind, reduced, _ in QUANTISED})
-        result["seen"].append({"step": step, "shown": shown, "quantised": kinds})
+        added = sorted(set(ACCUMULATED))
+        result["seen"].append({"step": step, "shown": shown, "quantised": kinds, "accumulated": added})
     return result
 
 
