@@ -3,6 +3,7 @@ ranks send are NaN on it. Code that reads a model without waiting computes NaN, 
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -60,8 +61,8 @@ def install() -> None:
 
 
 def verb(words: Sequence[str]) -> int:
-    """``python -m tawin_nemo words`` with late gathers; fails where the recipe asks for none."""
+    """``python -m tawin_nemo words`` with late gathers; fails where none was started."""
     install()
     status = forked.verb(words)
-    assert started > 0
+    assert started > 0 or os.environ.get("RANK", "0") != "0"  # a rank that only searches trains nothing
     return status

@@ -1,7 +1,7 @@
 """Whole runs with overlapped communication (``trainer.overlap_*``): every stage computes what the plain form does.
 
-Weights that other ranks have not sent yet are NaN here (``tests.distributed.late_gather``), so that a search, reference,
-checkpoint or evaluation that does not wait for them cannot go unnoticed.
+Weights that other ranks have not sent yet are NaN here (``tests.distributed.late_gather``), so that a search, a
+reference, a checkpoint or an evaluation that does not wait for them cannot go unnoticed.
 """
 
 import math
@@ -15,9 +15,9 @@ from tests.train.test_layouts import LOSS_RTOL, evaluated
 OVERLAP = "trainer.overlap_grad_reduce=true trainer.overlap_param_gather=true".split()
 #: A pipeline of all stages; without clipping, as the norm is summed over pieces that buckets cut at other places.
 ALL_STAGES = (
-    "trainer.clip_grad=0 compare.sft_continued=false eval.splits=[valid] sft.epochs=1 rl.max_steps=3 rl.inner_updates=2 "
-    "rl.beta=0.01 rl.init=preference preference.enabled=true preference.max_steps=3 preference.lr=1e-3 "
-    "preference.global_batch_size=16 preference.micro_batch_tokens=1024 reference.refresh=ema "
+    "trainer.clip_grad=0 compare.sft_continued=false eval.splits=[valid] sft.epochs=1 rl.max_steps=3 "
+    "rl.inner_updates=2 rl.beta=0.01 rl.init=preference preference.enabled=true preference.max_steps=3 "
+    "preference.lr=1e-3 preference.global_batch_size=16 preference.micro_batch_tokens=1024 reference.refresh=ema "
     "reference.refresh_decay=0.5"
 ).split()
 MATRIX = {
@@ -29,7 +29,6 @@ MATRIX = {
     "pp2 x dp2, no rl.beta": (
         "trainer.devices=4 model.pipeline_model_parallel_size=2 rl.beta=0 rl.ensure_target=off reference.refresh=off"
     ),
-    "adapters": "trainer.devices=2 model.lora.rank=4 reference.refresh=off",
     "other rollout layout": "trainer.devices=2 rollout.tensor_model_parallel_size=2",
     "ranks that only search": (
         "trainer.devices=3 rollout.placement=separate rollout.devices=1 rollout.ahead=1 rl.ensure_target=off "
