@@ -14,8 +14,8 @@ from megatron.core.distributed.param_and_grad_buffer import _ParamAndGradBucketG
 from tawin_nemo.models.megatron.optim import overlap
 from tests import forked
 
-#: Parameters of a bucket in the tests: several buckets a layer of a small model.
-BUCKET = 2000
+#: Parameters of a bucket, at least: several buckets a layer of a small model and of its adapters.
+BUCKET = 300
 #: Gathers that were started in this process.
 started = 0
 

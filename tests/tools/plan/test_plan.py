@@ -14,7 +14,7 @@ from tawin_nemo.config.backbones import FlopCount, backbone
 from tawin_nemo.config.gpus import GPUS
 from tawin_nemo.config.layout import Layout
 from tawin_nemo.config.load import load_recipe
-from tawin_nemo.config.schema import Recipe
+from tawin_nemo.config.schema import Recipe, TrainerConfig
 from tawin_nemo.tools.plan.memory import GIB, stage_parameters
 from tawin_nemo.tools.plan.plan import Plan, fitting, limit_bytes
 from tawin_nemo.tools.plan.timing import Rates, preference_step, rl_step, sft_step
@@ -133,7 +133,7 @@ def test_gradients_travel_by_nvlink_inside_a_node_and_by_network_beyond():
         15 / 16 * 6 * count / (1e9 * min(a100.nvlink_gb_s, 8 * a100.network_gb_s))
     )
     assert rates(Layout()).exchange() == 0.0
-    narrow = {"grad_reduce_in_fp32": False}
+    narrow = {"trainer": TrainerConfig(grad_reduce_in_fp32=False)}
     assert rates(Layout(dp=8), **narrow).exchange() == pytest.approx(7 / 8 * 4 * count / 200e9)
     assert rates(Layout(dp=8), precision="fp32", **narrow).exchange() == pytest.approx(7 / 8 * 8 * count / 200e9)
 
