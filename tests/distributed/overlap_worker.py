@@ -166,6 +166,7 @@ def compare(cfg: ModelConfig, distributed: bool, kind: str, space: str, folder: 
     if (kind, space) != ("tied", "vocab"):
         return
     for actor, name in ((first, "plain"), (second, "overlapped")):
+        actor.update_without_gradient(lr=LR)  # the weights to be saved are under way
         save_checkpoint(folder / name / "step_9", model=actor.model, trainable=actor, state={"step": 9})
     for trainer, name in ((overlapped, "plain"), (plain, "overlapped")):
         other = new_actor(cfg, trainer, kind)
