@@ -24,8 +24,9 @@ from tawin_nemo.util.hub import local_folder
 HELP = f"""\
 tawin-nemo plan --recipe F [--gpus N] [--gpu h800] [option=value ...] [key=value ...]
 
-Memory per GPU by part and phase, what a step costs, and the best layout; a layout that is not possible or does not fit
-is refused with the nearest one that does (exit code 2). Needs no GPU and starts no training.
+Memory per GPU by part and phase, what a step costs, from which batch another node helps, and the best layout; a layout
+that is not possible or does not fit is refused with the nearest one that does (exit code 2). Needs no GPU and starts no
+training. Lines that begin with "unverified" say what was never compared with a GPU.
 
 options:
   gpus=N             GPUs in all (default: trainer.num_nodes x trainer.devices); above {NODE} a multiple of {NODE}
