@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 from tawin_nemo.config.gpus import NODE
@@ -65,13 +66,14 @@ def node_times(question: Question, rates: Rates, fits: Callable[[Question, Layou
         recipe = stage.with_batch(batch)
         return stage.step(recipe, question.lengths, replace(rates, layout=layouts[nodes])).total
 
+    def helps(nodes: int, batch: int) -> bool:
+        return seconds(batch, nodes // 2) / seconds(batch, nodes) >= HELPS
+
     batches = [factor * stage.batch for factor in FACTORS]
-    helps = {
-        nodes: _smallest(lambda batch, n=nodes: seconds(batch, n // 2) / seconds(batch, n) >= HELPS, layouts[nodes].dp)
-        for nodes in usable
-        if nodes // 2 in usable
-    }
-    return NodeTimes(stage.key, usable, {b: tuple(seconds(b, n) for n in usable) for b in batches}, helps)
+    table = {batch: tuple(seconds(batch, nodes) for nodes in usable) for batch in batches}
+    more = [nodes for nodes in usable if nodes // 2 in usable]
+    smallest = {nodes: _smallest(partial(helps, nodes), layouts[nodes].dp) for nodes in more}
+    return NodeTimes(stage.key, usable, table, smallest)
 
 
 def _possible(question: Question, layout: Layout, gpus: int, fits: Callable[[Question, Layout], bool]) -> bool:

@@ -215,11 +215,11 @@ def _more_nodes(plan: Plan) -> list[str]:
     lines = [f"more nodes  {times.key:>{len(times.key)}}" + "".join(f"{head:>10}" for head in heads) + "  (s a step)"]
     for batch, seconds in times.seconds.items():
         lines.append(f"{'':12}{batch:>{len(times.key)}}" + "".join(f"{value:>10.3g}" for value in seconds))
-    for nodes, batch in times.helps_from.items():
+    for nodes, smallest in times.helps_from.items():
         fewer = f"{nodes // 2} node{'s' * (nodes > 2)}"
         lines.append(
             f"{'':12}{nodes} nodes are {HELPS:g} times as fast as {fewer} "
-            + (f"from {times.key}={batch} on" if batch else "at no batch")
+            + (f"from {times.key}={smallest} on" if smallest else "at no batch")
         )
     return lines
 

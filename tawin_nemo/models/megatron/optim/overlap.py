@@ -49,7 +49,7 @@ def signal_rows(model: GPTModel) -> None:
             index = torch.zeros((1, 0), dtype=torch.long, device=parameter.device)
             values = torch.zeros((0, width), dtype=parameter.dtype, device=parameter.device)
             empty = torch.sparse_coo_tensor(index, values, (rows, width), check_invariants=False)
-            parameter.ready_gradient = empty  # type: ignore[attr-defined]
+            parameter.ready_gradient = empty
 
 
 class WeightGather:
