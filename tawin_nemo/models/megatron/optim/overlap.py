@@ -18,7 +18,7 @@ from megatron.core.distributed import DistributedDataParallel, DistributedDataPa
 from megatron.core.models.gpt.gpt_model import GPTModel
 
 from tawin_nemo.config.schema import TrainerConfig
-from tawin_nemo.models.megatron.model.in_flight import wait_with
+from tawin_nemo.models.megatron.model.in_flight import under_way
 
 #: Parameters in a bucket, at least. None is megatron-core's choice: 40 million, or 1 million for each replica.
 BUCKET_SIZE: int | None = None
@@ -58,13 +58,15 @@ class WeightGather:
     def __init__(self, ddp: DistributedDataParallel) -> None:
         # buffers are filled from the last parameter to the first; a forward pass needs the first ones first
         self._groups = [*ddp.bucket_groups, *ddp.expert_parallel_bucket_groups][::-1]
+        buffers = [bucket.param_data.untyped_storage() for group in self._groups for bucket in group.buckets]
+        self.storages = frozenset(buffer.data_ptr() for buffer in buffers)
         self.none_due()
-        wait_with(ddp.module, self.wait)
 
     def start(self) -> None:
         """Start to gather all weights; the optimizer must have stepped, and earlier gathers must have ended."""
         for group in self._groups:
             group.start_param_sync()
+        under_way(self)
 
     def wait(self) -> None:
         """Return when all weights are there."""

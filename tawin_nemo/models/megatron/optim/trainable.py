@@ -19,7 +19,6 @@ from megatron.core.distributed import DistributedDataParallel, finalize_model_gr
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.pipeline_parallel import get_forward_backward_func
-from megatron.core.utils import unwrap_model
 from torch import Tensor
 
 from tawin_nemo.config.backbones import Backbone
@@ -65,7 +64,7 @@ def _forward_step(step: Iterator[MicroBatch], model: torch.nn.Module) -> tuple[T
 
     def loss_of(hidden_SBD: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         with without_modes():
-            wait_for_weights(unwrap_model(model))  # the head is read without its module
+            wait_for_weights(model)  # the head is read without its module
             logp_N = batch_logprobs(model, micro.batch, hidden_SBD)
             loss, stats = micro.loss(logp_N)
         if not loss.requires_grad:  # every stage must get a gradient, or the pipeline would wait for ever
