@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from tawin_nemo.config.item_token_checks import item_token_combinations
 from tawin_nemo.config.layout import SEQUENCE_PARALLEL_NEEDS_TP, rollout_layout, training_layout
 from tawin_nemo.config.lora_checks import lora_combinations
+from tawin_nemo.config.overlap_checks import overlap_combinations
 from tawin_nemo.config.placement_checks import ahead_combinations, aligned, placement_combinations
 from tawin_nemo.config.preference_checks import preference_combinations, prefers_reference
 from tawin_nemo.config.schema import TEMPLATES, Recipe
@@ -23,6 +24,7 @@ def combinations(r: Recipe) -> Iterator[tuple[bool, str]]:
     training, world = training_layout(r), r.processes
     searching = rollout_layout(r, training)
     yield from placement_combinations(r)
+    yield from overlap_combinations(t)
     yield from _template_combinations(r)
     yield (
         not training.divides(r.training_processes),
@@ -32,10 +34,7 @@ def combinations(r: Recipe) -> Iterator[tuple[bool, str]]:
         f"model.pipeline_model_parallel_size={m.pipeline_model_parallel_size}; set trainer.devices to a multiple "
         f"of {training.model_ranks}" + (" more than rollout.devices" if r.rollout.devices else ""),
     )
-    yield (
-        training.sequence_parallel_alone,
-        f"{SEQUENCE_PARALLEL_NEEDS_TP}; set it to false",
-    )
+    yield training.sequence_parallel_alone, f"{SEQUENCE_PARALLEL_NEEDS_TP}; set it to false"
     yield (
         r.catalog.kind == "sid" and not r.catalog.index,
         "catalog.kind=sid needs catalog.index, a JSON file of codes; or use catalog.kind=title",

@@ -706,6 +706,12 @@ class TrainerConfig:
     grad_reduce_in_fp32: bool = opt(
         True, "Sums gradients in float32; off keeps them in bf16 under bf16 and FP8, with half the memory and traffic."
     )
+    overlap_grad_reduce: bool = opt(
+        False, "Sums gradients over replicas, bucket by bucket, while the backward pass still computes others."
+    )
+    overlap_param_gather: bool = opt(
+        False, "Hands the new weights out while the next forward pass runs, which waits for each layer's weights."
+    )
     offload_optimizer: bool = opt(
         False, "Keeps the optimizer state in pinned CPU memory and frees gradients while rollouts run."
     )

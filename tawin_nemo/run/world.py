@@ -48,8 +48,9 @@ RESUMABLE_KEYS = (
     "model.recompute", "rollout.tensor_model_parallel_size", "rollout.pipeline_model_parallel_size",
     "rollout.token_budget", "eval.token_budget", "sft.micro_batch_tokens", "rl.micro_batch_tokens",
     "preference.micro_batch_tokens",
-    "trainer.offload_optimizer", "trainer.collective_timeout", "rollout.placement", "rollout.devices",
-    "rollout.servers", "rollout.api_key_file", "rollout.control_token_file", "rollout.server_timeout_s",
+    "trainer.offload_optimizer", "trainer.overlap_grad_reduce", "trainer.overlap_param_gather",
+    "trainer.collective_timeout", "rollout.placement", "rollout.devices", "rollout.servers",
+    "rollout.api_key_file", "rollout.control_token_file", "rollout.server_timeout_s",
     "rollout.server_tries", "rollout.weights_backend", "trainer.metric_sinks",
 )  # fmt: skip
 

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from tawin_nemo.models.megatron.checkpoint import checkpoint
 from tawin_nemo.models.megatron.model.adapters import adapters_of, without_adapters
+from tawin_nemo.models.megatron.model.in_flight import wait_for_weights
 from tawin_nemo.models.megatron.optim.trainable import score
 from tawin_nemo.types import TokenBatch
 
@@ -122,6 +123,7 @@ class SwappedReference:
 
     @torch.no_grad()
     def _exchange(self) -> None:
+        wait_for_weights(self._model)
         for name, parameter in self._model.named_parameters():
             kept = self._weights[name]
             current = parameter.detach().to(kept.device, copy=True)
@@ -133,6 +135,7 @@ class SwappedReference:
 def _blend(weights: Mapping[str, Tensor], actor_model: GPTModel, keep: float) -> None:
     if keep == 1.0:
         return
+    wait_for_weights(actor_model)
     for name, parameter in actor_model.named_parameters():
         kept, now = weights[name], parameter.detach().to(weights[name])  # a reference may have its own precision
         if keep == 0.0:  # exactly the actor's, whatever rounding makes of 0 * w + now

@@ -70,6 +70,14 @@ def test_cluster_recipes_write_checkpoints_in_the_background(path):
         ("catalog.kind=sid", ["catalog.index"]),
         ("reference.mode=off", ["rl.beta", "reference.mode=copy"]),
         ("sft.enabled=false", ["rl.init=base"]),
+        (
+            "trainer.overlap_grad_reduce=true trainer.overlap_param_gather=true trainer.distributed_optimizer=false",
+            ["trainer.overlap_param_gather=true", "set trainer.distributed_optimizer=true"],
+        ),
+        (
+            "trainer.overlap_param_gather=true",
+            ["trainer.overlap_param_gather=true", "trainer.overlap_grad_reduce=false", "set both to true"],
+        ),
         ("rollout.width=4", ["rollout.width=4", "rl.group_size=16"]),
         ("eval.beams=5", ["eval.beams=5", "eval.ks"]),
         ("rl.max_refill_batches=2", ["rl.max_refill_batches=2", "rl.algorithm=dapo"]),

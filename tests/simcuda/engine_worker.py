@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from tests.simcuda import device
-from tests.simcuda.fake_engine import QUANTISED, QUANTISED_WEIGHTS, import_engine, reset
+from tests.simcuda.fake_engine import ACCUMULATED, QUANTISED, QUANTISED_WEIGHTS, import_engine, reset
 
 
 def main(given: dict[str, Any]) -> None:
@@ -61,10 +61,11 @@ def _steps(case: dict[str, Any], saved: Path) -> dict[str, Any]:
     for step in case["steps"]:
         QUANTISED.clear()
         QUANTISED_WEIGHTS.clear()
+        ACCUMULATED.clear()
         shown = _step(step, trainable, cfg, saved, engines)
         kinds = sorted({(kind, reduced) for kind, reduced, _ in QUANTISED})
-        weights = len(QUANTISED_WEIGHTS)
-        result["seen"].append({"step": step, "shown": shown, "quantised": kinds, "weights_quantised": weights})
+        counts = {"weights_quantised": len(QUANTISED_WEIGHTS), "accumulated": sorted(set(ACCUMULATED))}
+        result["seen"].append({"step": step, "shown": shown, "quantised": kinds, **counts})
     return result
 
 

@@ -25,6 +25,8 @@ from torch import Tensor
 
 #: Largest number of float8_e4m3.
 E4M3_MAX = 448.0
+#: Types of operands and sum of every product that was added to a buffer, in order.
+ACCUMULATED: list[tuple[str, str]] = []
 #: (kind of quantizer, whether its scale is reduced over the ranks, shape) of every quantisation, in order.
 QUANTISED: list[tuple[str, bool, tuple[int, ...]]] = []
 #: Shapes of those that were parameters.
@@ -145,6 +147,9 @@ def generic_gemm(
     else:
         shape, inner = (b[-1], a[-1]), (math.prod(a[:-1]), math.prod(b[:-1]))
     assert inner[0] == inner[1], f"product of {a} and {b}, transposed: {transa} {transb}"
+    _, _, accumulate, *_ = rest
+    if accumulate and out is not None:
+        ACCUMULATED.append((str(getattr(A, "dtype", type(A).__name__)), str(out.dtype)))
     if out is None:
         out = 0.02 * torch.randn(shape, dtype=_TORCH[out_dtype], device="cuda")
     assert tuple(out.shape) == tuple(shape), (out.shape, shape)

@@ -86,6 +86,10 @@ def test_searches_and_updates_in_any_order(precision, ordered):
     assert "error" not in result, result["error"]
     assert [step["step"] for step in result["seen"]] == steps_of(order, precision)
     assert {"TEColumnParallelLinear", "TERowParallelLinear"} <= set(result["layers"]) or precision == "bf16"
+    added = {tuple(pair) for step in result["seen"] for pair in step["accumulated"]}
+    if precision == "bf16":  # megatron's own layers, without apex: added to float32 by Transformer Engine's product
+        assert added == {("torch.bfloat16", "torch.float32")}
+    assert {total for _, total in added} == {"torch.float32"}
     quantised = {tuple(pair) for step in result["seen"] for pair in step["quantised"]}
     assert {kind for kind, _ in quantised} == QUANTISERS[precision]
     # a search quantises weights in its prefill alone: of four layers with four weights each

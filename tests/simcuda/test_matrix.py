@@ -39,6 +39,14 @@ RL = {
     "dp2_gradients_in_bf16": (
         "trainer.devices=2 trainer.grad_reduce_in_fp32=false model.precision=bf16 trainer.save_minutes=1"
     ),
+    "dp2_overlap": (
+        "trainer.devices=2 trainer.overlap_grad_reduce=true trainer.overlap_param_gather=true model.precision=bf16 "
+        "trainer.offload_optimizer=true trainer.async_save=true rl.inner_updates=2"
+    ),
+    "tp2_dp2_overlap": (
+        "trainer.devices=4 model.tensor_model_parallel_size=2 model.sequence_parallel=true "
+        "trainer.overlap_grad_reduce=true trainer.overlap_param_gather=true reference.mode=swap"
+    ),
     "separate": f"{SEPARATE} trainer.async_save=true model.precision=bf16",
     "separate_ahead": f"{SEPARATE} rollout.ahead=1 rl.ensure_target=off rl.importance_cap=2",
     "rollout_tp2_beside_dp2": "trainer.devices=2 rollout.tensor_model_parallel_size=2 model.precision=bf16",

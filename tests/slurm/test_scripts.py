@@ -84,6 +84,7 @@ def test_the_papers_batch_fills_one_node_and_the_script_says_when_more_nodes_hel
     recipe = load_recipe(REPOSITORY / "recipes" / "tawin_qwen7b.yaml", [f"rl.prompts_per_step={larger}"])
     replicas = 32 // recipe.model.tensor_model_parallel_size
     assert recipe.rl.prompts_per_step % replicas == 0  # every replica gets equally many
+    assert recipe.rl.prompts_per_step >= 1400  # about 20,000 tokens for each
 
 
 def surroundings(**environment: str) -> dict[str, str]:

@@ -45,6 +45,23 @@ def test_candidates_without_weight_are_left_out_and_nothing_changes():
         torch.testing.assert_close(after[name], value, atol=WEIGHT_ATOL, rtol=0, msg=name)
 
 
+def tokens_packed(scene: Scene, adv_BG: torch.Tensor) -> int:
+    ones = torch.ones_like(scene.omega_BG)
+    return sum(len(part.batch.tokens_S) for part in scene.actor.pack(scene.rollout, adv_BG, ones))
+
+
+def test_a_group_without_advantage_costs_no_token_of_reference_scoring_and_update():
+    """They all run on the packed batches; with a KL term a group is packed unless rl.kl_groups leaves it out."""
+    plain, penalised = Scene(PLAIN), Scene(replace(PLAIN, beta=0.1))
+    ones = torch.ones_like(plain.adv_BG)
+    alone = [torch.where(torch.arange(len(ones))[:, None] == b, ones, 0.0) for b in range(len(ones))]
+    by_group = [tokens_packed(plain, adv_BG) for adv_BG in alone]
+    assert min(by_group) > int(plain.rollout.prompts.prompts.lengths.min())
+    assert tokens_packed(plain, ones) == sum(by_group)  # one row of all groups behind each other, no padding
+    assert tokens_packed(plain, ones - alone[0] - alone[3]) == sum(by_group) - by_group[0] - by_group[3]
+    assert tokens_packed(penalised, ones - alone[0] - alone[3]) == sum(by_group)
+
+
 def adam_state(scene: Scene) -> list[torch.Tensor]:
     (part,) = scene.trainable.optimizer.chained_optimizers
     states = [part.optimizer.state[parameter] for group in part.param_groups for parameter in group["params"]]

@@ -26,6 +26,14 @@ def test_swapped_reference_equals_a_copy_and_leaves_the_actor_alone():
     assert not torch.equal(torch.cat(scene.trainable.score(batches)), torch.cat(swapped))
 
 
+@pytest.mark.parametrize(("mode", "beta"), [("copy", 0.0), ("swap", 0.0), ("off", 0.1)])
+def test_without_a_kl_term_no_reference_is_loaded_or_scored(mode, beta):
+    actor_model = object()  # not even looked at
+    reference = build_reference(mode, beta, actor_model, lambda: pytest.fail("a reference was loaded"))
+    assert reference.logprobs([object()]) is None
+    reference.follow(actor_model, keep=0.5)
+
+
 def test_the_reference_of_adapters_is_the_model_that_they_were_added_to():
     """The same bits as a copy of it, before and after updates of the adapters, which are on again behind the pass."""
     scene = Scene(PLAIN)  # its engine searches with the model that gets adapters

@@ -18,6 +18,7 @@ from tawin_nemo.config.layout import (
 )
 from tawin_nemo.config.schema import Recipe
 from tawin_nemo.tools.plan.memory import GIB, Peak, parameters, peaks, resident, stage_parameters, swap_bytes
+from tawin_nemo.tools.plan.nodes import NodeTimes, node_times
 from tawin_nemo.tools.plan.timing import Rates, StepTime, preference_step, rl_step, sft_step
 from tawin_nemo.tools.plan.work import Lengths, Numbers
 from tawin_nemo.util.errors import ConfigError
@@ -55,6 +56,7 @@ class Plan:
     best: Layout | None
     notes: list[str]
     preference: StepTime | None = None
+    more_nodes: NodeTimes | None = None
 
     @property
     def fullest(self) -> Peak:
@@ -121,7 +123,7 @@ def make_plan(question: Question) -> Plan:
         )
     rates = Rates(
         question.shape, layout, question.gpu, question.recipe.model.precision, question.mfu,
-        question.recipe.model.recompute, question.recipe.trainer.grad_reduce_in_fp32, question.recipe.model.lora,
+        question.recipe.model.recompute, question.recipe.trainer, question.recipe.model.lora,
     )  # fmt: skip
     recipe, lengths = question.recipe, question.lengths
     return Plan(
@@ -133,6 +135,7 @@ def make_plan(question: Question) -> Plan:
         best=good[0] if good else None,
         notes=list(notes(question, layout)),
         preference=preference_step(recipe, lengths, rates) if recipe.preference.enabled else None,
+        more_nodes=node_times(question, rates, fits),
     )
 
 

@@ -1,5 +1,5 @@
 """Step times from FLOPs and a stated MFU, with what a search must at least take to read the weights and what an update
-must at least take to exchange gradients. Collectives inside a model (TP, PP) are the MFU's business."""
+must at least take to exchange gradients and weights. Collectives inside a model (TP, PP) are the MFU's business."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from tawin_nemo.config.backbones import Backbone, FlopCount, stage_layers
 from tawin_nemo.config.gpus import NODE, Gpu
 from tawin_nemo.config.layout import Layout, rollout_layout
 from tawin_nemo.config.lora import training_passes
-from tawin_nemo.config.schema import LoraConfig, Recipe
+from tawin_nemo.config.schema import LoraConfig, Recipe, TrainerConfig
 from tawin_nemo.tools.plan.memory import micro_batches, stage_parameters, trained_parameters
 from tawin_nemo.tools.plan.work import (
     Lengths,
@@ -32,6 +32,8 @@ DEFAULT_MFU = 0.30
 SEARCH_LAUNCHES, SCORE_LAUNCHES, TRAINING_LAUNCHES, SELECT_LAUNCHES = (16, 30), (24, 45), (81, 159), 28
 #: Host time of one launch from Python. An assumption: 6 to 10 microseconds are usual.
 LAUNCH_S = 8e-6
+#: Share of a training pass without recomputation that is its backward pass.
+BACKWARD = 2 / 3
 
 
 @dataclass(frozen=True)
@@ -56,7 +58,7 @@ class Rates:
     precision: str
     mfu: float
     recompute: str
-    grad_reduce_in_fp32: bool = True
+    trainer: TrainerConfig = TrainerConfig()
     lora: LoraConfig = LoraConfig()
 
     def forward(self, work: FlopCount) -> float:
@@ -76,10 +78,14 @@ class Rates:
     def training(self, work: FlopCount, micro: int) -> float:
         """Seconds of forward and backward; full recomputation runs forward twice, and a pipeline of P stages with m
         micro-batches idles (P - 1) / m of its time (arXiv 2104.04473, Section 2.2); its largest stage sets the pace."""
+        return self.training_pass(work, micro) * (micro + self.layout.pp - 1)
+
+    def training_pass(self, work: FlopCount, micro: int) -> float:
+        """Seconds that the largest stage takes for forward and backward of one of ``micro`` micro-batches."""
         passes, stages = training_passes(self.lora) + (1.0 if self.recompute == "full" else 0.0), self.layout.pp
         pace = max(stage_layers(self.shape.layers, stages)) * stages / self.shape.layers
         computing = passes * pace * self.forward(work) / micro
-        return max(computing, self.launches(TRAINING_LAUNCHES)) * (micro + stages - 1)
+        return max(computing, self.launches(TRAINING_LAUNCHES))
 
     def search(self, work: FlopCount, levels: int) -> float:
         """Seconds of a search: its FLOPs through all stages in turn. Not less than reading the weights once for the
@@ -90,20 +96,39 @@ class Rates:
         host = (1 + levels) * self.launches(SEARCH_LAUNCHES) * self.layout.pp + levels * SELECT_LAUNCHES * LAUNCH_S
         return max(self.forward(work) * self.layout.pp, floor, host)
 
-    def exchange(self) -> float:
+    def exchange(self, training_pass: float = 0.0, *, gather_behind: float | None = None) -> float:
         """Seconds to sum gradients over the replicas and to hand the new weights back: a ring moves
-        (DP - 1) / DP of both through every rank. At the data sheet's rate of the slowest link; nothing is overlapped.
+        (DP - 1) / DP of both through every rank. At the data sheet's rate of the slowest link.
         Between nodes the rings of NCCL use the network adapters of all ranks that a replica group has in a node.
+
+        ``training_pass``: seconds of the last micro-batch, behind whose backward pass ``trainer.overlap_grad_reduce``
+        hides the sum; ``gather_behind``: seconds of computing that ``trainer.overlap_param_gather`` hides the gather
+        behind (None: the forward pass of such a micro-batch). One bucket of each is never hidden.
         """
-        dp, ranks = self.layout.dp, self.layout.dp * self.layout.model_ranks
-        link = self.gpu.nvlink_gb_s
-        if ranks > NODE:
-            link = min(link, self.gpu.network_gb_s * max(1, NODE // self.layout.model_ranks))
-        stages = range(self.layout.pp)
-        count = max(trained_parameters(self.shape, self.lora, self.layout, stage) for stage in stages)
+        count, link = self._exchanged(), self._link()
         weight = 4 if self.precision == "fp32" else 2
-        moved = count * ((4 if self.grad_reduce_in_fp32 else weight) + weight)
-        return (dp - 1) / dp * moved / (link * 1e9)
+        gradient = 4 if self.trainer.grad_reduce_in_fp32 else weight
+        share = (self.layout.dp - 1) / self.layout.dp / (link * 1e9)
+        behind = training_pass * (1 - BACKWARD) if gather_behind is None else gather_behind
+        return self._left(share * count * gradient, training_pass * BACKWARD, self.trainer.overlap_grad_reduce) + (
+            self._left(share * count * weight, behind, self.trainer.overlap_param_gather)
+        )
+
+    def _left(self, seconds: float, computing: float, overlapped: bool) -> float:
+        """What computing does not hide of a collective in buckets of megatron-core's size."""
+        buckets = max(1.0, self._exchanged() / max(40e6, 1e6 * self.layout.dp))
+        return max(seconds / buckets, seconds - computing) if overlapped else seconds
+
+    def _exchanged(self) -> int:
+        """Trained parameters of the rank that has most."""
+        stages = range(self.layout.pp)
+        return max(trained_parameters(self.shape, self.lora, self.layout, stage) for stage in stages)
+
+    def _link(self) -> float:
+        """GB/s of one rank's share of the slowest link between replicas."""
+        if self.layout.dp * self.layout.model_ranks <= NODE:
+            return self.gpu.nvlink_gb_s
+        return min(self.gpu.nvlink_gb_s, self.gpu.network_gb_s * max(1, NODE // self.layout.model_ranks))
 
 
 def sft_step(recipe: Recipe, lengths: Lengths, rates: Rates) -> StepTime:
@@ -113,9 +138,10 @@ def sft_step(recipe: Recipe, lengths: Lengths, rates: Rates) -> StepTime:
     work = sft_pass(recipe, lengths)
     micro = micro_batches(mine, work.keys, work.tokens)
     total = sft_step_work(recipe, lengths, rates.shape.vocab, rows)
-    seconds = rates.training(sft_step_work(recipe, lengths, rates.shape.vocab, mine), micro)
+    updated = sft_step_work(recipe, lengths, rates.shape.vocab, mine)
+    exchange = rates.exchange(rates.training_pass(updated, micro))
     flops = training_passes(rates.lora) * total.forward_flops(rates.shape)
-    return StepTime(flops, _counted({"update": seconds, "exchange": rates.exchange()}))
+    return StepTime(flops, _counted({"update": rates.training(updated, micro), "exchange": exchange}))
 
 
 def preference_step(recipe: Recipe, lengths: Lengths, rates: Rates) -> StepTime:
@@ -127,10 +153,11 @@ def preference_step(recipe: Recipe, lengths: Lengths, rates: Rates) -> StepTime:
     passes = 1.0 if cfg.uses_reference and recipe.reference.mode != "off" else 0.0
     passes += 1.0 if cfg.algorithm == "alpha_dpo" else 0.0
     forward = preference_step_work(recipe, lengths, vocab, mine)
+    micro = micro_batches(mine, work.keys, work.tokens)
     seconds = {
         "reference": passes * rates.forward(forward),
-        "update": rates.training(forward, micro_batches(mine, work.keys, work.tokens)),
-        "exchange": rates.exchange(),
+        "update": rates.training(forward, micro),
+        "exchange": rates.exchange(rates.training_pass(forward, micro)),
     }
     total = preference_step_work(recipe, lengths, vocab, cfg.global_batch_size).forward_flops(rates.shape)
     return StepTime((training_passes(rates.lora) + passes) * total, _counted(seconds))
@@ -138,7 +165,8 @@ def preference_step(recipe: Recipe, lengths: Lengths, rates: Rates) -> StepTime:
 
 def rl_step(recipe: Recipe, lengths: Lengths, rates: Rates) -> StepTime:
     """One RL step; the replica with most prompts decides. Exchanging a swapped reference, and sending weights to the
-    ranks that search, are not counted. With ``rollout.ahead`` only what a rollout takes beyond the rest is a phase."""
+    ranks that search, are not counted. With ``rollout.ahead`` only what a rollout takes beyond the rest is a phase.
+    The next rollout needs all weights at once, so that nothing hides the gather of a step's last update."""
     prompts = recipe.rl.prompts_per_step
     total = rl_step_work(recipe, lengths, rates.shape.vocab, prompts)
     mine = rl_step_work(recipe, lengths, rates.shape.vocab, -(-prompts // rates.layout.dp))
@@ -149,12 +177,13 @@ def rl_step(recipe: Recipe, lengths: Lengths, rates: Rates) -> StepTime:
     forwards = total.rollout + total.reference + total.scoring
     flops = forwards.forward_flops(rates.shape)
     flops += training_passes(rates.lora) * total.updates * total.update.forward_flops(rates.shape)
+    last = rates.training_pass(mine.update, micro)
     seconds = {
         "rollout": searching.search(rolled_out, lengths.run(search_space(recipe))),
         "reference": rates.scoring(mine.reference, micro),
         "scoring": rates.scoring(mine.scoring, micro),
         "update": mine.updates * rates.training(mine.update, micro),
-        "exchange": mine.updates * rates.exchange(),
+        "exchange": (mine.updates - 1) * rates.exchange(last) + rates.exchange(last, gather_behind=0.0),
     }
     if recipe.rollout.ahead:
         rest = sum(value for phase, value in seconds.items() if phase != "rollout")

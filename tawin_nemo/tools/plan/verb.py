@@ -14,8 +14,9 @@ from tawin_nemo.config.load import check, check_values, read_recipe
 from tawin_nemo.config.lora import check_lora
 from tawin_nemo.config.schema import Recipe
 from tawin_nemo.tools.plan.memory import GIB, Parts
+from tawin_nemo.tools.plan.nodes import HELPS
 from tawin_nemo.tools.plan.plan import Plan, Question, limit_bytes, make_plan, overrides
-from tawin_nemo.tools.plan.timing import DEFAULT_MFU, StepTime
+from tawin_nemo.tools.plan.timing import DEFAULT_MFU, LAUNCH_S, StepTime
 from tawin_nemo.tools.plan.work import default_lengths
 from tawin_nemo.util.errors import ConfigError
 from tawin_nemo.util.hub import local_folder
@@ -23,8 +24,9 @@ from tawin_nemo.util.hub import local_folder
 HELP = f"""\
 tawin-nemo plan --recipe F [--gpus N] [--gpu h800] [option=value ...] [key=value ...]
 
-Memory per GPU by part and phase, what a step costs, and the best layout; a layout that is not possible or does not fit
-is refused with the nearest one that does (exit code 2). Needs no GPU and starts no training.
+Memory per GPU by part and phase, what a step costs, from which batch another node helps, and the best layout; a layout
+that is not possible or does not fit is refused with the nearest one that does (exit code 2). Needs no GPU and starts no
+training. Lines that begin with "unverified" say what was never compared with a GPU.
 
 options:
   gpus=N             GPUs in all (default: trainer.num_nodes x trainer.devices); above {NODE} a multiple of {NODE}
@@ -148,6 +150,8 @@ def plan_table(plan: Plan) -> str:
         *_memory(plan),
         "",
         *_times(plan),
+        *_more_nodes(plan),
+        *_unverified(plan),
     ]
     if plan.best and (plan.best.tp, plan.best.pp) != (layout.tp, layout.pp):
         lines.append(f"best        {plan.best}: fewest model-parallel ranks that fit ({overrides(plan.best)})")
@@ -202,6 +206,35 @@ def _times(plan: Plan) -> list[str]:
     return lines
 
 
+def _more_nodes(plan: Plan) -> list[str]:
+    """Step times by batch and number of nodes, and from which batch on twice as many nodes help."""
+    times = plan.more_nodes
+    if times is None:
+        return []
+    heads = [f"{nodes} node{'s' * (nodes > 1)}" for nodes in times.nodes]
+    lines = [f"more nodes  {times.key:>{len(times.key)}}" + "".join(f"{head:>10}" for head in heads) + "  (s a step)"]
+    for batch, seconds in times.seconds.items():
+        lines.append(f"{'':12}{batch:>{len(times.key)}}" + "".join(f"{value:>10.3g}" for value in seconds))
+    for nodes, smallest in times.helps_from.items():
+        fewer = f"{nodes // 2} node{'s' * (nodes > 2)}"
+        lines.append(
+            f"{'':12}{nodes} nodes are {HELPS:g} times as fast as {fewer} "
+            + (f"from {times.key}={smallest} on" if smallest else "at no batch")
+        )
+    return lines
+
+
+def _unverified(plan: Plan) -> list[str]:
+    """What of this plan was never compared with a GPU."""
+    lines = ["unverified  memory was compared with processes on a CPU, never with a GPU"]
+    if plan.sft or plan.preference or plan.rl:
+        lines.append(
+            "unverified  no time was compared with a GPU: launches were counted on a pretended device, "
+            f"{LAUNCH_S * 1e6:g} us a launch and MFU {plan.question.mfu:g} are assumed, links run as data sheets say"
+        )
+    return lines
+
+
 def plan_facts(plan: Plan) -> dict[str, Any]:
     """The JSON object of the last line: bytes, FLOP, seconds."""
     question = plan.question
@@ -228,6 +261,12 @@ def plan_facts(plan: Plan) -> dict[str, Any]:
         "sft_step": _step_facts(plan.sft),
         **({"preference_step": _step_facts(plan.preference)} if plan.preference is not None else {}),
         "rl_step": _step_facts(plan.rl),
+        "more_nodes": None if plan.more_nodes is None else asdict(plan.more_nodes),
+        "never_compared_with_a_gpu": [
+            "memory_bytes",
+            *(f"{name}_step" for name in ("sft", "preference", "rl") if getattr(plan, name) is not None),
+            *(["more_nodes"] if plan.more_nodes is not None else []),
+        ],
         "notes": plan.notes,
     }  # fmt: skip
 

@@ -11,6 +11,7 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
 from tawin_nemo.models.megatron.checkpoint import flat_pieces
 from tawin_nemo.models.megatron.model.adapters import adapter_state, adapters_of
+from tawin_nemo.models.megatron.model.in_flight import wait_for_weights
 
 
 class HasOptimizer(Protocol):
@@ -26,6 +27,7 @@ def sharded_state(model: GPTModel, trainable: HasOptimizer | None, *, is_loading
     Both are in the shape of the parameters, so that they can be loaded under another TP, PP and DP size. Loading writes
     into the model's and the distributed optimizer's own tensors. Of a model with adapters they hold the adapters only.
     """
+    wait_for_weights(model)
     group = parallel_state.get_data_parallel_group(with_context_parallel=True)
     parts: dict[str, Any] = {"model": model.sharded_state_dict(metadata={"dp_cp_group": group})}
     if adapters_of(model) is not None:

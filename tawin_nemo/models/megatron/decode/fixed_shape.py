@@ -25,6 +25,7 @@ from tawin_nemo.models.megatron.decode.kv_store import DecodePlan, KeyValueSlots
 from tawin_nemo.models.megatron.model.attention import PlannedAttention, additive_mask
 from tawin_nemo.models.megatron.model.forward import padding
 from tawin_nemo.models.megatron.model.head import fixed_edge_logits, log_sum_exp
+from tawin_nemo.models.megatron.model.in_flight import wait_for_weights
 from tawin_nemo.models.megatron.parallel import runtime
 from tawin_nemo.types import TokenRows
 
@@ -68,6 +69,7 @@ class FixedShapeDecode:
                 f"{len(prompts)} prompts of up to {prompts.lengths.max()} tokens do not fit buffers "
                 f"for {self.prompts} prompts of up to {self._prompt_slots}"
             )
+        wait_for_weights(self._model)  # a captured pass does not
         tokens_BT, length_B = prompts.padded()
         self._tokens_BP.copy_(pad(tokens_BT, (0, self._prompt_slots - tokens_BT.shape[1])))
         self._prompt_length_B.copy_(length_B)

@@ -34,6 +34,7 @@ from tawin_nemo.models.megatron.model.forward import logit_dtype, modes, padding
 from tawin_nemo.models.megatron.model.fp8_scales import calibrate
 from tawin_nemo.models.megatron.model.fp8_weights import QuantisedWeights, keeps_sequence_parallel
 from tawin_nemo.models.megatron.model.head import best_tokens, edge_logits, log_sum_exp, top_tokens
+from tawin_nemo.models.megatron.model.in_flight import wait_for_weights
 from tawin_nemo.models.megatron.parallel import runtime
 from tawin_nemo.types import TokenRows
 from tawin_nemo.util.transfers import to_device
@@ -253,6 +254,7 @@ class MegatronLM:
 
     def stage_output(self, tokens_S: Tensor, arriving_SBD: Tensor | None, plan: DecodePlan) -> Tensor:
         """Hidden states [S, D] behind this stage, of tokens or of what the stage before sent, in evaluation mode."""
+        wait_for_weights(self.model)
         if self._use_inference_forward:
             arriving_SD = None if arriving_SBD is None else arriving_SBD[:, 0]
             with modes(self.model, training=False) if self._drops else contextlib.nullcontext():

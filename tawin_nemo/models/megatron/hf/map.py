@@ -182,9 +182,12 @@ def local_parameters(model: GPTModel, shape: Backbone) -> dict[tuple[Entry, int 
     `get_transformer_layer_offset` where the stage starts (uneven splits included). Raises CheckpointError when the
     parameters of the model are not those of the table: it was built from another shape.
     """
-    named = {name: value for name, value in model.named_parameters() if MARK not in name}
     from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 
+    from tawin_nemo.models.megatron.model.in_flight import wait_for_weights
+
+    wait_for_weights(model)
+    named = {name: value for name, value in model.named_parameters() if MARK not in name}
     offset = get_transformer_layer_offset(model.config, vp_stage=model.vp_stage)
     result: dict[tuple[Entry, int | None], Parameter] = {}
     absent: list[str] = []

@@ -19,11 +19,24 @@ from torch import Tensor
 
 
 def add_rows(weight: Tensor, index_N: Tensor, grad_ND: Tensor) -> Tensor | None:
-    """Add gradient rows to megatron's buffer of ``weight`` and return None; without one return a dense gradient."""
+    """Add gradient rows to megatron's buffer of ``weight`` and return what autograd gets (``written_gradient``).
+
+    Without such a buffer return a dense gradient.
+    """
     if hasattr(weight, "main_grad"):
         weight.main_grad.index_add_(0, index_N, grad_ND.to(weight.main_grad.dtype))
-        return None
+        return written_gradient(weight)
     return torch.zeros_like(weight).index_add_(0, index_N, grad_ND)
+
+
+def written_gradient(weight: Tensor) -> Tensor | None:
+    """What autograd gets for a gradient that lies in megatron's buffer already.
+
+    None, or under ``trainer.overlap_grad_reduce`` a sparse gradient without entries: with it autograd runs megatron's
+    hook on the thread of the backward pass, once, after the last use of the parameter (the embedding may be the head).
+    The hook then registers the gradient as ready to be reduced.
+    """
+    return getattr(weight, "ready_gradient", None)
 
 
 class _Rows(torch.autograd.Function):

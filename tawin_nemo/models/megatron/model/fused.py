@@ -1,8 +1,11 @@
 """Optional CUDA extensions: detects which are installed, logs it once and enables them.
 
-megatron-core takes the fused AdamW of Transformer Engine, else of NVIDIA's apex, else torch's; linear layers add their
-weight gradients to megatron's buffers with apex's extension (Transformer Engine's layers with their own products, on a
-CPU with the shim's). Without any of them the results are the same but slower.
+megatron-core takes the fused AdamW of Transformer Engine, else of NVIDIA's apex, else torch's; its linear layers add
+their weight gradients to its buffers with apex's extension. Where there is none but Transformer Engine, they do with
+the products of that (its own layers do anyway; on a CPU it is the shim's). Without any of them the results are the same
+but slower.
+
+Axes: S tokens, D input width, O output width.
 """
 
 from __future__ import annotations
@@ -12,6 +15,8 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
+
+from torch import Tensor
 
 from tawin_nemo.util.log import get_logger
 
@@ -57,17 +62,53 @@ class FusedKernels:
     weight_gradients: bool  # megatron's own linear layers add their gradients to the gradient buffer
 
 
+class EngineWeightGradients:
+    """The interface of apex's fused weight gradients over Transformer Engine's matrix product.
+
+    Inputs in bf16 are multiplied and added to a float32 buffer in one kernel, without a weight gradient of their own.
+    """
+
+    @staticmethod
+    def wgrad_gemm_accum_fp32(input_SD: Tensor, grad_SO: Tensor, main_grad_OD: Tensor) -> None:
+        """``main_grad += grad.T @ input``."""
+        if input_SD.dtype == main_grad_OD.dtype:  # torch can; Transformer Engine would round float32 to TF32
+            main_grad_OD.addmm_(grad_SO.t(), input_SD)
+            return
+        from transformer_engine.pytorch.cpp_extensions import general_gemm
+
+        general_gemm(
+            input_SD, grad_SO, out_dtype=main_grad_OD.dtype, layout="NT", accumulate=True, out=main_grad_OD, grad=True
+        )
+
+    wgrad_gemm_accum_fp16 = wgrad_gemm_accum_fp32
+
+
+def _use_engine_products(layers: Any) -> bool:
+    """Let megatron's linear layers call ``EngineWeightGradients``; False where that has no such product."""
+    try:
+        from transformer_engine.pytorch.cpp_extensions import general_gemm  # noqa: F401
+    except ImportError:
+        return False
+    layers.fused_weight_gradient_mlp_cuda = EngineWeightGradients
+    return True
+
+
 @cache
 def fused_kernels() -> FusedKernels:
-    """The kernels that megatron-core selected when it was imported; logged on the first call."""
+    """The kernels that megatron-core selected when it was imported, and what replaces apex's; logged on the first call.
+
+    megatron-core takes Transformer Engine's AdamW exactly where Transformer Engine can be imported.
+    """
     from megatron.core import optimizer
     from megatron.core.tensor_parallel import layers
 
-    result = FusedKernels(optimizer.Adam.__module__.split(".")[0], bool(layers._grad_accum_fusion_available))
+    adam = optimizer.Adam.__module__.split(".")[0]
+    fused = bool(layers._grad_accum_fusion_available)
+    result = FusedKernels(adam, fused or (adam == "transformer_engine" and _use_engine_products(layers)))
     apex = find_apex()
     if apex.foreign:
         _log.warning("the package apex in %s is not NVIDIA's and is not used: %s", apex.folder, FOREIGN_REMEDY)
-    gradients = "added as they are computed" if result.weight_gradients else "computed, then added (no NVIDIA apex)"
+    gradients = "added as they are computed" if result.weight_gradients else "computed, then added (no apex, no TE)"
     _log.info("AdamW of %s; weight gradients are %s", result.adam, gradients)
     return result
 

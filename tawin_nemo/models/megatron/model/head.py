@@ -26,7 +26,7 @@ from megatron.core.tensor_parallel.mappings import (
 from torch import Tensor
 
 from tawin_nemo.maths.segments import segment_log_softmax, segment_starts
-from tawin_nemo.models.megatron.model.embedding import add_rows
+from tawin_nemo.models.megatron.model.embedding import add_rows, written_gradient
 from tawin_nemo.types import Children
 
 #: Edges multiplied at once where no sparse kernel exists: their gathered head rows are materialised.
@@ -264,7 +264,7 @@ class _LogSumExp(torch.autograd.Function):
             _add_matmul(grad_PD, weighted_PN, weight_VD[rows])
             if grad_VD is not None:
                 _add_matmul(grad_VD[rows], weighted_PN.t(), hidden_PD)
-        return grad_PD.to(hidden_PD.dtype), (grad_VD if buffer is None else None), None, None
+        return grad_PD.to(hidden_PD.dtype), (grad_VD if buffer is None else written_gradient(weight_VD)), None, None
 
 
 def _vocab_slices(hidden_PD: Tensor, real: int) -> Iterator[slice]:

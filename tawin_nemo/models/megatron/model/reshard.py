@@ -18,6 +18,7 @@ from megatron.core.resharding import ReshardPlan, build_centralized_reshard_plan
 from torch import Tensor
 
 from tawin_nemo.models.megatron.model.build import full_shape, global_name, own_shard, sharded_axis
+from tawin_nemo.models.megatron.model.in_flight import wait_for_weights
 from tawin_nemo.models.megatron.parallel import runtime
 from tawin_nemo.models.megatron.parallel.disaggregated import whole_job
 from tawin_nemo.models.megatron.parallel.groups import copy_service
@@ -75,6 +76,7 @@ class Refit:
     @torch.no_grad()
     def __call__(self) -> None:
         """Bring the target's weights up to date."""
+        wait_for_weights(self._source)
         with whole_job():
             source, target = self._models
             for names, plan in self._plans:
@@ -87,6 +89,7 @@ class Refit:
         over the bits of the numbers, with fixed odd factors. Only the checksums are gathered. Unequal rows have equal
         checksums with a probability of about 2^-62.
         """
+        wait_for_weights(self._source)
         with whole_job():
             sums = runtime.gather_objects((_sums(self._source, self._dtype), _sums(self._target)))
         expected = {name: value for source, _ in sums for name, value in source.items()}

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
-from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.distributed import DistributedDataParallel, finalize_model_grads
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.pipeline_parallel import get_forward_backward_func
@@ -26,7 +26,9 @@ from tawin_nemo.config.schema import TrainerConfig
 from tawin_nemo.models.megatron.hf.new_tokens import drop_frozen_gradients, frozen_parameters
 from tawin_nemo.models.megatron.model.forward import batch_logprobs, hidden_states, logit_dtype, modes
 from tawin_nemo.models.megatron.model.fused import fuse
+from tawin_nemo.models.megatron.model.in_flight import wait_for_weights
 from tawin_nemo.models.megatron.optim.offload import OptimizerOffload
+from tawin_nemo.models.megatron.optim.overlap import WeightGather, ddp_config, signal_rows
 from tawin_nemo.models.megatron.parallel import runtime
 from tawin_nemo.types import TokenBatch
 from tawin_nemo.util.errors import NonFiniteStep
@@ -62,6 +64,7 @@ def _forward_step(step: Iterator[MicroBatch], model: torch.nn.Module) -> tuple[T
 
     def loss_of(hidden_SBD: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         with without_modes():
+            wait_for_weights(model)  # the head is read without its module
             logp_N = batch_logprobs(model, micro.batch, hidden_SBD)
             loss, stats = micro.loss(logp_N)
         if not loss.requires_grad:  # every stage must get a gradient, or the pipeline would wait for ever
@@ -81,6 +84,7 @@ def score(model: GPTModel, batches: list[TokenBatch]) -> list[Tensor]:
     """Log-probs [N] of each batch without gradient or dropout, equal on all model-parallel ranks."""
     if not batches:
         return []
+    wait_for_weights(model)
 
     def scoring_step(step: Iterator[TokenBatch], model: torch.nn.Module) -> tuple[Tensor, Callable[[Tensor], Any]]:
         batch = next(step)
@@ -117,13 +121,9 @@ class Trainable:
         self.model, self.shape, self.config = model, shape, model.config
         self._weight_decay, self._clip_grad = trainer.weight_decay, trainer.clip_grad
         bf16 = model.config.params_dtype == torch.bfloat16
-        ddp_config = DistributedDataParallelConfig(
-            grad_reduce_in_fp32=trainer.grad_reduce_in_fp32,
-            overlap_grad_reduce=False,  # ranks may run different numbers of micro-batches
-            use_distributed_optimizer=trainer.distributed_optimizer,
-            average_in_collective=False,
-        )
-        self.ddp = DistributedDataParallel(config=self.config, ddp_config=ddp_config, module=model)
+        replicas = runtime.data_parallel().size
+        config = ddp_config(trainer, replicas)
+        self.ddp = DistributedDataParallel(config=self.config, ddp_config=config, module=model)
         self.ddp.broadcast_params()
         self.optimizer = get_megatron_optimizer(
             OptimizerConfig(
@@ -137,14 +137,19 @@ class Trainable:
                 bf16=bf16,
                 params_dtype=model.config.params_dtype,
                 use_distributed_optimizer=trainer.distributed_optimizer,
+                overlap_param_gather=config.overlap_param_gather,
             ),
             [self.ddp],
         )
         fuse(model, self.optimizer)
         self._frozen = frozen_parameters(model)
         self._offload = OptimizerOffload(self.ddp, self.optimizer) if trainer.offload_optimizer else None
+        self._gather = WeightGather(self.ddp) if config.overlap_param_gather else None
         self.config.finalize_model_grads_func = _sum_gradients
-        if runtime.data_parallel().size == 1 and self.config.fp8 is None:  # FP8 weights are requantised in the gather
+        if config.overlap_grad_reduce:
+            self.config.no_sync_func = self.ddp.no_sync  # nothing is reduced before the last micro-batch
+            signal_rows(model)
+        if replicas == 1 and self.config.fp8 is None:  # FP8 weights are requantised in the gather
             # collectives of one rank: gloo copies all gradients, then all weights, into fresh memory and back
             self.ddp.finish_grad_sync = self.ddp.start_param_sync = lambda *unused, **named: None
 
@@ -184,10 +189,13 @@ class Trainable:
                 seq_length=1,  # shapes are sent along with the tensors (variable_seq_lengths)
                 micro_batch_size=1,
             )
+        if self._gather is not None:
+            self._gather.none_due()
         return _sum_stats(stats)
 
     def step(self, lr: float) -> float:
         """AdamW on the accumulated gradients; returns their norm before clipping."""
+        wait_for_weights(self.model)  # of the step before, which no forward pass has read
         drop_frozen_gradients(self._frozen)
         self.optimizer.prepare_grads()
         grad_norm = float(self.optimizer.get_grad_norm())
@@ -199,6 +207,8 @@ class Trainable:
             decay = 0.0 if self._frozen else self._weight_decay  # it would move rows that are not trained
             group["weight_decay"] = decay * group["wd_mult"]
         self.optimizer.step_with_ready_grads()
+        if self._gather is not None:
+            self._gather.start()
         return grad_norm
 
     def _clip(self, grad_norm: float) -> None:

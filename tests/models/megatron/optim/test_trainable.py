@@ -39,8 +39,8 @@ def mean_loss(logp_N: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tenso
     return -logp_N.sum() / (ROWS * LENGTH), {"seen": torch.tensor(float(len(logp_N)))}
 
 
-def trainable(*, dropout: float = 0.0, **trainer: object) -> Trainable:
-    model = build_model(SHAPE, ModelConfig(dropout=dropout), seed=3)
+def trainable(*, dropout: float = 0.0, precision: str = "fp32", **trainer: object) -> Trainable:
+    model = build_model(SHAPE, ModelConfig(dropout=dropout, precision=precision), seed=3)
     return Trainable(model, SHAPE, TrainerConfig(**trainer), lr=1e-3)  # type: ignore[arg-type]
 
 
