@@ -9,6 +9,7 @@ from tawin_nemo.config.load import load_recipe
 from tawin_nemo.config.schema import ModelConfig
 from tawin_nemo.models.megatron.decode.lm import MegatronLM
 from tawin_nemo.models.megatron.model import precision
+from tawin_nemo.models.megatron.model.adapters import add_adapters
 from tawin_nemo.models.megatron.model.build import build_model, build_search_model
 from tawin_nemo.models.megatron.model.reshard import SharedWeights
 from tawin_nemo.models.megatron.parallel import runtime
@@ -62,6 +63,20 @@ def test_rollouts_have_the_weights_of_training_in_their_own_format(trained, roll
             assert value.dtype == DTYPES[rollout]
             assert torch.equal(value, weights(actor)[name].to(DTYPES[rollout])), name
     assert group(engine).weight_version == 2
+
+
+def test_adapters_are_converted_as_well():
+    recipe = recipe_of("fp32", "bf16", "model.lora.rank=2")
+    actor = build_model(SHAPE, recipe.model, seed=3)
+    add_adapters(actor, SHAPE, recipe.model.lora, seed=4, base={})
+    engine = build_engine(recipe, actor, SHAPE, catalog())
+    sync_weights(engine, version=1)
+    check_equal(engine)
+    own = weights(searching(engine))
+    adapters = [name for name in own if ".lora." in name]
+    assert adapters
+    assert all(torch.equal(own[name], weights(actor)[name].bfloat16()) for name in adapters)
+    assert group(engine).weight_version == 1
 
 
 @pytest.mark.parametrize("rollout", ["model", "fp32"])
