@@ -33,10 +33,10 @@ LAYERS = {
 HANDED_OUT = ("tawin_nemo.api", "tawin_nemo.facade")
 #: Packages of one layer that may import each other; everywhere else packages of a layer stand side by side.
 OPEN_LAYERS = (0, 9)
-#: What maths may import: torch, math and the shared names; no I/O, no distributed.
+#: What maths may import: torch (and what helps to call it), math and the shared names; no I/O, no distributed.
 MATHS_MAY_IMPORT = (
     *("__future__", "math", "typing", "collections", "dataclasses", "enum", "torch"),
-    *("tawin_nemo.maths", "tawin_nemo.types"),
+    *("tawin_nemo.maths", "tawin_nemo.types", "tawin_nemo.util.torch_modes"),
 )
 MAX_FILE_LINES, MAX_FUNCTION_LINES = 300, 60
 

@@ -5,16 +5,14 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterator
 
-from tawin_nemo.config.item_token_checks import item_token_combinations
 from tawin_nemo.config.layout import SEQUENCE_PARALLEL_NEEDS_TP, rollout_layout, training_layout
-from tawin_nemo.config.lora_checks import lora_combinations
 from tawin_nemo.config.overlap_checks import overlap_combinations
 from tawin_nemo.config.placement_checks import ahead_combinations, aligned, placement_combinations
+from tawin_nemo.config.precision_checks import precision_combinations
 from tawin_nemo.config.preference_checks import preference_combinations, prefers_reference
 from tawin_nemo.config.schema import TEMPLATES, Recipe
 from tawin_nemo.config.seam_checks import metric_kinds, seam_combinations
 from tawin_nemo.config.seams import reward_names
-from tawin_nemo.util.hub import is_hub_name
 from tawin_nemo.util.imports import is_import_path
 
 
@@ -67,7 +65,7 @@ def combinations(r: Recipe) -> Iterator[tuple[bool, str]]:
         "rl.max_steps=0 and rl.epochs=0: RL would take no step; set one of them, or rl.enabled=false",
     )
     yield from _align_combinations(r)
-    yield from _precision_combinations(r)
+    yield from precision_combinations(r)
     yield from _space_combinations(r)
     yield from _semantic_id_combinations(r)
     yield from seam_combinations(r)
@@ -81,39 +79,6 @@ def combinations(r: Recipe) -> Iterator[tuple[bool, str]]:
 def uses_fresh_rows(r: Recipe) -> bool:
     """A stage of the recipe trains on the last ``rl.fresh_share`` of train."""
     return "fresh" in (r.sft.rows, r.rl.enabled and r.rl.rows, r.preference.enabled and r.preference.rows)
-
-
-def _precision_combinations(r: Recipe) -> Iterator[tuple[bool, str]]:
-    m = r.model
-    first, last = m.num_layers_at_start_in_bf16, m.num_layers_at_end_in_bf16
-    yield (
-        bool(m.revision) and not is_hub_name(m.init),
-        f"model.revision={m.revision} belongs to a model of the hub, but model.init={m.init} is none (OWNER/NAME); "
-        "clear model.revision",
-    )
-    yield (
-        m.precision == "fp8-delayed" and first + last > 0,
-        f"model.precision=fp8-delayed scales over the whole model, but model.num_layers_at_start_in_bf16={first} and "
-        f"model.num_layers_at_end_in_bf16={last}; set both to 0, or use fp8-tensorwise or fp8-blockwise",
-    )
-    yield (
-        r.rollout.precision == "fp8-delayed" and first + last > 0,
-        f"rollout.precision=fp8-delayed scales over the whole model, but model.num_layers_at_start_in_bf16={first} and "
-        f"model.num_layers_at_end_in_bf16={last}; set both to 0, or use fp8-tensorwise or fp8-blockwise",
-    )
-    yield (
-        r.rollout.precision == "fp8-delayed" and m.precision != "fp8-delayed",
-        "rollout.precision=fp8-delayed takes its scales from training passes, of which the model of rollouts has one; "
-        f"model.precision={m.precision} trains another: set rollout.precision=fp8-tensorwise, fp8-blockwise or model",
-    )
-    yield from lora_combinations(r)
-    yield from item_token_combinations(r)
-    own = r.reference.precision
-    yield (
-        r.reference.mode == "swap" and own not in ("model", m.precision),
-        f"reference.precision={own} but reference.mode=swap runs in the actor's model, which is {m.precision}; "
-        "set reference.mode=copy or reference.precision=model",
-    )
 
 
 def _near(template: str) -> str:

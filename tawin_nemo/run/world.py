@@ -96,10 +96,9 @@ class World:
 
     def prompts_of(self, histories: Sequence[Sequence[int]]) -> TokenRows:
         """The prompts of histories of item indices, oldest first, without candidates."""
-        rules, marks = (self.item_texts, self.tokenizer, self.template), bool(self.recipe.model.item_tokens)
-        return PromptEncoder(*rules, item_tokens=marks).encode_full_prompts(
-            TokenRows.from_lists([*map(list, histories)])
-        )
+        marks = bool(self.recipe.model.item_tokens)
+        encoder = PromptEncoder(self.item_texts, self.tokenizer, self.template, item_tokens=marks)
+        return encoder.encode_full_prompts(TokenRows.from_lists([list(history) for history in histories]))
 
     @property
     def train_rows_for_sft(self) -> np.ndarray:
