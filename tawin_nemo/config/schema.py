@@ -939,6 +939,19 @@ class RolloutConfig:
         TRIES,
         help="Limits how often a part of a rollout is sent, to the same or another server, with placement=server.",
     )
+    server_silent_s: float = number(
+        60.0,
+        0.1,
+        WEEK_S,
+        help="Takes a server for hung whose /health has not answered for this many seconds during a request, with"
+        " placement=server.",
+    )
+    server_wait_s: float = number(
+        300.0,
+        0.0,
+        WEEK_S,
+        help="Waits this many seconds for a server to come back when none is left, with placement=server.",
+    )
     weights_backend: str = choice(
         "auto", "gloo", "nccl", help="Selects what carries weights with placement=server (auto = as training)."
     )

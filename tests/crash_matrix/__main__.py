@@ -23,7 +23,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from tests.crash_matrix import cases, verbs
+from tests.crash_matrix import cases, servers, verbs
 from tests.crash_matrix.attempts import warm_up
 from tests.crash_matrix.cases import Outcome, Setting
 from tests.failpoints import POINTS
@@ -66,6 +66,7 @@ def plan(*, full: bool) -> dict[str, Case]:
         "preference": verbs.preference,
         "convert": verbs.convert,
         "tokenize": verbs.tokenize,
+        "lost-server": servers.lost_server,
         "ranks": lambda world, name: cases.rank_killed(world, name, RANK_RULES, cases.LAYOUT),
         "ranks-apart": lambda world, name: cases.rank_killed(world, name, SEARCHING_RULES, *cases.APART),
     }

@@ -232,7 +232,7 @@ def test_a_group_that_nobody_joins_or_answers_is_given_up() -> None:
 
 
 def test_prompts_are_divided_alike_whoever_is_alive() -> None:
-    from tawin_nemo.placement.server_pool import RequestLimits, split_prompts
+    from tawin_nemo.placement.server_parts import RequestLimits, split_prompts
 
     lengths = np.random.default_rng(1).integers(3, 40, 50)
     free = RequestLimits(1 << 62, 1 << 62, 1 << 62, 1 << 62)
