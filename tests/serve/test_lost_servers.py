@@ -11,7 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 
@@ -23,9 +23,9 @@ from tawin_nemo.api.client import Client
 from tawin_nemo.placement.server_parts import ServersLost
 from tawin_nemo.run import signals
 from tawin_nemo.types import DataParallel
-from tawin_nemo.util.errors import Preempted
+from tawin_nemo.util.errors import ConfigError, Preempted
 from tests import failpoints, forked
-from tests.distributed.rollout_worker import prompts
+from tests.distributed.rollout_worker import prompts, small_catalog
 from tests.serve import learning
 from tests.serve.learning import Learned, learn, recipe, serving
 from tests.serve.scene import KEY, metric_in
@@ -226,3 +226,12 @@ def test_one_that_comes_back_as_another_server_is_left_out(
         got = learn(recipe([second.file, stays.file], tmp_path), between=swap)
     assert_same(got, undisturbed, exact=True)
     assert "is below those of the servers that this run began with" in log.text
+
+
+def test_the_only_one_comes_back_with_another_catalog_which_is_the_users_mistake(tmp_path: Path) -> None:
+    other = small_catalog()
+    renamed = replace(other, external_ids=[f"{name}!" for name in other.external_ids])
+    with serving(tmp_path) as served:
+        engine = learn(recipe([served.file], tmp_path, options={"server_wait_s": float(LIMIT)})).engine
+    with serving(tmp_path, renamed), pytest.raises(ConfigError, match="serves another catalog"):
+        engine.search(prompts(9, DataParallel()).prompts, 4)
