@@ -267,7 +267,11 @@ class ServeConfig:
     max_history: int = number(
         10000, 1, help="Limits the items of a history; the newest data.max_history of them are used."
     )
-    max_items: int = number(10000, 1, help="Limits the items of an allow, deny or score list.")
+    max_items: int = number(
+        10000, 1, help="Limits the items of an allow, deny or score list, and the values of a filter."
+    )
+    max_filters: int = number(256, 1, ROWS, help="Limits the distinct filters by item fields that are kept evaluated.")
+    filter_cache_mb: int = number(64, 1, MEGABYTES, help="Limits the memory of filters that are kept evaluated, in MB.")
     max_body_kb: int = number(
         1024, 1, MEGABYTES, help="Limits the request body, in kB; larger requests get status 413."
     )
