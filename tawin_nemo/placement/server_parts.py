@@ -1,4 +1,5 @@
-"""The parts of one call to generation servers: how prompts are divided, and which part has been answered.
+"""The parts of one call to generation servers: how prompts are divided, and which part has been answered; and what is
+known of each server.
 
 The division depends on the lengths of the prompts, the number of servers in the recipe and their request limits, but
 not on which servers are available. A part is thus the same model calls on any server.
@@ -14,8 +15,9 @@ import numpy as np
 from tawin_nemo.api.arrays import RolloutReply
 from tawin_nemo.api.schema import RolloutTerms
 from tawin_nemo.data.batches import balanced_shard
+from tawin_nemo.placement.servers import GenerationServer
 from tawin_nemo.types import DataParallel
-from tawin_nemo.util.errors import TawinError
+from tawin_nemo.util.errors import ConfigError, TawinError
 
 #: Upper bounds of the JSON of a request: bytes of one token, and of everything but the prompts.
 _TOKEN_BYTES, _BODY_BYTES = 9, 8192
@@ -119,3 +121,20 @@ class Dispatch:
                 f"a part of a rollout was not answered in rollout.server_tries={self._max_tries} tries: "
                 f"{'; '.join(part.tries)}"
             )
+
+
+@dataclass(eq=False)
+class Member:
+    """A server and what the pool knows of it. ``reason``: why it is excluded, empty while it is not."""
+
+    number: int
+    server: GenerationServer
+    reason: str = ""
+    mistake: ConfigError | None = None  # it does not fit this run
+    update: int = -1  # number of the push that it has taken; 0 = connected, without weights of this run
+    version: int = 0  # the newest that it has called its weights, or was asked to
+    failures: int = 0  # since it last answered a part
+    retry_at: float = 0.0
+    lost_at: float = 0.0
+    joining: bool = False  # it answers, and is being sent weights
+    tried_alone: bool = False  # since no server is left

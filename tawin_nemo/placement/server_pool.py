@@ -24,7 +24,7 @@ from torch import Tensor
 from tawin_nemo.api.arrays import RolloutReply
 from tawin_nemo.config.schema import RolloutConfig
 from tawin_nemo.models.megatron.parallel.weight_group import host_store
-from tawin_nemo.placement.server_parts import Dispatch, Part, RequestLimits, ServersLost, split_prompts
+from tawin_nemo.placement.server_parts import Dispatch, Member, Part, RequestLimits, ServersLost, split_prompts
 from tawin_nemo.placement.servers import ExpectedTerms, GenerationServer, Unavailable
 from tawin_nemo.run import signals
 from tawin_nemo.util.errors import ConfigError, Preempted
@@ -39,22 +39,6 @@ _END_S = 2.0
 _POLL_S = 1.0
 #: Sends a part: (server, version of its weights, indices of prompts) -> reply.
 Send = Callable[[GenerationServer, int, np.ndarray], RolloutReply]
-
-
-@dataclass(eq=False)
-class _Member:
-    """A server and what the pool knows of it. ``reason``: why it is excluded, empty while it is not."""
-
-    number: int
-    server: GenerationServer
-    reason: str = ""
-    mistake: ConfigError | None = None  # it does not fit this run
-    update: int = -1  # number of the push that it has taken; 0 = connected, without weights of this run
-    version: int = 0  # the newest that it has called its weights, or was asked to
-    failures: int = 0  # since it last answered a part
-    retry_at: float = 0.0
-    lost_at: float = 0.0
-    tried_alone: bool = False  # since no server is left
 
 
 @dataclass(frozen=True)
@@ -76,7 +60,7 @@ class ServerPool:
         store = host_store(timedelta(seconds=cfg.server_timeout_s))
         self._cfg, self._changed = cfg, threading.Condition()
         servers = [GenerationServer(name, cfg, expected, store) for name in cfg.servers]
-        self._members = [_Member(number, server) for number, server in enumerate(servers)]
+        self._members = [Member(number, server) for number, server in enumerate(servers)]
         self._tensors: Mapping[str, Tensor] = {}
         self._update = 0  # number of pushes
         self._limit = RequestLimits()
@@ -173,8 +157,11 @@ class ServerPool:
                 self._engaged, self._error = False, None
 
     def _seconds_left(self) -> float | None:
-        """Seconds that are left to wait for a server; None while there is one, or one has not been tried again."""
-        if any(not member.reason for member in self._members):
+        """Seconds that are left to wait for a server; None while there is one, or one has not been tried again.
+
+        A server that is being sent weights counts as one.
+        """
+        if any(not member.reason or member.joining for member in self._members):
             return None
         if all(member.mistake for member in self._members):
             return 0.0
@@ -193,7 +180,7 @@ class ServerPool:
         )
 
     # -- the thread of a server ---------------------------------------------------------------------------------------
-    def _work(self, member: _Member) -> None:
+    def _work(self, member: Member) -> None:
         while True:
             with self._changed:
                 while (task := self._task(member)) is None:
@@ -208,7 +195,7 @@ class ServerPool:
             with self._changed:
                 self._changed.notify_all()
 
-    def _task(self, member: _Member) -> Callable[[], None] | None:
+    def _task(self, member: Member) -> Callable[[], None] | None:
         """What this server's thread can do now."""
         if self._closed or not self._engaged or self._error is not None or time.monotonic() < member.retry_at:
             return None
@@ -218,12 +205,13 @@ class ServerPool:
         part = None if call is None else call.dispatch.take(member.number)
         return None if call is None or part is None else partial(self._answer, member, call, part)
 
-    def _join(self, member: _Member, update: int, tensors: Mapping[str, Tensor]) -> None:
+    def _join(self, member: Member, update: int, tensors: Mapping[str, Tensor]) -> None:
         """Connect to a server and send it the newest weights."""
         server = member.server
         try:
             terms = server.connect()
             self._accept(RequestLimits.of(terms))
+            member.joining = True
             if update:
                 member.version = max(member.version, terms.weight_version) + 1
                 server.push(tensors, member.version)
@@ -241,6 +229,8 @@ class ServerPool:
                 member.update, member.reason, member.mistake = update, "", None
                 if all(not other.reason for other in self._members):
                     self._first_loss = ""
+        finally:
+            member.joining = False
 
     def _accept(self, limit: RequestLimits) -> None:
         """Narrow the limits of requests at the start; later they must hold, since they decide how prompts are divided.
@@ -256,7 +246,7 @@ class ServerPool:
                 )
             self._limit = narrowed
 
-    def _answer(self, member: _Member, call: _Call, part: Part) -> None:
+    def _answer(self, member: Member, call: _Call, part: Part) -> None:
         """Send a part to a server; one that fails goes back to the queue."""
         server = member.server
         try:
@@ -274,7 +264,7 @@ class ServerPool:
                 log.info(text, len(part.rows), server.name, len(part.tries) + 1, self._cfg.server_tries)
 
     def _exclude(
-        self, member: _Member, reason: str, mistake: ConfigError | None = None, *, wait: float = 0.0
+        self, member: Member, reason: str, mistake: ConfigError | None = None, *, wait: float = 0.0
     ) -> None:  # fmt: skip
         """Use a server no more until it has been sent the newest weights; it is tried again after a pause."""
         member.server.disconnect()

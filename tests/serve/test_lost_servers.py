@@ -35,6 +35,8 @@ from tests.train.runs import environment
 LIMIT = 120  # seconds for a start on a machine that is busy
 #: Model calls of a server: two for its part of a search, so this is in the middle of the second of three steps.
 IN_A_STEP = 4
+#: A server that is only slow is taken for hung as well on a busy machine, and waited for.
+HANG = {"server_silent_s": 2.0, "server_wait_s": float(LIMIT)}
 
 
 @dataclass
@@ -126,7 +128,8 @@ def test_one_that_is_killed_in_the_middle_of_a_step(
         dies.running.join(10)
         assert dies.running.exitcode == -signal.SIGKILL
     assert_same(got, undisturbed, exact=True)
-    assert f"generation server {dies.file} is excluded until it receives new weights: RemoteProtocolError" in log.text
+    lost = f"generation server {dies.file} is excluded until it receives new weights: "
+    assert f"{lost}RemoteProtocolError" in log.text or f"{lost}ReadError" in log.text
     assert f"prompts of {dies.file} are sent again (try 2 of 4)" in log.text
 
 
@@ -137,7 +140,7 @@ def test_one_that_hangs_in_the_middle_of_a_step_and_goes_on_later(
     batch = prompts(9, DataParallel()).prompts
     with serving(tmp_path) as stays, server_process(tmp_path / "hangs", f"server.searching=stop@{IN_A_STEP}") as hangs:
         start = time.monotonic()
-        got = learn(recipe([hangs.file, stays.file], tmp_path, options={"server_silent_s": 2.0}))
+        got = learn(recipe([hangs.file, stays.file], tmp_path, options=HANG))
         assert hangs.stopped
         assert time.monotonic() - start < 50, "it was waited for until its own time limit"
         assert_same(got, undisturbed, exact=True)
