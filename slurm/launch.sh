@@ -17,6 +17,8 @@
 #   CONTAINER_IMAGE    run inside this image (pyxis); it needs what recipes/install_gpu.sh installs, see slurm/README.md
 #   CONTAINER_MOUNTS   what it sees besides TAWIN_HOME: SRC:DST,SRC:DST
 #   MAX_REQUEUES       attempts after the first one (default 20)
+#   MAX_RESTARTS       how often a server that failed is started again inside its job (0; serve.sh: 20)
+#   RESTART_PAUSE_S    seconds before the first restart, doubled each time up to 60 (default 2)
 #
 # Set for the tasks unless they are set already: OMP_NUM_THREADS and RAYON_NUM_THREADS and POLARS_MAX_THREADS (the
 # cores of a task), PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True (shapes change in every step),
@@ -26,11 +28,13 @@
 #
 # A run that Slurm's --signal, the time limit or trainer.max_time stopped has saved its state and ended with 75; the job
 # then requeues itself and continues. Any other failure ends the job at once, with its own exit code and the last lines
-# of the rank that failed first. scancel ends a job for good.
+# of the rank that failed first; a server is first started again, unless the failure was a mistake in its input (code 2).
+# scancel ends a job for good.
 
 AGAIN=75
 CANCELLED="" # SIGTERM came to the batch script itself
 SRUN_OPTIONS=()
+RESTARTS=0 # of a server, in this attempt
 
 say() { echo "[$(date +%H:%M:%S)] $SLURM_JOB_NAME $SLURM_JOB_ID: $*"; }
 
@@ -103,10 +107,12 @@ surroundings() {
 # Run a verb on every task, or on those that SRUN_OPTIONS ask for. Returns only when it has ended well.
 step() {
   local verb=$1 code=0
-  AGAIN_FILE=$LOGS/attempt$ATTEMPT.$verb.again FAILED_FILE=$LOGS/attempt$ATTEMPT.$verb.failed
+  LOG=$LOGS/attempt$ATTEMPT.$verb
+  if [ "$RESTARTS" != 0 ]; then LOG=$LOG.restart$RESTARTS; fi
+  AGAIN_FILE=$LOG.again FAILED_FILE=$LOG.failed
   local command=(srun --export=ALL --kill-on-bad-exit=1 ${SRUN_OPTIONS[@]+"${SRUN_OPTIONS[@]}"}
     ${CONTAINER[@]+"${CONTAINER[@]}"}
-    --output="$LOGS/attempt$ATTEMPT.$verb.rank%t.log" bash "$TAWIN_HOME/slurm/task.sh" "$AGAIN_FILE" "$FAILED_FILE"
+    --output="$LOG.rank%t.log" bash "$TAWIN_HOME/slurm/task.sh" "$AGAIN_FILE" "$FAILED_FILE"
     python -m tawin_nemo "$@")
   if dry_run; then
     printf '%q ' "${command[@]}"
@@ -116,7 +122,21 @@ step() {
   rm -f "$AGAIN_FILE" "$FAILED_FILE"
   "${command[@]}" || code=$? # in the foreground: a trap waits until it has ended
   if [ -e "$AGAIN_FILE" ] && [ ! -e "$FAILED_FILE" ]; then again; fi
-  if [ "$code" != 0 ]; then fail "$verb" "$code"; fi
+  if [ "$code" = 0 ]; then return; fi
+  if restarts "$verb" "$code"; then step "$@"; else fail "$verb" "$code"; fi
+}
+
+# Whether a server that failed is to be started again; waits before it says so. restarts VERB CODE
+restarts() {
+  if [ "$1" != serve ] || [ -n "$CANCELLED" ] || [ "$RESTARTS" -ge "${MAX_RESTARTS:-0}" ]; then return 1; fi
+  if grep -q 'with code 2,' "$FAILED_FILE" 2>/dev/null; then return 1; fi # it would fail in the same way
+  local pause=${RESTART_PAUSE_S:-2} n
+  for ((n = 0; n < RESTARTS && pause < 60; n++)); do pause=$((2 * pause)); done
+  pause=$((pause < 60 ? pause : 60)) RESTARTS=$((RESTARTS + 1))
+  say "serve failed with code $2 ($(cat "$FAILED_FILE" 2>/dev/null || echo "no rank could say why"))"
+  say "restart $RESTARTS of $MAX_RESTARTS in $pause s"
+  sleep "$pause"
+  [ -z "$CANCELLED" ]
 }
 
 # What is wrong should be told in a minute, not by 32 tracebacks. preflight VERB [key=value ...]
@@ -149,11 +169,11 @@ again() {
 }
 
 fail() {
-  local verb=$1 code=$2 first="" logs=("$LOGS/attempt$ATTEMPT.$1".rank*.log)
+  local verb=$1 code=$2 first="" logs=("$LOG".rank*.log)
   say "$verb failed with code $code"
   if [ -e "$FAILED_FILE" ]; then
     cat "$FAILED_FILE"
-    first=$LOGS/attempt$ATTEMPT.$verb.rank$(sed -n 's/^rank \([0-9]*\) .*/\1/p;q' "$FAILED_FILE").log
+    first=$LOG.rank$(sed -n 's/^rank \([0-9]*\) .*/\1/p;q' "$FAILED_FILE").log
   else # a node that is gone cannot tell
     first=$(grep -l -E 'Error|tawin-nemo [a-z]+:' "${logs[@]}" 2>/dev/null | head -n 1 || true)
   fi

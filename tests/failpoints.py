@@ -2,8 +2,8 @@
 
 ``arm("POINT=ACTION[@PASS][/RANK],...")`` patches what lies at each POINT: at the PASS-th time (default 1) that the
 process comes there it does ACTION, on every rank or only on RANK. Actions: ``kill`` (SIGKILL), ``kill:MS`` (the same MS
-milliseconds later, while the program goes on), ``term`` (SIGTERM), ``enospc`` (the error of a full disk), ``raise``
-(any other error). Each says so on stderr, so that a test can count what it has caused.
+milliseconds later, while the program goes on), ``stop`` (SIGSTOP), ``term`` (SIGTERM), ``enospc`` (the error of a full
+disk), ``raise`` (any other error). Each says so on stderr, so that a test can count what it has caused.
 
 A process of its own gets the text in the variable ``TAWIN_FAILPOINTS``: ``environment(text)`` puts
 ``tests/plugins/sitecustomize.py`` on its path, which arms it before anything is imported. Modules that are not imported
@@ -36,7 +36,7 @@ _CHECKPOINT = "tawin_nemo.models.megatron.checkpoint"
 #: A write of at least this many bytes is a tensor's data, not the frame around it.
 _DATA_BYTES = 1024
 _TEMPORARY = re.compile(r"^\..*\.\w{8}\.tmp(\.\w+)?$")
-_RULE = re.compile(r"([\w.]+)=(kill|kill:\d+|term|enospc|raise)(?:@(\d+))?(?:/(\d+))?")
+_RULE = re.compile(r"([\w.]+)=(kill|kill:\d+|stop|term|enospc|raise)(?:@(\d+))?(?:/(\d+))?")
 
 
 @dataclass(frozen=True)
@@ -124,6 +124,8 @@ SITES = {
         "_Handler._with_engine",
         where=lambda _self, _engine, message: type(message).__name__ == "Generate",
     ),
+    # a rollout server is in the middle of a search: before every model call
+    "server.searching": Site("tawin_nemo.serve.engine.replica", "Replica._advance"),
     # any JSON, report or table that is written under a temporary name
     "file.before_rename": Site("pathlib", "Path.replace", where=lambda path, _: _TEMPORARY.search(path.name)),
 }
@@ -179,8 +181,8 @@ def _parsed(part: str) -> _Rule:
     match = _RULE.fullmatch(part)
     if match is None or match[1] not in POINTS:
         raise ValueError(
-            f"{VARIABLE}: {part!r} is not POINT=kill|kill:MS|term|enospc|raise[@PASS][/RANK] with a POINT of "
-            f"{', '.join(POINTS)}"
+            f"{VARIABLE}: {part!r} is not POINT=kill|kill:MS|stop|term|enospc|raise[@PASS][/RANK] with a POINT "
+            f"of {', '.join(POINTS)}"
         )
     return _Rule(match[1], match[2], int(match[3] or 1), int(match[4]) if match[4] else None)
 
@@ -265,7 +267,7 @@ def _act(point: str, words: str) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     if action == "raise":
         raise RuntimeError(f"failpoint {point}")
-    number = signal.SIGTERM if action == "term" else signal.SIGKILL
+    number = {"term": signal.SIGTERM, "stop": signal.SIGSTOP}.get(action, signal.SIGKILL)
     if delay:
         threading.Thread(target=_send, args=(number, int(delay) / 1000), daemon=True).start()
         return

@@ -16,6 +16,7 @@ import pytest
 
 import tawin_nemo.models.megatron.checkpoint.checkpoint
 import tawin_nemo.placement.rollout_ranks
+import tawin_nemo.serve.engine.replica
 import tawin_nemo.train.rl  # noqa: F401
 from tawin_nemo.config.schema import TrainerConfig
 from tawin_nemo.run.stage import Stage

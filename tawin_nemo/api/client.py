@@ -7,7 +7,9 @@ with Client("http://127.0.0.1:8000", key) as shop:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+import socket
+from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
@@ -47,6 +49,7 @@ class _Caller:
         headers = {"Authorization": f"Bearer {key}"} if key else {}
         limit = httpx.Timeout(timeout_s, connect=min(timeout_s, CONNECT_S))
         self._http = httpx.Client(base_url=url, headers=headers, timeout=limit)
+        self._sockets: list[socket.socket] = []  # of open connections
 
     def __enter__(self) -> Self:
         return self
@@ -60,11 +63,26 @@ class _Caller:
         """Close all connections."""
         self._http.close()
 
+    def abort(self) -> None:
+        """Make requests that are in flight in other threads fail with httpx.TransportError at once.
+
+        Closing a connection would not wake a thread that reads from it. Later requests connect anew.
+        """
+        for connection in self._sockets:
+            with contextlib.suppress(OSError):  # closed already
+                connection.shutdown(socket.SHUT_RDWR)
+
+    def _trace(self, event: str, info: Mapping[str, Any]) -> None:
+        """Note the socket of a new connection (httpx's extension ``trace``)."""
+        if event in ("connection.connect_tcp.complete", "connection.start_tls.complete"):
+            made = info["return_value"].get_extra_info("socket")
+            self._sockets = [*(kept for kept in self._sockets if kept.fileno() >= 0), made]
+
     def _call(self, kind: type[Reply], method: str, path: str, **options: Any) -> Reply:
         return kind.model_validate_json(self._answer(method, path, **options).content)
 
     def _answer(self, method: str, path: str, **options: Any) -> httpx.Response:
-        answer = self._http.request(method, path, **options)
+        answer = self._http.request(method, path, extensions={"trace": self._trace}, **options)
         if answer.status_code >= 400:
             after = answer.headers.get("retry-after", "")
             raise ServerError(answer.status_code, _error_in(answer), float(after) if after.isdigit() else None)
@@ -124,6 +142,10 @@ class Client(_Caller):
     def models(self) -> schema.ModelsReply:
         """The served model with its versions and the catalog's fingerprint."""
         return self._call(schema.ModelsReply, "GET", "/v1/models")
+
+    def health(self) -> schema.Health:
+        """Check that the HTTP server answers, whatever its engine does."""
+        return self._call(schema.Health, "GET", "/health")
 
     def ready(self) -> schema.Ready:
         """Check that all ranks of the engine answer. Raises ServerError (503) while the server is not ready."""

@@ -6,6 +6,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, StrictStr
 
+from tawin_nemo.api.field_filter import FieldFilter
+
 #: An item by its number, or by its external id.
 ItemRef = Annotated[StrictInt, Field(ge=0)] | Annotated[StrictStr, Field(min_length=1, max_length=512)]
 Title = Annotated[StrictStr, Field(min_length=1, max_length=4096)]
@@ -24,9 +26,7 @@ class Strict(BaseModel):
 class HistoryRequest(Strict):
     """Base of requests about one user: exactly one of `history`, `history_titles` and `prompt` must be set."""
 
-    history: list[ItemRef] | None = Field(
-        None, description="the user's items, oldest first, as item numbers or external ids"
-    )
+    history: list[ItemRef] | None = Field(None, description="the user's items, oldest first, by number or external id")
     history_titles: list[Title] | None = Field(None, description="the user's items, oldest first, as exact titles")
     prompt: Prompt | None = Field(None, description="a complete prompt in the format of training")
     score_space: Space | None = Field(
@@ -49,6 +49,7 @@ class RecommendationRequest(HistoryRequest):
     exclude_history: StrictBool = Field(False, description="exclude the items of the history")
     allow: list[ItemRef] | None = Field(None, description="recommend these items only")
     deny: list[ItemRef] = Field(default_factory=list, description="never recommend these items")
+    filter: FieldFilter = Field(default_factory=dict)
     exact: StrictBool = Field(
         False, description="repeat the search with twice the beams, up to serve.max_beams, until the n best are proven"
     )
@@ -233,8 +234,7 @@ class ServedVersions(Versions):
 
 
 class ModelCard(Versions):
-    """The served model, in the format of OpenAI's models API, with the catalog's fingerprint and number of items, and
-    the versions in use and before (`history`)."""
+    """The served model and its catalog, in the format of OpenAI's models API; `history`: the versions before."""
 
     id: str
     object: Literal["model"] = "model"
@@ -242,6 +242,7 @@ class ModelCard(Versions):
     owned_by: str = "tawin_nemo"
     catalog: str = Field(description="fingerprint of the catalog")
     items: int
+    item_fields: list[str] = Field(default_factory=list, description="fields that `filter` of a request may name")
     history: list[ServedVersions] = Field(default_factory=list, description="what a rollback goes to, newest first")
 
 

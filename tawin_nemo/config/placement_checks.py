@@ -118,6 +118,11 @@ def _server_combinations(r: Recipe) -> Iterator[tuple[bool, str]]:
         len(set(rollout.servers)) < len(rollout.servers),
         f"rollout.servers={list(rollout.servers)} names a server twice; name each once",
     )
+    yield (
+        served and r.processes > 1 and rollout.server_wait_s >= 60 * r.trainer.collective_timeout,
+        f"rollout.server_wait_s={rollout.server_wait_s:g}: the other ranks give up before, after "
+        f"trainer.collective_timeout={r.trainer.collective_timeout:g} minutes; lower the one or raise the other",
+    )
     own = (rollout.tensor_model_parallel_size, rollout.pipeline_model_parallel_size)
     yield (
         served and any(own),

@@ -311,7 +311,11 @@ class ServeConfig:
     max_history: int = number(
         10000, 1, help="Limits the items of a history; the newest data.max_history of them are used."
     )
-    max_items: int = number(10000, 1, help="Limits the items of an allow, deny or score list.")
+    max_items: int = number(
+        10000, 1, help="Limits the items of an allow, deny or score list, and the values of a filter."
+    )
+    max_filters: int = number(256, 1, ROWS, help="Limits the distinct filters by item fields that are kept evaluated.")
+    filter_cache_mb: int = number(64, 1, MEGABYTES, help="Limits the memory of filters that are kept evaluated, in MB.")
     max_body_kb: int = number(
         1024, 1, MEGABYTES, help="Limits the request body, in kB; larger requests get status 413."
     )
@@ -1035,6 +1039,19 @@ class RolloutConfig:
         1,
         TRIES,
         help="Limits how often a part of a rollout is sent, to the same or another server, with placement=server.",
+    )
+    server_silent_s: float = number(
+        60.0,
+        0.1,
+        WEEK_S,
+        help="Takes a server for hung whose /health has not answered for this many seconds during a request, with"
+        " placement=server.",
+    )
+    server_wait_s: float = number(
+        300.0,
+        0.0,
+        WEEK_S,
+        help="Waits this many seconds for a server to come back when none is left, with placement=server.",
     )
     weights_backend: str = choice(
         "auto", "gloo", "nccl", help="Selects what carries weights with placement=server (auto = as training)."

@@ -71,7 +71,7 @@ class ItemFrame:
 class Dataset:
     """A prepared data set: its items, its three splits and the manifest that the preparation wrote.
 
-    ``users``: USER and EXTERNAL_ID, ordered by user number; None where users have no names.
+    ``users``: USER and EXTERNAL_ID, ordered by user number; None where users have no names. ``root``: its folder.
     """
 
     items: ItemFrame
@@ -80,6 +80,7 @@ class Dataset:
     test: Split
     manifest: dict[str, Any]
     users: pa.Table | None = None
+    root: Path | None = None
 
     @property
     def has_titles(self) -> bool:
@@ -137,7 +138,7 @@ def load_dataset(root: Path) -> Dataset:
     verify_files(root, manifest)
     items = _read_items(root / ITEMS_FILE)
     train, valid, test = (_read_split(root / f"{split}.parquet", len(items)) for split in SPLITS)
-    return Dataset(items, train, valid, test, manifest, _read_users(root, manifest))
+    return Dataset(items, train, valid, test, manifest, _read_users(root, manifest), root)
 
 
 def _read_table(path: Path, columns: list[str]) -> pa.Table:
@@ -168,12 +169,16 @@ def read_columns(root: Path) -> dict[str, list[Any]]:
 
     A cell without a value is None. Raises DataError for a table that cannot be read.
     """
-    path = root / ITEMS_FILE
+    table = read_item_table(root / ITEMS_FILE)
+    return {name: table[name].to_pylist() for name in table.column_names if name != ITEM}
+
+
+def read_item_table(path: Path) -> pa.Table:
+    """All columns of an items table. Raises DataError when it cannot be read."""
     try:
-        table = pq.read_table(path)
+        return pq.read_table(path)
     except (pa.ArrowException, OSError) as error:
         raise DataError(f"{path} cannot be read as Parquet ({error}); {_AGAIN}") from error
-    return {name: table[name].to_pylist() for name in table.column_names if name != ITEM}
 
 
 def _read_users(root: Path, manifest: dict[str, Any]) -> pa.Table | None:

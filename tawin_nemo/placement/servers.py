@@ -11,9 +11,10 @@ import json
 import socket
 import uuid
 from collections.abc import Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -29,6 +30,7 @@ from tawin_nemo.api.schema import RolloutTerms
 from tawin_nemo.api.secrets_files import read_keys, read_token
 from tawin_nemo.config.schema import RolloutConfig
 from tawin_nemo.models.megatron.parallel.weight_group import TransferError, WeightGroup
+from tawin_nemo.placement.liveness import Watch, in_thread, watched
 from tawin_nemo.types import TokenRows
 from tawin_nemo.util.errors import ConfigError, TawinError
 from tawin_nemo.util.log import get_logger
@@ -38,6 +40,8 @@ log = get_logger(__name__)
 _TERMS_S = 10.0
 #: Seconds beyond its own time limit in which a server can report that it gave up.
 _GRACE_S = 10.0
+#: Time limit in seconds of saying goodbye to a server.
+_CLOSE_S = 5.0
 
 
 class Unavailable(TawinError):
@@ -61,39 +65,47 @@ class ExpectedTerms:
 class GenerationServer:
     """One of ``rollout.servers``, named by its file. ``version``: that of the weights pushed to it, None without any.
 
-    ``unavailable_reason``: why the server is excluded; empty while it is in use.
+    One thread calls at a time; ``abort`` and ``close`` may be called by any.
     """
 
     def __init__(self, file: str, cfg: RolloutConfig, expected: ExpectedTerms, store: dist.TCPStore) -> None:
         self.name, self._cfg, self._expected, self._store = file, cfg, expected, store
         self.version: int | None = None
-        self.unavailable_reason = ""
         self._instance = ""
+        self._token = ""
         self._data: Client | None = None
         self._control: ControlClient | None = None
         self._group: WeightGroup | None = None
-        self._control_url = ""
+        self._data_url = self._control_url = ""
 
     def connect(self) -> RolloutTerms:
         """Connect to the address in the server's file and compare its terms.
 
         Raises Unavailable when the server does not answer, ConfigError when its terms do not match the run.
         """
-        data, self._control_url = _addresses(Path(self.name))
+        self._data_url, self._control_url = _addresses(Path(self.name))
         key = next(iter(read_keys(self._cfg.api_key_file, "rollout.api_key_file")), "")
         token_file = self._cfg.control_token_file or str(Path(self.name).parent / "control_token")
-        token = read_token(token_file, "rollout.control_token_file")
-        with self._translated_errors(), Client(data, key, timeout_s=_TERMS_S) as client:
-            terms = client.rollout_terms()
+        token = self._token = read_token(token_file, "rollout.control_token_file")
+        terms = self._terms(key)
         self._compare(terms)
         self.disconnect(forget=terms.instance != self._instance)
         limit = self._cfg.server_timeout_s + _GRACE_S
         self._instance = terms.instance
         self._data, self._control = (
-            Client(data, key, timeout_s=limit),
+            Client(self._data_url, key, timeout_s=limit),
             ControlClient(self._control_url, token, timeout_s=limit),
         )
         return terms
+
+    def _terms(self, key: str) -> RolloutTerms:
+        try:
+            with self._translated_errors(), Client(self._data_url, key, timeout_s=_TERMS_S) as client:
+                return client.rollout_terms()
+        except (Unavailable, ConfigError):
+            raise
+        except (TawinError, ValueError) as error:  # something else listens at the address that a lost server had
+            raise Unavailable(f"{self._data_url} is no generation server ({str(error)[:200]})") from error
 
     def disconnect(self, *, forget: bool = True) -> None:
         """Close the connections; ``forget``: also drop the weight group and the version of the weights."""
@@ -105,12 +117,20 @@ class GenerationServer:
             self._drop_group()
             self.version = None
 
+    def abort(self) -> None:
+        """Make the call that is in flight fail with Unavailable at once."""
+        for caller in (self._data, self._control):
+            if caller is not None:
+                caller.abort()
+
     def close(self) -> None:
         """Destroy the weight group on the server and close the connections."""
-        group, control = self._group, self._control
-        if group is not None and control is not None:
-            with contextlib.suppress(httpx.TransportError, ServerError):
+        group, self._group = self._group, None
+        if group is not None:
+            control = ControlClient(self._control_url, self._token, timeout_s=_CLOSE_S)
+            with contextlib.suppress(httpx.TransportError, ServerError), control:
                 control.destroy_weights_group(group.name)
+            group.close()
         self.disconnect()
 
     def push(self, tensors: Mapping[str, Tensor], version: int) -> None:
@@ -121,13 +141,15 @@ class GenerationServer:
             "names": list(tensors), "shapes": [list(value.shape) for value in tensors.values()],
             "dtypes": [str(value.dtype).removeprefix("torch.") for value in tensors.values()],
         }  # fmt: skip
-        with self._translated_errors(), ThreadPoolExecutor(1) as thread:
+        with self._translated_errors():
             try:
                 if self._group is None:
-                    self._group = self._join_group(control, thread)
+                    self._group = self._join_group(control)
                 name = self._group.name
-                response = thread.submit(
-                    control.update_weights_from_distributed, group_name=name, weight_version=version, **announced
+                response = in_thread(
+                    partial(
+                        control.update_weights_from_distributed, group_name=name, weight_version=version, **announced
+                    )
                 )
                 self._send(tensors, response)
                 received = response.result().weight_version
@@ -138,14 +160,16 @@ class GenerationServer:
             raise Unavailable(f"calls its weights version {received} after version {version} was sent")
         self.version = version
 
-    def _join_group(self, control: ControlClient, thread: ThreadPoolExecutor) -> WeightGroup:
+    def _join_group(self, control: ControlClient) -> WeightGroup:
         backend, seconds = self._cfg.weights_backend, self._cfg.server_timeout_s
         if backend == "auto":
             backend = "nccl" if torch.cuda.is_available() else "gloo"
         name = f"tawin-{uuid.uuid4().hex}"
-        response = thread.submit(
-            control.init_weights_group, master_address=_own_address(self._control_url), master_port=self._store.port,
-            group_name=name, backend=backend, timeout_s=min(seconds, 3600.0),
+        response = in_thread(
+            partial(
+                control.init_weights_group, master_address=_own_address(self._control_url),
+                master_port=self._store.port, group_name=name, backend=backend, timeout_s=min(seconds, 3600.0),
+            )
         )  # fmt: skip
         limit = timedelta(seconds=seconds)
         with _request_error_first(response):
@@ -210,11 +234,19 @@ class GenerationServer:
 
     @contextlib.contextmanager
     def _translated_errors(self) -> Iterator[None]:
-        """Translate errors of HTTP and of the weight group into Unavailable, ConfigError or TawinError."""
+        """Translate errors of HTTP and of the weight group into Unavailable, ConfigError or TawinError.
+
+        A server that hangs inside the block is Unavailable after ``rollout.server_silent_s``.
+        """
+        with watched(self._data_url, self._cfg.server_silent_s, self.abort) as watch, self._named_errors(watch):
+            yield
+
+    @contextlib.contextmanager
+    def _named_errors(self, watch: Watch) -> Iterator[None]:
         try:
             yield
         except (httpx.TransportError, TransferError) as error:
-            raise Unavailable(f"{type(error).__name__}: {error}") from error
+            raise Unavailable(watch.reason or f"{type(error).__name__}: {error}") from error
         except ServerError as error:
             status, code = error.status, error.error.code
             if status == 429 or code == "paused":

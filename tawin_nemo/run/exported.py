@@ -135,7 +135,7 @@ def _dataset(catalog: Catalog, data_root: Path | None) -> Dataset:
         )
     numbers_I = np.array([number_of[name] for name in data.items.external_ids], dtype=np.int64)
     train, valid, test = (_renumbered(getattr(data, name), numbers_I) for name in SPLITS)
-    return Dataset(items, train, valid, test, data.manifest)
+    return Dataset(items, train, valid, test, data.manifest, root=data.root)
 
 
 def _renumbered(split: Split, numbers_I: np.ndarray) -> Split:

@@ -50,8 +50,8 @@ RESUMABLE_KEYS = (
     "preference.micro_batch_tokens",
     "trainer.offload_optimizer", "trainer.overlap_grad_reduce", "trainer.overlap_param_gather",
     "trainer.collective_timeout", "rollout.placement", "rollout.devices", "rollout.servers",
-    "rollout.api_key_file", "rollout.control_token_file", "rollout.server_timeout_s",
-    "rollout.server_tries", "rollout.weights_backend", "trainer.metric_sinks",
+    "rollout.api_key_file", "rollout.control_token_file", "rollout.server_timeout_s", "rollout.server_tries",
+    "rollout.server_silent_s", "rollout.server_wait_s", "rollout.weights_backend", "trainer.metric_sinks",
 )  # fmt: skip
 
 #: Keys that may change between two attempts because they only say how long stages are; see train/extension.py.

@@ -3,7 +3,9 @@
     python -m tests.crash_matrix                  a short slice: one chain of kills, a full disk, a truncated checkpoint
     python -m tests.crash_matrix --full           everything (about 10 minutes on 2 idle cores)
     python -m tests.crash_matrix --full --json recipes/results/crash_matrix.json
+    python -m tests.crash_matrix --full --only lost-server --json recipes/results/crash_matrix.json
 
+With ``--only`` a case that FILE does not have yet is added to those that it has, with its own commit and date.
 The table goes to stderr, one JSON object to stdout; exit code 1 when a case failed or a point was never reached.
 """
 
@@ -23,7 +25,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from tests.crash_matrix import cases, verbs
+from tests.crash_matrix import cases, servers, verbs
 from tests.crash_matrix.attempts import warm_up
 from tests.crash_matrix.cases import Outcome, Setting
 from tests.failpoints import POINTS
@@ -66,6 +68,7 @@ def plan(*, full: bool) -> dict[str, Case]:
         "preference": verbs.preference,
         "convert": verbs.convert,
         "tokenize": verbs.tokenize,
+        "lost-server": servers.lost_server,
         "ranks": lambda world, name: cases.rank_killed(world, name, RANK_RULES, cases.LAYOUT),
         "ranks-apart": lambda world, name: cases.rank_killed(world, name, SEARCHING_RULES, *cases.APART),
     }
@@ -76,7 +79,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--full", action="store_true", help="every case, not the short slice")
     parser.add_argument("--data", type=Path, help="a prepared dataset (default: a generated one)")
     parser.add_argument("--only", default="", help="only cases whose name contains this")
-    parser.add_argument("--json", type=Path, help="write the JSON there as well")
+    parser.add_argument("--json", type=Path, help="write the JSON there as well; with --only: add to it")
     arguments = parser.parse_args(argv)
     start = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="crash_matrix_") as name:
@@ -94,8 +97,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(table(result), file=sys.stderr, flush=True)
     print(json.dumps(result), flush=True)
     if arguments.json:
-        arguments.json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    return 0 if result["failed"] == 0 and not result["points_never_reached"] else 1
+        written = added(json.loads(arguments.json.read_text(encoding="utf-8")), result) if arguments.only else result
+        arguments.json.write_text(json.dumps(written, indent=2) + "\n", encoding="utf-8")
+    return 0 if result["failed"] == 0 and (arguments.only or not result["points_never_reached"]) else 1
 
 
 def row(outcome: Outcome) -> str:
@@ -128,6 +132,27 @@ def report(found: list[Outcome], options: str, seconds: float) -> dict[str, Any]
             }
             for o in found
         ],
+    }
+
+
+def added(before: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
+    """A committed result with the cases of another one added. Raises ValueError for a case that it has already."""
+    have = {outcome["case"] for outcome in before["outcomes"]}
+    again = [outcome["case"] for outcome in new["outcomes"] if outcome["case"] in have]
+    if again:
+        raise ValueError(
+            f"{', '.join(again)}: only a run of all cases replaces a case, since it counts all points anew"
+        )
+    points = Counter(before["events_per_point"]) + Counter(new["events_per_point"])
+    own = {key: new[key] for key in ("commit", "date")}
+    sums = {key: before[key] + new[key] for key in ("seconds", "cases", "failed", "sigkills", "sigterms")}
+    return {
+        **before,
+        **sums,
+        "seconds": round(sums["seconds"], 1),
+        "events_per_point": dict(sorted(points.items())),
+        "points_never_reached": sorted(set(before["points_never_reached"]) - points.keys()),
+        "outcomes": [*before["outcomes"], *({**outcome, **own} for outcome in new["outcomes"])],
     }
 
 

@@ -43,6 +43,7 @@ GOOD: dict[str, list[Any]] = {
         {"history": [3, 5], "n": 4, "beams": 6, "return_tokens": True}, {"prompt": "<|item|>", "n": 2, "exact": True},
         {"history": [1], "allow": [1, 2, 3], "deny": [2], "exclude_history": True, "min_score": -50.0, "timeout_s": 5},
         {"history_titles": ["lamp"], "weight_version": 1, "score_space": "trie"},
+        {"history": [3], "filter": {"title": ["lamp"], "brand": "Acme", "price": 3.5}, "deny": [1]},
     ],
     "/v1/completions": [
         {"model": "MODEL", "prompt": "<|item|>", "n": 2, "use_beam_search": True, "logprobs": 1},

@@ -1,16 +1,19 @@
-"""Runs on generation servers through the command line: the same bytes as in one process, and the exit codes of a run
-without a server that fits."""
+"""Runs on generation servers through the command line: the same bytes as in one process, killed and resumed or not, and
+the exit codes of a run without a server that fits."""
 
 import json
+import signal
 import subprocess
 from pathlib import Path
 
 import pytest
 
+from tests import failpoints
+from tests.crash_matrix.attempts import difference, fingerprint
 from tests.distributed.launch import free_port
 from tests.serve.scene import KEY, TOKEN, serving
 from tests.serve.test_process import process_of
-from tests.train.runs import SMALL, command, environment, run
+from tests.train.runs import SMALL, called, command, environment, run
 
 SHORT = ("compare.sft_continued=false", "sft.epochs=1")
 
@@ -28,8 +31,16 @@ def test_on_a_server_a_run_writes_the_same_bytes(small_dataset: Path, tmp_path: 
     there = (*words, "rollout.placement=server", f"rollout.servers=[{file}]")
     with process_of(file, *there, f"run_dir={tmp_path / 'server'}"):
         run(*there, f"run_dir={tmp_path / 'there'}")
+        killed = [*there, f"run_dir={tmp_path / 'killed'}"]
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv(failpoints.VARIABLE, "rl.after_rollout=kill@3")
+            assert called(*killed).returncode == -signal.SIGKILL
+        run(*killed)  # the server still has the weights of the third step
     for name in ("sft/metrics.jsonl", "rl/metrics.jsonl", "rl/eval/test.per_user.parquet", "sft/eval/test.json"):
-        assert (tmp_path / "there" / name).read_bytes() == (tmp_path / "here" / name).read_bytes(), name
+        for folder in ("there", "killed"):
+            assert (tmp_path / folder / name).read_bytes() == (tmp_path / "here" / name).read_bytes(), (folder, name)
+    expected = fingerprint(tmp_path / "here")  # weights and optimizer among it
+    assert (difference(tmp_path / "there", expected), difference(tmp_path / "killed", expected)) == ("", "")
 
 
 def test_without_a_server_a_run_ends_with_1(small_dataset: Path, tmp_path: Path) -> None:
@@ -38,7 +49,7 @@ def test_without_a_server_a_run_ends_with_1(small_dataset: Path, tmp_path: Path)
     (tmp_path / "control_token").write_text(TOKEN)
     done = failed(
         *SMALL, f"data.root={small_dataset}", f"run_dir={tmp_path / 'run'}", "rollout.placement=server",
-        f"rollout.servers=[{file}]",
+        f"rollout.servers=[{file}]", "rollout.server_wait_s=0",
     )  # fmt: skip
     assert done.returncode == 1, done.stderr[-3000:]
     assert f"no generation server is left ({file}: ConnectError" in done.stderr.splitlines()[-1]

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -55,13 +55,17 @@ from tests.serve.scene import KEY, TOKEN, prompt_format
 RL = RlConfig(group_size=4, beta=0.01, ensure_target="replace_last", prompts_per_step=PROMPTS)
 
 
-def recipe(servers: list[Path] | None = None, folder: Path | None = None, **rl: Any) -> Recipe:
-    """In this process, or on servers whose keys lie in ``folder``."""
+def recipe(
+    servers: list[Path] | None = None, folder: Path | None = None, *, options: Mapping[str, Any] | None = None,
+    **rl: Any,
+) -> Recipe:  # fmt: skip
+    """In this process, or on servers whose keys lie in ``folder``; ``options``: further keys of section rollout."""
     rollout = RolloutConfig()
     if servers and folder:
         rollout = RolloutConfig(
             placement="server", servers=[str(file) for file in servers], api_key_file=str(folder / "keys"),
             control_token_file=str(folder / "token"), server_timeout_s=60.0,
+            **{"server_wait_s": 1.0, **(options or {})},
         )  # fmt: skip
         (folder / "keys").write_text(KEY)
         (folder / "token").write_text(TOKEN)
@@ -164,5 +168,10 @@ def main(folder: Path, tp: int) -> None:
     runtime.shutdown()
 
 
+def process(words: Sequence[str]) -> None:
+    """``python -m tests.serve.learning words``."""
+    main(Path(words[0]), int(words[1]))
+
+
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]))
+    process(sys.argv[1:])

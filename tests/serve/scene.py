@@ -24,6 +24,7 @@ from tawin_nemo.data.prompts import Template
 from tawin_nemo.data.tokenizer import Tokenizer, build_tokenizer
 from tawin_nemo.serve.engine.catalog import PromptFormat, ServedCatalog
 from tawin_nemo.serve.engine.engine import Engine
+from tawin_nemo.serve.engine.item_fields import MatchCache
 from tawin_nemo.serve.engine.jobs import Limits
 from tawin_nemo.serve.engine.ranks import Leader, SingleProcess
 from tawin_nemo.serve.engine.replica import FromTensors, Replica
@@ -125,9 +126,12 @@ def metric_in(text: str, name: str, **labels: str) -> float:
 @contextmanager
 def serving(
     roots: Sequence[Path] = (), *, catalog: ServedCatalog | None = None, keys: Sequence[str] = (KEY,),
-    kind: type[GateLM] = GateLM, saved: Path | None = None, **changes: Any,
+    kind: type[GateLM] = GateLM, saved: Path | None = None, filters: MatchCache | None = None, **changes: Any,
 ) -> Iterator[Scene]:  # fmt: skip
-    """A server with these ``serve`` settings; the model's weights are the number in a file, and its gate is open."""
+    """A server with these ``serve`` settings; the model's weights are the number in a file, and its gate is open.
+
+    ``filters``: those by item fields; without, items have ids and titles only.
+    """
     settings = replace(ServeConfig(port=0, control_port=0, beams=6, max_beams=64, drain_s=5), **changes)
     gate = threading.Event()
     gate.set()
@@ -156,7 +160,8 @@ def serving(
     replica.models[1], replica.tries[catalog.version] = load(""), catalog.trie
     engine = Engine(Leader(replica, SingleProcess()), catalog, limits=Limits.of(settings), metrics=Metrics(), weights=1)
     del catalog  # or it would stay in memory
-    context = ServerContext(settings, MODEL, settings.beams, "trie", 0.0, 2048, vocab)
+    own = {} if filters is None else {"filters": filters}
+    context = ServerContext(settings, MODEL, settings.beams, "trie", 0.0, 2048, vocab, **own)
     server = Server(engine, context, Secrets(list(keys), TOKEN), roots=list(roots), saved=state)
     data, control = (f"http://127.0.0.1:{port}" for port in server.ports)
     ready = threading.Event()

@@ -28,7 +28,18 @@ JSON = st.recursive(
     max_leaves=8,
 )
 FIELDS = (
-    *("history", "history_titles", "prompt", "score_space", "weight_version", "timeout_s", "n", "beams", "allow"),
+    *(
+        "history",
+        "history_titles",
+        "prompt",
+        "score_space",
+        "weight_version",
+        "timeout_s",
+        "n",
+        "beams",
+        "allow",
+        "filter",
+    ),
     *("exclude_history", "deny", "min_score", "return_tokens", "items", "model", "best_of", "use_beam_search"),
     *("logprobs", "seed", "temperature", "max_tokens", "stream", "user"),
 )

@@ -18,7 +18,7 @@ import torch
 
 from tawin_nemo.api.arrays import RolloutReply
 from tawin_nemo.api.client import Client
-from tawin_nemo.placement.server_pool import ServersLost
+from tawin_nemo.placement.server_parts import ServersLost
 from tawin_nemo.serve.engine.weight_sources import FromMemory
 from tawin_nemo.types import DataParallel
 from tawin_nemo.util.errors import ConfigError

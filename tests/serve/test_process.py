@@ -17,9 +17,10 @@ from typing import IO
 import httpx
 import openai
 import psutil
+import pyarrow.parquet as pq
 import pytest
 
-from tawin_nemo.api.client import Client, ControlClient
+from tawin_nemo.api.client import Client, ControlClient, ServerError
 from tawin_nemo.config.load import load_recipe
 from tests.rollout.rankings import SCORE_TOLERANCE, assert_same_ranking
 from tests.serve.scene import KEY, metric_in
@@ -106,6 +107,20 @@ def test_the_server_answers_as_the_verb_generate_does(served: Served, stage: Pat
     assert [(item.item, item.title) for item in reply.items] == [(item["item"], item["title"]) for item in expected]
     for item, other in zip(reply.items, expected, strict=True):
         assert item.score == pytest.approx(other["score"], abs=SCORE_TOLERANCE)
+
+
+def test_items_are_filtered_by_the_fields_of_the_prepared_data(served: Served, stage: Path) -> None:
+    root = load_recipe(stage.parent / "recipe.yaml", []).data.root
+    rows = pq.read_table(Path(root) / "items.parquet").to_pylist()
+    brand = rows[7]["brand"]
+    listed = [row["item"] for row in rows if row["brand"] == brand]
+    assert 0 < len(listed) < len(rows)
+    with served.client() as client:
+        assert {"brand", "category", "title"} <= set(client.models().data[0].item_fields)
+        filtered, expected = client.recommend([3], filter={"brand": brand}), client.recommend([3], allow=listed)
+        with pytest.raises(ServerError, match="items have no field 'colour'; they have brand, category,"):
+            client.recommend([3], filter={"colour": "red"})
+    assert filtered.items == expected.items
 
 
 def test_many_at_once_get_what_they_get_alone(served: Served) -> None:

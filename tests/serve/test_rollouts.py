@@ -4,6 +4,7 @@ at all, and under load no reply mixes versions."""
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -231,8 +232,19 @@ def test_a_group_that_nobody_joins_or_answers_is_given_up() -> None:
                 control.init_weights_group(master_address="127.0.0.1", **fields)
 
 
+def test_a_rank_that_comes_after_the_sender_has_given_up_is_told_so() -> None:
+    """A server that was suspended while it joined; it would wait for the sender until the limit."""
+    store = host_store(LIMIT)
+    with pytest.raises(TransferError, match="no here from group late"):
+        WeightGroup(store, "late", 0, 2, backend="gloo", limit=timedelta(seconds=0.05))
+    start = time.monotonic()
+    with pytest.raises(TransferError, match="has ended the call"):
+        WeightGroup.join("127.0.0.1", store.port, "late", 1, 2, backend="gloo", limit=LIMIT)
+    assert time.monotonic() - start < LIMIT.total_seconds() / 2
+
+
 def test_prompts_are_divided_alike_whoever_is_alive() -> None:
-    from tawin_nemo.placement.server_pool import RequestLimits, split_prompts
+    from tawin_nemo.placement.server_parts import RequestLimits, split_prompts
 
     lengths = np.random.default_rng(1).integers(3, 40, 50)
     free = RequestLimits(1 << 62, 1 << 62, 1 << 62, 1 << 62)

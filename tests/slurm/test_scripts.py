@@ -236,3 +236,45 @@ def test_the_first_task_that_fails_is_the_one_that_is_named(tmp_path):
     assert first.startswith("rank 2 on n1 was the first to fail, with signal KILL, at ")
     run_task(tmp_path, "exit 9")
     assert (tmp_path / "failed").read_text(encoding="utf-8") == first
+
+
+def supervised(tmp_path: Path, codes: list[int], first: str = "signal KILL", **environment: str) -> tuple[int, str]:
+    """Exit code and words of slurm/serve.sh where srun ends with ``codes`` one after the other, then with 0."""
+    (tmp_path / "codes").write_text("".join(f"{code}\n" for code in codes))
+    srun = f"""#!/bin/bash
+while [ "$1" != bash ]; do shift; done
+code=$(head -n 1 {tmp_path}/codes); sed -i 1d {tmp_path}/codes
+if [ "${{code:-0}}" != 0 ]; then echo "rank 1 on n1 was the first to fail, with {first}, at 00:00:00" >"$4"; fi
+echo "${{@: -1}}" >"${{4%.failed}}.rank1.log"
+exit "${{code:-0}}"
+"""
+    for name, text in (("srun", srun), ("scontrol", "#!/bin/bash\necho n1\n")):
+        (tmp_path / name).write_text(text)
+        (tmp_path / name).chmod(0o755)
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM", "TAWIN"))}
+    place = {"SLURM_JOB_ID": "7", "SLURM_JOB_NAME": "serve", "SLURM_NNODES": "1", "SLURM_NTASKS_PER_NODE": "2"}
+    own = {"TAWIN_PREFLIGHT": "0", "TAWIN_LOGS": str(tmp_path / "logs"), "RESTART_PAUSE_S": "0", **environment}
+    done = subprocess.run(
+        ["bash", REPOSITORY / "slurm" / "serve.sh"], cwd=REPOSITORY, capture_output=True, text=True, timeout=60,
+        env={**kept, **place, "SLURM_JOB_NODELIST": "n1", "PATH": f"{tmp_path}:{os.environ['PATH']}", **own},
+    )  # fmt: skip
+    return done.returncode, done.stdout + done.stderr
+
+
+def test_a_server_one_of_whose_ranks_dies_is_started_again(tmp_path):
+    code, said = supervised(tmp_path, [137, 1])
+    assert code == 0, said
+    assert "rank 1 on n1 was the first to fail, with signal KILL" in said
+    assert "restart 2 of 20 in 0 s" in said
+    logs = sorted(path.name for path in (tmp_path / "logs" / "serve.7").glob("*.log"))
+    assert logs == [f"attempt0.serve{restart}.rank1.log" for restart in ("", ".restart1", ".restart2")]
+
+
+def test_a_server_is_not_started_again_for_ever_nor_after_a_mistake(tmp_path):
+    (tmp_path / "often").mkdir()
+    code, said = supervised(tmp_path / "often", [137] * 9, MAX_RESTARTS="2")
+    assert (code, "restart 2 of 2 in 0 s" in said, "restart 3" in said) == (137, True, False), said
+    assert "attempt0.serve.restart2.rank1.log" in said.splitlines()[-2]
+    (tmp_path / "mistake").mkdir()
+    code, said = supervised(tmp_path / "mistake", [137], first="code 2")
+    assert (code, "restart 1" in said) == (137, False), said

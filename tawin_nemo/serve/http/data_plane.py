@@ -45,8 +45,8 @@ class DataPlane:
     async def recommendations(self, body: schema.RecommendationRequest, request: Request) -> Response:
         """Return the n best catalog items for a history of items or a raw prompt, best first.
 
-        `allow` and `deny` restrict the search itself, so that the result is the best of the allowed items. With
-        `exact` the search is repeated with twice the beams until the ranking is proven, up to the server's limit.
+        `allow`, `deny` and `filter` restrict the search itself, so that the result is the best of the allowed items.
+        With `exact` the search is repeated with twice the beams until the ranking is proven, up to the server's limit.
         """
         end, current = time.monotonic() + (body.timeout_s or math.inf), body
         while True:
@@ -129,7 +129,8 @@ class DataPlane:
         ]
         card = schema.ModelCard(
             id=self.context.model_id, created=self._created, catalog=catalog.fingerprint, items=catalog.trie.num_items,
-            weight_version=weights, catalog_version=catalog.version, history=history,
+            item_fields=self.context.filters.fields.names, weight_version=weights, catalog_version=catalog.version,
+            history=history,
         )  # fmt: skip
         return schema.ModelsReply(data=[card], weight_version=weights, catalog_version=catalog.version)
 

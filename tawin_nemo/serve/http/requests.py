@@ -1,6 +1,7 @@
 """Parse data-plane requests into the engine's jobs. Everything here raises ApiError for a request that is invalid.
 
-W: beams of a search; M: items that a filter lists; I: all item numbers of the catalog, removed ones included.
+W: beams of a search; M: items that a filter lists; I: all item numbers of the catalog, removed ones included; J: items
+of its trie.
 """
 
 from __future__ import annotations
@@ -11,11 +12,14 @@ import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
+
 from tawin_nemo.api.schema import CompletionRequest, HistoryRequest, RecommendationRequest, RolloutRequest, ScoreRequest
 from tawin_nemo.config.schema import ServeConfig
 from tawin_nemo.rollout.filters import ItemFilter
 from tawin_nemo.rollout.sampling import draw_seed
 from tawin_nemo.serve.engine.catalog import ServedCatalog
+from tawin_nemo.serve.engine.item_fields import MatchCache, UnknownFilter
 from tawin_nemo.serve.engine.jobs import Job, JobResult
 from tawin_nemo.serve.http.errors import ApiError
 from tawin_nemo.types import TokenRows
@@ -35,6 +39,7 @@ class ServerContext:
     vocab_size: int
     tokenizer: str = ""  # fingerprint
     precision: str = "fp32"
+    filters: MatchCache = field(default_factory=MatchCache)  # of requests, by the fields of items
     instance: str = field(default_factory=lambda: uuid.uuid4().hex)  # new at every start of the server
 
 
@@ -57,21 +62,46 @@ def parse_recommendation(
     if beams < request.n:
         raise ApiError(400, f"beams={beams} is below n={request.n}; set at least as many", param="beams")
     history, prompts = _history_and_prompt(request, catalog, context)
-    denied = set(_item_numbers(request.deny, catalog, "deny", context.settings.max_items))
+    item_filter, paths = _filter_and_paths(request, history, catalog, context)
+    width = max(1, min(beams, paths))
+    job = _job(request, catalog, prompts, context, width=width, item_filter=item_filter, history=history)
+    return ParsedRequest(job, history, [])
+
+
+def _filter_and_paths(
+    request: RecommendationRequest, history: list[int], catalog: ServedCatalog, context: ServerContext
+) -> tuple[ItemFilter | None, int]:
+    """The filter of ``allow``, ``deny``, ``exclude_history`` and ``filter`` together, and how many paths it allows."""
+    trie, most = catalog.trie, context.settings.max_items
+    denied = set(_item_numbers(request.deny, catalog, "deny", most))
     if request.exclude_history:
         if request.prompt is not None:
             raise ApiError(400, "exclude_history needs history or history_titles", param="exclude_history")
         denied |= set(history)
-    trie, item_filter = catalog.trie, None
-    if request.allow is not None:
-        allowed = set(_item_numbers(request.allow, catalog, "allow", context.settings.max_items)) - denied
-        item_filter = ItemFilter.only(trie, _trie_items(allowed, catalog))
-    elif denied:
-        item_filter = ItemFilter.without(trie, _trie_items(denied, catalog))
-    paths = trie.num_leaves if item_filter is None else item_filter.allowed_paths(trie)
-    width = max(1, min(beams, paths))
-    job = _job(request, catalog, prompts, context, width=width, item_filter=item_filter, history=history)
-    return ParsedRequest(job, history, [])
+    listed = None if request.allow is None else set(_item_numbers(request.allow, catalog, "allow", most)) - denied
+    if not request.filter:
+        if listed is None and not denied:
+            return None, trie.num_leaves
+        chosen = (
+            ItemFilter.without(trie, _trie_items(denied, catalog))
+            if listed is None
+            else ItemFilter.only(trie, _trie_items(listed, catalog))
+        )
+        return chosen, chosen.allowed_paths(trie)
+    _check_limit(sum(len(value) for value in request.filter.values() if isinstance(value, list)), most, "filter")
+    try:
+        match = context.filters.match(catalog, request.filter)
+    except UnknownFilter as error:
+        raise ApiError(400, str(error), param="filter", code=error.code) from error
+    if listed is None and not denied:
+        return match.filter, match.paths
+    allowed_J = np.zeros(trie.num_items, dtype=bool)
+    allowed_J[match.trie_item_M if listed is None else _trie_items(listed, catalog)] = True
+    if listed is not None:
+        allowed_J &= np.isin(np.arange(trie.num_items), match.trie_item_M)
+    allowed_J[_trie_items(denied, catalog)] = False
+    chosen = ItemFilter.only(trie, np.flatnonzero(allowed_J).tolist())
+    return chosen, chosen.allowed_paths(trie)
 
 
 def widened(

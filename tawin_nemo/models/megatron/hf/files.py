@@ -1,4 +1,8 @@
-"""Reading safetensors slice by slice: a single file, or several with an index."""
+"""Reading safetensors slice by slice: a single file, or several with an index.
+
+The library checks a file, but its slices for torch leave two Python integers for every tensor that is read (version
+0.8.0), and a server reads all tensors at every swap of its weights. So tensors are read through a memory map here.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +10,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
@@ -21,12 +26,58 @@ ROWS_AT_ONCE = 8192
 _LFS_POINTER = b"version https://git-lfs"
 
 
+#: Number formats of safetensors files.
+_DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "I64": torch.int64, "I32": torch.int32,
+    "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
+}  # fmt: skip
+
+
+class TensorFile:
+    """The tensors of one safetensors file. Raises SafetensorError for a file that is damaged or cut off.
+
+    ``name`` must name the file only while it is opened.
+    """
+
+    def __init__(self, name: str) -> None:
+        with safe_open(name, framework="numpy"):
+            pass  # compares the header with the length of the file, and the tensors' sizes with their places
+        self._bytes = np.memmap(name, dtype=np.uint8, mode="r")
+        self._data = 8 + int.from_bytes(self._bytes[:8].tobytes(), "little")
+        header = json.loads(self._bytes[8 : self._data].tobytes())
+        self._entries: dict[str, dict[str, Any]] = {
+            key: value for key, value in header.items() if key != "__metadata__"
+        }
+
+    def keys(self) -> set[str]:
+        """The tensors' names."""
+        return set(self._entries)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of a tensor. Raises KeyError when there is none of this name."""
+        return tuple(self._entries[name]["shape"])
+
+    def read(self, name: str, axis: int, start: int, stop: int) -> Tensor:
+        """A copy of the slice ``start:stop`` along ``axis`` (0 or 1). Raises KeyError without the tensor, and
+        SafetensorError for a number format that torch does not have."""
+        entry = self._entries[name]
+        if (dtype := _DTYPES.get(entry["dtype"])) is None:
+            raise SafetensorError(f"{name} is in {entry['dtype']}, not in one of {', '.join(_DTYPES)}")
+        first, end = (self._data + offset for offset in entry["data_offsets"])
+        whole = self._bytes[first:end].reshape(*entry["shape"], dtype.itemsize)
+        part = whole[start:stop] if axis == 0 else whole[:, start:stop]
+        if not part.size:
+            return torch.empty(part.shape[:-1], dtype=dtype)
+        return torch.from_numpy(np.array(part)).view(dtype).squeeze(-1)
+
+
 class HfWeights:
     """The tensors of one directory, read slice by slice (``model.safetensors`` or an index with several files)."""
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
-        self._open: dict[str, Any] = {}
+        self._open: dict[str, TensorFile] = {}
         self.files: dict[str, str]
         if any((directory / name).exists() for name in (SINGLE_FILE, INDEX_FILE)):
             refuse_pickles(directory)
@@ -48,11 +99,11 @@ class HfWeights:
                 "save_pretrained(..., safe_serialization=True)" + (f" ({other[0]} is the old format)" if other else "")
             )
 
-    def _file(self, name: str) -> Any:
+    def _file(self, name: str) -> TensorFile:
         if name not in self._open:
             try:
                 with trusted_name(self.directory / name) as file:
-                    self._open[name] = safe_open(file, framework="pt", device="cpu")
+                    self._open[name] = TensorFile(file)
             except (OSError, SafetensorError) as error:
                 raise CheckpointError(_damage(self.directory / name, error)) from error
         return self._open[name]
@@ -64,7 +115,7 @@ class HfWeights:
         """
         for name in sorted(set(self.files.values())):
             promised = {tensor for tensor, file in self.files.items() if file == name}
-            lacking = sorted(promised - set(self._file(name).keys()))
+            lacking = sorted(promised - self._file(name).keys())
             if lacking:
                 raise CheckpointError(
                     f"{self.directory / name} lacks {lacking[0]}, which the index promises; download index and files "
@@ -88,20 +139,22 @@ class HfWeights:
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of a tensor, from the file's header. Raises CheckpointError when the tensor is missing."""
-        return tuple(self._slice(name).get_shape())
+        return self._holding(name).shape(name)
 
-    def _slice(self, name: str) -> Any:
-        try:
-            return self._file(self.files[name]).get_slice(name)
-        except SafetensorError as error:
+    def _holding(self, name: str) -> TensorFile:
+        file = self._file(self.files[name])
+        if name not in file.keys():  # noqa: SIM118
             raise CheckpointError(
                 f"{self.directory / self.files[name]} has no tensor {name}, although the index lists it"
-            ) from error
+            )
+        return file
 
     def read(self, name: str, axis: int, start: int, stop: int) -> Tensor:
-        """The slice ``start:stop`` along ``axis`` (0 or 1) of a tensor, in CPU memory."""
-        part = self._slice(name)
-        return part[start:stop] if axis == 0 else part[:, start:stop]
+        """The slice ``start:stop`` along ``axis`` (0 or 1) of a tensor, in CPU memory. Raises CheckpointError."""
+        try:
+            return self._holding(name).read(name, axis, start, stop)
+        except SafetensorError as error:
+            raise CheckpointError(f"{self.directory / self.files[name]}: {error}") from error
 
     def mean_row(self, name: str) -> Tensor:
         """Mean over the rows of a matrix, [columns] in float64, the same on every rank."""

@@ -7,6 +7,7 @@ error: over gloo at once, since its connections close, otherwise after the group
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable, Iterable, Mapping
 from datetime import timedelta
@@ -46,7 +47,7 @@ class WeightGroup:
     ) -> None:  # fmt: skip
         self.name, self.rank, self.size, self.backend = name, rank, size, backend
         self._store, self._limit, self._updates = dist.PrefixStore(name, store), limit, 0
-        self._signal_or_wait("here", peer_ended)
+        self._meet(peer_ended)
         try:
             self._group: Any = _connected(self._store, rank, size, backend, limit)
         except RuntimeError as error:
@@ -94,13 +95,39 @@ class WeightGroup:
     def _device(self) -> torch.device:
         return runtime.device() if self.backend == "nccl" else torch.device("cpu")
 
+    def _meet(self, peer_ended: Callable[[], bool]) -> None:
+        """Return once all ranks are here, so that none waits for connections that rank 0 will not make.
+
+        A rank that comes after rank 0 has given up, as a process that was suspended does, gets TransferError at once.
+        """
+        if self.rank:
+            self._signal_or_wait("here", peer_ended)
+            self._wait_for(["met"], "word of rank 0", self._given_up)
+            return
+        try:
+            self._signal_or_wait("here", peer_ended)
+        except TransferError:
+            with contextlib.suppress(RuntimeError):
+                self._store.set("gone", "1")
+            raise
+        self._store.set("met", "1")
+
+    def _given_up(self) -> bool:
+        return bool(self._store.check(["gone"]))
+
     def _signal_or_wait(self, word: str, peer_ended: Callable[[], bool]) -> None:
         """All ranks but the first set the key ``word`` in the store; the first one waits for all of them."""
+        if not self.rank:
+            self._wait_for([f"{word}/{rank}" for rank in range(1, self.size)], word, peer_ended)
+            return
         try:
-            if self.rank:
-                self._store.set(f"{word}/{self.rank}", "1")
-                return
-            keys = [f"{word}/{rank}" for rank in range(1, self.size)]
+            self._store.set(f"{word}/{self.rank}", "1")
+        except RuntimeError as error:
+            raise TransferError(f"the store of group {self.name} is gone ({_first_line(error)})") from error
+
+    def _wait_for(self, keys: list[str], word: str, peer_ended: Callable[[], bool]) -> None:
+        """Poll the store for all ``keys``. Raises TransferError at the limit, or when ``peer_ended()``."""
+        try:
             end = time.monotonic() + self._limit.total_seconds()
             while not self._store.check(keys):
                 if peer_ended():
