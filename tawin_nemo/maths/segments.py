@@ -8,8 +8,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tawin_nemo.util.torch_modes import numbers
-
 
 def segment_log_softmax(values_E: Tensor, segment_E: Tensor, num_segments: int) -> Tensor:
     """Log-softmax within each segment (``segment_E`` ascending). A segment of one element gives exactly 0.
@@ -35,4 +33,4 @@ def segment_starts(segment_E: Tensor, num_segments: int) -> Tensor:
     >>> segment_starts(torch.tensor([0, 0, 2]), 3).tolist()
     [0, 2, 2, 3]
     """
-    return torch.searchsorted(segment_E, numbers(num_segments + 1, segment_E.device))
+    return torch.searchsorted(segment_E, torch.arange(num_segments + 1, device=segment_E.device))
