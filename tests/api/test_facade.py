@@ -108,7 +108,7 @@ def text_of(output: Any) -> str:
     return str(output.get("text") or output.get("data", {}).get("text/plain", ""))
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_the_notebook_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Every cell, in the repository's folder, with runs below another one; what the cells show is what they say."""
     nbclient = pytest.importorskip("nbclient", reason="nbclient is not installed; tests/run.sh installs it")

@@ -137,10 +137,10 @@ def plain(key: str, text: str, value: Any) -> bool:
     """Whether ``value`` is what a reader takes ``text`` for."""
     if isinstance(value, str):
         return not _CONTROL.search(value) and value == value.strip() and len(value) < 4096
-    if isinstance(value, list) and text[:1] not in "['\"":  # 1,3,5 is a list, and so is 3
-        return [str(part) for part in value] == [part.strip() for part in text.split(",") if text.strip()]
     if "${" in text:
         return True  # compared where it points to
+    if isinstance(value, list) and text[:1] not in "['\"":  # 1,3,5 is a list, and so is 3
+        return [str(part) for part in value] == [part.strip() for part in text.split(",") if text.strip()]
     try:
         read = yaml.safe_load(text)
     except yaml.YAMLError:

@@ -12,7 +12,7 @@ from tests.benchmarks import soak_load
 from tests.train.runs import environment
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_swaps_and_clients_of_every_kind() -> None:
     done = subprocess.run(
         [sys.executable, "-m", "tests.benchmarks.soak", "--generated", "--minutes", "0.2", "--sample", "80"],

@@ -64,7 +64,11 @@ def pretrained(small_dataset: Path, tmp_path_factory: pytest.TempPathFactory) ->
     return tiny_pretrained.write(tmp_path_factory.mktemp("pretrained"), small_dataset)
 
 
-@pytest.mark.parametrize("layout", ["", "trainer.devices=2 model.tensor_model_parallel_size=2"], ids=["one", "TP2"])
+@pytest.mark.parametrize(
+    "layout",
+    ["", pytest.param("trainer.devices=2 model.tensor_model_parallel_size=2", marks=pytest.mark.full)],
+    ids=["one", "TP2"],
+)
 def test_a_frozen_backbone_keeps_every_bit(
     small_dataset: Path, index: Path, pretrained: Path, tmp_path: Path, layout: str
 ) -> None:

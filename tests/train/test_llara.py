@@ -153,6 +153,7 @@ def test_checks_count_once_the_curriculum_is_over(monkeypatch):
     assert done.best_step == 1
 
 
+@pytest.mark.full
 def test_adapters_train_beside_the_projection_and_later_stages_keep_it(words, tmp_path):
     summary = run(
         *words, f"run_dir={tmp_path}", "model.lora.rank=2", "sft.lr=1e-2", "preference.enabled=true",

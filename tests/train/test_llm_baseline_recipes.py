@@ -56,6 +56,7 @@ def test_grounding_does_not_depend_on_the_layout(key: str, bigrec: tuple[list[st
     assert run(*command, *place, verb="evaluate")["test"]["grounding"] == row
 
 
+@pytest.mark.full
 def test_lcrec_makes_its_index_and_learns_its_tasks(small_dataset: Path, tmp_path: Path) -> None:
     small = "semantic_ids.codes=24 semantic_ids.rqvae.epochs=3 align.tested_rows=16 eval.beams=10".split()
     run(

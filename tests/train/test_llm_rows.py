@@ -45,7 +45,7 @@ def words_of(recipe: str, folder: Path, run_dir: Path, *more: str) -> list[str]:
     return ["--recipe", path, *WORDS, f"data.root={folder}", f"run_dir={run_dir}", *more]
 
 
-@pytest.fixture(scope="module", params=["prompting_cpu", "chatrec_cpu"])
+@pytest.fixture(scope="module", params=[pytest.param("prompting_cpu", marks=pytest.mark.full), "chatrec_cpu"])
 def prompted(request, folder, instruct, tmp_path_factory):
     """A finished run of a recipe without training: its name, folder, words and summary."""
     run_dir = tmp_path_factory.mktemp("prompted")

@@ -94,6 +94,7 @@ def test_own_reward_from_the_command_line_in_two_processes(small_dataset: Path, 
     assert result(started(folder, "-m", "tawin_nemo", "train", *alone))["rl"] == summary["rl"]
 
 
+@pytest.mark.full
 @pytest.mark.distributed
 def test_own_reward_from_python_in_two_processes(small_dataset: Path, finished_run: Path, folder: Path):
     """A function of the script itself; the processes import the script by its name."""

@@ -27,7 +27,8 @@ def _one_process() -> None:
 
 def world(*overrides: str) -> Any:
     recipe = load_recipe(None, ["model.precision=bf16", *overrides])
-    return SimpleNamespace(recipe=recipe, shape=SHAPE, tokenizer=SimpleNamespace(fingerprint="0" * 64))
+    tokenizer = SimpleNamespace(fingerprint="0" * 64)
+    return SimpleNamespace(recipe=recipe, shape=SHAPE, tokenizer=tokenizer, item_vectors_fingerprint="")
 
 
 def dtype(model: torch.nn.Module) -> torch.dtype:

@@ -23,11 +23,6 @@ from tawin_nemo.tools.study import provenance
 from tawin_nemo.tools.study.arms import Study
 from tawin_nemo.tools.study.plan import Run, arm_keys, as_override
 
-#: What a process gets besides this one's environment: a core each.
-ENVIRONMENT = {
-    "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false",
-    "PYTHONUNBUFFERED": "1",
-}  # fmt: skip
 #: Seconds that a process has to end after SIGTERM, and the system to remove what was killed.
 GRACE, KILLED = 10.0, 10.0
 
@@ -108,7 +103,7 @@ def start_process(run: Run, command: list[str]) -> Process:
         with log.open("wb") as output:
             popen = subprocess.Popen(
                 command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT,
-                env=os.environ | ENVIRONMENT, pass_fds=(lock.fileno(),),
+                env=os.environ | provenance.ENVIRONMENT, pass_fds=(lock.fileno(),),
                 start_new_session=True,  # Ctrl-C reaches this program only, which ends its children itself
             )  # fmt: skip
         lock.write(str(popen.pid))

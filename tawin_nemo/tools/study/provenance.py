@@ -21,6 +21,11 @@ log = get_logger(__name__)
 
 #: Folder that holds the package; in a checkout it is the repository.
 SOURCE = Path(__file__).resolve().parents[3]
+#: What a process gets besides this one's environment: a core each.
+ENVIRONMENT = {
+    "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false",
+    "PYTHONUNBUFFERED": "1",
+}  # fmt: skip
 #: File of a run directory that names the machine.
 HARDWARE = "hardware.json"
 #: Attempts, and seconds between them, while another program holds the index.

@@ -31,6 +31,7 @@ def assert_refused(root: Path, processes: tuple[str, ...]) -> None:
     assert "continues from the last checkpoint" not in second.stderr  # nothing failed
 
 
+@pytest.mark.full
 @pytest.mark.distributed
 def test_two_processes_are_refused_with_one_code(tmp_path):
     """The first nightly run in one process; the launcher hands on the refusal of the second, once."""

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tawin_nemo.tools.study import slurm
+from tawin_nemo.tools.study import slurm, slurm_job
 from tawin_nemo.tools.study.config import read_file
 from tawin_nemo.tools.study.plan import make_plan
 from tawin_nemo.tools.study.provenance import hardware, hardware_of, write_hardware
@@ -46,13 +46,13 @@ def cluster(tmp_path, monkeypatch):
         (folder / name).chmod(0o755)
     monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
     monkeypatch.setenv("FAKE_SLURM", str(folder))
-    monkeypatch.setattr(slurm, "POLL", 0.05)
+    monkeypatch.setattr(slurm_job, "POLL", 0.05)
     return folder
 
 
-def job(run_dir: Path, *command: str, options: tuple[str, ...] = ("--nodes=1",)) -> slurm.Job:
+def job(run_dir: Path, *command: str, options: tuple[str, ...] = ("--nodes=1",)) -> slurm_job.Job:
     run_dir.mkdir(exist_ok=True)
-    return slurm.Job(run_dir, "probe.a.seed1", run_dir / "slurm.log", options, command)
+    return slurm_job.Job(run_dir, "probe.a.seed1", run_dir / "slurm.log", options, command)
 
 
 def submitted(cluster: Path) -> int:
@@ -82,7 +82,7 @@ def test_a_job_that_saved_is_submitted_again(cluster, tmp_path):
 
 
 def test_a_job_that_vanishes_is_a_fault(cluster, tmp_path, monkeypatch, capfd):
-    monkeypatch.setattr(slurm, "PATIENCE", 0.2)
+    monkeypatch.setattr(slurm_job, "PATIENCE", 0.2)
     assert job(tmp_path / "run", "sh", "-c", "kill -9 0").run() == 1
     assert "ended without an exit code: time limit, lost node or scancel" in capfd.readouterr().out
 
@@ -103,7 +103,16 @@ def test_several_nodes_start_their_tasks_by_srun(cluster, tmp_path):
 
 def start(run_dir: Path, *command: str) -> subprocess.Popen[str]:
     run_dir.mkdir(exist_ok=True)
-    words = [sys.executable, "-m", slurm.__name__, str(run_dir), "name", str(run_dir / "slurm.log"), "--nodes=1", "--"]
+    words = [
+        sys.executable,
+        "-m",
+        slurm_job.__name__,
+        str(run_dir),
+        "name",
+        str(run_dir / "slurm.log"),
+        "--nodes=1",
+        "--",
+    ]
     return subprocess.Popen([*words, *command], env=importable(), stdout=subprocess.PIPE, text=True)
 
 
@@ -117,19 +126,19 @@ def until(condition, seconds: float = 60.0) -> None:
 def test_sigterm_cancels_the_job(cluster, tmp_path):
     run_dir = tmp_path / "run"
     waiting = start(run_dir, "sleep", "60")
-    until((run_dir / slurm.JOB).is_file)
-    number = (run_dir / slurm.JOB).read_text()
-    until(lambda: slurm.state(number) == "RUNNING")
+    until((run_dir / slurm_job.JOB).is_file)
+    number = (run_dir / slurm_job.JOB).read_text()
+    until(lambda: slurm_job.state(number) == "RUNNING")
     waiting.send_signal(signal.SIGTERM)
     assert waiting.wait(60) == 128 + signal.SIGTERM
     assert (cluster / "cancelled").read_text().split() == [number]
-    until(lambda: slurm.state(number) == "")
+    until(lambda: slurm_job.state(number) == "")
 
 
 def test_a_killed_study_finds_its_job_again(cluster, tmp_path):
     run_dir = tmp_path / "run"
     waiting = start(run_dir, "sh", "-c", f"until [ -e {tmp_path}/go ]; do sleep 0.05; done; exit 4")
-    until((run_dir / slurm.JOB).is_file)
+    until((run_dir / slurm_job.JOB).is_file)
     waiting.kill()
     waiting.wait()
     again = start(run_dir, "false")
