@@ -44,6 +44,13 @@ def write(path, rows):
     path.write_text(json.dumps(rows), encoding="utf-8")
 
 
+def toy_folder(directory):
+    """The files of 20 users to train on and of 6 others to test on; the folder."""
+    write(directory / "toy-val.json", [row for user in range(20) for row in rows_of(user)])
+    write(directory / "toy-test.json", [row for user in range(30, 36) for row in rows_of(user)])
+    return directory
+
+
 def prepared(root, out, max_history=10):
     return load_dataset(
         prepare("auto", root, out, prepare=PrepareConfig(), data=DataConfig(max_history=max_history), seed=0)

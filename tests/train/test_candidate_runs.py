@@ -5,7 +5,7 @@ import json
 import polars as pl
 import pytest
 
-from tests.data_prep.test_candidates_layout import rows_of, write
+from tests.data_prep.test_candidates_layout import toy_folder
 from tests.train.runs import called, run
 
 WORDS = (
@@ -19,10 +19,7 @@ WORDS = (
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    directory = tmp_path_factory.mktemp("candidates")
-    write(directory / "toy-val.json", [row for user in range(20) for row in rows_of(user)])
-    write(directory / "toy-test.json", [row for user in range(30, 36) for row in rows_of(user)])
-    return directory
+    return toy_folder(tmp_path_factory.mktemp("candidates"))
 
 
 @pytest.fixture(scope="module")

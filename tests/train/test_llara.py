@@ -19,7 +19,7 @@ from tawin_nemo.train import sft
 from tawin_nemo.train.item_tokens import check_no_item_tokens
 from tawin_nemo.train.sft_data import Curriculum
 from tawin_nemo.util.errors import ConfigError
-from tests.data_prep.test_candidates_layout import rows_of, write
+from tests.data_prep.test_candidates_layout import toy_folder
 from tests.train.runs import assert_same_metrics, called, run
 
 WORDS = (
@@ -32,10 +32,7 @@ OUTER = "item_tokens.outer.weight"
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    directory = tmp_path_factory.mktemp("candidates")
-    write(directory / "toy-val.json", [row for user in range(20) for row in rows_of(user)])
-    write(directory / "toy-test.json", [row for user in range(30, 36) for row in rows_of(user)])
-    return directory
+    return toy_folder(tmp_path_factory.mktemp("candidates"))
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
 
 from tests.data.chat_tokenizers import CHATML, instruct_tokenizer
-from tests.data_prep.test_candidates_layout import rows_of, write
+from tests.data_prep.test_candidates_layout import toy_folder
 from tests.train.runs import run
 
 WORDS = (
@@ -21,10 +21,7 @@ FIGURES = {"hit_ratio@1", "valid_ratio", "trie_hit_ratio@1"}
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    directory = tmp_path_factory.mktemp("candidates")
-    write(directory / "toy-val.json", [row for user in range(20) for row in rows_of(user)])
-    write(directory / "toy-test.json", [row for user in range(30, 36) for row in rows_of(user)])
-    return directory
+    return toy_folder(tmp_path_factory.mktemp("candidates"))
 
 
 @pytest.fixture(scope="module")
