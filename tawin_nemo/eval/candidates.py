@@ -22,18 +22,16 @@ from tawin_nemo.config.schema import EvalConfig
 from tawin_nemo.data.negative_sampling import candidate_set
 from tawin_nemo.data.samples import Samples
 from tawin_nemo.eval.measured import Measured
+from tawin_nemo.eval.row_chunks import in_row_order, row_chunks
 from tawin_nemo.rollout.assist import histories_for
 from tawin_nemo.rollout.engine import RolloutEngine
 from tawin_nemo.rollout.filters import ItemFilter
 from tawin_nemo.rollout.greedy import greedy_decode
 from tawin_nemo.types import DataParallel
-from tawin_nemo.util.errors import DataError
 from tawin_nemo.util.log import progress
 
 #: New tokens of free decoding, at most.
 MAX_TOKENS = 20
-#: Rows that are decoded at once.
-CHUNK_ROWS = 128
 #: Columns of the per-user table that are measured, by the names of their means.
 MEASURED = ("hit_ratio@1", "valid_ratio", "trie_hit_ratio@1")
 
@@ -58,13 +56,9 @@ def evaluate_candidates(
     ``texts`` are the item texts as answers write them, by item index; ``decode`` turns tokens into text. Candidates are
     those of the data, or ``cfg.candidates`` items drawn by ``seed`` and row. Raises DataError without rows.
     """
-    if len(samples) == 0:
-        raise DataError(f"{label}: no rows to evaluate; check data.eval_limit and the split")
     dp = engine.dp or dp
-    mine = np.arange(len(samples))[dp.rank :: dp.size]
-    by_length = mine[np.argsort(-samples.prompts.lengths[mine], kind="stable")]
-    chunks = [by_length[start : start + CHUNK_ROWS] for start in range(0, len(by_length), CHUNK_ROWS)]
-    columns: list[np.ndarray] = [np.zeros((0, len(MEASURED)))]
+    chunks = row_chunks(samples, dp, label)
+    columns = []
     for rows in progress(chunks, what=f"{label} candidates"):
         sets = [candidate_set(samples, catalog.leaf_I, int(row), cfg.candidates, seed) for row in rows]
         written = greedy_decode(engine.lm, samples.prompts.take(rows), max_tokens=MAX_TOKENS, eos=eos)
@@ -73,9 +67,7 @@ def evaluate_candidates(
         chosen_B = np.array([-1 if place is None else sets[b][place] for b, place in enumerate(named)])
         hit_B = valid_B & (chosen_B == samples.target_N[rows])
         columns.append(np.stack([hit_B, valid_B, _trie_hits(engine, samples, catalog, rows, sets)], axis=1))
-    parts = dp.gather((by_length, np.concatenate(columns)))
-    order = np.concatenate([rows for rows, _ in parts]).argsort(kind="stable")
-    values = np.concatenate([part for _, part in parts])[order]
+    values = in_row_order(dp, chunks, columns, np.zeros((0, len(MEASURED))))
     return Measured.of("candidates", samples, {name: values[:, place].copy() for place, name in enumerate(MEASURED)})
 
 

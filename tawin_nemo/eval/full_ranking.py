@@ -16,6 +16,7 @@ from tawin_nemo.catalog.items import Catalog
 from tawin_nemo.config.schema import EvalConfig
 from tawin_nemo.data.samples import Samples
 from tawin_nemo.eval.measured import Measured
+from tawin_nemo.eval.row_chunks import in_row_order
 from tawin_nemo.rollout.assist import histories_for
 from tawin_nemo.rollout.engine import Engine
 from tawin_nemo.types import DataParallel
@@ -57,10 +58,7 @@ def rank_everything(
         _ranked(engine, samples, catalog, cfg, mine[start : start + size], widths)
         for start in progress(range(0, len(mine), size), what=f"{label} full ranking")
     ]
-    found = np.concatenate([np.zeros((0, 1 + len(widths))), *parts])
-    everyone = dp.gather((mine, found))
-    order = np.concatenate([rows for rows, _ in everyone]).argsort(kind="stable")
-    values = np.concatenate([part for _, part in everyone])[order]
+    values = in_row_order(dp, [mine], parts, np.zeros((0, 1 + len(widths))))
     rank_B = values[:, 0].astype(np.int64)
     measured = areas(rank_B, leaves - 1, window)
     measured |= {f"beams_found@{width}": values[:, 1 + place].copy() for place, width in enumerate(widths)}

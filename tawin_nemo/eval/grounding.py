@@ -24,15 +24,13 @@ from tawin_nemo.config.schema import EvalConfig
 from tawin_nemo.data.samples import Samples
 from tawin_nemo.eval.evaluate import metric_names, per_user_table
 from tawin_nemo.eval.measured import Measured
+from tawin_nemo.eval.row_chunks import in_row_order, row_chunks
 from tawin_nemo.rollout.engine import RolloutEngine
 from tawin_nemo.rollout.greedy import free_beam_search, greedy_decode
 from tawin_nemo.rollout.lm import LM
 from tawin_nemo.types import DataParallel, TokenRows
-from tawin_nemo.util.errors import DataError, TawinError
+from tawin_nemo.util.errors import TawinError
 from tawin_nemo.util.log import progress
-
-#: Rows that are decoded at once.
-CHUNK_ROWS = 128
 
 Encode = Callable[[Sequence[str]], TokenRows]
 Decode = Callable[[Iterable[int]], str]
@@ -58,22 +56,16 @@ def ground(
     tokens into text. At most as many new tokens are written as the longest path has. Raises DataError without rows,
     TawinError for embeddings that are not numbers.
     """
-    if len(samples) == 0:
-        raise DataError(f"{label}: no rows to evaluate; check data.eval_limit and the split")
     dp = engine.dp or dp
-    mine = np.arange(len(samples))[dp.rank :: dp.size]
-    by_length = mine[np.argsort(-samples.prompts.lengths[mine], kind="stable")]
-    chunks = [by_length[start : start + CHUNK_ROWS] for start in range(0, len(by_length), CHUNK_ROWS)]
+    chunks = row_chunks(samples, dp, label)
     items_LD = embeddings(engine.lm, _first_answers(catalog, answers, encode), cfg.token_budget)
     named, place_I = set(answers), _places(catalog)
-    parts = [np.zeros((0, 2), dtype=np.int64)]
+    parts = []
     for rows in progress(chunks, what=f"{label} grounding"):
         texts = _written(engine.lm, samples.prompts.take(rows), decode, cfg.grounding, catalog.trie.max_depth, eos)
         rank_B = _ranks(engine.lm, encode(texts), items_LD, place_I[samples.target_N[rows]], cfg.token_budget)
         parts.append(np.stack([rank_B, [text in named for text in texts]], axis=1))
-    gathered = dp.gather((by_length, np.concatenate(parts)))
-    order = np.concatenate([rows for rows, _ in gathered]).argsort(kind="stable")
-    rank_B, named_B = np.concatenate([part for _, part in gathered])[order].T
+    rank_B, named_B = in_row_order(dp, chunks, parts, np.zeros((0, 2), dtype=np.int64)).T
     listed_B = np.where(rank_B < 0, 0, len(items_LD))
     table = per_user_table(samples, rank_B, catalog.sharing_I[samples.target_N], listed_B, cfg)
     measured = {f"grounded_{name}": table[name].to_numpy() for name in metric_names(cfg.ks)}
