@@ -29,11 +29,9 @@ if [ "$lane" = fast ]; then
 fi
 mypy & # one process, as the tests beside it are
 types=$!
-if [ $# = 0 ]; then # committed result files against their pages
-  pytest -q -n 0 -m results
-  set -- -m "not results"
-fi
-wait "$types"
 # each file on one worker, so that its fixtures are made once; one worker more than cores, since many tests wait for
 # processes, limits and disks (with two workers on two cores a quarter of the time was idle)
-pytest -q -n "${TAWIN_TEST_WORKERS:-$(($(getconf _NPROCESSORS_ONLN) + 1))}" --dist loadfile --no-loadscope-reorder "$@"
+failed=0
+pytest -q -n "${TAWIN_TEST_WORKERS:-$(($(getconf _NPROCESSORS_ONLN) + 1))}" --dist loadfile --no-loadscope-reorder "$@" || failed=$?
+wait "$types"
+exit "$failed"

@@ -143,7 +143,13 @@ def test_no_rows_are_an_error():
 
 # -- the loop -------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize(
-    ("model", "loss"), [*((name, "softmax") for name in MODELS), ("sasrec", "bce"), ("caser", "bce"), ("tiger", "trie")]
+    ("model", "loss"),
+    [
+        *((name, "softmax") for name in MODELS),
+        ("sasrec", "bce"),
+        ("caser", "bce"),
+        pytest.param("tiger", "trie", marks=pytest.mark.full),
+    ],
 )
 def test_each_learns_and_leaves_the_files_of_a_stage(world, model, loss):
     options = {"dropout": 0.0, "epochs": 30, "patience": 10} if model == "tiger" else {}

@@ -95,7 +95,7 @@ def assert_same(got: dict[str, Any], expected: dict[str, Any], name: str) -> Non
     ("processes", "chosen"),
     [
         pytest.param(2, TWO, id="2-processes"),
-        pytest.param(4, FOUR, id="4-processes"),
+        pytest.param(4, FOUR, id="4-processes", marks=pytest.mark.full),
         pytest.param(4, REST, id="4-processes-more", marks=pytest.mark.full),
     ],
 )

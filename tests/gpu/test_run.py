@@ -87,6 +87,7 @@ def test_mismatch_is_reported(dry):
     assert 0 <= parts.mismatch("bf16")["mismatch_prob_error"] <= parts.MISMATCH_TOLERANCE["bf16"]
 
 
+@pytest.mark.full
 @pytest.mark.distributed
 def test_a_model_split_over_two_processes_updates_and_searches():
     """What test_on_gpu.py runs in FP8 on two GPUs."""

@@ -37,7 +37,7 @@ def index(small_dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
     return path
 
 
-@pytest.mark.parametrize(("space", "falls_to"), [("vocab", 0.5), ("trie", 0.93)])
+@pytest.mark.parametrize(("space", "falls_to"), [pytest.param("vocab", 0.5, marks=pytest.mark.full), ("trie", 0.93)])
 def test_every_task_is_learnt(small_dataset: Path, index: Path, tmp_path: Path, space: str, falls_to: float) -> None:
     weights = [f"align.{name}=1" for name in TASKS]
     run(

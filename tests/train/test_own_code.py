@@ -6,6 +6,8 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from textwrap import dedent
 from types import SimpleNamespace
@@ -17,6 +19,7 @@ import torch
 from tawin_nemo.data.prompts import build_template
 from tawin_nemo.train.own_code import OwnGroupValues, OwnNegatives
 from tawin_nemo.util.errors import ConfigError
+from tests import forked
 from tests.train import own_code_samples
 from tests.train.runs import SMALL, called, importable, metrics, run
 
@@ -59,6 +62,13 @@ def started(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+def verb_in(folder: str, words: Sequence[str]) -> int | None:
+    """The verb in ``folder``, which Python searches for modules first, as with ``python -m``."""
+    os.chdir(folder)
+    sys.path.insert(0, folder)
+    return forked.verb(words)
+
+
 def result(done: subprocess.CompletedProcess[str]) -> dict:
     assert done.returncode == 0, f"exit {done.returncode}\n{done.stdout[-2000:]}\n{done.stderr[-5000:]}"
     return json.loads(done.stdout.strip().splitlines()[-1])
@@ -86,12 +96,12 @@ def test_own_reward_from_the_command_line_in_two_processes(small_dataset: Path, 
     before = source.read_text()
     source.write_text(before.replace("FACTOR = 2.0", "FACTOR = 3.0"))
     alone = [*words, "trainer.devices=1"]  # the number of processes may change; one starts sooner
-    refused = started(folder, "-m", "tawin_nemo", "train", *alone)
+    refused = called(*alone, main=partial(verb_in, str(folder)))
     assert refused.returncode == 2
     assert "run holds a run of another recipe (code.rl.reward=my_reward:reward: " in refused.stderr
     assert "bring back the source of the code that it names, or choose another name=" in refused.stderr
     source.write_text(before)
-    assert result(started(folder, "-m", "tawin_nemo", "train", *alone))["rl"] == summary["rl"]
+    assert result(called(*alone, main=partial(verb_in, str(folder))))["rl"] == summary["rl"]
 
 
 @pytest.mark.full

@@ -8,7 +8,9 @@ from tests.benchmarks.plan_memory import CASES, WITHIN, run_case
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("case", ["one process", "full recomputation", "TP 2, sequence parallel"])
+@pytest.mark.parametrize(
+    "case", ["one process", pytest.param("full recomputation", marks=pytest.mark.full), "TP 2, sequence parallel"]
+)
 def test_modelled_peaks_are_the_measured_ones(case: str):
     ranks = run_case(case)
     assert len(ranks) == CASES[case].tensor_model_parallel_size
