@@ -1,0 +1,81 @@
+"""A published version: one folder with weights, tokenizer, catalog, codes and item numbers, and checksums of all of it.
+
+    ROOT/versions/DATE/   an export (``run.exported``) with
+        version.json      date, the version before, SHA-256 of every other file
+        gate.json         the decision that let it pass
+        items.jsonl       every item that ROOT ever had, in the order of their numbers: external_id, title, codes
+        popularity.parquet, columns.parquet   interactions per item in training; the items' further columns
+        index/            the semantic-ID index of ``tokenize`` (catalog.kind=sid): the next night grows it
+    ROOT/latest           symbolic link to one of them: the live version
+
+A version gets its name by one rename after everything in it is written, and the link is replaced by a rename: whoever
+follows the link finds a whole version, the old one or the new one.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from tawin_nemo.util.errors import CheckpointError, DataError
+from tawin_nemo.util.files import sha256, write_json
+
+FORMAT = "tawin_nemo.version/1"
+LATEST, VERSIONS = "latest", "versions"
+VERSION_FILE, GATE_FILE, ITEMS_FILE = "version.json", "gate.json", "items.jsonl"
+POPULARITY_FILE, INDEX_FOLDER = "popularity.parquet", "index"
+
+
+def live_version(root: Path) -> Path | None:
+    """The folder that ``ROOT/latest`` points at; None before the first publication.
+
+    Raises DataError when ``latest`` is no link, or points at nothing.
+    """
+    latest = root / LATEST
+    if not os.path.lexists(latest):
+        return None
+    if not latest.is_symlink() or not latest.is_dir():
+        raise DataError(f"{latest} must be a symbolic link to a folder in {root / VERSIONS}; mend it")
+    return latest.resolve()
+
+
+def seal(folder: Path, *, date: str, against: str) -> None:
+    """Write ``version.json`` with the checksum of every file of ``folder``, at any depth; the last file of a version.
+
+    ``against``: the date of the version that was live when this one was judged; empty = there was none.
+    """
+    names = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+    files = {name: sha256(folder / name) for name in names if name != VERSION_FILE}
+    write_json(folder / VERSION_FILE, {"format": FORMAT, "date": date, "against": against, "files": files})
+
+
+def read_version(folder: Path) -> dict[str, Any]:
+    """The content of ``version.json``. Raises CheckpointError when it is missing, unreadable or of another format."""
+    path = folder / VERSION_FILE
+    try:
+        about = dict(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{folder} is no published version: {path.name} cannot be read ({error})") from error
+    if about.get("format") != FORMAT or not isinstance(about.get("files"), dict):
+        raise CheckpointError(f"{path} has format {about.get('format')!r}, expected {FORMAT!r}; publish it again")
+    return about
+
+
+def check_version(folder: Path) -> dict[str, Any]:
+    """Read every file of a version and compare its checksum; returns the content of ``version.json``.
+
+    Raises CheckpointError that names the first file that is missing, damaged or edited.
+    """
+    about = read_version(folder)
+    for name, expected in about["files"].items():
+        try:
+            actual = sha256(folder / name)
+        except OSError as error:
+            raise CheckpointError(
+                f"{folder / name} cannot be read ({error.strerror}); the version is broken"
+            ) from error
+        if actual != expected:
+            raise CheckpointError(f"{folder / name} is damaged or was edited; the version is broken")
+    return about
