@@ -1,4 +1,4 @@
-"""Published versions in a server (``serve.follow``): which one it starts with, and how the next one is made ready."""
+"""Published versions in a server (``serve.follow``): the one it starts with, and how the next one is made ready."""
 
 from __future__ import annotations
 
@@ -7,11 +7,10 @@ from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 
-from tawin_nemo.config.schema import Recipe
 from tawin_nemo.data.interactions import read_item_table
 from tawin_nemo.models.megatron.parallel import runtime
 from tawin_nemo.run.exported import COLUMNS_FILE, exported_world, is_export
-from tawin_nemo.run.published import ITEMS_FILE, LATEST, VERSIONS, check_version, live_version
+from tawin_nemo.run.published import ITEMS_FILE, LATEST, VERSIONS, check_version
 from tawin_nemo.run.world import World
 from tawin_nemo.serve.engine.catalog import NewItem, PromptFormat, ServedCatalog
 from tawin_nemo.serve.engine.item_fields import ItemFields
@@ -24,27 +23,6 @@ from tawin_nemo.util.errors import CheckpointError, ConfigError
 
 #: Makes errors of any kind into TawinErrors that name the path, and confines what is opened (``commands.serve``).
 Reading = Callable[[str, list[Path]], AbstractContextManager[None]]
-
-
-def starting_version(recipe: Recipe) -> Recipe:
-    """The recipe with ``checkpoint`` set to the version that ``serve.follow``/latest points at; else unchanged.
-
-    Raises ConfigError beside another checkpoint, and before the first publication.
-    """
-    root = recipe.serve.follow
-    if not root:
-        return recipe
-    latest = Path(root) / LATEST
-    live = live_version(Path(root))
-    if recipe.start or (recipe.checkpoint and Path(recipe.checkpoint).resolve() != live):
-        raise ConfigError(
-            f"serve.follow={root} serves the version that {latest} points at; leave out checkpoint and start"
-        )
-    if recipe.serve.catalogue:
-        raise ConfigError(f"serve.follow={root} serves the catalog of each version; leave out serve.catalogue")
-    if live is None:
-        raise ConfigError(f"serve.follow={root}: there is no {latest} yet; publish a version with `tawin-nemo retrain`")
-    return replace(recipe, checkpoint=str(live))
 
 
 def check_start(world: World) -> None:

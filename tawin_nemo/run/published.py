@@ -16,10 +16,12 @@ from __future__ import annotations
 
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from tawin_nemo.util.errors import CheckpointError, DataError
+from tawin_nemo.config.schema import Recipe
+from tawin_nemo.util.errors import CheckpointError, ConfigError, DataError
 from tawin_nemo.util.files import sha256, write_json
 
 FORMAT = "tawin_nemo.version/1"
@@ -39,6 +41,27 @@ def live_version(root: Path) -> Path | None:
     if not latest.is_symlink() or not latest.is_dir():
         raise DataError(f"{latest} must be a symbolic link to a folder in {root / VERSIONS}; mend it")
     return latest.resolve()
+
+
+def starting_version(recipe: Recipe) -> Recipe:
+    """The recipe with ``checkpoint`` set to the version that ``serve.follow``/latest points at; else unchanged.
+
+    Raises ConfigError beside another checkpoint, and before the first publication.
+    """
+    root = recipe.serve.follow
+    if not root:
+        return recipe
+    latest = Path(root) / LATEST
+    live = live_version(Path(root))
+    if recipe.start or (recipe.checkpoint and Path(recipe.checkpoint).resolve() != live):
+        raise ConfigError(
+            f"serve.follow={root} serves the version that {latest} points at; leave out checkpoint and start"
+        )
+    if recipe.serve.catalogue:
+        raise ConfigError(f"serve.follow={root} serves the catalog of each version; leave out serve.catalogue")
+    if live is None:
+        raise ConfigError(f"serve.follow={root}: there is no {latest} yet; publish a version with `tawin-nemo retrain`")
+    return replace(recipe, checkpoint=str(live))
 
 
 def seal(folder: Path, *, date: str, against: str) -> None:
