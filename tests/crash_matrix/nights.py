@@ -39,7 +39,7 @@ def retrain(world: Setting, name: str) -> Outcome:
             attempts.append(night(killed, SECOND, after=world.draw.uniform(0.3, 0.8) * second.cpu))
         else:
             attempts.append(night(killed, SECOND, rules=place))
-        if attempts[-1].code not in (-signal.SIGKILL, 0):  # a late kill may come when nothing is left to do
+        if attempts[-1].code != -signal.SIGKILL:
             problem = problem or f"{place}: exit {attempts[-1].code}: {attempts[-1].last_words}"
         problem = problem or _of_what_is_live(killed, place, attempts[-1].code)
     attempts.append(night(killed, SECOND))

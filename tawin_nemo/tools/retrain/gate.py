@@ -75,17 +75,14 @@ class Decision:
     def reasons(self) -> list[str]:
         """Why it did not pass, in words; empty = it passed."""
         found = [f"{self.invalid_rate:.2%} of the answers are no catalog items"] if self.invalid_rate else []
-        return (
-            found
-            + [
-                f"{verdict.metric}: {verdict.candidate.mean:.4f} against {verdict.published.mean:.4f} of {self.against}, "
-                f"difference {verdict.difference.mean:+.4f} [{verdict.difference.low:+.4f}, {verdict.difference.high:+.4f}]"
-                f", its lower end may be {verdict.lowest_allowed:+.4f}"
-                for verdict in self.verdicts
-                if not verdict.passed and verdict.published and verdict.difference
-            ]
-            + [check.reason for check in self.checks if not check.passed]
-        )
+        found += [
+            f"{verdict.metric}: {verdict.candidate.mean:.4f} against {verdict.published.mean:.4f} of {self.against}, "
+            f"difference {verdict.difference.mean:+.4f} [{verdict.difference.low:+.4f}, {verdict.difference.high:+.4f}]"
+            f", its lower end may be {verdict.lowest_allowed:+.4f}"
+            for verdict in self.verdicts
+            if not verdict.passed and verdict.published and verdict.difference
+        ]
+        return found + [check.reason for check in self.checks if not check.passed]
 
 
 def decide(
