@@ -31,14 +31,18 @@ class SavedChanges:
     """
 
     def __init__(self, file: Path | None, first: ServedCatalog, *, follows: bool = False) -> None:
-        self.file, self._base, self._live_I = file, first.fingerprint, first.live_I.copy()
-        self._follows = follows
+        self.file, self._follows = file, follows
+        self._begin_with(first)
 
     def restart(self, first: ServedCatalog) -> None:
         """``first`` has come into use with a published version: what requests changed before is forgotten."""
-        self._base, self._live_I = first.fingerprint, first.live_I.copy()
+        self._begin_with(first)
         if self.file is not None:
             self.file.unlink(missing_ok=True)
+
+    def _begin_with(self, first: ServedCatalog) -> None:
+        self._base, self._live_I = first.fingerprint, first.live_I.copy()
+        self._generation = first.prompt_format.generation
 
     def restored(self, first: ServedCatalog) -> ServedCatalog:
         """The catalog that was in use last: ``first`` with the changes of the file, or ``first`` without a file.
@@ -72,8 +76,11 @@ class SavedChanges:
         return catalog
 
     def save(self, catalog: ServedCatalog) -> None:
-        """Write how the catalog in use differs from the first one."""
+        """Write how the catalog in use differs from the first one; nothing for one of another published version."""
         if self.file is None:
+            return
+        if catalog.prompt_format.generation != self._generation:  # after a rollback; a restart begins with the live one
+            self.file.unlink(missing_ok=True)
             return
         before_I = np.zeros(len(catalog.live_I), dtype=bool)
         before_I[: len(self._live_I)] = self._live_I
