@@ -15,11 +15,11 @@ USERS, OLD, NEW = 60, 30, 6
 #: The item that is bought in January alone: it leaves when the window begins later.
 LEAVES = "I00"
 KINDS, THINGS = ("steel", "brass", "oak", "copper", "glass"), ("bolt", "ruler", "hinge", "lamp", "chair", "table")
-#: Three levels of eight codes for 30 items: some codes are first used by a new item.
+#: Two levels of four codes and a number among items that share both: new items need numbers that no old one had.
 NIGHT = (
     "data.dataset=table prepare.k_core=1 data.max_prompt_tokens=120 data.max_history=3 data.eval_limit=60 "
-    "catalog.kind=sid semantic_ids.codes=8 semantic_ids.levels=3 semantic_ids.text.dims=6 "
-    "model.backbone=nano sft.epochs=1 sft.global_batch_size=32 sft.micro_batch_tokens=4096 sft.warmup=2 sft.lr=1e-2 "
+    "catalog.kind=sid semantic_ids.codes=4 semantic_ids.levels=2 semantic_ids.collisions=dedup "
+    "semantic_ids.text.dims=6 model.backbone=nano sft.epochs=1 sft.global_batch_size=32 sft.micro_batch_tokens=4096 sft.warmup=2 sft.lr=1e-2 "
     "rl.enabled=false eval.beams=8 eval.ks=[1,3] eval.splits=[valid] retrain.metrics=[ndcg@3] retrain.margin=1.0 "
     "trainer.threads=1"
 ).split()
@@ -28,7 +28,10 @@ IDLE = ("sft.lr=1e-30", "retrain.margin=0.0")
 
 
 def title(number: int) -> str:
-    return f"{KINDS[number % 5]} {THINGS[number // 5 % 6]} {'new ' * (number >= OLD)}{number % 7} mm"
+    """The new items are all like the one that leaves: they share its codes but for a number of their own."""
+    if number >= OLD:
+        return f"{title(0)} mark{number}"
+    return f"{KINDS[number % 5]} {THINGS[number // 5]} {number % 7} mm"
 
 
 def write_log(root: Path) -> None:
@@ -45,7 +48,8 @@ def write_log(root: Path) -> None:
                 item = 1
             rows.append(f"u{user},I{item:02},{day.isoformat()}")
             day += timedelta(days=draw.randint(12, 20))
-        rows.append(f"u{user},I00,2020-01-01") if user % 6 == 0 else None
+        if user % 6 == 0:
+            rows.append(f"u{user},{LEAVES},2020-01-01")
     (root / "log.csv").write_text("user_id,item_id,timestamp\n" + "\n".join(rows) + "\n")
     items = [f"I{number:02},{title(number)}" for number in range(OLD + NEW)]
     (root / "items.csv").write_text("item_id,title\n" + "\n".join(items) + "\n")
