@@ -19,9 +19,9 @@ KINDS, THINGS = ("steel", "brass", "oak", "copper", "glass"), ("bolt", "ruler", 
 NIGHT = (
     "data.dataset=table prepare.k_core=1 data.max_prompt_tokens=120 data.max_history=3 data.eval_limit=60 "
     "catalog.kind=sid semantic_ids.codes=4 semantic_ids.levels=2 semantic_ids.collisions=dedup "
-    "semantic_ids.text.dims=6 model.backbone=nano sft.epochs=1 sft.global_batch_size=32 sft.micro_batch_tokens=4096 sft.warmup=2 sft.lr=1e-2 "
-    "rl.enabled=false eval.beams=8 eval.ks=[1,3] eval.splits=[valid] retrain.metrics=[ndcg@3] retrain.margin=1.0 "
-    "trainer.threads=1"
+    "semantic_ids.text.dims=6 model.backbone=nano sft.epochs=1 sft.global_batch_size=32 sft.micro_batch_tokens=4096 "
+    "sft.warmup=2 sft.lr=1e-2 rl.enabled=false eval.beams=8 eval.ks=[1,3] eval.splits=[valid] retrain.metrics=[ndcg@3] "
+    "retrain.margin=1.0 trainer.threads=1"
 ).split()
 #: A night that changes no weight.
 IDLE = ("sft.lr=1e-30", "retrain.margin=0.0")
