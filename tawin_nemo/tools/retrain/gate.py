@@ -68,7 +68,7 @@ class Decision:
 
     @property
     def passed(self) -> bool:
-        judged = (*self.verdicts, *self.checks)
+        judged: tuple[Verdict | Check, ...] = (*self.verdicts, *self.checks)
         return self.invalid_rate == 0.0 and all(one.passed for one in judged)
 
     @property
