@@ -14,7 +14,7 @@ from tests.tools.retrain.shop import FIRST, SECOND, words, write_log
 
 #: While data and codes are written, in training, at the gate, and in the three steps of a publication.
 KILLS = (
-    "file.before_rename=kill", "file.before_rename=kill@9", "save.mid_shard=kill", "random", "random",
+    "file.before_rename=kill", "file.before_rename=kill@9", "random", "save.mid_shard=kill", "random",
     "file.before_rename=kill@2", "publish.before_rename=kill", "publish.before_link=kill",
 )  # fmt: skip
 
@@ -36,7 +36,7 @@ def retrain(world: Setting, name: str) -> Outcome:
     attempts: list[Attempt] = []
     for place in KILLS:
         if place == "random":
-            attempts.append(night(killed, SECOND, after=world.draw.uniform(0.3, 0.8) * second.cpu))
+            attempts.append(night(killed, SECOND, after=world.draw.uniform(0.05, 0.2) * second.cpu))
         else:
             attempts.append(night(killed, SECOND, rules=place))
         if attempts[-1].code != -signal.SIGKILL:
