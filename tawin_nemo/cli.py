@@ -180,14 +180,13 @@ def _dispatch(arguments: argparse.Namespace, argv: list[str]) -> int:
 
         print_keys(arguments.overrides, schema=arguments.schema)
         return 0
-    if arguments.verb == "simulate":
-        return simulate(arguments)
-    if arguments.verb == "study":
-        return study(arguments)
-    if arguments.verb == "doctor":
-        return doctor(arguments, argv)
-    if arguments.verb == "plan":
-        return plan(arguments)
+    if arguments.verb in (alone := {"simulate": simulate, "study": study, "plan": plan, "doctor": doctor}):
+        return alone[arguments.verb](arguments, argv)
+    if arguments.verb == "retrain" and "=" not in (arguments.overrides or ["="])[0]:
+        from tawin_nemo.tools.retrain.upkeep import run_upkeep
+
+        print(json.dumps(run_upkeep(arguments.recipe, arguments.overrides)), flush=True)
+        return 0
     from tawin_nemo.config.load import load_recipe
     from tawin_nemo.config.seams import imported
 
@@ -211,14 +210,13 @@ def _dispatch(arguments: argparse.Namespace, argv: list[str]) -> int:
         verb: Callable[..., dict[str, Any]] = getattr(
             import_module(f"tawin_nemo.commands.{arguments.verb}"), arguments.verb
         )
-        options = {"dry_run": arguments.dry_run} if arguments.verb == "train" else {}
-        result = run(recipe, verb, **options)
+        result = run(recipe, verb, **({"dry_run": arguments.dry_run} if arguments.verb == "train" else {}))
     if read_launch().rank == 0:
         print(json.dumps(result), flush=True)
     return 0
 
 
-def simulate(arguments: argparse.Namespace) -> int:
+def simulate(arguments: argparse.Namespace, _: list[str]) -> int:
     """The one verb without data, model or recipe."""
     from tawin_nemo.tools.simulate.simulate import run
 
@@ -228,7 +226,7 @@ def simulate(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def plan(arguments: argparse.Namespace) -> int:
+def plan(arguments: argparse.Namespace, _: list[str]) -> int:
     """What a recipe needs on a cluster; no torch, no GPU."""
     from tawin_nemo.tools.plan.verb import plan_facts, plan_recipe, plan_table
 
@@ -254,7 +252,7 @@ def retrain(recipe: Any) -> int:
     return code
 
 
-def study(arguments: argparse.Namespace) -> int:
+def study(arguments: argparse.Namespace, _: list[str]) -> int:
     """Many runs of `train`; exit code 1 when one of them failed."""
     from tawin_nemo.tools.study.verb import run_study
 
@@ -294,7 +292,8 @@ def doctor_of_model(arguments: argparse.Namespace, argv: list[str]) -> int:
 
 
 def recipe_of_checkpoint(overrides: Sequence[str]) -> Path | None:
-    """Without --recipe, ``checkpoint=RUN_DIR/...`` means the recipe that RUN_DIR was made with."""
+    """Without --recipe, ``checkpoint=RUN_DIR/...`` and ``serve.follow=ROOT`` mean the recipe of that model."""
     named = [Path(item.removeprefix("checkpoint=")) for item in overrides if item.startswith("checkpoint=")]
+    named += [Path(item.partition("=")[2]) / "latest" for item in overrides if item.startswith("serve.follow=")]
     folders = [folder for path in named for folder in (path, *path.parents)]
     return next((folder / "recipe.yaml" for folder in folders if (folder / "recipe.yaml").is_file()), None)

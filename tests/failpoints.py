@@ -128,6 +128,10 @@ SITES = {
     "server.searching": Site("tawin_nemo.serve.engine.replica", "Replica._advance"),
     # any JSON, report or table that is written under a temporary name
     "file.before_rename": Site("pathlib", "Path.replace", where=lambda path, _: _TEMPORARY.search(path.name)),
+    # a nightly run's version is sealed and has not its name yet
+    "publish.before_rename": Site("pathlib", "Path.rename", where=lambda _, target: target.parent.name == "versions"),
+    # it has its name, and the link still points at the one before
+    "publish.before_link": Site("pathlib", "Path.replace", where=lambda path, _: path.name.startswith(".latest.")),
 }
 POINTS = tuple(SITES)
 

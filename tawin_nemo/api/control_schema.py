@@ -144,3 +144,5 @@ class StatusReply(Versions):
     weights_in_memory: list[int]
     catalogs_in_memory: list[int]
     weight_update_group: str | None = Field(None, description="name of the current process group for weight updates")
+    followed_version: str | None = Field(None, description="published version in use (`serve.follow`)")
+    refused_version: str | None = Field(None, description="published version that could not be used, and why")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import partial
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -28,14 +28,22 @@ def convert(world: World) -> dict[str, Any]:
     return {"exported": options.output, "checkpoint": world.recipe.checkpoint}
 
 
-def export(world: World, checkpoint: str, output: Path) -> None:
+def export(
+    world: World, checkpoint: str, output: Path, *, complete: Callable[[Path], None] = lambda folder: None
+) -> None:
     """Write the model of ``checkpoint`` (empty: where a run would start) with tokenizer and catalog to ``output``.
 
+    ``complete`` adds further files, on rank 0, before the folder gets its name.
     Raises ConfigError for a model with item tokens, which an ordinary model directory cannot hold.
     """
     check_no_item_tokens(world.recipe, "an export is an ordinary model, without the projection that makes item tokens")
+
+    def finish(folder: Path) -> None:
+        write_companions(world, folder)
+        complete(folder)
+
     save_hf(
         starting_model(world, None, checkpoint_path=checkpoint), world.shape, output,
         max_shard_bytes=world.recipe.convert.shard_mb * 1_000_000, tokenizer_dir=world.tokenizer_dir,
-        special=special_ids(world), finish=partial(write_companions, world),
+        special=special_ids(world), finish=finish,
     )  # fmt: skip

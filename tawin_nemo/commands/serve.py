@@ -18,6 +18,7 @@ from torch import Tensor
 
 from tawin_nemo.api.secrets_files import control_token, read_keys
 from tawin_nemo.baselines.assist import load_auxiliary_recommender
+from tawin_nemo.commands.serve_versions import check_start, follower_of, known_numbers, version_world
 from tawin_nemo.config.backbones import Backbone
 from tawin_nemo.config.schema import AssistConfig, ModelConfig, Recipe
 from tawin_nemo.data.interactions import ITEMS_FILE, read_item_table
@@ -31,6 +32,7 @@ from tawin_nemo.models.megatron.parallel import runtime
 from tawin_nemo.rollout.engine import RolloutEngine
 from tawin_nemo.rollout.lm import LM, MeteredLM
 from tawin_nemo.run.exported import COLUMNS_FILE
+from tawin_nemo.run.published import VERSIONS
 from tawin_nemo.run.trained import check_tokenizer, resolve_checkpoint
 from tawin_nemo.run.world import World
 from tawin_nemo.serve.engine.catalog import PromptFormat, ServedCatalog
@@ -38,10 +40,12 @@ from tawin_nemo.serve.engine.engine import Engine
 from tawin_nemo.serve.engine.item_fields import ItemFields, MatchCache
 from tawin_nemo.serve.engine.items_file import read_items
 from tawin_nemo.serve.engine.jobs import Limits
+from tawin_nemo.serve.engine.numbering import numbered
 from tawin_nemo.serve.engine.ranks import Leader, Ranks, SingleProcess, follow
 from tawin_nemo.serve.engine.replica import FromTensors, Replica
 from tawin_nemo.serve.engine.saved_changes import SavedChanges
 from tawin_nemo.serve.engine.telemetry import Metrics
+from tawin_nemo.serve.engine.weight_sources import VERSION_PREFIX
 from tawin_nemo.serve.http.requests import ServerContext
 from tawin_nemo.serve.http.server import Secrets, Server, roots_and_folder
 from tawin_nemo.train.item_tokens import check_no_item_tokens
@@ -86,6 +90,8 @@ def serve(world: World) -> dict[str, Any]:
     Raises ConfigError (layout, ports, keys, item tokens), CatalogError (``serve.catalogue``), TawinError as the engine.
     """
     check_no_item_tokens(world.recipe, "the server's catalog changes, and new items have no vector")
+    if world.recipe.serve.follow:
+        check_start(world)
     catalog = first_catalog(world)
     # The recipe may be that of a job that this server works for. The catalog has the auxiliary recommender already.
     rollout = replace(world.recipe.rollout, placement="colocated", assist=AssistConfig())
@@ -108,7 +114,7 @@ def serve(world: World) -> dict[str, Any]:
         from_tensors=build_from_tensors,
     )  # fmt: skip
     roots, folder = roots_and_folder(settings, world.run_dir)
-    saved = SavedChanges(folder / "catalog.json", catalog)
+    saved = SavedChanges(folder / "catalog.json", catalog, follows=bool(settings.follow))
     catalog = saved.restored(catalog)
     replica.models[FIRST_VERSION] = replica.load("")
     replica.tries[catalog.version] = catalog.trie
@@ -128,16 +134,24 @@ def serve(world: World) -> dict[str, Any]:
         Leader(replica, ranks), catalog, metrics=metrics, weights=FIRST_VERSION, on_thread=runtime.use_device,
         limits=Limits.of(settings),
     )  # fmt: skip
-    context = ServerContext(
-        settings, recipe.name, min(settings.beams or recipe.eval.beams, settings.max_beams),
-        recipe.rollout.score_space, recipe.rollout.length_penalty, model.max_positions, model.vocab_size,
-        world.tokenizer.fingerprint, model_in(recipe).precision, filters_of(world),
-    )  # fmt: skip
+    context = context_of(world, model, filters_of(world, catalog))
     del model, catalog  # so that this frame does not keep them in memory after they are replaced
     server = Server(engine, context, Secrets(keys, token), roots=roots, saved=saved)
+    if settings.follow:
+        server.follow(follower_of(world, server, of_a_request))
     engine.start()
     server.run(lambda: _announce(server, world, folder))
     return {"served": True, "weight_version": engine.weights, "catalog_version": engine.catalog.version}
+
+
+def context_of(world: World, model: LM, filters: MatchCache) -> ServerContext:
+    """What the requests of a server that starts with ``model`` are parsed with."""
+    recipe, settings = world.recipe, world.recipe.serve
+    return ServerContext(
+        settings, recipe.name, min(settings.beams or recipe.eval.beams, settings.max_beams),
+        recipe.rollout.score_space, recipe.rollout.length_penalty, model.max_positions, model.vocab_size,
+        world.tokenizer.fingerprint, model_in(recipe).precision, filters,
+    )  # fmt: skip
 
 
 def _announce(server: Server, world: World, folder: Path) -> None:
@@ -160,29 +174,32 @@ def reachable(host: str) -> str:
 def first_catalog(world: World) -> ServedCatalog:
     """Version 1 of the served catalog: that of ``serve.catalogue``, or of the data set, with ``rollout.assist``.
 
-    Raises CatalogError, and ConfigError for an auxiliary recommender that cannot be used.
+    Items of a published version have the numbers that they had in the versions before. Raises CatalogError, and
+    ConfigError for an auxiliary recommender that cannot be used.
     """
     data = world.recipe.data
     prompt_format = PromptFormat(world.tokenizer, world.template, data.max_history, data.max_prompt_tokens)
     recommender = load_auxiliary_recommender(world.recipe.rollout.assist, world.catalog.external_ids)
-    trained = ServedCatalog.of(world.catalog, world.item_texts, prompt_format, recommender)
+    known = known_numbers(world.export)
+    trained = numbered(world.catalog, world.item_texts, prompt_format, known, recommender=recommender)
     file = world.recipe.serve.catalogue
     return trained.replaced(read_items(Path(file)), FIRST_VERSION) if file else trained
 
 
-def filters_of(world: World) -> MatchCache:
+def filters_of(world: World, catalog: ServedCatalog) -> MatchCache:
     """Filters by the items' fields: those of the data set, or of an export that has them; else only ids and titles."""
     settings, root, export = world.recipe.serve, world.dataset.root, world.export
     files = [file for file in (root and root / ITEMS_FILE, export and export / COLUMNS_FILE) if file and file.is_file()]
-    fields = ItemFields.of(read_item_table(files[0]), world.catalog.external_ids) if files else ItemFields()
+    fields = ItemFields.of(read_item_table(files[0]), catalog.external_ids) if files else ItemFields()
     return MatchCache(fields, max_filters=settings.max_filters, max_bytes=settings.filter_cache_mb * 1_000_000)
 
 
 def loader(world: World) -> Callable[[str], LM]:
     """A function that loads a model from a stage, a step or a Hugging Face folder; empty path: the recipe's weights.
 
-    Of a path, which comes from a request, all files must lie below ``serve.roots`` when they are opened. The function
-    raises CheckpointError for weights that cannot be loaded or are not finite, ConfigError for a disaggregated
+    Of a path, which comes from a request, all files must lie below ``serve.roots`` when they are opened; those of a
+    published version (``FromVersion``) below ``serve.follow``, and its model has the version's own vocabulary. The
+    function raises CheckpointError for weights that cannot be loaded or are not finite, ConfigError for a disaggregated
     placement.
     """
     roots, _ = roots_and_folder(world.recipe.serve, world.run_dir)
@@ -190,17 +207,24 @@ def loader(world: World) -> Callable[[str], LM]:
     def load(path: str) -> LM:
         if not path:
             return finite(load_unconfined(path), "these weights")
+        if path.startswith(VERSION_PREFIX):
+            folder = path.removeprefix(VERSION_PREFIX)
+            with of_a_request(folder, [Path(world.recipe.serve.follow) / VERSIONS]):
+                return finite(lm_of(version_world(world, Path(folder))), folder)
         with of_a_request(path, roots):
             return finite(load_unconfined(path), path)
 
     def load_unconfined(path: str) -> LM:
-        runtime.use_device()
         recipe = world.recipe
         if (Path(path) / "config.json").is_file() and path:
             recipe = replace(recipe, checkpoint="", start="", model=replace(recipe.model, init=path))
         elif path:
             recipe = replace(recipe, checkpoint=path)
-        engine = engine_of(replace(world, recipe=recipe))
+        return lm_of(replace(world, recipe=recipe))
+
+    def lm_of(surroundings: World) -> LM:
+        runtime.use_device()
+        recipe, engine = surroundings.recipe, engine_of(surroundings)
         if not isinstance(engine, RolloutEngine):
             raise ConfigError(
                 f"rollout.placement={recipe.rollout.placement} keeps some processes for training, and serve has none; "
@@ -228,6 +252,11 @@ def checker(world: World) -> Callable[[str], None]:
     roots, _ = roots_and_folder(world.recipe.serve, world.run_dir)
 
     def check(path: str) -> None:
+        if path.startswith(VERSION_PREFIX):
+            folder = path.removeprefix(VERSION_PREFIX)
+            with of_a_request(folder, [Path(world.recipe.serve.follow) / VERSIONS]):
+                check_hf(version_world(world, Path(folder)).shape, folder)
+            return
         with of_a_request(path, roots):
             if (Path(path) / "config.json").is_file():
                 check_hf(world.shape, path)

@@ -25,6 +25,7 @@ from tawin_nemo.run.datasets import prepared_root, run_dir_of
 from tawin_nemo.run.exported import exported_world, from_export
 from tawin_nemo.run.failures import attempt_logs, recorded
 from tawin_nemo.run.profile import check_profile
+from tawin_nemo.run.published import starting_version
 from tawin_nemo.run.run_lock import run_lock
 from tawin_nemo.run.trained import Trained, check_catalog, check_prompt, resolve_checkpoint, trained_model
 from tawin_nemo.run.world import World, build_world, open_run_dir
@@ -43,7 +44,7 @@ def run(recipe: Recipe, verb: Verb, **options: Any) -> dict[str, Any]:
     A dry run in one process needs no process group, and so neither megatron nor the seconds that its import takes.
     """
     trains = verb is train
-    recipe = recipe if trains else from_export(recipe)
+    recipe = recipe if trains else from_export(starting_version(recipe) if verb.__name__ == "serve" else recipe)
     computes = not options.get("dry_run")
     group = started(recipe, computes=computes) if computes or recipe.processes > 1 else checked(recipe)
     with group, contextlib.ExitStack() as stack:

@@ -21,7 +21,7 @@ from tawin_nemo.semantic_ids.codebooks import mean_codebooks
 from tawin_nemo.semantic_ids.coder import WITH_NETWORK, ItemCoder, fit, resolve_collisions
 from tawin_nemo.semantic_ids.collisions import format_items
 from tawin_nemo.semantic_ids.encoders import copy_encoder_files, embed, item_texts
-from tawin_nemo.semantic_ids.growth import CODES, FORMAT, ITEMS, ExistingIndex, Tokenized, is_finished
+from tawin_nemo.semantic_ids.growth import CODES, DEPARTED, FORMAT, ITEMS, ExistingIndex, Tokenized, is_finished
 from tawin_nemo.semantic_ids.index_files import read_index, write_index, write_info
 from tawin_nemo.semantic_ids.report import IndexReport, measure, plot_index, word_sets
 from tawin_nemo.util.errors import DataError
@@ -168,6 +168,8 @@ def _write(
         made.coder.save(folder)
         copy_encoder_files(vectors, folder)
         (folder / ITEMS).write_text(json.dumps(dataset.items.external_ids) + "\n", encoding="utf-8")
+        if made.departed:
+            write_json(folder / DEPARTED, made.departed)
         write_json(folder / REPORT, asdict(report) | {"kept_items": made.kept})
         plot_index(
             folder / PICTURE, x_ID, made.codes_IL, levels, title=f"{dataset.manifest['name']}: {made.coder.method}"

@@ -95,9 +95,17 @@ VERBS = {
     ),
     "retrain": Verb(
         "a night: prepare, train from the published model, export, gate on valid, publish (retrain.root=DIR)",
-        "A model that is worse than the published one is refused (exit code 3) and what is published stays.",
-        ("retrain", *_DATA, *_MODEL, "sft", "rl", "eval"),
-        ("retrain --recipe recipes/quickstart.yaml retrain.root=production retrain.date=2018-06-30",),
+        "A model that is worse than the published one is refused (exit code 3) and what is published stays. With\n"
+        "catalog.kind=sid the codes of the published version grow by those of new items. `retrain list` shows the\n"
+        "versions, `retrain rollback` makes the one before live again (or that of retrain.date), `retrain prune`\n"
+        "removes old ones (retrain.keep). `serve serve.follow=DIR` serves what is live.",
+        ("retrain", *_DATA, *_MODEL, "sft", "rl", "eval", "semantic_ids"),
+        (
+            "retrain --recipe recipes/quickstart.yaml retrain.root=production retrain.date=2018-06-30",
+            "retrain list retrain.root=production",
+            "retrain rollback retrain.root=production",
+            "retrain prune retrain.root=production retrain.keep=7",
+        ),
         '{"date": day, "published": true, "gate": file, "latest": folder}',
     ),
     "serve": Verb(

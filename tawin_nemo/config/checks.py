@@ -34,7 +34,7 @@ def combinations(r: Recipe) -> Iterator[tuple[bool, str]]:
     )
     yield training.sequence_parallel_alone, f"{SEQUENCE_PARALLEL_NEEDS_TP}; set it to false"
     yield (
-        r.catalog.kind == "sid" and not r.catalog.index,
+        r.catalog.kind == "sid" and not r.catalog.index and not r.retrain.root,  # retrain tokenises the items itself
         "catalog.kind=sid needs catalog.index, a JSON file of codes; or use catalog.kind=title",
     )
     yield (

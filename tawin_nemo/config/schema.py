@@ -275,11 +275,33 @@ class RetrainConfig:
     date: str = opt("", "Uses interactions up to this day, YYYY-MM-DD (empty = today, UTC).")
     warm_start: bool = opt(True, "Starts from the published model, if there is one, instead of model.init.")
     metrics: list[str] = opt(["ndcg@10"], "Lists the metrics on valid that all have to pass the gate.")
+    tail_k: int = number(
+        50, 0, BEAMS,
+        help="Adds Recall at this cut-off to retrain.metrics, so that a model that loses the tail of its lists is "
+        "refused; at most eval.beams are listed (0 = off).",
+    )  # fmt: skip
     margin: float = number(
         0.05, 0.0, SHARE,
         help="Lets the lower end of the 95 % interval of the difference lie this share of the published metric "
         "below 0.",
     )  # fmt: skip
+    min_coverage: float = number(
+        0.0, 0.0, SHARE,
+        help="Refuses a model whose lists of 10 on valid hold less than this share of the catalog (0 = is not asked).",
+    )  # fmt: skip
+    max_latency_ms: float = number(
+        0.0, 0.0, WEEK_S,
+        help="Refuses a model whose 95th percentile of one search with eval.beams, alone on this machine, takes more "
+        "milliseconds (0 = is not measured).",
+    )  # fmt: skip
+    keep: int = number(
+        7, 1, ROWS, help="Keeps this many of the newest versions in `retrain prune`, besides the live one and the one "
+        "before it.",
+    )  # fmt: skip
+    webhook: str = opt("", "Names an http or https address that gets a JSON body when the gate refuses a model.")
+    webhook_s: float = number(
+        10.0, 0.01, WEEK_S, help="Gives up on retrain.webhook after this many seconds; the exit code stays the same."
+    )
 
 
 @dataclass(frozen=True)
@@ -352,6 +374,12 @@ class ServeConfig:
         help="Keeps this many pairs of weights and catalog behind the one in use in memory, for POST /rollback.",
     )  # fmt: skip
     log_history: bool = opt(False, "Writes users' histories and prompts into the log.")
+    follow: str = opt(
+        "", "Names a folder of `retrain.root`: the server starts with its `latest` and follows it (empty = off)."
+    )
+    follow_s: float = number(
+        10.0, 0.01, WEEK_S, help="Looks at `latest` of serve.follow every so many seconds; a broken version is refused."
+    )
 
 
 @dataclass(frozen=True)

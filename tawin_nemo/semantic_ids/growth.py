@@ -6,7 +6,7 @@ I existing or all items, N new items, L code levels, D dimensions.
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -67,22 +67,31 @@ def _numbered(codes_IL: np.ndarray, new_NL: np.ndarray) -> np.ndarray:
 
 FORMAT = "tawin_nemo.semantic_ids.v1"
 CODES, ITEMS = "codes.npy", "items.json"
+#: Items that were in an earlier index of the chain and are not in this one: external id -> codes.
+DEPARTED = "departed.json"
 #: Keys of section ``semantic_ids.text`` that may change while an index grows: where vectors lie and batch sizes.
 _OWN_KEYS = ("source", "processes", "shard_items", "batch_size")
 
 
 @dataclass(frozen=True, eq=False)
 class Tokenized:
-    """Codes [I, L or more] of all items, their coder, and the number of items that kept earlier codes."""
+    """Codes [I, L or more] of all items, their coder, and the number of items that kept earlier codes.
+
+    ``departed``: the codes of items that have left; they are not given to others and wait for a return.
+    """
 
     codes_IL: np.ndarray
     coder: ItemCoder
     kept: int = 0
+    departed: dict[str, list[int]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, eq=False)
 class ExistingIndex:
-    """An index folder that ``tokenize`` wrote: item ``i`` has the name ``external_ids[i]`` and the codes of row i."""
+    """An index folder that ``tokenize`` wrote: item ``i`` has the name ``external_ids[i]`` and the codes of row i.
+
+    Behind its own items stand those that have left since the first index of the chain.
+    """
 
     folder: Path
     manifest: dict[str, Any]
@@ -107,7 +116,10 @@ class ExistingIndex:
             raise DataError(
                 f"{folder} has codes for {len(codes_IL)} items and {len(external_ids)} names; tokenize again"
             )
-        return cls(folder, manifest, external_ids, codes_IL, ItemCoder.load(folder))
+        departed = read_departed(folder)
+        if departed:
+            codes_IL = np.concatenate([codes_IL, np.array([*departed.values()], dtype=codes_IL.dtype)])
+        return cls(folder, manifest, [*external_ids, *departed], codes_IL, ItemCoder.load(folder))
 
     @property
     def seed(self) -> int:
@@ -126,8 +138,8 @@ class ExistingIndex:
     def extend(self, external_ids: list[str], x_ID: np.ndarray) -> Tokenized:
         """Codes of a newer catalog; items are identified by their external ids.
 
-        Codes of items that have left are not given to others. Raises as ``encode_new_items``, with the external ids of
-        the first new items.
+        Codes of items that have left are not given to others, and an item that returns has its own again. Raises as
+        ``encode_new_items``, with the external ids of the first new items.
         """
         row_of = {name: item for item, name in enumerate(self.external_ids)}
         before_I = np.array([row_of.get(name, -1) for name in external_ids])
@@ -145,7 +157,20 @@ class ExistingIndex:
         codes_IL = np.empty((len(external_ids), self.codes_IL.shape[1]), dtype=self.codes_IL.dtype)
         codes_IL[before_I >= 0] = self.codes_IL[before_I[before_I >= 0]]
         codes_IL[new_N] = fresh_NL
-        return Tokenized(codes_IL, self.coder, len(external_ids) - len(new_N))
+        present = set(external_ids)
+        departed = {name: self.codes_IL[row].tolist() for name, row in row_of.items() if name not in present}
+        return Tokenized(codes_IL, self.coder, len(external_ids) - len(new_N), departed)
+
+
+def read_departed(folder: Path) -> dict[str, list[int]]:
+    """Codes of the items that have left an index; empty without any. Raises DataError for a file that is damaged."""
+    path = folder / DEPARTED
+    if not path.is_file():
+        return {}
+    try:
+        return {str(name): [int(code) for code in row] for name, row in json.loads(path.read_text()).items()}
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise DataError(f"{path} cannot be read ({error}); tokenize again") from error
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:

@@ -25,7 +25,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from tests.crash_matrix import cases, servers, verbs
+from tests.crash_matrix import cases, nights, servers, verbs
 from tests.crash_matrix.attempts import warm_up
 from tests.crash_matrix.cases import Outcome, Setting
 from tests.failpoints import POINTS
@@ -69,6 +69,7 @@ def plan(*, full: bool) -> dict[str, Case]:
         "convert": verbs.convert,
         "tokenize": verbs.tokenize,
         "lost-server": servers.lost_server,
+        "retrain": nights.retrain,
         "ranks": lambda world, name: cases.rank_killed(world, name, RANK_RULES, cases.LAYOUT),
         "ranks-apart": lambda world, name: cases.rank_killed(world, name, SEARCHING_RULES, *cases.APART),
     }

@@ -59,14 +59,16 @@ def attempt(
     term_when: Callable[[str], bool] | None = None,
     fsize: int = 0,
     words: Sequence[str] = ("train", *RECIPE),
+    log: Path | None = None,
 ) -> Attempt:
     """Run the verb and overrides ``words`` and then ``overrides`` with failpoint ``rules``; no file above ``fsize``
     bytes.
 
     SIGKILL comes ``after`` seconds of the processor, which mean the same on a busy machine; SIGTERM as soon as
-    ``term_when`` holds of what is on the screen.
+    ``term_when`` holds of what is on the screen, which goes to ``log`` (None: beside the run directory).
     """
-    log = Path(next(item for item in overrides if item.startswith("run_dir=")).removeprefix("run_dir=") + ".log")
+    if log is None:
+        log = Path(next(item for item in overrides if item.startswith("run_dir=")).removeprefix("run_dir=") + ".log")
     start = time.monotonic()
     log.unlink(missing_ok=True)
     pid = os.fork()

@@ -79,14 +79,14 @@ def _verb(world: Setting, name: str, verb: str, words: Sequence[str], output: ca
     attempts.append(called(killed))
     if attempts[-1].code != 0:
         problem = problem or f"the last attempt ended with {attempts[-1].code}: {attempts[-1].last_words}"
-    if not problem and (one := _files(killed.parent)) != (other := _files(whole.parent)):
+    if not problem and (one := files(killed.parent)) != (other := files(whole.parent)):
         problem = f"other files or bytes: {sorted(file for file, _ in set(one.items()) ^ set(other.items()))}"
     points = [f"{verb}: {place.partition('=')[0]}" for place in VERB_KILLS]
     codes, seconds = tuple(done.code for done in attempts), sum(done.seconds for done in attempts)
     return Outcome(name, tuple(points), codes, problem, seconds)
 
 
-def _files(folder: Path) -> dict[str, str]:
+def files(folder: Path) -> dict[str, str]:
     """Checksums of everything below ``folder`` but the logs, by relative path; text without the folder's own name."""
     found = {}
     for path in sorted(folder.rglob("*")):

@@ -23,6 +23,7 @@ from tawin_nemo.config.load import leaf_fields, load_recipe
 from tawin_nemo.config.schema import Recipe
 from tawin_nemo.data_prep import prepare
 from tawin_nemo.tools.plan.verb import plan_recipe
+from tawin_nemo.tools.retrain.upkeep import ACTIONS
 from tawin_nemo.tools.simulate.simulate import Options
 from tawin_nemo.tools.study.arms import read_study
 from tests.pages.reader import GENERATED, NOT_RUN, PAGES, ROOT, Command, blocks, commands, name
@@ -90,6 +91,9 @@ def _check_product(arguments: list[str], *, mistaken: bool) -> None:
         Options.parse(known.overrides)
     elif known.verb == "plan":
         plan_recipe(known.recipe, [f"gpus={known.gpus or 8}", *known.overrides], lambda _: None)
+    elif known.verb == "retrain" and "=" not in (known.overrides or ["="])[0]:
+        assert known.overrides[0] in ACTIONS
+        load_recipe(known.recipe, known.overrides[1:])
     elif not (mistaken and "rl.tawn.k=3" in known.overrides):
         load_recipe(known.recipe, known.overrides)
 

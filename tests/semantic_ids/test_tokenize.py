@@ -138,6 +138,13 @@ def test_a_grown_catalog_keeps_its_codes_by_external_id(shop: Path, tmp_path: Pa
     assert after["report"]["kept_items"] == ITEMS - 3
     again = made(newer, tmp_path / "new", f"semantic_ids.grow_from={folder}")
     assert again == after
+    if method != "rqkmeans":
+        return
+    # and all return: what left waits for its codes, however many indexes lie between
+    back = prepared(tmp_path / "back", names, ids=ids)
+    last = made(back, tmp_path / "back_run", f"semantic_ids.grow_from={Path(after['index']).parent}")
+    assert index_of(last, ids)[:ITEMS] == old
+    assert last["report"]["kept_items"] == ITEMS + 8
 
 
 def test_growth_refuses_another_encoder_and_damaged_folders(shop: Path, tmp_path: Path) -> None:

@@ -190,7 +190,7 @@ def path_scores(
 ) -> dict[int, float]:
     """Summed log-prob of every live item (by number), token by token through the trie; quarters, so exact."""
     catalog = catalog or first_catalog()
-    lm = TableLM(tokenizer().size, seed=seed, impossible=False)
+    lm = TableLM(catalog.prompt_format.tokenizer.size, seed=seed, impossible=False)
     tokens = (catalog.prompt(history) if prompt is None else prompt).flat.tolist()
     found = {}
     for number in catalog.number_J.tolist():

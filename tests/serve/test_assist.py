@@ -179,7 +179,12 @@ def test_a_server_loads_the_recommender_at_its_start(tmp_path: Path) -> None:
     def first(stage: Path, *words: str) -> ServedCatalog:
         recipe = load_recipe(None, ["data.dataset=synthetic", f"rollout.assist.stage={stage}", *words])
         world = SimpleNamespace(
-            tokenizer=tokenizer(), template=Template(), catalog=catalog, item_texts=TITLES, recipe=recipe
+            tokenizer=tokenizer(),
+            template=Template(),
+            catalog=catalog,
+            item_texts=TITLES,
+            export=None,
+            recipe=recipe,
         )
         return first_catalog(world)  # type: ignore[arg-type]
 

@@ -117,7 +117,7 @@ def test_a_server_may_start_with_a_catalog_of_its_own(tmp_path: Path) -> None:
     file.write_text("".join(json.dumps(line) + "\n" for line in lines))
     catalog = build_catalog(scene.TITLES, scene.IDS, scene.TITLES, scene.tokenizer(), Template(), kind="title")
     world = SimpleNamespace(
-        tokenizer=scene.tokenizer(), template=Template(), catalog=catalog, item_texts=scene.TITLES,
+        tokenizer=scene.tokenizer(), template=Template(), catalog=catalog, item_texts=scene.TITLES, export=None,
         recipe=load_recipe(None, ["data.dataset=synthetic", f"serve.catalogue={file}"]),
     )  # fmt: skip
     made = first_catalog(world)  # type: ignore[arg-type]

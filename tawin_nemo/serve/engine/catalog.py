@@ -38,12 +38,20 @@ class NewItem:
 
 @dataclass(frozen=True)
 class PromptFormat:
-    """How items and histories become tokens; histories are cut to the numbers of items and tokens used in training."""
+    """How items and histories become tokens; histories are cut to the numbers of items and tokens used in training.
+
+    ``generation`` counts the published versions that a server has followed: catalogs of one generation have the same
+    tokenizer and are searched with that generation's weights. ``vocab_size`` and ``max_positions`` are those of its
+    model; 0: of the model that the server started with.
+    """
 
     tokenizer: Tokenizer
     template: Template
     max_history: int
     max_prompt_tokens: int
+    generation: int = 0
+    vocab_size: int = 0
+    max_positions: int = 0
 
     def text_of(self, item: NewItem) -> str:
         """The item's text in prompts and answers: its codes or its title.
@@ -220,9 +228,10 @@ class ServedCatalog:
     def prompt(self, history: Sequence[int]) -> TokenRows:
         """The prompt [1 row] of a history of item numbers, oldest first, cut as ``data.samples.encode_split`` cuts it.
 
-        Raises DataError for a single item that does not fit into a prompt.
+        Items without a text (``numbering``) are skipped. Raises DataError for a single item that does not fit into a
+        prompt.
         """
-        newest = list(history)[-self.prompt_format.max_history :]
+        newest = [number for number in history if self.texts[number]][-self.prompt_format.max_history :]
         while True:
             table = [self.first_number_of[self.external_ids[number]] for number in newest]
             tokens = self.tokens(self.prompt_format.template.prompt_of(table, [self.texts[n] for n in newest]))

@@ -1,8 +1,8 @@
 """The engine: one thread owns the model, admits waiting requests, runs decoding steps and delivers results.
 
 Requests of different clients share model calls if they use the same weights, catalog and score space. A request keeps
-the weights that are current when it starts and the catalog that it was tokenized with until it ends, so that an update
-only changes what is current. Versions that no request uses any more are released.
+the catalog that it was tokenized with, and the newest weights of that catalog's generation when it starts, until it
+ends, so that an update only changes what is current. Versions that no request uses any more are released.
 """
 
 from __future__ import annotations
@@ -15,15 +15,14 @@ from concurrent.futures import Future
 from typing import Any, TypeVar
 
 from tawin_nemo.models.megatron.parallel.channel import Stop
-from tawin_nemo.rollout.lm import LM
 from tawin_nemo.serve.engine.catalog import ServedCatalog
 from tawin_nemo.serve.engine.history import History
 from tawin_nemo.serve.engine.jobs import AdmissionPolicy, Job, Limits, Rejected
-from tawin_nemo.serve.engine.messages import Probe, PutCatalog, Release
+from tawin_nemo.serve.engine.messages import Probe, Release
 from tawin_nemo.serve.engine.ranks import Leader, RanksLost
 from tawin_nemo.serve.engine.running import Running
+from tawin_nemo.serve.engine.swaps import VersionSwaps
 from tawin_nemo.serve.engine.telemetry import Metrics
-from tawin_nemo.serve.engine.weight_sources import Source
 from tawin_nemo.util.log import get_logger
 
 T = TypeVar("T")
@@ -33,7 +32,7 @@ log = get_logger(__name__)
 HEARTBEAT_S = 0.5
 
 
-class Engine:
+class Engine(VersionSwaps):
     """Queues jobs, runs them on its own thread, and swaps weights and catalogs. All public methods are thread-safe.
 
     ``weights``: version of the weights that are loaded at the start; ``on_thread``: called once on the engine's thread
@@ -154,44 +153,6 @@ class Engine:
         """A future that completes when every rank has responded."""
         return self.call(lambda: self.leader.apply(Probe()))
 
-    def update_weights(self, source: Source, version: int | None = None) -> int:
-        """Load weights beside those in use and make them current; returns their version (``History.next_weights``).
-
-        A single process loads in the caller's thread while requests continue; ranks that share a model load together
-        between two model calls. Raises TawinError when they cannot be loaded, Rejected for a version not newer."""
-        with self._swap:
-            new, leader = self.history.next_weights(version), self.leader
-            model = source.load_here(leader.replica) if leader.ranks.size == 1 else None
-            self.call(lambda: self._put_weights(new, source, model)).result()
-            return new
-
-    def _put_weights(self, version: int, source: Source, model: LM | None) -> None:
-        if model is None:
-            source.load_on_all_ranks(self.leader, version)
-        else:
-            self.leader.replica.models[version] = model
-        self.history.put_weights(version)
-        self.metrics.swaps.labels("weights").inc()
-
-    def activate(self, catalog: ServedCatalog) -> None:
-        """Make a catalog current for new requests; returns when all ranks have its trie."""
-        with self._swap:
-            command = PutCatalog(catalog.version, catalog.trie_paths)  # slow for many items: not on the engine's thread
-            self.call(lambda: self._put_catalog(command, catalog)).result()
-
-    def _put_catalog(self, command: PutCatalog, catalog: ServedCatalog) -> None:
-        self.leader.put_catalog(command, catalog.trie)
-        with self._wake:
-            self._installed[catalog.version] = catalog
-            self.history.put_catalog(catalog)
-        self.metrics.swaps.labels("catalog").inc()
-
-    def rollback(self) -> None:
-        """Make the versions current that were so before; Rejected where none is kept (``serve.keep_versions``)."""
-        with self._swap:
-            self.call(self.history.back).result()
-        self.metrics.swaps.labels("rollback").inc()
-
     def stop(self) -> None:
         """End the engine's thread and the other ranks; requests that still run fail with Rejected (fault)."""
         with self._wake:
@@ -236,11 +197,16 @@ class Engine:
             self._execute(function, future)
         self._running.drop_unwanted()
         if self._admission.admits(len(self._queue), ran := len(self._running.jobs)):
-            self._running.begin(self._next_jobs(), self.weights)
+            self._begin(self._next_jobs())
             ran = len(self._running.jobs)
         self._running.advance()
         self._admission.record_call(ran, len(self._running.jobs), len(self._queue))
         self._release_versions()
+
+    def _begin(self, jobs: list[Job]) -> None:
+        """Start jobs, each with the weights of its catalog's generation."""
+        for weights in dict.fromkeys(self.history.weights_for(job.catalog) for job in jobs):
+            self._running.begin([job for job in jobs if self.history.weights_for(job.catalog) == weights], weights)
 
     def _gather(self) -> None:
         """While idle, wait for requests that are likely to arrive together. The caller holds ``_wake``."""
@@ -268,11 +234,12 @@ class Engine:
         with self._wake:
             while self._queue:
                 job = self._queue[0]
-                if (error := job.rejection(now, self.weights)) is not None:
+                weights = self.history.weights_for(job.catalog)
+                if (error := job.rejection(now, weights)) is not None:
                     self._queue.popleft()
                     job.fail(error)
                     continue
-                cost = self._running.cost(job, self.weights)
+                cost = self._running.cost(job, weights)
                 if (cost > tokens or job.rows > rows) and (admitted or self._running.jobs):
                     break
                 self._queue.popleft()
@@ -287,9 +254,10 @@ class Engine:
             return
         with self._wake:
             jobs = [*self._queue, *self._running.jobs]
-            weights = history.kept_weights | set(self._running.weights)
             catalogs = history.kept_catalogs | {job.catalog.version for job in jobs}
             self._installed = {version: item for version, item in self._installed.items() if version in catalogs}
+            awaited = {history.weights_for(catalog) for catalog in self._installed.values()}
+            weights = history.kept_weights | set(self._running.weights) | awaited
         unused = Release(sorted(replica.models.keys() - weights), sorted(replica.tries.keys() - catalogs))
         if unused.weights or unused.catalogs:
             self.leader.apply(unused)

@@ -29,6 +29,7 @@ class History:
         self.keep = keep
         self.newest_weights = weights
         self._served = deque([Served(weights, catalog)], maxlen=keep + 1)
+        self._weights_of = {catalog.prompt_format.generation: weights}
 
     @property
     def current(self) -> Served:
@@ -41,12 +42,24 @@ class History:
 
     def put_weights(self, version: int) -> None:
         """New weights come into use, with the catalog in use."""
-        self.newest_weights = max(self.newest_weights, version)
-        self._served.append(Served(version, self.current.catalog))
+        self._put(Served(version, self.current.catalog))
 
     def put_catalog(self, catalog: ServedCatalog) -> None:
         """A new catalog comes into use, with the weights in use."""
-        self._served.append(Served(self.current.weights, catalog))
+        self._put(Served(self.current.weights, catalog))
+
+    def put_pair(self, version: int, catalog: ServedCatalog) -> None:
+        """Weights and the catalog that they were trained with come into use together."""
+        self._put(Served(version, catalog))
+
+    def weights_for(self, catalog: ServedCatalog) -> int:
+        """The weights that a request of this catalog starts with: the newest of the catalog's generation."""
+        return self._weights_of.get(catalog.prompt_format.generation, self.current.weights)
+
+    def _put(self, pair: Served) -> None:
+        self.newest_weights = max(self.newest_weights, pair.weights)
+        self._served.append(pair)
+        self._weights_of[pair.catalog.prompt_format.generation] = pair.weights
 
     def back(self) -> Served:
         """Go back to the pair before the one in use, which is then forgotten. Raises Rejected where there is none."""
@@ -54,6 +67,7 @@ class History:
             kept = f"serve.keep_versions={self.keep}" + ("" if self.keep else ", so no version before is kept")
             raise Rejected("invalid", f"there is no version to go back to ({kept})")
         self._served.pop()
+        self._weights_of[self.current.catalog.prompt_format.generation] = self.current.weights
         return self.current
 
     def next_weights(self, version: int | None) -> int:

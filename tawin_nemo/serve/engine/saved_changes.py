@@ -26,11 +26,23 @@ class SavedChanges:
     """The file of a server's changes; None: they are not kept. ``first``: the catalog without them.
 
     Of that catalog only its fingerprint and which of its items are live are kept: its items have the first numbers in
-    every catalog that was made of it.
+    every catalog that was made of it. ``follows``: the server follows published versions, each of which replaces what
+    requests changed.
     """
 
-    def __init__(self, file: Path | None, first: ServedCatalog) -> None:
-        self.file, self._base, self._live_I = file, first.fingerprint, first.live_I.copy()
+    def __init__(self, file: Path | None, first: ServedCatalog, *, follows: bool = False) -> None:
+        self.file, self._follows = file, follows
+        self._begin_with(first)
+
+    def restart(self, first: ServedCatalog) -> None:
+        """``first`` has come into use with a published version: what requests changed before is forgotten."""
+        self._begin_with(first)
+        if self.file is not None:
+            self.file.unlink(missing_ok=True)
+
+    def _begin_with(self, first: ServedCatalog) -> None:
+        self._base, self._live_I = first.fingerprint, first.live_I.copy()
+        self._generation = first.prompt_format.generation
 
     def restored(self, first: ServedCatalog) -> ServedCatalog:
         """The catalog that was in use last: ``first`` with the changes of the file, or ``first`` without a file.
@@ -47,6 +59,11 @@ class SavedChanges:
                 f"{self.file} cannot be read ({type(error).__name__}: {error}), so what requests changed in the "
                 "catalog is lost; remove the file to serve without it"
             ) from error
+        if base != self._base and self._follows:
+            log.warning(
+                "%s belongs to an earlier version; its %d changes are forgotten", self.file, len(added + removed)
+            )
+            return first
         if base != self._base:
             raise CatalogError(
                 f"{self.file} holds {len(added)} items added to, and {len(removed)} removed from, another catalog than "
@@ -59,8 +76,11 @@ class SavedChanges:
         return catalog
 
     def save(self, catalog: ServedCatalog) -> None:
-        """Write how the catalog in use differs from the first one."""
+        """Write how the catalog in use differs from the first one; nothing for one of another published version."""
         if self.file is None:
+            return
+        if catalog.prompt_format.generation != self._generation:  # after a rollback; a restart begins with the live one
+            self.file.unlink(missing_ok=True)
             return
         before_I = np.zeros(len(catalog.live_I), dtype=bool)
         before_I[: len(self._live_I)] = self._live_I

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol
 
 from torch import Tensor
@@ -38,6 +39,20 @@ class FromDisk:
 
     def load_on_all_ranks(self, leader: Leader, version: int) -> None:
         leader.apply(LoadWeights(version, self.path))
+
+
+#: In front of a path: a published version, whose model may have another vocabulary than the one that is served.
+VERSION_PREFIX = "version:"
+
+
+@dataclass(frozen=True)
+class FromVersion(FromDisk):
+    """The folder of a published version (``run.published``)."""
+
+    @classmethod
+    def at(cls, folder: Path) -> FromVersion:
+        """The version in ``folder``."""
+        return cls(f"{VERSION_PREFIX}{folder}")
 
 
 @dataclass(frozen=True)

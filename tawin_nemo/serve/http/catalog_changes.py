@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -13,6 +13,7 @@ from tawin_nemo.serve.engine.catalog import NewItem, ServedCatalog
 from tawin_nemo.serve.engine.engine import Engine
 from tawin_nemo.serve.engine.items_file import read_items
 from tawin_nemo.serve.engine.saved_changes import SavedChanges
+from tawin_nemo.serve.engine.weight_sources import Source
 from tawin_nemo.serve.http.errors import ApiError
 from tawin_nemo.serve.http.paths import allowed_path
 from tawin_nemo.serve.http.requests import ServerContext
@@ -91,9 +92,29 @@ class CatalogChanges:
 
     def _validate(self, version: int) -> None:
         candidate = self._candidate(version)
-        candidate.validate(vocab=self._context.vocab_size, positions=self._context.max_positions)
-        candidate.warm()
+        self._prepare(candidate)
         self._valid = {version}
+
+    def _prepare(self, candidate: ServedCatalog) -> None:
+        positions, vocab = self._context.limits(candidate)
+        candidate.validate(vocab=vocab, positions=positions)
+        candidate.warm()
+
+    def follow(self, make: Callable[[ServedCatalog, int], ServedCatalog], source: Source) -> None:
+        """Put a published version into use: its weights (``source``) and its catalog, in one step.
+
+        ``make(current, version)`` makes the catalog. It replaces what requests changed before. Raises TawinError when
+        the version cannot be used: weights and catalog stay as they were.
+        """
+        with self._busy:
+            version = self._last_version + 1
+            with _without_collections():
+                built = make(self._engine.catalog, version)
+                self._prepare(built)
+            self._last_version = version
+            self._engine.replace(source, built)
+            self._candidates.clear()  # built on what was left
+            self._saved.restart(built)
 
     def _activate(self, version: int) -> schema.CatalogReply:
         candidate, base = self._candidates[version]
@@ -123,9 +144,14 @@ class CatalogChanges:
     def _alone(self) -> Iterator[None]:
         """One change at a time, without garbage collections: those would traverse a million new items again and again,
         and block every request meanwhile."""
-        with self._busy:
-            gc.disable()
-            try:
-                yield
-            finally:
-                gc.enable()
+        with self._busy, _without_collections():
+            yield
+
+
+@contextmanager
+def _without_collections() -> Iterator[None]:
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()

@@ -39,6 +39,8 @@ class ControlPlane:
     ) -> None:  # fmt: skip
         self.engine, self.context = engine, context
         self._roots, self._drain = [root.resolve() for root in roots], drain
+        self.followed: Callable[[], str | None] = lambda: None  # set by a server that follows published versions
+        self.refused: Callable[[], str | None] = lambda: None
         self.updates = WeightUpdates(engine)
         self.changes = CatalogChanges(engine, context, roots=self._roots, saved=saved)
 
@@ -49,6 +51,7 @@ class ControlPlane:
         With several ranks the engine answers no requests while all ranks load. If loading fails (400) the current
         weights stay active.
         """
+        self._check_not_following()
         path = allowed_path(self._roots, body.model_path, "model_path")
         try:
             version = self.engine.update_weights(FromDisk(str(path)), body.weight_version)
@@ -70,6 +73,7 @@ class ControlPlane:
 
     def init_weights_update_group(self, body: schema.InitGroup) -> schema.Reply:
         """Join a process group with a training job; returns when all ranks have joined."""
+        self._check_not_following()
         return self._reply(self.updates.init(body))
 
     def update_weights_from_distributed(self, body: schema.UpdateFromDistributed) -> schema.Reply:
@@ -148,6 +152,7 @@ class ControlPlane:
             weights_in_memory=sorted(replica.models), catalogs_in_memory=sorted(replica.tries),
             weight_version=self.engine.weights, catalog_version=self.engine.catalog.version,
             weight_update_group=self.updates.group_name,
+            followed_version=self.followed(), refused_version=self.refused(),
         )  # fmt: skip
 
     def health(self) -> Health:
@@ -157,6 +162,12 @@ class ControlPlane:
     def metrics(self) -> Response:
         """Metrics of the server in Prometheus' text format, the same as on the data plane."""
         return Response(self.engine.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+    def _check_not_following(self) -> None:
+        """Raises ApiError for weights from elsewhere: a followed version's vocabulary may not be theirs."""
+        if root := self.context.settings.follow:
+            text = f"this server follows {root}/latest (serve.follow); publish weights there instead"
+            raise ApiError(409, text, code="server_follows")
 
     def _reply(self, message: str) -> schema.Reply:
         return schema.Reply(

@@ -94,8 +94,10 @@ class DataPlane:
     def rollout_terms(self) -> schema.RolloutTerms:
         """Return what a training job must match before it uses this server, and the limits of a rollout request."""
         context, settings, catalog = self.context, self.context.settings, self.engine.catalog
+        own = catalog.prompt_format  # that of a followed version may have another tokenizer than the first one
         return schema.RolloutTerms(
-            instance=context.instance, catalog=catalog.fingerprint, tokenizer=context.tokenizer,
+            instance=context.instance, catalog=catalog.fingerprint,
+            tokenizer=own.tokenizer.fingerprint if own.generation else context.tokenizer,
             precision=context.precision, length_penalty=context.length_penalty, max_beams=settings.max_beams,
             max_body_kb=settings.max_body_kb, token_budget=settings.token_budget, row_budget=settings.row_budget,
             weight_version=self.engine.weights, catalog_version=catalog.version,

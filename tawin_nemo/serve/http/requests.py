@@ -42,6 +42,11 @@ class ServerContext:
     filters: MatchCache = field(default_factory=MatchCache)  # of requests, by the fields of items
     instance: str = field(default_factory=lambda: uuid.uuid4().hex)  # new at every start of the server
 
+    def limits(self, catalog: ServedCatalog) -> tuple[int, int]:
+        """``max_positions`` and ``vocab_size`` of the model that answers requests of ``catalog``."""
+        own = catalog.prompt_format
+        return own.max_positions or self.max_positions, own.vocab_size or self.vocab_size
+
 
 @dataclass(frozen=True)
 class ParsedRequest:
@@ -196,14 +201,15 @@ def parse_rollout(request: RolloutRequest, catalog: ServedCatalog, context: Serv
 
 def _check_rollout_prompts(prompts: TokenRows, catalog: ServedCatalog, context: ServerContext) -> None:
     lengths, longest = prompts.lengths, catalog.trie.max_depth
+    positions, vocab = context.limits(catalog)
     row = int(lengths.argmax())
     if lengths.min() == 0:
         raise ApiError(400, f"prompt {int(lengths.argmin())} has no tokens", param="prompts")
-    if lengths[row] + longest > context.max_positions:
+    if lengths[row] + longest > positions:
         text = f"prompt {row} has {lengths[row]} tokens and the longest item {longest}; the model takes"
-        raise ApiError(400, f"{text} {context.max_positions} together", param="prompts")
-    if prompts.flat.max() >= context.vocab_size:
-        text = f"token {prompts.flat.max()} is none of the model's {context.vocab_size} tokens"
+        raise ApiError(400, f"{text} {positions} together", param="prompts")
+    if prompts.flat.max() >= vocab:
+        text = f"token {prompts.flat.max()} is none of the model's {vocab} tokens"
         raise ApiError(400, text, param="prompts")
 
 
@@ -240,7 +246,7 @@ def _history_and_prompt(
 
 
 def _prompt_tokens(text: str, catalog: ServedCatalog, context: ServerContext) -> TokenRows:
-    if len(text) > 64 * context.max_positions:  # longer than any text of so many tokens: do not tokenize it
+    if len(text) > 64 * context.limits(catalog)[0]:  # longer than any text of so many tokens: do not tokenize it
         raise ApiError(400, f"the prompt has {len(text)} characters, more than the model takes", param="prompt")
     try:
         prompts = catalog.tokens(text)
@@ -252,11 +258,12 @@ def _prompt_tokens(text: str, catalog: ServedCatalog, context: ServerContext) ->
 
 
 def _check_prompt(prompts: TokenRows, catalog: ServedCatalog, context: ServerContext, param: str) -> TokenRows:
-    length, longest, most = len(prompts.flat), catalog.trie.max_depth, context.max_positions
+    length, longest = len(prompts.flat), catalog.trie.max_depth
+    most, vocab = context.limits(catalog)
     if length + longest > most:
         text = f"the prompt has {length} tokens and the longest item {longest}; the model takes {most} together"
         raise ApiError(400, f"{text}; shorten the prompt", param=param)
-    if prompts.flat.max() >= context.vocab_size:
+    if prompts.flat.max() >= vocab:
         raise ApiError(400, "the prompt has tokens that the model does not know", param=param)
     return prompts
 

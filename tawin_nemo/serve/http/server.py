@@ -21,6 +21,7 @@ from tawin_nemo.serve.engine.engine import Engine
 from tawin_nemo.serve.engine.saved_changes import SavedChanges
 from tawin_nemo.serve.http.control import ControlPlane, control_app
 from tawin_nemo.serve.http.data_plane import DataPlane, data_app
+from tawin_nemo.serve.http.follower import Follower
 from tawin_nemo.serve.http.requests import ServerContext
 from tawin_nemo.util.errors import ConfigError, Preempted, TawinError
 from tawin_nemo.util.log import get_logger
@@ -52,12 +53,13 @@ class Server:
         self, engine: Engine, context: ServerContext, secrets: Secrets, *, roots: list[Path], saved: SavedChanges
     ) -> None:
         settings = context.settings
-        self.engine, self._settings = engine, settings
+        self.engine, self.context, self._settings = engine, context, settings
+        self._follower: Follower | None = None
         self.data_socket = listening_socket(settings.host, settings.port, "serve.port")
         self.control_socket = listening_socket(settings.control_host, settings.control_port, "serve.control_port")
         self._data = data_app(DataPlane(engine, context), keys=secrets.keys)
-        plane = ControlPlane(engine, context, roots=roots, saved=saved, drain=self.drain)
-        self._control = control_app(plane, token=secrets.token)
+        self.control = ControlPlane(engine, context, roots=roots, saved=saved, drain=self.drain)
+        self._control = control_app(self.control, token=secrets.token)
         self._loop: asyncio.AbstractEventLoop | None = None
         self._draining: asyncio.Event | None = None
         self._drain_s = settings.drain_s
@@ -69,6 +71,11 @@ class Server:
     def ports(self) -> tuple[int, int]:
         """The port of the data plane and that of the control plane."""
         return self.data_socket.getsockname()[1], self.control_socket.getsockname()[1]
+
+    def follow(self, follower: Follower) -> None:
+        """Let ``follower`` put published versions into use while the server runs."""
+        self._follower = follower
+        self.control.followed, self.control.refused = follower.followed, follower.refused
 
     def drain(self, seconds: float) -> None:
         """Reject new requests, wait up to ``seconds`` for the accepted ones, then end ``run``. Thread-safe."""
@@ -108,8 +115,12 @@ class Server:
         with self._signals():
             while not all(server.started for server in servers):
                 await asyncio.sleep(0.01)
+            if self._follower is not None:
+                self._follower.start()
             ready()
             await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
+            if self._follower is not None:
+                self._follower.stop()
             if not ended.done():
                 await self._finish_requests()
             for server in servers:

@@ -73,6 +73,8 @@ def data(recipe: Recipe) -> Check:
 def catalog_index(recipe: Recipe) -> Check:
     if recipe.catalog.kind != "sid":
         return absent("items are titles")
+    if not recipe.catalog.index:  # only retrain may leave it empty
+        return absent("retrain makes the codes")
     path = find_codes(Path(recipe.data.root), recipe.catalog.index)
     codes = json.loads(path.read_text(encoding="utf-8"))
     if not isinstance(codes, dict) or not codes:

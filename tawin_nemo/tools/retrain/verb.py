@@ -8,33 +8,29 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from tawin_nemo.commands.convert import export as write_export
-from tawin_nemo.commands.session import codes_path, finish_saving, started, writing
-from tawin_nemo.config.schema import Recipe, RetrainConfig
-from tawin_nemo.eval.result import EvalResult
+from tawin_nemo.commands.session import finish_saving, started, writing
+from tawin_nemo.config.schema import Recipe
 from tawin_nemo.models.megatron.parallel import disaggregated, runtime
 from tawin_nemo.placement.rollout_ranks import serve
 from tawin_nemo.run import signals
 from tawin_nemo.run.datasets import prepared_root
 from tawin_nemo.run.failures import attempt_logs
-from tawin_nemo.run.world import build_world, open_run_dir
-from tawin_nemo.tools.retrain.gate import Decision, decide
-from tawin_nemo.tools.retrain.publish_root import EXPORT, GATE_FILE, NightlyRun, PublishRoot
+from tawin_nemo.run.published import GATE_FILE
+from tawin_nemo.tools.retrain import webhook
+from tawin_nemo.tools.retrain.gate import Decision
+from tawin_nemo.tools.retrain.judge import SPLIT, gate
+from tawin_nemo.tools.retrain.night import night_codes, train_and_export
+from tawin_nemo.tools.retrain.publish_root import PublishRoot
 from tawin_nemo.train.item_tokens import check_no_item_tokens
-from tawin_nemo.train.pipeline import evaluate_stage, run_pipeline
-from tawin_nemo.train.start import engine_of
 from tawin_nemo.util import times
 from tawin_nemo.util.errors import REFUSED, ConfigError
-from tawin_nemo.util.files import write_json
 from tawin_nemo.util.log import get_logger
 
 log = get_logger(__name__)
-
-SPLIT = "valid"
 
 
 def run_retrain(recipe: Recipe) -> tuple[dict[str, Any], int]:
@@ -54,9 +50,10 @@ def run_retrain(recipe: Recipe) -> tuple[dict[str, Any], int]:
             run = runtime.on_rank_0(lambda: root.nightly_run(day, data_of(recipe, day), warm=recipe.retrain.warm_start))
             stack.enter_context(attempt_logs(root.run_dir(day)))
             stack.enter_context(signals.listening())
-            train_and_export(recipe, run, root)
-            decision = gate(recipe, run, root)
-            result = runtime.on_rank_0(lambda: conclude(root, decision))
+            codes = night_codes(recipe, run, root)
+            train_and_export(recipe, run, root, codes)
+            decision = gate(recipe, run, root, codes)
+            result = runtime.on_rank_0(lambda: conclude(recipe, root, decision))
         runtime.barrier()
         return result, REFUSED if not result["published"] and runtime.world_rank() == 0 else 0
 
@@ -73,20 +70,29 @@ def check_recipe(recipe: Recipe) -> str:
         raise ConfigError(f"eval.splits={list(recipe.eval.splits)} lacks {SPLIT}, which the gate looks at; add it")
     if recipe.baseline.model != "off" or recipe.start or recipe.checkpoint or recipe.run_dir:
         raise ConfigError("retrain sets start, checkpoint and run_dir itself and needs baseline.model=off; remove them")
+    webhook.check_webhook(recipe.retrain.webhook)
     check_no_item_tokens(recipe, "a nightly run publishes an export")
     return times.day(recipe.retrain.date)
 
 
 def finished(root: PublishRoot, day: str) -> dict[str, Any] | None:
-    """The result if there is nothing left to do: this date is published, or a later one is."""
+    """The result if there is nothing left to do: this date is published, or a later one is.
+
+    Raises ConfigError for a date before the published one, and for one whose version was taken back.
+    """
     published = root.published()
-    if published is None or published.name < day:
-        return None
-    if published.name > day:
+    if published is not None and published.name > day:
         raise ConfigError(
             f"retrain.date={day} is older than the published version {published.name}; a nightly run never "
-            f"replaces a later one (to go back: ln -sfn versions/DATE {root.latest})"
+            f"replaces a later one (to go back: tawin-nemo retrain rollback retrain.root={root.folder})"
         )
+    if day in root.rolled_back():
+        raise ConfigError(
+            f"the version of retrain.date={day} was taken back; train a later date, or make it live again: "
+            f"tawin-nemo retrain rollback retrain.root={root.folder} retrain.date={day}"
+        )
+    if published is None or published.name < day:
+        return None
     return {"date": day, "published": True, "latest": str(published), "gate": str(published / GATE_FILE)}
 
 
@@ -96,70 +102,28 @@ def data_of(recipe: Recipe, day: str) -> Callable[[Path], Path]:
     return lambda run_dir: prepared_root(recipe, run_dir=run_dir, prepare=window)
 
 
-def run_recipe(recipe: Recipe, run: NightlyRun, root: PublishRoot) -> Recipe:
-    """The recipe as the nightly run reads it."""
-    model, data = recipe.model, replace(recipe.data, root=run.data, dataset="prepared")
-    if run.start:  # the tokenizer lies beside the weights
-        model, data = replace(model, init=run.start), replace(data, tokenizer="auto")
-    return replace(
-        recipe, run_dir=str(root.run_dir(run.date)), model=model, data=data, retrain=RetrainConfig()
-    )  # fmt: skip
+def conclude(recipe: Recipe, root: PublishRoot, decision: Decision) -> dict[str, Any]:
+    """Publish, or say why not.
 
-
-def train_and_export(recipe: Recipe, run: NightlyRun, root: PublishRoot) -> None:
-    """Train what the recipe asks for; export the RL stage, or SFT where there is no RL."""
-    run_dir = root.run_dir(run.date)
-    export = run_dir / EXPORT
-    if export.is_dir() or root.version(run.date).is_dir():
-        return
-    own_recipe = run_recipe(recipe, run, root)
-    open_run_dir(own_recipe, same_recipe=True)
-    world = build_world(own_recipe, run_dir, Path(run.data), codes_path=codes_path(recipe))
-    run_pipeline(world)
-    trained = "preference" if recipe.preference.enabled else "sft"
-    stage = run_dir / ("rl" if recipe.rl.enabled else trained)
-    write_export(world, str(stage), export)
-    runtime.barrier()
-
-
-def gate(recipe: Recipe, run: NightlyRun, root: PublishRoot) -> Decision:
-    """Judge the export against what is published now; the decision is written to ``RUN_DIR/gate.json``."""
-    published = runtime.on_rank_0(root.published)
-    version = root.version(run.date)
-    export = version if version.is_dir() else root.run_dir(run.date) / EXPORT
-    candidate = evaluate_export(recipe, run, root, export, "candidate")
-    rival = evaluate_export(recipe, run, root, published, f"published_{published.name}") if published else None
-    decision = decide(
-        candidate, rival, recipe.retrain.metrics,
-        date=run.date, against=published.name if published else "", margin=recipe.retrain.margin, seed=recipe.seed,
-    )  # fmt: skip
-    if runtime.world_rank() == 0:
-        result = {**asdict(decision), "passed": decision.passed, "reasons": decision.reasons}
-        write_json(root.run_dir(run.date) / GATE_FILE, result)
-        write_json(export / GATE_FILE, result)
-    runtime.barrier()
-    return decision
-
-
-def evaluate_export(recipe: Recipe, run: NightlyRun, root: PublishRoot, export: Path, name: str) -> EvalResult:
-    """Evaluate an exported model, as it will be served, on the run's valid rows (once)."""
-    directory = root.run_dir(run.date) / "gate" / name
-    if not runtime.on_rank_0(lambda: (directory / "eval" / f"{SPLIT}.json").is_file()):
-        own_recipe = run_recipe(recipe, replace(run, start=str(export)), root)
-        gate_recipe = replace(own_recipe, run_dir=str(directory), eval=replace(recipe.eval, splits=[SPLIT]))
-        open_run_dir(gate_recipe, same_recipe=False)
-        world = build_world(gate_recipe, directory, Path(run.data), codes_path=codes_path(recipe))
-        return evaluate_stage(world, directory, engine_of(world))
-    return EvalResult.read(directory / "eval", SPLIT)
-
-
-def conclude(root: PublishRoot, decision: Decision) -> dict[str, Any]:
-    """Publish, or say why not."""
-    gate_file = root.run_dir(decision.date) / GATE_FILE
-    result = {"date": decision.date, "published": decision.passed, "gate": str(gate_file)}
+    Raises ConfigError when another version has become live since the candidate was judged.
+    """
+    day = decision.date
+    gate_file = root.run_dir(day) / GATE_FILE
+    result = {"date": day, "published": decision.passed, "gate": str(gate_file)}
     if decision.passed:
-        root.publish(decision.date)
-        log.info("published %s: %s", decision.date, root.latest)
-        return {**result, "latest": str(root.version(decision.date))}
+        with root.changing("retrain"):
+            live = root.published()
+            if (live.name if live else "") != decision.against:
+                raise ConfigError(
+                    f"{root.latest} moved from {decision.against or 'nothing'} to {live.name if live else 'nothing'} "
+                    "while the model was judged; run the same command again: it is judged anew, not trained"
+                )
+            root.publish(day, against=decision.against)
+        log.info("published %s: %s", day, root.latest)
+        return {**result, "latest": str(root.version(day))}
     log.warning("not published, %s stays: %s", root.latest, "; ".join(decision.reasons))
-    return {**result, "latest": str(root.published() or ""), "reasons": decision.reasons}
+    result |= {"latest": str(root.published() or ""), "reasons": decision.reasons}
+    if recipe.retrain.webhook:
+        body = {"event": "refused", "name": recipe.name, "root": str(root.folder), **result}
+        webhook.post(recipe.retrain.webhook, body, seconds=recipe.retrain.webhook_s)
+    return result

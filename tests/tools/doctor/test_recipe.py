@@ -77,6 +77,8 @@ def test_codes_of_semantic_ids(tmp_path):
         )
 
     assert recipe_here.catalog_index(recipe()).status == Status.ABSENT
+    nightly = recipe("catalog.kind=sid", f"retrain.root={tmp_path}")
+    assert recipe_here.catalog_index(nightly).status == Status.ABSENT
     assert look().status == Status.FAILS
     (tmp_path / "codes.json").write_text("[]")
     assert look().status == Status.FAILS

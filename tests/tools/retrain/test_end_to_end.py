@@ -13,6 +13,7 @@ import pytest
 
 from tawin_nemo.cli import main
 from tests import forked
+from tests.tools.retrain.test_webhook import receiver
 from tests.train.runs import environment
 
 REFUSED = 3
@@ -23,8 +24,8 @@ NIGHT = (
     "data.max_prompt_tokens=120 data.max_history=2 data.train_limit=600 data.eval_limit=100 model.backbone=nano "
     "sft.epochs=2 sft.global_batch_size=32 sft.micro_batch_tokens=4096 sft.warmup=5 sft.lr=1e-2 sft.loss_space=trie "
     "rl.prompts_per_step=8 rl.group_size=4 rl.max_steps=4 rl.micro_batch_tokens=2048 compare.sft_continued=false "
-    "eval.beams=6 eval.ks=[1,3] eval.splits=[valid] retrain.metrics=[ndcg@3,recall@3] trainer.save_interval=2 "
-    "trainer.threads=1"
+    "eval.beams=6 eval.ks=[1,3] eval.splits=[valid] retrain.metrics=[ndcg@3,recall@3] retrain.tail_k=3 "
+    "trainer.save_interval=2 trainer.threads=1"
 ).split()
 #: A first run that learns nothing, and one that unlearns everything.
 IDLE, RUINED = ("sft.lr=1e-9", "rl.lr=1e-9"), ("sft.lr=1.0", "sft.warmup=0", "rl.lr=1.0")
@@ -78,8 +79,10 @@ def test_nightly_runs_are_published_refused_and_continued(root, capsys):
     assert Path(began["start"]) == (root / "versions" / FIRST).resolve()
 
     before = (root / "latest" / "model.safetensors").read_bytes()
-    code, result = nightly_run(root, THIRD, capsys, *RUINED)
+    with receiver() as (url, bodies):
+        code, result = nightly_run(root, THIRD, capsys, *RUINED, f"retrain.webhook={url}")
     assert (code, result["published"], published(root)) == (REFUSED, False, SECOND)
+    assert [(body["event"], body["reasons"]) for body in bodies] == [("refused", result["reasons"])]
     assert result["reasons"] == gate(root, THIRD)["reasons"] != []
     assert not (root / "versions" / THIRD).exists()
     assert (root / "latest" / "model.safetensors").read_bytes() == before
@@ -104,7 +107,7 @@ def test_a_refused_nightly_run_can_be_judged_again_without_training(root, capsys
     begun = time.monotonic()
     metrics = root / "runs" / THIRD / "rl" / "metrics.jsonl"
     stamp = metrics.stat().st_mtime_ns
-    code, result = nightly_run(root, THIRD, capsys, *RUINED)
+    code, result = nightly_run(root, THIRD, capsys, *RUINED, "retrain.webhook=http://127.0.0.1:9/nobody")
     assert (code, metrics.stat().st_mtime_ns) == (REFUSED, stamp)
     assert result["reasons"]
     assert time.monotonic() - begun < 60
@@ -137,6 +140,7 @@ def test_a_nightly_run_that_is_killed_continues_with_the_same_command(root, tmp_
         ("eval.splits=[test]", ["eval.splits=['test']", "valid"]),
         ("retrain.date=tomorrow", ["retrain.date=tomorrow", "YYYY-MM-DD"]),
         ("run_dir=x", ["run_dir"]),
+        ("retrain.webhook=file:///tmp/x", ["retrain.webhook=file:///tmp/x", "http"]),
     ],
 )
 def test_mistakes_are_told_before_anything_starts(override, parts, tmp_path, capsys):

@@ -6,9 +6,11 @@ import numpy as np
 import polars as pl
 import pytest
 
+from tawin_nemo.config.load import load_recipe
 from tawin_nemo.eval.intervals import normal_interval
 from tawin_nemo.eval.result import EvalResult
-from tawin_nemo.tools.retrain.gate import Decision, decide
+from tawin_nemo.tools.retrain.gate import Check, Decision, decide
+from tawin_nemo.tools.retrain.judge import gated_metrics
 from tawin_nemo.util.errors import DataError
 
 METRICS = ("recall@3", "ndcg@3")
@@ -84,3 +86,46 @@ def test_one_failing_metric_is_enough():
 def test_other_rows_cannot_be_compared():
     with pytest.raises(DataError, match="same rows"):
         judged(result(HALF), result(HALF[:50]))
+
+
+def test_a_model_that_loses_the_tail_is_refused():
+    """The first places as before, but fewer targets within the first 50."""
+    ours, theirs = result(HALF), result(HALF)
+    for one, recall in ((ours, [0.0] * 20 + HALF[20:]), (theirs, HALF)):
+        table = one.per_user.with_columns(pl.Series("recall@50", recall))
+        one.means["recall@50"] = float(np.mean(recall))
+        found = normal_interval(np.array(recall))
+        one.intervals["recall@50"] = (found.low, found.high)
+        object.__setattr__(one, "per_user", table)
+    metrics = gated_metrics(load_recipe(None, ["retrain.metrics=[ndcg@3]", "eval.ks=[1,3]"]))
+    assert metrics == ["ndcg@3", "recall@50"]
+    decision = decide(ours, theirs, metrics, date="2018-06-30", against="2018-03-31", margin=0.05)
+    assert [(one.metric, one.passed) for one in decision.verdicts] == [("ndcg@3", True), ("recall@50", False)]
+    assert not decision.passed
+    assert decision.reasons[0].startswith("recall@50: 0.4000 against 0.5000")
+
+
+def test_the_tail_is_that_of_the_lists():
+    few = ["retrain.metrics=[recall@3]", "eval.ks=[1,3]", "eval.beams=6"]
+    assert gated_metrics(load_recipe(None, few)) == ["recall@3", "recall@6"]
+    assert gated_metrics(load_recipe(None, [*few, "retrain.tail_k=3"])) == ["recall@3"]
+    assert gated_metrics(load_recipe(None, [*few, "retrain.tail_k=0"])) == ["recall@3"]
+
+
+@pytest.mark.parametrize(
+    ("check", "passed"),
+    [
+        (Check("coverage@10", 0.2, 0.2), True),
+        (Check("coverage@10", 0.19, 0.2), False),
+        (Check("coverage@10", 0.0, 0.0), True),  # 0: not asked for
+        (Check("latency_ms", 20.0, 20.0, at_most=True), True),
+        (Check("latency_ms", 20.1, 20.0, at_most=True), False),
+        (Check("latency_ms", None, 0.0, at_most=True), True),  # not measured
+    ],
+)
+def test_coverage_and_latency_have_limits_of_their_own(check, passed):
+    decision = decide(
+        result(HALF), result(HALF), METRICS, date="2018-06-30", against="2018-03-31", margin=0.05, checks=[check]
+    )
+    assert (check.passed, decision.passed) == (passed, passed)
+    assert decision.reasons == ([] if passed else [check.reason])
