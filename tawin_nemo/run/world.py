@@ -52,6 +52,8 @@ RESUMABLE_KEYS = (
     "trainer.collective_timeout", "rollout.placement", "rollout.devices", "rollout.servers",
     "rollout.api_key_file", "rollout.control_token_file", "rollout.server_timeout_s", "rollout.server_tries",
     "rollout.server_silent_s", "rollout.server_wait_s", "rollout.weights_backend", "trainer.metric_sinks",
+    "sinks.project", "sinks.mlflow_uri", "sinks.mlflow_model", "sinks.mlflow_upload", "sinks.pushgateway",
+    "sinks.otlp_endpoint",
 )  # fmt: skip
 
 #: Keys that may change between two attempts because they only say how long stages are; see train/extension.py.

@@ -24,6 +24,7 @@ from tawin_nemo.run.failures import attempt_logs
 from tawin_nemo.run.world import build_world, open_run_dir
 from tawin_nemo.tools.retrain.gate import Decision, decide
 from tawin_nemo.tools.retrain.publish_root import EXPORT, GATE_FILE, NightlyRun, PublishRoot
+from tawin_nemo.tools.retrain.registry import check_registry, registered
 from tawin_nemo.train.item_tokens import check_no_item_tokens
 from tawin_nemo.train.pipeline import evaluate_stage, run_pipeline
 from tawin_nemo.train.start import engine_of
@@ -57,6 +58,8 @@ def run_retrain(recipe: Recipe) -> tuple[dict[str, Any], int]:
             train_and_export(recipe, run, root)
             decision = gate(recipe, run, root)
             result = runtime.on_rank_0(lambda: conclude(root, decision))
+        if result["published"]:
+            result |= runtime.on_rank_0(lambda: registered(recipe, root.folder, root.version(day)))
         runtime.barrier()
         return result, REFUSED if not result["published"] and runtime.world_rank() == 0 else 0
 
@@ -74,6 +77,7 @@ def check_recipe(recipe: Recipe) -> str:
     if recipe.baseline.model != "off" or recipe.start or recipe.checkpoint or recipe.run_dir:
         raise ConfigError("retrain sets start, checkpoint and run_dir itself and needs baseline.model=off; remove them")
     check_no_item_tokens(recipe, "a nightly run publishes an export")
+    check_registry(recipe)
     return times.day(recipe.retrain.date)
 
 
