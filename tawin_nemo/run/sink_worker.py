@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import queue
 import threading
 import time
@@ -46,29 +47,26 @@ class Worker:
     def __init__(self, name: str, sink: Sink, *, waiting: int = MOST_WAITING) -> None:
         self._name, self._sink = name, sink
         self._queue: queue.Queue[Line | None] = queue.Queue(waiting)
-        self._dropped, self._told = 0, set[str]()
+        self._received, self._written, self._told = 0, 0, set[str]()
         self._thread = threading.Thread(target=self._work, name=f"sink-{name}", daemon=True)
         self._thread.start()
 
     def __call__(self, stage: str, step: int, metrics: dict[str, float]) -> None:
         """Accept a line; one that finds the queue full is dropped."""
         numbers = {name: float(value) for name, value in metrics.items() if isinstance(value, int | float)}
-        try:
+        self._received += 1
+        with contextlib.suppress(queue.Full):
             self._queue.put_nowait(Line(stage, step, numbers))
-        except queue.Full:
-            self._dropped += 1
 
     def close(self, limit: float = CLOSING_S) -> None:
         """Wait for the lines that are not written yet, at most ``limit`` seconds, and close the sink."""
         end = time.monotonic() + limit
-        try:
+        with contextlib.suppress(queue.Full):
             self._queue.put(None, timeout=limit)
-        except queue.Full:
-            self._dropped += 1
         self._thread.join(max(0.0, end - time.monotonic()))
-        lost = self._dropped + (self._queue.qsize() if self._thread.is_alive() else 0)
-        if lost or self._thread.is_alive():
-            log.warning("metric sink %s: %d lines were not written within %g s", self._name, lost, limit)
+        if self._written < self._received:
+            lost = self._received - self._written
+            log.warning("metric sink %s: %d of %d lines were not written", self._name, lost, self._received)
 
     def _work(self) -> None:
         taken: list[Line | None] = []
@@ -77,14 +75,16 @@ class Worker:
             while not self._queue.empty():
                 taken.append(self._queue.get())
             lines = [line for line in taken if line is not None]
-            if lines:
-                self._try(partial(self._sink.write, lines))
-        self._try(self._sink.close)
+            if lines and self._succeeds(partial(self._sink.write, lines)):
+                self._written += len(lines)
+        self._succeeds(self._sink.close)
 
-    def _try(self, action: Callable[[], None]) -> None:
+    def _succeeds(self, action: Callable[[], None]) -> bool:
         try:
             action()
         except Exception as error:
             if type(error).__name__ not in self._told:
                 self._told.add(type(error).__name__)
                 log.warning("metric sink %s: %s: %s (the run goes on)", self._name, type(error).__name__, error)
+            return False
+        return True
