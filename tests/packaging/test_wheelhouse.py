@@ -1,4 +1,4 @@
-"""``recipes/wheelhouse.sh`` with the real pip, over an index that is a folder: what it collects can be installed without one."""
+"""``recipes/wheelhouse.sh`` with the real pip over a folder as the index: its result can be installed without one."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Alert rules, dashboard and scrape configuration: every metric, label and value that they name is one of the product's."""
+"""Alert rules, dashboard and scrape configuration: what they name is exported by the product, with those labels."""
 
 from __future__ import annotations
 
@@ -132,7 +132,7 @@ def test_a_rule_says_when_how_bad_and_what():
 
 
 def test_the_dashboard_can_be_laid_out():
-    """Panels have ids of their own and do not overlap; variables that they use are defined and come from the product."""
+    """Panels have ids of their own and do not overlap; variables are defined, used and filled by the product."""
     board = dashboard()
     everything = board["panels"]
     assert len({panel["id"] for panel in everything}) == len(everything)
