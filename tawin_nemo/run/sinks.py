@@ -64,16 +64,16 @@ class TensorBoardSink:
             writer = self._writers.get(line.stage)
             if writer is None:
                 folder = str(self._folder / line.stage)
-                writer = self._make(folder, purge_step=line.step)  # type: ignore[no-untyped-call]
+                writer = self._make(folder, purge_step=line.step)
                 self._writers[line.stage] = writer
             for name, value in line.metrics.items():
-                writer.add_scalar(name, value, line.step, walltime=line.time)  # type: ignore[no-untyped-call]
+                writer.add_scalar(name, value, line.step, walltime=line.time)
         for writer in self._writers.values():
-            writer.flush()  # type: ignore[no-untyped-call]
+            writer.flush()
 
     def close(self) -> None:
         for writer in self._writers.values():
-            writer.close()  # type: ignore[no-untyped-call]
+            writer.close()
 
 
 class WandbSink:
