@@ -747,9 +747,7 @@ class SinksConfig:
     """Where the sinks of the product send what ``trainer.metric_sinks`` names them for."""
 
     project: str = opt("tawin-nemo", "Names the project in W&B, and the experiment in MLflow.")
-    mlflow_uri: str = opt(
-        "", "Sets MLflow's tracking URI, a server or a folder (empty = MLFLOW_TRACKING_URI, else RUN_DIR/mlruns)."
-    )
+    mlflow_uri: str = opt("", "Sets MLflow's tracking URI, http://HOST:PORT (empty = MLFLOW_TRACKING_URI).")
     mlflow_model: str = opt(
         "",
         "Registers each model that retrain publishes under this name in MLflow's model registry (empty = none is "

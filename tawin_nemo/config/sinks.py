@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -53,6 +54,28 @@ def check_installed(key: str, names: Iterable[str], value: str = "") -> None:
                 f"{key}={value or name} needs the package {library.module}, which is not installed; "
                 f"pip install {library.requirement}"
             )
+
+
+def check_sinks(recipe: Recipe) -> None:
+    """Raises ConfigError for a sink of ``trainer.metric_sinks`` whose library or whose MLflow server is missing."""
+    key, names = "trainer.metric_sinks", recipe.trainer.metric_sinks
+    check_installed(key, names)
+    if "mlflow" in names:
+        mlflow_uri(recipe, f"{key}=mlflow")
+
+
+def mlflow_uri(recipe: Recipe, asked: str) -> str:
+    """MLflow's tracking URI: ``sinks.mlflow_uri``, else MLFLOW_TRACKING_URI.
+
+    Raises ConfigError, for what ``asked`` for it (``key=value``), when neither is set.
+    """
+    uri = recipe.sinks.mlflow_uri or os.environ.get("MLFLOW_TRACKING_URI", "")
+    if not uri:
+        raise ConfigError(
+            f"{asked} needs an MLflow server, but sinks.mlflow_uri and MLFLOW_TRACKING_URI are empty; set one of them, "
+            "for example sinks.mlflow_uri=http://HOST:5000"
+        )
+    return uri
 
 
 def _is_there(module: str) -> bool:

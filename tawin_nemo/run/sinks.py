@@ -7,7 +7,6 @@ sink writes in a thread of its own (``sink_worker``); what a library raises ther
 
 from __future__ import annotations
 
-import os
 import re
 import uuid
 from collections.abc import Callable, Sequence
@@ -16,6 +15,7 @@ from typing import Any
 
 from tawin_nemo.config.fields import leaf_fields, value_of
 from tawin_nemo.config.schema import Recipe
+from tawin_nemo.config.sinks import mlflow_uri
 from tawin_nemo.run.sink_worker import Line, Sink, Worker
 from tawin_nemo.util.errors import ConfigError
 from tawin_nemo.util.files import atomic_path
@@ -101,12 +101,6 @@ class WandbSink:
         self._run.finish()
 
 
-def mlflow_uri(recipe: Recipe, folder: Path) -> str:
-    """MLflow's tracking URI: ``sinks.mlflow_uri``, else MLFLOW_TRACKING_URI, else ``mlruns`` in ``folder``."""
-    given = recipe.sinks.mlflow_uri or os.environ.get("MLFLOW_TRACKING_URI", "")
-    return given or (folder / "mlruns").resolve().as_uri()
-
-
 class MlflowSink:
     """One MLflow run of experiment ``sinks.project``, which a later attempt continues (``RUN_DIR/mlflow_run``)."""
 
@@ -114,7 +108,7 @@ class MlflowSink:
         from mlflow import MlflowClient
         from mlflow.entities import Metric, Param
 
-        self._metric, self._client = Metric, MlflowClient(tracking_uri=mlflow_uri(recipe, run_dir))
+        self._metric, self._client = Metric, MlflowClient(mlflow_uri(recipe, "trainer.metric_sinks=mlflow"))
         kept = run_dir / "mlflow_run"
         if kept.is_file():
             self._run = kept.read_text(encoding="utf-8")

@@ -64,7 +64,7 @@ def test_a_wrong_word_ends_with_a_remedy(words: str, message: str):
 
 @pytest.mark.parametrize("name", SINKS)
 def test_a_missing_library_ends_the_run_before_it_starts(name: str, monkeypatch: pytest.MonkeyPatch):
-    named = recipe(f"trainer.metric_sinks={name}", "sinks.pushgateway=nowhere:9091")
+    named = recipe(f"trainer.metric_sinks={name}", "sinks.pushgateway=nowhere:9091", "sinks.mlflow_uri=http://nowhere")
     assert imported(named, trains=True) == named
     module, requirement = LIBRARIES[name].module, LIBRARIES[name].requirement
     monkeypatch.setitem(sys.modules, module, None)

@@ -7,13 +7,12 @@ log says so, and the same command registers it later.
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 from tawin_nemo.config.schema import Recipe
-from tawin_nemo.config.sinks import check_installed
-from tawin_nemo.run.sinks import mlflow_name, mlflow_uri
+from tawin_nemo.config.sinks import check_installed, mlflow_uri
+from tawin_nemo.run.sinks import mlflow_name
 from tawin_nemo.tools.retrain.publish_root import GATE_FILE
 from tawin_nemo.util.errors import ConfigError
 from tawin_nemo.util.log import get_logger
@@ -25,16 +24,12 @@ ALIAS = "published"
 
 
 def check_registry(recipe: Recipe) -> None:
-    """Raises ConfigError when MLflow is asked for and not installed, or has no place that all dates share."""
+    """Raises ConfigError when MLflow is asked for and not installed, or no server is named."""
     name = recipe.sinks.mlflow_model
     if not name:
         return
     check_installed("sinks.mlflow_model", ["mlflow"], value=name)
-    if not recipe.sinks.mlflow_uri and "MLFLOW_TRACKING_URI" not in os.environ:
-        raise ConfigError(
-            f"sinks.mlflow_model={name} needs a registry that all dates share, but sinks.mlflow_uri is empty; set it, "
-            "or MLFLOW_TRACKING_URI"
-        )
+    mlflow_uri(recipe, f"sinks.mlflow_model={name}")
     if recipe.sinks.mlflow_upload and "mlflow" not in recipe.trainer.metric_sinks:
         raise ConfigError(
             "sinks.mlflow_upload=true uploads to the MLflow run of the training, but trainer.metric_sinks="
@@ -64,7 +59,8 @@ def _register(recipe: Recipe, root: Path, version: Path) -> str:
     from mlflow.exceptions import MlflowException
 
     name, day = recipe.sinks.mlflow_model, version.name
-    client = MlflowClient(tracking_uri=mlflow_uri(recipe, root), registry_uri=mlflow_uri(recipe, root))
+    uri = mlflow_uri(recipe, f"sinks.mlflow_model={name}")
+    client = MlflowClient(tracking_uri=uri, registry_uri=uri)
     try:
         client.get_registered_model(name)
     except MlflowException:
