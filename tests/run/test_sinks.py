@@ -75,6 +75,16 @@ def test_a_missing_library_ends_the_run_before_it_starts(name: str, monkeypatch:
     imported(named, trains=False)  # verbs that do not train send nothing
 
 
+def test_mlflow_without_a_server_ends_the_run_before_it_starts(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    with pytest.raises(
+        ConfigError, match=r"^trainer\.metric_sinks=mlflow needs an MLflow server, but sinks\.mlflow_uri"
+    ):
+        imported(recipe("trainer.metric_sinks=mlflow"), trains=True)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://nowhere")
+    imported(recipe("trainer.metric_sinks=mlflow"), trains=True)
+
+
 def scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:
     events = EventAccumulator(str(folder)).Reload()
     return {tag: [(item.step, item.value) for item in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
