@@ -26,4 +26,4 @@ def test_replies_metrics_and_log_name_the_variant(variant: str, caplog: pytest.L
     assert (good.status_code, wrong.status_code) == (200, 400)
     assert [reply.headers.get("X-Variant", "") for reply in (good, wrong)] == [variant, variant]
     lines = [json.loads(text) for text in caplog.messages if '"event": "request"' in text]
-    assert [line.get("variant", "") for line in lines] == [variant, variant]
+    assert {(line["status"], line.get("variant", "")) for line in lines} == {(200, variant), (400, variant)}
