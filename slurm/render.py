@@ -1,6 +1,6 @@
 """Fills a template of this folder: Kubernetes manifests, and nginx in front of replicas.
 
-    python slurm/render.py kubernetes/serve image=registry.example/tawin-nemo:0.1 checkpoint=/models/shop/latest > serve.yaml
+    python slurm/render.py kubernetes/serve image=IMAGE checkpoint=/models/shop/latest | kubectl apply -f -
     python slurm/render.py kubernetes/serve                 list the values of a template
 
 A template (``NAME.j2``) begins with one line for each of its values, ``#: name = default   meaning``; a value without a

@@ -33,7 +33,7 @@ IMAGE, EXPORT = "registry.example/tawin-nemo:0.1", "/models/shop/latest"
 TRAINING = ("kubernetes/train_jobset", "kubernetes/train_pytorchjob")
 
 
-def objects(name: str, **given: Any) -> dict[str, dict[str, Any]]:
+def objects(name: str, /, **given: Any) -> dict[str, dict[str, Any]]:
     """The objects of a filled template by kind, each of which its schema accepts."""
     found = {item["kind"]: item for item in yaml.safe_load_all(rendered(name, {"image": IMAGE, **given}))}
     for item in found.values():

@@ -19,6 +19,12 @@ from tawin_nemo.util.errors import ConfigError
 FIRST, SECOND = "2018-03-31", "2018-05-31"
 
 
+@pytest.fixture(autouse=True)
+def folder_in_place_of_a_server(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Newer versions of MLflow want to be asked for it."""
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+
+
 def recipe(tmp_path: Path, *overrides: str) -> Recipe:
     store = f"sinks.mlflow_uri={(tmp_path / 'store').as_uri()}"
     return load_recipe(None, ["sinks.mlflow_model=shop", store, "name=shop", *overrides])
