@@ -29,8 +29,8 @@ if [ -n "$torch" ]; then # first, by itself, as in install.sh: this build satisf
     pip download --dest "$wheels" ${TAWIN_TORCH_INDEX:+--index-url "$TAWIN_TORCH_INDEX"} "$torch"
 fi
 # wheels only: what exists as source alone is built here, not on the machine without an index
-pip wheel --wheel-dir "$wheels" --find-links "$wheels" -r "$requirements"
-pip wheel --wheel-dir "$wheels" --find-links "$wheels" 'setuptools>=70.1' wheel ninja pybind11 packaging pip
+pip wheel --wheel-dir "$wheels" --find-links "$wheels" -r "$requirements" \
+    'setuptools>=70.1' wheel ninja pybind11 packaging pip
 if [ "${GPU:-}" = 1 ]; then # compiled against the installed torch
     "${TAWIN_VENV:-.venv}/bin/python" -m pip wheel --disable-pip-version-check --no-build-isolation \
         --wheel-dir "$wheels" --find-links "$wheels" "$torch" -r requirements-gpu.txt

@@ -31,7 +31,7 @@ def add_wheel(folder: Path, name: str, version: str, requires: str = "") -> None
             archive.writestr(file, text)
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_what_is_collected_can_be_checked_and_installed_without_an_index(tmp_path: Path):
     index, wheels, target = tmp_path / "index", tmp_path / "wheels", tmp_path / "target"
     index.mkdir()

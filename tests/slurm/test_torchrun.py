@@ -60,7 +60,8 @@ def test_pods_whose_variables_look_like_ranks_still_start_a_launcher(tmp_path: P
     done = called("train", "RECIPE", TAWIN_VENV=str(tmp_path), RANK="1", WORLD_SIZE="2", MASTER_ADDR="job-master-0",
                   TAWIN_NODES="2")  # fmt: skip
     told = dict(line.split("=", 1) for line in done.stdout.splitlines() if "=" in line)
-    assert (told["TAWIN_HEAD"], told["TAWIN_NODES"], told["PYTHONPATH"]) == ("job-master-0", "2", str(REPOSITORY))
+    assert (told["TAWIN_HEAD"], told["TAWIN_NODES"]) == ("job-master-0", "2")
+    assert told["PYTHONPATH"].split(":")[0] == str(REPOSITORY)
     assert {"RANK", "WORLD_SIZE", "MASTER_ADDR"}.isdisjoint(told)
 
 
