@@ -153,7 +153,7 @@ class PrometheusSink:
 
         self._push, self._registry = push_to_gateway, CollectorRegistry()
         self._gateway, self._run = recipe.sinks.pushgateway, recipe.name
-        labels = (["stage", "metric"], ["stage"], ["stage"], [])
+        labels: tuple[list[str], ...] = (["stage", "metric"], ["stage"], ["stage"], [])
         self._value, self._step, self._time, self._running = (
             Gauge(name, text, names, registry=self._registry)
             for (name, text), names in zip(TRAINING_METRICS.items(), labels, strict=True)
