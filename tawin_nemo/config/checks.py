@@ -73,14 +73,18 @@ def combinations(r: Recipe) -> Iterator[tuple[bool, str]]:
     yield from seam_combinations(r)
     yield from sink_combinations(r)
     yield from preference_combinations(r)
-    yield (
-        not re.fullmatch(r"[\w.-]{0,64}", r.serve.variant, re.ASCII),
-        f"serve.variant={r.serve.variant} is sent as a header; use at most 64 letters, digits, dots and dashes",
-    )
+    yield from _serve_combinations(r)
     yield from _prepare_combinations(r)
     if rl.enabled:
         yield from _rl_combinations(r)
         yield from ahead_combinations(r)
+
+
+def _serve_combinations(r: Recipe) -> Iterator[tuple[bool, str]]:
+    yield (
+        not re.fullmatch(r"[\w.-]{0,64}", r.serve.variant, re.ASCII),
+        f"serve.variant={r.serve.variant} is sent as a header; use at most 64 letters, digits, dots and dashes",
+    )
 
 
 def uses_fresh_rows(r: Recipe) -> bool:
