@@ -123,6 +123,9 @@ def test_wandb_offline_every_stage_has_its_own_steps(tmp_path: Path, monkeypatch
     logged("wandb", tmp_path)
     (file,) = tmp_path.rglob("run-*.wandb")
     assert (tmp_path / "run_id").read_text() in file.name
+    end = time.monotonic() + 60  # wandb-core may still write when finish() has returned
+    while len(wandb_history(file)) < len(LOGGED) and time.monotonic() < end:
+        time.sleep(0.05)
     assert wandb_history(file) == [
         {**{f"{stage}/{name}": value for name, value in metrics.items()}, f"{stage}/step": step}
         for stage, step, metrics in LOGGED
