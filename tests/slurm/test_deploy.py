@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import jsonschema
+import kubernetes_validate
 import pytest
 import yaml
 
@@ -73,6 +74,23 @@ def test_every_template_says_what_it_needs(capsys: pytest.CaptureFixture[str]):
     assert "no template kubernetes/servr; there are: kubernetes/serve" in capsys.readouterr().err
     assert main(["kubernetes/serve", f"image={IMAGE}", f"checkpoint={EXPORT}"]) == 0
     assert f'image: "{IMAGE}"' in capsys.readouterr().out
+
+
+def test_kubernetes_own_schemas_take_what_the_manifests_hold():
+    """Of Kubernetes' kinds, strictly; of JobSet and PyTorchJob the Job and the pod inside."""
+    found = list(objects("kubernetes/serve", checkpoint=EXPORT, variant="b").values())
+    (job_set,), (torch_job,) = (objects(name, nodes=2).values() for name in TRAINING)
+    job = job_set["spec"]["replicatedJobs"][0]["template"]
+    pod = torch_job["spec"]["pytorchReplicaSpecs"]["Master"]["template"]["spec"]
+    found += [
+        {"apiVersion": "batch/v1", "kind": "Job", "metadata": {"name": "inside"}, **job},
+        {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "inside"}, "spec": pod},
+    ]
+    for item in found:
+        kubernetes_validate.validate(item, "1.30", strict=True)
+    found[0]["spec"]["replica"] = 3
+    with pytest.raises(kubernetes_validate.ValidationError, match="replica"):
+        kubernetes_validate.validate(found[0], "1.30", strict=True)
 
 
 @pytest.mark.parametrize(("gpus", "variant"), [(0, ""), (1, "a"), (2, "b")])

@@ -161,6 +161,18 @@ def test_the_dashboard_can_be_laid_out():
         assert panel["datasource"] == {"type": "prometheus", "uid": "${datasource}"}
 
 
+def test_grafanas_own_model_loads_the_dashboard():
+    from grafana_foundation_sdk.cog import plugins
+    from grafana_foundation_sdk.models.dashboard import Dashboard
+
+    plugins.register_default_plugins()
+    loaded = Dashboard.from_json(dashboard())
+    assert loaded.title == "tawin-nemo"
+    shown = [panel for panel in loaded.panels or [] if panel.type_val == "timeseries"]
+    assert len(shown) == len(panels())
+    assert all(target.expr for panel in shown for target in panel.targets)  # of Prometheus' query type
+
+
 def test_prometheus_reads_the_rules_and_keeps_the_labels_that_training_pushes():
     scrape = yaml.safe_load((MONITORING / "prometheus.yaml").read_text(encoding="utf-8"))
     assert all((MONITORING / file).is_file() for file in scrape["rule_files"])
