@@ -20,6 +20,7 @@
 #   TAWIN_PYTHON         interpreter, 3.11 or 3.12
 #   TAWIN_TORCH_INDEX    package index of torch's wheel, instead of the choice by driver version
 #   TAWIN_CUDA_ARCHS     compute capabilities to compile for (default 90: H100, H200, H800), e.g. "80;90"
+#   TAWIN_DRIVER         driver of the machines that will use it, where this one has no GPU (building an image)
 #   TAWIN_APEX           folder with NVIDIA's apex source; never `pip install apex`, which is an unrelated package
 #   MAX_JOBS             compilers at a time (default 8; each needs about 4 GB of memory)
 set -euo pipefail
@@ -39,7 +40,9 @@ run() {
     fi
 }
 
-driver=$(nvidia-smi --query-gpu=driver_version --format=csv,noheader 2>/dev/null | head -n 1) || true
+try() { [ -n "${TAWIN_DRIVER:-}" ] || run "$@"; } # what needs the driver itself, on a machine that has it
+
+driver=${TAWIN_DRIVER:-$(nvidia-smi --query-gpu=driver_version --format=csv,noheader 2>/dev/null | head -n 1)} || true
 [ -n "$driver" ] || fail "nvidia-smi shows no GPU: run this on a GPU node (bash recipes/quickstart.sh installs for a CPU)"
 if [ "${driver%%.*}" -ge 580 ]; then
     cuda=13 index=""
@@ -70,10 +73,10 @@ run python -m pip install --disable-pip-version-check 'setuptools>=70.1' wheel n
 # with torch's pin: nothing may replace the torch that the extension is compiled against
 run python -m pip install --disable-pip-version-check --no-build-isolation "$(grep '^torch==' requirements.txt)" \
     -r requirements-gpu.txt
-run python -c 'import transformer_engine.pytorch, transformer_engine; print("Transformer Engine", transformer_engine.__version__)'
+try python -c 'import transformer_engine.pytorch, transformer_engine; print("Transformer Engine", transformer_engine.__version__)'
 if [ -n "${TAWIN_APEX:-}" ]; then
     run env APEX_CPP_EXT=1 APEX_CUDA_EXT=1 APEX_ALL_CONTRIB_EXT=0 \
         python -m pip install --disable-pip-version-check --no-build-isolation --no-deps "$TAWIN_APEX"
-    run python -c 'import amp_C, fused_weight_gradient_mlp_cuda'
+    try python -c 'import amp_C, fused_weight_gradient_mlp_cuda'
 fi
-run python -m tawin_nemo doctor --quick
+try python -m tawin_nemo doctor --quick

@@ -10,6 +10,7 @@
 #   TAWIN_OVERRIDES    key=value words, as after the script's name
 #   TAWIN_HOME         checkout of this project (default: the folder where sbatch was called)
 #   TAWIN_VENV         virtual environment (default: TAWIN_HOME/.venv if it is there)
+#   TAWIN_SETUP        commands of your site before everything else, such as module load: see setup.sh
 #   TAWIN_LOGS         folder of the logs (default: TAWIN_HOME/logs)
 #   TAWIN_PREFLIGHT=0  start at once, without plan and doctor
 #   TAWIN_GPU          what plan counts with: h800 (default), h100, h200, a100, a100-40
@@ -31,6 +32,8 @@
 # of the rank that failed first; a server is first started again, unless the failure was a mistake in its input (code 2).
 # scancel ends a job for good.
 
+# shellcheck source=slurm/setup.sh
+source "${BASH_SOURCE[0]%/*}/setup.sh"
 AGAIN=75
 CANCELLED="" # SIGTERM came to the batch script itself
 SRUN_OPTIONS=()
@@ -78,6 +81,7 @@ launch() {
 }
 
 surroundings() {
+  site_setup
   if [ -z "${CONTAINER_IMAGE:-}" ] && [ -f "${TAWIN_VENV:=$TAWIN_HOME/.venv}/bin/activate" ]; then
     # shellcheck source=/dev/null
     source "$TAWIN_VENV/bin/activate"

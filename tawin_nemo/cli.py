@@ -25,7 +25,7 @@ from tawin_nemo import __version__
 from tawin_nemo.commands.verbs import EXIT_CODES, VERBS, page
 from tawin_nemo.util.cuda_defaults import set_cuda_defaults
 from tawin_nemo.util.errors import REFUSED, ConfigError, TawinError, UserError
-from tawin_nemo.util.launch import is_launched, read_launch
+from tawin_nemo.util.launch import is_launched, needs_launcher, read_launch
 
 #: No space, over the quota, over the limit of one file's size.
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -197,7 +197,7 @@ def _dispatch(arguments: argparse.Namespace, argv: list[str]) -> int:
 
         result: dict[str, Any] = in_one_process(recipe, arguments.verb)
     else:
-        if recipe.trainer.devices > 1 and not is_launched():
+        if needs_launcher(recipe.trainer.devices):
             from tawin_nemo.run.launcher import launch
 
             return launch(recipe.trainer.devices, argv, results=[REFUSED] if arguments.verb == "retrain" else [])
@@ -282,7 +282,7 @@ def doctor_of_model(arguments: argparse.Namespace, argv: list[str]) -> int:
     if arguments.quick:
         raise ConfigError("--quick belongs to the checks of the machine; with checkpoint=DIR leave it out")
     recipe = load_recipe(arguments.recipe or recipe_of_checkpoint(arguments.overrides), arguments.overrides)
-    if recipe.trainer.devices > 1 and not is_launched():
+    if needs_launcher(recipe.trainer.devices):
         return launch(recipe.trainer.devices, argv)
     end_with_launcher()
     result, code = run_doctor_of_model(recipe)

@@ -80,6 +80,8 @@ def _key_schema(kind: str, metadata: Any, default: Any) -> dict[str, Any]:
         bounds = {"minimum": metadata["low"], "maximum": metadata["high"]} if "high" in metadata else {}
         if metadata.get("choices"):
             bounds = {"enum": list(metadata["choices"])}
+            if metadata["imports"]:
+                bounds = {"anyOf": [bounds, {"pattern": ":"}]}
         return {"type": sorted({"array", "string", inner, "null"}), "items": {"type": inner, **bounds}, **described}
     if kind == "str" and not metadata.get("choices"):
         return {"type": ["string", "number", "boolean", "null"], **described}  # any scalar is text here

@@ -129,7 +129,7 @@ def serve(world: World) -> dict[str, Any]:
     catalog.warm()
     keys = read_keys(settings.api_keys_file)
     token = control_token(settings.control_token_file, folder / "control_token", keys)
-    metrics = Metrics()
+    metrics = Metrics(settings.variant)
     engine = Engine(
         Leader(replica, ranks), catalog, metrics=metrics, weights=FIRST_VERSION, on_thread=runtime.use_device,
         limits=Limits.of(settings),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterator
 
 from tawin_nemo.config.layout import SEQUENCE_PARALLEL_NEEDS_TP, rollout_layout, training_layout
@@ -13,6 +14,7 @@ from tawin_nemo.config.preference_checks import preference_combinations, prefers
 from tawin_nemo.config.schema import TEMPLATES, Recipe
 from tawin_nemo.config.seam_checks import metric_kinds, seam_combinations
 from tawin_nemo.config.seams import reward_names
+from tawin_nemo.config.sinks import sink_combinations
 from tawin_nemo.util.imports import is_import_path
 
 
@@ -69,11 +71,20 @@ def combinations(r: Recipe) -> Iterator[tuple[bool, str]]:
     yield from _space_combinations(r)
     yield from _semantic_id_combinations(r)
     yield from seam_combinations(r)
+    yield from sink_combinations(r)
     yield from preference_combinations(r)
+    yield from _serve_combinations(r)
     yield from _prepare_combinations(r)
     if rl.enabled:
         yield from _rl_combinations(r)
         yield from ahead_combinations(r)
+
+
+def _serve_combinations(r: Recipe) -> Iterator[tuple[bool, str]]:
+    yield (
+        not re.fullmatch(r"[\w.-]{0,64}", r.serve.variant, re.ASCII),
+        f"serve.variant={r.serve.variant} is sent as a header; use at most 64 letters, digits, dots and dashes",
+    )
 
 
 def uses_fresh_rows(r: Recipe) -> bool:

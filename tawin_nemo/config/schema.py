@@ -25,9 +25,9 @@ def choice(default: str, *others: str, help: str, imports: bool = False) -> Any:
     return field(default=default, metadata={"help": help, "choices": (default, *others), "imports": imports})
 
 
-def imports(help: str) -> Any:
-    """A list of import paths (``config.seams``)."""
-    return field(default_factory=list, metadata={"help": help, "choices": (), "imports": True})
+def imports(help: str, *names: str) -> Any:
+    """A list of import paths (``config.seams``) and of ``names``."""
+    return field(default_factory=list, metadata={"help": help, "choices": names, "imports": True})
 
 
 def words(default: list[str], help: str) -> Any:
@@ -69,6 +69,8 @@ WEEK_S = Most(604_800.0, "a client or server that hangs would not be noticed wit
 TFLOPS = Most(1_000_000.0, "a hundred times the fastest device")
 MEGABYTES = Most(1_000_000, "files and requests are written and read as a whole")
 PORT = Most(65_535, "ports are numbers of 16 bits")
+#: The sinks of the product that ``trainer.metric_sinks`` may name; ``run.sinks`` has them.
+SINKS = ("tensorboard", "wandb", "mlflow", "prometheus", "otlp")
 
 
 def number(
@@ -379,6 +381,11 @@ class ServeConfig:
     )
     follow_s: float = number(
         10.0, 0.01, WEEK_S, help="Looks at `latest` of serve.follow every so many seconds; a broken version is refused."
+    )
+    variant: str = opt(
+        "",
+        "Names this server's variant of an A/B test, in the metric tawin_server_info, in X-Variant of each response "
+        "and in the log (empty = no test).",
     )
 
 
@@ -753,12 +760,38 @@ class TrainerConfig:
     )
     callbacks: list[str] = imports("Lists classes of your own (package.module:Class) that are told of steps and saves.")
     metric_sinks: list[str] = imports(
-        "Lists functions of your own (package.module:function) that rank 0 sends its metrics to."
-    )
+        "Lists what rank 0 sends its metrics to: sinks of the product (section sinks), and functions of your own "
+        "(package.module:function).",
+        *SINKS,
+    )  # fmt: skip
     weight_decay: float = number(
         0.01, 0.0, WEIGHT, help="Sets AdamW's weight decay, which norms and biases do not get."
     )
     adam_beta2: float = number(0.999, 0.0, SHARE, help="Sets AdamW's decay of the second moment.")
+
+
+@dataclass(frozen=True)
+class SinksConfig:
+    """Where the sinks of the product send what ``trainer.metric_sinks`` names them for."""
+
+    project: str = opt("tawin-nemo", "Names the project in W&B, and the experiment in MLflow.")
+    mlflow_uri: str = opt("", "Sets MLflow's tracking URI, http://HOST:PORT (empty = MLFLOW_TRACKING_URI).")
+    mlflow_model: str = opt(
+        "",
+        "Registers each model that retrain publishes under this name in MLflow's model registry (empty = none is "
+        "registered).",
+    )
+    mlflow_upload: bool = opt(
+        False,
+        "Uploads the registered model's files to MLflow; off registers the path of the published folder, which an "
+        "MLflow server refuses.",
+    )
+    pushgateway: str = opt("", "Names the Prometheus Pushgateway of sink prometheus, HOST:PORT or a URL.")
+    otlp_endpoint: str = opt(
+        "",
+        "Sets the OTLP/HTTP collector of sink otlp, a URL with its path (empty = OTEL_EXPORTER_OTLP_ENDPOINT, else "
+        "http://localhost:4318/v1/metrics).",
+    )
 
 
 @dataclass(frozen=True)
@@ -1200,6 +1233,7 @@ class Recipe:
     retrain: RetrainConfig = field(default_factory=RetrainConfig)
     serve: ServeConfig = field(default_factory=ServeConfig)
     semantic_ids: SemanticIdsConfig = field(default_factory=SemanticIdsConfig)
+    sinks: SinksConfig = field(default_factory=SinksConfig)
     exp_manager: dict[str, Any] = opt(
         {}, "Passes these keys to NeMo's exp_manager (TensorBoard, W&B, MLflow); empty = not used."
     )

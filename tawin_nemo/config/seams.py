@@ -13,6 +13,7 @@ from typing import Any
 
 from tawin_nemo.config.fields import value_of
 from tawin_nemo.config.schema import Recipe
+from tawin_nemo.config.sinks import check_sinks
 from tawin_nemo.util.imports import Seam, is_import_path, load, make, source_hash
 
 #: What a callback may have; see ``run.callbacks.Callback``.
@@ -107,9 +108,11 @@ def imported(recipe: Recipe, *, trains: bool) -> Recipe:
     """``recipe`` with section ``code``: the hash of the source behind every import path that this process will use.
 
     ``trains``: all of them, else those of ``EVERYWHERE``. Raises ConfigError for code that cannot be imported, does not
-    fit its key, or lies in no file.
+    fit its key, or lies in no file, and for a metric sink whose library or server is missing.
     """
     code: dict[str, str] = {}
+    if trains:
+        check_sinks(recipe)
     for key, path in import_paths(recipe, tuple(SEAMS) if trains else EVERYWHERE):
         loaded(key, path)
         if key not in OBSERVERS:

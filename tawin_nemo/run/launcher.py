@@ -1,5 +1,7 @@
 """Starts several processes on this machine through torchrun's launcher and reports the first failure.
 
+On several machines without Slurm every machine runs the same command, and the launchers meet (``util.launch.hosts``).
+
 The command torchrun is not used, for two reasons. It kills its processes ``GRACE`` seconds after a signal, but writing
 a checkpoint may take minutes: here signals are forwarded and the processes end by themselves. And it names the process
 whose error came first, but a process that lost another one may report that before the other one's end is seen. When a
@@ -22,6 +24,7 @@ import psutil
 from tawin_nemo.run.failures import is_symptom, is_time_out
 from tawin_nemo.run.signals import SIGNALS
 from tawin_nemo.util.errors import Preempted, UserError
+from tawin_nemo.util.launch import Hosts, hosts
 
 #: Seconds that the other processes get after one has died, before they are killed.
 GRACE = 10
@@ -29,7 +32,7 @@ _PR_SET_PDEATHSIG = 1
 
 
 def launch(processes: int, argv: Sequence[str], *, results: Collection[int] = ()) -> int:
-    """Start one process per device; exit code of the first failure, 1 when that was a kill, 75 after a signal.
+    """Start one process per device of this machine; exit code of the first failure, 1 for a kill, 75 after a signal.
 
     ``results``: exit codes of a rank that are a result and not a failure.
     """
@@ -37,9 +40,10 @@ def launch(processes: int, argv: Sequence[str], *, results: Collection[int] = ()
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
+    job = hosts() or Hosts("localhost:0", 1, uuid.uuid4().hex)
     config = LaunchConfig(
-        min_nodes=1, max_nodes=1, nproc_per_node=processes, run_id=uuid.uuid4().hex,
-        rdzv_backend="c10d", rdzv_endpoint="localhost:0", max_restarts=0,
+        min_nodes=job.count, max_nodes=job.count, nproc_per_node=processes, run_id=job.job,
+        rdzv_backend="c10d", rdzv_endpoint=job.head, max_restarts=0,
         signals_to_handle="SIGINT,SIGHUP,SIGQUIT", shutdown_timeout=GRACE,
     )  # fmt: skip
     forwarded: list[int] = []
@@ -54,7 +58,8 @@ def launch(processes: int, argv: Sequence[str], *, results: Collection[int] = ()
         elastic_launch(config, sys.executable)("-m", "tawin_nemo", *argv)
     except ChildFailedError as error:
         rank, failure = first_failure(error.failures)
-        hung = hung_ranks(error.failures, processes) if is_time_out(str(failure.message)) else []
+        alone = job.count == 1  # a launcher knows the ranks of its own machine only
+        hung = hung_ranks(error.failures, processes) if alone and is_time_out(str(failure.message)) else []
         return int(failure.exitcode) if failure.exitcode in results else _report(rank, failure, forwarded, hung)
     except SignalException as error:  # torch's launcher has handed it on and waited for the processes
         print(f"tawin-nemo: {error.sigval.name}; the same command continues from the last checkpoint", file=sys.stderr)

@@ -1,6 +1,6 @@
-"""Where metrics go besides files: TensorBoard, W&B, MLflow through NeMo's ``exp_manager``, and sinks of one's own.
+"""Where metrics go besides files: the sinks of the product, sinks of one's own, and NeMo's ``exp_manager``.
 
-This is the only module that imports NeMo.
+This is the only module that imports NeMo. The product's sinks (``run.sinks``) need no NeMo.
 
 NeMo is imported inside the function, because that takes seconds. The recipe's ``exp_manager`` section is passed
 unchanged: its keys are NeMo's own (``create_tensorboard_logger``, ``create_wandb_logger``, ``wandb_logger_kwargs``,
@@ -9,32 +9,29 @@ unchanged: its keys are NeMo's own (``create_tensorboard_logger``, ``create_wand
 
 from __future__ import annotations
 
-import uuid
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
 
 from tawin_nemo.config.seams import made
+from tawin_nemo.run.sinks import BUILT_IN, opened, run_id
 from tawin_nemo.run.stage import MetricSink
 from tawin_nemo.run.world import World
 from tawin_nemo.util.errors import ConfigError
-from tawin_nemo.util.files import atomic_path
 from tawin_nemo.util.launch import read_launch
 
 
 def with_run_id(section: dict[str, Any], run_dir: Path) -> dict[str, Any]:
     """The section with W&B's ``id``, the same in every attempt, so that a resumed run continues its curves.
 
-    The id is drawn once and stored in ``RUN_DIR/run_id``; an id in ``wandb_logger_kwargs`` takes precedence.
+    An id in ``wandb_logger_kwargs`` takes precedence over ``run_id``.
     """
     if not section.get("create_wandb_logger"):
         return section
-    kept = run_dir / "run_id"
-    if not kept.is_file():
-        with atomic_path(kept) as temporary:
-            temporary.write_text(uuid.uuid4().hex[:12], encoding="utf-8")
-    defaults = {"id": kept.read_text(encoding="utf-8"), "resume": "allow"}
+    defaults = {"id": run_id(run_dir), "resume": "allow"}
     return {**section, "wandb_logger_kwargs": defaults | dict(section.get("wandb_logger_kwargs") or {})}
 
 
@@ -74,19 +71,27 @@ def metric_sink(section: dict[str, Any], run_dir: Path, name: str) -> MetricSink
     return send
 
 
-def build_sink(world: World) -> MetricSink | None:
-    """What metrics are sent to: the loggers of ``exp_manager`` and ``trainer.metric_sinks``; None without any.
+@contextlib.contextmanager
+def open_sinks(world: World) -> Iterator[MetricSink | None]:
+    """What metrics are sent to inside the block: ``exp_manager`` and ``trainer.metric_sinks``; None without any.
 
-    Raises ConfigError as ``metric_sink`` and ``seams.made``.
+    At the end of the block, also after an error, the product's sinks write what waits and are closed. Raises
+    ConfigError as ``metric_sink``, ``seams.made`` and ``sinks.opened``.
     """
     recipe = world.recipe
-    sinks = [metric_sink(recipe.exp_manager, world.run_dir, recipe.name)]
-    if read_launch().rank == 0:
-        sinks += [made("trainer.metric_sinks", path, world) for path in recipe.trainer.metric_sinks]
-    used = [sink for sink in sinks if sink is not None]
+    with contextlib.ExitStack() as stack:
+        sinks = [metric_sink(recipe.exp_manager, world.run_dir, recipe.name)]
+        for name in recipe.trainer.metric_sinks if read_launch().rank == 0 else ():
+            if name in BUILT_IN:
+                worker = opened(name, recipe, world.run_dir)
+                stack.callback(worker.close)
+                sinks.append(worker)
+            else:
+                sinks.append(made("trainer.metric_sinks", name, world))
+        used = [sink for sink in sinks if sink is not None]
 
-    def send(stage: str, step: int, metrics: dict[str, float]) -> None:
-        for sink in used:
-            sink(stage, step, metrics)
+        def send(stage: str, step: int, metrics: dict[str, float]) -> None:
+            for sink in used:
+                sink(stage, step, metrics)
 
-    return send if used else None
+        yield send if used else None

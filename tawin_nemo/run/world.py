@@ -41,17 +41,17 @@ ITEM_VECTORS = "item_vectors.npy"
 #: Keys that may change between two attempts of a run. They do not change what is computed, except for the order of
 #: floating-point sums under another layout or micro-batch size.
 RESUMABLE_KEYS = (
-    "run_dir", "checkpoint", "profile", "exp_manager", "eval.splits",
-    "trainer.max_time", "trainer.threads", "trainer.keep_last", "trainer.peak_tflops", "trainer.save_interval",
-    "trainer.save_minutes", "trainer.async_save", "trainer.num_nodes", "trainer.devices", "trainer.max_skipped_steps",
-    "model.tensor_model_parallel_size", "model.pipeline_model_parallel_size", "model.sequence_parallel",
-    "model.recompute", "rollout.tensor_model_parallel_size", "rollout.pipeline_model_parallel_size",
-    "rollout.token_budget", "eval.token_budget", "sft.micro_batch_tokens", "rl.micro_batch_tokens",
-    "preference.micro_batch_tokens",
+    "run_dir", "checkpoint", "profile", "exp_manager", "eval.splits", "trainer.max_time", "trainer.threads",
+    "trainer.keep_last", "trainer.peak_tflops", "trainer.save_interval", "trainer.save_minutes", "trainer.async_save",
+    "trainer.num_nodes", "trainer.devices", "trainer.max_skipped_steps", "model.tensor_model_parallel_size",
+    "model.pipeline_model_parallel_size", "model.sequence_parallel", "model.recompute",
+    "rollout.tensor_model_parallel_size", "rollout.pipeline_model_parallel_size", "rollout.token_budget",
+    "eval.token_budget", "sft.micro_batch_tokens", "rl.micro_batch_tokens", "preference.micro_batch_tokens",
     "trainer.offload_optimizer", "trainer.overlap_grad_reduce", "trainer.overlap_param_gather",
-    "trainer.collective_timeout", "rollout.placement", "rollout.devices", "rollout.servers",
-    "rollout.api_key_file", "rollout.control_token_file", "rollout.server_timeout_s", "rollout.server_tries",
-    "rollout.server_silent_s", "rollout.server_wait_s", "rollout.weights_backend", "trainer.metric_sinks",
+    "trainer.collective_timeout", "rollout.placement", "rollout.devices", "rollout.servers", "rollout.api_key_file",
+    "rollout.control_token_file", "rollout.server_timeout_s", "rollout.server_tries", "rollout.server_silent_s",
+    "rollout.server_wait_s", "rollout.weights_backend", "trainer.metric_sinks", "sinks.project", "sinks.mlflow_uri",
+    "sinks.mlflow_model", "sinks.mlflow_upload", "sinks.pushgateway", "sinks.otlp_endpoint",
 )  # fmt: skip
 
 #: Keys that may change between two attempts because they only say how long stages are; see train/extension.py.

@@ -29,7 +29,7 @@ from tawin_nemo.placement.remote_engine import RemoteEngine
 from tawin_nemo.placement.weight_sync import build_engine
 from tawin_nemo.rollout.engine import Engine
 from tawin_nemo.run.callbacks import Callbacks, build_callbacks
-from tawin_nemo.run.logging import build_sink
+from tawin_nemo.run.logging import open_sinks
 from tawin_nemo.run.mfu import peak_flops
 from tawin_nemo.run.stage import MetricSink, Progress, Stage, logged_seconds
 from tawin_nemo.run.world import World, read_json
@@ -59,14 +59,8 @@ log = get_logger(__name__)
 def run_pipeline(world: World) -> dict[str, Any]:
     """Run every planned stage that is not done yet; returns the summary that is also written to summary.json."""
     start, earlier = time.monotonic(), earlier_seconds(world.run_dir)
-    sink, callbacks = build_sink(world), build_callbacks(world)
-    keep_item_vectors(world)
-    if world.recipe.baseline.model != "off":
-        results = {world.recipe.baseline.model: run_baseline(world, sink, callbacks)}
-    else:
-        extend_finished(world)
-        planned = list(plans(world))  # all of them first: it checks what later stages need
-        results = {plan.name: run_stage(world, plan, sink, callbacks) for plan in planned}
+    with open_sinks(world) as sink:
+        results = run_stages(world, sink, build_callbacks(world))
     summary: dict[str, Any] = {name: dict(result.means) for name, result in results.items()}
     invalid = max(result.invalid_rate for result in results.values())
     wall = earlier + time.monotonic() - start
@@ -83,6 +77,16 @@ def run_pipeline(world: World) -> dict[str, Any]:
         log.info("report: %s", write_report(world.run_dir))
     runtime.barrier()
     return summary
+
+
+def run_stages(world: World, sink: MetricSink | None, callbacks: Callbacks) -> dict[str, EvalResult]:
+    """Run the baseline, or every planned stage; results on the last of ``eval.splits`` by stage."""
+    keep_item_vectors(world)
+    if world.recipe.baseline.model != "off":
+        return {world.recipe.baseline.model: run_baseline(world, sink, callbacks)}
+    extend_finished(world)
+    planned = list(plans(world))  # all of them first: it checks what later stages need
+    return {plan.name: run_stage(world, plan, sink, callbacks) for plan in planned}
 
 
 def write_layout(run_dir: Path, model: GPTModel, engine: Engine, peak: float) -> None:

@@ -17,6 +17,8 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from tawin_nemo.util.errors import ConfigError
+
 
 @dataclass(frozen=True)
 class Launch:
@@ -40,6 +42,37 @@ def read_launch(env: Mapping[str, str] = os.environ) -> Launch:
 def is_launched(env: Mapping[str, str] = os.environ) -> bool:
     """True if torchrun or srun started this process, perhaps as the only one."""
     return "RANK" in env or bool(env.get("SLURM_STEP_ID"))
+
+
+@dataclass(frozen=True)
+class Hosts:
+    """The machines of one job, each with a launcher of its own that meets the others at ``head`` (HOST:PORT)."""
+
+    head: str
+    count: int
+    job: str  # the same word on all of them
+
+
+#: The port of ``Hosts.head`` where none is named; torchrun's own default.
+RENDEZVOUS_PORT = 29500
+
+
+def hosts(env: Mapping[str, str] = os.environ) -> Hosts | None:
+    """The machines that ``TAWIN_HEAD``, ``TAWIN_NODES`` and ``TAWIN_JOB`` name (slurm/torchrun.sh); None without them.
+
+    Raises ConfigError for a number of machines that is none.
+    """
+    head, count = env.get("TAWIN_HEAD", ""), env.get("TAWIN_NODES", "1")
+    if not head:
+        return None
+    if not count.isdecimal() or count == "0":
+        raise ConfigError(f"TAWIN_NODES={count} is no number of machines; set it to how many start this command")
+    return Hosts(head if ":" in head else f"{head}:{RENDEZVOUS_PORT}", int(count), env.get("TAWIN_JOB", "tawin"))
+
+
+def needs_launcher(devices: int, env: Mapping[str, str] = os.environ) -> bool:
+    """Whether this command has to start the processes of this machine, ``devices`` of them, itself."""
+    return not is_launched(env) and (devices > 1 or hosts(env) is not None)
 
 
 def ranks_of_node(env: Mapping[str, str] = os.environ) -> int:

@@ -79,6 +79,16 @@ def test_a_machine_where_it_cannot_work_is_told_why(tmp_path, driver, toolkit, r
     assert remedy in done.stderr
 
 
+def test_an_image_is_built_where_there_is_no_gpu(tmp_path):
+    """The driver of the machines that will run it is named; what needs a driver is left to them."""
+    done = dry_run(machine(tmp_path, "", "12.6"), TAWIN_DRIVER="550.54")
+    assert done.returncode == 0, done.stderr
+    assert "TAWIN_TORCH_INDEX=https://download.pytorch.org/whl/cu126 " in done.stdout
+    assert "requirements-gpu.txt" in done.stdout
+    assert "doctor" not in done.stdout
+    assert "import transformer_engine" not in done.stdout
+
+
 def test_apex_comes_from_its_source_only(tmp_path):
     done = dry_run(machine(tmp_path), TAWIN_APEX="/src/apex")
     (apex,) = [words for line in done.stdout.splitlines() if "/src/apex" in (words := shlex.split(line))]

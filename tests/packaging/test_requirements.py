@@ -17,6 +17,8 @@ IMPORTED_AS = {
     "megatron-core": "megatron", "nemo-toolkit": "nemo", "scikit-learn": "sklearn", "pyyaml": "yaml",
     "prometheus-client": "prometheus_client", "transformer-engine": "transformer_engine",
     "asgi-correlation-id": "asgi_correlation_id", "nvidia-ml-py": "pynvml", "huggingface-hub": "huggingface_hub",
+    "mlflow-skinny": "mlflow", "opentelemetry-sdk": "opentelemetry",
+    "opentelemetry-exporter-otlp-proto-http": "opentelemetry",
 }  # fmt: skip
 #: What NeMo's exp_manager imports when it runs, without requiring it.
 FOR_NEMO = {"tensorboard", "einops", "pandas", "sacrebleu", "sentencepiece"}
@@ -54,7 +56,7 @@ def test_every_import_is_required_and_every_requirement_imported():
 
 def test_the_extras():
     assert _project()["optional-dependencies"].keys() == {
-        "serve", "logging", "prepare", "semantic-ids", "pretrained", "plots", "gpu", "dev",
+        "serve", "logging", "sinks", "prepare", "semantic-ids", "pretrained", "plots", "gpu", "dev",
     }  # fmt: skip
 
 

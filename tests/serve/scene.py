@@ -158,7 +158,8 @@ def serving(
     vocab = catalog.prompt_format.tokenizer.size
     catalog.warm()
     replica.models[1], replica.tries[catalog.version] = load(""), catalog.trie
-    engine = Engine(Leader(replica, SingleProcess()), catalog, limits=Limits.of(settings), metrics=Metrics(), weights=1)
+    metrics = Metrics(settings.variant)
+    engine = Engine(Leader(replica, SingleProcess()), catalog, limits=Limits.of(settings), metrics=metrics, weights=1)
     del catalog  # or it would stay in memory
     own = {} if filters is None else {"filters": filters}
     context = ServerContext(settings, MODEL, settings.beams, "trie", 0.0, 2048, vocab, **own)

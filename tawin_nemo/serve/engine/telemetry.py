@@ -26,11 +26,16 @@ _ROWS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
 
 
 class Metrics:
-    """The metrics of one server, in a Prometheus registry of their own (several servers may share a process)."""
+    """The metrics of one server, in a Prometheus registry of their own (several servers may share a process).
 
-    def __init__(self) -> None:
-        self.registry = CollectorRegistry()
+    ``variant``: the server's variant of an A/B test (``serve.variant``), a label of ``tawin_server_info``. Queries tell
+    the variants apart by it: ``sum by (variant) (METRIC * on (instance) group_left (variant) tawin_server_info)``.
+    """
+
+    def __init__(self, variant: str = "") -> None:
+        self.registry, self.variant = CollectorRegistry(), variant
         own = self.registry
+        Gauge("tawin_server_info", "1, with the server's labels", ["variant"], registry=own).labels(variant).set(1)
         self.requests = Counter("tawin_requests", "responses by route and status", ["endpoint", "code"], registry=own)
         self.rejections = Counter("tawin_rejections", "rejected requests by reason", ["reason"], registry=own)
         self.queued = Gauge("tawin_queued_requests", "requests waiting for the engine", registry=own)

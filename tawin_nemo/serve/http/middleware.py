@@ -67,7 +67,7 @@ def add_middleware(
 
 
 class RequestLog:
-    """Writes one log line per request and updates the request metrics when it ends.
+    """Writes one log line per request and updates the request metrics when it ends; responses get ``X-Variant``.
 
     ``scope["state"]`` gets ``request_id``, ``reason`` (why the request was rejected, or empty) and ``log_fields``
     (further fields of the log line, which handlers fill in).
@@ -75,6 +75,7 @@ class RequestLog:
 
     def __init__(self, app: ASGIApp, *, metrics: Metrics, plane: str) -> None:
         self._app, self._metrics, self._plane = app, metrics, plane
+        self._variant_header = (b"x-variant", metrics.variant.encode())
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handle one ASGI connection."""
@@ -88,6 +89,8 @@ class RequestLog:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
+                if self._metrics.variant:
+                    message = {**message, "headers": [*message.get("headers", ()), self._variant_header]}
             await send(message)
 
         try:
@@ -102,10 +105,11 @@ class RequestLog:
         self._metrics.seconds.labels("total").observe(seconds)
         if state["reason"]:
             self._metrics.rejections.labels(state["reason"]).inc()
-        reason = {"reason": state["reason"]} if state["reason"] else {}
+        further = {"reason": state["reason"], "variant": self._metrics.variant}
         write_event(
             "request", id=state["request_id"], plane=self._plane, method=scope["method"], endpoint=endpoint,
-            status=status, ms=round(1000 * seconds, 2), **state["log_fields"], **reason,
+            status=status, ms=round(1000 * seconds, 2), **state["log_fields"],
+            **{name: text for name, text in further.items() if text},
         )  # fmt: skip
 
 

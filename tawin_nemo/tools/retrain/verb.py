@@ -25,6 +25,7 @@ from tawin_nemo.tools.retrain.gate import Decision
 from tawin_nemo.tools.retrain.judge import SPLIT, gate
 from tawin_nemo.tools.retrain.night import night_codes, train_and_export
 from tawin_nemo.tools.retrain.publish_root import PublishRoot
+from tawin_nemo.tools.retrain.registry import check_registry, registered
 from tawin_nemo.train.item_tokens import check_no_item_tokens
 from tawin_nemo.util import times
 from tawin_nemo.util.errors import REFUSED, ConfigError
@@ -54,6 +55,8 @@ def run_retrain(recipe: Recipe) -> tuple[dict[str, Any], int]:
             train_and_export(recipe, run, root, codes)
             decision = gate(recipe, run, root, codes)
             result = runtime.on_rank_0(lambda: conclude(recipe, root, decision))
+        if result["published"]:
+            result |= runtime.on_rank_0(lambda: registered(recipe, root.folder, root.version(day)))
         runtime.barrier()
         return result, REFUSED if not result["published"] and runtime.world_rank() == 0 else 0
 
@@ -72,6 +75,7 @@ def check_recipe(recipe: Recipe) -> str:
         raise ConfigError("retrain sets start, checkpoint and run_dir itself and needs baseline.model=off; remove them")
     webhook.check_webhook(recipe.retrain.webhook)
     check_no_item_tokens(recipe, "a nightly run publishes an export")
+    check_registry(recipe)
     return times.day(recipe.retrain.date)
 
 

@@ -26,7 +26,7 @@ MACHINE_KEYS = (
     "name", "run_dir", "data.root", "start", "checkpoint", "profile", "exp_manager", "eval.splits", "eval.token_budget",
     "trainer.max_time", "trainer.threads", "trainer.keep_last", "trainer.peak_tflops",
 )  # fmt: skip
-MACHINE_SECTIONS = ("generate", "convert")
+MACHINE_SECTIONS = ("generate", "convert", "sinks")
 #: YAML's style whose escapes hold any character.
 QUOTED = '"'
 #: State of a run; AGAIN = finished, but its weights are gone and a child needs them.

@@ -95,9 +95,13 @@ def test_the_export_that_the_gate_saw_is_as_good_as_the_checkpoint(root):
     assert exported.read_bytes() == trained.read_bytes()
 
 
-def test_the_same_date_again_does_nothing(root, capsys):
+def test_the_same_date_again_does_nothing(root, capsys, monkeypatch):
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")  # a folder in place of a server
     untouched = {path: path.stat().st_mtime_ns for path in (root / "runs").rglob("*") if path.is_file()}
     assert nightly_run(root, SECOND, capsys)[0] == 0
+    registry = ("sinks.mlflow_model=shop", f"sinks.mlflow_uri={(root.parent / 'mlflow').as_uri()}")
+    code, result = nightly_run(root, SECOND, capsys, *registry)  # registers what is published
+    assert (code, result["published"], result["registered"]) == (0, True, "shop/1")
     assert {path: path.stat().st_mtime_ns for path in (root / "runs").rglob("*") if path.is_file()} == untouched
     assert main(["retrain", f"retrain.root={root}", f"retrain.date={FIRST}", *NIGHT]) == 2
     assert "older than the published version" in capsys.readouterr().err

@@ -2,7 +2,7 @@
 
 megatron-core decorates some functions with ``torch.compile``, which imports torch's compilers at once, and asks whether
 Weights & Biases is installed by importing it. Here those functions are compiled at their first call, with the same
-result, and megatron-core does not see Weights & Biases, whose loggers are those of ``exp_manager``.
+result, and megatron-core does not see Weights & Biases, which only metric sinks (``run.sinks``) import.
 """
 
 from __future__ import annotations
