@@ -69,7 +69,9 @@ def recommend(world: World, *, dry_run: bool = False) -> dict[str, Any]:
             return {"dry_run": True, **result, "parts_to_do": len(todo)}
         runtime.on_rank_0(lambda: parts.start(job))
         stack.enter_context(signals.listening())
-        return result | compute(world, source, parts, allowed, parts.share(index, count))
+        from tawin_nemo.train.start import engine_of  # megatron, which a dry run does not need
+
+        return result | compute(world, engine_of(world), source, parts, allowed, parts.share(index, count))
 
 
 def check_recipe(world: World) -> None:
@@ -85,11 +87,10 @@ def check_recipe(world: World) -> None:
         )
 
 
-def compute(world: World, source: Histories, parts: Parts, allowed: Allowed, share: range) -> dict[str, Any]:
+def compute(
+    world: World, engine: Engine, source: Histories, parts: Parts, allowed: Allowed, share: range
+) -> dict[str, Any]:  # fmt: skip
     """Make the parts of ``share`` that are not finished, divided among the replicas; figures of this job."""
-    from tawin_nemo.train.start import engine_of
-
-    engine = engine_of(world)
     dp = engine.dp or world.dp
     todo = unfinished(parts, share, source, dp)
     mine = divided(todo, dp.rank, dp.size)
@@ -161,22 +162,25 @@ class Writer:
     writes: bool
 
     def steps(self, todo: list[int]) -> Iterator[int]:
-        """Make the parts ``todo``; yields the number of rows that have just been searched."""
+        """Make the parts ``todo``; yields the rows that have just been done, those at the end once they are written."""
         for part in todo:
             rows = self.source.read(*self.parts.bounds(part))
             item_NK, score_NK = self._empty(len(rows))
             filled = np.flatnonzero(rows.items.lengths > 0)
             seen = rows.items.take(filled)
             samples = encoded(self.world, seen)
+            done = 0
             for chunk in list_chunks(samples, self.engine):
+                if done:
+                    yield done
                 found = self._searched(samples, chunk, seen)
                 item_NK[filled[chunk]], score_NK[filled[chunk]] = found
-                yield len(chunk)
+                done = len(chunk)
             if self.writes:
                 table = lists_table(rows, item_NK, score_NK, self.world.catalog.external_ids)
                 more = {"empty_histories": len(rows) - len(filled), "unknown_items": int(rows.unknown_N.sum())}
                 self.parts.write(part, table, digest=rows.digest, more=more)
-            yield len(rows) - len(filled)
+            yield done + len(rows) - len(filled)
 
     @property
     def _width(self) -> int:

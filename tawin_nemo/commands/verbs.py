@@ -77,11 +77,11 @@ VERBS = {
     "recommend": Verb(
         "lists of the best items for many users (Parquet -> Parquet), in parts, resumable, over processes and arrays",
         "recommend.histories is Parquet with user_id and item_ids (external ids, oldest first); without it, those of\n"
-        "the prepared data are used. recommend.output gets part-000000.parquet ...: user_id, item_ids (best first) and\n"
-        "scores. Parts are written whole or not at all: the same command goes on after a stop, and refuses a folder of\n"
-        "other weights, catalog, rows or keys. A part has the same bytes whoever makes it: trainer.devices=N processes here, or the\n"
-        "tasks of `sbatch --array=0-9` (recommend.shard_count). --dry-run checks all histories and counts the parts.\n"
-        + _TRAINED,
+        "the prepared data are used. recommend.output gets part-000000.parquet ...: user_id, item_ids (best first),\n"
+        "scores. Parts are written whole or not at all: the same command goes on after a stop, and refuses a folder\n"
+        "of other weights, catalog, rows or keys. A part has the same bytes whoever makes it: trainer.devices=N\n"
+        "processes here, or the tasks of `sbatch --array=0-9` (recommend.shard_count). --dry-run checks all histories\n"
+        "and counts the parts.\n" + _TRAINED,
         ("", "recommend", "eval", "rollout", *_MODEL),
         (
             "recommend --recipe recipes/quickstart.yaml recommend.n=20 recommend.exclude_history=true",

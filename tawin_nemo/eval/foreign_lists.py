@@ -1,8 +1,9 @@
 """Recommendation lists that another program made, ranked and measured as this project's own (``tawin-nemo score``).
 
 A file (or all Parquet files of a folder, as ``recommend`` writes them) holds one line per recommended item
-(``item_id`` with ``rank`` or ``score``) or one line per list (``item_ids``, best first). A list belongs to a row of the split by ``row`` (0-based, the order of SPLIT.parquet), by ``user_id`` where
-each user has one row, or, without either and with ``item_ids``, by its place in the file.
+(``item_id`` with ``rank`` or ``score``) or one line per list (``item_ids``, best first). A list belongs to a row of the
+split by ``row`` (0-based, the order of SPLIT.parquet), by ``user_id`` where each user has one row, or, without either
+and with ``item_ids``, by its place in the file.
 """
 
 from __future__ import annotations
