@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,11 +20,10 @@ from tawin_nemo.commands.recommend_job import (
     job_of,
     shard_of,
 )
-from tawin_nemo.config.schema import RecommendConfig
 from tawin_nemo.data.histories import Histories, HistoryRows
 from tawin_nemo.data.interactions import Split
 from tawin_nemo.data.samples import Samples, encode_split
-from tawin_nemo.eval.top_lists import Allowed, list_chunks, search_lists
+from tawin_nemo.eval.top_lists import Allowed, TopLists, list_chunks, search_lists
 from tawin_nemo.models.megatron.parallel import runtime
 from tawin_nemo.rollout.engine import Engine
 from tawin_nemo.run import signals
@@ -161,26 +160,39 @@ class Writer:
     allowed: Allowed
     writes: bool
 
-    def steps(self, todo: list[int]) -> Iterator[int]:
+    def steps(self, todo: Sequence[int]) -> Iterator[int]:
         """Make the parts ``todo``; yields the rows that have just been done, those at the end once they are written."""
         for part in todo:
             rows = self.source.read(*self.parts.bounds(part))
             item_NK, score_NK = self._empty(len(rows))
-            filled = np.flatnonzero(rows.items.lengths > 0)
-            seen = rows.items.take(filled)
-            samples = encoded(self.world, seen)
-            done = 0
-            for chunk in list_chunks(samples, self.engine):
+            done = int((rows.items.lengths == 0).sum())
+            more = {"empty_histories": done, "unknown_items": int(rows.unknown_N.sum())}
+            for place, found in self._searches(rows):
                 if done:
                     yield done
-                found = self._searched(samples, chunk, seen)
-                item_NK[filled[chunk]], score_NK[filled[chunk]] = found
-                done = len(chunk)
+                item_NK[place], score_NK[place] = found.item_NK, found.score_NK
+                done = len(place)
             if self.writes:
                 table = lists_table(rows, item_NK, score_NK, self.world.catalog.external_ids)
-                more = {"empty_histories": len(rows) - len(filled), "unknown_items": int(rows.unknown_N.sum())}
                 self.parts.write(part, table, digest=rows.digest, more=more)
-            yield done + len(rows) - len(filled)
+            yield done
+
+    def _searches(self, rows: HistoryRows) -> Iterator[tuple[np.ndarray, TopLists]]:
+        """Places of some rows that have a history, and their lists, until all are searched."""
+        filled = np.flatnonzero(rows.items.lengths > 0)
+        if not len(filled):
+            return
+        recipe, seen = self.world.recipe, rows.items.take(filled)
+        samples = encoded(self.world, seen)
+        for chunk in list_chunks(samples, self.engine, self.allowed):
+            yield (
+                filled[chunk],
+                search_lists(
+                    self.engine, samples, chunk, n=recipe.recommend.n, width=self._width,
+                    min_score=recipe.recommend.min_score, token_budget=recipe.eval.token_budget, allowed=self.allowed,
+                    seen=seen,
+                ),
+            )  # fmt: skip
 
     @property
     def _width(self) -> int:
@@ -190,14 +202,6 @@ class Writer:
     def _empty(self, rows: int) -> tuple[np.ndarray, np.ndarray]:
         shape = (rows, min(self.world.recipe.recommend.n, self._width))
         return np.full(shape, NO_ITEM, dtype=np.int64), np.full(shape, -np.inf, dtype=np.float32)
-
-    def _searched(self, samples: Samples, chunk: np.ndarray, seen: TokenRows) -> tuple[np.ndarray, np.ndarray]:
-        options: RecommendConfig = self.world.recipe.recommend
-        found = search_lists(
-            self.engine, samples, chunk, n=options.n, width=self._width, min_score=options.min_score,
-            token_budget=self.world.recipe.eval.token_budget, allowed=self.allowed, seen=seen,
-        )  # fmt: skip
-        return found.item_NK, found.score_NK
 
 
 def encoded(world: World, histories: TokenRows) -> Samples:

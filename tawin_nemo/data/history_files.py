@@ -115,7 +115,9 @@ class HistoryFiles:
             self._stream, self._rest, self._at = self._batches(begin, [USER_ID, ITEM_IDS]), [], begin
         taken: list[pa.RecordBatch] = []
         while self._at < end:
-            batch = self._rest.pop() if self._rest else next(self._stream)
+            batch = self._rest.pop() if self._rest else next(self._stream, None)
+            if batch is None:
+                raise DataError(f"{self._key}: {self.path} has {self._at} rows instead of {self.rows}; it has changed")
             wanted = end - self._at
             if len(batch) > wanted:
                 self._rest.append(batch.slice(wanted))

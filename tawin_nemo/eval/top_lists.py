@@ -21,6 +21,10 @@ from tawin_nemo.rollout.filters import ItemFilter
 from tawin_nemo.types import NO_ITEM, TokenRows
 
 
+#: Items that the filters of one search list in all: 256 MiB.
+MOST_LISTED = 1 << 25
+
+
 @dataclass(frozen=True, eq=False)
 class Allowed:
     """Which items lists may hold: those of ``allowed_I`` (None = all), and with ``unseen`` none of the history."""
@@ -35,6 +39,12 @@ class Allowed:
             return None if self._shared is None else [self._shared] * len(histories)
         trie = self.catalog.trie
         return [self._without(trie.spans.rank_I[np.unique(histories[row])]) for row in range(len(histories))]
+
+    @property
+    def rows_at_once(self) -> int:
+        """Rows whose filters fit into the memory of one search."""
+        listed = 1 if self._shared is None or not self.unseen else len(self._shared.rank_M)
+        return max(1, MOST_LISTED // max(1, listed))
 
     @cached_property
     def _shared(self) -> ItemFilter | None:
@@ -73,10 +83,10 @@ class TopLists:
         return (self.item_NK != NO_ITEM).sum(axis=1)
 
 
-def list_chunks(samples: Samples, engine: Engine) -> list[np.ndarray]:
+def list_chunks(samples: Samples, engine: Engine, allowed: Allowed) -> list[np.ndarray]:
     """Rows of ``samples`` that are searched together; longest prompts first, as evaluation orders them."""
     by_length = np.argsort(-samples.prompts.lengths, kind="stable")
-    size = CHUNK_ROWS * engine.num_replicas
+    size = min(CHUNK_ROWS * engine.num_replicas, allowed.rows_at_once)
     return [by_length[start : start + size] for start in range(0, len(by_length), size)]
 
 

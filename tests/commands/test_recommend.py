@@ -116,6 +116,11 @@ def test_a_dry_run_checks_and_another_job_is_refused(finished_run: Path, histori
         assert done.returncode == 2
         assert message in done.stderr
         assert "Traceback" not in done.stderr
+    job = json.loads((out / "_job.json").read_text())
+    (out / "_job.json").write_text(json.dumps(job | {"catalog": "0" * 64}))
+    done = called(*arguments, verb="recommend")
+    assert (done.returncode, "another job (catalog: 000000000000.. -> " in done.stderr) == (2, True)
+    (out / "_job.json").write_text(json.dumps(job))
     frame = pl.read_parquet(histories / "a.parquet")
     lists = frame["item_ids"].to_list()
     frame.with_columns(pl.Series("item_ids", [lists[1], *lists[1:]])).write_parquet(histories / "a.parquet")

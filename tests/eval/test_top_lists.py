@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -39,7 +40,7 @@ def lists(allowed: Allowed, *, n: int, min_score: float = 0.0) -> tuple[np.ndarr
     """Lists of all rows, in the order of the rows."""
     engine, samples, seen = scene()
     item_NK, score_NK = np.full((ROWS, n), NO_ITEM), np.full((ROWS, n), -np.inf)
-    for chunk in list_chunks(samples, engine):
+    for chunk in list_chunks(samples, engine, allowed):
         found = search_lists(
             engine, samples, chunk, n=n, width=engine.catalog.trie.num_leaves, token_budget=1 << 12,
             min_score=min_score, allowed=allowed, seen=seen,
@@ -72,6 +73,15 @@ def test_filtered_lists_are_the_full_ranking_without_what_is_forbidden(kept: set
         ][:6]
         listed = item_NK[row] != NO_ITEM
         assert list(zip(item_NK[row][listed].tolist(), score_NK[row][listed].tolist(), strict=True)) == expected
+
+
+def test_long_filters_are_searched_for_fewer_rows_at_once(monkeypatch: pytest.MonkeyPatch):
+    engine, samples, _ = scene()
+    half = Allowed(engine.catalog, np.arange(ITEMS) < 3, unseen=True)
+    expected = lists(half, n=3)
+    monkeypatch.setattr("tawin_nemo.eval.top_lists.MOST_LISTED", 15)
+    assert [len(chunk) for chunk in list_chunks(samples, engine, half)] == [5, 5, 2]
+    assert all(np.array_equal(one, other) for one, other in zip(lists(half, n=3), expected, strict=True))
 
 
 def test_entries_below_the_least_score_are_dropped():
