@@ -67,7 +67,7 @@ def check_users(files: HistoryFiles) -> None:
     asked = pl.Series(repeated[:LOOKED_UP])
     rows: dict[str, list[int]] = {}
     for begin, users in files.users():
-        hit = _hashes(users).is_in(asked.implode()).arg_true().to_list()
+        hit = _hashes(users).is_in(asked).arg_true().to_list()
         for place in hit:
             rows.setdefault(users[place].as_py(), []).append(begin + place)
     several = {user: found for user, found in rows.items() if len(found) > 1}  # equal hashes of two users are no fault
@@ -105,4 +105,4 @@ def _repeated(hash_N: np.ndarray) -> np.ndarray:
 
 
 def _hashes(users: pa.Array) -> pl.Series:
-    return pl.Series(pl.from_arrow(users)).hash()
+    return pl.Series(values=users).hash()

@@ -20,7 +20,6 @@ from tawin_nemo.rollout.engine import Engine
 from tawin_nemo.rollout.filters import ItemFilter
 from tawin_nemo.types import NO_ITEM, TokenRows
 
-
 #: Items that the filters of one search list in all: 256 MiB.
 MOST_LISTED = 1 << 25
 
