@@ -22,6 +22,7 @@ from tawin_nemo.commands.recommend_job import (
 )
 from tawin_nemo.data.histories import Histories, HistoryRows
 from tawin_nemo.data.interactions import Split
+from tawin_nemo.data.prompts import Template
 from tawin_nemo.data.samples import Samples, encode_split
 from tawin_nemo.eval.top_lists import Allowed, TopLists, list_chunks, search_lists
 from tawin_nemo.models.megatron.parallel import runtime
@@ -220,7 +221,7 @@ def encoded(world: World, histories: TokenRows) -> Samples:
     """
     texts, flat = world.item_texts, histories.flat
     marks = bool(world.recipe.model.item_tokens)
-    joins = world.template.joins and not marks
+    joins = world.template.joins and type(world.template).prompt_of is Template.prompt_of and not marks
     used = np.unique(flat) if joins else np.arange(len(texts))
     local = TokenRows(np.searchsorted(used, flat), histories.offsets)
     none = np.zeros(len(histories), dtype=np.int64)
