@@ -229,7 +229,8 @@ def encoded(world: World, histories: TokenRows) -> Samples:
         Split(none, local, none, none), [texts[item] for item in used], world.tokenizer, world.template,
         world.recipe.data, item_tokens=marks,
     )  # fmt: skip
-    return replace(samples, history=TokenRows(used[samples.history.flat], samples.history.offsets))
+    shown = samples.history.take(np.arange(len(histories)))
+    return replace(samples, history=TokenRows(used[shown.flat], shown.offsets))
 
 
 def lists_table(rows: HistoryRows, item_NK: np.ndarray, score_NK: np.ndarray, external_ids: list[str]) -> pa.Table:

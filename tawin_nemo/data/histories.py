@@ -37,8 +37,8 @@ class HistoryRows:
         found = hashlib.sha256()
         for name, column in self.keys.items():
             found.update(repr((name, column.to_pylist())).encode())
-        found.update(self.items.offsets.tobytes())
-        found.update(self.items.flat.tobytes())
+        for numbers in (self.items.offsets, self.items.flat):
+            found.update(np.ascontiguousarray(numbers, dtype=np.int64).tobytes())
         return found.hexdigest()
 
 

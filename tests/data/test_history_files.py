@@ -169,14 +169,20 @@ def split(users: list[int], histories: list[list[int]], targets: list[int]) -> S
     return Split(np.array(users), TokenRows.from_lists(histories), np.array(targets), np.arange(len(users)))
 
 
+class Named(Dataset):
+    """Users 2 and 5 have external ids."""
+
+    def user_ids(self, user_N: np.ndarray) -> list[str | None]:
+        return [{2: "two", 5: "five"}.get(number) for number in user_N.tolist()]
+
+
 def test_prepared_users_have_their_newest_history_with_its_target():
     train = split([5, 2, 5], [[0], [1, 2], [0, 1]], [1, 3, 2])
     valid, test = split([2], [[1, 2, 3]], [0]), split([9, 9], [[3], [3, 1]], [1, 0])
     rows = newest_rows([train, valid, test])
     assert rows.user_N.tolist() == [2, 5, 9]
     assert [rows.history[row].tolist() for row in range(3)] == [[1, 2, 3, 0], [0, 1, 2], [3, 1, 0]]
-    names = pa.table({"user": [2, 5], "external_id": ["two", "five"]})
-    data = Dataset(ItemFrame(ITEMS, ITEMS, [""] * 4), train, valid, test, {}, names)
+    data = Named(ItemFrame(ITEMS, ITEMS, [""] * 4), train, valid, test, {})
     users = PreparedHistories.of_users(data)
     assert users.read(1, 3).keys["user_id"].to_pylist() == ["five", "9"]
     assert [users.read(1, 3).items[row].tolist() for row in range(2)] == [[0, 1, 2], [3, 1, 0]]
