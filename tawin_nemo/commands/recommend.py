@@ -69,11 +69,6 @@ def recommend(world: World, *, dry_run: bool = False) -> dict[str, Any]:
             return {"dry_run": True, **result, "parts_to_do": len(todo)}
         runtime.on_rank_0(lambda: parts.start(job))
         stack.enter_context(signals.listening())
-        if options.ray_actors:
-            from tawin_nemo.commands.recommend_ray import compute_with_ray
-
-            todo = unfinished(parts, parts.share(index, count), source, DataParallel())
-            return result | compute_with_ray(world.recipe, parts, todo, lambda: stop_if_asked(world.deadline))
         from tawin_nemo.train.start import engine_of  # megatron, which a dry run does not need
 
         return result | compute(world, engine_of(world), source, parts, allowed, parts.share(index, count))
@@ -84,10 +79,6 @@ def check_recipe(world: World) -> None:
     options, recipe = world.recipe.recommend, world.recipe
     if recipe.data.show_candidates:
         raise ConfigError("data.show_candidates=true: such a model chooses among shown candidates; use evaluate")
-    if options.ray_actors:
-        from tawin_nemo.commands.recommend_ray import check_ray
-
-        check_ray()
     filters = options.exclude_history or options.allow or options.deny or options.filter
     if filters and recipe.rollout.placement != "colocated":
         raise ConfigError(

@@ -64,11 +64,6 @@ def combinations(r: Recipe) -> Iterator[tuple[bool, str]]:
         rl.max_steps == 0 and rl.epochs == 0 and rl.enabled,
         "rl.max_steps=0 and rl.epochs=0: RL would take no step; set one of them, or rl.enabled=false",
     )
-    yield (
-        r.recommend.ray_actors > 0 and r.processes > 1,
-        f"recommend.ray_actors={r.recommend.ray_actors}: an actor is one process, but trainer.num_nodes x "
-        f"trainer.devices = {r.processes}; set both to 1, or recommend.ray_actors=0",
-    )
     yield from _align_combinations(r)
     yield from precision_combinations(r)
     yield from _space_combinations(r)

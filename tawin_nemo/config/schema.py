@@ -319,11 +319,6 @@ class RecommendConfig:
         -1, -1, RANKS,
         help="Selects the share of this job, from 0 (-1 = SLURM_ARRAY_TASK_ID in a Slurm array, else 0).",
     )  # fmt: skip
-    ray_actors: int = number(
-        0, 0, RANKS,
-        help="Makes the output files in this many actors of Ray Data, each with a model of its own (0 = off; extra "
-        "ray).",
-    )  # fmt: skip
 
 
 @dataclass(frozen=True)

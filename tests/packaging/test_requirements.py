@@ -24,10 +24,6 @@ FOR_NEMO = {"tensorboard", "einops", "pandas", "sacrebleu", "sentencepiece"}
 OPTIONAL = {"apex", "transformer_engine"}
 
 
-#: Extras that the pinned environment does not have; their tests are skipped without them.
-BESIDE = {"ray"}
-
-
 def _project() -> dict:
     return tomllib.loads((REPOSITORY / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 
@@ -58,7 +54,7 @@ def test_every_import_is_required_and_every_requirement_imported():
 
 def test_the_extras():
     assert _project()["optional-dependencies"].keys() == {
-        "serve", "logging", "prepare", "semantic-ids", "pretrained", "plots", "ray", "gpu", "dev",
+        "serve", "logging", "prepare", "semantic-ids", "pretrained", "plots", "gpu", "dev",
     }  # fmt: skip
 
 
@@ -66,8 +62,7 @@ def test_the_pinned_environment_lies_inside_the_ranges():
     project = _project()
     lines = [line for name in ("requirements.txt", "requirements-gpu.txt") for line in _requirements(name)]
     pinned = {canonicalize_name(Requirement(line).name): Requirement(line) for line in lines}
-    extras = [lines for name, lines in project["optional-dependencies"].items() if name not in BESIDE]
-    ranges = [Requirement(line) for part in extras for line in part]
+    ranges = [Requirement(line) for part in project["optional-dependencies"].values() for line in part]
     ranges += [Requirement(line) for line in project["dependencies"]]
     assert {canonicalize_name(wanted.name) for wanted in ranges} == pinned.keys()
     for wanted in ranges:
