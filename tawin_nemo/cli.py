@@ -94,8 +94,8 @@ def disk_is_full(error: BaseException | None) -> bool:
 
 
 def _answering(verb: str) -> contextlib.AbstractContextManager[None]:
-    """A training run answers SIGTERM and SIGUSR1 from its first moment."""
-    if verb not in ("train", "retrain"):
+    """A run that continues later answers SIGTERM and SIGUSR1 from its first moment."""
+    if verb not in ("train", "retrain", "recommend"):
         return contextlib.nullcontext()
     from tawin_nemo.run import signals
 
@@ -105,7 +105,7 @@ def _answering(verb: str) -> contextlib.AbstractContextManager[None]:
 _FLAG: dict[str, Any] = {"action": "store_true"}
 #: Options of single verbs: name, the verbs, meaning, argparse's settings.
 OPTIONS: tuple[tuple[str, tuple[str, ...], str, dict[str, Any]], ...] = (
-    ("--dry-run", ("train", "study"), "say what would be done, then stop", _FLAG),
+    ("--dry-run", ("train", "study", "recommend"), "say what would be done, then stop", _FLAG),
     ("--quick", ("doctor",), "no all-reduce, no disk speed, fewer imports", _FLAG),
     ("--schema", ("keys",), "print the JSON Schema of recipes", _FLAG),
     ("--gpus", ("plan",), "GPUs in all (default: what the recipe asks for)", {"metavar": "N"}),
@@ -210,7 +210,9 @@ def _dispatch(arguments: argparse.Namespace, argv: list[str]) -> int:
         verb: Callable[..., dict[str, Any]] = getattr(
             import_module(f"tawin_nemo.commands.{arguments.verb}"), arguments.verb
         )
-        result = run(recipe, verb, **({"dry_run": arguments.dry_run} if arguments.verb == "train" else {}))
+        result = run(
+            recipe, verb, **({"dry_run": arguments.dry_run} if arguments.verb in ("train", "recommend") else {})
+        )
     if read_launch().rank == 0:
         print(json.dumps(result), flush=True)
     return 0

@@ -26,8 +26,10 @@ def score(recipe: Recipe, data_root: Path) -> dict[str, Any]:
     """
     options, split = recipe.score, recipe.eval.splits[-1]
     path = Path(options.lists)
-    if not options.lists or not path.is_file():
-        raise ConfigError(f"score.lists={options.lists or chr(39) * 2} is no file; name the one that holds the lists")
+    if not options.lists or not (path.is_file() or path.is_dir()):
+        raise ConfigError(
+            f"score.lists={options.lists or chr(39) * 2} is no file and no folder; name the one that holds the lists"
+        )
     theirs = EvalResult.read(_evaluation(Path(options.against)), split) if options.against else None
     output = Path(options.output) if options.output else run_dir_of(recipe) / path.stem
     dataset = load_dataset(data_root)

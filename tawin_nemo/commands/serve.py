@@ -21,7 +21,6 @@ from tawin_nemo.baselines.assist import load_auxiliary_recommender
 from tawin_nemo.commands.serve_versions import check_start, follower_of, known_numbers, version_world
 from tawin_nemo.config.backbones import Backbone
 from tawin_nemo.config.schema import AssistConfig, ModelConfig, Recipe
-from tawin_nemo.data.interactions import ITEMS_FILE, read_item_table
 from tawin_nemo.models.megatron.checkpoint.checkpoint import check_form
 from tawin_nemo.models.megatron.decode.lm import MegatronLM
 from tawin_nemo.models.megatron.hf.io import check_hf
@@ -31,13 +30,12 @@ from tawin_nemo.models.megatron.model.precision import in_precision
 from tawin_nemo.models.megatron.parallel import runtime
 from tawin_nemo.rollout.engine import RolloutEngine
 from tawin_nemo.rollout.lm import LM, MeteredLM
-from tawin_nemo.run.exported import COLUMNS_FILE
 from tawin_nemo.run.published import VERSIONS
 from tawin_nemo.run.trained import check_tokenizer, resolve_checkpoint
 from tawin_nemo.run.world import World
 from tawin_nemo.serve.engine.catalog import PromptFormat, ServedCatalog
 from tawin_nemo.serve.engine.engine import Engine
-from tawin_nemo.serve.engine.item_fields import ItemFields, MatchCache
+from tawin_nemo.serve.engine.item_fields import MatchCache, fields_of
 from tawin_nemo.serve.engine.items_file import read_items
 from tawin_nemo.serve.engine.jobs import Limits
 from tawin_nemo.serve.engine.numbering import numbered
@@ -188,10 +186,12 @@ def first_catalog(world: World) -> ServedCatalog:
 
 def filters_of(world: World, catalog: ServedCatalog) -> MatchCache:
     """Filters by the items' fields: those of the data set, or of an export that has them; else only ids and titles."""
-    settings, root, export = world.recipe.serve, world.dataset.root, world.export
-    files = [file for file in (root and root / ITEMS_FILE, export and export / COLUMNS_FILE) if file and file.is_file()]
-    fields = ItemFields.of(read_item_table(files[0]), catalog.external_ids) if files else ItemFields()
-    return MatchCache(fields, max_filters=settings.max_filters, max_bytes=settings.filter_cache_mb * 1_000_000)
+    settings = world.recipe.serve
+    return MatchCache(
+        fields_of(world, catalog.external_ids),
+        max_filters=settings.max_filters,
+        max_bytes=settings.filter_cache_mb * 1_000_000,
+    )
 
 
 def loader(world: World) -> Callable[[str], LM]:

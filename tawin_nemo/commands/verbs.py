@@ -74,6 +74,22 @@ VERBS = {
         ("generate --recipe recipes/quickstart.yaml generate.history=3,17 generate.n=5",),
         '{"recommendations": [{"history": [title], "items": [{"item": i, "external_id": id, "score": s}]}]}',
     ),
+    "recommend": Verb(
+        "lists of the best items for many users (Parquet -> Parquet), in parts, resumable, over processes and arrays",
+        "recommend.histories is Parquet with user_id and item_ids (external ids, oldest first); without it, those of\n"
+        "the prepared data are used. recommend.output gets part-000000.parquet ...: user_id, item_ids (best first),\n"
+        "scores. Parts are written whole or not at all: the same command goes on after a stop, and refuses a folder\n"
+        "of other weights, catalog, rows or keys. A part has the same bytes whoever makes it: trainer.devices=N\n"
+        "processes here, or the tasks of `sbatch --array=0-9` (recommend.shard_count). --dry-run checks all histories\n"
+        "and counts the parts.\n" + _TRAINED,
+        ("", "recommend", "eval", "rollout", *_MODEL),
+        (
+            "recommend --recipe recipes/quickstart.yaml recommend.n=20 recommend.exclude_history=true",
+            "recommend checkpoint=runs/shop/rl recommend.histories=users/ recommend.output=lists trainer.devices=8",
+            "recommend checkpoint=runs/shop/rl recommend.histories=users/ recommend.filter=[brand=Acme] --dry-run",
+        ),
+        '{"output": folder, "rows": n, "parts": n, "parts_made": n, "rows_per_s": r, "complete": true, ...}',
+    ),
     "convert": Verb(
         "a checkpoint -> Hugging Face directory (import: model.init=DIR)",
         _TRAINED,

@@ -262,11 +262,65 @@ class ConvertConfig:
 class ScoreConfig:
     """The verb score: recommendation lists of another program, measured by the same evaluator."""
 
-    lists: str = opt("", "Names the file of lists to measure: Parquet, CSV, TSV or JSON lines.")
+    lists: str = opt(
+        "", "Names the file of lists to measure (Parquet, CSV, TSV or JSON lines), or a folder that recommend wrote."
+    )
     output: str = opt(
         "", "Names the folder for the measured metrics and the per-user table (empty = RUN_DIR/NAME of the file)."
     )
     against: str = opt("", "Names a finished stage (RUN_DIR/rl) or a folder of score, for paired differences.")
+
+
+@dataclass(frozen=True)
+class RecommendConfig:
+    """The verb recommend: the best items of many users, as Parquet in parts."""
+
+    histories: str = opt(
+        "",
+        "Names Parquet, a file or a folder, with user_id and item_ids (external ids, oldest first), one row per user "
+        "(empty = the prepared data's, see split).",
+    )
+    split: str = choice(
+        "users", "test", "valid", "train",
+        help="Selects the rows without histories: every user of the prepared data once, with all known items (users), "
+        "or the rows of a split as evaluate reads them.",
+    )  # fmt: skip
+    output: str = opt("", "Names the folder for the lists (empty = RUN_DIR/recommend).")
+    n: int = number(10, 1, BEAMS, help="Sets the items per list; max(n, eval.beams) beams are searched.")
+    exclude_history: bool = opt(False, "Never lists an item of the user's own history.")
+    allow: str = opt(
+        "", "Names a file with the only items that lists may hold: an external id per line, or Parquet with item_id."
+    )
+    deny: str = opt("", "Names a file, in the form of allow, with items that no list may hold.")
+    filter: list[str] = opt(
+        [],
+        "Lists FIELD=VALUE of the items table (brand=Acme): several values of one field are alternatives, several "
+        "fields must all match.",
+    )
+    min_score: float = number(
+        0.0, -1e6, 0.0, why="scores are sums of log-probs",
+        help="Drops items with a score below this (0 = keeps all).",
+    )  # fmt: skip
+    unknown_items: str = choice(
+        "error", "skip",
+        help="Ends with an error when histories, allow or deny name items that the catalog does not have, or skips "
+        "these.",
+    )  # fmt: skip
+    empty_histories: str = choice(
+        "error", "skip",
+        help="Ends with an error when a history has no item of the catalog, or gives this user an empty list.",
+    )  # fmt: skip
+    part_rows: int = number(
+        8192, 1, ROWS, help="Sets the rows of an output file, which is what a stopped job loses at most per process."
+    )
+    shard_count: int = number(
+        0, 0, RANKS,
+        help="Divides the output files among this many jobs (0 = the tasks of a Slurm array, else 1).",
+    )  # fmt: skip
+    shard_index: int = number(
+        -1, -1, RANKS,
+        help="Selects the share of this job, from 0 (-1 = SLURM_ARRAY_TASK_ID in a Slurm array, else 0).",
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -1225,11 +1279,14 @@ class Recipe:
     start: str = opt("", "Takes the weights of a finished stage (RUN_DIR/sft) or of a step_N instead of model.init.")
     profile: str = choice("off", "torch", "nsys", help="Profiles steps 2-4 of each stage; torch writes STAGE/profile/.")
     checkpoint: str = opt(
-        "", "Names the stage of a run (RUN_DIR/rl), or one of its step_N, for evaluate, generate, convert and serve."
+        "",
+        "Names the stage of a run (RUN_DIR/rl), or one of its step_N, for evaluate, generate, recommend, convert and "
+        "serve.",
     )
     generate: GenerateConfig = field(default_factory=GenerateConfig)
     convert: ConvertConfig = field(default_factory=ConvertConfig)
     score: ScoreConfig = field(default_factory=ScoreConfig)
+    recommend: RecommendConfig = field(default_factory=RecommendConfig)
     retrain: RetrainConfig = field(default_factory=RetrainConfig)
     serve: ServeConfig = field(default_factory=ServeConfig)
     semantic_ids: SemanticIdsConfig = field(default_factory=SemanticIdsConfig)

@@ -1,8 +1,9 @@
 """Recommendation lists that another program made, ranked and measured as this project's own (``tawin-nemo score``).
 
-A file holds one line per recommended item (``item_id`` with ``rank`` or ``score``) or one line per list (``item_ids``,
-best first). A list belongs to a row of the split by ``row`` (0-based, the order of SPLIT.parquet), by ``user_id`` where
-each user has one row, or, without either and with ``item_ids``, by its place in the file.
+A file (or all Parquet files of a folder, as ``recommend`` writes them) holds one line per recommended item
+(``item_id`` with ``rank`` or ``score``) or one line per list (``item_ids``, best first). A list belongs to a row of the
+split by ``row`` (0-based, the order of SPLIT.parquet), by ``user_id`` where each user has one row, or, without either
+and with ``item_ids``, by its place in the file.
 """
 
 from __future__ import annotations
@@ -79,10 +80,14 @@ def read_lists(path: Path, split: Split, dataset: Dataset) -> ForeignLists:
 
 
 def _read(path: Path) -> pl.DataFrame:
-    if path.suffix not in _READERS:
+    if path.is_dir():
+        files = sorted(file for file in path.glob("*.parquet") if not file.name.startswith((".", "_")))
+        if not files:
+            raise DataError(f"{path} holds no file *.parquet; name a folder that recommend wrote, or one file")
+    elif path.suffix not in _READERS:
         raise DataError(f"{path} is no {', '.join(_READERS)} file; write the lists in one of these formats")
     try:
-        table = _READERS[path.suffix](path)
+        table = pl.read_parquet(files) if path.is_dir() else _READERS[path.suffix](path)
     except (OSError, pl.exceptions.PolarsError) as error:
         raise DataError(f"{path} cannot be read: {str(error).splitlines()[0]}") from error
     if table.is_empty():

@@ -63,16 +63,24 @@ def rejoined(
 
     Also the rows of the running prompts in this list, and those of the new ones.
     """
-    in_use_B = used_B >= 0
-    kept = [] if present is None else [present.filters[row] for row in used_B[in_use_B].tolist()]
-    row_B = torch.full_like(used_B, -1)
-    row_B[in_use_B] = torch.arange(len(kept), device=used_B.device)
-    new = [-1] * len(added)
-    for row, item in enumerate(added):
-        if item is not None:
-            new[row] = len(kept)
+    kept: list[ItemFilter] = []
+    row_of: dict[int, int] = {}
+
+    def row(item: ItemFilter | None) -> int:
+        if item is None:
+            return -1
+        if id(item) not in row_of:  # prompts that are given the same filter share it
+            row_of[id(item)] = len(kept)
             kept.append(item)
-    return kept, row_B, torch.tensor(new, device=used_B.device)
+        return row_of[id(item)]
+
+    used = [row(None if present is None or old < 0 else present.filters[old]) for old in used_B.tolist()]
+    new = [row(item) for item in added]
+    return (
+        kept,
+        torch.tensor(used, dtype=torch.long, device=used_B.device),
+        torch.tensor(new, dtype=torch.long, device=used_B.device),
+    )
 
 
 class Filters:

@@ -75,6 +75,35 @@ def needs_launcher(devices: int, env: Mapping[str, str] = os.environ) -> bool:
     return not is_launched(env) and (devices > 1 or hosts(env) is not None)
 
 
+@dataclass(frozen=True)
+class ArrayTask:
+    """One task of a Slurm array (``sbatch --array``): its number, and the number and limits of all tasks' numbers."""
+
+    task: int
+    count: int
+    first: int
+    last: int
+    step: int = 1
+
+    @property
+    def place(self) -> int | None:
+        """Place of this task among all of them, from 0; None where their numbers are no regular series."""
+        regular = (self.last - self.first) // self.step + 1 == self.count
+        return (self.task - self.first) // self.step if regular else None
+
+
+def read_array_task(env: Mapping[str, str] = os.environ) -> ArrayTask | None:
+    """The task of a Slurm array that this process belongs to; None outside of one."""
+    if "SLURM_ARRAY_TASK_ID" not in env:
+        return None
+    task = int(env["SLURM_ARRAY_TASK_ID"])
+    count, first, last, step = (
+        int(env.get(f"SLURM_ARRAY_TASK_{name}", default))
+        for name, default in (("COUNT", 1), ("MIN", task), ("MAX", task), ("STEP", 1))
+    )
+    return ArrayTask(task, count, first, last, step)
+
+
 def ranks_of_node(env: Mapping[str, str] = os.environ) -> int:
     """Processes of this job on this node, from torchrun's or srun's variables; 1 without a launcher."""
     if "LOCAL_WORLD_SIZE" in env:

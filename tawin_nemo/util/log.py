@@ -37,34 +37,39 @@ def progress(
     total: int | None = None,
     initial: int = 0,
     soonest: Callable[[], int] | None = None,
+    size: Callable[[T], int] = lambda item: 1,
+    unit: str = "it",
 ) -> Iterator[T]:
     """Iterate over ``items`` with a progress bar and an ETA on rank 0.
 
     Where stderr is a file (Slurm, nohup) it logs a line every SECONDS_BETWEEN_LINES seconds instead. ``initial``: items
     that were done before, of ``total``. ``soonest``: the number of items after which early stopping may end the loop,
-    as known now; the time to go counts to there, and the line says so.
+    as known now; the time to go counts to there, and the line says so. ``size``: what an item counts for,
+    in ``unit``; ``total`` and ``initial`` are in this unit, too.
     """
     if total is None and isinstance(items, Sized):
-        total = initial + len(items)
+        total = initial + sum(map(size, items))
 
     def end() -> int | None:
         return total if soonest is None or total is None else min(total, soonest())
 
     if sys.stderr.isatty():
         quiet = read_launch().rank != 0
-        with tqdm(desc=what, total=end(), initial=initial, disable=quiet, dynamic_ncols=True) as bar:
+        with tqdm(desc=what, total=end(), initial=initial, disable=quiet, dynamic_ncols=True, unit=unit) as bar:
             for item in items:
                 yield item
                 bar.total = end()
-                bar.update()
+                bar.update(size(item))
         return
     start = last = time.monotonic()
-    for count, item in enumerate(items, initial + 1):
+    count = initial
+    for item in items:
         yield item
+        count += size(item)
         now = time.monotonic()
         if now - last >= SECONDS_BETWEEN_LINES:
             last, goal = now, end()
-            meter = tqdm.format_meter(count, goal, now - start, initial=initial, bar_format=_LINE)
+            meter = tqdm.format_meter(count, goal, now - start, initial=initial, bar_format=_LINE, unit=unit)
             limit = f" at the soonest; at most {total}" if goal != total else ""
             get_logger(__name__).info("%s %s%s", what, meter, limit)
 

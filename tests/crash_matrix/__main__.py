@@ -68,6 +68,7 @@ def plan(*, full: bool) -> dict[str, Case]:
         "preference": verbs.preference,
         "convert": verbs.convert,
         "tokenize": verbs.tokenize,
+        "recommend": verbs.recommend,
         "lost-server": servers.lost_server,
         "retrain": nights.retrain,
         "ranks": lambda world, name: cases.rank_killed(world, name, RANK_RULES, cases.LAYOUT),

@@ -56,6 +56,12 @@ def tokenize(world: Setting, name: str) -> Outcome:
     return _verb(world, name, "tokenize", words, lambda output: f"semantic_ids.output={output}")
 
 
+def recommend(world: Setting, name: str) -> Outcome:
+    """Lists of all users of the dataset, in parts."""
+    words = [f"checkpoint={world.folder / 'reference' / 'rl'}", "recommend.part_rows=64", "recommend.n=4"]
+    return _verb(world, name, "recommend", words, lambda output: f"recommend.output={output}")
+
+
 def _verb(world: Setting, name: str, verb: str, words: Sequence[str], output: cases.Output) -> Outcome:
     """Kill the verb, then run it to its end: the files of one that was never killed, and no others."""
     whole, killed = (world.folder / f"{name}-{kind}" / "out" for kind in ("whole", "killed"))

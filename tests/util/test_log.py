@@ -38,3 +38,12 @@ def test_early_stopping_can_end_after_the_remaining_checks():
     assert soonest_stop(Progress(step=0), patience=3, check_every=10) == 30
     assert soonest_stop(Progress(step=25, bad_checks=1), patience=3, check_every=10) == 40
     assert soonest_stop(Progress(step=30, bad_checks=3), patience=3, check_every=10) == 30
+
+
+def test_a_line_counts_in_the_units_of_the_items(monkeypatch, caplog):
+    monkeypatch.setattr(log, "SECONDS_BETWEEN_LINES", 0.0)
+    with caplog.at_level(logging.INFO, logger="tawin_nemo"):
+        assert list(log.progress([512, 100], what="recommend", size=lambda rows: rows, unit="rows")) == [512, 100]
+    lines = [record.getMessage() for record in caplog.records]
+    assert [line.split(" [")[0] for line in lines] == ["recommend 512/612", "recommend 612/612"]
+    assert all("rows/s]" in line or "?rows/s" in line for line in lines)

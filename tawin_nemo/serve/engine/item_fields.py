@@ -10,6 +10,7 @@ I: item numbers; R: rows of the table; J: items of the trie; M: items that a fil
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
@@ -20,7 +21,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from tawin_nemo.data.interactions import ITEMS_FILE, read_item_table
 from tawin_nemo.rollout.filters import ItemFilter
+from tawin_nemo.run.exported import COLUMNS_FILE
+from tawin_nemo.run.world import World
 from tawin_nemo.serve.engine.catalog import ServedCatalog
 from tawin_nemo.types import EXTERNAL_ID, ITEM, TITLE
 from tawin_nemo.util.errors import UserError
@@ -77,6 +81,19 @@ class ItemFields:
             match_J &= match_I[catalog.number_J]
         return match_J
 
+    def parsed(self, name: str, text: str) -> Value:
+        """``text`` as a value of field ``name``: a number or truth value where the field holds such.
+
+        Text that is none stays text, for which ``matching`` names the field's values.
+        """
+        kind = _cell(self.table.schema.field(name).type) if name in self.table.column_names else pa.string()
+        if pa.types.is_boolean(kind):
+            return {"true": True, "false": False}.get(text.lower(), text)
+        if _is_number(kind):
+            with contextlib.suppress(ValueError):
+                return float(text)
+        return text
+
     def _having(self, name: str, column: pa.Array, values: tuple[Value, ...]) -> np.ndarray:
         """Bool [R]: the rows of a column that hold one of the values. Raises UnknownFilter for a value in no row."""
         rows, cells = np.arange(len(column)), column
@@ -99,6 +116,13 @@ class ItemFields:
         match_R = np.zeros(len(column), dtype=bool)
         match_R[rows[hit]] = True
         return match_R
+
+
+def fields_of(world: World, external_ids: Sequence[str]) -> ItemFields:
+    """The fields of items, by their numbers: of the data set or of an export with columns, else only ids and titles."""
+    root, export = world.dataset.root, world.export
+    files = [file for file in (root and root / ITEMS_FILE, export and export / COLUMNS_FILE) if file and file.is_file()]
+    return ItemFields.of(read_item_table(files[0]), external_ids) if files else ItemFields()
 
 
 def _fits(value: Value, types: tuple[type, ...]) -> bool:
