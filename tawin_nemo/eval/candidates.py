@@ -62,7 +62,7 @@ def evaluate_candidates(
         raise DataError(f"{label}: no rows to evaluate; check data.eval_limit and the split")
     dp = engine.dp or dp
     mine = np.arange(len(samples))[dp.rank :: dp.size]
-    by_length = mine[np.argsort(-samples.prompts.lengths[mine], kind="stable")]
+    by_length = mine[np.argsort(-samples.prompts.lengths_of(mine), kind="stable")]
     chunks = [by_length[start : start + CHUNK_ROWS] for start in range(0, len(by_length), CHUNK_ROWS)]
     columns: list[np.ndarray] = [np.zeros((0, len(MEASURED)))]
     for rows in progress(chunks, what=f"{label} candidates"):
