@@ -133,6 +133,7 @@ def _converted(root: Path, manifest: dict[str, Any], folder: Path) -> Arrays:
 def _convert(root: Path, manifest: dict[str, Any], folder: Path) -> Path:
     items = num_items(root)
     arrays = {name: _convert_split(root / f"{name}.parquet", items, folder, name) for name in SPLITS}
+    pa.default_memory_pool().release_unused()
     sources = {name: _state(root / name) for name in manifest["files"]}
     write_json(folder / RECORD, {"format": FORMAT, "arrays": arrays, "sources": sources})
     return folder
