@@ -37,9 +37,13 @@ SPLITS = ("train", "valid", "test")
 
 @dataclass(frozen=True)
 class TokenRows:
-    """Ragged token rows in one flat array: row ``i`` is ``flat[offsets[i]:offsets[i + 1]]``."""
+    """Ragged token rows in one flat array: row ``i`` is ``flat[offsets[i]:offsets[i + 1]]``.
 
-    flat: np.ndarray  # [sum of lengths] int64
+    ``flat`` may be int32 (files that are mapped into memory, ``data/split_arrays.py``); single rows and those that are
+    taken are int64 in any case.
+    """
+
+    flat: np.ndarray  # [sum of lengths] int64, or int32
     offsets: np.ndarray  # [N + 1] int64
 
     def __post_init__(self) -> None:
@@ -50,12 +54,22 @@ class TokenRows:
         return len(self.offsets) - 1
 
     def __getitem__(self, row: int) -> np.ndarray:
-        return self.flat[self.offsets[row] : self.offsets[row + 1]]
+        return self.flat[self.offsets[row] : self.offsets[row + 1]].astype(np.int64, copy=False)
 
     @property
     def lengths(self) -> np.ndarray:
         """Tokens of each row, [N] int64."""
         return np.diff(self.offsets)
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest row, 0 without rows."""
+        return int(self.lengths.max(initial=0))
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of all rows together."""
+        return len(self.flat)
 
     @classmethod
     def from_lists(cls, rows: list[list[int]] | list[np.ndarray]) -> TokenRows:
@@ -85,7 +99,15 @@ class TokenRows:
         lengths = self.lengths_of(rows)
         offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
         source = np.repeat(self.offsets[rows] - offsets[:-1], lengths) + np.arange(offsets[-1])
-        return TokenRows(self.flat[source], offsets)
+        return TokenRows(self.flat[source].astype(np.int64, copy=False), offsets)
+
+    def select(self, rows: np.ndarray) -> TokenRows:
+        """``take``: these rows are in memory already."""
+        return self.take(rows)
+
+    def in_memory(self) -> TokenRows:
+        """These rows themselves."""
+        return self
 
     def padded(self, pad: int = 0) -> tuple[Tensor, Tensor]:
         """Right-padded ``tokens_NT`` and ``lengths_N``."""

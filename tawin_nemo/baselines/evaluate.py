@@ -84,7 +84,7 @@ def evaluate_baseline(
         beams=longest,
         collision=cfg.collision,
         per_user=per_user,
-        beyond=beyond_accuracy(leaf_BK, catalog, samples.history, cfg.ks, popularity_I),
+        beyond=beyond_accuracy(leaf_BK, catalog, samples.history.in_memory(), cfg.ks, popularity_I),
     )
 
 

@@ -238,7 +238,7 @@ def _losses(
         items_BL, target_BL = (part.padded(NO_ITEM)[0].to(device) for part in (rows.inputs, rows.targets))
         target_M = target_BL[target_BL != NO_ITEM]
     else:
-        items_BL, target_M = left_padded(rows.history), torch.from_numpy(rows.target_N.astype("int64"))
+        items_BL, target_M = left_padded(rows.history.in_memory()), torch.from_numpy(rows.target_N.astype("int64"))
         items_BL, target_M = items_BL.to(device), target_M.to(device)
     negatives: Tensor | SharedNegatives | None = shared
     if cfg.loss == "bce":

@@ -32,7 +32,7 @@ def generate(world: World) -> dict[str, Any]:
             )
         samples = world.samples[options.split].take(np.arange(min(options.rows, len(world.samples[options.split]))))
         users = world.dataset.user_ids(samples.user_N)
-        histories, prompts = [samples.history[i].tolist() for i in range(len(samples))], samples.prompts
+        histories, prompts = [samples.history[i].tolist() for i in range(len(samples))], samples.prompts.in_memory()
     recommendations = recommend(world, histories, prompts, options.n)
     for entry, user in zip(recommendations, users, strict=False):
         entry |= {} if user is None else {"user": user}

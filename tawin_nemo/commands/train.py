@@ -34,5 +34,5 @@ def train(world: World, *, dry_run: bool = False) -> dict[str, Any]:
         **({"continues": {part.stage: part.keys for part in longer}} if longer else {}),
         "body_parameters": body,
         "embedding_parameters": world.shape.vocab * world.shape.hidden * (1 if world.shape.tied else 2),
-        "prompt_tokens_max": int(world.samples["train"].prompts.lengths.max()),
+        "prompt_tokens_max": world.samples["train"].prompts.longest,
     }

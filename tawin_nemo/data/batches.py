@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 
@@ -15,8 +16,13 @@ from tawin_nemo.types import DataParallel
 
 
 def epoch_order(n: int, seed: int, epoch: int) -> np.ndarray:
-    """A permutation of ``0..n-1`` that depends on its three arguments only."""
-    return np.random.default_rng([seed, epoch]).permutation(n)
+    """A permutation of ``0..n-1`` that depends on its three arguments only; int32 where that is enough.
+
+    It is ``Generator.permutation(n)`` of NumPy, whose shuffle draws the same for every type of number.
+    """
+    order = np.arange(n, dtype=np.int32 if n <= np.iinfo(np.int32).max else np.int64)
+    np.random.default_rng([seed, epoch]).shuffle(order)
+    return order
 
 
 @dataclass(frozen=True)
@@ -41,10 +47,14 @@ class BatchStream:
         for epoch in range(start // self.n, (stop - 1) // self.n + 1):
             order, first = self.order(epoch), epoch * self.n
             parts.append(order[max(start - first, 0) : stop - first])
-        return np.concatenate(parts)
+        return np.concatenate(parts).astype(np.int64, copy=False)
 
     def order(self, epoch: int) -> np.ndarray:
-        """Row indices of one epoch in the order in which batches take them."""
+        """Row indices of one epoch in the order in which batches take them; read-only, kept for the next batch."""
+        return _order_of(self, epoch)
+
+    def make_order(self, epoch: int) -> np.ndarray:
+        """``order``, made anew."""
         return epoch_order(self.n, self.seed, epoch)
 
     def epoch(self, step: int) -> float:
@@ -70,8 +80,10 @@ class MixedStream(BatchStream):
         n = sum(shares)
         return cls(n, min(batch_size, n), seed, tuple(sizes), tuple(shares))
 
-    def order(self, epoch: int) -> np.ndarray:
+    def make_order(self, epoch: int) -> np.ndarray:
         """The row numbers of one epoch in the order in which batches take them: a share of each source, shuffled."""
+        if self.shares == self.sizes:  # row i is number i
+            return epoch_order(self.n, self.seed, epoch)
         parts, first = [], 0
         for source, (size, share) in enumerate(zip(self.sizes, self.shares, strict=True)):
             if share == size:
@@ -80,6 +92,14 @@ class MixedStream(BatchStream):
                 parts.append(first + BatchStream(size, share, self.seed + source).batch(epoch))
             first += size
         return np.concatenate(parts)[epoch_order(self.n, self.seed, epoch)]
+
+
+@lru_cache(maxsize=2)
+def _order_of(stream: BatchStream, epoch: int) -> np.ndarray:
+    """The order of an epoch. A stage takes hundreds of batches of one epoch, and shuffling takes time for all rows."""
+    order = stream.make_order(epoch)
+    order.setflags(write=False)
+    return order
 
 
 def micro_batches(tokens_B: np.ndarray, token_budget: int) -> list[np.ndarray]:

@@ -8,9 +8,11 @@ where rows have candidate sets), further files such as code indices, and ``manif
 from __future__ import annotations
 
 import json
+from collections.abc import Collection
 from dataclasses import dataclass
+from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
@@ -19,6 +21,9 @@ import pyarrow.parquet as pq
 from tawin_nemo.types import CANDIDATES, EXTERNAL_ID, HISTORY, ITEM, SPLITS, TARGET, TIME, TITLE, USER, TokenRows
 from tawin_nemo.util.errors import DataError
 from tawin_nemo.util.files import sha256
+
+if TYPE_CHECKING:
+    from tawin_nemo.data.split_arrays import Arrays
 
 FORMAT = "tawin_nemo.prepared.v1"
 MANIFEST = "manifest.json"
@@ -71,7 +76,7 @@ class ItemFrame:
 class Dataset:
     """A prepared data set: its items, its three splits and the manifest that the preparation wrote.
 
-    ``users``: USER and EXTERNAL_ID, ordered by user number; None where users have no names. ``root``: its folder.
+    ``user_names``: table or file with the names of users, where they have names. ``root``: its folder.
     """
 
     items: ItemFrame
@@ -79,13 +84,19 @@ class Dataset:
     valid: Split
     test: Split
     manifest: dict[str, Any]
-    users: pa.Table | None = None
+    user_names: pa.Table | Path | None = None
     root: Path | None = None
 
     @property
     def has_titles(self) -> bool:
         """Whether items have texts; without, their titles are external ids."""
         return not self.manifest.get(NO_TITLES)
+
+    @cached_property
+    def users(self) -> pa.Table | None:
+        """USER and EXTERNAL_ID, ordered by user number, read at the first use; None where users have no names."""
+        names = self.user_names
+        return _read_table(names, [USER, EXTERNAL_ID]) if isinstance(names, Path) else names
 
     def user_ids(self, user_N: np.ndarray) -> list[str | None]:
         """External ids of users [N]; None for users without a name."""
@@ -113,8 +124,8 @@ def read_manifest(root: Path) -> dict[str, Any]:
     return manifest
 
 
-def verify_files(root: Path, manifest: dict[str, Any]) -> None:
-    """Raise DataError if a file that the manifest lists is absent or has another SHA-256."""
+def verify_files(root: Path, manifest: dict[str, Any], *, skip: Collection[str] = ()) -> None:
+    """Raise DataError if a file that the manifest lists is absent or has another SHA-256; ``skip`` are not hashed."""
     needed = {ITEMS_FILE} | {f"{split}.parquet" for split in SPLITS}
     if missing := sorted(needed - manifest["files"].keys()):
         raise DataError(f"{root / MANIFEST} does not list {', '.join(missing)}; {_AGAIN}")
@@ -122,26 +133,37 @@ def verify_files(root: Path, manifest: dict[str, Any]) -> None:
         path = root / name
         if not path.is_file():
             raise DataError(f"{path} is missing although {MANIFEST} lists it; {_AGAIN}")
-        if (actual := sha256(path)) != expected:
+        if name not in skip and (actual := sha256(path)) != expected:
             raise DataError(
                 f"{path} is damaged or was edited: SHA-256 {actual[:12]}.. instead of {expected[:12]}..; {_AGAIN}"
             )
 
 
-def load_dataset(root: Path) -> Dataset:
+def load_dataset(root: Path, arrays: Arrays | None = None) -> Dataset:
     """Read a prepared folder after verifying the checksums of its manifest.
+
+    ``arrays``: its splits, verified already; they are mapped into memory, and nothing that grows with the rows is read.
 
     Raises DataError for a missing or damaged file, missing columns, item indices that are not 0..I-1, an empty
     history, or samples that name an item outside the catalog.
     """
     manifest = read_manifest(root)
-    verify_files(root, manifest)
+    if arrays is None:
+        verify_files(root, manifest)
     items = _read_items(root / ITEMS_FILE)
-    train, valid, test = (_read_split(root / f"{split}.parquet", len(items)) for split in SPLITS)
-    return Dataset(items, train, valid, test, manifest, _read_users(root, manifest), root)
+    read = partial(_read_split, root, len(items)) if arrays is None else arrays.split
+    train, valid, test = (read(split) for split in SPLITS)
+    users = root / USERS_FILE if USERS_FILE in manifest["files"] else None
+    return Dataset(items, train, valid, test, manifest, users, root)
+
+
+def num_items(root: Path) -> int:
+    """Rows of the items table, without reading it."""
+    return int(pq.read_metadata(root / ITEMS_FILE).num_rows)
 
 
 def _read_table(path: Path, columns: list[str]) -> pa.Table:
+    """These columns of a table. Raises DataError for a missing column or cell, and for a file that is no Parquet."""
     try:
         present = pq.read_schema(path).names
         if missing := [name for name in columns if name not in present]:
@@ -149,7 +171,12 @@ def _read_table(path: Path, columns: list[str]) -> pa.Table:
         table = pq.read_table(path, columns=columns).combine_chunks()
     except (pa.ArrowException, OSError) as error:
         raise DataError(f"{path} cannot be read as Parquet ({error}); {_AGAIN}") from error
-    for name in columns:
+    return check_table(path, table)
+
+
+def check_table(path: Path, table: pa.Table) -> pa.Table:
+    """``table`` itself, of the file ``path``. Raises DataError for a cell without a value."""
+    for name in table.column_names:
         if table[name].null_count:
             raise DataError(f"{path}: column {name!r} has {table[name].null_count} empty cells; {_AGAIN}")
     return table
@@ -181,35 +208,48 @@ def read_item_table(path: Path) -> pa.Table:
         raise DataError(f"{path} cannot be read as Parquet ({error}); {_AGAIN}") from error
 
 
-def _read_users(root: Path, manifest: dict[str, Any]) -> pa.Table | None:
-    return _read_table(root / USERS_FILE, [USER, EXTERNAL_ID]) if USERS_FILE in manifest["files"] else None
+def split_columns(path: Path) -> list[str]:
+    """The columns that a split has. Raises DataError where one is missing."""
+    names = pq.read_schema(path).names if path.is_file() else []
+    columns = [USER, HISTORY, TARGET, TIME, *([CANDIDATES] if CANDIDATES in names else [])]
+    if missing := [name for name in columns if name not in names]:
+        raise DataError(f"{path} has no column {missing[0]!r}; {_AGAIN}")
+    return columns
 
 
-def _read_split(path: Path, num_items: int) -> Split:
-    has_candidates = path.is_file() and CANDIDATES in pq.read_schema(path).names
-    table = _read_table(path, [USER, HISTORY, TARGET, TIME, *([CANDIDATES] if has_candidates else [])])
+def _read_split(root: Path, num_items: int, name: str) -> Split:
+    path = root / f"{name}.parquet"
+    return split_of_table(path, _read_table(path, split_columns(path)), num_items)
+
+
+def split_of_table(path: Path, table: pa.Table, num_items: int, first: int = 0) -> Split:
+    """The rows of a split's table, or of a part of it whose first row has the number ``first``.
+
+    Raises DataError for an empty history, items outside the catalog and wrong candidates.
+    """
+    has_candidates = CANDIDATES in table.column_names
     user, target, time = (table[name].to_numpy() for name in (USER, TARGET, TIME))
     history = _ragged(table[HISTORY])
     candidates = _ragged(table[CANDIDATES]) if has_candidates else None
     if len(history) and history.lengths.min() < 1:
-        raise DataError(f"{path}: row {int(history.lengths.argmin())} has an empty history; {_AGAIN}")
+        raise DataError(f"{path}: row {first + int(history.lengths.argmin())} has an empty history; {_AGAIN}")
     listed = target[:0] if candidates is None else candidates.flat
     for name, values in ((TARGET, target), (HISTORY, history.flat), (CANDIDATES, listed)):
         if len(values) and (values.min() < 0 or values.max() >= num_items):
             wrong = values.min() if values.min() < 0 else values.max()
             raise DataError(f"{path}: column {name!r} names item {wrong}, the catalog has 0..{num_items - 1}; {_AGAIN}")
     if candidates is not None:
-        _check_candidates(path, target, candidates)
+        _check_candidates(path, target, candidates, first)
     return Split(user, history, target, time, candidates)
 
 
-def _check_candidates(path: Path, target_N: np.ndarray, candidates: TokenRows) -> None:
+def _check_candidates(path: Path, target_N: np.ndarray, candidates: TokenRows, first: int) -> None:
     """DataError for a row whose target is missing from its candidates, or that holds a candidate twice."""
     for row, target in enumerate(target_N.tolist()):
         items = candidates[row]
         if target not in items or len(np.unique(items)) < len(items):
             what = "holds a candidate twice" if target in items else f"lacks its target {target}"
-            raise DataError(f"{path}: column {CANDIDATES!r} of row {row} {what}; {_AGAIN}")
+            raise DataError(f"{path}: column {CANDIDATES!r} of row {first + row} {what}; {_AGAIN}")
 
 
 def _ragged(column: pa.ChunkedArray) -> TokenRows:

@@ -125,7 +125,9 @@ class TaskEncoder:
                 f"align.{task.name} has no rows: no item of these has a {task.given} and a {task.wanted}; set "
                 f"align.{task.name}=0"
             )
-        questions = Split(split.user_N[rows], split.history.take(rows), split.target_N[rows], split.time_N[rows])
+        questions = split if len(rows) == len(split) else Split(
+            split.user_N[rows], split.history.take(rows), split.target_N[rows], split.time_N[rows]
+        )  # fmt: skip
         template = TaskTemplate(self.template.wording, _kind(task.given), self.template.chat, task)
         samples = encode_split(questions, given, self.tokenizer, template, self.data)
         return TaskRows(task, samples, self.paths(task.wanted).take(samples.target_N))

@@ -16,6 +16,8 @@ from tawin_nemo.types import TokenRows
 
 #: Entries of each list among which first codes are counted.
 DIVERSITY_K = 10
+#: Rows whose histories are counted at once: NumPy counts a copy of eight bytes per item.
+_COUNTED_ROWS = 1 << 16
 
 
 def beyond_accuracy(
@@ -47,7 +49,11 @@ def target_counts(samples: Samples, num_items: int) -> np.ndarray:
 
 def sequence_counts(samples: Samples, num_items: int) -> np.ndarray:
     """``Pop``: how often each item occurs in the training sequences, histories and targets (NAPO, App. D). [I]"""
-    return target_counts(samples, num_items) + np.bincount(samples.history.flat, minlength=num_items)
+    count_I = target_counts(samples, num_items)
+    for start in range(0, len(samples), _COUNTED_ROWS):
+        shown = samples.history.take(np.arange(start, min(start + _COUNTED_ROWS, len(samples))))
+        count_I += np.bincount(shown.flat, minlength=num_items)
+    return count_I
 
 
 def log_popularity(count_I: np.ndarray) -> np.ndarray:

@@ -95,7 +95,7 @@ def evaluate(
         beams=cfg.beams,
         collision=cfg.collision,
         per_user=per_user,
-        beyond=beyond_accuracy(everything.top_leaf_BK, catalog, samples.history, cfg.ks, popularity_I),
+        beyond=beyond_accuracy(everything.top_leaf_BK, catalog, samples.history.in_memory(), cfg.ks, popularity_I),
     )
 
 
@@ -187,7 +187,7 @@ def _search(
     engine: Engine, samples: Samples, catalog: Catalog, cfg: EvalConfig, rows: np.ndarray, label: str
 ) -> _Rankings:
     """Longest prompts first, so that a chunk too large for the memory fails at once; results in the rows' order."""
-    by_length = np.argsort(-samples.prompts.lengths[rows], kind="stable")
+    by_length = np.argsort(-samples.prompts.lengths_of(rows), kind="stable")
     size = CHUNK_ROWS * engine.num_replicas
     chunks = [by_length[start : start + size] for start in range(0, len(rows), size)]
     parts = [_search_chunk(engine, samples, catalog, cfg, rows[chunk]) for chunk in progress(chunks, what=label)]

@@ -191,7 +191,7 @@ def measure(lists: ForeignLists, dataset: Dataset, split: Split, cfg: EvalConfig
     item_BK = lists.item_BK[:, : max(cfg.ks)]
     leaf_BK = np.where(item_BK >= 0, items.leaf_I[np.maximum(item_BK, 0)], -1)
     popularity_I = sequence_counts(_without_prompts(dataset.train), len(items))
-    beyond = beyond_accuracy(leaf_BK, items, samples.history, cfg.ks, popularity_I)
+    beyond = beyond_accuracy(leaf_BK, items, samples.history.in_memory(), cfg.ks, popularity_I)
     return EvalResult(
         means={name: interval.mean for name, interval in intervals.items()},
         intervals={name: (interval.low, interval.high) for name, interval in intervals.items()},

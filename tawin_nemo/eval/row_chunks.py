@@ -19,7 +19,7 @@ def row_chunks(samples: Samples, dp: DataParallel, label: str) -> list[np.ndarra
     if len(samples) == 0:
         raise DataError(f"{label}: no rows to evaluate; check data.eval_limit and the split")
     mine = np.arange(len(samples))[dp.rank :: dp.size]
-    mine = mine[np.argsort(-samples.prompts.lengths[mine], kind="stable")]
+    mine = mine[np.argsort(-samples.prompts.lengths_of(mine), kind="stable")]
     return [mine[start : start + CHUNK_ROWS] for start in range(0, len(mine), CHUNK_ROWS)]
 
 

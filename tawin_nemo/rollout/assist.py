@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from tawin_nemo.catalog.trie import TokenTrie
+from tawin_nemo.data.lazy_rows import TokenSource
 from tawin_nemo.types import PromptRecord, TokenRows
 from tawin_nemo.util.errors import TawinError
 
@@ -121,7 +122,7 @@ def edge_logprobs(trie: TokenTrie, scores_BI: np.ndarray) -> np.ndarray:
     return edge_BV
 
 
-def histories_for(engine: object, histories: TokenRows, rows: np.ndarray | None = None) -> dict[str, Any]:
+def histories_for(engine: object, histories: TokenSource, rows: np.ndarray | None = None) -> dict[str, Any]:
     """Keyword ``histories`` of a search (for some rows of them) where the engine has an assistant, else nothing."""
     if getattr(engine, "assistant", None) is None:
         return {}

@@ -15,13 +15,14 @@ from tawin_nemo.catalog.items import Catalog
 from tawin_nemo.config.backbones import with_vocab
 from tawin_nemo.config.load import differences, to_yaml
 from tawin_nemo.config.schema import Recipe
-from tawin_nemo.data.interactions import Dataset, ItemFrame, Split, load_dataset
+from tawin_nemo.data.interactions import Dataset, ItemFrame, Split
 from tawin_nemo.data.jinja_prompts import Columns, JinjaTemplate
+from tawin_nemo.data.prompt_encoder import PromptEncoder
 from tawin_nemo.data.prompts import Template, build_template
-from tawin_nemo.data.samples import encode_split
 from tawin_nemo.data.tokenizer import Tokenizer
 from tawin_nemo.models.megatron.hf.config import backbone_from_hf
 from tawin_nemo.models.megatron.parallel import runtime
+from tawin_nemo.run.node import open_dataset, open_samples
 from tawin_nemo.run.world import World, check_lengths, deadline, limited
 from tawin_nemo.types import SPLITS, TokenRows
 from tawin_nemo.util.errors import CatalogError, ConfigError
@@ -96,7 +97,7 @@ def exported_world(recipe: Recipe, folder: Path, run_dir: Path, data_root: Path 
     texts = ["".join(item) for item in codes] if template.kind == "sid" else catalog.titles
     dataset = _dataset(catalog, data_root)
     splits = {name: limited(getattr(dataset, name), name, recipe) for name in SPLITS}
-    samples = {name: encode_split(split, texts, tokenizer, template, recipe.data) for name, split in splits.items()}
+    samples = open_samples(splits, PromptEncoder(texts, tokenizer, template), recipe.data)
     shape = with_vocab(backbone_from_hf(folder), tokenizer.size)
     check_lengths(samples, catalog, shape)
     return World(
@@ -125,7 +126,7 @@ def _dataset(catalog: Catalog, data_root: Path | None) -> Dataset:
         none = np.zeros(0, dtype=np.int64)
         empty = Split(none, TokenRows.from_lists([]), none, none)
         return Dataset(items, empty, empty, empty, {})
-    data = load_dataset(data_root)
+    data = open_dataset(data_root)
     number_of = {name: item for item, name in enumerate(catalog.external_ids)}
     unknown = [name for name in data.items.external_ids if name not in number_of]
     if unknown:
@@ -139,7 +140,9 @@ def _dataset(catalog: Catalog, data_root: Path | None) -> Dataset:
 
 
 def _renumbered(split: Split, numbers_I: np.ndarray) -> Split:
-    """A split with the item numbers of another catalog."""
+    """A split with the item numbers of another catalog; the split itself where these are the same."""
+    if np.array_equal(numbers_I, np.arange(len(numbers_I))):
+        return split
 
     def rows(old: TokenRows) -> TokenRows:
         return TokenRows(numbers_I[old.flat], old.offsets)

@@ -6,7 +6,7 @@ import json
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 
 import numpy as np
@@ -18,14 +18,16 @@ from tawin_nemo.config.backbones import Backbone, backbone, with_vocab
 from tawin_nemo.config.load import differences, to_yaml
 from tawin_nemo.config.schema import Recipe
 from tawin_nemo.data.catalog_builder import build_catalog
-from tawin_nemo.data.interactions import Dataset, Split, load_dataset
+from tawin_nemo.data.interactions import Dataset, Split
+from tawin_nemo.data.prompt_encoder import PromptEncoder
 from tawin_nemo.data.prompts import Template
-from tawin_nemo.data.samples import PromptEncoder, Samples, encode_split
+from tawin_nemo.data.samples import Samples
 from tawin_nemo.data.tasks import active_tasks
 from tawin_nemo.data.tokenizer import Tokenizer, build_tokenizer
 from tawin_nemo.models.megatron.hf.config import backbone_from_hf
 from tawin_nemo.models.megatron.parallel import runtime
 from tawin_nemo.run.datasets import run_dir_of
+from tawin_nemo.run.node import open_dataset, open_samples
 from tawin_nemo.run.prompt_format import final_template, plain_template
 from tawin_nemo.types import SPLITS, DataParallel, TokenRows
 from tawin_nemo.util import times
@@ -103,27 +105,29 @@ class World:
     @property
     def train_rows_for_sft(self) -> np.ndarray:
         """Row numbers of ``samples['train']`` (time order) that the first SFT sees."""
-        rows = np.arange(len(self.samples["train"]))
         if self.recipe.sft.rows == "fresh":
-            return rows[self._first_fresh :]
-        return self.earlier_rows if self._sft_is_earlier else rows
+            return self.all_rows[self._first_fresh :]
+        return self.earlier_rows if self._sft_is_earlier else self.all_rows
+
+    @cached_property
+    def all_rows(self) -> np.ndarray:
+        """All row numbers of train, of which the others are views."""
+        return np.arange(len(self.samples["train"]))
 
     @property
     def earlier_rows(self) -> np.ndarray:
         """Row numbers of train before its ``rl.fresh_share``."""
-        return np.arange(self._first_fresh)
+        return self.all_rows[: self._first_fresh]
 
     @property
     def train_rows_for_rl(self) -> np.ndarray:
         """Row numbers that RL (and the SFT continued beside it) sees."""
-        first = self._first_fresh if self.recipe.rl.rows == "fresh" else 0
-        return np.arange(first, len(self.samples["train"]))
+        return self.all_rows[self._first_fresh if self.recipe.rl.rows == "fresh" else 0 :]
 
     @property
     def train_rows_for_preference(self) -> np.ndarray:
         """Row numbers that preference optimisation sees."""
-        first = self._first_fresh if self.recipe.preference.rows == "fresh" else 0
-        return np.arange(first, len(self.samples["train"]))
+        return self.all_rows[self._first_fresh if self.recipe.preference.rows == "fresh" else 0 :]
 
     @property
     def _first_fresh(self) -> int:
@@ -160,7 +164,7 @@ def open_run_dir(recipe: Recipe, *, same_recipe: bool) -> Path:
 
 def build_world(recipe: Recipe, run_dir: Path, data_root: Path, *, codes_path: Path | None = None) -> World:
     """Load the prepared dataset under ``data_root`` and derive everything from it (deterministic on every rank)."""
-    dataset = load_dataset(data_root)
+    dataset = open_dataset(data_root)
     check_titles(recipe, dataset)
     codes = load_codes(codes_path, dataset.items.external_ids) if codes_path else None
     plain = plain_template(recipe, run_dir, data_root)
@@ -172,12 +176,10 @@ def build_world(recipe: Recipe, run_dir: Path, data_root: Path, *, codes_path: P
         dataset.items.titles, dataset.items.external_ids, texts, tokenizer, template, kind=recipe.catalog.kind
     )
     splits = {name: limited(getattr(dataset, name), name, recipe) for name in SPLITS}
-    rules = (texts, tokenizer, template, recipe.data)
-    encode = partial(encode_split, item_tokens=bool(recipe.model.item_tokens))
-    samples = {name: encode(split, *rules) for name, split in splits.items()}
-    for name, rows in samples.items():
-        if len(rows) == 0:
-            raise DataError(f"split {name} of {data_root} has no rows; prepare it with more data")
+    encoder = PromptEncoder(texts, tokenizer, template, item_tokens=bool(recipe.model.item_tokens))
+    if empty := [name for name, split in splits.items() if len(split) == 0]:
+        raise DataError(f"split {empty[0]} of {data_root} has no rows; prepare it with more data")
+    samples = open_samples(splits, encoder, recipe.data)
     shape = _shape(recipe, tokenizer.size)
     check_lengths(samples, catalog, shape)
     if runtime.world_rank() == 0:
@@ -250,7 +252,7 @@ def _shape(recipe: Recipe, vocab_needed: int) -> Backbone:
 
 def check_lengths(samples: dict[str, Samples], catalog: Catalog, shape: Backbone) -> None:
     """Raises ConfigError when a prompt with its answer has more tokens than the model attends to."""
-    prompts = max(int(rows.prompts.lengths.max(initial=0)) for rows in samples.values())
+    prompts = max(rows.prompts.longest for rows in samples.values())
     longest = prompts + int(catalog.paths.lengths.max())
     if longest > shape.positions:
         has = f"has {shape.max_position} positions"
@@ -263,8 +265,7 @@ def check_lengths(samples: dict[str, Samples], catalog: Catalog, shape: Backbone
 
 def _too_long(catalog: Catalog, shape: Backbone) -> str:
     """Which key helps: of the items where one alone fills much of the model's positions, else of the prompts."""
-    longest = int(catalog.paths.lengths.argmax())
-    tokens = int(catalog.paths.lengths[longest])
+    longest, tokens = int(catalog.paths.lengths.argmax()), catalog.paths.longest
     if tokens <= shape.max_position // 4:
         return "lower data.max_prompt_tokens or data.max_history"
     title = catalog.titles[longest]
@@ -285,14 +286,13 @@ def catalog_summary(catalog: Catalog, samples: dict[str, Samples]) -> dict[str, 
         "path_tokens_mean": float(lengths.mean()),
         "path_tokens_max": int(lengths.max()),
         "rows": {name: len(rows) for name, rows in samples.items()},
-        "prompt_tokens_mean": {name: float(rows.prompts.lengths.mean()) for name, rows in samples.items()},
+        "prompt_tokens_mean": {name: rows.prompts.num_tokens / len(rows) for name, rows in samples.items()},
     }
 
 
 def deadline(max_time: str) -> float | None:
     """Monotonic clock reading at which ``DD:HH:MM:SS`` from now is over; None for an empty string."""
-    seconds = times.duration(max_time)
-    return None if seconds is None else time.monotonic() + seconds
+    return None if (seconds := times.duration(max_time)) is None else time.monotonic() + seconds
 
 
 def read_json(path: Path) -> dict[str, object]:

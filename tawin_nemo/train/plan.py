@@ -38,7 +38,7 @@ def plans(world: World) -> Iterator[Plan]:
             yield Plan("sft_continued", rl_start, fresh, "sft")
         yield Plan("rl", rl_start, fresh, "rl")
     if recipe.compare.sft_all:
-        yield Plan("sft_all", None, np.arange(len(world.samples["train"])), "sft")
+        yield Plan("sft_all", None, world.all_rows, "sft")
 
 
 def total_steps(rl: RlConfig, rows: int) -> int:

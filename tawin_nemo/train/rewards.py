@@ -14,11 +14,12 @@ from torch import Tensor
 from tawin_nemo.baselines.load import load_scorer
 from tawin_nemo.config.schema import RlConfig
 from tawin_nemo.config.seams import reward_terms
+from tawin_nemo.data.lazy_rows import TokenSource
 from tawin_nemo.data.text_vectors import load_item_vectors, text_vectors
 from tawin_nemo.maths.rewards import collaborative_reward, ranking_reward, semantic_reward
 from tawin_nemo.run.world import World
 from tawin_nemo.train.own_code import own_group_values
-from tawin_nemo.types import NO_ITEM, Rollout, TokenRows
+from tawin_nemo.types import NO_ITEM, Rollout
 from tawin_nemo.util.errors import ConfigError
 from tawin_nemo.util.imports import is_import_path
 from tawin_nemo.util.log import get_logger
@@ -109,7 +110,7 @@ class CollaborativeReward:
     """``collaborative_reward``: the rule, and what a recommender thinks of the candidate after this history."""
 
     scorer: ItemScorer
-    history: TokenRows  # row r: items of row r of train, oldest first, as the prompt shows them
+    history: TokenSource  # row r: items of row r of train, oldest first, as the prompt shows them
     weight: float
 
     def __call__(self, rollout: Rollout) -> Tensor:

@@ -59,7 +59,7 @@ class PromptStream:
 
         def batch(n: int) -> PromptBatch:
             picked = rows[stream.batch(n)]
-            return samples.prompt_batch(balanced_shard(picked, samples.prompts.lengths[picked], dp))
+            return samples.prompt_batch(balanced_shard(picked, samples.prompts.lengths_of(picked), dp))
 
         return cls(batch)
 

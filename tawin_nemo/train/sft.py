@@ -57,7 +57,7 @@ def train_sft(
         lr = scheduled(cfg, step, total)
         with timers("data"):
             picked = data.picked(step)
-            batches = data.batches(world, balanced_shard(picked, data.lengths_N[picked], world.dp))
+            batches = data.batches(world, balanced_shard(picked, data.lengths_of(picked), world.dp))
             micro_batches = sft_micro_batches(world, batches)
         with timers("update"):
             stats = guard(partial(trainable.update, micro_batches, lr=lr), batches)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +15,10 @@ from tawin_nemo.catalog.item_names import named, shorten
 from tawin_nemo.config.schema import SftConfig
 from tawin_nemo.data.batches import BatchStream, MixedStream
 from tawin_nemo.data.interactions import Split
-from tawin_nemo.data.samples import PromptEncoder, Samples
+from tawin_nemo.data.lazy_rows import JoinedRows, TokenSource
+from tawin_nemo.data.prompt_encoder import PromptEncoder
+from tawin_nemo.data.prompt_index import measured
+from tawin_nemo.data.samples import Samples
 from tawin_nemo.data.tasks import (
     CODES,
     DESCRIPTION,
@@ -78,9 +80,9 @@ class Curriculum:
 @dataclass(frozen=True)
 class SftData:
     """N questions with their answers: the rows of train, then those of the tasks, then with a curriculum the rows of
-    train without item tokens; without tasks and curriculum nothing is copied."""
+    train without item tokens; without tasks and curriculum nothing is copied, and no array grows with the rows."""
 
-    prompts: TokenRows
+    prompts: TokenSource
     answers: TokenRows  # the paths of the catalog's items first
     answer_N: np.ndarray  # which of the answers each prompt has
     num_items: int
@@ -94,10 +96,9 @@ class SftData:
         picked = self.row_of[self.stream.batch(step)]
         return picked if self.curriculum is None else self.curriculum.chosen(picked, step)
 
-    @cached_property
-    def lengths_N(self) -> np.ndarray:
-        """Tokens of each question with its answer."""
-        return self.prompts.lengths + self.answers.lengths[self.answer_N]
+    def lengths_of(self, rows: np.ndarray) -> np.ndarray:
+        """Tokens of each of the questions ``rows`` with its answer."""
+        return self.prompts.lengths_of(rows) + self.answers.lengths_of(self.answer_N[rows])
 
     def batches(self, world: World, rows: np.ndarray) -> list[TokenBatch]:
         """The questions ``rows`` and their answers as token batches under the token budget of ``sft``."""
@@ -114,7 +115,7 @@ def sft_data(world: World, rows: np.ndarray, *, curriculum: float = 0.0) -> SftD
     """
     train, paths = world.samples["train"], world.catalog.paths
     tasks = tuple(task_sets(world, rows))
-    answers, answer_N, first = [paths], [train.target_N.astype(np.int64)], len(paths)
+    answers, answer_N, first = [paths], [train.target_N.astype(np.int64, copy=False)], len(paths)
     for part in (task.train for task in tasks):
         if part.task.wanted == CODES:
             answer_N.append(part.samples.target_N.astype(np.int64))
@@ -123,7 +124,7 @@ def sft_data(world: World, rows: np.ndarray, *, curriculum: float = 0.0) -> SftD
             answers.append(part.answers)
             first += len(part)
     texts = [text_prompts(world)] if curriculum > 0 else []
-    answer_N += [train.target_N.astype(np.int64) for _ in texts]
+    answer_N += [train.target_N.astype(np.int64, copy=False) for _ in texts]
     counts = [len(part.train) for part in tasks]
     shares = [round(getattr(world.recipe.align, part.task.name) * len(part.train)) for part in tasks]
     stream = MixedStream.of(
@@ -132,29 +133,32 @@ def sft_data(world: World, rows: np.ndarray, *, curriculum: float = 0.0) -> SftD
     steps = curriculum * world.recipe.sft.epochs * -(-stream.n // stream.batch_size)
     first_text = len(train) + sum(counts)
     return SftData(
-        prompts=TokenRows.cat([train.prompts, *(part.train.samples.prompts for part in tasks), *texts]),
+        prompts=JoinedRows.of([train.prompts, *(part.train.samples.prompts for part in tasks), *texts]),
         answers=TokenRows.cat(answers),
-        answer_N=np.concatenate(answer_N),
+        answer_N=joined_arrays(answer_N),
         num_items=len(paths),
-        row_of=np.concatenate([rows, len(train) + np.arange(sum(counts))]).astype(np.int64),
+        row_of=joined_arrays([rows, len(train) + np.arange(sum(counts))]),
         stream=stream,
         tasks=tasks,
         curriculum=Curriculum(max(1, round(steps)), len(train), first_text, world.recipe.seed) if texts else None,
     )
 
 
-def text_prompts(world: World) -> TokenRows:
+def joined_arrays(parts: Sequence[np.ndarray]) -> np.ndarray:
+    """The int64 arrays one after another; the only one with entries is returned as it is."""
+    filled = [part for part in parts if len(part)]
+    return filled[0] if len(filled) == 1 else np.concatenate(parts)
+
+
+def text_prompts(world: World) -> TokenSource:
     """The prompts of the rows of train without item tokens, with the same items in them."""
     train = world.samples["train"]
     encoder = PromptEncoder(world.item_texts, world.tokenizer, world.template)
-    if not world.recipe.data.show_candidates:
-        return encoder.encode(train.history)
-    assert train.candidates is not None  # encode_split
-    return encoder.encode_with_candidates(train.history, train.candidates)
+    return measured(train.history, encoder, train.candidates if world.recipe.data.show_candidates else None)
 
 
 def answer_batches(
-    world: World, prompts: TokenRows, answers: TokenRows, is_item_N: np.ndarray, cfg: SftConfig
+    world: World, prompts: TokenSource, answers: TokenRows, is_item_N: np.ndarray, cfg: SftConfig
 ) -> list[TokenBatch]:
     """Each prompt followed by its answer, packed under the token budget.
 
@@ -195,7 +199,7 @@ def task_sets(world: World, rows: np.ndarray) -> Iterator[TaskSet]:
     items = held_out_items(len(world.catalog), align.holdout, world.recipe.seed)
     valid = world.samples["valid"]
     tested = np.unique(np.linspace(0, len(valid) - 1, min(TESTED_ROWS, len(valid))).astype(np.int64))
-    histories = _as_split(world.samples["train"].take(rows)), _as_split(valid.take(tested))
+    histories = _as_split(_taken(world.samples["train"], rows)), _as_split(valid.take(tested))
     for task in tasks:
         learnt, held = histories if task.of_history else map(items_as_split, items)
         task_set = TaskSet(wording.rows(task, learnt), wording.rows(task, held))
@@ -241,5 +245,11 @@ def intentions(path: Path, external_ids: Sequence[str], max_words: int) -> list[
     return [truncate_words(str(texts.get(item, "")), max_words) for item in external_ids]
 
 
+def _taken(samples: Samples, rows: np.ndarray) -> Samples:
+    """The samples at the ascending indices ``rows``; the same samples, not copied, where these are all."""
+    return samples if len(rows) == len(samples) else samples.take(rows)
+
+
 def _as_split(samples: Samples) -> Split:
-    return Split(samples.user_N, samples.history, samples.target_N, np.zeros(len(samples), dtype=np.int64))
+    history = samples.history.in_memory()
+    return Split(samples.user_N, history, samples.target_N, np.broadcast_to(np.int64(0), len(samples)))

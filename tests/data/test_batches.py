@@ -7,7 +7,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tawin_nemo.data.batches import BatchStream, MixedStream, balanced_shard, epoch_order, micro_batches, shard
+from tawin_nemo.data.batches import (
+    BatchStream,
+    MixedStream,
+    balanced_shard,
+    epoch_order,
+    micro_batches,
+    shard,
+)
 from tawin_nemo.types import DataParallel
 
 
@@ -131,3 +138,32 @@ def test_micro_batches_group_prompts_of_similar_size_largest_first():
     groups = micro_batches(np.array([2, 9, 3, 10, 2]), token_budget=20)
     assert [group.tolist() for group in groups] == [[3, 1], [2, 0, 4]]
     assert [group.tolist() for group in micro_batches(np.array([7, 30, 7]), token_budget=14)] == [[1], [0, 2]]
+
+
+@pytest.mark.parametrize("n", [1, 2, 9, 70_000])
+def test_the_order_of_small_numbers_is_numpy_s_permutation(n: int):
+    order = epoch_order(n, 3, 5)
+    assert order.dtype == np.int32
+    np.testing.assert_array_equal(order, np.random.default_rng([3, 5]).permutation(n))
+
+
+def test_an_epoch_is_shuffled_once(monkeypatch: pytest.MonkeyPatch):
+    shuffled = []
+    plain = epoch_order
+    monkeypatch.setattr("tawin_nemo.data.batches.epoch_order", lambda *given: shuffled.append(given) or plain(*given))
+    for stream in (
+        BatchStream(90, 7, seed=11),
+        MixedStream.of([90], [90], 7, seed=12),
+        MixedStream.of([9, 3], [9, 1], 2, 13),
+    ):
+        shuffled.clear()
+        batches = [stream.batch(step) for step in range(stream.n // stream.batch_size)]
+        assert [seed for _, seed, epoch in shuffled if epoch == 0].count(stream.seed) == 1
+        assert all(batch.dtype == np.int64 and batch.flags.writeable for batch in batches)
+        np.testing.assert_array_equal(np.concatenate(batches), stream.make_order(0)[: sum(map(len, batches))])
+        assert not stream.order(0).flags.writeable
+
+
+def test_all_of_every_source_is_the_sources_one_after_another():
+    whole, shares = MixedStream.of([5, 4], [5, 4], 3, 2), np.arange(9)
+    np.testing.assert_array_equal(whole.order(1), shares[epoch_order(9, 2, 1)])

@@ -91,7 +91,7 @@ def test_item_tokens_count_when_a_prompt_is_cut():
     cut = encode_split(split, TEXTS, tokenizer, TEMPLATES[0], data, item_tokens=True)
     assert cut.prompts.lengths[0] <= longest
     assert len(cut.history[0]) < len(plain.history[0]) == 4
-    assert (cut.prompts.flat >= FIRST_ITEM_TOKEN).sum() == len(cut.history[0])
+    assert (cut.prompts.in_memory().flat >= FIRST_ITEM_TOKEN).sum() == len(cut.history[0])
 
 
 def test_a_title_with_a_character_of_a_mark_is_refused():

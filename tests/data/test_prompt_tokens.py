@@ -33,7 +33,7 @@ def whole(encoder: PromptEncoder, histories: TokenRows) -> list[list[int]]:
 
 
 def joined(encoder: PromptEncoder, histories: TokenRows) -> list[list[int]]:
-    rows = encoder._join(histories)
+    rows = encoder.join(histories)
     return [rows[row].tolist() for row in range(len(rows))]
 
 
