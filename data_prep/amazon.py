@@ -17,12 +17,12 @@ from tawin_nemo.data_prep.ndjson import Field, Problems, read_frames
 from tawin_nemo.data_prep.raw import (
     ITEM_SCHEMA,
     RATING,
+    Collect,
     Period,
     RawData,
     Reviews,
     Selection,
     collect_reviews,
-    frequent_items,
 )
 from tawin_nemo.data_prep.tables import open_table
 from tawin_nemo.data_prep.titles import clean_column, join_json_list
@@ -67,7 +67,8 @@ def _fields(path: Path) -> tuple[str, ...]:
 
 
 def read(
-    name: str, reviews: Path, metadata: Path, period: Period, k: int, selection: Selection | None = None
+    name: str, reviews: Path, metadata: Path, period: Period, k: int, selection: Selection | None = None,
+    collect: Collect = collect_reviews,
 ) -> RawData:  # fmt: skip
     """Read both files. Descriptions and categories are kept only for items with at least k reviews.
 
@@ -75,7 +76,7 @@ def read(
     """
     fields, selection = release(reviews, metadata), selection or Selection()
     review_problems, item_problems = Problems(reviews), Problems(metadata)
-    log = _read_reviews(reviews, fields, period, selection, review_problems)
+    log = _read_reviews(reviews, fields, period, selection, review_problems, collect)
     review_problems.report()
     items = _read_items(metadata, fields, log, k, item_problems)
     item_problems.report()
@@ -83,7 +84,7 @@ def read(
 
 
 def _read_reviews(
-    path: Path, names: Release, period: Period, selection: Selection, problems: Problems
+    path: Path, names: Release, period: Period, selection: Selection, problems: Problems, collect: Collect
 ) -> Reviews:  # fmt: skip
     fields = [Field(names.user, "id"), Field(names.item, "id"), Field(names.time, "int")]
     columns = [pl.col(names.user).alias(USER), pl.col(names.item).alias(ITEM), pl.col(names.time).alias(TIME)]
@@ -91,14 +92,14 @@ def _read_reviews(
         fields.append(Field(names.rating, "scalar"))
         columns.append(pl.col(names.rating).cast(pl.Float64, strict=False).alias(RATING))
     frames = (frame.select(columns) for frame in read_frames(path, fields, problems))
-    return collect_reviews(frames, period, selection)
+    return collect(frames, period, selection)
 
 
 def _read_items(path: Path, names: Release, reviews: Reviews, k: int, problems: Problems) -> pl.DataFrame:
     texts = (TITLE, DESCRIPTION, names.brand, names.category)
     fields = [Field(names.item, "id"), *(Field(text, "text") for text in texts), Field(PRICE, "text")]
-    reviewed = reviews.inside[ITEM].unique()
-    frequent = frequent_items(reviews, k)
+    reviewed = reviews.items()
+    frequent = reviews.items(k)
     parts = [pl.DataFrame(schema=ITEM_SCHEMA)]
     for frame in read_frames(path, fields, problems):
         frame = frame.filter(pl.col(names.item).is_in(reviewed.implode()))

@@ -12,6 +12,7 @@ import polars as pl
 import pyarrow as pa
 
 from tawin_nemo.data.interactions import FORMAT, ITEMS_FILE, MANIFEST, NO_TITLES, USERS_FILE, Split
+from tawin_nemo.data_prep.parquet_rows import write_table
 from tawin_nemo.data_prep.splits import LEAVE_ONE_OUT, late_train_rows
 from tawin_nemo.types import CANDIDATES, HISTORY, SPLITS, TARGET, TIME, USER, TokenRows
 from tawin_nemo.util.errors import DataError
@@ -48,7 +49,7 @@ def leak_check(
         samples = splits[name]
         if len(samples) == 0:
             raise DataError(f"split {name} has no rows; leak check needs all of {', '.join(SPLITS)}")
-        _check_indices(name, samples, num_items, max_history)
+        check_indices(name, samples, num_items, max_history)
         time = samples.time_N
         if (backwards := np.flatnonzero(np.diff(time) < 0)).size:
             raise DataError(f"leak: {name} row {int(backwards[0]) + 1} is earlier than the row before it")
@@ -60,7 +61,8 @@ def leak_check(
     return LeakReport(borders, sum(map(len, ordered)), _broken_windows(ordered, max_history))
 
 
-def _check_indices(name: str, samples: Split, num_items: int, max_history: int) -> None:
+def check_indices(name: str, samples: Split, num_items: int, max_history: int) -> None:
+    """Raise DataError for an item outside 0..num_items-1 and for a history that is empty or too long."""
     for what, values in (("target", samples.target_N), ("history", samples.history.flat)):
         wrong = values[(values < 0) | (values >= num_items)]
         if len(wrong):
@@ -125,6 +127,19 @@ class Prepared:
     has_titles: bool = True
 
 
+@dataclass(frozen=True)
+class Summary:
+    """What the manifest and statistics.md of a prepared folder say beside the checksums of its files."""
+
+    name: str
+    source: str
+    steps: list[Step]
+    problems: dict[str, Any]
+    statistics: dict[str, Any]
+    leaks: LeakReport
+    has_titles: bool = True
+
+
 def write_dataset(prepared: Prepared, out: Path, request: dict[str, Any]) -> Path:
     """Write the folder ``out`` atomically; the same input gives the same bytes.
 
@@ -133,34 +148,46 @@ def write_dataset(prepared: Prepared, out: Path, request: dict[str, Any]) -> Pat
     """
     by_time = prepared.split != LEAVE_ONE_OUT
     report = leak_check(prepared.splits, prepared.items.height, prepared.max_history, by_time=by_time)
-    if report.broken_windows and prepared.source not in READY_MADE:
-        raise DataError(f"leak: {report.broken_windows} samples do not continue the same user's previous sample")
+    if prepared.source not in READY_MADE:
+        check_windows(report)
     with atomic_directory(out) as folder:
-        _write_parquet(prepared.items.to_arrow(), folder / ITEMS_FILE)
+        write_table(prepared.items.to_arrow(), folder / ITEMS_FILE)
         if prepared.users is not None:
-            _write_parquet(prepared.users.to_arrow(), folder / USERS_FILE)
+            write_table(prepared.users.to_arrow(), folder / USERS_FILE)
         for name in SPLITS:
-            _write_parquet(_table(prepared.splits[name]), folder / f"{name}.parquet")
+            write_table(sample_table(prepared.splits[name]), folder / f"{name}.parquet")
         for name, content in prepared.extra_files.items():
             (folder / name).write_bytes(content)
-        statistics = _statistics(prepared)
-        (folder / STATISTICS).write_text(_markdown(prepared, statistics, report), encoding="utf-8")
-        manifest = {
-            "format": FORMAT,
-            "name": prepared.name,
-            "source": prepared.source,
-            "request": request,
-            "statistics": statistics,
-            "steps": [asdict(step) for step in prepared.steps],
-            "problems": prepared.problems,
-            "leak_check": asdict(report),
-            "files": {path.name: sha256(path) for path in sorted(folder.iterdir())},
-        } | ({} if prepared.has_titles else {NO_TITLES: True})
-        write_json(folder / MANIFEST, manifest)
+        parts = prepared.name, prepared.source, prepared.steps, prepared.problems, _statistics(prepared)
+        write_summary(Summary(*parts, report, prepared.has_titles), folder, request)
     return out
 
 
-def _table(samples: Split) -> pa.Table:
+def check_windows(report: LeakReport) -> None:
+    """Raise DataError when samples that were made here do not continue each other."""
+    if report.broken_windows:
+        raise DataError(f"leak: {report.broken_windows} samples do not continue the same user's previous sample")
+
+
+def write_summary(summary: Summary, folder: Path, request: dict[str, Any]) -> None:
+    """Write statistics.md and the manifest with the checksums of all files into ``folder``, which has all others."""
+    (folder / STATISTICS).write_text(_markdown(summary), encoding="utf-8")
+    manifest = {
+        "format": FORMAT,
+        "name": summary.name,
+        "source": summary.source,
+        "request": request,
+        "statistics": summary.statistics,
+        "steps": [asdict(step) for step in summary.steps],
+        "problems": summary.problems,
+        "leak_check": asdict(summary.leaks),
+        "files": {path.name: sha256(path) for path in sorted(folder.iterdir())},
+    } | ({} if summary.has_titles else {NO_TITLES: True})
+    write_json(folder / MANIFEST, manifest)
+
+
+def sample_table(samples: Split) -> pa.Table:
+    """The columns of a split's file."""
     table = pa.table(
         {
             USER: pa.array(samples.user_N.astype(np.int64)),
@@ -175,19 +202,6 @@ def _table(samples: Split) -> pa.Table:
 def _lists(rows: TokenRows) -> pa.ListArray:
     offsets = pa.array(rows.offsets.astype(np.int32))
     return pa.ListArray.from_arrays(offsets, pa.array(rows.flat.astype(np.int64)))
-
-
-def _write_parquet(table: pa.Table, path: Path) -> None:
-    import datasets  # takes a second to import, which --help should not pay
-
-    plain = pa.schema([(f.name, pa.string() if pa.types.is_large_string(f.type) else f.type) for f in table.schema])
-    silent = datasets.are_progress_bars_disabled()
-    datasets.disable_progress_bars()
-    try:
-        datasets.Dataset(table.cast(plain)).to_parquet(str(path))
-    finally:
-        if not silent:
-            datasets.enable_progress_bars()
 
 
 def _statistics(prepared: Prepared) -> dict[str, Any]:
@@ -215,12 +229,13 @@ def _statistics(prepared: Prepared) -> dict[str, Any]:
     )
 
 
-def _markdown(prepared: Prepared, statistics: dict[str, Any], report: LeakReport) -> str:
+def _markdown(summary: Summary) -> str:
+    statistics = summary.statistics
     rows = statistics["rows"]
     unseen = statistics["unseen_targets"]
     splits = " / ".join(f"{rows[name]:,}" for name in SPLITS)
     lines = [
-        f"# {prepared.name}",
+        f"# {summary.name}",
         "",
         "| | |",
         "|---|---|",
@@ -230,15 +245,13 @@ def _markdown(prepared: Prepared, statistics: dict[str, Any], report: LeakReport
         f"| mean history length | {statistics['mean_history']:.2f} |",
         f"| distinct titles | {statistics['distinct_titles']:,} |",
         f"| distinct targets never in train, valid / test | {unseen['valid']:,} / {unseen['test']:,} |",
-        f"| samples that do not continue the user's previous sample | {report.broken_windows:,} |",
+        f"| samples that do not continue the user's previous sample | {summary.leaks.broken_windows:,} |",
         *_ordering(statistics),
         "",
         "| step | interactions | users | items |",
         "|---|---|---|---|",
     ]
-    lines += [
-        f"| {s.name} | {_count(s.interactions)} | {_count(s.users)} | {_count(s.items)} |" for s in prepared.steps
-    ]
+    lines += [f"| {s.name} | {_count(s.interactions)} | {_count(s.users)} | {_count(s.items)} |" for s in summary.steps]
     return "\n".join(lines) + "\n"
 
 

@@ -25,13 +25,13 @@ REMEDY = {
 
 
 def valid_items(
-    items: pl.DataFrame, reviews: pl.DataFrame, prepare: PrepareConfig
+    items: pl.DataFrame, reviewed: pl.DataFrame, prepare: PrepareConfig
 ) -> tuple[pl.DataFrame, dict[str, Any]]:  # fmt: skip
     """Items with a valid title (columns ITEM and ITEM_TEXTS), and per reason how many others and their reviews.
 
-    The others are shown on screen. Reserved tokens in texts other than titles are always escaped.
+    ``reviewed``: the items of the log (ITEM) with the number of their ``reviews``. The others are shown on screen.
+    Reserved tokens in texts other than titles are always escaped.
     """
-    reviewed = reviews.group_by(ITEM).len("reviews")
     first = items.unique(subset=[EXTERNAL_ID], keep="first", maintain_order=True).rename({EXTERNAL_ID: ITEM})
     escaped = [DESCRIPTION, BRAND, CATEGORY, PRICE, *([TITLE] if prepare.reserved_tokens == "escape" else [])]
     first = first.with_columns(escape_reserved(first[name]) for name in escaped)
@@ -51,9 +51,9 @@ def valid_items(
     return judged.filter(pl.col("fault").is_null()).select(ITEM, *ITEM_TEXTS), faults
 
 
-def untitled(reviews: pl.DataFrame) -> tuple[pl.DataFrame, dict[str, Any]]:
-    """All items of a log, each with its external id as title and no other text; no fault."""
-    items = reviews[ITEM].unique().sort()
+def untitled(reviewed: pl.Series) -> tuple[pl.DataFrame, dict[str, Any]]:
+    """All items of a log (``reviewed``, in any order), each with its id as title and no other text; no fault."""
+    items = reviewed.alias(ITEM).unique().sort()
     empty = [pl.lit("").alias(name) for name in (DESCRIPTION, BRAND, CATEGORY, PRICE)]
     return items.to_frame().select(ITEM, pl.col(ITEM).alias(TITLE), *empty), {}
 

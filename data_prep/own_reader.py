@@ -14,7 +14,7 @@ import polars as pl
 from tawin_nemo.config.schema import PrepareConfig
 from tawin_nemo.config.seams import made
 from tawin_nemo.data_prep.ndjson import Problems
-from tawin_nemo.data_prep.raw import ITEM_SCHEMA, REVIEW_SCHEMA, Period, RawData, collect_reviews
+from tawin_nemo.data_prep.raw import ITEM_SCHEMA, REVIEW_SCHEMA, Collect, Period, RawData, collect_reviews
 from tawin_nemo.data_prep.titles import clean_column
 from tawin_nemo.types import EXTERNAL_ID, TITLE
 from tawin_nemo.util.errors import DataError
@@ -26,7 +26,9 @@ def source_files(root: Path) -> list[Path]:
     return sorted(path for path in root.rglob("*") if path.is_file())
 
 
-def read(path: str, name: str, root: Path, prepare: PrepareConfig, window: Period) -> RawData:
+def read(
+    path: str, name: str, root: Path, prepare: PrepareConfig, window: Period, collect: Collect = collect_reviews
+) -> RawData:  # fmt: skip
     """The reviews inside ``window`` and the items that the function at import path ``path`` returns.
 
     Raises ConfigError for code that cannot be imported, DataError when it fails or returns anything else.
@@ -55,4 +57,4 @@ def read(path: str, name: str, root: Path, prepare: PrepareConfig, window: Perio
     except pl.exceptions.PolarsError as error:
         raise DataError(f"data.dataset={path}: {str(error).splitlines()[0]}") from error
     items = items.with_columns(clean_column(items[TITLE]).alias(TITLE))
-    return RawData(name, path, window, collect_reviews([log], window), items, [Problems(root, lines=log.height)])
+    return RawData(name, path, window, collect([log], window, None), items, [Problems(root, lines=log.height)])

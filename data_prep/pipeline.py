@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from datetime import UTC, datetime
 from typing import Any
 
 import numpy as np
@@ -10,40 +9,36 @@ import polars as pl
 
 from tawin_nemo.config.schema import PrepareConfig
 from tawin_nemo.data.interactions import Split
-from tawin_nemo.data_prep.dataset import Prepared, Step
+from tawin_nemo.data_prep.dataset import Prepared
 from tawin_nemo.data_prep.item_texts import untitled, valid_items
-from tawin_nemo.data_prep.raw import RawData
+from tawin_nemo.data_prep.log_steps import LogSteps
+from tawin_nemo.data_prep.raw import GatheredReviews, RawData
 from tawin_nemo.data_prep.splits import split_samples
 from tawin_nemo.data_prep.ties import order_ties, report_ties, tie_statistics
 from tawin_nemo.types import EXTERNAL_ID, ITEM, TIME, USER, TokenRows
-from tawin_nemo.util.errors import DataError
 
 
 def build(raw: RawData, prepare: PrepareConfig, *, max_history: int, seed: int = 0) -> Prepared:
     """Run the filters and make samples. Exact duplicates (user, item, time) go before the k-core.
 
-    Item indices follow the sorted external ids, user indices likewise. Where there is no item table, titles are the
-    external ids. Raises DataError, with the counts of every step, when a filter leaves nothing.
+    ``raw`` has its reviews in memory. Item indices follow the sorted external ids, user indices likewise. Where there
+    is no item table, titles are the external ids. Raises DataError, with the counts of every step, when a filter leaves
+    nothing.
     """
-    steps = [Step("readable reviews", raw.reviews.readable, None, None)]
-    _check_not_empty(raw, steps, f"is {raw.problems[0].path} the raw review file?")
-    _check_selected(raw, steps)
-    steps.append(_step(f"time window {raw.period}", raw.reviews.inside))
-    seen = f"{_day(raw.reviews.first_time)} and {_day(raw.reviews.last_time)}"
-    _check_not_empty(raw, steps, f"the reviews lie between {seen}: set prepare.start and prepare.end")
-    reviews = raw.reviews.inside.unique(subset=[USER, ITEM, TIME], keep="first", maintain_order=True)
-    steps.append(_step("exact duplicates removed", reviews))
+    assert isinstance(raw.reviews, GatheredReviews)
+    steps, reviews = LogSteps(raw, prepare), raw.reviews.inside
+    steps.add_window(*_counts(reviews))
+    reviews = reviews.unique(subset=[USER, ITEM, TIME], keep="first", maintain_order=True)
+    steps.add_unique(*_counts(reviews))
 
-    items, faults = untitled(reviews) if raw.items is None else valid_items(raw.items, reviews, prepare)
+    reviewed = reviews.group_by(ITEM).len("reviews")
+    items, faults = usable_items(raw, reviewed, prepare)
     reviews = reviews.join(items.select(ITEM), on=ITEM, how="semi", maintain_order="left")
-    steps.append(_step("no item file" if raw.items is None else "valid titles", reviews))
-    reasons = ", ".join(f"{reason}: {count['items']}" for reason, count in faults.items())
-    _check_not_empty(raw, steps, f"items rejected ({reasons}); does the metadata belong to the reviews?")
+    steps.add_titled(faults, *_counts(reviews))
 
     user_N, item_N = _codes(reviews[USER]), _codes(reviews[ITEM])
     reviews = reviews.filter(pl.Series(k_core(user_N, item_N, prepare.k_core)))
-    steps.append(_step(f"{prepare.k_core}-core", reviews))
-    _check_not_empty(raw, steps, f"lower prepare.k_core (now {prepare.k_core}) or widen the time window")
+    steps.add_core(*_counts(reviews))
 
     order = order_ties(_codes(reviews[ITEM]), prepare.ties, seed)
     log = _codes(reviews[USER])[order], _codes(reviews[ITEM])[order], reviews[TIME].to_numpy()[order]
@@ -51,17 +46,28 @@ def build(raw: RawData, prepare: PrepareConfig, *, max_history: int, seed: int =
     report_ties(ties, prepare.ties)
     samples = sliding_windows(*log, max_history)
     users, kept = reviews[USER].unique().sort(), reviews[ITEM].unique().sort()
-    steps.append(Step(f"samples (history <= {max_history})", len(samples), len(users), len(kept)))
-    if len(samples) < 10:
-        raise DataError(_summary(raw, steps) + f" Only {len(samples)} samples are left; a split of 8:1:1 needs 10.")
-    texts = kept.alias(ITEM).to_frame().join(items, on=ITEM, how="left", maintain_order="left")
-    frame = texts.rename({ITEM: EXTERNAL_ID}).with_row_index(ITEM).with_columns(pl.col(ITEM).cast(pl.Int64))
-    problems: dict[str, Any] = {problem.path.name: problem.as_dict() for problem in raw.problems}
+    steps.add_samples(max_history, len(samples), len(users), len(kept))
     return Prepared(
-        raw.name, raw.source, frame, split_samples(samples, prepare), max_history, steps,
-        problems=problems | {"refused_items": faults}, users=user_table(users), ties=ties, split=prepare.split,
+        raw.name, raw.source, item_table(kept, items), split_samples(samples, prepare), max_history, steps.steps,
+        problems=raw.report() | {"refused_items": faults}, users=user_table(users), ties=ties, split=prepare.split,
         has_titles=raw.items is not None,
     )  # fmt: skip
+
+
+def usable_items(
+    raw: RawData, reviewed: pl.DataFrame, prepare: PrepareConfig
+) -> tuple[pl.DataFrame, dict[str, Any]]:  # fmt: skip
+    """Texts (ITEM and ITEM_TEXTS) of the items that count, and what is wrong with the others.
+
+    ``reviewed``: the items of the log (ITEM) with the number of their ``reviews``.
+    """
+    return untitled(reviewed[ITEM]) if raw.items is None else valid_items(raw.items, reviewed, prepare)
+
+
+def item_table(external_ids: pl.Series, texts: pl.DataFrame) -> pl.DataFrame:
+    """items.parquet: item n has the n-th of ``external_ids``; ``texts`` has them in column ITEM, with their texts."""
+    found = external_ids.alias(ITEM).to_frame().join(texts, on=ITEM, how="left", maintain_order="left")
+    return found.rename({ITEM: EXTERNAL_ID}).with_row_index(ITEM).with_columns(pl.col(ITEM).cast(pl.Int64))
 
 
 def user_table(external_ids: pl.Series) -> pl.DataFrame:
@@ -69,41 +75,14 @@ def user_table(external_ids: pl.Series) -> pl.DataFrame:
     return pl.DataFrame({USER: pl.int_range(len(external_ids), dtype=pl.Int64, eager=True), EXTERNAL_ID: external_ids})
 
 
-def _check_selected(raw: RawData, steps: list[Step]) -> None:
-    """Add the steps of prepare.events and prepare.min_rating. Raises DataError when one leaves nothing."""
-    for name, rows in raw.reviews.selected:
-        steps.append(Step(name, rows, None, None))
-        kinds = sorted(raw.reviews.kinds.items(), key=lambda kind: -kind[1])[:8]
-        seen = ", ".join(f"{kind} ({count:,})" for kind, count in kinds)
-        remedy = f"the log has the events {seen}" if name.startswith("events") else "lower prepare.min_rating"
-        _check_not_empty(raw, steps, remedy)
-
-
 def _codes(column: pl.Series) -> np.ndarray:
     """Dense codes in the order of the sorted values."""
     return column.rank("dense").cast(pl.Int64).to_numpy() - 1
 
 
-def _step(name: str, reviews: pl.DataFrame) -> Step:
-    return Step(name, reviews.height, reviews[USER].n_unique(), reviews[ITEM].n_unique())
-
-
-def _check_not_empty(raw: RawData, steps: list[Step], remedy: str) -> None:
-    if steps[-1].interactions == 0:
-        raise DataError(f"{_summary(raw, steps)} The step '{steps[-1].name}' removed everything: {remedy}")
-
-
-def _summary(raw: RawData, steps: list[Step]) -> str:
-    summary = " -> ".join(f"{step.name}: {step.interactions:,}" for step in steps)
-    skipped = sum(problem.total for problem in raw.problems)
-    return f"data set {raw.name} is empty after filtering. {summary} ({skipped} unusable lines skipped)."
-
-
-def _day(seconds: int) -> str:
-    try:
-        return datetime.fromtimestamp(seconds, tz=UTC).strftime("%Y-%m-%d")
-    except (ValueError, OverflowError, OSError):
-        return f"{seconds} (not UTC seconds)"
+def _counts(reviews: pl.DataFrame) -> tuple[int, int, int]:
+    """Interactions, users, items."""
+    return reviews.height, reviews[USER].n_unique(), reviews[ITEM].n_unique()
 
 
 def k_core(user_N: np.ndarray, item_N: np.ndarray, k: int) -> np.ndarray:

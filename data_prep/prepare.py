@@ -14,10 +14,22 @@ from typing import Any
 from tawin_nemo.config.fields import leaf_fields
 from tawin_nemo.config.schema import ColumnsConfig, DataConfig, PrepareConfig, Recipe
 from tawin_nemo.data.interactions import MANIFEST, read_manifest, verify_files
-from tawin_nemo.data_prep import amazon, candidates_layout, inter_layout, own_reader, split_csv, synthetic, table, yelp
+from tawin_nemo.data_prep import (
+    amazon,
+    candidates_layout,
+    contract,
+    inter_layout,
+    own_reader,
+    split_csv,
+    synthetic,
+    table,
+    yelp,
+)
 from tawin_nemo.data_prep.dataset import READY_MADE, STATISTICS, Prepared, write_dataset
+from tawin_nemo.data_prep.log_store import open_store
+from tawin_nemo.data_prep.out_of_core import write_from_store
 from tawin_nemo.data_prep.pipeline import build
-from tawin_nemo.data_prep.raw import Period, RawData, Selection, period
+from tawin_nemo.data_prep.raw import Collect, Period, RawData, Selection, collect_reviews, period
 from tawin_nemo.data_prep.sources import SOURCES, default_name, detect, source_files
 from tawin_nemo.util.errors import ConfigError, DataError, UserError
 from tawin_nemo.util.files import sha256
@@ -53,7 +65,15 @@ def prepare(
         return out
     if used_by is not None and (out / MANIFEST).is_file():
         _check_unchanged(read_manifest(out).get("request"), request, out, used_by)
-    write_dataset(_read(source, root, files, prepare, data, seed, name), out, request)
+    if source in READY_MADE:
+        write_dataset(_read_ready_made(source, root, files, prepare, data, name), out, request)
+    elif prepare.engine == "duckdb":
+        with open_store(out, prepare.memory_limit_gb) as store:
+            raw = _read_raw(source, root, files, prepare, seed, name, store.collect)
+            write_from_store(raw, store, out, request, prepare, max_history=data.max_history, seed=seed)
+    else:
+        raw = _read_raw(source, root, files, prepare, seed, name, collect_reviews)
+        write_dataset(build(raw, prepare, max_history=data.max_history, seed=seed), out, request)
     say(f"prepared {name} in {out}; see {STATISTICS} there")
     return out
 
@@ -128,42 +148,41 @@ def _is_finished(out: Path, request: dict[str, Any]) -> bool:
     return True
 
 
-def _read(
-    source: str, root: Path, files: list[Path], prepare: PrepareConfig, data: DataConfig, seed: int, name: str
-) -> Prepared:
+def _read_ready_made(
+    source: str, root: Path, files: list[Path], prepare: PrepareConfig, data: DataConfig, name: str
+) -> Prepared:  # fmt: skip
     if source == "inter":
         return inter_layout.read(root, name, data.max_history, prepare)
     if source == "candidates":
         return candidates_layout.read(root, name, data.max_history, prepare)
-    if source == "split_csv":
-        return split_csv.read(name, files, prepare, data.max_history)
+    return split_csv.read(name, files, prepare, data.max_history)
+
+
+def _read_raw(
+    source: str, root: Path, files: list[Path], prepare: PrepareConfig, seed: int, name: str, collect: Collect
+) -> RawData:
     published = _published_name(source, files, prepare.preset)
     window = period(published, prepare.start, prepare.end)
     if period(published) != period("") and not (prepare.start and prepare.end):
         say(f"time window {window}: the published one of {published} (prepare.preset=none takes all reviews)")
-    raw = _read_raw(source, root, files, prepare, window, seed, name)
-    return build(raw, prepare, max_history=data.max_history, seed=seed)
-
-
-def _read_raw(
-    source: str, root: Path, files: list[Path], prepare: PrepareConfig, window: Period, seed: int, name: str
-) -> RawData:
     if source == "synthetic":
-        return _read_synthetic(prepare, window, seed, name)
+        return _read_synthetic(prepare, window, seed, name, collect)
     if is_import_path(source):
-        return own_reader.read(source, name, root, prepare, window)
+        return own_reader.read(source, name, root, prepare, window, collect)
     if source == "table":
-        return table.read(name, table.find(root, prepare), prepare, window)
+        return table.read(name, table.find(root, prepare), prepare, window, collect)
+    if source == "parquet":
+        return contract.read(name, root, prepare, window, collect)
     if prepare.events:
         raise ConfigError(f"prepare.events={','.join(prepare.events)}, but reviews ({source}) have no events; empty it")
     selection = Selection(min_rating=prepare.min_rating)
     reviews, metadata = files
     if source == "yelp":
-        return yelp.read(name, reviews, metadata, window, selection)
-    return amazon.read(name, reviews, metadata, window, prepare.k_core, selection)
+        return yelp.read(name, reviews, metadata, window, selection, collect)
+    return amazon.read(name, reviews, metadata, window, prepare.k_core, selection, collect)
 
 
-def _read_synthetic(prepare: PrepareConfig, window: Period, seed: int, name: str) -> RawData:
+def _read_synthetic(prepare: PrepareConfig, window: Period, seed: int, name: str, collect: Collect) -> RawData:
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         size = (prepare.synthetic_items, prepare.synthetic_users, prepare.synthetic_reviews_per_user)
@@ -171,7 +190,7 @@ def _read_synthetic(prepare: PrepareConfig, window: Period, seed: int, name: str
         synthetic.write_raw(folder, *size, seed)
         reviews, items = folder / synthetic.REVIEWS_FILE, folder / synthetic.METADATA_FILE
         selection = Selection(min_rating=prepare.min_rating)
-        raw = amazon.read(name, reviews, items, window, prepare.k_core, selection)
+        raw = amazon.read(name, reviews, items, window, prepare.k_core, selection, collect)
         return replace(raw, source="synthetic")
 
 

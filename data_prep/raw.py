@@ -5,8 +5,9 @@ The window comes from ``prepare.start`` and ``prepare.end``, or from the publish
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import polars as pl
 
@@ -78,18 +79,41 @@ class Selection:
 
 
 @dataclass(frozen=True)
-class Reviews:
-    """Reviews inside the time window (REVIEW_SCHEMA, in file order), and the counts before the window is applied.
+class LogCounts:
+    """Counts of a log before the time window is applied, and its first and last time in seconds.
 
     ``selected``: name and rows of each filter by event or rating, in order; ``kinds``: rows of each kind of event.
     """
 
-    inside: pl.DataFrame
     readable: int
     first_time: int
     last_time: int
     selected: tuple[tuple[str, int], ...] = ()
     kinds: dict[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Reviews:
+    """The reviews inside the time window, wherever they lie, and the counts before it."""
+
+    counts: LogCounts
+
+    def items(self, at_least: int = 1) -> pl.Series:
+        """The items with at least so many reviews inside the window, in no order. For k: a superset of every k-core."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class GatheredReviews(Reviews):
+    """Reviews in memory: ``inside`` has REVIEW_SCHEMA, in file order."""
+
+    inside: pl.DataFrame
+
+    def items(self, at_least: int = 1) -> pl.Series:
+        """The items with at least so many reviews, see Reviews."""
+        if at_least == 1:
+            return self.inside[ITEM].unique()
+        return self.inside.group_by(ITEM).len("reviews").filter(pl.col("reviews") >= at_least)[ITEM]
 
 
 @dataclass(frozen=True)
@@ -105,6 +129,10 @@ class RawData:
     reviews: Reviews
     items: pl.DataFrame | None
     problems: list[Problems]
+
+    def report(self) -> dict[str, Any]:
+        """The unusable lines of each file, for the manifest."""
+        return {problem.path.name: problem.as_dict() for problem in self.problems}
 
 
 #: Ticks per second of the units that logs use.
@@ -197,38 +225,58 @@ class _Selecting:
         return tuple(steps)
 
 
-def collect_reviews(frames: Iterable[pl.DataFrame], period: Period, selection: Selection | None = None) -> Reviews:
+#: How a reader hands on its frames: gathered in memory (``collect_reviews``), or written to a database.
+Collect = Callable[[Iterable[pl.DataFrame], Period, Selection | None], Reviews]
+
+
+class LogFilter:
+    """Passes on the rows of a log inside ``selection`` and the period, with times in seconds, and counts the others."""
+
+    def __init__(self, period: Period, selection: Selection | None = None) -> None:
+        self._period = period
+        self._clock, self._selecting = Clock(), _Selecting(selection or Selection())
+        self._readable, self._first, self._last = 0, PLAUSIBLE[1], 0
+
+    def frames(self, raw: Iterable[pl.DataFrame]) -> Iterator[pl.DataFrame]:
+        """Frames of REVIEW_SCHEMA and FRACTION, in the order of the input, whose rows count.
+
+        Raises DataError for times of mixed units, and at the end when more than 1 % are implausible.
+        """
+        for part in raw:
+            frame = self._clock.seconds(part)
+            self._readable += frame.height
+            frame = self._selecting(frame)
+            if frame.height == 0:
+                continue
+            low, high = frame.select(pl.col(TIME).min(), pl.col(TIME).max().alias("last")).row(0)
+            self._first, self._last = min(self._first, low), max(self._last, high)
+            yield frame.filter(self._inside()).select(*REVIEW_SCHEMA, FRACTION)
+        self._clock.report()
+
+    def _inside(self) -> pl.Expr:
+        inside = pl.lit(True)
+        if self._period.first is not None:
+            inside &= pl.col(TIME) >= self._period.first
+        if self._period.stop is not None:
+            inside &= pl.col(TIME) < self._period.stop
+        return inside
+
+    def counts(self) -> LogCounts:
+        """What was counted, after the last frame."""
+        first = self._first if self._last else 0
+        return LogCounts(self._readable, first, self._last, self._selecting.steps(), self._selecting.kinds)
+
+
+def collect_reviews(
+    frames: Iterable[pl.DataFrame], period: Period, selection: Selection | None = None
+) -> GatheredReviews:
     """Gather frames of REVIEW_SCHEMA; rows outside of ``selection`` or the period are counted and dropped at once.
 
     Times come out in seconds, rows in file order, except that finer times order them where the log has them. Raises
     DataError for times of mixed units, and when more than 1 % are implausible.
     """
-    columns = [*REVIEW_SCHEMA, FRACTION]
-    parts = [pl.DataFrame(schema={**REVIEW_SCHEMA, FRACTION: pl.Float64})]
-    readable, first, last = 0, None, None
-    clock, selecting = Clock(), _Selecting(selection or Selection())
-    for raw in frames:
-        frame = clock.seconds(raw)
-        readable += frame.height
-        frame = selecting(frame)
-        if frame.height == 0:
-            continue
-        low, high = frame.select(pl.col(TIME).min(), pl.col(TIME).max().alias("last")).row(0)
-        first = low if first is None else min(first, low)
-        last = high if last is None else max(last, high)
-        inside = pl.lit(True)
-        if period.first is not None:
-            inside &= pl.col(TIME) >= period.first
-        if period.stop is not None:
-            inside &= pl.col(TIME) < period.stop
-        parts.append(frame.filter(inside).select(columns))
-    clock.report()
-    log = pl.concat(parts)
+    reader = LogFilter(period, selection)
+    log = pl.concat([pl.DataFrame(schema={**REVIEW_SCHEMA, FRACTION: pl.Float64}), *reader.frames(frames)])
     if (log[FRACTION] != 0).any():
         log = log.sort(TIME, FRACTION, maintain_order=True)
-    return Reviews(log.drop(FRACTION), readable, first or 0, last or 0, selecting.steps(), selecting.kinds)
-
-
-def frequent_items(reviews: Reviews, k: int) -> pl.Series:
-    """Items with at least k reviews inside the window: a superset of every k-core."""
-    return reviews.inside.group_by(ITEM).len("reviews").filter(pl.col("reviews") >= k)[ITEM]
+    return GatheredReviews(reader.counts(), log.drop(FRACTION))

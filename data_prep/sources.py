@@ -6,14 +6,14 @@ from pathlib import Path
 
 from tawin_nemo.config.schema import PrepareConfig
 from tawin_nemo.data.interactions import MANIFEST
-from tawin_nemo.data_prep import candidates_layout, inter_layout, split_csv, table
+from tawin_nemo.data_prep import candidates_layout, contract, inter_layout, split_csv, table
 from tawin_nemo.util.errors import DataError
 
-SOURCES = ("synthetic", "amazon", "yelp", "inter", "candidates", "table", "split_csv")
+SOURCES = ("synthetic", "amazon", "yelp", "inter", "candidates", "table", "split_csv", "parquet")
 
 
 def detect(root: Path, prepare: PrepareConfig | None = None) -> str:
-    """The format of the data in ``root``: prepared, inter, candidates, amazon, yelp, split_csv or table.
+    """The format of the data in ``root``: one of SOURCES without synthetic, or prepared.
 
     Raises DataError if it is none of these, naming the expected files, and if a file is recognised and unusable.
     """
@@ -32,15 +32,17 @@ def detect(root: Path, prepare: PrepareConfig | None = None) -> str:
         return "yelp"
     if split_csv.found_in(root):
         return "split_csv"
+    if contract.found_in(root):
+        return "parquet"
     if table.finds_log(root, prepare or PrepareConfig()):
         return "table"
     raise DataError(
         f"nothing known in {root}: looked for {MANIFEST} (prepared), NAME.train.inter (inter), NAME-val.json beside "
         "NAME-test.json (candidates), meta_NAME.json[.gz] "
         "beside NAME.json[.gz] (amazon), *review*.json[.gz] beside *business*.json[.gz] (yelp), a CSV file with "
-        "history_item_id for each split (split_csv), and a table with user, item and time in CSV, TSV, JSON lines, "
-        "Parquet or a folder of datasets (table); set data.dataset, prepare.reviews, prepare.metadata and "
-        "prepare.columns for other names" + table.seen(root)
+        "history_item_id for each split (split_csv), interactions/*.parquet (parquet), and a table with user, item and "
+        "time in CSV, TSV, JSON lines, Parquet or a folder of datasets (table); set data.dataset, prepare.reviews, "
+        "prepare.metadata and prepare.columns for other names" + table.seen(root)
     )
 
 
@@ -66,6 +68,8 @@ def source_files(source: str, root: Path, prepare: PrepareConfig) -> list[Path]:
         return candidates_layout.source_files(root)
     if source == "split_csv":
         return split_csv.find(root, prepare)
+    if source == "parquet":
+        return contract.source_files(root)
     if source == "table":
         return table.find(root, prepare).files
     items = _json_files(root, "meta_*" if source == "amazon" else "*business*")
@@ -101,6 +105,8 @@ def default_name(source: str, root: Path, files: list[Path]) -> str:
         return files[0].name.split(".", 1)[0]
     if source == "split_csv":
         return files[0].stem if files[0].stem != "train" else root.resolve().name
+    if source == "parquet":
+        return root.resolve().name
     return {"yelp": "Yelp", "synthetic": "Synthetic"}.get(source) or _table_name(root, files)
 
 

@@ -22,20 +22,37 @@ def split_samples(samples: Split, prepare: PrepareConfig) -> dict[str, Split]:
     else:
         parts = split_by_time(samples)
     splits = dict(zip(SPLITS, parts, strict=True))
-    if not all(map(len, parts)):
-        sizes = ", ".join(f"{name} {len(part):,}" for name, part in splits.items())
-        remedy = {
-            "date": f"move prepare.valid_start={prepare.valid_start} and prepare.test_start={prepare.test_start}",
-            LEAVE_ONE_OUT: "it needs users with at least four interactions",
-        }.get(prepare.split, "it needs 10 samples")
-        raise DataError(f"prepare.split={prepare.split} leaves a split empty ({sizes}): {remedy}")
+    check_sizes({name: len(part) for name, part in splits.items()}, prepare)
     return splits
+
+
+def check_sizes(rows: dict[str, int], prepare: PrepareConfig) -> None:
+    """Raise DataError when a split has no row."""
+    if all(rows.values()):
+        return
+    sizes = ", ".join(f"{name} {count:,}" for name, count in rows.items())
+    remedy = {
+        "date": f"move prepare.valid_start={prepare.valid_start} and prepare.test_start={prepare.test_start}",
+        LEAVE_ONE_OUT: "it needs users with at least four interactions",
+    }.get(prepare.split, "it needs 10 samples")
+    raise DataError(f"prepare.split={prepare.split} leaves a split empty ({sizes}): {remedy}")
+
+
+def ratio_borders(count: int) -> tuple[int, int]:
+    """Rows of train, and of train and valid together, for 8:1:1 of ``count`` rows."""
+    return count * 8 // 10, count * 9 // 10
+
+
+def date_borders(valid_start: str, test_start: str) -> tuple[int, int]:
+    """First second (UTC) of valid and of test for days of the keys."""
+    valid, test = (times.first_second(day) or 0 for day in (valid_start, test_start))
+    return valid, test
 
 
 def split_by_time(samples: Split) -> tuple[Split, Split, Split]:
     """Train, valid and test: the first 80 %, the next 10 % and the last 10 % of the rows (borders rounded down)."""
     count = len(samples)
-    train, valid = count * 8 // 10, count * 9 // 10
+    train, valid = ratio_borders(count)
     return samples.slice(0, train), samples.slice(train, valid), samples.slice(valid, count)
 
 
@@ -61,8 +78,8 @@ def leave_one_out(samples: Split) -> tuple[Split, Split, Split]:
 
 def split_by_dates(samples: Split, valid_start: str, test_start: str) -> tuple[Split, Split, Split]:
     """Train before the day ``valid_start``, valid before the day ``test_start``, test from then on (UTC)."""
-    days = [times.first_second(day) or 0 for day in (valid_start, test_start)]
-    first, second = (int(border) for border in np.searchsorted(samples.time_N, days))
+    borders = date_borders(valid_start, test_start)
+    first, second = (int(border) for border in np.searchsorted(samples.time_N, borders))
     return samples.slice(0, first), samples.slice(first, second), samples.slice(second, len(samples))
 
 

@@ -6,7 +6,7 @@ RecBole's atomic files (``NAME.inter``, ``NAME.item``) and MovieLens are tables 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +20,7 @@ from tawin_nemo.data_prep.raw import (
     FRACTION,
     RATING,
     REVIEW_SCHEMA,
+    Collect,
     Period,
     RawData,
     Selection,
@@ -155,7 +156,9 @@ def _log(root: Path, logs: list[Table], tables: list[Table], unusable: list[str]
     )
 
 
-def read(name: str, sources: Sources, prepare: PrepareConfig, period: Period) -> RawData:
+def read(
+    name: str, sources: Sources, prepare: PrepareConfig, period: Period, collect: Collect = collect_reviews
+) -> RawData:  # fmt: skip
     """Log and items. Without an item table the log's own title column gives the titles, else there are none.
 
     Raises ConfigError for a missing column, DataError for files that cannot be read and when more than 10 % of the
@@ -164,14 +167,14 @@ def read(name: str, sources: Sources, prepare: PrepareConfig, period: Period) ->
     selection = Selection(tuple(prepare.events), prepare.min_rating)
     log_problems = [Problems(table.path) for table in sources.logs]
     parts = zip(sources.logs, log_problems, strict=True)
-    reviews = collect_reviews(
+    reviews = collect(
         (frame for table, problems in parts for frame in _log_frames(table, prepare.columns, selection, problems)),
         period, selection,
     )  # fmt: skip
     for problems in log_problems:
         problems.report()
         check_share(problems)
-    wanted = reviews.inside[ITEM].unique()
+    wanted = reviews.items()
     if sources.items is not None:
         problems = Problems(sources.items.path)
         texts = items_of([sources.items], prepare.columns, wanted, [problems])
@@ -203,14 +206,22 @@ def _log_frames(
     roles = {role: found[role] for role in needed}
     say(f"{table.path.name}: {table.format}, " + ", ".join(f"{role}={column}" for role, column in roles.items()))
     for raw in frames(table, roles, problems):
-        frame = raw.select(
-            LINE,
-            as_ids(raw[USER]).alias(USER),
-            as_ids(raw[ITEM]).alias(ITEM),
-            *([raw[EVENT].cast(pl.String)] if EVENT in raw.columns else []),
-            *([raw[RATING].cast(pl.Float64, strict=False)] if RATING in raw.columns else []),
-        ).hstack(parsed_times(raw[TIME]))
-        yield _usable(frame, problems).select(*REVIEW_SCHEMA, FRACTION, *extra)
+        yield usable_frame(raw, extra, problems)
+
+
+def usable_frame(raw: pl.DataFrame, extra: Sequence[str], problems: Problems) -> pl.DataFrame:
+    """Rows of a log (columns: the roles, and LINE) that have user, item and time, which become texts and ticks.
+
+    The other rows are counted in ``problems``. ``extra``: which of EVENT and RATING are kept.
+    """
+    frame = raw.select(
+        LINE,
+        as_ids(raw[USER]).alias(USER),
+        as_ids(raw[ITEM]).alias(ITEM),
+        *([raw[EVENT].cast(pl.String)] if EVENT in raw.columns else []),
+        *([raw[RATING].cast(pl.Float64, strict=False)] if RATING in raw.columns else []),
+    ).hstack(parsed_times(raw[TIME]))
+    return _usable(frame, problems).select(*REVIEW_SCHEMA, FRACTION, *extra)
 
 
 def _usable(frame: pl.DataFrame, problems: Problems) -> pl.DataFrame:

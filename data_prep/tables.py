@@ -193,6 +193,12 @@ def _parquet(path: Path) -> pq.ParquetFile:
         raise DataError(f"{path} cannot be read as Parquet ({error}); write the file again") from error
 
 
+def parquet_schema(path: Path) -> pa.Schema:
+    """The columns of a Parquet file. Raises DataError when it is none."""
+    with _parquet(path) as file:
+        return file.schema_arrow
+
+
 def _parquet_batches(table: Table, wanted: list[str], problems: Problems) -> Iterator[pl.DataFrame]:
     with _parquet(table.path) as file:
         try:

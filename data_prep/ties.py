@@ -24,8 +24,16 @@ def order_ties(item_N: np.ndarray, ties: str, seed: int) -> np.ndarray:
     ``ties``: ``file`` keeps the order, ``random`` shuffles by ``seed``, ``item`` goes by the item code.
     """
     if ties == "random":
-        return np.random.default_rng([seed, 6]).permutation(len(item_N))
+        return shuffled(np.empty(len(item_N), dtype=np.int64), seed)
     return np.argsort(item_N, kind="stable") if ties == "item" else np.arange(len(item_N))
+
+
+def shuffled(order_N: np.ndarray, seed: int) -> np.ndarray:
+    """Fill ``order_N`` (also a memory-mapped file) with the permutation of prepare.ties=random and return it."""
+    flat_N = np.asarray(order_N)
+    flat_N[:] = np.arange(len(flat_N))
+    np.random.default_rng([seed, 6]).shuffle(flat_N)
+    return order_N
 
 
 def tie_statistics(user_N: np.ndarray, item_N: np.ndarray, time_N: np.ndarray) -> dict[str, Any]:
@@ -40,11 +48,14 @@ def tie_statistics(user_N: np.ndarray, item_N: np.ndarray, time_N: np.ndarray) -
     tied = neighbours & (time_N[1:] == time_N[:-1])
     different = tied & (item_N[1:] != item_N[:-1])
     larger = different & (item_N[1:] > item_N[:-1])
-    return {
-        "neighbours": int(neighbours.sum()),
-        "tied": int(tied.sum()),
-        "larger_id_share": round(float(larger.sum() / different.sum()), 4) if different.any() else None,
-    }
+    return tie_counts(*(int(mask.sum()) for mask in (neighbours, tied, different, larger)))
+
+
+def tie_counts(neighbours: int, tied: int, different: int, larger: int) -> dict[str, Any]:
+    """The statistics from counts: neighbours, those of equal time, of these those of different items, and with the
+    larger id second."""
+    share = round(larger / different, 4) if different else None
+    return {"neighbours": neighbours, "tied": tied, "larger_id_share": share}
 
 
 def report_ties(statistics: dict[str, Any], ties: str) -> None:

@@ -9,7 +9,7 @@ import polars as pl
 
 from tawin_nemo.data.interactions import BRAND, CATEGORY, DESCRIPTION, PRICE
 from tawin_nemo.data_prep.ndjson import LINE, Field, Problems, read_frames
-from tawin_nemo.data_prep.raw import ITEM_SCHEMA, RATING, Period, RawData, Reviews, Selection, collect_reviews
+from tawin_nemo.data_prep.raw import ITEM_SCHEMA, RATING, Collect, Period, RawData, Reviews, Selection, collect_reviews
 from tawin_nemo.data_prep.titles import clean_column
 from tawin_nemo.types import EXTERNAL_ID, ITEM, TIME, TITLE, USER
 
@@ -19,7 +19,8 @@ DATE_FORMAT = "%Y-%m-%d %H:%M:%S"
 
 
 def read(
-    name: str, reviews: Path, businesses: Path, period: Period, selection: Selection | None = None
+    name: str, reviews: Path, businesses: Path, period: Period, selection: Selection | None = None,
+    collect: Collect = collect_reviews,
 ) -> RawData:  # fmt: skip
     """Read both files. The title is the business's name, the description its city; dates are taken as UTC.
 
@@ -27,7 +28,7 @@ def read(
     """
     review_problems, item_problems = Problems(reviews), Problems(businesses)
     selection = selection or Selection()
-    log = collect_reviews(_review_frames(reviews, selection, review_problems), period, selection)
+    log = collect(_review_frames(reviews, selection, review_problems), period, selection)
     review_problems.report()
     items = _read_items(businesses, log, item_problems)
     item_problems.report()
@@ -48,7 +49,7 @@ def _review_frames(path: Path, selection: Selection, problems: Problems) -> Iter
 
 
 def _read_items(path: Path, reviews: Reviews, problems: Problems) -> pl.DataFrame:
-    reviewed = reviews.inside[ITEM].unique()
+    reviewed = reviews.items()
     parts = [pl.DataFrame(schema=ITEM_SCHEMA)]
     for frame in read_frames(path, ITEM_FIELDS, problems):
         frame = frame.filter(pl.col("business_id").is_in(reviewed.implode()))

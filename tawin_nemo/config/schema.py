@@ -68,6 +68,7 @@ MONTH_MINUTES = Most(43_200.0, "a rank that hangs would not be noticed within a 
 WEEK_S = Most(604_800.0, "a client or server that hangs would not be noticed within a week")
 TFLOPS = Most(1_000_000.0, "a hundred times the fastest device")
 MEGABYTES = Most(1_000_000, "files and requests are written and read as a whole")
+MEMORY_GB = Most(65_536.0, "no machine has more memory")
 PORT = Most(65_535, "ports are numbers of 16 bits")
 #: The sinks of the product that ``trainer.metric_sinks`` may name; ``run.sinks`` has them.
 SINKS = ("tensorboard", "wandb", "mlflow", "prometheus", "otlp")
@@ -571,7 +572,7 @@ TEMPLATES = ("compact", "alpaca")
 class DataConfig:
     root: str = opt("", "Names the folder with the data: prepared Parquet, or raw files that `dataset` names.")
     dataset: str = choice(
-        "auto", "prepared", "inter", "candidates", "amazon", "yelp", "synthetic", "table", "split_csv",
+        "auto", "prepared", "inter", "candidates", "amazon", "yelp", "synthetic", "table", "split_csv", "parquet",
         help="Says what lies in data.root; auto detects it, and raw data is prepared into RUN_DIR/data first.",
         imports=True,
     )  # fmt: skip
@@ -635,7 +636,7 @@ class ColumnsConfig:
 
 @dataclass(frozen=True)
 class PrepareConfig:
-    """Raw reviews -> samples; used when ``data.dataset`` is amazon, yelp, table or synthetic.
+    """Raw reviews -> samples; used when ``data.dataset`` is amazon, yelp, table, parquet or synthetic.
 
     Titles, entities and reserved tokens are treated in ready-made splits (inter, candidates, split_csv) as well.
     """
@@ -681,6 +682,14 @@ class PrepareConfig:
     )  # fmt: skip
     valid_start: str = opt("", "Sets the first day of valid for prepare.split=date, YYYY-MM-DD or YYYY-MM.")
     test_start: str = opt("", "Sets the first day of test for prepare.split=date, YYYY-MM-DD or YYYY-MM.")
+    engine: str = choice(
+        "polars", "duckdb",
+        help="Selects what filters a raw log: polars in memory, or duckdb, which spills to disk beside RUN_DIR/data. "
+        "Both write the same bytes.",
+    )  # fmt: skip
+    memory_limit_gb: float = number(
+        2.0, 0.25, MEMORY_GB, help="Limits the memory of prepare.engine=duckdb, in GiB; beyond it DuckDB spills."
+    )
     synthetic_items: int = number(2400, 50, ROWS, help="Sets the items of the generated catalog.")
     synthetic_users: int = number(6000, 50, ROWS, help="Sets the users of the generated review log.")
     synthetic_reviews_per_user: float = number(

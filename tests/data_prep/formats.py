@@ -154,6 +154,15 @@ def parquet(root: Path) -> None:
     pq.write_table(pa.table({"item_id": item, "title": text}), root / "items.parquet")
 
 
+def contract(root: Path) -> None:
+    (root / "interactions").mkdir()
+    (root / "items").mkdir()
+    ids = {"user_id": [r.u for r in log()], "item_id": [r.i for r in log()]}
+    pq.write_table(pa.table({**ids, "timestamp": [r.time for r in log()]}), root / "interactions" / "part-0.parquet")
+    item, text = zip(*shop_items(), strict=True)
+    pq.write_table(pa.table({"item_id": item, "title": text}), root / "items" / "part-0.parquet")
+
+
 def jsonl(root: Path) -> None:
     json_lines(root / "log.jsonl", ({"user": r.u, "item": r.i, "timestamp": r.time * 1000} for r in log()))
     json_lines(root / "items.jsonl", ({"item": i, "title": t} for i, t in shop_items()))
@@ -256,6 +265,7 @@ FORMATS = [
            {"columns": ColumnsConfig(user="2", item="1", time="4")},
            "prepare.columns.user=2 prepare.columns.item=1 prepare.columns.time=4"),
     Format("Parquet", "table", parquet, "log.parquet"),
+    Format("Data contract", "parquet", contract, "interactions/part-0.parquet"),
     Format("JSON lines", "table", jsonl, "log.jsonl"),
     Format("RecBole atomic files", "table", recbole, "mine.inter"),
     Format("MovieLens 1M, 10M", "table", ml_1m, "ratings.dat"),

@@ -53,7 +53,7 @@ def data(recipe: Recipe) -> Check:
         found, files = wanted, [path for path in sorted(root.iterdir()) if path.is_file()]
     elif wanted in ("amazon", "yelp") and len(named) == 2:
         found, files = wanted, named
-    elif wanted in ("table", "split_csv"):
+    elif wanted in ("table", "split_csv", "parquet"):
         found, files = wanted, source_files(wanted, root, recipe.prepare)
     else:
         found = detect(root, recipe.prepare)
