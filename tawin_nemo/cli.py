@@ -210,9 +210,8 @@ def _dispatch(arguments: argparse.Namespace, argv: list[str]) -> int:
         verb: Callable[..., dict[str, Any]] = getattr(
             import_module(f"tawin_nemo.commands.{arguments.verb}"), arguments.verb
         )
-        result = run(
-            recipe, verb, **({"dry_run": arguments.dry_run} if arguments.verb in ("train", "recommend") else {})
-        )
+        options = {"dry_run": arguments.dry_run} if arguments.verb in ("train", "recommend") else {}
+        result = run(recipe, verb, **options)
     if read_launch().rank == 0:
         print(json.dumps(result), flush=True)
     return 0
