@@ -23,8 +23,10 @@ from tawin_nemo.data.samples import Samples, samples_of
 from tawin_nemo.data.split_arrays import Arrays, open_arrays, temporary_folder
 from tawin_nemo.models.megatron.parallel import runtime
 from tawin_nemo.util import errors
-from tawin_nemo.util.errors import DataError, TawinError
+from tawin_nemo.util.errors import TawinError
+from tawin_nemo.util.log import get_logger
 
+log = get_logger(__name__)
 T = TypeVar("T")
 
 
@@ -92,22 +94,22 @@ def open_dataset(root: Path) -> Dataset:
 
 @dataclass(frozen=True)
 class _Measured:
-    """The indices of several splits: a file for each in ``folder``, and all but the arrays."""
+    """The indices of several splits; with a ``folder`` their arrays lie in a file for each there."""
 
-    folder: Path
+    folder: Path | None
     indices: dict[str, PromptIndex]
 
 
 def open_samples(splits: Mapping[str, Split], encoder: PromptEncoder, data: DataConfig) -> dict[str, Samples]:
     """The samples of each split; all processes of a machine share what one of them has measured.
 
-    Collective. Errors as ``encode_split``, on all ranks; DataError where TMPDIR cannot be written.
+    Collective. Errors as ``encode_split``, on all ranks.
     """
     found = on_each_node(partial(_measure, splits, encoder, data))
-    samples = {
-        name: samples_of(split, encoder, data, open_index(found.folder / name, found.indices[name]))
-        for name, split in splits.items()
-    }
+    indices = found.indices
+    if found.folder is not None:
+        indices = {name: open_index(found.folder / name, index) for name, index in indices.items()}
+    samples = {name: samples_of(split, encoder, data, indices[name]) for name, split in splits.items()}
     _remove_when_open(found.folder)
     return samples
 
@@ -118,8 +120,6 @@ def _measure(splits: Mapping[str, Split], encoder: PromptEncoder, data: DataConf
         with temporary_folder("tawin-prompts-") as folder:
             indices = {name: index_prompts(split, encoder, data, folder / name) for name, split in splits.items()}
     except OSError as error:
-        raise DataError(
-            f"the lengths of prompts, 8 bytes a row, cannot be written ({error}); make room in the folder for "
-            "temporary files, or set TMPDIR to another one"
-        ) from error
+        log.warning("TMPDIR cannot be written (%s): every process keeps 8 bytes per row in its own memory", error)
+        return _Measured(None, {name: index_prompts(split, encoder, data) for name, split in splits.items()})
     return _Measured(folder, {name: replace(index, kept_N=none, length_N=none) for name, index in indices.items()})

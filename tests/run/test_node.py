@@ -17,7 +17,7 @@ from tawin_nemo.data.prompts import Template
 from tawin_nemo.data.tokenizer import build_tokenizer
 from tawin_nemo.models.megatron.parallel import runtime
 from tawin_nemo.run import node
-from tawin_nemo.util.errors import CatalogError, DataError, TawinError
+from tawin_nemo.util.errors import CatalogError, TawinError
 
 HOSTS = ["a", "a", "b", "b"]
 
@@ -137,6 +137,5 @@ def test_prompts_are_measured_once_a_machine(
     for samples in found:
         assert samples["valid"].prompts.in_memory().flat.tolist() == found[0]["valid"].prompts.in_memory().flat.tolist()
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "absent"))
-    for error in ranks.run(of_rank):
-        assert isinstance(error, DataError)
-        assert "set TMPDIR" in str(error)
+    for samples in ranks.run(of_rank):  # without room for files every process has the numbers in its own memory
+        assert samples["valid"].prompts.in_memory().flat.tolist() == found[0]["valid"].prompts.in_memory().flat.tolist()
