@@ -314,8 +314,9 @@ def markdown() -> str:
         with tempfile.TemporaryDirectory() as folder:
             dataset = load(entry, Path(folder))
             shown = [_code(line) for line in shown_lines(entry, Path(folder))]
+            last = last_sample(dataset)  # external ids are read when they are asked for
         rows = " / ".join(str(len(getattr(dataset, split))) for split in SPLITS)
-        result = f"{rows} samples, {len(dataset.items)} items; the last: {last_sample(dataset)}"
+        result = f"{rows} samples, {len(dataset.items)} items; the last: {last}"
         name = f"{entry.name}, {_code(entry.shown)}" if entry.shown else entry.name
         keys = f" with `{entry.keys}`" if entry.keys else ""
         lines.append(f"| {name} | `{entry.dataset}`{keys} | {'<br>'.join(shown)} | {result} |")
