@@ -105,13 +105,13 @@ SITES = {
         "pathlib", "Path.open", around=_in_halves(_is_shard, "save.mid_shard", _DATA_BYTES, once=True)
     ),
     # every file is written and fsynced, under the temporary name
-    "save.before_rename": Site(f"{_CHECKPOINT}.files", "_fsync", after=True, where=_is_unfinished),
+    "save.before_rename": Site(f"{_CHECKPOINT}.files", "fsync_path", after=True, where=_is_unfinished),
     # an older checkpoint of this name is moved away, the new one not yet in its place
     "save.replacing": Site(
         "pathlib", "Path.rename", after=True, where=lambda _, target: re.fullmatch(r"\.step_\d+\.old", target.name)
     ),
     # the checkpoint has its name, and the folder is fsynced
-    "save.after_rename": Site(f"{_CHECKPOINT}.files", "_fsync", after=True, where=_is_parent),
+    "save.after_rename": Site(f"{_CHECKPOINT}.files", "fsync_path", after=True, where=_is_parent),
     # a checkpoint that goes has been renamed but not removed
     "prune.mid": Site("pathlib", "Path.rename", after=True, where=lambda _, target: target.name.endswith(".gone")),
     # half of a line of metrics.jsonl or timings.jsonl

@@ -127,3 +127,12 @@ def sha256(path: Path) -> str:
     """SHA-256 of a file's content as hexadecimal digits."""
     with open_trusted(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def fsync_path(path: Path) -> None:
+    """Return when a file's content, or the names in a folder, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

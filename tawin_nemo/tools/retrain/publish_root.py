@@ -23,7 +23,7 @@ from pathlib import Path
 
 from tawin_nemo.run.published import GATE_FILE, LATEST, VERSION_FILE, VERSIONS, live_version, read_version, seal
 from tawin_nemo.run.run_lock import run_lock
-from tawin_nemo.util.files import write_json
+from tawin_nemo.util.files import fsync_path, write_json
 
 EXPORT, RUN_FILE, ROLLED_BACK = "export", "night.json", "rolled_back.json"
 #: In front of the name of a version that is being removed.
@@ -118,7 +118,7 @@ class PublishRoot:
                 left.unlink()
         temporary.symlink_to(self.version(day).relative_to(self.folder))
         temporary.replace(self.latest)
-        _sync(self.folder)
+        fsync_path(self.folder)
         if day in (dates := self.rolled_back()):
             self.note_rolled_back(dates - {day})
 
@@ -138,11 +138,3 @@ class PublishRoot:
         for parent in (self.folder / VERSIONS, self.folder / "runs"):
             for left in parent.glob(f"{REMOVED}*"):
                 shutil.rmtree(left, ignore_errors=True)
-
-
-def _sync(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 import shutil
 from collections.abc import Callable
@@ -20,7 +19,7 @@ from typing import Any, TypeVar
 import torch.distributed as dist
 
 from tawin_nemo.util.errors import CheckpointError
-from tawin_nemo.util.files import sha256
+from tawin_nemo.util.files import fsync_path, sha256
 from tawin_nemo.util.trusted import OutsideRoots, read_text
 
 T = TypeVar("T")
@@ -173,25 +172,17 @@ def commit(temporary: Path, path: Path, record: dict[str, Any]) -> None:
     text = json.dumps({**record, "sha256": record_digest(record)}, indent=2, sort_keys=True) + "\n"
     (temporary / STATE_FILE).write_text(text, encoding="utf-8")
     for name in (*record["files"], STATE_FILE):
-        _fsync(temporary / name)
-    _fsync(temporary)
+        fsync_path(temporary / name)
+    fsync_path(temporary)
     old = path.with_name(f".{path.name}.old")
     shutil.rmtree(old, ignore_errors=True)
     if path.exists():
         path.rename(old)
     temporary.rename(path)
-    _fsync(path.parent)
+    fsync_path(path.parent)
     shutil.rmtree(old, ignore_errors=True)
 
 
 def record_digest(record: dict[str, Any]) -> str:
     """SHA-256 of a record without its own checksum."""
     return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

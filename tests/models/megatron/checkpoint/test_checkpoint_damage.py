@@ -90,7 +90,7 @@ def test_nothing_valid(two: tuple[Path, Trainable], messages: list[str], tmp_pat
 
 
 @pytest.mark.parametrize(
-    ("module", "name"), [(checkpoint, "sharded_state"), (checkpoint_files, "digests"), (checkpoint_files, "_fsync")]
+    ("module", "name"), [(checkpoint, "sharded_state"), (checkpoint_files, "digests"), (checkpoint_files, "fsync_path")]
 )
 def test_an_interrupted_save_leaves_the_old_one(
     two: tuple[Path, Trainable], monkeypatch: pytest.MonkeyPatch, module: Any, name: str
