@@ -5,6 +5,7 @@ The window comes from ``prepare.start`` and ``prepare.end``, or from the publish
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -93,14 +94,14 @@ class LogCounts:
 
 
 @dataclass(frozen=True)
-class Reviews:
+class Reviews(ABC):
     """The reviews inside the time window, wherever they lie, and the counts before it."""
 
     counts: LogCounts
 
+    @abstractmethod
     def items(self, at_least: int = 1) -> pl.Series:
         """The items with at least so many reviews inside the window, in no order. For k: a superset of every k-core."""
-        raise NotImplementedError
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -46,19 +47,19 @@ class TokenSource(Protocol):
         """All rows, in memory."""
 
 
-class LazyRows:
+class LazyRows(ABC):
     """What follows from ``take``, ``lengths_of`` and the number of rows."""
 
-    def __len__(self) -> int:
-        raise NotImplementedError
+    @abstractmethod
+    def __len__(self) -> int: ...
 
+    @abstractmethod
     def lengths_of(self, rows: np.ndarray) -> np.ndarray:
         """Entries of the rows with indices ``rows`` [M], int64."""
-        raise NotImplementedError
 
+    @abstractmethod
     def take(self, rows: np.ndarray) -> TokenRows:
         """The rows with indices ``rows`` [M], in that order, in memory."""
-        raise NotImplementedError
 
     def __getitem__(self, row: int) -> np.ndarray:
         return self.take(np.array([row], dtype=np.int64)).flat

@@ -116,7 +116,10 @@ def test_equal_hashes_of_different_users_are_no_fault(tmp_path: Path, monkeypatc
     import polars as pl
 
     monkeypatch.setattr(history_checks, "_hashes", lambda users: pl.Series(np.zeros(len(users), dtype=np.uint64)))
-    count_histories(opened(write(tmp_path / "in.parquet", ["a", "b", "c"], [["a"]] * 3)))
+    counts = count_histories(opened(write(tmp_path / "in.parquet", ["a", "b", "c"], [["a"], [], ["a"]])))
+    assert counts.empty == 1  # all rows were read
+    with pytest.raises(DataError, match="user_id 'b' stands also in row 1 of "):
+        count_histories(opened(write(tmp_path / "twice.parquet", ["a", "b", "c", "b"], [["a"]] * 4)))
 
 
 @pytest.mark.parametrize(
